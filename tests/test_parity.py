@@ -1,0 +1,101 @@
+"""Our decoder against HF torch: logits, every residual site, generation, round trips."""
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.models.decoder import Site, forward
+from wpjax.models.generate import generate
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (3, 24))
+
+
+def hf_sites(model, tokens):
+    """Residual streams of HF's decoder layers by forward hooks: before, after attention, after the MLP."""
+    pre, mid, post = [], [], []
+    llama = model.config.model_type == "llama"
+    layers = model.model.layers if llama else model.transformer.h
+    hooks = []
+    for layer in layers:
+        mlp_norm = layer.post_attention_layernorm if llama else layer.ln_2
+        hooks += [
+            layer.register_forward_pre_hook(lambda m, a, k: pre.append(a[0] if a else k["hidden_states"]), with_kwargs=True),
+            mlp_norm.register_forward_pre_hook(lambda m, a: mid.append(a[0])),
+            layer.register_forward_hook(lambda m, a, out: post.append(out[0] if isinstance(out, tuple) else out)),
+        ]
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens)).logits
+    for hook in hooks:
+        hook.remove()
+    return logits.numpy(), {
+        Site.RESID_PRE: torch.stack(pre).numpy(),
+        Site.RESID_MID: torch.stack(mid).numpy(),
+        Site.RESID_POST: torch.stack(post).numpy(),
+    }
+
+
+def test_logits_and_every_residual_site_equal_hf(hf_model):
+    ours = load_checkpoint(str(hf_model.folder))
+    out = forward(ours.cfg, ours.params, jnp.asarray(TOKENS), sites=tuple(Site))
+    logits, sites = hf_sites(hf_model.model, TOKENS)
+    np.testing.assert_allclose(out.logits, logits, atol=1e-4, rtol=1e-4)
+    for site in Site:
+        np.testing.assert_allclose(out.sites[site], sites[site], atol=1e-4, rtol=1e-4, err_msg=site)
+
+
+def test_a_prefix_of_layers_equals_the_whole_run(hf_model):
+    ours = load_checkpoint(str(hf_model.folder))
+    whole = forward(ours.cfg, ours.params, jnp.asarray(TOKENS), sites=(Site.RESID_POST,))
+    part = forward(ours.cfg, ours.params, jnp.asarray(TOKENS), stop=2, logits=False)
+    np.testing.assert_array_equal(part.resid, whole.sites[Site.RESID_POST][1])
+
+
+def test_greedy_generation_equals_hf_token_for_token(hf_model):
+    ours = load_checkpoint(str(hf_model.folder))
+    lengths = np.array([24, 9, 17])
+    got = generate(
+        ours.cfg,
+        ours.params,
+        jnp.asarray(TOKENS),
+        jnp.asarray(lengths),
+        max_new_tokens=8,
+        stop_tokens=jnp.array([], jnp.int32),
+    )
+    for row, length in enumerate(lengths):
+        prompt = torch.tensor(TOKENS[row : row + 1, :length])
+        expected = hf_model.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        np.testing.assert_array_equal(got.tokens[row], expected[0, length:].numpy())
+    np.testing.assert_array_equal(got.lengths, [8, 8, 8])
+
+
+def test_generation_stops_at_a_stop_token(hf_model):
+    ours = load_checkpoint(str(hf_model.folder))
+    lengths = jnp.array([24, 9, 17])
+    args = (ours.cfg, ours.params, jnp.asarray(TOKENS), lengths)
+    free = generate(*args, max_new_tokens=8, stop_tokens=jnp.array([], jnp.int32))
+    stop = free.tokens[1, 3]
+    got = generate(*args, max_new_tokens=8, stop_tokens=stop[None])
+    for row in range(3):
+        hits = np.flatnonzero(np.asarray(free.tokens[row]) == int(stop))
+        n = hits[0] + 1 if len(hits) else 8
+        assert int(got.lengths[row]) == n
+        np.testing.assert_array_equal(got.tokens[row, :n], free.tokens[row, :n])
+        np.testing.assert_array_equal(got.tokens[row, n:], np.full(8 - n, int(stop)))
+
+
+def test_round_trip_to_an_hf_folder_keeps_every_tensor(hf_model, tmp_path):
+    ours = load_checkpoint(str(hf_model.folder))
+    save_checkpoint(tmp_path / "out", ours)
+    before = load_file(hf_model.folder / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(after) == set(before)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+    reloaded = type(hf_model.model).from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        got, expected = (m(torch.tensor(TOKENS)).logits.numpy() for m in (reloaded, hf_model.model))
+    np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Decoders, their checkpoints and generation."""

@@ -1,0 +1,85 @@
+"""The shape of a decoder, as frozen data: everything the forward pass needs to know besides the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+NormKind = Literal["rms", "layer"]
+RopeScaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding in the half-split layout, with its length-scaling variant.
+
+    Attributes:
+        theta: base wavelength.
+        scaling: name of the variant, as in HF's `rope_type`.
+        options: the variant's numbers, sorted by name (a tuple, so that the whole stays hashable).
+    """
+
+    theta: float = 10_000.0
+    scaling: RopeScaling = "default"
+    options: tuple[tuple[str, float | bool | tuple[float, ...]], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of one decoder; hashable, so it can be a static argument of a jitted function.
+
+    Shape letters used throughout: L layers, D model, H heads, K KV heads, F neurons, V vocabulary.
+
+    Attributes:
+        family: name of the entry in `wpjax.models.families` that reads and writes its checkpoints.
+        n_layers: L.
+        d_model: D.
+        n_heads: H, query heads.
+        n_kv_heads: K, key/value heads; query head `h` reads KV head `h // n_rep`.
+        d_head: width of one head.
+        d_mlp: F, hidden width of the MLP, i.e. neurons a layer.
+        d_vocab: V.
+        n_ctx: longest sequence the model accepts, in tokens.
+        norm: "rms" (scale only) or "layer" (centred, scale and bias).
+        norm_eps: added to the mean square (or variance).
+        act: activation of the MLP.
+        gated: whether the MLP is act(x W_gate) * (x W_in) or act(x W_in).
+        rope: rotary embedding, or None for learned absolute positions.
+        qkv_bias: biases on queries, keys and values.
+        out_bias: bias on the attention's output.
+        mlp_bias: biases in the MLP.
+        tied: whether the unembedding is the embedding transposed.
+    """
+
+    family: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-5
+    act: Activation = "silu"
+    gated: bool = True
+    rope: Rope | None = Rope()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+
+    @property
+    def n_rep(self) -> int:
+        """Query heads that share one KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    def differences(self, other: ModelConfig) -> list[str]:
+        """Fields in which two configurations differ, each as "name: mine != theirs"."""
+        return [
+            f"{f.name}: {getattr(self, f.name)} != {getattr(other, f.name)}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]

@@ -1,0 +1,173 @@
+"""HF tensors <-> the parameter tree, strictly: every tensor accounted for, by name and shape."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wpjax.errors import CheckpointError
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, abstract_params
+from wpjax.models.families import FAMILIES, Family, TensorRule
+
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+
+class TensorSource(Protocol):
+    """A set of named tensors under their HF names, read one at a time."""
+
+    where: str
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        ...
+
+
+@functools.cache
+def _rules(cfg: ModelConfig) -> tuple[TensorRule, ...]:
+    """The rules of the family that apply to this configuration."""
+    present = set(flatten(abstract_params(cfg)))
+    return tuple(r for r in FAMILIES[cfg.family].tensors if set(r.leaves) <= present)
+
+
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a parameter tree under "/"-separated paths."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _sizes(cfg: ModelConfig, pattern: str) -> dict[str, int]:
+    sizes = {
+        "d": cfg.d_model,
+        "h": cfg.n_heads,
+        "k": cfg.n_kv_heads,
+        "e": cfg.d_head,
+        "f": cfg.d_mlp,
+        "v": cfg.d_vocab,
+        "c": cfg.n_ctx,
+        "n": 3,
+    }
+    return {axis: sizes[axis] for axis in set(re.findall(r"\w", pattern))}
+
+
+def _hf_shape(cfg: ModelConfig, rule: TensorRule) -> tuple[int, ...]:
+    sizes = _sizes(cfg, rule.pattern)
+    axes = re.findall(r"\(([^)]*)\)|(\w+)", rule.pattern.split("->")[0])
+    return tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in axes)
+
+
+def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32") -> Params:
+    """Read every tensor of a checkpoint into a parameter tree on the default device.
+
+    One stacked leaf is in host memory at a time.
+
+    Args:
+        cfg: the configuration the tensors must fit.
+        source: where the tensors are.
+        dtype: "float32" or "bfloat16", of all leaves.
+
+    Raises:
+        CheckpointError: unknown, missing or misshapen tensors, a dtype that holds no floats, or values that are
+            not finite; all by name.
+    """
+    family = FAMILIES[cfg.family]
+    names = _match_names(cfg, family, source)
+    flat: dict[str, Any] = {}
+    for rule in _rules(cfg):
+        layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
+        parts: list[list[np.ndarray]] = [[] for _ in rule.leaves]
+        for layer in layers:
+            name = rule.hf.replace("{l}", str(layer))
+            tensor = _checked(cfg, rule, source.where, name, source.read(names[name]))
+            ours = einops.rearrange(tensor, rule.pattern, **_sizes(cfg, rule.pattern))
+            for part, value in zip(parts, ours if len(rule.leaves) > 1 else [ours], strict=True):
+                part.append(value.astype(jnp.dtype(dtype)))
+        for path, part in zip(rule.leaves, parts, strict=True):
+            flat[path] = jax.device_put(np.stack(part) if "{l}" in rule.hf else np.ascontiguousarray(part[0]))
+    return unflatten(flat)
+
+
+def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict[str, str]:
+    """Full HF name -> name in the source (a base model's checkpoint lacks the prefix)."""
+    expected = [
+        rule.hf.replace("{l}", str(layer))
+        for rule in _rules(cfg)
+        for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [0])
+    ]
+    present = [n for n in source.names() if not n.endswith(family.skipped)]
+    bare = not any(name.startswith(family.prefix) for name in present)
+    names = {name: name.removeprefix(family.prefix) if bare else name for name in expected}
+    missing = [n for n in names.values() if n not in set(present)]
+    unknown = sorted(set(present) - set(names.values()))
+    if cfg.tied and unknown == ["lm_head.weight"]:
+        embedding = next(names[r.hf] for r in _rules(cfg) if r.leaves == ("embed/W_E",))
+        if not missing and np.array_equal(source.read("lm_head.weight"), source.read(embedding)):
+            unknown = []
+    if missing or unknown:
+        raise CheckpointError(
+            f"{source.where}: "
+            + "; ".join(
+                f"{what} tensor{'s' if len(some) > 1 else ''} {_some(some)}"
+                for what, some in (("missing", missing), ("unknown", unknown))
+                if some
+            )
+            + "; the weights do not belong to this config.json"
+        )
+    return names
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _checked(cfg: ModelConfig, rule: TensorRule, where: str, name: str, tensor: np.ndarray) -> np.ndarray:
+    shape = _hf_shape(cfg, rule)
+    if tensor.shape != shape:
+        raise CheckpointError(f"{where}: tensor {name} has shape {tensor.shape}, config.json says {shape}")
+    if tensor.dtype.name not in _FLOATS:
+        raise CheckpointError(
+            f"{where}: tensor {name} has dtype {tensor.dtype.name}; only {', '.join(_FLOATS)} can be read, "
+            "so dequantise the checkpoint first"
+        )
+    if not np.isfinite(tensor.astype(np.float32, copy=False)).all():
+        raise CheckpointError(f"{where}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+    return tensor
+
+
+def hf_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of a parameter tree under its HF name and in its HF layout, one at a time."""
+    flat = flatten(params)
+    for rule in _rules(cfg):
+        theirs, ours = (side.strip() for side in rule.pattern.split("->"))
+        leaves = [flat[path] for path in rule.leaves]
+        for layer in range(cfg.n_layers) if "{l}" in rule.hf else [None]:
+            parts = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
+            value = np.stack(parts) if len(parts) > 1 else parts[0]
+            tensor = einops.rearrange(value, f"{ours} -> {theirs}", **_sizes(cfg, rule.pattern))
+            yield rule.hf.replace("{l}", str(layer)), np.ascontiguousarray(tensor)

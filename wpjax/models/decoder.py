@@ -1,0 +1,155 @@
+"""The one decoder: a forward pass over a parameter tree, and the tree's shapes and initial values."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from wpjax.models.config import ModelConfig
+from wpjax.models.layers import Block, Embed, Norm, Unembed
+from wpjax.models.leaves import Leaf, project
+
+Params: TypeAlias = dict[str, Any]
+
+
+class Site(enum.StrEnum):
+    """Where a forward pass can be read or added to; each is [L, B, T, D] over the layers that ran."""
+
+    RESID_PRE = "resid_pre"
+    RESID_MID = "resid_mid"
+    RESID_POST = "resid_post"
+
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        resid: [B, T, D], the residual stream after the last layer that ran.
+        logits: [B, T, V] float32, or None if they were not asked for.
+        sites: the requested sites, each [L, B, T, D] float32.
+    """
+
+    resid: Array
+    logits: Array | None
+    sites: dict[Site, Array]
+
+
+class Decoder(nnx.Module):
+    """Embedding, a stack of `Block`s along a leading axis, final norm, unembedding."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=cfg.n_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(cfg, rngs=rngs)
+
+        self.cfg = cfg
+        self.embed = Embed(cfg, rngs=rngs)
+        self.blocks = stack(rngs)
+        self.final_norm = Norm(cfg)
+        if not cfg.tied:
+            self.unembed = Unembed(cfg, rngs=rngs)
+
+    def logits(self, resid: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Next-token logits from the residual stream after the last layer."""
+        x = self.final_norm(resid)
+        if not self.cfg.tied:
+            return self.unembed(x)
+        transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())  # a tied gate is a scalar
+        return project(x, transposed)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        sites: tuple[Site, ...] = (),
+        stop: int | None = None,
+        logits: bool = True,
+        add: dict[Site, Array] | None = None,
+    ) -> Output:
+        """See `forward`."""
+        graphdef, blocks = nnx.split(self.blocks)
+        n_layers = self.cfg.n_layers if stop is None else stop
+        positions = jnp.arange(tokens.shape[1])[None]
+        add = add or {}
+
+        def body(x: Array, layer: tuple[Any, dict[Site, Array]]) -> tuple[Array, dict[Site, Array]]:
+            at, extra = layer
+            block = nnx.merge(graphdef, at if stop is None else take_layer(blocks, at))
+            here = {Site.RESID_PRE: x + extra.get(Site.RESID_PRE, 0.0)}
+            mid, _ = block.attend(here[Site.RESID_PRE], positions)
+            here[Site.RESID_MID] = mid + extra.get(Site.RESID_MID, 0.0)
+            here[Site.RESID_POST] = block.feed(here[Site.RESID_MID]) + extra.get(Site.RESID_POST, 0.0)
+            return here[Site.RESID_POST], {site: here[site] for site in sites}
+
+        # A prefix of the layers is taken by index: slicing the stack would copy it.
+        layers = blocks if stop is None else jnp.arange(n_layers)
+        resid, read = jax.lax.scan(body, self.embed(tokens, positions), (layers, add), length=n_layers)
+        return Output(resid, self.logits(resid) if logits else None, read)
+
+
+def take_layer(blocks: Any, layer: Int[Array, ""] | int) -> Any:
+    """One layer of a tree of stacked leaves; `layer` may be traced."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), blocks)
+
+
+@functools.cache
+def _graphdef(cfg: ModelConfig, kind: type[Decoder] | type[Block]) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: kind(cfg, rngs=nnx.Rngs(0))))[0]
+
+
+def block(cfg: ModelConfig, layer_params: Any) -> Block:
+    """The `Block` of one layer's parameters (the "blocks" tree without its layer axis)."""
+    return nnx.merge(_graphdef(cfg, Block), layer_params)
+
+
+def decoder(cfg: ModelConfig, params: Params) -> Decoder:
+    """The `Decoder` of a parameter tree; its leaves may be arrays or `Blend`s."""
+    return nnx.merge(_graphdef(cfg, Decoder), params)
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    sites: tuple[Site, ...] = (),
+    stop: int | None = None,
+    logits: bool = True,
+    add: dict[Site, Float[Array, "L #B #T D"]] | None = None,
+) -> Output:
+    """Run the decoder; pure, so it composes with `jit`, `vmap` and `grad`.
+
+    Args:
+        cfg: static.
+        params: nested dict of arrays or `Blend`s, as `init_params` and the loaders make it.
+        tokens: token ids, padded on the right with any id.
+        sites: residual sites to return.
+        stop: number of layers to run (static); None for all. Combine with `logits=False`.
+        logits: whether to compute logits.
+        add: arrays to add to the residual stream at sites, one a layer that runs.
+    """
+    return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, add=add)
+
+
+def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters: normal weights scaled by fan-in, unit norms, zero biases."""
+
+    @jax.jit
+    def make(key: Array) -> Params:
+        model = Decoder(cfg, rngs=nnx.Rngs(params=key))
+        return jax.tree.map(lambda a: a.astype(dtype), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+    return make(key)
+
+
+@functools.cache
+def abstract_params(cfg: ModelConfig) -> Params:
+    """Shapes of every parameter (float32 `jax.ShapeDtypeStruct`s), without allocating any."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param))

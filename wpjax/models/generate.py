@@ -1,0 +1,106 @@
+"""Greedy and sampled generation with a KV cache: one compiled program for the prompt and all new tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, block, decoder
+
+
+class Generation(NamedTuple):
+    """New tokens of a batch of prompts.
+
+    Attributes:
+        tokens: [B, N]; after a stop token (kept) a row holds that stop token only.
+        lengths: [B], new tokens up to and including the stop token.
+    """
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, " B"]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Int[Array, " S"],
+    temperature: float = 0.0,
+    key: Array | None = None,
+) -> Generation:
+    """Continue prompts, all rows at once, until each has met a stop token.
+
+    A row's new tokens overwrite its padding, so every token sits at the position it would have alone and a
+    padded batch generates what single prompts do.
+
+    Args:
+        cfg: static.
+        params: parameter tree; leaves may be `Blend`s, so a patched model generates without being built.
+        tokens: prompts, padded on the right.
+        lengths: tokens of each prompt.
+        max_new_tokens: N; the longest prompt plus N must fit in `cfg.n_ctx`.
+        stop_tokens: ids that end a row; may be empty.
+        temperature: 0 for greedy, otherwise logits are divided by it and sampled.
+        key: random key, required when sampling.
+
+    Raises:
+        ValueError: if sampling without a key, or if the sequences would outgrow the context.
+    """
+    n_rows, n_prompt = tokens.shape
+    if temperature > 0 and key is None:
+        raise ValueError("sampling needs a random key: pass key=jax.random.key(seed), or temperature=0")
+    if n_prompt + max_new_tokens > cfg.n_ctx:
+        raise ValueError(
+            f"{n_prompt} prompt tokens and {max_new_tokens} new ones exceed the context of {cfg.n_ctx}; "
+            "shorten the prompts or lower max_new_tokens"
+        )
+    model, rows = decoder(cfg, params), jnp.arange(n_rows)
+
+    def pick(resid: Float[Array, "B D"], step: Array) -> Int[Array, " B"]:
+        logits = model.logits(resid)
+        if key is None or temperature == 0:
+            return jnp.argmax(logits, -1)
+        return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
+
+    def prefill(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
+        b = block(cfg, layer)
+        mid, (k, v) = b.attend(x, jnp.arange(n_prompt)[None])
+        room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
+        return b.feed(mid), (jnp.pad(k, room), jnp.pad(v, room))
+
+    def extend(x: Array, layer: Any, at: Int[Array, " B"]) -> tuple[Array, tuple[Array, Array]]:
+        """One token a row through one layer, its key and value written at the row's own position."""
+        params, k_cache, v_cache = layer
+        b = block(cfg, params)
+        normed = b.norm_attn(x)
+        k, v = b.attn.keys_values(normed, at[:, None])
+        k_cache, v_cache = k_cache.at[rows, at].set(k[:, 0]), v_cache.at[rows, at].set(v[:, 0])
+        z = b.attn.mix(b.attn.queries(normed, at[:, None]), k_cache, v_cache, lengths=at + 1)
+        return b.feed(x + b.attn.out(z)), (k_cache, v_cache)
+
+    def step(state: tuple) -> tuple:
+        i, last, done, cache, out = state
+        at = lengths + i - 1
+        x = model.embed(last[:, None], at[:, None])
+        x, cache = jax.lax.scan(lambda x, layer: extend(x, layer, at), x, (params["blocks"], *cache))
+        new = jnp.where(done, last, pick(x[:, 0], i))
+        return i + 1, new, done | jnp.isin(new, stop_tokens), cache, out.at[:, i].set(new)
+
+    x, cache = jax.lax.scan(prefill, model.embed(tokens, jnp.arange(n_prompt)[None]), params["blocks"])
+    first = pick(x[rows, lengths - 1], jnp.int32(0))
+    out = jnp.zeros((n_rows, max_new_tokens), first.dtype).at[:, 0].set(first)
+    state = (jnp.int32(1), first, jnp.isin(first, stop_tokens), cache, out)
+    n_done, last, _, _, out = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~s[2].all(), step, state)
+    out = jnp.where(jnp.arange(max_new_tokens) < n_done, out, last[:, None])
+    stopped = jnp.isin(out, stop_tokens)
+    n_new = jnp.where(stopped.any(1), stopped.argmax(1) + 1, max_new_tokens)
+    return Generation(out, n_new)

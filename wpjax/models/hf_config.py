@@ -1,0 +1,105 @@
+"""HF `config.json` -> `ModelConfig`, refusing every attribute it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from wpjax.errors import ConfigError
+from wpjax.models.config import ModelConfig, Rope, RopeScaling
+from wpjax.models.families import COMMON_IGNORED, FAMILIES, Family, activation
+
+_ROPE_OPTIONS: dict[RopeScaling, frozenset[str]] = {
+    "default": frozenset[str](),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
+        "truncate".split()
+    ),
+    "longrope": frozenset(
+        {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
+    ),
+}
+_LEGACY_ROPE = frozenset({"rope_parameters", "rope_theta", "rope_scaling"})
+
+
+def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = ()) -> ModelConfig:
+    """Read an HF configuration.
+
+    Args:
+        raw: the parsed `config.json`.
+        where: the file, for messages.
+        ignore: attributes the caller knows to be harmless.
+
+    Raises:
+        ConfigError: unknown family or attribute, or a value that is not implemented.
+    """
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        raise ConfigError(
+            f"{where}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    known = COMMON_IGNORED | set(family.fields) | set(family.required) | family.ignored | set(ignore)
+    known |= _LEGACY_ROPE if family.rotary else set()
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise ConfigError(
+            f"{where}: unknown attribute {', '.join(f'{k}={raw[k]!r}' for k in unknown)} for {family.model_type}; "
+            f"if it does not change the forward pass, pass ignore_config={tuple(unknown)!r}"
+        )
+    full = _with_defaults(family, raw, where)
+    for name, value in family.required.items():
+        if full.get(name, value) != value:
+            raise ConfigError(f"{where}: {name}={full[name]!r} is not implemented, only {name}={value!r}")
+    values: dict[str, Any] = {**family.fixed, **{ours: full.get(hf) for hf, ours in family.fields.items()}}
+    act = activation(str(values["act"]))
+    if act is None:
+        raise ConfigError(f"{where}: activation {values['act']!r} is not implemented")
+    values["act"] = act
+    for field, value_of in family.derived.items():
+        if values.get(field) is None:
+            values[field] = value_of(values)
+    values["rope"] = _parse_rope(full, where) if family.rotary else None
+    if values["rope"] and values["rope"].scaling == "longrope":
+        values["n_ctx"] = int(dict(values["rope"].options)["original_max_position_embeddings"])  # type: ignore[arg-type]
+    missing = sorted(k for k, v in values.items() if v is None and k != "rope")
+    if missing:
+        raise ConfigError(f"{where}: the configuration does not say {', '.join(missing)}")
+    cfg = ModelConfig(family=family.model_type, **values)
+    if cfg.n_heads % cfg.n_kv_heads:
+        raise ConfigError(f"{where}: {cfg.n_heads} query heads cannot share {cfg.n_kv_heads} KV heads evenly")
+    return cfg
+
+
+def _with_defaults(family: Family, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The configuration as transformers completes it: defaults filled in, legacy rope keys merged."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[family.model_type].from_dict(dict(raw)).to_dict()
+    except Exception as error:  # transformers validates with several exception types
+        raise ConfigError(f"{where}: transformers rejects it: {' '.join(str(error).split())}") from error
+
+
+def _parse_rope(full: Mapping[str, Any], where: str) -> Rope:
+    given = dict(full.get("rope_parameters") or {})
+    scaling = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given.pop("type", None)
+    theta = float(given.pop("rope_theta", None) or full.get("rope_theta") or 10_000.0)
+    if scaling not in _ROPE_OPTIONS:
+        raise ConfigError(f"{where}: rope_type {scaling!r} is not implemented; known: {', '.join(_ROPE_OPTIONS)}")
+    options = {k: v for k, v in given.items() if v is not None and not (k == "partial_rotary_factor" and v == 1.0)}
+    unknown = sorted(set(options) - _ROPE_OPTIONS[scaling])
+    if unknown:
+        raise ConfigError(f"{where}: rope_parameters has unknown {', '.join(unknown)} for rope_type {scaling!r}")
+    n_ctx = full["max_position_embeddings"]
+    if scaling in ("llama3", "yarn", "longrope"):
+        original = options.setdefault("original_max_position_embeddings", n_ctx)
+        options.setdefault("factor", n_ctx / original)
+    missing = sorted({"linear": {"factor"}, "llama3": _ROPE_OPTIONS["llama3"]}.get(scaling, set()) - set(options))
+    if missing:
+        raise ConfigError(f"{where}: rope_parameters lacks {', '.join(missing)} for rope_type {scaling!r}")
+    packed = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return Rope(theta=theta, scaling=cast(RopeScaling, scaling), options=tuple(sorted(packed.items())))

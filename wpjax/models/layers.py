@@ -1,0 +1,210 @@
+"""The parts of the one decoder, in Flax NNX; families differ only in `ModelConfig`.
+
+Shapes in names of axes: B batch, T tokens, D model, H query heads, K KV heads, Dh head width, F neurons,
+V vocabulary, L layers. Weights keep their head and neuron axes explicit:
+
+    W_Q [D, H, Dh]   W_K, W_V [D, K, Dh]   W_O [H, Dh, D]   W_gate, W_in [D, F]   W_out [F, D]
+    W_E [V, D]       W_pos [n_ctx, D]      W_U [D, V]
+
+Parameters are a plain nested dict of arrays (or `Blend`s); those under "blocks" carry a leading layer axis. The
+residual stream is float32 whatever the dtype of the weights. Sequences are padded on the right, where causal
+attention never looks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from wpjax.models.config import ModelConfig
+from wpjax.models.leaves import Leaf, lookup, project, resolve
+from wpjax.models.rotary import rotate
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _leaf(param: nnx.Param) -> Leaf:
+    return param.get_value()
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over D, computed in float32."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg
+        self.scale = nnx.Param(jnp.ones(cfg.d_model))
+        if cfg.norm == "layer":
+            self.bias = nnx.Param(jnp.zeros(cfg.d_model))
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        """Normalise each vector, then scale (and shift) it."""
+        if self.cfg.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.cfg.norm_eps)
+        x = x * resolve(_leaf(self.scale)).astype(jnp.float32)
+        return x + resolve(_leaf(self.bias)).astype(jnp.float32) if self.cfg.norm == "layer" else x
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped KV heads, in the three steps a patch can enter between."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        d, h, k, dh = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+        self.W_Q = _weight(rngs, (d, h, dh), d**-0.5)
+        self.W_K = _weight(rngs, (d, k, dh), d**-0.5)
+        self.W_V = _weight(rngs, (d, k, dh), d**-0.5)
+        self.W_O = _weight(rngs, (h, dh, d), (h * dh * 2 * cfg.n_layers) ** -0.5)
+        if cfg.qkv_bias:
+            self.b_Q = nnx.Param(jnp.zeros((h, dh)))
+            self.b_K = nnx.Param(jnp.zeros((k, dh)))
+            self.b_V = nnx.Param(jnp.zeros((k, dh)))
+        if cfg.out_bias:
+            self.b_O = nnx.Param(jnp.zeros(d))
+
+    def queries(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T H Dh"]:
+        """Rotated queries of every head."""
+        q = project(x, _leaf(self.W_Q))
+        if self.cfg.qkv_bias:
+            q = q + resolve(_leaf(self.b_Q))
+        return rotate(self.cfg, q, positions) if self.cfg.rope else q
+
+    def keys_values(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    ) -> tuple[Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
+        """Rotated keys, and values, of every KV head."""
+        k, v = project(x, _leaf(self.W_K)), project(x, _leaf(self.W_V))
+        if self.cfg.qkv_bias:
+            k, v = k + resolve(_leaf(self.b_K)), v + resolve(_leaf(self.b_V))
+        return (rotate(self.cfg, k, positions) if self.cfg.rope else k), v
+
+    def mix(
+        self,
+        q: Float[Array, "B T H Dh"],
+        k: Float[Array, "B S K Dh"],
+        v: Float[Array, "B S K Dh"],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T H Dh"]:
+        """Attend; query head h reads KV head h // n_rep.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            lengths: how many of the S keys each row may see; None for causal attention with T = S.
+        """
+        dtype = _leaf(self.W_O).dtype
+        with jax.default_matmul_precision("highest"):
+            return jax.nn.dot_product_attention(
+                q.astype(dtype),
+                k.astype(dtype),
+                v.astype(dtype),
+                is_causal=lengths is None,
+                key_value_seq_lengths=lengths,
+            )
+
+    def out(self, z: Float[Array, "B T H Dh"]) -> Float[Array, "B T D"]:
+        """What the heads write together, bias included."""
+        o = project(z, _leaf(self.W_O), n_in=2)
+        return o + resolve(_leaf(self.b_O)) if self.cfg.out_bias else o
+
+
+class MLP(nnx.Module):
+    """Gated or plain MLP, split at its neurons."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        d, f = cfg.d_model, cfg.d_mlp
+        if cfg.gated:
+            self.W_gate = _weight(rngs, (d, f), d**-0.5)
+        self.W_in = _weight(rngs, (d, f), d**-0.5)
+        self.W_out = _weight(rngs, (f, d), (f * 2 * cfg.n_layers) ** -0.5)
+        if cfg.mlp_bias:
+            if cfg.gated:
+                self.b_gate = nnx.Param(jnp.zeros(f))
+            self.b_in = nnx.Param(jnp.zeros(f))
+            self.b_out = nnx.Param(jnp.zeros(d))
+
+    def neurons(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
+        """Activations: act(x W_gate) * (x W_in), or act(x W_in)."""
+        act = _ACTIVATIONS[self.cfg.act]
+        inner = project(x, _leaf(self.W_in))
+        if self.cfg.mlp_bias:
+            inner = inner + resolve(_leaf(self.b_in))
+        if not self.cfg.gated:
+            return act(inner)
+        gate = project(x, _leaf(self.W_gate))
+        if self.cfg.mlp_bias:
+            gate = gate + resolve(_leaf(self.b_gate))
+        return act(gate) * inner
+
+    def out(self, a: Float[Array, "*n F"]) -> Float[Array, "*n D"]:
+        """What the neurons write together, bias included."""
+        o = project(a, _leaf(self.W_out))
+        return o + resolve(_leaf(self.b_out)) if self.cfg.mlp_bias else o
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP, each on a normed copy of the residual stream."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.norm_attn = Norm(cfg)
+        self.attn = Attention(cfg, rngs=rngs)
+        self.norm_mlp = Norm(cfg)
+        self.mlp = MLP(cfg, rngs=rngs)
+
+    def attend(
+        self, resid_pre: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        """Residual stream after attention, and this layer's keys and values."""
+        x = self.norm_attn(resid_pre)
+        q, (k, v) = self.attn.queries(x, positions), self.attn.keys_values(x, positions)
+        return resid_pre + self.attn.out(self.attn.mix(q, k, v)), (k, v)
+
+    def feed(self, resid_mid: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        """Residual stream after the MLP."""
+        return resid_mid + self.mlp.out(self.mlp.neurons(self.norm_mlp(resid_mid)))
+
+    def __call__(self, resid_pre: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
+        """Residual stream after the layer."""
+        resid_mid, _ = self.attend(resid_pre, positions)
+        return self.feed(resid_mid)
+
+
+class Embed(nnx.Module):
+    """Token embedding, plus learned positions where there is no rotary embedding."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.W_E = _weight(rngs, (cfg.d_vocab, cfg.d_model), 0.02)
+        if cfg.rope is None:
+            self.W_pos = _weight(rngs, (cfg.n_ctx, cfg.d_model), 0.02)
+
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
+        """Residual stream before the first layer."""
+        x = lookup(_leaf(self.W_E), tokens)
+        return x + lookup(_leaf(self.W_pos), positions) if hasattr(self, "W_pos") else x
+
+
+class Unembed(nnx.Module):
+    """Projection to the vocabulary, where it is not the embedding transposed."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.W_U = _weight(rngs, (cfg.d_model, cfg.d_vocab), cfg.d_model**-0.5)
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Logits of a normed residual stream."""
+        return project(x, _leaf(self.W_U))

@@ -1,0 +1,108 @@
+"""How a weight is applied, whether it is one array or a blend of two.
+
+The decoder calls `project`, `lookup` and `resolve` for every weight and knows nothing of what a leaf is, so the
+same forward pass serves a plain model, a patched one and a relaxed mask, also under `vmap` over gates with the
+weights shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Gate: TypeAlias = Bool[Array, "..."] | Float[Array, "..."]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Blend:
+    """Two arrays of one shape and a gate that says, channel by channel, which of them is in force.
+
+    The value is (1 - gate) * base + gate * expert; a boolean gate selects, so that an open gate is the expert and
+    a closed one the base, bit for bit. No blended array is ever formed for a matrix (METHOD: x W becomes
+    (1 - m) * x W_base + m * x W_expert on output channels, and the input is split on input channels).
+
+    Attributes:
+        base: the weight where the gate is 0.
+        expert: the weight where the gate is 1.
+        gate: boolean, or float in [0, 1]; shape [] or [n] for the n channels of `axis`. A leading layer axis, if
+            the leaves are stacked, leads the gate too.
+        axis: axis of one layer's weight that the gate runs along (static); None where the gate is a scalar.
+    """
+
+    base: Array
+    expert: Array
+    gate: Gate
+    axis: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the weights, not of the gate."""
+        return self.base.dtype
+
+    def mix(self, base: Array, expert: Array, axis: int) -> Array:
+        """Combine two results whose axis `axis` (negative: counted from the end) is the gated one."""
+        gate = self.gate
+        if self.axis is not None:
+            gate = gate.reshape(gate.shape + (1,) * (-axis - 1))
+        if gate.dtype == jnp.bool_:
+            return jnp.where(gate, expert, base)
+        gate = gate.astype(base.dtype)
+        return (1 - gate) * base + gate * expert
+
+
+Leaf: TypeAlias = Array | Blend
+
+
+def resolve(leaf: Leaf) -> Array:
+    """The value of a small leaf (a bias, a norm's scale)."""
+    if not isinstance(leaf, Blend):
+        return leaf
+    return leaf.mix(leaf.base, leaf.expert, -1 if leaf.axis is None else leaf.axis - leaf.base.ndim)
+
+
+def lookup(leaf: Leaf, ids: Int[Array, "*ids"]) -> Float[Array, "*ids D"]:
+    """Rows of an embedding [V, D], in float32."""
+    if not isinstance(leaf, Blend):
+        return leaf[ids].astype(jnp.float32)
+    return leaf.mix(leaf.base[ids].astype(jnp.float32), leaf.expert[ids].astype(jnp.float32), -1)
+
+
+def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1) -> Float[Array, "..."]:
+    """Contract the last `n_in` axes of x with the first `n_in` axes of a weight.
+
+    Operands are in the weight's dtype, the sum and the result in float32.
+
+    Args:
+        x: [..., *in].
+        leaf: [*in, *out], or a `Blend` of two such arrays gated along one of its axes.
+        n_in: how many leading axes of the weight are inputs.
+
+    Returns:
+        [..., *out], float32.
+    """
+    if not isinstance(leaf, Blend):
+        return _matmul(x, leaf, n_in)
+    if leaf.axis is None or leaf.axis >= n_in:  # gated outputs: both products, then choose
+        axis = -1 if leaf.axis is None else leaf.axis - leaf.base.ndim
+        return leaf.mix(_matmul(x, leaf.base, n_in), _matmul(x, leaf.expert, n_in), axis)
+    axis = leaf.axis - n_in  # gated inputs: each channel of x goes through one of the two weights
+    zero = jnp.zeros_like(x)
+    return _matmul(leaf.mix(x, zero, axis), leaf.base, n_in) + _matmul(leaf.mix(zero, x, axis), leaf.expert, n_in)
+
+
+def _matmul(x: Array, w: Array, n_in: int) -> Array:
+    lead = x.shape[: x.ndim - n_in]
+    out = w.shape[n_in:]
+    flat = jnp.matmul(
+        x.reshape(*lead, -1).astype(w.dtype),
+        w.reshape(-1, math.prod(out)),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,  # float32 stays float32 on GPU and TPU; no effect on bfloat16
+    )
+    return flat.reshape(*lead, *out)

@@ -1,0 +1,98 @@
+"""Rotary position embedding (arXiv 2104.09864) in the half-split layout of HF checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from wpjax.models.config import ModelConfig
+
+
+def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
+    """Angular frequency of each rotated pair of dimensions, and the factor on cosine and sine.
+
+    The variants follow HF's `modeling_rope_utils`, at sequences no longer than `cfg.n_ctx`:
+    linear (positions divided by `factor`), dynamic (plain up to `n_ctx`), llama3 (long wavelengths divided by
+    `factor`, with a smooth middle), yarn (arXiv 2309.00071) and longrope (arXiv 2402.13753; its short factors,
+    which hold up to the original context: the converter sets `n_ctx` to that).
+
+    Returns:
+        (inverse frequencies [d_rotary / 2] in radians a token, scale of cosine and sine).
+    """
+    rope = cfg.rope
+    assert rope is not None
+    opt: dict[str, Any] = dict(rope.options)
+    d = int(cfg.d_head * opt.get("partial_rotary_factor", 1.0))
+    wavelength = np.float32(rope.theta) ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
+    inv_freq = (np.float32(1.0) / wavelength).astype(np.float32)
+    if rope.scaling in ("default", "dynamic"):
+        return inv_freq, 1.0
+    if rope.scaling == "linear":
+        return inv_freq / np.float32(opt["factor"]), 1.0
+    if rope.scaling == "llama3":
+        return _llama3(inv_freq, opt), 1.0
+    if rope.scaling == "yarn":
+        return _yarn(cfg, inv_freq, opt)
+    return _longrope(wavelength, opt)
+
+
+def _llama3(inv_freq: np.ndarray, opt: dict[str, Any]) -> np.ndarray:
+    n_ctx, factor = opt["original_max_position_embeddings"], opt["factor"]
+    low, high = opt["low_freq_factor"], opt["high_freq_factor"]
+    turns = n_ctx * inv_freq / (2 * math.pi)  # rotations within the original context
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return ((1 - smooth) * inv_freq / factor + smooth * inv_freq).astype(np.float32)
+
+
+def _yarn(cfg: ModelConfig, inv_freq: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, float]:
+    assert cfg.rope is not None
+    n_ctx = opt["original_max_position_embeddings"]
+    factor = opt["factor"]
+    d = 2 * len(inv_freq)
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    scale = opt.get("attention_factor")
+    if scale is None:
+        both = opt.get("mscale") and opt.get("mscale_all_dim")
+        scale = mscale(opt["mscale"]) / mscale(opt["mscale_all_dim"]) if both else mscale(1.0)
+
+    def dim_with(rotations: float) -> float:
+        return (d * math.log(n_ctx / (rotations * 2 * math.pi))) / (2 * math.log(cfg.rope.theta))  # type: ignore[union-attr]
+
+    low, high = dim_with(opt.get("beta_fast") or 32), dim_with(opt.get("beta_slow") or 1)
+    if opt.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    if low == high:
+        high += 0.001
+    interpolated = np.clip((np.arange(d // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    mixed = inv_freq / factor * interpolated + inv_freq * (1 - interpolated)
+    return mixed.astype(np.float32), float(scale)
+
+
+def _longrope(wavelength: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, float]:
+    n_ctx, factor = opt["original_max_position_embeddings"], opt["factor"]
+    scale = opt.get("attention_factor")
+    if scale is None:
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(n_ctx))
+    stretch = np.asarray(opt["short_factor"], np.float32)
+    return (1.0 / (stretch * wavelength)).astype(np.float32), float(scale)
+
+
+def rotate(
+    cfg: ModelConfig, x: Float[Array, "B T N Dh"], positions: Int[Array, "#B T"]
+) -> Float[Array, "B T N Dh"]:
+    """Turn each pair (i, i + d/2) of a head's dimensions by position x frequency."""
+    inv_freq, scale = frequencies(cfg)
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)
+    cos = (jnp.cos(angle) * scale)[:, :, None, :]
+    sin = (jnp.sin(angle) * scale)[:, :, None, :]
+    half = len(inv_freq)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
