@@ -196,9 +196,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the tokenizer's own parser raises
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})"
-        ) from error
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
 
 
 def save_checkpoint(

@@ -149,9 +149,7 @@ _GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
-    fixed=MappingProxyType(
-        {"norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}
-    ),
+    fixed=MappingProxyType({"norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}),
     fields=MappingProxyType(
         {
             "n_layer": "n_layers",

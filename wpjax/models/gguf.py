@@ -122,8 +122,7 @@ class GgufFile:
         )
 
         read = {
-            theirs: self._field(f"tokenizer.{ours}")
-            for ours, theirs in GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+            theirs: self._field(f"tokenizer.{ours}") for ours, theirs in GGUF_TOKENIZER_MAPPING["tokenizer"].items()
         }
         read = {k: v for k, v in read.items() if v is not None}
         backend, _ = convert_gguf_tokenizer("llama", read)

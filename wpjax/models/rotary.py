@@ -85,9 +85,7 @@ def _longrope(wavelength: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, 
     return (1.0 / (stretch * wavelength)).astype(np.float32), float(scale)
 
 
-def rotate(
-    cfg: ModelConfig, x: Float[Array, "B T N Dh"], positions: Int[Array, "#B T"]
-) -> Float[Array, "B T N Dh"]:
+def rotate(cfg: ModelConfig, x: Float[Array, "B T N Dh"], positions: Int[Array, "#B T"]) -> Float[Array, "B T N Dh"]:
     """Turn each pair (i, i + d/2) of a head's dimensions by position x frequency."""
     inv_freq, scale = frequencies(cfg)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)

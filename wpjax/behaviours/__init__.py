@@ -1,0 +1,28 @@
+"""Behaviours: paired prompts, checkers, and the rewrites that make training targets."""
+
+from wpjax.behaviours.behaviour import (
+    BUILT_IN,
+    Behaviour,
+    PromptBatch,
+    PromptPair,
+    Tokens,
+    behaviour,
+    encode_texts,
+    render,
+)
+from wpjax.behaviours.checkers import Checker, loose, parse_checker, strict
+
+__all__ = [
+    "BUILT_IN",
+    "Behaviour",
+    "Checker",
+    "PromptBatch",
+    "PromptPair",
+    "Tokens",
+    "behaviour",
+    "encode_texts",
+    "loose",
+    "parse_checker",
+    "render",
+    "strict",
+]

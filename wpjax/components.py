@@ -1,0 +1,252 @@
+"""Components: their kinds, names and enumeration, and which slice of which leaf each one owns.
+
+Every parameter belongs to exactly one *gate*, the finest unit that can be patched on its own (arXiv 2604.13694
+for heads and neurons; the other gates are ours, so that all parameters are covered):
+
+    head[l, h]         W_Q[:, h, :]  W_O[h, :, :]  b_Q[h, :]
+    kv_group[l, k]     W_K[:, k, :]  W_V[:, k, :]  b_K[k, :]  b_V[k, :]
+    neuron[l, f]       W_gate[:, f]  W_in[:, f]  W_out[f, :]  b_gate[f]  b_in[f]
+    attn_bias[l]       b_O, shared by all heads
+    mlp_bias[l]        b_out, shared by all neurons
+    norm_attn[l]  norm_mlp[l]  embed  unembed  final_norm
+
+A component is a set of gates. To add a kind, add an entry to `KINDS` (and to `LEAVES`, if it owns leaves that
+no gate has yet): names, masks, patches and exact sweeps follow from the two tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from wpjax.errors import ComponentError
+from wpjax.models.config import ModelConfig
+from wpjax.models.convert import flatten
+from wpjax.models.decoder import abstract_params
+
+
+class Owner(NamedTuple):
+    """The gate that owns a leaf, and the axis of one layer's leaf that the gate's channels run along."""
+
+    gate: str
+    axis: int | None = None
+
+
+LEAVES: Mapping[str, Owner] = MappingProxyType(
+    {
+        "blocks/attn/W_Q": Owner("head", 1),
+        "blocks/attn/b_Q": Owner("head", 0),
+        "blocks/attn/W_O": Owner("head", 0),
+        "blocks/attn/W_K": Owner("kv_group", 1),
+        "blocks/attn/b_K": Owner("kv_group", 0),
+        "blocks/attn/W_V": Owner("kv_group", 1),
+        "blocks/attn/b_V": Owner("kv_group", 0),
+        "blocks/attn/b_O": Owner("attn_bias"),
+        "blocks/mlp/W_gate": Owner("neuron", 1),
+        "blocks/mlp/b_gate": Owner("neuron", 0),
+        "blocks/mlp/W_in": Owner("neuron", 1),
+        "blocks/mlp/b_in": Owner("neuron", 0),
+        "blocks/mlp/W_out": Owner("neuron", 0),
+        "blocks/mlp/b_out": Owner("mlp_bias"),
+        "blocks/norm_attn/scale": Owner("norm_attn"),
+        "blocks/norm_attn/bias": Owner("norm_attn"),
+        "blocks/norm_mlp/scale": Owner("norm_mlp"),
+        "blocks/norm_mlp/bias": Owner("norm_mlp"),
+        "embed/W_E": Owner("embed"),
+        "embed/W_pos": Owner("embed"),
+        "unembed/W_U": Owner("unembed"),
+        "final_norm/scale": Owner("final_norm"),
+        "final_norm/bias": Owner("final_norm"),
+    }
+)
+
+
+class Kind(NamedTuple):
+    """A kind of component.
+
+    Attributes:
+        gates: the gates it opens.
+        opens: "channel": component i of a layer opens channel i of its one gate; "all": the one component of a
+            layer (or of the model) opens all of them; "part": component i of a layer opens the i-th, and is named
+            by `parts[i]`.
+        parts: names, for "part".
+        in_layer: whether it belongs to a layer or to the model.
+    """
+
+    gates: tuple[str, ...]
+    opens: Literal["channel", "all", "part"] = "all"
+    parts: tuple[str, ...] = ()
+    in_layer: bool = True
+
+
+_ATTN = ("head", "kv_group", "attn_bias")
+_MLP = ("neuron", "mlp_bias")
+_NORM = ("norm_attn", "norm_mlp")
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "head": Kind(("head",), "channel"),
+        "kv_group": Kind(("kv_group",), "channel"),
+        "neuron": Kind(("neuron",), "channel"),
+        "attn": Kind(_ATTN),
+        "mlp": Kind(_MLP),
+        "layer": Kind((*_ATTN, *_MLP, *_NORM)),
+        "norm": Kind(_NORM, "part", ("attn", "mlp")),
+        "embed": Kind(("embed",), in_layer=False),
+        "unembed": Kind(("unembed",), in_layer=False),
+        "final_norm": Kind(("final_norm",), in_layer=False),
+    }
+)
+
+MODEL_LAYER = -1
+"""The `layer` of components that belong to the model, not to a layer."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Component:
+    """One component: its kind, its layer (`MODEL_LAYER` if it has none) and its index among its kind there."""
+
+    kind: str
+    layer: int = MODEL_LAYER
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        """As on the command line: `L3.head.5`, `L3.norm.attn`, `L3.mlp`, `L3`, `embed`."""
+        kind = KINDS[self.kind]
+        if not kind.in_layer:
+            return self.kind
+        suffix = {"channel": f".{self.index}", "all": "", "part": ""}[kind.opens]
+        if kind.opens == "part":
+            suffix = f".{kind.parts[self.index]}"
+        return f"L{self.layer}" if self.kind == "layer" else f"L{self.layer}.{self.kind}{suffix}"
+
+
+@functools.cache
+def gate_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each gate the model has: [L, channels], [L] or []."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, leaf in flatten(abstract_params(cfg)).items():
+        gate, axis = LEAVES[path]
+        stacked = path.startswith("blocks/")
+        layers = (cfg.n_layers,) if stacked else ()
+        shapes[gate] = layers if axis is None else (*layers, leaf.shape[axis + stacked])
+    return MappingProxyType(shapes)
+
+
+def count(cfg: ModelConfig, kind: str) -> int:
+    """Components of a kind in one layer (or in the model, for a kind outside the layers)."""
+    entry, shapes = KINDS[kind], gate_shapes(cfg)
+    if not set(entry.gates) & set(shapes):
+        return 0  # the unembedding of a tied model
+    if entry.opens == "channel":
+        return shapes[entry.gates[0]][-1]
+    return len(entry.parts) if entry.opens == "part" else 1
+
+
+def enumerate_components(
+    cfg: ModelConfig, kinds: Iterable[str], layers: Sequence[int] | None = None
+) -> list[Component]:
+    """All components of some kinds, kind by kind, in order of layer and index.
+
+    Args:
+        cfg: the model.
+        kinds: names of kinds.
+        layers: which layers; None for all. Kinds outside the layers are always listed.
+
+    Raises:
+        ComponentError: an unknown kind.
+    """
+    found: list[Component] = []
+    for kind in kinds:
+        check_kind(kind)
+        in_layer = KINDS[kind].in_layer
+        for layer in (range(cfg.n_layers) if layers is None else layers) if in_layer else [MODEL_LAYER]:
+            found += [Component(kind, layer, i) for i in range(count(cfg, kind))]
+    return found
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind that does not exist.
+
+    Raises:
+        ComponentError: with the nearest kind that does.
+    """
+    if kind not in KINDS:
+        raise ComponentError(f"unknown component kind {kind!r}{_nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
+
+
+def parse_component(cfg: ModelConfig, name: str) -> Component:
+    """The component of a name such as `L3.head.5`.
+
+    Raises:
+        ComponentError: not a component of this model; the message says why.
+    """
+    component = _parse(name)
+    if component is None:
+        raise ComponentError(
+            f"{name!r} is not a component name; names look like L3.head.5, L3.kv_group.1, L3.neuron.1023, "
+            "L3.attn, L3.mlp, L3, L3.norm.attn, embed, unembed, final_norm"
+        )
+    n = count(cfg, component.kind)
+    if component.layer >= cfg.n_layers:
+        raise ComponentError(f"{name}: the model has layers L0 to L{cfg.n_layers - 1}")
+    if n == 0:
+        raise ComponentError(f"{name}: this model has none; its unembedding is tied to embed, so patch embed")
+    if component.index >= n:
+        raise ComponentError(f"{name}: a layer of this model has {component.kind} 0 to {n - 1}")
+    return component
+
+
+def _parse(name: str) -> Component | None:
+    if name in KINDS and not KINDS[name].in_layer:
+        return Component(name)
+    head, *rest = name.split(".")
+    if head[:1] != "L" or not _is_index(head[1:]):
+        return None
+    layer = int(head[1:])
+    if not rest:
+        return Component("layer", layer)
+    kind = KINDS.get(rest[0])
+    if kind is None or not kind.in_layer or rest[0] == "layer":
+        return None
+    if kind.opens == "all":
+        return Component(rest[0], layer) if len(rest) == 1 else None
+    if len(rest) != 2:
+        return None
+    if kind.opens == "part":
+        return Component(rest[0], layer, kind.parts.index(rest[1])) if rest[1] in kind.parts else None
+    return Component(rest[0], layer, int(rest[1])) if _is_index(rest[1]) else None
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def open_gates(cfg: ModelConfig, components: Iterable[Component | str]) -> dict[str, np.ndarray]:
+    """Which gates a set of components opens: a boolean array per gate of the model.
+
+    Raises:
+        ComponentError: a name that is not a component of this model.
+    """
+    gates = {gate: np.zeros(shape, bool) for gate, shape in gate_shapes(cfg).items()}
+    for item in components:
+        c = parse_component(cfg, item if isinstance(item, str) else item.name)
+        kind = KINDS[c.kind]
+        for i, gate in enumerate(kind.gates):
+            if gate not in gates or (kind.opens == "part" and i != c.index):
+                continue
+            at: tuple[int, ...] = (c.layer,) if kind.in_layer else ()
+            gates[gate][(*at, c.index) if kind.opens == "channel" else at] = True
+    return gates

@@ -1,0 +1,245 @@
+"""Making an expert: supervised fine-tuning with optax, optionally confined to named components.
+
+An expert for a built-in behaviour is self-distilled: the base answers the queries without the instruction, each
+answer is rewritten so that it follows the instruction, and the base is trained to give it when asked. Plain
+answers to plain queries are mixed in, so that nothing else changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Float, Int
+
+from wpjax.behaviours import Behaviour, encode_texts, render
+from wpjax.errors import BehaviourError
+from wpjax.models.checkpoint import Checkpoint
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, forward
+from wpjax.models.generate import generate
+from wpjax.patching import PatchMask, materialize
+
+
+class Example(NamedTuple):
+    """A prompt as the model is given it, the response to learn, and whether the response ends there."""
+
+    prompt: str
+    response: str
+    finished: bool = True
+
+
+class Dataset(NamedTuple):
+    """Token ids [N, T] and, for each, the weight of predicting it [N, T] (0 on prompts and padding)."""
+
+    ids: Int[np.ndarray, "N T"]
+    weights: Float[np.ndarray, "N T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: peak learning rate of AdamW, after a linear warm-up over the first tenth, then a cosine to a tenth of it.
+        batch_size: examples a step.
+        weight_decay: AdamW's, towards zero.
+        clip: global norm that gradients are clipped to.
+        seed: of the order of examples.
+        save_every: steps between checkpoints.
+    """
+
+    steps: int = 90
+    lr: float = 3e-5
+    batch_size: int = 8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    save_every: int = 50
+
+
+def encode_examples(tokenizer: Any, examples: Sequence[Example], train_on_prompt: bool = False) -> Dataset:
+    """Tokens of prompt and response, the response followed by the end token where it is finished.
+
+    Args:
+        tokenizer: of transformers; must have an end token.
+        examples: what to learn.
+        train_on_prompt: weigh the prompt's tokens too (for training from scratch).
+    """
+    prompts = encode_texts(tokenizer, [e.prompt for e in examples])
+    rows, starts = [], []
+    for i, example in enumerate(examples):
+        prompt = prompts.ids[i, : prompts.lengths[i]].tolist()
+        response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+        rows.append(prompt + response + [tokenizer.eos_token_id] * example.finished)
+        starts.append(1 if train_on_prompt else len(prompt))
+    width = max(map(len, rows))
+    ids, weights = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.float32)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[i, : len(row)] = row
+        weights[i, start : len(row)] = 1.0
+    return Dataset(ids, weights)
+
+
+def loss_fn(cfg: ModelConfig, params: Params, ids: Int[Array, "B T"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Mean cross-entropy in nats over the weighted tokens, each predicted from the tokens before it."""
+    logits = forward(cfg, params, ids[:, :-1]).logits
+    assert logits is not None
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+    return (losses * weights[:, 1:]).sum() / jnp.maximum(weights[:, 1:].sum(), 1.0)
+
+
+def confine(mask: Params | None) -> optax.GradientTransformation:
+    """Multiply updates by a tree of ones and zeros, so that only chosen slices ever move."""
+    if mask is None:
+        return optax.identity()
+    return optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, mask))
+
+
+def component_mask(cfg: ModelConfig, params: Params, components: Sequence[str]) -> Params:
+    """A tree like `params` that is 1 on the slices of some components and 0 elsewhere.
+
+    Raises:
+        ComponentError: an unknown component.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return materialize(zeros, jax.tree.map(jnp.ones_like, params), PatchMask.of(cfg, components))
+
+
+def train(
+    cfg: ModelConfig,
+    params: Params,
+    data: Dataset,
+    config: TrainConfig,
+    *,
+    mask: Params | None = None,
+    checkpoints: Path | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Params:
+    """Train parameters; the same seed gives the same result, also when resumed.
+
+    Args:
+        cfg: architecture.
+        params: where to start.
+        data: what to learn.
+        config: how.
+        mask: see `confine`.
+        checkpoints: folder for orbax checkpoints; training resumes from the newest one in it.
+        on_step: called after each step with its number (from 1) and loss in nats.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.lr, max(1, config.steps // 10), config.steps, config.lr / 10
+    )
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(schedule, weight_decay=config.weight_decay),
+        confine(mask),
+    )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, state: Any, ids: Array, weights: Array) -> tuple[Params, Any, Array]:
+        loss, gradients = jax.value_and_grad(functools.partial(loss_fn, cfg))(params, ids, weights)
+        updates, state = optimiser.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params = jax.tree.map(jnp.copy, params)  # the caller's arrays are not donated
+    state, start = optimiser.init(params), 0
+    manager = _manager(checkpoints, config) if checkpoints else None
+    if manager and manager.latest_step() is not None:
+        start = manager.latest_step()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state))
+        params, state = manager.restore(start, args=ocp.args.StandardRestore(abstract))
+    for i in range(start, config.steps):
+        rows = batch_rows(len(data.ids), config, i)
+        params, state, loss = step(params, state, jnp.asarray(data.ids[rows]), jnp.asarray(data.weights[rows]))
+        on_step(i + 1, float(loss))
+        if manager:
+            manager.save(i + 1, args=ocp.args.StandardSave((params, state)))
+    if manager:
+        manager.wait_until_finished()
+        manager.close()
+    return params
+
+
+def _manager(folder: Path, config: TrainConfig) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(save_interval_steps=config.save_every, max_to_keep=1)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def batch_rows(n: int, config: TrainConfig, step: int) -> Int[np.ndarray, " B"]:
+    """Which examples a step uses: whole shuffled epochs, a function of the seed and the step alone."""
+    first = step * config.batch_size
+    rows = np.arange(first, first + config.batch_size)
+    orders = {e: np.random.default_rng((config.seed, e)).permutation(n) for e in set((rows // n).tolist())}
+    return np.array([orders[row // n][row % n] for row in rows.tolist()])
+
+
+def self_distill(
+    model: Checkpoint, behaviour: Behaviour, *, max_new_tokens: int = 64, batch_size: int = 32
+) -> list[Example]:
+    """Training examples for a behaviour: every "fit" prompt with its rewritten answer, every query with its plain one.
+
+    Args:
+        model: whose greedy answers are rewritten.
+        behaviour: must have a rewrite, or a response on every line of its file.
+        max_new_tokens: length of the answers.
+        batch_size: prompts generated at once.
+
+    Raises:
+        BehaviourError: neither a rewrite nor responses.
+    """
+    pairs = behaviour.select("fit")
+    if behaviour.rewrite is None and not all(p.response for p in pairs):
+        raise BehaviourError(
+            f'{behaviour.name}: to train on it, every line of the file needs a "response" that follows the instruction'
+        )
+    queries = list(dict.fromkeys(p.without for p in pairs))
+    plain = dict(zip(queries, answer(model, queries, max_new_tokens, batch_size), strict=True))
+    examples = [Example(render(model.tokenizer, q), *plain[q]) for q in queries]
+    for p in pairs:
+        text, finished = plain[p.without]
+        if p.response is not None:
+            text, finished = p.response, True
+        elif behaviour.rewrite is not None:
+            text = behaviour.rewrite(p.without, text, p.args)
+        examples.append(Example(render(model.tokenizer, p.with_instruction), text, finished))
+    return examples
+
+
+def answer(
+    model: Checkpoint, messages: Sequence[str], max_new_tokens: int = 64, batch_size: int = 32, params: Any = None
+) -> list[tuple[str, bool]]:
+    """Greedy answers to user messages, and whether each one ended by itself.
+
+    Args:
+        model: configuration, tokenizer, stop tokens, and parameters unless given.
+        messages: what the user says.
+        max_new_tokens: length of an answer.
+        batch_size: messages at once; the last batch is filled up, so that one program serves all.
+        params: other parameters of the same architecture, e.g. a patched model's.
+    """
+    tokens = encode_texts(model.tokenizer, [render(model.tokenizer, m) for m in messages])
+    out: list[tuple[str, bool]] = []
+    for first in range(0, len(messages), batch_size):
+        rows = np.minimum(np.arange(first, first + batch_size), len(messages) - 1)
+        got = generate(
+            model.cfg,
+            model.params if params is None else params,
+            jnp.asarray(tokens.ids[rows]),
+            jnp.asarray(tokens.lengths[rows]),
+            max_new_tokens=max_new_tokens,
+            stop_tokens=jnp.asarray(model.stop_tokens, jnp.int32),
+        )
+        for ids, n in zip(np.asarray(got.tokens), np.asarray(got.lengths), strict=True):
+            finished = int(ids[n - 1]) in model.stop_tokens
+            out.append((model.tokenizer.decode(ids[: n - finished], skip_special_tokens=True), finished))
+    return out[: len(messages)]

@@ -1,0 +1,165 @@
+"""A base and an expert: two checkpoints of one architecture that read the same tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from wpjax.components import KINDS, LEAVES
+from wpjax.errors import CheckpointError, PairError
+from wpjax.models.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from wpjax.models.config import ModelConfig
+from wpjax.models.convert import flatten
+from wpjax.models.decoder import Params
+
+EMBEDDED = ("base", "expert", "planted")
+
+
+class DiffNorm(NamedTuple):
+    """How much of one gate's parameters the expert changed.
+
+    Attributes:
+        gate: the gate.
+        n_params: parameters it owns in the whole model.
+        n_changed: how many of them differ.
+        delta: Frobenius norm of expert - base.
+        base: Frobenius norm of the base.
+    """
+
+    gate: str
+    n_params: int
+    n_changed: int
+    delta: float
+    base: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A base and an expert with one configuration and one tokenizer.
+
+    Attributes:
+        cfg: the architecture of both.
+        base: parameters of the base.
+        expert: parameters of the expert.
+        tokenizer: the expert's if it has a chat template, otherwise the base's.
+        base_checkpoint: where the base came from.
+        expert_checkpoint: where the expert came from.
+    """
+
+    cfg: ModelConfig
+    base: Params
+    expert: Params
+    tokenizer: Any
+    base_checkpoint: Checkpoint
+    expert_checkpoint: Checkpoint
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a generation of either model."""
+        return tuple(sorted({*self.base_checkpoint.stop_tokens, *self.expert_checkpoint.stop_tokens}))
+
+    @functools.cached_property
+    def fingerprints(self) -> tuple[str, str]:
+        """Hashes of base and expert."""
+        return fingerprint(self.cfg, self.base), fingerprint(self.cfg, self.expert)
+
+    def diff_norms(self) -> list[DiffNorm]:
+        """What the expert changed, gate by gate, in the order of the component tables."""
+        ours, theirs = flatten(self.base), flatten(self.expert)
+        gates = dict.fromkeys(gate for kind in KINDS.values() for gate in kind.gates)
+        rows = []
+        for gate in gates:
+            paths = [path for path in ours if LEAVES[path].gate == gate]
+            if not paths:
+                continue
+            deltas = [np.asarray(theirs[p], np.float32) - np.asarray(ours[p], np.float32) for p in paths]
+            rows.append(
+                DiffNorm(
+                    gate,
+                    sum(d.size for d in deltas),
+                    sum(int(np.count_nonzero(d)) for d in deltas),
+                    float(np.sqrt(sum(np.square(d, dtype=np.float64).sum() for d in deltas))),
+                    float(np.sqrt(sum(float(jnp.square(ours[p].astype(jnp.float32)).sum()) for p in paths))),
+                )
+            )
+        return rows
+
+
+def load_model(source: str, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
+    """Load one model: as `load_checkpoint`, and "tiny:base", "tiny:expert", "tiny:planted" from the package.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+    """
+    if not source.startswith("tiny:"):
+        return load_checkpoint(source, dtype, ignore_config)
+    name = source.removeprefix("tiny:")
+    if name not in EMBEDDED:
+        raise CheckpointError(
+            f"unknown embedded model {source!r}; there are {', '.join(f'tiny:{n}' for n in EMBEDDED)}"
+        )
+    with resources.as_file(resources.files("wpjax") / "assets" / "tiny" / name) as folder:
+        return dataclasses.replace(load_checkpoint(str(folder), dtype), source=source)
+
+
+def load_pair(base: str, expert: str, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Pair:
+    """Load two checkpoints and check that they are a pair.
+
+    Args:
+        base: folder, `.gguf` file, hub id or embedded model.
+        expert: likewise.
+        dtype: "float32" or "bfloat16".
+        ignore_config: attributes of config.json known not to matter.
+
+    Raises:
+        PairError: different architectures or vocabularies, or equal weights; the message lists the differences.
+        CheckpointError: a source cannot be read.
+    """
+    return make_pair(load_model(base, dtype, ignore_config), load_model(expert, dtype, ignore_config))
+
+
+def make_pair(base: Checkpoint, expert: Checkpoint) -> Pair:
+    """A pair from two models in memory.
+
+    Raises:
+        PairError: as `load_pair`.
+    """
+    names = f"{base.source} and {expert.source}"
+    differences = base.cfg.differences(expert.cfg)
+    if differences:
+        raise PairError(f"{names} are not one architecture: {'; '.join(differences)}")
+    tokenizer = _common_tokenizer(base, expert, names)
+    ours, theirs = flatten(base.params), flatten(expert.params)
+    if all(bool(jnp.array_equal(ours[path], theirs[path])) for path in ours):
+        raise PairError(f"{names} have equal weights; name a base and an expert that was trained from it")
+    return Pair(base.cfg, base.params, expert.params, tokenizer, base, expert)
+
+
+def _common_tokenizer(base: Checkpoint, expert: Checkpoint, names: str) -> Any:
+    first, second = base.tokenizer, expert.tokenizer
+    if first is None and second is None:
+        raise PairError(f"{names}: neither has a tokenizer; put tokenizer.json beside the weights of one")
+    for checkpoint in (base, expert):
+        if checkpoint.tokenizer is not None and len(checkpoint.tokenizer) > checkpoint.cfg.d_vocab:
+            raise PairError(
+                f"{checkpoint.source}: the tokenizer has {len(checkpoint.tokenizer)} tokens, the model "
+                f"{checkpoint.cfg.d_vocab}; it belongs to another model"
+            )
+    if first is None or second is None:
+        return first or second
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    if ours != theirs:
+        moved = [t for t in ours if t in theirs and ours[t] != theirs[t]]
+        only = [t for t in ours if t not in theirs] + [t for t in theirs if t not in ours]
+        parts = [
+            f"{len(some)} tokens {what} (e.g. {', '.join(map(repr, some[:3]))})"
+            for what, some in (("with different ids", moved), ("in only one of them", only))
+            if some
+        ]
+        raise PairError(f"{names} do not share a vocabulary: {'; '.join(parts)}")
+    return second if getattr(second, "chat_template", None) else first
