@@ -80,11 +80,20 @@ def patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
         expert: parameter tree of the donor, same structure and shapes.
         mask: gates; may be traced, batched by `vmap` or differentiated.
     """
+    return _blend(base, expert, mask.gates, "")
+
+
+def patch_layer(base: Params, expert: Params, gates: Mapping[str, Gate]) -> PatchedParams:
+    """`patch` for the parameters of one layer (the "blocks" tree without its layer axis) and that layer's gates."""
+    return _blend(base, expert, gates, "blocks/")
+
+
+def _blend(base: Params, expert: Params, gates: Mapping[str, Gate], prefix: str) -> PatchedParams:
     theirs = flatten(expert)
 
     def blend(path: str, leaf: Array) -> Array | Blend:
-        gate, axis = LEAVES[path]
-        return Blend(leaf, theirs[path], mask.gates[gate], axis) if gate in mask.gates else leaf
+        gate, axis = LEAVES[prefix + path]
+        return Blend(leaf, theirs[path], gates[gate], axis) if gate in gates else leaf
 
     return unflatten({path: blend(path, leaf) for path, leaf in flatten(base).items()})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from wpjax.behaviours.checkers import CHECKERS, Checker, parse_checker
 from wpjax.behaviours.rewrites import REWRITES, Rewrite
@@ -50,11 +50,11 @@ class Tokens(NamedTuple):
         lengths: [B] int32, tokens of each prompt.
     """
 
-    ids: Int[np.ndarray, "B T"]
-    lengths: Int[np.ndarray, " B"]
+    ids: Int[np.ndarray | Array, "B T"]
+    lengths: Int[np.ndarray | Array, " B"]
 
     @property
-    def last(self) -> Int[np.ndarray, " B"]:
+    def last(self) -> Int[np.ndarray | Array, " B"]:
         """Position of each prompt's last token."""
         return self.lengths - 1
 

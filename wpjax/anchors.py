@@ -1,0 +1,281 @@
+"""Anchors: a direction in the residual stream that says whether the control state of a behaviour has formed.
+
+    u_l = mean over prompts of h_l(x+) - h_l(x-), in the expert, at the last prompt token      (arXiv 2410.12877)
+    F(M, x) = <r_a^M(x)[t*], v>,  v = u_a / |u_a|                                               (arXiv 2604.13694)
+    G(x) = F(expert, x) - F(base, x)
+
+x+ is a query with the instruction and x- the query alone; layer l is read at its `resid_post`. The direction is
+fitted on the "fit" queries; the gap is measured on the "sweep" queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from wpjax.behaviours import Behaviour, PromptBatch, Tokens
+from wpjax.errors import AnchorRejected, CheckpointError
+from wpjax.files import atomic_output
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, Site, forward
+from wpjax.pairs import Pair
+from wpjax.stats import mean_interval, resample
+
+MIN_STABILITY = 0.9
+"""Least split-half cosine of an accepted anchor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDiagnostics:
+    """What a candidate anchor at one layer looks like.
+
+    Attributes:
+        layer: 0-based block whose `resid_post` is read.
+        stability: mean cosine between directions fitted on random halves of the queries.
+        norm: |u|, the size of the instruction's trace in the expert.
+        gap: mean of G over the "sweep" prompts, with `gap_low` and `gap_high` its 95 % interval.
+        gap_sd: standard deviation of G over prompts.
+        drift: mean of [F_E - F_B](x+) - [F_E - F_B](x-): the gap without what the expert moved anyway.
+        base_trace: mean of F(base, x+) - F(base, x-), as a share of the same in the expert.
+    """
+
+    layer: int
+    stability: float
+    norm: float
+    gap: float
+    gap_low: float
+    gap_high: float
+    gap_sd: float
+    drift: float
+    base_trace: float
+
+    def verdict(self) -> str:
+        """Empty if the layer can carry an anchor, otherwise the test it fails, with its figure."""
+        if self.stability < MIN_STABILITY:
+            return f"split-half cosine {self.stability:.2f} < {MIN_STABILITY}"
+        if self.gap_low <= 0:
+            return f"gap {self.gap:.3g} [{self.gap_low:.3g}, {self.gap_high:.3g}] is not positive"
+        return ""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["vector"],
+    meta_fields=["layer"],
+    drop_fields=["behaviour", "expert_fingerprint", "diagnostics"],
+)
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """A unit direction at one layer; a pytree, so it can be an argument of a jitted function.
+
+    Attributes:
+        vector: [D] float32, unit norm.
+        layer: 0-based block whose `resid_post` is read (static).
+        behaviour: what it stands for.
+        expert_fingerprint: the model it was fitted in.
+        diagnostics: every layer that was considered.
+    """
+
+    vector: Float[Array, " D"]
+    layer: int
+    behaviour: str = ""
+    expert_fingerprint: str = ""
+    diagnostics: tuple[LayerDiagnostics, ...] = ()
+
+    def score(self, cfg: ModelConfig, params: Params, batch: PromptBatch | Tokens) -> Float[Array, " B"]:
+        """F(M, x) of each prompt: residual stream after the anchor's layer, at the last token, along the vector.
+
+        Args:
+            cfg: static.
+            params: plain or patched parameters; differentiable, and `vmap`s over masks inside them.
+            batch: prompts with the instruction.
+        """
+        tokens = batch.with_instruction if isinstance(batch, PromptBatch) else batch
+        resid = forward(cfg, params, jnp.asarray(tokens.ids), stop=self.layer + 1, logits=False).resid
+        last = jnp.take_along_axis(resid, jnp.asarray(tokens.last)[:, None, None], axis=1)[:, 0]
+        return jnp.matmul(last, self.vector, precision=jax.lax.Precision.HIGHEST)
+
+    def save(self, path: Path, overwrite: bool = False) -> None:
+        """Write the vector as safetensors, with everything else in its metadata.
+
+        Raises:
+            OutputError: the place exists or cannot be written.
+        """
+        metadata = {
+            "layer": str(self.layer),
+            "position": "last prompt token",
+            "behaviour": self.behaviour,
+            "expert_fingerprint": self.expert_fingerprint,
+            "diagnostics": json.dumps([dataclasses.asdict(d) for d in self.diagnostics]),
+        }
+        with atomic_output(path, overwrite) as temporary:
+            save_file({"vector": np.asarray(self.vector)}, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Anchor:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: not an anchor file.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                meta: Mapping[str, str] = file.metadata() or {}
+                vector = file.get_tensor("vector")
+            diagnostics = tuple(LayerDiagnostics(**d) for d in json.loads(meta["diagnostics"]))
+            layer, behaviour, of = int(meta["layer"]), meta["behaviour"], meta["expert_fingerprint"]
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
+        return cls(jnp.asarray(vector), layer, behaviour, of, diagnostics)
+
+    def check_belongs(self, pair: Pair) -> None:
+        """Refuse an anchor of another expert.
+
+        Raises:
+            AnchorRejected: the fingerprints differ.
+        """
+        if self.expert_fingerprint and self.expert_fingerprint != pair.fingerprints[1]:
+            raise AnchorRejected(
+                f"the anchor was fitted in another expert (fingerprint {self.expert_fingerprint}, this one is "
+                f"{pair.fingerprints[1]}); fit one with `wpjax anchor`"
+            )
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _last_states(cfg: ModelConfig, params: Params, ids: Array, last: Array) -> Float[Array, "L B D"]:
+    resid = forward(cfg, params, ids, sites=(Site.RESID_POST,), logits=False).sites[Site.RESID_POST]
+    return jnp.take_along_axis(resid, last[None, :, None, None], axis=2)[:, :, 0]
+
+
+def last_states(cfg: ModelConfig, params: Params, tokens: Tokens, batch_size: int = 32) -> Float[np.ndarray, "L B D"]:
+    """`resid_post` of every layer at each prompt's last token, float32."""
+    parts = []
+    for first in range(0, len(tokens.ids), batch_size):
+        rows = np.minimum(np.arange(first, first + batch_size), len(tokens.ids) - 1)
+        states = _last_states(cfg, params, jnp.asarray(tokens.ids[rows]), jnp.asarray(tokens.last[rows]))
+        parts.append(np.asarray(states)[:, : len(tokens.ids) - first])
+    return np.concatenate(parts, axis=1)
+
+
+def split_half_cosine(
+    contrast: Float[np.ndarray, "L B D"], queries: np.ndarray, n_splits: int = 20, seed: int = 0
+) -> Float[np.ndarray, " L"]:
+    """Mean cosine, over random halvings of the queries, of the two halves' mean contrasts."""
+    rng, distinct = np.random.default_rng(seed), np.unique(queries)
+    cosines = []
+    for _ in range(n_splits):
+        half = np.isin(queries, rng.permutation(distinct)[: len(distinct) // 2])
+        a, b = contrast[:, half].mean(1), contrast[:, ~half].mean(1)
+        cosines.append((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1) + 1e-30))
+    return np.mean(cosines, axis=0)
+
+
+def fit_anchor(
+    pair: Pair, behaviour: Behaviour, *, layer: int | None = None, n_prompts: int | None = 64, seed: int = 0
+) -> Anchor:
+    """Fit a direction at every layer, measure its gap on other queries, and choose the layer.
+
+    The chosen layer is, among those whose split-half cosine is at least `MIN_STABILITY` and whose gap is positive
+    with its whole interval, the one where the gap is largest against its spread over prompts (mean / standard
+    deviation; our choice, the paper's rule is not known).
+
+    Args:
+        pair: base and expert.
+        behaviour: prompts.
+        layer: force this layer; it must still pass.
+        n_prompts: at most this many for fitting, and for measuring.
+        seed: of splits and resampling.
+
+    Raises:
+        AnchorRejected: no layer passes, or the forced one does not; with the test that failed and its figure.
+        BehaviourError: prompts that the model cannot take.
+    """
+    if layer is not None and not 0 <= layer < pair.cfg.n_layers:
+        raise AnchorRejected(f"layer {layer}: the model has layers 0 to {pair.cfg.n_layers - 1}")
+    fit = behaviour.encode(pair.tokenizer, "fit", n_prompts)
+    check = behaviour.encode(pair.tokenizer, "sweep", n_prompts)
+    for batch in (fit, check):
+        batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
+    contrast = last_states(pair.cfg, pair.expert, fit.with_instruction) - last_states(
+        pair.cfg, pair.expert, fit.without
+    )
+    direction = contrast.mean(1)
+    norm = np.linalg.norm(direction, axis=-1)
+    unit = direction / np.maximum(norm, 1e-30)[:, None]
+    stability = split_half_cosine(contrast, fit.queries, seed=seed)
+    diagnostics = _diagnose(pair, check, unit, norm, stability, seed)
+    best = _choose(diagnostics, behaviour.name, layer)
+    return Anchor(jnp.asarray(unit[best.layer]), best.layer, behaviour.name, pair.fingerprints[1], diagnostics)
+
+
+def _diagnose(
+    pair: Pair,
+    check: PromptBatch,
+    unit: Float[np.ndarray, "L D"],
+    norm: Float[np.ndarray, " L"],
+    stability: Float[np.ndarray, " L"],
+    seed: int,
+) -> tuple[LayerDiagnostics, ...]:
+    def project(params: Params, tokens: Tokens) -> Float[np.ndarray, "L B"]:
+        return np.einsum("lbd,ld->lb", last_states(pair.cfg, params, tokens), unit)
+
+    expert, base = project(pair.expert, check.with_instruction), project(pair.base, check.with_instruction)
+    expert_alone, base_alone = project(pair.expert, check.without), project(pair.base, check.without)
+    gap, weights = expert - base, resample(check.queries, seed=seed)
+    drift = gap - (expert_alone - base_alone)
+    trace = (base - base_alone).mean(1) / (expert - expert_alone).mean(1)
+    rows = []
+    for i, values in enumerate(gap):
+        mean, low, high = mean_interval(values, weights)
+        rows.append(
+            LayerDiagnostics(
+                i,
+                float(stability[i]),
+                float(norm[i]),
+                mean,
+                low,
+                high,
+                float(values.std(ddof=1)),
+                float(drift[i].mean()),
+                float(trace[i]),
+            )
+        )
+    return tuple(rows)
+
+
+def _choose(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | None) -> LayerDiagnostics:
+    considered = diagnostics if layer is None else diagnostics[layer : layer + 1]
+    passing = [d for d in considered if not d.verdict()]
+    if passing:
+        return max(passing, key=lambda d: d.gap / max(d.gap_sd, 1e-30))
+    nearest = max(considered, key=lambda d: (d.stability >= MIN_STABILITY, d.gap_low))
+    which = f"layer {layer}" if layer is not None else f"no layer passes; the nearest, layer {nearest.layer}"
+    raise AnchorRejected(
+        f"anchor for {name} rejected: {which}: {nearest.verdict()}; the expert does not carry this behaviour more than "
+        "the base on these prompts: check the pair and the behaviour, or use more prompts"
+    )
+
+
+def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Any, name: str, seed: int = 0) -> None:
+    """Refuse to divide by a gap that may be zero.
+
+    Raises:
+        AnchorRejected: the 95 % interval of the mean gap reaches zero.
+    """
+    mean, low, high = mean_interval(gap, resample(queries, seed=seed))
+    if low <= 0:
+        raise AnchorRejected(
+            f"the gap of {name} on these {len(gap)} prompts is {mean:.3g} [{low:.3g}, {high:.3g}], not positive: "
+            "effects cannot be given as shares of it; use another anchor, or more prompts"
+        )

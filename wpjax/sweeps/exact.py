@@ -1,0 +1,162 @@
+"""Exact sweeps: every component of a list replaced for real, in chunks of one shape a kind."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from wpjax.behaviours import Tokens
+from wpjax.components import Component
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params
+from wpjax.sweeps.replay import BaseRun, replay
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+MAX_IN_FLIGHT = 3
+"""Chunks dispatched before the oldest is waited for."""
+
+
+class Chunk(NamedTuple):
+    """Components of one kind and layer that run together; fewer than the program's rows are filled up."""
+
+    kind: str
+    layer: int
+    components: tuple[Component, ...]
+
+
+class Plan(NamedTuple):
+    """How a sweep is cut up.
+
+    Attributes:
+        rows: components a program of each kind takes at once.
+        chunks: all chunks in order.
+    """
+
+    rows: dict[str, int]
+    chunks: tuple[Chunk, ...]
+
+
+def bytes_per_row(cfg: ModelConfig, n_prompts: int, n_tokens: int) -> int:
+    """Estimate of the temporary memory of one component in a chunk: the widest layer's activations, float32."""
+    attention = cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 2 * cfg.n_heads * n_tokens
+    return 4 * n_prompts * n_tokens * (4 * cfg.d_model + max(attention, 3 * cfg.d_mlp))
+
+
+def memory_budget() -> int:
+    """Bytes a chunk may take: a third of what the device has free, or 256 MiB on a CPU, where caches matter more."""
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return 256 * 2**20
+    return int(stats["bytes_limit"] - stats["bytes_in_use"]) // 3
+
+
+def make_plan(
+    cfg: ModelConfig, components: Iterable[Component], n_prompts: int, n_tokens: int, budget: int | None = None
+) -> Plan:
+    """Group components by kind and layer, and choose the rows of each kind's program.
+
+    The rows are the number that wastes least on filling up, among those that fit the budget.
+
+    Args:
+        cfg: the model.
+        components: what to sweep; the order within a kind is kept.
+        n_prompts: B.
+        n_tokens: T.
+        budget: bytes for a chunk's activations; None for `memory_budget()`.
+    """
+    most = max(1, (memory_budget() if budget is None else budget) // bytes_per_row(cfg, n_prompts, n_tokens))
+    rows: dict[str, int] = {}
+    chunks: list[Chunk] = []
+    for kind, members in _grouped(components, lambda c: c.kind):
+        layers = [(layer, list(some)) for layer, some in _grouped(members, lambda c: c.layer)]
+        counts = [len(some) for _, some in layers]
+        # A chunk costs its rows, filled or not, and about two rows' worth of what is not shared between chunks.
+        cost = {p: sum(math.ceil(n / p) for n in counts) * (p + 2) for p in range(1, min(most, max(counts)) + 1)}
+        rows[kind] = min(cost, key=lambda p: (cost[p], p))
+        for layer, some in layers:
+            size = rows[kind]
+            chunks += [Chunk(kind, layer, tuple(some[i : i + size])) for i in range(0, len(some), size)]
+    return Plan(rows, tuple(chunks))
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    yield from groups.items()
+
+
+def exact_changes(
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    run: BaseRun,
+    tokens: Tokens,
+    stop: int,
+    plan: Plan,
+    *,
+    jitter_seed: int | None = None,
+) -> Iterator[tuple[Chunk, Float[np.ndarray, "n B"]]]:
+    """The change of the anchor score by each component of a plan, chunk by chunk.
+
+    Args:
+        cfg: the model.
+        host: parameters that receive the patches.
+        donor: parameters that the components come from.
+        run: the host's run on these tokens.
+        tokens: prompts with the instruction.
+        stop: the anchor's layer.
+        plan: from `make_plan`.
+        jitter_seed: for a sham, the seed of the rounding steps added to the residual stream; None for patches.
+    """
+    ids = jnp.asarray(tokens.ids)
+    # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program.
+    with_reference = host["embed"]["W_E"].dtype == jnp.bfloat16
+    pending: list[tuple[Chunk, Array]] = []
+
+    def finish() -> tuple[Chunk, Float[np.ndarray, "n B"]]:
+        chunk, scores = pending.pop(0)
+        values = np.asarray(scores, np.float64)
+        reference = values[-1] if with_reference else np.asarray(run.score, np.float64)
+        return chunk, values[: len(chunk.components)] - reference
+
+    for i, chunk in enumerate(plan.chunks):
+        rows = plan.rows[chunk.kind]
+        index = [c.index for c in chunk.components]
+        index += index[-1:] * (rows - len(index))
+        shape = (rows, ids.shape[1], cfg.d_model)
+        jitter = _jitter(shape, None if jitter_seed is None else jitter_seed + i)
+        layer = jnp.asarray(max(chunk.layer, 0))
+        args = (host, donor, run, ids, layer, jnp.asarray(index), jitter)
+        pending.append((chunk, replay(cfg, chunk.kind, stop, *args, with_reference=with_reference)))
+        if len(pending) > MAX_IN_FLIGHT:
+            yield finish()
+    while pending:
+        yield finish()
+
+
+@functools.lru_cache(maxsize=8)
+def _jitter(shape: tuple[int, ...], seed: int | None) -> Float[Array, "P T D"]:
+    """No change, or one step of float32 rounding up or down at random."""
+    if seed is None:
+        return jnp.zeros(shape)
+    return jnp.finfo(jnp.float32).eps * jax.random.rademacher(jax.random.key(seed), shape, jnp.float32)
+
+
+def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:
+    """A few chunks of each kind, spread over the layers, to run with the host as its own donor."""
+    chosen: list[Chunk] = []
+    for _, chunks in _grouped(plan.chunks, lambda chunk: chunk.kind):
+        firsts = list({chunk.layer: chunk for chunk in reversed(chunks)}.values())[::-1]
+        at = np.unique(np.linspace(0, len(firsts) - 1, layers_per_kind).round().astype(int))
+        chosen += [firsts[i] for i in at]
+    return Plan(plan.rows, tuple(chosen))
