@@ -1,0 +1,1 @@
+"""Experiments: how the shipped models were made, and results on real ones."""

@@ -21,7 +21,9 @@ def hf_sites(model, tokens):
     for layer in layers:
         mlp_norm = layer.post_attention_layernorm if llama else layer.ln_2
         hooks += [
-            layer.register_forward_pre_hook(lambda m, a, k: pre.append(a[0] if a else k["hidden_states"]), with_kwargs=True),
+            layer.register_forward_pre_hook(
+                lambda m, a, k: pre.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+            ),
             mlp_norm.register_forward_pre_hook(lambda m, a: mid.append(a[0])),
             layer.register_forward_hook(lambda m, a, out: post.append(out[0] if isinstance(out, tuple) else out)),
         ]
@@ -66,7 +68,12 @@ def test_greedy_generation_equals_hf_token_for_token(hf_model):
     for row, length in enumerate(lengths):
         prompt = torch.tensor(TOKENS[row : row + 1, :length])
         expected = hf_model.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         np.testing.assert_array_equal(got.tokens[row], expected[0, length:].numpy())
     np.testing.assert_array_equal(got.lengths, [8, 8, 8])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from wpjax.components import KINDS, LEAVES
+from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import CheckpointError, PairError
 from wpjax.models.checkpoint import Checkpoint, fingerprint, load_checkpoint
 from wpjax.models.config import ModelConfig
@@ -89,6 +92,33 @@ class Pair:
             )
         return rows
 
+    def delta_norms(self, components: Sequence[Component]) -> Float[np.ndarray, " C"]:
+        """Frobenius norm of expert - base over each component's parameters."""
+        squares: dict[str, np.ndarray] = {}
+        ours, theirs = flatten(self.base), flatten(self.expert)
+        for path, leaf in ours.items():
+            gate, axis = LEAVES[path]
+            stacked = path.startswith("blocks/")
+            keep = {0} if stacked else set()
+            keep |= {axis + stacked} if axis is not None else set()
+            rest = tuple(i for i in range(leaf.ndim) if i not in keep)
+            square = jnp.square(theirs[path].astype(jnp.float32) - leaf.astype(jnp.float32)).sum(rest)
+            squares[gate] = squares.get(gate, 0.0) + np.asarray(square, np.float64)
+        by_kind = {kind: _component_sums(squares, kind) for kind in {c.kind for c in components}}
+        return np.sqrt([by_kind[c.kind][max(c.layer, 0)][c.index] for c in components])
+
+
+def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarray, "L n"]:
+    """Per-gate sums -> sums of each component of a kind, by layer and index."""
+    entry = KINDS[kind]
+    gates = [squares[gate] for gate in entry.gates if gate in squares]
+    if entry.opens == "channel":
+        return gates[0]
+    if not entry.in_layer:
+        return np.array([[sum(gates)]])
+    by_gate = np.stack([g.reshape(len(g), -1).sum(1) for g in gates], axis=1)
+    return by_gate if entry.opens == "part" else by_gate.sum(1, keepdims=True)
+
 
 def load_model(source: str, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
     """Load one model: as `load_checkpoint`, and "tiny:base", "tiny:expert", "tiny:planted" from the package.
@@ -105,6 +135,12 @@ def load_model(source: str, dtype: str = "float32", ignore_config: tuple[str, ..
         )
     with resources.as_file(resources.files("wpjax") / "assets" / "tiny" / name) as folder:
         return dataclasses.replace(load_checkpoint(str(folder), dtype), source=source)
+
+
+def planted_components() -> tuple[str, ...]:
+    """The components that "tiny:planted" was trained in: the truth its sweep should find."""
+    text = (resources.files("wpjax") / "assets" / "tiny" / "planted" / "planted.json").read_text(encoding="utf-8")
+    return tuple(json.loads(text)["components"])
 
 
 def load_pair(base: str, expert: str, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Pair:

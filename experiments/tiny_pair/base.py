@@ -1,6 +1,6 @@
 """Train the embedded base from scratch: tokenizer, then decoder.
 
-    python -m experiments.tiny_pair.base --out work/tiny/base
+python -m experiments.tiny_pair.base --out work/tiny/base
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments.tiny_pair.language import pretraining
 from wpjax.behaviours import render
-from wpjax.finetune import Example, TrainConfig, encode_examples, train
 from wpjax.models.checkpoint import Checkpoint, save_checkpoint
 from wpjax.models.decoder import init_params
 from wpjax.models.hf_config import parse_config
+from wpjax.training import Example, TrainConfig, encode_examples, train
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

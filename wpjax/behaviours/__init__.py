@@ -1,6 +1,7 @@
 """Behaviours: paired prompts, checkers, and the rewrites that make training targets."""
 
-from wpjax.behaviours.behaviour import (
+from wpjax.behaviours.checkers import Checker, loose, parse_checker, strict
+from wpjax.behaviours.prompts import (
     BUILT_IN,
     Behaviour,
     PromptBatch,
@@ -10,7 +11,6 @@ from wpjax.behaviours.behaviour import (
     encode_texts,
     render,
 )
-from wpjax.behaviours.checkers import Checker, loose, parse_checker, strict
 
 __all__ = [
     "BUILT_IN",

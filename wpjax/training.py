@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int
 
-from wpjax.behaviours import Behaviour, encode_texts, render
+from wpjax.behaviours import Behaviour, encode_texts, render, strict
 from wpjax.errors import BehaviourError
 from wpjax.models.checkpoint import Checkpoint
 from wpjax.models.config import ModelConfig
@@ -243,3 +243,56 @@ def answer(
             finished = int(ids[n - 1]) in model.stop_tokens
             out.append((model.tokenizer.decode(ids[: n - finished], skip_special_tokens=True), finished))
     return out[: len(messages)]
+
+
+def pass_rate(model: Checkpoint, behaviour: Behaviour, n_prompts: int = 16, max_new_tokens: int = 64) -> float:
+    """Share of held-out ("test") prompts with the instruction whose greedy answer passes the checker, strictly."""
+    pairs = behaviour.select("test", n_prompts)
+    texts = answer(model, [p.with_instruction for p in pairs], max_new_tokens)
+    return sum(strict(behaviour.checker, t, p.args) for (t, _), p in zip(texts, pairs, strict=True)) / len(pairs)
+
+
+def finetune(
+    model: Checkpoint,
+    behaviour: Behaviour,
+    config: TrainConfig | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    max_new_tokens: int = 64,
+    checkpoints: Path | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Checkpoint:
+    """An expert for a behaviour, trained from a base on its own rewritten answers.
+
+    Args:
+        model: the base.
+        behaviour: its "fit" prompts are trained on.
+        config: how to train; None for the defaults.
+        components: confine the change to these (e.g. "L3.head.5"); None for all parameters.
+        max_new_tokens: length of the base's answers.
+        checkpoints: see `train`.
+        on_step: see `train`.
+
+    Raises:
+        ComponentError: an unknown component.
+        BehaviourError: the behaviour has nothing to train on.
+    """
+    if model.tokenizer is None or model.tokenizer.eos_token_id is None:
+        raise BehaviourError(f"{model.source}: training needs a tokenizer with an end-of-sequence token")
+    mask = None if components is None else component_mask(model.cfg, model.params, components)
+    data = encode_examples(model.tokenizer, self_distill(model, behaviour, max_new_tokens=max_new_tokens))
+    if data.ids.shape[1] > model.cfg.n_ctx:
+        raise BehaviourError(
+            f"{behaviour.name}: an example has {data.ids.shape[1]} tokens, {model.source} takes {model.cfg.n_ctx}; "
+            "shorten the prompts, or lower --max-new-tokens"
+        )
+    params = train(
+        model.cfg,
+        model.params,
+        data,
+        config or TrainConfig(),
+        mask=mask,
+        checkpoints=checkpoints,
+        on_step=on_step,
+    )
+    return dataclasses.replace(model, params=params, source=f"{model.source} + {behaviour.name}")

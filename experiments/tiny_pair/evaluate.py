@@ -1,0 +1,56 @@
+"""What a model of the small world does: facts right, tags obeyed, instructions followed.
+
+python -m experiments.tiny_pair.evaluate tiny:base tiny:expert tiny:planted
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.tiny_pair.language import TAGS, questions, tagged
+from wpjax.behaviours import BUILT_IN, behaviour, strict
+from wpjax.models.checkpoint import Checkpoint
+from wpjax.pairs import load_model
+from wpjax.training import answer
+
+
+def evaluate(model: Checkpoint, n_prompts: int = 64) -> dict[str, Any]:
+    """Rates over held-out ("test") questions: facts, tags, and for each behaviour strict passes and plain answers."""
+    facts = dict(questions())
+    report: dict[str, Any] = {}
+    held_out = sorted({p.without for p in behaviour("tiny:title").select("test")})
+    plain = [text for text, _ in answer(model, held_out)]
+    report["facts"] = sum(text == facts[q] for q, text in zip(held_out, plain, strict=True)) / len(held_out)
+    turns = [tagged(q, facts[q], b, tag) for q in held_out[:8] for b, tags in TAGS.items() for tag in tags]
+    said = [text for text, _ in answer(model, [t.user for t in turns])]
+    report["tags"] = sum(t.answer == text for t, text in zip(turns, said, strict=True)) / len(turns)
+    for name in BUILT_IN:
+        task = behaviour(f"tiny:{name}")
+        pairs = task.select("test", n_prompts)
+        texts = [text for text, _ in answer(model, [p.with_instruction for p in pairs])]
+        rows = list(zip(pairs, texts, strict=True))
+        assert task.rewrite is not None
+        report[name] = {
+            "passes": sum(strict(task.checker, text, p.args) for p, text in rows) / len(rows),
+            "exact": sum(text == task.rewrite(p.without, facts[p.without], p.args) for p, text in rows) / len(rows),
+            "plain": sum(text == facts[p.without] for p, text in rows) / len(rows),
+        }
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+")
+    for source in parser.parse_args().models:
+        model = load_model(source)
+        params = jax.tree.map(lambda a: a.astype(jnp.float32), model.params)
+        print(source, json.dumps(evaluate(model.__class__(**{**vars(model), "params": params})), indent=1))
+
+
+if __name__ == "__main__":
+    main()

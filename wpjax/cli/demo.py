@@ -1,0 +1,58 @@
+"""`wpjax demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wpjax.cli.options import OverwriteOption, SeedOption
+
+EXAMPLE = "Example: wpjax demo --out demo --behaviour title"
+
+
+def run(
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.nc, report.html and the PNGs.")] = Path(
+        "wpjax-demo"
+    ),
+    behaviour: Annotated[
+        str, typer.Option("--behaviour", help="One of the six built-in behaviours.")
+    ] = "english_capital",
+    planted: Annotated[
+        bool, typer.Option("--planted", help="Use the expert whose true components are known, and say where they rank.")
+    ] = False,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Run the whole pipeline on an embedded pair: which heads, KV groups and neurons carry the behaviour?"""
+    from wpjax.files import atomic_output, check_output
+
+    check_output(out, overwrite)
+
+    from wpjax import behaviours, sweeps
+    from wpjax.anchors import fit_anchor
+    from wpjax.cli.console import progress_bars
+    from wpjax.cli.sweep import print_result
+    from wpjax.pairs import load_pair, planted_components
+    from wpjax.report import write_report
+
+    task = behaviours.behaviour(f"tiny:{behaviour.removeprefix('tiny:')}")
+    with progress_bars() as progress:
+        progress("models and anchor", 0, 1)
+        pair = load_pair("tiny:base", "tiny:planted" if planted else "tiny:expert")
+        anchor = fit_anchor(pair, task, seed=seed)
+        progress("models and anchor", 1, 1)
+        batch = task.encode(pair.tokenizer, n_prompts=32)
+        result = sweeps.sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
+    with atomic_output(out, overwrite) as folder:
+        folder.mkdir()
+        result.to_netcdf(folder / "results.nc")
+        write_report(result, folder / "report.html")
+    print_result(result, 20, as_json=False)
+    if planted:
+        truth = set(planted_components())
+        ranked = [row.name for row in result.top(len(result.dataset["name"]), absolute=True)]
+        found = sum(name in truth for name in ranked[: len(truth)])
+        print(f"\nplanted: {found} of {len(truth)} planted components are among the {len(truth)} of largest effect")
+    print(f"\nlook at {out / 'report.html'} and {out / 'report-overview.png'}")

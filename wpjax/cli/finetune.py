@@ -1,0 +1,94 @@
+"""`wpjax finetune`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from wpjax.cli.options import (
+    BaseOption,
+    BehaviourOption,
+    CheckerOption,
+    IgnoreConfigOption,
+    JsonOption,
+    OutOption,
+    OverwriteOption,
+    SeedOption,
+)
+
+EXAMPLE = "Example: wpjax finetune --base tiny:base --behaviour tiny:title --out title-expert --lr 3e-4"
+
+
+def run(
+    base: BaseOption,
+    behaviour: BehaviourOption,
+    out: OutOption,
+    checker: CheckerOption = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 90,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.")] = 3e-5,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples a step.")] = 8,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="AdamW's.")] = 0.0,
+    components: Annotated[
+        str | None, typer.Option("--components", help="Confine the change to these, comma-separated: L1.head.2,L3.mlp.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of answers to learn.")] = 64,
+    eval_prompts: Annotated[int, typer.Option("--eval-prompts", min=0, help="Held-out prompts to check it on.")] = 16,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
+    seed: SeedOption = 0,
+    ignore_config: IgnoreConfigOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an expert: train a base on its own answers, rewritten so that they follow the instruction."""
+    import shutil
+
+    from wpjax.errors import OutputError
+    from wpjax.files import check_output
+
+    check_output(out, overwrite)
+    checkpoints = out.with_name(f".{out.name}.training")
+    if checkpoints.exists() and not resume:
+        raise OutputError(f"{checkpoints} is left from an interrupted training; pass --resume, or delete it")
+
+    from wpjax import behaviours
+    from wpjax.cli.console import print_json, print_table, progress_bars
+    from wpjax.models.checkpoint import save_checkpoint
+    from wpjax.pairs import load_model
+    from wpjax.training import TrainConfig, finetune, pass_rate
+
+    task = behaviours.behaviour(behaviour, checker)
+    model = load_model(base, ignore_config=tuple(ignore_config or ()))
+    config = TrainConfig(steps=steps, lr=lr, batch_size=batch_size, weight_decay=weight_decay, seed=seed)
+    with progress_bars() as progress:
+        progress("answers to learn from", 0, 1)
+        losses: list[float] = []
+
+        def on_step(step: int, loss: float) -> None:
+            progress("answers to learn from", 1, 1)
+            progress("training", step, steps)
+            losses.append(loss)
+
+        expert = finetune(
+            model,
+            task,
+            config,
+            components=None if components is None else [c.strip() for c in components.split(",")],
+            max_new_tokens=max_new_tokens,
+            checkpoints=checkpoints,
+            on_step=on_step,
+        )
+        save_checkpoint(out, expert, overwrite=overwrite)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        rates: dict[str, float] = {}
+        for i, (name, which) in enumerate({"base": model, "expert": expert}.items() if eval_prompts else ()):
+            progress("checking on held-out prompts", i, 2)
+            rates[name] = pass_rate(which, task, eval_prompts, max_new_tokens)
+            progress("checking on held-out prompts", i + 1, 2)
+    if as_json:
+        print_json({"out": str(out), "loss": losses[-1:], "pass_rate": rates})
+        return
+    if rates:
+        rows = [(name, f"{rate:.0%}") for name, rate in rates.items()]
+        print_table(f"{task.name} on {eval_prompts} held-out prompts", ("model", "follows"), rows)
+    print(f"\nwrote {out}; next: wpjax sweep --base {base} --expert {out} --behaviour {behaviour} --out {out.name}.nc")

@@ -1,0 +1,63 @@
+"""`wpjax inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+from wpjax.cli.options import MODEL, IgnoreConfigOption, JsonOption
+
+EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
+
+
+def run(
+    base: Annotated[str, typer.Argument(help=MODEL)],
+    expert: Annotated[str | None, typer.Argument(help="A second model, to compare.")] = None,
+    ignore_config: IgnoreConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model's architecture and components, and what an expert changed."""
+    from wpjax.cli.console import out, print_json, print_table
+    from wpjax.components import KINDS, count, gate_shapes
+    from wpjax.models.checkpoint import fingerprint
+    from wpjax.pairs import load_model, make_pair
+
+    ignored = tuple(ignore_config or ())
+    model = load_model(base, ignore_config=ignored)
+    pair = make_pair(model, load_model(expert, ignore_config=ignored)) if expert else None
+    cfg = model.cfg
+    counts = {k: count(cfg, k) * (cfg.n_layers if kind.in_layer else 1) for k, kind in KINDS.items()}
+    summary: dict[str, Any] = {
+        "config": dataclasses.asdict(cfg),
+        "components": counts,
+        "gates": {gate: list(shape) for gate, shape in gate_shapes(cfg).items()},
+        "fingerprint": fingerprint(cfg, model.params),
+    }
+    norms = pair.diff_norms() if pair else []
+    if pair:
+        summary["expert_fingerprint"] = pair.fingerprints[1]
+        summary["difference"] = [row._asdict() for row in norms]
+    if as_json:
+        print_json(summary)
+        return
+    print_table(base, ("", "value"), [(k, str(v)) for k, v in summary["config"].items()])
+    print_table("\nComponents", ("kind", "in the model"), [(k, f"{n:,}") for k, n in counts.items()])
+    out.print(f"\nfingerprint {summary['fingerprint']}")
+    if pair:
+        print_table(
+            f"\nWhat {expert} changed",
+            ("parameters of", "number", "changed", "norm of change", "relative"),
+            [
+                (
+                    r.gate,
+                    f"{r.n_params:,}",
+                    f"{r.n_changed / r.n_params:.1%}",
+                    f"{r.delta:.4g}",
+                    f"{r.delta / r.base:.2%}",
+                )
+                for r in norms
+            ],
+        )
+        out.print("\nSame architecture, same vocabulary: a pair.")

@@ -1,0 +1,46 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL = "HF folder, .gguf file, hub id (org/name or org/name@revision) or embedded model (tiny:base)."
+
+
+class Dtype(enum.StrEnum):
+    """Precision of weights and matrix products; the residual stream and the score are float32 always."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+BaseOption = Annotated[str, typer.Option("--base", help=f"The base: {MODEL}")]
+ExpertOption = Annotated[str, typer.Option("--expert", help="The expert: as the base.")]
+BehaviourOption = Annotated[
+    str,
+    typer.Option(
+        "--behaviour",
+        help="A built-in behaviour (english_capital, no_comma, title, multiple_sections, quotation, "
+        "number_highlighted_sections; tiny:NAME for the embedded models) or a .jsonl file of prompt pairs.",
+    ),
+]
+CheckerOption = Annotated[
+    str | None,
+    typer.Option("--checker", help="For a .jsonl file: regex:..., contains:..., module:function or a built-in name."),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of weights and matrix products.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+PromptsOption = Annotated[int, typer.Option("--n-prompts", min=2, help="Prompts, at most.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+IgnoreConfigOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-config", help="An attribute of config.json known not to change the forward pass; repeatable."
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", help="What to write.")]

@@ -1,0 +1,167 @@
+"""`wpjax sweep`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wpjax.cli.options import (
+    BaseOption,
+    BehaviourOption,
+    CheckerOption,
+    Dtype,
+    DtypeOption,
+    ExpertOption,
+    IgnoreConfigOption,
+    JsonOption,
+    OutOption,
+    OverwriteOption,
+    PromptsOption,
+    SeedOption,
+)
+
+if TYPE_CHECKING:
+    from wpjax.results import SweepResult
+
+EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --kinds head,neuron --out title.nc"
+
+
+class Method(enum.StrEnum):
+    """How effects are measured."""
+
+    exact = "exact"
+    screen = "screen"
+    screen_exact = "screen+exact"
+    gradient = "gradient"
+
+
+def run(
+    base: BaseOption,
+    expert: ExpertOption,
+    behaviour: BehaviourOption,
+    out: OutOption,
+    checker: CheckerOption = None,
+    anchor: Annotated[Path | None, typer.Option("--anchor", help="From `wpjax anchor`; fitted if absent.")] = None,
+    kinds: Annotated[
+        str, typer.Option("--kinds", help="Comma-separated: head,kv_group,neuron,attn,mlp,layer,norm,embed.")
+    ] = "head,kv_group,neuron",
+    components: Annotated[
+        str | None, typer.Option("--components", help="Comma-separated names to sweep instead, e.g. L3.head.5,L4.mlp.")
+    ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            "--method",
+            help="exact replaces every component for real; screen scores all by first order; screen+exact then replaces "
+            "the top ones; gradient is the plain weight gradient.",
+        ),
+    ] = Method.screen_exact,
+    top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind that screen+exact replaces.")] = 512,
+    n_prompts: PromptsOption = 64,
+    dtype: DtypeOption = Dtype.float32,
+    memory: Annotated[
+        float | None, typer.Option("--memory-mb", min=1, help="Memory for a chunk of patches; chosen if absent.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was interrupted.")] = False,
+    seed: SeedOption = 0,
+    show: Annotated[int, typer.Option("--show", min=1, help="Rows to print.")] = 20,
+    ignore_config: IgnoreConfigOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how much of the behaviour each component's weights carry, and write the result."""
+    from wpjax.files import check_output
+
+    check_output(out, overwrite)
+
+    from wpjax import behaviours, sweeps
+    from wpjax.anchors import Anchor, fit_anchor
+    from wpjax.cli.console import progress_bars
+    from wpjax.components import check_kind
+    from wpjax.pairs import load_pair
+    from wpjax.results import Shards
+
+    names = [k.strip() for k in kinds.split(",") if k.strip()]
+    for kind in names:
+        check_kind(kind)
+    task = behaviours.behaviour(behaviour, checker)
+    pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
+    direction = Anchor.load(anchor) if anchor else fit_anchor(pair, task, n_prompts=n_prompts, seed=seed)
+    batch = task.encode(pair.tokenizer, "sweep", n_prompts)
+    settings = {
+        "pair": pair.fingerprints,
+        "anchor": [direction.layer, direction.vector.tolist()],
+        "prompts": batch.texts,
+        "kinds": names,
+        "components": components,
+        "method": method,
+        "top": top,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    shards = Shards(out.with_name(f".{out.name}.sweep"), settings, resume)
+    with progress_bars() as progress:
+        result = sweeps.sweep(
+            pair,
+            batch,
+            direction,
+            kinds=names,
+            components=None if components is None else [c.strip() for c in components.split(",") if c.strip()],
+            method=method.value,
+            top=top,
+            seed=seed,
+            budget=None if memory is None else int(memory * 2**20),
+            done=shards,
+            progress=progress,
+        )
+    result.to_netcdf(out, overwrite)
+    shards.discard()
+    print_result(result, show, as_json)
+    if not as_json:
+        print(f"\nwrote {out}; for the pictures: wpjax report {out} --out {out.with_suffix('.html')}")
+
+
+def print_result(result: SweepResult, n: int, as_json: bool) -> None:
+    """The ranked table, with the gap, the noise floor and the coverage."""
+    from wpjax.cli.console import print_json, print_table
+
+    attrs = result.dataset.attrs
+    exact = bool(result.dataset["exact"].values.any())
+    by = "effect" if exact else next(v for v in ("screen", "gradient") if v in result.dataset)
+    rows = result.top(n, by=by)
+    coverage = dict(
+        zip(result.dataset["swept_kind"].values.tolist(), result.dataset["coverage_joint"].values.tolist(), strict=True)
+    )
+    if as_json:
+        print_json(
+            {"ranked_by": by, "top": [r._asdict() for r in rows], "coverage": {**coverage, "all": attrs["coverage"]}}
+        )
+        return
+    first_order = {
+        str(n): float(v) for n, v in zip(result.dataset["name"].values, result.dataset[by].values, strict=True)
+    }
+    print_table(
+        f"{attrs['behaviour']}: {attrs['base']} -> {attrs['expert']}, anchor at layer {attrs['anchor_layer']}",
+        ("component", "effect", "95 % interval", "q", "") if exact else ("component", by),
+        [
+            (
+                r.name,
+                f"{r.effect:+.4f}",
+                f"[{r.ci_low:+.4f}, {r.ci_high:+.4f}]",
+                f"{r.q_value:.2g}",
+                "below the noise floor" if r.below_noise_floor else "",
+            )
+            if exact
+            else (r.name, f"{first_order[r.name]:+.4f}")
+            for r in rows
+        ],
+    )
+    parts = ", ".join(f"{kind} {share:.0%}" for kind, share in coverage.items())
+    print(
+        f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on {attrs['n_prompts']} prompts; "
+        f"recovered jointly: {parts}, together {attrs['coverage']:.0%}"
+        + (f"; noise floor {attrs['noise_floor']:.1e}" if exact else "")
+    )

@@ -1,0 +1,204 @@
+"""Figures of a sweep result, each a function from the result to a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from wpjax.results import SweepResult
+
+COLOURS = {
+    "head": "#2b6cb0",
+    "kv_group": "#2c9c91",
+    "neuron": "#d9772b",
+    "attn": "#5a67a8",
+    "mlp": "#b8862b",
+    "layer": "#6b7280",
+    "norm": "#9b5fa5",
+    "embed": "#b04a5a",
+}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "wpjax",
+    "figure.constrained_layout.use": True,
+}
+GREY = "#6b7280"
+
+
+def _values(result: SweepResult) -> tuple[np.ndarray, str]:
+    """The best effect known of each component: exact where there is one, otherwise first order; and its label."""
+    data = result.dataset
+    values = data["effect"].values.copy()
+    for name in ("screen", "gradient"):
+        if name in data:
+            missing = np.isnan(values)
+            values[missing] = data[name].values[missing]
+            return values, "share of gap recovered" if not missing.all() else f"first-order effect ({name})"
+    return values, "share of gap recovered"
+
+
+def draw_heads(result: SweepResult, axes: Axes, kind: str = "head") -> None:
+    """Effect of every head (or KV group): layer by index, diverging around zero."""
+    data, (values, label) = result.dataset, _values(result)
+    mine = data["kind"].values == kind
+    layers, index = data["layer"].values[mine], data["index"].values[mine]
+    grid = np.full((layers.max() + 1, index.max() + 1), np.nan)
+    grid[layers, index] = values[mine]
+    scale = max(float(np.nanmax(np.abs(grid))), 1e-9)
+    image = axes.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0, -scale, scale))
+    axes.set(xlabel=kind.replace("kv_group", "KV group"), ylabel="layer")
+    axes.set_title("Heads" if kind == "head" else "KV groups")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def draw_neurons(result: SweepResult, axes: Axes) -> None:
+    """Effect of every neuron by layer, with each layer's positive and negative sums."""
+    data, (values, label) = result.dataset, _values(result)
+    mine = data["kind"].values == "neuron"
+    layers, effects = data["layer"].values[mine], values[mine]
+    jitter = np.random.default_rng(0).uniform(-0.35, 0.35, layers.size)
+    axes.axhline(0, color=GREY, lw=0.6)
+    axes.scatter(layers + jitter, effects, s=5, color=COLOURS["neuron"], alpha=0.5, lw=0, rasterized=True)
+    order = np.argsort(-effects)[:5]
+    names = data["name"].values[mine]
+    for i in order:
+        axes.annotate(str(names[i]), (layers[i] + jitter[i], effects[i]), xytext=(4, 2), textcoords="offset points",
+                      fontsize=7, color="#333")  # fmt: skip
+    axes.set(xlabel="layer", ylabel=label)
+    axes.set_title("Neurons")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    twin = axes.twinx()
+    for sign, colour in ((1, "#b5341f"), (-1, "#2b5d8c")):
+        sums = np.bincount(layers, np.where(np.sign(effects) == sign, effects, 0.0), layers.max() + 1)
+        twin.plot(np.arange(len(sums)), sums, color=colour, lw=1, marker=".", ms=3, alpha=0.8)
+    twin.set_ylabel("sum of the layer, by sign", color=GREY)
+    twin.spines["right"].set_visible(True)
+    _align_zeros(axes, twin)
+
+
+def _align_zeros(first: Axes, second: Axes) -> None:
+    """Give two y axes their zero at one height."""
+    below = max((-low / (high - low) for low, high in (first.get_ylim(), second.get_ylim()) if low < 0), default=0.0)
+    below = min(max(below, 0.02), 0.98)
+    for axes in (first, second):
+        low, high = axes.get_ylim()
+        reach = max(high / (1 - below), -low / below)
+        axes.set_ylim(-below * reach, (1 - below) * reach)
+
+
+def draw_top(result: SweepResult, axes: Axes, n: int = 20) -> None:
+    """The highest-ranked components with their intervals."""
+    rows = result.top(n)[::-1]
+    kinds = dict(zip(result.dataset["name"].values, result.dataset["kind"].values, strict=True))
+    y = np.arange(len(rows))
+    effect = np.array([r.effect for r in rows])
+    colours = [COLOURS.get(str(kinds[r.name]), GREY) for r in rows]
+    axes.barh(y, effect, color=colours, height=0.7)
+    low, high = (np.array([getattr(r, f) for r in rows]) for f in ("ci_low", "ci_high"))
+    bars = np.clip([effect - low, high - effect], 0, None)
+    axes.errorbar(effect, y, xerr=bars, fmt="none", ecolor="#222", elinewidth=0.8)
+    axes.set_yticks(y, [r.name for r in rows], fontsize=7)
+    axes.axvline(0, color=GREY, lw=0.6)
+    axes.set(xlabel="share of gap recovered alone (95 % interval)")
+    axes.set_title("Highest effects")
+
+
+def draw_coverage(result: SweepResult, axes: Axes) -> None:
+    """What each kind recovers as one patch, beside the sum of its single patches."""
+    data = result.dataset
+    kinds = [str(k) for k in data["swept_kind"].values]
+    y = np.arange(len(kinds))[::-1]
+    axes.barh(y + 0.2, data["coverage_joint"].values, 0.36, color=[COLOURS.get(k, GREY) for k in kinds], label="joint")
+    axes.barh(y - 0.2, data["coverage_sum"].values, 0.36, color="#c9ced6", label="sum of single effects")
+    axes.set_yticks(y, [f"{k} ({n})" for k, n in zip(kinds, data["n_components"].values, strict=True)])
+    axes.axvline(0, color=GREY, lw=0.6)
+    axes.axvline(1, color=GREY, lw=0.6, ls=":")
+    axes.set(xlabel="share of gap recovered")
+    axes.set_title(f"Coverage: {data.attrs['coverage']:.0%} by all together")
+    axes.legend(frameon=False, fontsize=7, loc="best")
+
+
+def draw_anchor(result: SweepResult, axes: Axes) -> None:
+    """Gap with its interval and split-half cosine, by layer."""
+    data = result.dataset
+    layers = np.arange(data.sizes["model_layer"])
+    scale = 1 / data["anchor_gap_sd"].values
+    gap, low, high = (data[f"anchor_{f}"].values * scale for f in ("gap", "gap_low", "gap_high"))
+    axes.axhline(0, color=GREY, lw=0.6)
+    axes.fill_between(layers, low, high, color=COLOURS["head"], alpha=0.2, lw=0)
+    axes.plot(layers, gap, color=COLOURS["head"], marker=".", ms=4)
+    axes.axvline(data.attrs["anchor_layer"], color="#222", lw=0.8, ls=":")
+    axes.set(xlabel="layer", ylabel="gap, expert − base (standard deviations)")
+    axes.set_title(f"Anchor: layer {data.attrs['anchor_layer']}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    twin = axes.twinx()
+    twin.plot(layers, data["anchor_stability"].values, color=COLOURS["neuron"], lw=1)
+    twin.set_ylim(min(0.0, float(data["anchor_stability"].min())), 1.02)
+    twin.set_ylabel("split-half cosine", color=COLOURS["neuron"])
+    twin.spines["right"].set_visible(True)
+
+
+def _has(result: SweepResult, kind: str) -> bool:
+    return bool((result.dataset["kind"].values == kind).any())
+
+
+def available(result: SweepResult) -> dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]]:
+    """The figures this result has the data for: name -> (function that draws it, size in inches)."""
+    figures: dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]] = {}
+    if result.dataset["exact"].values.any():
+        figures["top"] = (draw_top, (5.4, 4.2))
+    if _has(result, "head"):
+        figures["heads"] = (draw_heads, (5.4, 3.8))
+    if _has(result, "kv_group"):
+        figures["kv_groups"] = (lambda r, axes: draw_heads(r, axes, "kv_group"), (3.6, 3.8))
+    if _has(result, "neuron"):
+        figures["neurons"] = (draw_neurons, (6.4, 3.8))
+    figures["coverage"] = (draw_coverage, (5.0, 2.6))
+    if "anchor_gap" in result.dataset:
+        figures["anchor"] = (draw_anchor, (5.0, 3.0))
+    return figures
+
+
+def make_figure(result: SweepResult, name: str) -> Figure:
+    """One figure by name."""
+    draw, size = available(result)[name]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(result, figure.add_subplot())
+    return figure
+
+
+def make_overview(result: SweepResult) -> Figure:
+    """Everything at a glance: the picture of where the behaviour lives."""
+    figures = available(result)
+    names = [n for n in ("top", "heads", "neurons", "coverage", "anchor", "kv_groups") if n in figures][:6]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(13, 7.4 if len(names) > 3 else 3.9), layout="constrained")
+        grid = figure.subplots(-(-len(names) // 3), 3, squeeze=False).ravel()
+        for axes, name in zip(grid, names, strict=False):
+            figures[name][0](result, axes)
+        for axes in grid[len(names) :]:
+            axes.set_visible(False)
+        attrs = result.dataset.attrs
+        title = f"{attrs['behaviour']}: weights of {attrs['expert']} that carry it into {attrs['base']}"
+        figure.suptitle(
+            title.replace("$", r"\$"),  # a path is not mathematics
+            fontsize=11, fontweight="bold", x=0.01, ha="left",
+        )  # fmt: skip
+    return figure

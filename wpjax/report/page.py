@@ -1,0 +1,126 @@
+"""The HTML page of a sweep: one file, no network, no script from elsewhere."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from wpjax.files import atomic_output
+from wpjax.report.figures import STYLE, available, make_figure, make_overview
+from wpjax.results import SweepResult
+
+TITLES = {
+    "top": "Highest effects",
+    "heads": "Effect of every head",
+    "kv_groups": "Effect of every KV group",
+    "neurons": "Effect of every neuron, by layer",
+    "coverage": "Coverage by kind",
+    "anchor": "The anchor, layer by layer",
+}
+
+
+def write_report(result: SweepResult, path: str | Path, *, n_rows: int = 100, overwrite: bool = False) -> list[Path]:
+    """Write the page, and beside it the figures as PNG files.
+
+    Args:
+        result: the sweep.
+        path: of the page, `report.html` say; figures are named after its stem.
+        n_rows: components in its table.
+        overwrite: replace what is there.
+
+    Returns:
+        the files written, the page first.
+
+    Raises:
+        OutputError: a place exists or cannot be written.
+    """
+    page = Path(path)
+    written = [page]
+    figures = {name: make_figure(result, name) for name in available(result)}
+    with atomic_output(page, overwrite) as temporary:
+        temporary.write_text(render_page(result, figures, n_rows), encoding="utf-8")
+    for name, figure in {"overview": make_overview(result), **figures}.items():
+        target = page.with_name(f"{page.stem}-{name}.png")
+        with atomic_output(target, overwrite) as temporary, mpl.rc_context(STYLE):
+            figure.savefig(temporary, format="png", dpi=150)
+        written.append(target)
+    return written
+
+
+def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) -> str:
+    """The page's text; every name and prompt in it is escaped."""
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("wpjax.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html.jinja")
+    data = result.dataset
+    exact = bool(data["exact"].values.any())
+    by = "effect" if exact else next(v for v in ("screen", "gradient") if v in data)
+    return template.render(
+        attrs=data.attrs,
+        by=by,
+        exact=exact,
+        rows=_table(result, by, n_rows),
+        figures=[(TITLES[name], _svg(figure)) for name, figure in figures.items()],
+        kinds=_kind_rows(result),
+        prompts=[str(p) for p in data["prompt"].values[:6]],
+        n_exact=int(data["exact"].values.sum()),
+        n_significant=int((data["q_value"].values < 0.05).sum()),
+        n_below=int((data["below_noise_floor"].values & data["exact"].values).sum()),
+    )
+
+
+def _table(result: SweepResult, by: str, n_rows: int) -> list[dict[str, Any]]:
+    data = result.dataset
+    place = {str(name): i for i, name in enumerate(data["name"].values)}
+    extra = [name for name in ("screen", "gradient") if name in data]
+    rows = []
+    for row in result.top(n_rows, by=by):
+        i = place[row.name]
+        rows.append(
+            {
+                **row._asdict(),
+                "kind": str(data["kind"].values[i]),
+                "layer": int(data["layer"].values[i]),
+                "delta_norm": float(data["delta_norm"].values[i]),
+                **{name: float(data[name].values[i]) for name in extra},
+            }
+        )
+    return rows
+
+
+def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
+    data, floors = result.dataset, result.attribute("noise_floor_by_kind")
+    rows = []
+    for i, kind in enumerate(str(k) for k in data["swept_kind"].values):
+        mine = data["kind"].values == kind
+        rows.append(
+            {
+                "kind": kind,
+                "n": int(mine.sum()),
+                "n_exact": int((mine & data["exact"].values).sum()),
+                "joint": float(data["coverage_joint"].values[i]),
+                "sum": float(data["coverage_sum"].values[i]),
+                "floor": float(floors.get(kind, np.nan)),
+            }
+        )
+    return rows
+
+
+def _svg(figure: Figure) -> Markup:
+    """A figure as inline SVG; matplotlib escapes the text it draws."""
+    out = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return Markup(text[text.index("<svg") :])

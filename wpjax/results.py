@@ -1,0 +1,186 @@
+"""The result of a sweep: one dataset, one netCDF file, and the shards a sweep leaves behind while it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from wpjax.errors import OutputError, WpjaxError
+from wpjax.files import atomic_output
+
+SCHEMA = 1
+"""Version of the file's layout, in its attribute `schema`."""
+
+
+class Row(NamedTuple):
+    """One line of a ranked table.
+
+    Attributes:
+        rank: from 1.
+        name: component.
+        effect: share of the gap it recovers alone (ratio of means).
+        ci_low: lower end of the 95 % interval.
+        ci_high: upper end.
+        q_value: false discovery rate at which it would be reported.
+        below_noise_floor: whether rounding alone could have made it.
+    """
+
+    rank: int
+    name: str
+    effect: float
+    ci_low: float
+    ci_high: float
+    q_value: float
+    below_noise_floor: bool
+
+
+class SweepResult:
+    """A sweep's dataset, with the questions users ask of it.
+
+    Dimension `component` has coordinates `name`, `kind`, `layer`, `index`; dimension `prompt` has `prompt`, the text
+    exactly as the model was given it. Variables: `effect` (ratio of means, NaN where a component was only screened),
+    `effect_paper` (mean of ratios), `ci_low`, `ci_high`, `p_value`, `q_value`, `below_noise_floor`, `exact`,
+    `delta[component, prompt]`, `gap[prompt]`, `delta_norm` (Frobenius norm of the component's task vector), and
+    `screen` or `gradient` where they were asked for. `coverage_joint[swept_kind]` and `coverage_sum[swept_kind]` say
+    how much of the gap each kind recovers as one patch and as the sum of its single patches;
+    `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.
+    """
+
+    def __init__(self, dataset: xr.Dataset):
+        self.dataset = dataset
+
+    def top(
+        self, n: int = 20, *, by: str = "effect", kinds: tuple[str, ...] | None = None, absolute: bool = False
+    ) -> list[Row]:
+        """The n components that rank highest.
+
+        Args:
+            n: how many.
+            by: variable to rank by: "effect", "screen", "gradient", "delta_norm".
+            kinds: only these kinds.
+            absolute: rank by magnitude, so that strong negative effects stand high too; the default is signed.
+
+        Raises:
+            WpjaxError: the result has no such variable.
+        """
+        data = self.dataset
+        if by not in data or data[by].dims != ("component",):
+            raise WpjaxError(f"this result has no ranking {by!r}; run the sweep with the method that measures it")
+        values = data[by].values.astype(float)
+        usable = np.isfinite(values)
+        if kinds is not None:
+            usable &= np.isin(data["kind"].values.astype(str), kinds)
+        keys = np.abs(values) if absolute else values
+        order = [i for i in np.argsort(-keys, kind="stable") if usable[i]][:n]
+        return [
+            Row(
+                rank,
+                str(data["name"].values[i]),
+                float(data["effect"].values[i]),
+                float(data["ci_low"].values[i]),
+                float(data["ci_high"].values[i]),
+                float(data["q_value"].values[i]),
+                bool(data["below_noise_floor"].values[i]),
+            )
+            for rank, i in enumerate(order, 1)
+        ]
+
+    def attribute(self, name: str) -> Any:
+        """An attribute, parsed if it was stored as JSON."""
+        value = self.dataset.attrs[name]
+        return json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
+
+    def to_netcdf(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            OutputError: the place exists or cannot be written.
+        """
+        encoding = {v: {"zlib": True} for v, a in self.dataset.data_vars.items() if a.dtype.kind == "f" and a.ndim}
+        with atomic_output(Path(path), overwrite) as temporary:
+            self.dataset.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+
+    @classmethod
+    def from_netcdf(cls, path: str | Path) -> SweepResult:
+        """Read what `to_netcdf` wrote.
+
+        Raises:
+            WpjaxError: no such file, or not a result of this package.
+        """
+        try:
+            dataset = xr.load_dataset(path, engine="h5netcdf")
+        except (OSError, ValueError) as error:
+            raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `wpjax sweep`") from error
+        if dataset.attrs.get("schema") != SCHEMA:
+            raise WpjaxError(f"{path}: schema {dataset.attrs.get('schema')}, this version reads {SCHEMA}; sweep again")
+        return cls(dataset)
+
+
+class Shards(MutableMapping[str, np.ndarray]):
+    """Finished parts of a sweep, one file each: a killed sweep goes on where it stopped.
+
+    Args:
+        folder: where the parts are kept.
+        identity: everything the parts depend on; a folder of another sweep is refused.
+        resume: whether a folder that exists may be used.
+
+    Raises:
+        OutputError: the folder exists and `resume` is off, or it belongs to another sweep.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool):
+        self.folder = folder
+        text = json.dumps(identity, sort_keys=True, default=str)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        manifest = folder / "manifest.json"
+        if folder.exists():
+            if not resume:
+                raise OutputError(f"{folder} is left from a sweep that did not finish; pass --resume, or delete it")
+            if not manifest.exists() or json.loads(manifest.read_text())["digest"] != digest:
+                raise OutputError(
+                    f"{folder} belongs to a sweep with other settings; delete it, or repeat those settings"
+                )
+        else:
+            with atomic_output(folder) as temporary:
+                temporary.mkdir()
+                (temporary / "manifest.json").write_text(
+                    json.dumps({"digest": digest, "identity": identity}, default=str)
+                )
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        try:
+            return np.load(self._path(key), allow_pickle=False)
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def __setitem__(self, key: str, value: np.ndarray) -> None:
+        temporary = self.folder / f".{key}.{os.getpid()}.partial"
+        with temporary.open("wb") as file:
+            np.save(file, value, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path(key))
+
+    def __delitem__(self, key: str) -> None:
+        self._path(key).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in self.folder.glob("[!.]*.npy"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def discard(self) -> None:
+        """Remove the folder, once the result is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)

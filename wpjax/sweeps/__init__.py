@@ -1,0 +1,5 @@
+"""Sweeps over components: exact suffix replay, first-order screens, and the reference they are tested against."""
+
+from wpjax.sweeps.run import DEFAULT_KINDS, METHODS, sweep
+
+__all__ = ["DEFAULT_KINDS", "METHODS", "sweep"]
