@@ -42,7 +42,7 @@ def test_logits_and_every_residual_site_equal_hf(hf_model):
     ours = load_checkpoint(str(hf_model.folder))
     out = forward(ours.cfg, ours.params, jnp.asarray(TOKENS), sites=tuple(Site))
     logits, sites = hf_sites(hf_model.model, TOKENS)
-    np.testing.assert_allclose(out.logits, logits, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(out.logits), logits, atol=1e-4, rtol=1e-4)
     for site in Site:
         np.testing.assert_allclose(out.sites[site], sites[site], atol=1e-4, rtol=1e-4, err_msg=site)
 

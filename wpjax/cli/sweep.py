@@ -26,7 +26,7 @@ from wpjax.cli.options import (
 if TYPE_CHECKING:
     from wpjax.results import SweepResult
 
-EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --kinds head,neuron --out title.nc"
+EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
 
 class Method(enum.StrEnum):
@@ -55,8 +55,8 @@ def run(
         Method,
         typer.Option(
             "--method",
-            help="exact replaces every component for real; screen scores all by first order; screen+exact then replaces "
-            "the top ones; gradient is the plain weight gradient.",
+            help="exact replaces every component for real; screen scores all by first order; screen+exact then "
+            "replaces the top ones; gradient is the plain weight gradient.",
         ),
     ] = Method.screen_exact,
     top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind that screen+exact replaces.")] = 512,
@@ -161,7 +161,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
     )
     parts = ", ".join(f"{kind} {share:.0%}" for kind, share in coverage.items())
     print(
-        f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on {attrs['n_prompts']} prompts; "
-        f"recovered jointly: {parts}, together {attrs['coverage']:.0%}"
+        f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
+        f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
         + (f"; noise floor {attrs['noise_floor']:.1e}" if exact else "")
     )
