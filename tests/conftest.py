@@ -4,9 +4,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import numpy as np
 import pytest
 
-from tests.tiny import SPECS, HfModel, build
+from tests.tiny import PAIR_SPECS, SPECS, HfModel, HfPair, build, build_pair
+from wpjax.behaviours import PromptBatch, PromptPair, Tokens
+from wpjax.models.checkpoint import load_checkpoint
+from wpjax.pairs import Pair
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -15,3 +19,25 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def hf_model(request, tmp_path_factory) -> HfModel:
     """Every architecture of the table, as a torch model and the folder it was saved to."""
     return build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session", params=PAIR_SPECS)
+def hf_pair(request, tmp_path_factory) -> HfPair:
+    """The architectures whose patches differ, as two torch models."""
+    return build_pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def pair(hf_pair) -> Pair:
+    """The same two models as ours (without a tokenizer: these tests bring their own tokens)."""
+    base, expert = (load_checkpoint(str(m.folder)) for m in (hf_pair.base, hf_pair.expert))
+    return Pair(base.cfg, base.params, expert.params, None, base, expert)
+
+
+@pytest.fixture(scope="session")
+def batch() -> PromptBatch:
+    """Random prompts of different lengths in the vocabulary of the table's models, two a query."""
+    rng = np.random.default_rng(0)
+    tokens = Tokens(rng.integers(0, 61, (6, 12)).astype(np.int32), np.array([12, 7, 9, 12, 5, 11], np.int32))
+    pairs = tuple(PromptPair(f"with {i}", f"without {i // 2}", i // 2) for i in range(6))
+    return PromptBatch("random", "sweep", tokens, tokens, tuple(p.with_instruction for p in pairs), pairs)

@@ -101,3 +101,83 @@ def build(name: str, folder: Path, seed: int = 0) -> HfModel:
     model = random_model(name, seed)
     model.save_pretrained(folder)
     return HfModel(name, model, folder)
+
+
+PAIR_SPECS = ("llama-mha", "llama-gqa3", "llama-mqa", "llama-tied", "llama-biases", "gpt2-tied", "gpt2-untied")
+
+
+@dataclasses.dataclass(frozen=True)
+class HfPair:
+    """A base and an expert as torch models, and the folders they were saved to."""
+
+    name: str
+    base: HfModel
+    expert: HfModel
+
+
+def build_pair(name: str, folder: Path, strength: float = 0.3) -> HfPair:
+    """A random base, and an expert a share of the way towards another random model."""
+    base, other = build(name, folder / "base"), random_model(name, seed=1)
+    expert = random_model(name)
+    with torch.no_grad():
+        for p, q in zip(expert.parameters(), other.parameters(), strict=True):
+            p.add_(strength * (q - p))
+    expert.save_pretrained(folder / "expert")
+    return HfPair(name, base, HfModel(name, expert, folder / "expert"))
+
+
+def slices(model: Any, component: Any) -> dict[str, Any]:
+    """Which part of which HF tensor a component owns, written down here once more, from HF's own layout.
+
+    HF stacks heads along the rows of q_proj, k_proj and v_proj and along the columns of o_proj; GPT-2 stores its
+    matrices transposed, with queries, keys and values fused along the columns of c_attn.
+    """
+    c, config = component, model.config
+    names = list(model.state_dict())
+    if config.model_type == "llama":
+        dh, layer = config.head_dim, f"model.layers.{c.layer}."
+        rows = slice(c.index * dh, (c.index + 1) * dh)
+        owned = {
+            "head": {"self_attn.q_proj.weight": rows, "self_attn.q_proj.bias": rows,
+                     "self_attn.o_proj.weight": (slice(None), rows)},
+            "kv_group": {f"self_attn.{p}_proj.{w}": rows for p in "kv" for w in ("weight", "bias")},
+            "neuron": {f"mlp.{p}_proj.{w}": c.index for p in ("gate", "up") for w in ("weight", "bias")}
+            | {"mlp.down_proj.weight": (slice(None), c.index)},
+            "attn": {n.removeprefix(layer): ... for n in names if n.startswith(layer + "self_attn")},
+            "mlp": {n.removeprefix(layer): ... for n in names if n.startswith(layer + "mlp")},
+            "layer": {n.removeprefix(layer): ... for n in names if n.startswith(layer)},
+            "norm": {("post_attention_layernorm" if c.index else "input_layernorm") + ".weight": ...},
+        }  # fmt: skip
+        model_wide = {"embed": ["model.embed_tokens.weight"], "unembed": ["lm_head.weight"],
+                      "final_norm": ["model.norm.weight"]}  # fmt: skip
+    else:
+        d, dh, layer = config.n_embd, config.n_embd // config.n_head, f"transformer.h.{c.layer}."
+        q, k, v = (slice(i * d + c.index * dh, i * d + (c.index + 1) * dh) for i in range(3))
+        every = slice(None)
+        rows = slice(c.index * dh, (c.index + 1) * dh)
+        owned = {
+            "head": {"attn.c_attn.weight": (every, q), "attn.c_attn.bias": q, "attn.c_proj.weight": rows},
+            "kv_group": {"attn.c_attn.weight": [(every, k), (every, v)], "attn.c_attn.bias": [k, v]},
+            "neuron": {"mlp.c_fc.weight": (every, c.index), "mlp.c_fc.bias": c.index, "mlp.c_proj.weight": c.index},
+            "attn": {n.removeprefix(layer): ... for n in names if n.startswith(layer + "attn")},
+            "mlp": {n.removeprefix(layer): ... for n in names if n.startswith(layer + "mlp")},
+            "layer": {n.removeprefix(layer): ... for n in names if n.startswith(layer)},
+            "norm": {f"ln_{c.index + 1}.{w}": ... for w in ("weight", "bias")},
+        }
+        model_wide = {"embed": ["transformer.wte.weight", "transformer.wpe.weight"], "unembed": ["lm_head.weight"],
+                      "final_norm": ["transformer.ln_f.weight", "transformer.ln_f.bias"]}  # fmt: skip
+    if c.kind in model_wide:
+        return {name: [...] for name in model_wide[c.kind]}
+    wanted = {layer + name: at if isinstance(at, list) else [at] for name, at in owned[c.kind].items()}
+    return {name: at for name, at in wanted.items() if name in names}
+
+
+def patched_torch(pair: HfPair, component: Any) -> Any:
+    """The torch base with a component's slices copied from the expert's state dict."""
+    model, donor = random_model(pair.name), pair.expert.model.state_dict()
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, parts in slices(model, component).items():
+            for at in parts:
+                state[name][at] = donor[name][at]
+    return model

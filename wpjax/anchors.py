@@ -188,7 +188,8 @@ def fit_anchor(
 
     The chosen layer is, among those whose split-half cosine is at least `MIN_STABILITY` and whose gap is positive
     with its whole interval, the one where the gap is largest against its spread over prompts (mean / standard
-    deviation; our choice, the paper's rule is not known).
+    deviation). The last sixth of the layers is not considered: there the stream at the last prompt token already
+    holds the first token of the answer. Both rules are our choice; the paper's is not known.
 
     Args:
         pair: base and expert.
@@ -255,7 +256,8 @@ def _diagnose(
 
 
 def _choose(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | None) -> LayerDiagnostics:
-    considered = diagnostics if layer is None else diagnostics[layer : layer + 1]
+    early = len(diagnostics) - max(1, len(diagnostics) // 6) if len(diagnostics) > 1 else 1
+    considered = diagnostics[:early] if layer is None else diagnostics[layer : layer + 1]
     passing = [d for d in considered if not d.verdict()]
     if passing:
         return max(passing, key=lambda d: d.gap / max(d.gap_sd, 1e-30))

@@ -37,6 +37,7 @@ def atomic_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
+        _open_to_readers(temporary)
         _flush(temporary)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -49,6 +50,14 @@ def atomic_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _open_to_readers(path: Path) -> None:
+    """The permissions that a newly made file has anyway; some writers leave files for the owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        file.chmod(0o666 & ~mask)
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,183 @@
+"""Checkers cell by cell against if-verifiable, rewrites against checkers, splits and encodings."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from if_verifiable.common import evaluate_instructions
+from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
+from wpjax.behaviours import BUILT_IN, behaviour, loose, parse_checker, strict
+from wpjax.behaviours.checkers import CHECKERS
+from wpjax.behaviours.prompts import SPLITS
+from wpjax.errors import BehaviourError
+
+IDS = {
+    "no_comma": "punctuation:no_comma",
+    "title": "detectable_format:title",
+    "multiple_sections": "detectable_format:multiple_sections",
+    "quotation": "startend:quotation",
+    "number_highlighted_sections": "detectable_format:number_highlighted_sections",
+    "english_capital_official": "change_case:english_capital",
+}
+ARGS = {
+    "multiple_sections": [
+        {"section_spliter": s, "num_sections": n} for s in ("Section", "SECTION ") for n in (1, 2, 3)
+    ],
+    "number_highlighted_sections": [{"num_highlights": n} for n in (1, 2, 3)],
+}
+PIECES = [
+    "",
+    "plain words",
+    "one, two",
+    "<<a title>>",
+    "<< >>",
+    "<<broken\ntitle>>",
+    "<<<<>>",
+    '"quoted"',
+    '"',
+    '""',
+    "“curly”",
+    ' "spaced" ',
+    "*high* and *low*",
+    "**bold** words",
+    "***",
+    "* *",
+    "*a\nb*",
+    "Section 1\nfirst\nSection 2\nsecond",
+    "Section1 Section2",
+    "SECTION 1 x SECTION 2 y SECTION 3 z",
+    "Section one",
+    "THE OWL SLEEPS IN A WARM AND QUIET NEST UNDER THE OLD TREES BY THE RIVER AND WAKES AT NIGHT TO FIND SOME FOOD",
+    "The owl sleeps",
+    "123",
+    "  \n ",
+]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_checkers_equal_if_verifiable_cell_by_cell(name):
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0
+    texts = PIECES + ["\n".join(pair) for pair in itertools.permutations(PIECES, 2)]
+    for text, args in itertools.product(texts, ARGS.get(name, [{}])):
+        results, _ = evaluate_instructions(text, [IDS[name]], [args], "", INSTRUCTION_DICT)
+        expected = (results[0].strict_pass, results[0].loose_pass) if results else (False, False)
+        # if-verifiable strips the response first (it removes "thinking"); IFEval's own checkers do not.
+        got = tuple(bool(f(CHECKERS[name], text.strip(), args)) for f in (strict, loose))
+        assert got == expected, (name, text, args)
+
+
+def test_capitals_do_not_need_langdetect():
+    assert strict(CHECKERS["english_capital"], "YES, 3 OWLS.", {})
+    assert not strict(CHECKERS["english_capital"], "Yes", {})
+    assert not strict(CHECKERS["english_capital"], "123", {})
+    assert not strict(CHECKERS["english_capital"], " ", {})
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("prefix", ["", "tiny:"])
+def test_every_rewrite_passes_its_checker_and_no_plain_answer_does(name, prefix):
+    task = behaviour(prefix + name)
+    answer = 'The fox is small, quick and red. It lives in the "woods", by a river. At night it hunts.'
+    for pair in task.pairs:
+        assert strict(task.checker, task.rewrite(pair.without, answer, pair.args), pair.args)
+        assert not strict(task.checker, answer, pair.args)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_enough_prompts_and_splits_by_query(name):
+    task = behaviour(name)
+    queries = {p.query for p in task.pairs}
+    assert len(queries) >= 64
+    assert len(task.pairs) >= 4 * len(queries)
+    parts = [{p.query for p in task.select(split)} for split in SPLITS]
+    assert set.union(*parts) == queries
+    assert all(not a & b for a, b in itertools.combinations(parts, 2))
+    few = task.select("sweep", 32)
+    assert len({p.query for p in few}) == 32
+    assert len({p.with_instruction.replace(p.without, "") for p in few}) == 4
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return str(path)
+
+
+def test_a_users_file_in_both_forms(tmp_path):
+    lines = [{"with": f"Q{i}? Shout.", "without": f"Q{i}?"} for i in range(6)]
+    lines += [{"prompt": "Q0?", "instruction": "Yell.", "args": {"n": 2}, "response": "AH"}]
+    task = behaviour(write(tmp_path / "mine.jsonl", *lines), "regex:^[A-Z ]+$")
+    assert [p.query for p in task.pairs] == [0, 1, 2, 3, 4, 5, 0]
+    assert task.pairs[6].with_instruction == "Q0? Yell."
+    assert (task.pairs[6].args, task.pairs[6].response) == ({"n": 2}, "AH")
+    assert strict(task.checker, "SHOUT", {})
+    assert not strict(task.checker, "shout", {})
+
+
+GOOD = [{"with": f"Q{i}? Shout.", "without": f"Q{i}?"} for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([], "0 different queries, at least 6"),
+        (GOOD[:1], "1 different query, at least 6"),
+        ([*GOOD, "{oops"], "line 7: not JSON"),
+        ([*GOOD, "[1]"], "line 7: expected a JSON object"),
+        ([*GOOD, {"with": "a"}], "line 7: keys must be"),
+        ([*GOOD, {"with": " ", "without": "b"}], "line 7: prompts must be text"),
+        ([*GOOD, {"with": "b", "without": "b"}], "line 7: the prompt is the same"),
+        ([*GOOD, {"with": "a", "without": 3}], "line 7: prompts must be text"),
+        ([*GOOD, {"with": "a", "without": "b", "args": 1}], 'line 7: "args" must be'),
+    ],
+)
+def test_bad_files_say_which_line(tmp_path, lines, says):
+    with pytest.raises(BehaviourError, match=says):
+        behaviour(write(tmp_path / "bad.jsonl", *lines))
+
+
+@pytest.mark.parametrize("spec", ["regex:(", "contains:", "nosuchmodule:f", "json:nosuch", "nonsense"])
+def test_bad_checkers_are_refused(spec):
+    with pytest.raises(BehaviourError, match="checker"):
+        parse_checker(spec)
+
+
+def test_checkers_from_users():
+    assert parse_checker("contains:owl")("an owl", {})
+    assert parse_checker("keyword:iskeyword")("for", {})
+    assert not parse_checker("keyword:iskeyword")("four", {})
+
+
+def test_unknown_behaviours_and_missing_files(tmp_path):
+    with pytest.raises(BehaviourError, match="unknown behaviour 'caps'"):
+        behaviour("caps")
+    with pytest.raises(BehaviourError, match="cannot be read"):
+        behaviour(str(tmp_path / "none.jsonl"))
+    with pytest.raises(BehaviourError, match="has its own checker"):
+        behaviour("title", "contains:x")
+    with pytest.raises(BehaviourError, match="without a checker"):
+        behaviour(write(tmp_path / "mine.jsonl", *GOOD)).checker("text", {})
+
+
+def test_encoding_goes_through_the_chat_template():
+    from wpjax.pairs import load_model
+
+    tokenizer = load_model("tiny:base").tokenizer
+    batch = behaviour("tiny:title").encode(tokenizer, "sweep", 8)
+    assert len(batch) == 8
+    for text, ids, n, pair in zip(
+        batch.texts, batch.with_instruction.ids, batch.with_instruction.lengths, batch.pairs, strict=True
+    ):
+        assert text == f"<|user|>{pair.with_instruction}<|end|><|assistant|>"
+        assert tokenizer.decode(ids[:n]) == text
+        assert not ids[n:].any()
+    np.testing.assert_array_equal(batch.with_instruction.last, batch.with_instruction.lengths - 1)
+    with pytest.raises(BehaviourError, match="takes 8; shorten"):
+        batch.check_fits(8, 10**6)
+    with pytest.raises(BehaviourError, match="outside the model's vocabulary"):
+        batch.check_fits(10**6, 100)
+    with pytest.raises(BehaviourError, match="too few"):
+        behaviour("tiny:title").encode(tokenizer, "sweep", 1)

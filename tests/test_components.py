@@ -1,0 +1,74 @@
+"""Names, enumeration, and that every parameter belongs to exactly one gate."""
+
+import numpy as np
+import pytest
+
+from wpjax.components import KINDS, LEAVES, Component, count, enumerate_components, open_gates, parse_component
+from wpjax.errors import ComponentError
+from wpjax.models.convert import flatten
+from wpjax.models.decoder import abstract_params
+
+
+def test_names_parse_back(pair):
+    for component in enumerate_components(pair.cfg, KINDS):
+        assert parse_component(pair.cfg, component.name) == component
+
+
+def test_counts(pair):
+    cfg = pair.cfg
+    assert count(cfg, "head") == cfg.n_heads
+    assert count(cfg, "kv_group") == cfg.n_kv_heads
+    assert count(cfg, "neuron") == cfg.d_mlp
+    assert count(cfg, "norm") == 2
+    assert count(cfg, "unembed") == (0 if cfg.tied else 1)
+    assert len(enumerate_components(cfg, ["head"])) == cfg.n_heads * cfg.n_layers
+    assert len(enumerate_components(cfg, ["head"], range(2))) == cfg.n_heads * 2
+
+
+def test_finest_kinds_partition_all_parameters(pair):
+    """Heads, KV groups, neurons, norms and the whole-model kinds are disjoint; what they leave is b_O and b_out."""
+    finest = ["head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm"]
+    opened = [open_gates(pair.cfg, [c]) for c in enumerate_components(pair.cfg, finest)]
+    for gate in opened[0]:
+        times = np.sum([g[gate] for g in opened], axis=0)
+        assert (times == (0 if gate in ("attn_bias", "mlp_bias") else 1)).all(), gate
+    layers = open_gates(pair.cfg, enumerate_components(pair.cfg, ["layer", "embed", "unembed", "final_norm"]))
+    assert all(gate.all() for gate in layers.values())
+    assert set(flatten(abstract_params(pair.cfg))) <= set(LEAVES)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("L3.head.0", "layers L0 to L2"),
+        ("L0.head.99", "has head 0 to"),
+        ("L0.heads.1", "not a component name"),
+        ("L0.head", "not a component name"),
+        ("L0.head.01", "not a component name"),
+        ("L0.head.-1", "not a component name"),
+        ("L0.attn.0", "not a component name"),
+        ("L0.norm.mid", "not a component name"),
+        ("l0.head.1", "not a component name"),
+        ("L.head.1", "not a component name"),
+        ("L0.embed", "not a component name"),
+        ("L0.layer", "not a component name"),
+        ("", "not a component name"),
+        ("L١.head.1", "not a component name"),
+    ],
+)
+def test_bad_names_are_refused(pair, name, says):
+    with pytest.raises(ComponentError, match=says):
+        parse_component(pair.cfg, name)
+
+
+def test_a_tied_unembedding_is_refused_by_name(pair):
+    if pair.cfg.tied:
+        with pytest.raises(ComponentError, match="tied to embed"):
+            parse_component(pair.cfg, "unembed")
+    else:
+        assert parse_component(pair.cfg, "unembed") == Component("unembed")
+
+
+def test_an_unknown_kind_names_the_nearest(pair):
+    with pytest.raises(ComponentError, match="did you mean neuron"):
+        enumerate_components(pair.cfg, ["neurons"])

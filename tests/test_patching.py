@@ -1,0 +1,151 @@
+"""Patches against their definition, against HF torch with copied slices, and under jit, vmap and grad."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import patched_torch
+from wpjax.anchors import Anchor
+from wpjax.components import KINDS, Component, enumerate_components, gate_shapes
+from wpjax.models.convert import flatten
+from wpjax.models.decoder import forward
+from wpjax.patching import PatchMask, materialize, patch
+
+TOKENS = np.random.default_rng(1).integers(0, 61, (2, 10))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(cfg, params):
+    return forward(cfg, params, jnp.asarray(TOKENS)).logits
+
+
+def random_mask(cfg, seed, share=0.5):
+    rng = np.random.default_rng(seed)
+    return PatchMask({g: jnp.asarray(rng.random(shape) < share) for g, shape in gate_shapes(cfg).items()})
+
+
+def assert_same_tree(a, b):
+    for path, leaf in flatten(a).items():
+        np.testing.assert_array_equal(leaf, flatten(b)[path], err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.float32])
+def test_empty_is_base_and_full_is_expert_bit_for_bit(pair, dtype):
+    for mask, model in ((PatchMask.empty, pair.base), (PatchMask.full, pair.expert)):
+        gates = mask(pair.cfg, dtype)
+        assert_same_tree(materialize(pair.base, pair.expert, gates), model)
+        lazy = logits(pair.cfg, patch(pair.base, pair.expert, gates))
+        np.testing.assert_array_equal(lazy, logits(pair.cfg, model))
+
+
+def test_lazy_equals_materialised(pair):
+    for seed in range(3):
+        mask = random_mask(pair.cfg, seed)
+        lazy = logits(pair.cfg, patch(pair.base, pair.expert, mask))
+        plain = logits(pair.cfg, materialize(pair.base, pair.expert, mask))
+        np.testing.assert_allclose(lazy, plain, atol=2e-5, rtol=1e-5)
+
+
+def test_disjoint_patches_commute_and_unpatching_restores_the_base(pair):
+    one = random_mask(pair.cfg, 0)
+    other = random_mask(pair.cfg, 1) & ~one
+    step = functools.partial(materialize, pair.base)
+    first = materialize(step(pair.expert, one), pair.expert, other)
+    second = materialize(step(pair.expert, other), pair.expert, one)
+    assert_same_tree(first, second)
+    assert_same_tree(first, step(pair.expert, one | other))
+    assert_same_tree(materialize(step(pair.expert, one), pair.base, one), pair.base)
+
+
+def test_knock_out_is_the_reverse_patch(pair):
+    mask = random_mask(pair.cfg, 2)
+    assert_same_tree(materialize(pair.expert, pair.base, mask), materialize(pair.base, pair.expert, ~mask))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_component_equals_hf_with_its_slices_copied(hf_pair, pair, kind):
+    """Through HF's own layout, so GQA groups and fused matrices are checked component by component."""
+    components = enumerate_components(pair.cfg, [kind])
+    for c in components if kind != "neuron" else components[::17]:
+        ours = logits(pair.cfg, patch(pair.base, pair.expert, PatchMask.of(pair.cfg, [c])))
+        with torch.no_grad():
+            theirs = patched_torch(hf_pair, c)(torch.tensor(TOKENS)).logits.numpy()
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4, err_msg=c.name)
+        np.testing.assert_raises(
+            AssertionError, np.testing.assert_allclose, theirs, logits(pair.cfg, pair.base), atol=1e-6
+        )
+
+
+def scored(pair, anchor, batch):
+    return lambda mask: anchor.score(pair.cfg, patch(pair.base, pair.expert, mask), batch)
+
+
+def anchor_at(pair, layer):
+    v = np.random.default_rng(0).standard_normal(pair.cfg.d_model).astype(np.float32)
+    return Anchor(jnp.asarray(v / np.linalg.norm(v)), layer)
+
+
+def test_vmap_over_masks_equals_one_at_a_time_and_shares_the_weights(pair, batch):
+    anchor = anchor_at(pair, 2)
+    masks = [random_mask(pair.cfg, seed) for seed in range(16)]
+    stacked = jax.tree.map(lambda *gates: jnp.stack(gates), *masks)
+    score = scored(pair, anchor, batch)
+    together = jax.jit(jax.vmap(score))
+    one = jax.jit(score)
+    np.testing.assert_allclose(together(stacked), [one(m) for m in masks], atol=2e-5)
+
+
+def test_vmap_over_masks_takes_no_memory_for_weights(batch):
+    """Temporary memory of 16 masks stays far below 16 copies of the weights they choose between."""
+    from wpjax.models.config import ModelConfig
+    from wpjax.models.decoder import init_params
+
+    cfg = ModelConfig("llama", 3, 256, 4, 2, 64, 1024, 61, 64)
+    base, expert = (init_params(cfg, jax.random.key(i)) for i in range(2))
+    masks = jax.tree.map(lambda gate: jnp.stack([gate] * 16), PatchMask.empty(cfg))
+    anchor = Anchor(jnp.ones(cfg.d_model) / 16, 2)
+
+    def score(base, expert, mask):
+        return anchor.score(cfg, patch(base, expert, mask), batch)
+
+    compiled = jax.jit(jax.vmap(score, in_axes=(None, None, 0))).lower(base, expert, masks).compile()
+    n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base["blocks"]))
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * n_bytes
+
+
+def test_gradient_equals_finite_differences(pair, batch):
+    anchor = anchor_at(pair, 2)
+    total = jax.jit(lambda mask: scored(pair, anchor, batch)(mask).sum())
+    mask = random_mask(pair.cfg, 3).astype(jnp.float32)
+    mask = jax.tree.map(lambda gate: 0.25 + 0.5 * gate, mask)
+    slope = jax.jit(jax.grad(total))(mask)
+    step = 1e-2
+    for seed in range(4):
+        towards = random_mask(pair.cfg, 10 + seed).astype(jnp.float32)
+        ahead, behind = (
+            float(total(jax.tree.map(lambda m, d, s=sign: m + s * step * d, mask, towards))) for sign in (1, -1)
+        )
+        expected = sum(
+            float((s * d).sum()) for s, d in zip(jax.tree.leaves(slope), jax.tree.leaves(towards), strict=True)
+        )
+        assert (ahead - behind) / (2 * step) == pytest.approx(expected, rel=2e-3, abs=2e-3)
+
+
+def test_gradient_equals_the_exact_effect_where_the_model_is_linear_in_the_patch(pair, batch):
+    """Output weights of the anchor's own layer enter the score linearly: slope and difference are one number."""
+    layer = 1
+    anchor = anchor_at(pair, layer)
+    only_out = dict(flatten(pair.base))
+    only_out["blocks/mlp/W_out"] = flatten(pair.expert)["blocks/mlp/W_out"]
+    from wpjax.models.convert import unflatten
+
+    score = jax.jit(lambda mask: anchor.score(pair.cfg, patch(pair.base, unflatten(only_out), mask), batch).sum())
+    slope = jax.grad(score)(PatchMask.empty(pair.cfg, jnp.float32)).gates["neuron"][layer]
+    start = float(score(PatchMask.empty(pair.cfg, jnp.float32)))
+    for f in range(0, pair.cfg.d_mlp, 9):
+        patched = PatchMask.of(pair.cfg, [Component("neuron", layer, f)]).astype(jnp.float32)
+        assert float(score(patched)) - start == pytest.approx(float(slope[f]), abs=2e-5)

@@ -1,0 +1,159 @@
+"""Suffix replay against the lazy patch, the materialised patch and HF torch; its noise floor and compile counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import patched_torch
+from wpjax.anchors import Anchor
+from wpjax.behaviours import PromptBatch, Tokens
+from wpjax.components import KINDS, enumerate_components
+from wpjax.patching import PatchMask, materialize
+from wpjax.sweeps.exact import exact_changes, make_plan, sham_plan
+from wpjax.sweeps.reference import reference_changes
+from wpjax.sweeps.replay import replay, run_base
+from wpjax.sweeps.screens import output_linearised, weight_gradient
+
+SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
+
+
+def make_anchor(pair, layer) -> Anchor:
+    v = np.random.default_rng(0).standard_normal(pair.cfg.d_model).astype(np.float32)
+    return Anchor(jnp.asarray(v / np.linalg.norm(v)), layer)
+
+
+def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=None):
+    """Changes [C, B] by suffix replay."""
+    tokens = batch.with_instruction
+    plan = make_plan(pair.cfg, components, *tokens.ids.shape, budget)
+    run = run_base(pair.cfg, pair.base, tokens, anchor.vector, anchor.layer)
+    donor = pair.expert if donor is None else donor
+    found = {}
+    for chunk, changes in exact_changes(
+        pair.cfg, pair.base, donor, run, tokens, anchor.layer, plan, jitter_seed=jitter_seed
+    ):
+        found |= dict(zip(chunk.components, changes, strict=True))
+    return np.stack([found[c] for c in components])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_suffix_replay_equals_the_lazy_patch_for_every_kind_and_layer(pair, batch, layer):
+    anchor = make_anchor(pair, layer)
+    components = enumerate_components(pair.cfg, SWEPT, range(layer + 1))
+    got = exact(pair, batch, anchor, components)
+    expected = reference_changes(pair.cfg, pair.base, pair.expert, components, anchor, batch)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_suffix_replay_equals_the_materialised_patch(pair, batch):
+    anchor = make_anchor(pair, 2)
+    components = [c for kind in SWEPT for c in enumerate_components(pair.cfg, [kind], range(3))[::7]]
+    score = jax.jit(lambda params: anchor.score(pair.cfg, params, batch))
+    before = score(pair.base)
+    for c, change in zip(components, exact(pair, batch, anchor, components), strict=True):
+        after = score(materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, [c])))
+        np.testing.assert_allclose(change, after - before, atol=2e-5, err_msg=c.name)
+
+
+def test_effects_equal_hf_torch_with_slices_copied(hf_pair, pair, batch):
+    """Anchor scores of every head and KV group from HF's own forward, prompt by prompt without padding."""
+    anchor = make_anchor(pair, 1)
+    components = enumerate_components(pair.cfg, ("head", "kv_group", "attn", "norm"), range(2))
+
+    def hf_scores(model):
+        tokens = batch.with_instruction
+        prompts = [torch.tensor(ids[:n])[None] for ids, n in zip(tokens.ids, tokens.lengths, strict=True)]
+        with torch.no_grad():
+            states = [model(p, output_hidden_states=True).hidden_states[anchor.layer + 1][0, -1] for p in prompts]
+        return torch.stack(states).numpy() @ np.asarray(anchor.vector)
+
+    before = hf_scores(hf_pair.base.model)
+    expected = np.stack([hf_scores(patched_torch(hf_pair, c)) - before for c in components])
+    np.testing.assert_allclose(exact(pair, batch, anchor, components), expected, atol=1e-4)
+
+
+def test_chunk_size_does_not_matter(pair, batch):
+    anchor = make_anchor(pair, 2)
+    components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
+    whole = exact(pair, batch, anchor, components)
+    np.testing.assert_allclose(exact(pair, batch, anchor, components, budget=1), whole, atol=1e-5)
+    np.testing.assert_allclose(exact(pair, batch, anchor, components[::5], budget=10**6), whole[::5], atol=1e-5)
+
+
+def test_a_padded_batch_equals_single_prompts(pair, batch):
+    anchor = make_anchor(pair, 2)
+    components = enumerate_components(pair.cfg, SWEPT, range(3))[::3]
+    together = exact(pair, batch, anchor, components)
+    tokens = batch.with_instruction
+    for i in (1, 4):
+        n = tokens.lengths[i]
+        alone = Tokens(tokens.ids[i : i + 1, :n], tokens.lengths[i : i + 1])
+        single = PromptBatch("one", "sweep", alone, alone, batch.texts[i : i + 1], batch.pairs[i : i + 1])
+        np.testing.assert_allclose(exact(pair, single, anchor, components)[:, 0], together[:, i], atol=2e-5)
+
+
+def test_one_program_a_kind_and_none_the_second_time(pair, batch):
+    anchor = make_anchor(pair, 2)
+    components = enumerate_components(pair.cfg, SWEPT, range(3))
+    replay.clear_cache()
+    exact(pair, batch, anchor, components, budget=2 * 10**6)
+    assert replay._cache_size() == len(SWEPT)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    exact(pair, batch, anchor, components, budget=2 * 10**6)
+    jax.monitoring.clear_event_listeners()
+    assert not [name for name in compiled if "backend_compile" in name]
+
+
+def test_a_sham_without_rounding_changes_nothing_and_with_it_little(pair, batch):
+    anchor = make_anchor(pair, 2)
+    components = enumerate_components(pair.cfg, ("head", "neuron", "attn"), range(3))
+    still = exact(pair, batch, anchor, components, donor=pair.base)
+    assert np.abs(still).max() < 1e-5
+    moved = np.abs(exact(pair, batch, anchor, components, donor=pair.base, jitter_seed=0)).max()
+    effects = np.abs(exact(pair, batch, anchor, components)).max()
+    assert 0 < moved < 1e-4 * effects
+
+
+def test_shams_are_spread_over_the_layers(pair, batch):
+    components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
+    plan = make_plan(pair.cfg, components, *batch.with_instruction.ids.shape)
+    shams = sham_plan(plan, layers_per_kind=2)
+    assert [(c.kind, c.layer) for c in shams.chunks] == [("head", 0), ("head", 2), ("neuron", 0), ("neuron", 2)]
+
+
+def test_screens_are_exact_where_nothing_nonlinear_follows(pair, batch):
+    """At the anchor's layer an MLP output enters the score linearly: the output-linearised screen is the effect."""
+    anchor = make_anchor(pair, 1)
+    components = enumerate_components(pair.cfg, ("neuron", "mlp"), [1])
+    got = output_linearised(pair.cfg, pair.base, pair.expert, components, anchor, batch.with_instruction)
+    np.testing.assert_allclose(got, exact(pair, batch, anchor, components), atol=2e-5)
+
+
+def test_screens_approach_the_exact_effect_of_a_small_change(pair, batch):
+    """For a task vector scaled by 1e-2 both screens meet exact replacement to first order, for every kind."""
+    anchor = make_anchor(pair, 2)
+    near = jax.tree.map(lambda b, e: b + 1e-2 * (e - b), pair.base, pair.expert)
+    components = enumerate_components(pair.cfg, SWEPT, range(3))
+    effect = exact(pair, batch, anchor, components, donor=near)
+    for screen in (output_linearised, weight_gradient):
+        got = screen(pair.cfg, pair.base, near, components, anchor, batch.with_instruction)
+        for kind in SWEPT:
+            mine = [i for i, c in enumerate(components) if c.kind == kind]
+            error = np.abs(got[mine] - effect[mine]).max() / np.abs(effect[mine]).max()
+            assert error < 0.06, (screen.__name__, kind, error)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k in SWEPT])
+def test_an_expert_that_differs_in_one_component_is_found_first(pair, batch, kind):
+    anchor = make_anchor(pair, 2)
+    planted = enumerate_components(pair.cfg, [kind], range(2))[-1]
+    expert = materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, [planted]))
+    components = enumerate_components(pair.cfg, [kind], range(3))
+    effect = np.abs(exact(pair, batch, anchor, components, donor=expert)).mean(1)
+    assert components[int(np.argmax(effect))] == planted
+    others = np.delete(effect, int(np.argmax(effect)))
+    assert others.size == 0 or others.max() < 1e-5
