@@ -30,6 +30,16 @@ def hf_pair(request, tmp_path_factory) -> HfPair:
 @pytest.fixture(scope="session")
 def pair(hf_pair) -> Pair:
     """The same two models as ours (without a tokenizer: these tests bring their own tokens)."""
+    return as_pair(hf_pair)
+
+
+@pytest.fixture(scope="session", params=["llama-gqa3", "gpt2-tied"])
+def family_pair(request, tmp_path_factory) -> Pair:
+    """One pair of each family, for what does not depend on the finer points of an architecture."""
+    return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+def as_pair(hf_pair: HfPair) -> Pair:
     base, expert = (load_checkpoint(str(m.folder)) for m in (hf_pair.base, hf_pair.expert))
     return Pair(base.cfg, base.params, expert.params, None, base, expert)
 

@@ -117,7 +117,8 @@ def test_vmap_over_masks_takes_no_memory_for_weights(batch):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * n_bytes
 
 
-def test_gradient_equals_finite_differences(pair, batch):
+def test_gradient_equals_finite_differences(family_pair, batch):
+    pair = family_pair
     anchor = anchor_at(pair, 2)
     total = jax.jit(lambda mask: scored(pair, anchor, batch)(mask).sum())
     mask = random_mask(pair.cfg, 3).astype(jnp.float32)
@@ -135,8 +136,9 @@ def test_gradient_equals_finite_differences(pair, batch):
         assert (ahead - behind) / (2 * step) == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
-def test_gradient_equals_the_exact_effect_where_the_model_is_linear_in_the_patch(pair, batch):
+def test_gradient_equals_the_exact_effect_where_the_model_is_linear_in_the_patch(family_pair, batch):
     """Output weights of the anchor's own layer enter the score linearly: slope and difference are one number."""
+    pair = family_pair
     layer = 1
     anchor = anchor_at(pair, layer)
     only_out = dict(flatten(pair.base))

@@ -38,14 +38,22 @@ def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=
     return np.stack([found[c] for c in components])
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_suffix_replay_equals_the_lazy_patch_for_every_kind_and_layer(pair, batch, layer):
+def assert_replay_equals_reference(pair, batch, layer):
     anchor = make_anchor(pair, layer)
     components = enumerate_components(pair.cfg, SWEPT, range(layer + 1))
     got = exact(pair, batch, anchor, components)
     expected = reference_changes(pair.cfg, pair.base, pair.expert, components, anchor, batch)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_suffix_replay_equals_the_lazy_patch_for_every_kind_and_layer(pair, batch):
+    assert_replay_equals_reference(pair, batch, 2)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_suffix_replay_to_lower_anchors(family_pair, batch, layer):
+    assert_replay_equals_reference(family_pair, batch, layer)
 
 
 def test_suffix_replay_equals_the_materialised_patch(pair, batch):
@@ -75,7 +83,8 @@ def test_effects_equal_hf_torch_with_slices_copied(hf_pair, pair, batch):
     np.testing.assert_allclose(exact(pair, batch, anchor, components), expected, atol=1e-4)
 
 
-def test_chunk_size_does_not_matter(pair, batch):
+def test_chunk_size_does_not_matter(family_pair, batch):
+    pair = family_pair
     anchor = make_anchor(pair, 2)
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     whole = exact(pair, batch, anchor, components)
@@ -83,9 +92,10 @@ def test_chunk_size_does_not_matter(pair, batch):
     np.testing.assert_allclose(exact(pair, batch, anchor, components[::5], budget=10**6), whole[::5], atol=1e-5)
 
 
-def test_a_padded_batch_equals_single_prompts(pair, batch):
+def test_a_padded_batch_equals_single_prompts(family_pair, batch):
+    pair = family_pair
     anchor = make_anchor(pair, 2)
-    components = enumerate_components(pair.cfg, SWEPT, range(3))[::3]
+    components = enumerate_components(pair.cfg, ("head", "neuron", "layer"), range(3))[::3]
     together = exact(pair, batch, anchor, components)
     tokens = batch.with_instruction
     for i in (1, 4):
@@ -95,7 +105,8 @@ def test_a_padded_batch_equals_single_prompts(pair, batch):
         np.testing.assert_allclose(exact(pair, single, anchor, components)[:, 0], together[:, i], atol=2e-5)
 
 
-def test_one_program_a_kind_and_none_the_second_time(pair, batch):
+def test_one_program_a_kind_and_none_the_second_time(family_pair, batch):
+    pair = family_pair
     anchor = make_anchor(pair, 2)
     components = enumerate_components(pair.cfg, SWEPT, range(3))
     replay.clear_cache()
@@ -108,7 +119,8 @@ def test_one_program_a_kind_and_none_the_second_time(pair, batch):
     assert not [name for name in compiled if "backend_compile" in name]
 
 
-def test_a_sham_without_rounding_changes_nothing_and_with_it_little(pair, batch):
+def test_a_sham_without_rounding_changes_nothing_and_with_it_little(family_pair, batch):
+    pair = family_pair
     anchor = make_anchor(pair, 2)
     components = enumerate_components(pair.cfg, ("head", "neuron", "attn"), range(3))
     still = exact(pair, batch, anchor, components, donor=pair.base)
@@ -118,15 +130,17 @@ def test_a_sham_without_rounding_changes_nothing_and_with_it_little(pair, batch)
     assert 0 < moved < 1e-4 * effects
 
 
-def test_shams_are_spread_over_the_layers(pair, batch):
+def test_shams_are_spread_over_the_layers(family_pair, batch):
+    pair = family_pair
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     plan = make_plan(pair.cfg, components, *batch.with_instruction.ids.shape)
     shams = sham_plan(plan, layers_per_kind=2)
     assert [(c.kind, c.layer) for c in shams.chunks] == [("head", 0), ("head", 2), ("neuron", 0), ("neuron", 2)]
 
 
-def test_screens_are_exact_where_nothing_nonlinear_follows(pair, batch):
+def test_screens_are_exact_where_nothing_nonlinear_follows(family_pair, batch):
     """At the anchor's layer an MLP output enters the score linearly: the output-linearised screen is the effect."""
+    pair = family_pair
     anchor = make_anchor(pair, 1)
     components = enumerate_components(pair.cfg, ("neuron", "mlp"), [1])
     got = output_linearised(pair.cfg, pair.base, pair.expert, components, anchor, batch.with_instruction)
