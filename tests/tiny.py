@@ -137,7 +137,7 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
     if config.model_type == "llama":
         dh, layer = config.head_dim, f"model.layers.{c.layer}."
         rows = slice(c.index * dh, (c.index + 1) * dh)
-        owned = {
+        owned: dict[str, dict[str, Any]] = {
             "head": {"self_attn.q_proj.weight": rows, "self_attn.q_proj.bias": rows,
                      "self_attn.o_proj.weight": (slice(None), rows)},
             "kv_group": {f"self_attn.{p}_proj.{w}": rows for p in "kv" for w in ("weight", "bias")},

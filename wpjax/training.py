@@ -153,7 +153,7 @@ def train(
 
     params = jax.tree.map(jnp.copy, params)  # the caller's arrays are not donated
     state, start = optimiser.init(params), 0
-    manager = _manager(checkpoints, config) if checkpoints else None
+    manager = _manager(checkpoints) if checkpoints else None
     if manager and manager.latest_step() is not None:
         start = manager.latest_step()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state))
@@ -162,7 +162,7 @@ def train(
         rows = batch_rows(len(data.ids), config, i)
         params, state, loss = step(params, state, jnp.asarray(data.ids[rows]), jnp.asarray(data.weights[rows]))
         on_step(i + 1, float(loss))
-        if manager:
+        if manager and (i + 1) % config.save_every == 0:
             manager.save(i + 1, args=ocp.args.StandardSave((params, state)))
     if manager:
         manager.wait_until_finished()
@@ -170,9 +170,8 @@ def train(
     return params
 
 
-def _manager(folder: Path, config: TrainConfig) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(save_interval_steps=config.save_every, max_to_keep=1)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1))
 
 
 def batch_rows(n: int, config: TrainConfig, step: int) -> Int[np.ndarray, " B"]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -20,13 +23,12 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table, first column to the left, the others to the right; text in it is never markup."""
-    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left", box=None)
+    out.print(Text(title, style="bold"))
+    table = Table(box=None)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    from rich.text import Text
-
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     out.print(table)
@@ -34,7 +36,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that draws one bar for each thing done, on the error stream."""
+    """A function (what, done, total) that draws a bar for each thing done, on the error stream.
+
+    Where that is not a terminal it prints a plain line now and then instead.
+    """
+    if not err.is_terminal:
+        yield _log_lines()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,7 +50,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
+    with Progress(*columns, console=err) as progress:
         bars: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
@@ -51,3 +59,16 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(bars[what], completed=done, total=total)
 
         yield update
+
+
+def _log_lines(seconds: float = 10.0) -> Callable[[str, int, int], None]:
+    start = time.monotonic()
+    last = {"": start}
+
+    def update(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - last.get(what, start) >= seconds:
+            last[what] = now
+            print(f"[{now - start:5.0f} s] {what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return update

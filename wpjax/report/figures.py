@@ -62,44 +62,57 @@ def draw_heads(result: SweepResult, axes: Axes, kind: str = "head") -> None:
     axes.set_title("Heads" if kind == "head" else "KV groups")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02)
     bar.set_label(label)
     bar.outline.set_visible(False)
 
 
 def draw_neurons(result: SweepResult, axes: Axes) -> None:
-    """Effect of every neuron by layer, with each layer's positive and negative sums."""
+    """Effect of every neuron by layer, the strongest named."""
     data, (values, label) = result.dataset, _values(result)
     mine = data["kind"].values == "neuron"
     layers, effects = data["layer"].values[mine], values[mine]
-    jitter = np.random.default_rng(0).uniform(-0.35, 0.35, layers.size)
+    x = layers + np.random.default_rng(0).uniform(-0.35, 0.35, layers.size)
     axes.axhline(0, color=GREY, lw=0.6)
-    axes.scatter(layers + jitter, effects, s=5, color=COLOURS["neuron"], alpha=0.5, lw=0, rasterized=True)
-    order = np.argsort(-effects)[:5]
+    axes.scatter(x, effects, s=6, color=COLOURS["neuron"], alpha=0.55, lw=0, rasterized=True)
     names = data["name"].values[mine]
-    for i in order:
-        axes.annotate(str(names[i]), (layers[i] + jitter[i], effects[i]), xytext=(4, 2), textcoords="offset points",
-                      fontsize=7, color="#333")  # fmt: skip
+    for i in np.argsort(-effects)[:5]:
+        left = layers[i] > layers.max() / 2  # names stay inside the axes
+        axes.annotate(
+            str(names[i]),
+            (x[i], effects[i]),
+            xytext=(-4 if left else 4, 2),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=7,
+            color="#333",
+        )
     axes.set(xlabel="layer", ylabel=label)
     axes.set_title("Neurons")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    twin = axes.twinx()
-    for sign, colour in ((1, "#b5341f"), (-1, "#2b5d8c")):
-        sums = np.bincount(layers, np.where(np.sign(effects) == sign, effects, 0.0), layers.max() + 1)
-        twin.plot(np.arange(len(sums)), sums, color=colour, lw=1, marker=".", ms=3, alpha=0.8)
-    twin.set_ylabel("sum of the layer, by sign", color=GREY)
-    twin.spines["right"].set_visible(True)
-    _align_zeros(axes, twin)
 
 
-def _align_zeros(first: Axes, second: Axes) -> None:
-    """Give two y axes their zero at one height."""
-    below = max((-low / (high - low) for low, high in (first.get_ylim(), second.get_ylim()) if low < 0), default=0.0)
-    below = min(max(below, 0.02), 0.98)
-    for axes in (first, second):
-        low, high = axes.get_ylim()
-        reach = max(high / (1 - below), -low / below)
-        axes.set_ylim(-below * reach, (1 - below) * reach)
+def draw_depth(result: SweepResult, axes: Axes) -> None:
+    """Sums of single effects by layer and kind: positive ones stacked above zero, negative ones below."""
+    data, (values, _) = result.dataset, _values(result)
+    kinds = [k for k in ("head", "kv_group", "neuron") if _has(result, k)] or [str(data["kind"].values[0])]
+    n_layers = int(data["layer"].values.max()) + 1
+    axes.axhline(0, color=GREY, lw=0.6)
+    base = {1: np.zeros(n_layers), -1: np.zeros(n_layers)}
+    for kind in kinds:
+        mine = (data["kind"].values == kind) & (data["layer"].values >= 0)
+        for sign in (1, -1):
+            chosen = mine & (np.sign(values) == sign)
+            sums = np.bincount(data["layer"].values[chosen], values[chosen], n_layers)
+            label = kind if sign == 1 else None
+            axes.bar(
+                np.arange(n_layers), sums, bottom=base[sign], color=COLOURS.get(kind, GREY), width=0.8, label=label
+            )
+            base[sign] += sums
+    axes.set(xlabel="layer", ylabel="sum of single effects")
+    axes.set_title("Depth")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=7)
 
 
 def draw_top(result: SweepResult, axes: Axes, n: int = 20) -> None:
@@ -169,6 +182,7 @@ def available(result: SweepResult) -> dict[str, tuple[Callable[[SweepResult, Axe
         figures["kv_groups"] = (lambda r, axes: draw_heads(r, axes, "kv_group"), (3.6, 3.8))
     if _has(result, "neuron"):
         figures["neurons"] = (draw_neurons, (6.4, 3.8))
+    figures["depth"] = (draw_depth, (5.4, 3.2))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))
     if "anchor_gap" in result.dataset:
         figures["anchor"] = (draw_anchor, (5.0, 3.0))
@@ -187,7 +201,7 @@ def make_figure(result: SweepResult, name: str) -> Figure:
 def make_overview(result: SweepResult) -> Figure:
     """Everything at a glance: the picture of where the behaviour lives."""
     figures = available(result)
-    names = [n for n in ("top", "heads", "neurons", "coverage", "anchor", "kv_groups") if n in figures][:6]
+    names = [n for n in ("top", "heads", "neurons", "depth", "coverage", "anchor") if n in figures]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 7.4 if len(names) > 3 else 3.9), layout="constrained")
         grid = figure.subplots(-(-len(names) // 3), 3, squeeze=False).ravel()

@@ -21,6 +21,7 @@ TITLES = {
     "heads": "Effect of every head",
     "kv_groups": "Effect of every KV group",
     "neurons": "Effect of every neuron, by layer",
+    "depth": "Sums of single effects by layer, positive above zero and negative below",
     "coverage": "Coverage by kind",
     "anchor": "The anchor, layer by layer",
 }
