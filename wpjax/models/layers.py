@@ -108,7 +108,8 @@ class Attention(nnx.Module):
             lengths: how many of the S keys each row may see; None for causal attention with T = S.
         """
         dtype = _leaf(self.W_O).dtype
-        with jax.default_matmul_precision("highest"):
+        # float32 stays float32 on any device; JAX's own function needs implicit promotion for bfloat16.
+        with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
                 q.astype(dtype),
                 k.astype(dtype),
