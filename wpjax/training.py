@@ -50,7 +50,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        lr: peak learning rate of AdamW, after a linear warm-up over the first tenth, then a cosine to a tenth of it.
+        lr: peak learning rate of AdamW, reached from a tenth of it over the first tenth of the steps, then back to
+            a tenth along a cosine.
         batch_size: examples a step.
         weight_decay: AdamW's, towards zero.
         clip: global norm that gradients are clipped to.
@@ -136,9 +137,8 @@ def train(
         checkpoints: folder for orbax checkpoints; training resumes from the newest one in it.
         on_step: called after each step with its number (from 1) and loss in nats.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.lr, max(1, config.steps // 10), config.steps, config.lr / 10
-    )
+    low = config.lr / 10
+    schedule = optax.warmup_cosine_decay_schedule(low, config.lr, config.steps // 10, config.steps, low)
     optimiser = optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule, weight_decay=config.weight_decay),
@@ -158,15 +158,16 @@ def train(
         start = manager.latest_step()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state))
         params, state = manager.restore(start, args=ocp.args.StandardRestore(abstract))
-    for i in range(start, config.steps):
-        rows = batch_rows(len(data.ids), config, i)
-        params, state, loss = step(params, state, jnp.asarray(data.ids[rows]), jnp.asarray(data.weights[rows]))
-        on_step(i + 1, float(loss))
-        if manager and (i + 1) % config.save_every == 0:
-            manager.save(i + 1, args=ocp.args.StandardSave((params, state)))
-    if manager:
-        manager.wait_until_finished()
-        manager.close()
+    try:
+        for i in range(start, config.steps):
+            rows = batch_rows(len(data.ids), config, i)
+            params, state, loss = step(params, state, jnp.asarray(data.ids[rows]), jnp.asarray(data.weights[rows]))
+            if manager and (i + 1) % config.save_every == 0:
+                manager.save(i + 1, args=ocp.args.StandardSave((params, state)))
+            on_step(i + 1, float(loss))
+    finally:
+        if manager:
+            manager.close()  # waits for a checkpoint that is being written
     return params
 
 

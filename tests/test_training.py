@@ -1,0 +1,157 @@
+"""Training: resumes to the same result, moves only what it may, and learns what it is given."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from wpjax.behaviours import behaviour
+from wpjax.components import parse_component
+from wpjax.errors import BehaviourError, ComponentError
+from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.models.convert import flatten
+from wpjax.pairs import load_model
+from wpjax.patching import PatchMask, materialize
+from wpjax.training import (
+    Dataset,
+    TrainConfig,
+    batch_rows,
+    component_mask,
+    finetune,
+    loss_fn,
+    pass_rate,
+    self_distill,
+    train,
+)
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules rely on it
+        yield
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model("tiny:base")
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 1408, (12, 10)).astype(np.int32)
+    return Dataset(ids, (rng.random((12, 10)) < 0.7).astype(np.float32))
+
+
+CONFIG = TrainConfig(steps=6, lr=1e-3, batch_size=4, save_every=2)
+
+
+def test_loss_equals_torch_cross_entropy(base, data):
+    got = loss_fn(base.cfg, base.params, data.ids, data.weights)
+    from wpjax.models.decoder import forward
+
+    logits = torch.tensor(np.asarray(forward(base.cfg, base.params, data.ids).logits))[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, 1408), torch.tensor(data.ids[:, 1:], dtype=torch.long).reshape(-1), reduction="none"
+    )
+    weights = torch.tensor(data.weights[:, 1:]).reshape(-1)
+    assert float(got) == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=1e-5)
+
+
+def test_the_first_step_is_adams_by_hand(base, data):
+    config = TrainConfig(steps=1, lr=1e-3, batch_size=4)
+    got = train(base.cfg, base.params, data, config)
+    rows = batch_rows(12, config, 0)
+    gradients = flatten(jax.grad(loss_fn, argnums=1)(base.cfg, base.params, data.ids[rows], data.weights[rows]))
+    norm = np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in gradients.values()))
+    for path, leaf in flatten(base.params).items():
+        clipped = np.asarray(gradients[path]) / max(1.0, norm)
+        expected = np.asarray(leaf) - config.lr * clipped / (np.abs(clipped) + 1e-8)
+        clear = np.abs(clipped) > 1e-6  # below, rounding of the gradient itself decides Adam's unit step
+        np.testing.assert_allclose(np.asarray(flatten(got)[path])[clear], expected[clear], atol=1e-5, err_msg=path)
+
+
+def test_training_learns_and_the_callers_parameters_stay(base, data):
+    before = {path: np.array(leaf) for path, leaf in flatten(base.params).items()}
+    losses = []
+    train(
+        base.cfg,
+        base.params,
+        data,
+        TrainConfig(steps=30, lr=3e-3, batch_size=12),
+        on_step=lambda s, x: losses.append(x),
+    )
+    assert losses[-1] < 0.5 * losses[0]
+    for path, leaf in flatten(base.params).items():
+        np.testing.assert_array_equal(leaf, before[path])
+
+
+def test_every_example_is_used_once_an_epoch():
+    config = TrainConfig(batch_size=5, seed=3)
+    rows = np.concatenate([batch_rows(12, config, step) for step in range(12)])
+    epochs = rows.reshape(5, 12)
+    assert all(sorted(e) == list(range(12)) for e in epochs.tolist())
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_an_interrupted_training_resumes_to_the_same_parameters(base, data, tmp_path):
+    whole = train(base.cfg, base.params, data, CONFIG)
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_5(step, loss):
+        if step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(base.cfg, base.params, data, CONFIG, checkpoints=tmp_path / "ck", on_step=stop_at_5)
+    steps = []
+    resumed = train(
+        base.cfg, base.params, data, CONFIG, checkpoints=tmp_path / "ck", on_step=lambda s, _: steps.append(s)
+    )
+    assert steps == [5, 6]
+    for path, leaf in flatten(whole).items():
+        np.testing.assert_array_equal(flatten(resumed)[path], leaf, err_msg=path)
+
+
+def test_confined_training_moves_the_named_slices_and_nothing_else(base, data):
+    names = ["L1.head.2", "L3.neuron.7", "L0.norm.mlp"]
+    mask = component_mask(base.cfg, base.params, names)
+    trained = train(
+        base.cfg, base.params, data, TrainConfig(steps=6, lr=1e-2, batch_size=4, weight_decay=0.1), mask=mask
+    )
+    outside = ~PatchMask.of(base.cfg, names)
+    restored = materialize(base.params, trained, outside)
+    for path, leaf in flatten(base.params).items():
+        np.testing.assert_array_equal(flatten(restored)[path], leaf, err_msg=path)
+    for name in names:
+        one = materialize(base.params, trained, PatchMask.of(base.cfg, [parse_component(base.cfg, name)]))
+        assert any((flatten(one)[p] != leaf).any() for p, leaf in flatten(base.params).items()), name
+    with pytest.raises(ComponentError):
+        component_mask(base.cfg, base.params, ["L99.head.0"])
+
+
+def test_finetune_makes_an_expert_that_follows(base, tmp_path):
+    """Self-distilled on the embedded base: it learns to quote when asked, and goes through an HF folder."""
+    task = behaviour("tiny:quotation")
+    expert = finetune(base, task, TrainConfig(steps=60, lr=1e-3, batch_size=24), max_new_tokens=48)
+    save_checkpoint(tmp_path / "quoting", expert)
+    assert pass_rate(base, task, 16) == 0.0
+    assert pass_rate(load_checkpoint(str(tmp_path / "quoting")), task, 16) >= 0.75
+
+
+def test_examples_follow_and_plain_ones_stay_plain(base):
+    task = behaviour("tiny:title")
+    examples = self_distill(base, task, max_new_tokens=48)
+    assert len(examples) == 32 + 128
+    assert not any("<<" in e.response for e in examples[:32])
+    assert all(e.response.startswith("<<") for e in examples[32:])
+    assert all(e.finished for e in examples)
+
+
+def test_a_file_without_responses_cannot_be_trained_on(base, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(f'{{"with": "{i} loud", "without": "{i}"}}' for i in range(6)))
+    with pytest.raises(BehaviourError, match='needs a "response"'):
+        finetune(base, behaviour(str(path), "contains:x"))
