@@ -25,12 +25,6 @@ from wpjax.training import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax's schedules rely on it
-        yield
-
-
 @pytest.fixture(scope="module")
 def base():
     return load_model("tiny:base")

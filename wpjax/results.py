@@ -139,21 +139,17 @@ class Shards(MutableMapping[str, np.ndarray]):
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool):
         self.folder = folder
         text = json.dumps(identity, sort_keys=True, default=str)
-        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        manifest = folder / "manifest.json"
-        if folder.exists():
-            if not resume:
-                raise OutputError(f"{folder} is left from a sweep that did not finish; pass --resume, or delete it")
-            if not manifest.exists() or json.loads(manifest.read_text())["digest"] != digest:
-                raise OutputError(
-                    f"{folder} belongs to a sweep with other settings; delete it, or repeat those settings"
-                )
-        else:
-            with atomic_output(folder) as temporary:
-                temporary.mkdir()
-                (temporary / "manifest.json").write_text(
-                    json.dumps({"digest": digest, "identity": identity}, default=str)
-                )
+        self._manifest = {"digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "identity": identity}
+        if not folder.exists():
+            return  # made with the first part
+        if not resume:
+            raise OutputError(f"{folder} is left from a sweep that did not finish; pass --resume, or delete it")
+        try:
+            theirs = json.loads((folder / "manifest.json").read_text())["digest"]
+        except (OSError, ValueError, KeyError):
+            theirs = None
+        if theirs != self._manifest["digest"]:
+            raise OutputError(f"{folder} belongs to a sweep with other settings; delete it, or repeat those settings")
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
@@ -165,6 +161,10 @@ class Shards(MutableMapping[str, np.ndarray]):
             raise KeyError(key) from None
 
     def __setitem__(self, key: str, value: np.ndarray) -> None:
+        if not self.folder.exists():
+            with atomic_output(self.folder) as made:
+                made.mkdir()
+                (made / "manifest.json").write_text(json.dumps(self._manifest, default=str))
         temporary = self.folder / f".{key}.{os.getpid()}.partial"
         with temporary.open("wb") as file:
             np.save(file, value, allow_pickle=False)

@@ -146,6 +146,7 @@ def train(
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @jax.numpy_dtype_promotion("standard")  # optax's schedules rely on it
     def step(params: Params, state: Any, ids: Array, weights: Array) -> tuple[Params, Any, Array]:
         loss, gradients = jax.value_and_grad(functools.partial(loss_fn, cfg))(params, ids, weights)
         updates, state = optimiser.update(gradients, state, params)

@@ -72,3 +72,13 @@ def _log_lines(seconds: float = 10.0) -> Callable[[str, int, int], None]:
             print(f"[{now - start:5.0f} s] {what}: {done} of {total}", file=sys.stderr, flush=True)
 
     return update
+
+
+@contextlib.contextmanager
+def on_interrupt(message: Callable[[], str]) -> Iterator[None]:
+    """Say on Ctrl-C what was kept and how to go on, and exit with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; {message()}", file=sys.stderr)
+        raise SystemExit(130) from None

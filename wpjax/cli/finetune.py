@@ -52,7 +52,7 @@ def run(
         raise OutputError(f"{checkpoints} is left from an interrupted training; pass --resume, or delete it")
 
     from wpjax import behaviours
-    from wpjax.cli.console import print_json, print_table, progress_bars
+    from wpjax.cli.console import on_interrupt, print_json, print_table, progress_bars
     from wpjax.models.checkpoint import save_checkpoint
     from wpjax.pairs import load_model
     from wpjax.training import TrainConfig, finetune, pass_rate
@@ -60,7 +60,14 @@ def run(
     task = behaviours.behaviour(behaviour, checker)
     model = load_model(base, ignore_config=tuple(ignore_config or ()))
     config = TrainConfig(steps=steps, lr=lr, batch_size=batch_size, weight_decay=weight_decay, seed=seed)
-    with progress_bars() as progress:
+
+    def kept() -> str:
+        if any(path.name.isdigit() for path in checkpoints.glob("*")):
+            return "the training so far is kept: go on with --resume"
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return "nothing was written"
+
+    with on_interrupt(kept), progress_bars() as progress:
         progress("answers to learn from", 0, 1)
         losses: list[float] = []
 

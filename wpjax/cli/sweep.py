@@ -79,7 +79,7 @@ def run(
 
     from wpjax import behaviours, sweeps
     from wpjax.anchors import Anchor, fit_anchor
-    from wpjax.cli.console import progress_bars
+    from wpjax.cli.console import on_interrupt, progress_bars
     from wpjax.components import check_kind
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
@@ -103,7 +103,11 @@ def run(
         "seed": seed,
     }
     shards = Shards(out.with_name(f".{out.name}.sweep"), settings, resume)
-    with progress_bars() as progress:
+
+    def kept() -> str:
+        return "finished parts are kept: go on with --resume" if len(shards) else "nothing was written"
+
+    with on_interrupt(kept), progress_bars() as progress:
         result = sweeps.sweep(
             pair,
             batch,

@@ -1,0 +1,269 @@
+"""The command line as a user meets it: what it prints, what it leaves behind, and how it refuses."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from wpjax import cli
+from wpjax.anchors import Anchor
+from wpjax.models.checkpoint import load_checkpoint
+from wpjax.pairs import load_model
+from wpjax.results import SweepResult
+
+PAIR = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:title"]
+SMALL = [*PAIR, "--kinds", "head", "--method", "exact", "--n-prompts", "4"]
+
+
+@pytest.fixture
+def wpjax(monkeypatch, capsys, tmp_path):
+    """Run the command line in an empty folder: returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["wpjax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run
+
+
+def assert_refused(result, says, folder, left=()):
+    """One line on the error stream, exit code 2, and nothing new in the folder."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if not line.startswith("[")]  # progress
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert re.search(says, lines[0]), lines[0]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(left)
+
+
+def test_sweep_report_and_anchor(wpjax, tmp_path):
+    code, out, _ = wpjax("anchor", *PAIR, "--out", "a.safetensors", "--n-prompts", "8")
+    assert code == 0
+    assert "passes" in out
+    anchor = Anchor.load(tmp_path / "a.safetensors")
+    assert np.linalg.norm(anchor.vector) == pytest.approx(1, abs=1e-6)
+    code, out, _ = wpjax("sweep", *SMALL, "--anchor", "a.safetensors", "--out", "r.nc", "--show", "3")
+    assert code == 0
+    assert len(re.findall(r"L\d\.head\.\d", out)) == 3
+    result = SweepResult.from_netcdf("r.nc")
+    assert result.dataset.attrs["anchor_layer"] == anchor.layer
+    assert result.dataset.sizes == {
+        "component": 8 * (anchor.layer + 1), "prompt": 4, "swept_kind": 1, "model_layer": 8,
+    }  # fmt: skip
+    code, out, _ = wpjax("report", "r.nc", "--out", "r.html")
+    assert code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["a.safetensors", "r.nc", "r.html"]
+        + [f"r-{f}.png" for f in ("overview", "top", "heads", "depth", "coverage", "anchor")]
+    )
+    page = (tmp_path / "r.html").read_text()
+    assert result.top(1)[0].name in page
+    assert not re.search(r"(src|href)=[\"']?(http|//)|@import|url\(http", page)
+
+
+def test_json(wpjax):
+    code, out, _ = wpjax("sweep", *SMALL, "--out", "r.nc", "--json")
+    assert code == 0
+    assert set(json.loads(out)) == {"ranked_by", "top", "coverage"}
+    code, out, _ = wpjax("inspect", "tiny:base", "tiny:planted", "--json")
+    summary = json.loads(out)
+    assert summary["components"]["neuron"] == 8 * 320
+    assert {row["gate"] for row in summary["difference"] if row["n_changed"]} == {"head", "kv_group", "neuron"}
+
+
+def test_inspect_prints_tables(wpjax):
+    code, out, _ = wpjax("inspect", "tiny:base", "tiny:expert")
+    assert code == 0
+    assert re.search(r"kv_group\s+32", out)
+    assert "a pair" in out
+
+
+def test_help_of_every_command_has_an_example(wpjax):
+    code, out, _ = wpjax("--help")
+    assert code == 0
+    commands = re.findall(r"^│ (\w+)  ", out, re.MULTILINE)
+    assert commands == ["demo", "inspect", "anchor", "sweep", "report", "finetune"]
+    for command in commands:
+        code, out, _ = wpjax(command, "--help")
+        assert code == 0
+        assert f"Example: wpjax {command}" in " ".join(out.split())
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A copy of the embedded base whose weights are cut short."""
+    source = tmp_path_factory.mktemp("models") / "cut"
+    from importlib import resources
+
+    with resources.as_file(resources.files("wpjax") / "assets" / "tiny" / "base") as folder:
+        shutil.copytree(folder, source)
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    return source
+
+
+def test_bad_models(wpjax, tmp_path, damaged):
+    refused = ["--expert", "tiny:expert", "--behaviour", "tiny:title", "--out", "r.nc"]
+    assert_refused(wpjax("sweep", "--base", "nowhere", *refused), "nowhere: no such folder", tmp_path)
+    assert_refused(wpjax("sweep", "--base", str(damaged), *refused), "damaged or truncated", tmp_path)
+    assert_refused(wpjax("sweep", "--base", "tiny:expert", *refused), "equal weights", tmp_path)
+    assert_refused(wpjax("inspect", "tiny:nothing"), "there are tiny:base", tmp_path)
+
+
+def test_bad_names(wpjax, tmp_path):
+    assert_refused(wpjax("sweep", *SMALL, "--kinds", "heads", "--out", "r.nc"), "did you mean head", tmp_path)
+    assert_refused(wpjax("sweep", *SMALL, "--components", "L0.head.99", "--out", "r.nc"), "has head 0 to 7", tmp_path)
+    assert_refused(wpjax("sweep", *SMALL, "--components", "L7.head.0", "--out", "r.nc"), "after the anchor", tmp_path)
+    assert_refused(wpjax("sweep", *SMALL, "--kinds", "unembed", "--out", "r.nc"), "nothing to sweep", tmp_path)
+    assert_refused(wpjax("sweep", *PAIR[:-1], "shouting", "--out", "r.nc"), "unknown behaviour 'shouting'", tmp_path)
+    assert_refused(wpjax("sweep", *SMALL, "--method", "best", "--out", "r.nc"), "'best' is not one of", tmp_path)
+    assert_refused(wpjax("sweep", *SMALL, "--nprompts", "4", "--out", "r.nc"), "No such option", tmp_path)
+    assert_refused(wpjax("swep"), "No such command", tmp_path)
+    assert_refused(wpjax("anchor", *PAIR, "--layer", "8", "--out", "a"), "layers 0 to 7", tmp_path)
+
+
+def test_bad_files(wpjax, tmp_path):
+    lines = tmp_path / "one.jsonl"
+    lines.write_text('{"with": "a b", "without": "a"}\n')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    left = ["one.jsonl", "empty.jsonl"]
+    models = ["--base", "tiny:base", "--expert", "tiny:expert", "--out", "r.nc"]
+    assert_refused(wpjax("sweep", *models, "--behaviour", "one.jsonl"), "1 different query, at least 6", tmp_path, left)
+    assert_refused(wpjax("sweep", *models, "--behaviour", "empty.jsonl"), "0 different queries", tmp_path, left)
+    assert_refused(wpjax("sweep", *models, "--behaviour", "no.jsonl"), "cannot be read", tmp_path, left)
+    (tmp_path / "long.jsonl").write_text(
+        "\n".join(json.dumps({"with": f"{i} " * 200, "without": str(i)}) for i in range(6))
+    )
+    left.append("long.jsonl")
+    assert_refused(wpjax("sweep", *models, "--behaviour", "long.jsonl"), "the model takes 192; shorten", tmp_path, left)
+    assert_refused(wpjax("report", "one.jsonl"), "not a readable result file", tmp_path, left)
+    assert_refused(wpjax("report", "none.nc"), "not a readable result file", tmp_path, left)
+    xr.Dataset({"x": 1}).to_netcdf("other.nc", engine="h5netcdf")
+    left.append("other.nc")
+    assert_refused(wpjax("report", "other.nc"), "schema None", tmp_path, left)
+    anchor = ["--anchor", "one.jsonl"]
+    assert_refused(wpjax("sweep", *SMALL, *anchor, "--out", "r.nc"), "not an anchor file", tmp_path, left)
+
+
+def test_bad_outputs_are_refused_before_any_work(wpjax, tmp_path):
+    (tmp_path / "r.nc").write_text("mine")
+    start = time.perf_counter()
+    assert_refused(wpjax("sweep", *SMALL, "--out", "r.nc"), "r.nc exists; .*--overwrite", tmp_path, ["r.nc"])
+    assert_refused(wpjax("sweep", *SMALL, "--out", "no/r.nc"), "does not exist; create it", tmp_path, ["r.nc"])
+    assert_refused(wpjax("demo", "--out", "r.nc"), "exists", tmp_path, ["r.nc"])
+    assert_refused(wpjax("finetune", *PAIR[:2], *PAIR[4:], "--out", "r.nc"), "exists", tmp_path, ["r.nc"])
+    assert time.perf_counter() - start < 60
+    assert (tmp_path / "r.nc").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder(wpjax, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert_refused(wpjax("sweep", *SMALL, "--out", "locked/r.nc"), "no permission", tmp_path, ["locked"])
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """/dev/full answers every write with ENOSPC: the folder of the result is a link to it."""
+    from wpjax.errors import OutputError
+    from wpjax.files import atomic_output
+
+    def write():
+        with atomic_output(tmp_path / "x") as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_text("data" * 10_000)
+
+    with pytest.raises(OutputError, match="No space left"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_expert_that_does_not_carry_the_behaviour_is_rejected(wpjax, tmp_path):
+    """The planted expert learnt capitals only: its anchor for titles has no gap."""
+    models = ["--base", "tiny:base", "--expert", "tiny:planted", "--behaviour", "tiny:title", "--out", "r.nc"]
+    assert_refused(wpjax("sweep", *models), "anchor for tiny:title rejected: .*gap .* is not positive", tmp_path)
+
+
+def test_an_anchor_of_another_expert_is_rejected(wpjax, tmp_path):
+    assert wpjax("anchor", *PAIR, "--out", "a", "--n-prompts", "8")[0] == 0
+    models = ["--base", "tiny:base", "--expert", "tiny:planted", "--behaviour", "tiny:english_capital"]
+    assert_refused(
+        wpjax("sweep", *models, "--anchor", "a", "--out", "r.nc"), "fitted in another expert", tmp_path, ["a"]
+    )
+
+
+def test_finetune_writes_a_folder_that_loads(wpjax, tmp_path):
+    arguments = ["--base", "tiny:base", "--behaviour", "tiny:quotation", "--steps", "2", "--eval-prompts", "2"]
+    code, out, err = wpjax(
+        "finetune", *arguments, "--max-new-tokens", "8", "--out", "q", "--components", "L0.mlp", "--json"
+    )
+    assert code == 0, err
+    assert set(json.loads(out)["pass_rate"]) == {"base", "expert"}
+    assert load_checkpoint(str(tmp_path / "q")).cfg == load_model("tiny:base").cfg
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q"]
+    assert_refused(
+        wpjax("finetune", *arguments, "--components", "L0.mpl", "--out", "p"), "not a component name", tmp_path, ["q"]
+    )
+
+
+def start(folder, *arguments):
+    """The command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "wpjax", *arguments],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_shards(folder, n):
+    deadline = time.monotonic() + 240
+    while len(list(folder.glob(".r.nc.sweep/exact-*.npy"))) < n:
+        assert time.monotonic() < deadline, "the sweep did not get going"
+        time.sleep(0.02)
+
+
+LONG = [*PAIR, "--kinds", "head,neuron", "--method", "exact", "--n-prompts", "8", "--memory-mb", "8", "--out", "r.nc"]
+
+
+def test_interrupted_and_killed_sweeps_resume_to_the_same_result(wpjax, tmp_path):
+    """Ctrl-C says so and exits 130; kill -9 says nothing; --resume ends with what an uninterrupted run gives."""
+    process = start(tmp_path, "sweep", *LONG)
+    wait_for_shards(tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert [line for line in err.splitlines() if not line.startswith("[")] == [
+        "interrupted; finished parts are kept: go on with --resume"
+    ]
+    assert not (tmp_path / "r.nc").exists()
+    assert_refused(wpjax("sweep", *LONG), "pass --resume, or delete it", tmp_path, [".r.nc.sweep"])
+    assert_refused(wpjax("sweep", *LONG, "--resume", "--seed", "1"), "other settings", tmp_path, [".r.nc.sweep"])
+    n = len(list(tmp_path.glob(".r.nc.sweep/exact-*.npy")))
+    process = start(tmp_path, "sweep", *LONG, "--resume")
+    wait_for_shards(tmp_path, n + 3)
+    process.kill()
+    process.communicate()
+    assert wpjax("sweep", *LONG, "--resume")[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["r.nc"]
+    resumed = SweepResult.from_netcdf("r.nc").dataset
+    assert wpjax("sweep", *LONG, "--overwrite")[0] == 0
+    whole = SweepResult.from_netcdf("r.nc").dataset
+    for dataset in (resumed, whole):
+        for name in ("date", "wall_time_s"):
+            del dataset.attrs[name]
+    xr.testing.assert_identical(resumed, whole)

@@ -1,0 +1,5 @@
+"""`python -m wpjax`."""
+
+from wpjax.cli import main
+
+main()
