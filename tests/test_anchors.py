@@ -1,0 +1,114 @@
+"""Anchors against HF torch's hidden states, noise of known size, and pairs that must be refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from wpjax.anchors import Anchor, expect_positive_gap, fit_anchor, split_half_cosine
+from wpjax.behaviours import behaviour
+from wpjax.errors import AnchorRejected
+from wpjax.models.checkpoint import save_checkpoint
+from wpjax.pairs import load_pair, make_pair
+from wpjax.patching import PatchMask, materialize
+
+
+@pytest.fixture(scope="module")
+def tiny_pair():
+    return load_pair("tiny:base", "tiny:expert")
+
+
+def hf_last_states(model, tokens):
+    """Hidden state after every block at each prompt's last token, [L, B, D], one unpadded prompt at a time."""
+    seen = []
+    hooks = [m.register_forward_hook(lambda m, a, o: seen.append(o)) for m in model.model.layers]
+    rows = []
+    for ids, n in zip(tokens.ids, tokens.lengths, strict=True):
+        seen.clear()
+        with torch.no_grad():
+            model(torch.tensor(ids[:n].astype(np.int64))[None])
+        rows.append(torch.stack([(o[0] if isinstance(o, tuple) else o)[0, -1] for o in seen]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(rows, 1).numpy()
+
+
+def test_direction_gap_and_drift_equal_those_of_hf_hidden_states(tiny_pair, tmp_path):
+    task = behaviour("tiny:title")
+    anchor = fit_anchor(tiny_pair, task, n_prompts=24)
+    for name, checkpoint in (("base", tiny_pair.base_checkpoint), ("expert", tiny_pair.expert_checkpoint)):
+        save_checkpoint(tmp_path / name, checkpoint)
+    base, expert = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32).eval() for n in ("base", "expert")
+    )
+    fit, check = (task.encode(tiny_pair.tokenizer, split, 24) for split in ("fit", "sweep"))
+    u = (hf_last_states(expert, fit.with_instruction) - hf_last_states(expert, fit.without)).mean(1)
+    v = u / np.linalg.norm(u, axis=-1, keepdims=True)
+    np.testing.assert_allclose(anchor.vector, v[anchor.layer], atol=1e-5)
+    gap = np.einsum(
+        "lbd,ld->lb", hf_last_states(expert, check.with_instruction) - hf_last_states(base, check.with_instruction), v
+    )
+    alone = np.einsum("lbd,ld->lb", hf_last_states(expert, check.without) - hf_last_states(base, check.without), v)
+    rows = anchor.diagnostics
+    np.testing.assert_allclose([d.gap for d in rows], gap.mean(1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose([d.norm for d in rows], np.linalg.norm(u, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose([d.drift for d in rows], (gap - alone).mean(1), rtol=1e-4, atol=1e-4)
+    score = anchor.score(tiny_pair.cfg, tiny_pair.expert, check) - anchor.score(tiny_pair.cfg, tiny_pair.base, check)
+    np.testing.assert_allclose(score, gap[anchor.layer], rtol=1e-4, atol=1e-3)
+
+
+def test_the_chosen_layer_has_the_largest_gap_against_its_spread(tiny_pair):
+    anchor = fit_anchor(tiny_pair, behaviour("tiny:title"))
+    considered = [d for d in anchor.diagnostics[:-1] if not d.verdict()]
+    assert anchor.layer == max(considered, key=lambda d: d.gap / d.gap_sd).layer
+
+
+def test_split_half_cosine_of_a_direction_in_noise():
+    """Halves of n/2 queries: |mu|^2 / (|mu|^2 + D sigma^2 / (n/2)), and about 0 where there is no direction."""
+    rng, n, d, sigma = np.random.default_rng(0), 60, 400, 0.2
+    mean = np.zeros((2, 1, d), np.float32)
+    mean[0, 0, 0] = 1.0
+    contrast = mean + rng.normal(0, sigma, (2, n, d)).astype(np.float32)
+    found = split_half_cosine(contrast, np.arange(n))
+    assert found[0] == pytest.approx(1 / (1 + d * sigma**2 / (n / 2)), abs=0.05)
+    assert abs(found[1]) < 0.1
+
+
+def test_halves_never_share_a_query():
+    """Prompts of one query are copies: were they split apart, pure noise would look stable."""
+    noise = np.random.default_rng(1).normal(size=(1, 20, 300)).astype(np.float32)
+    found = split_half_cosine(np.repeat(noise, 4, axis=1), np.repeat(np.arange(20), 4))
+    assert abs(found[0]) < 0.15
+
+
+def test_an_expert_that_changed_nothing_up_to_the_anchor_is_refused(tiny_pair):
+    """Its only change is in the last layer, which no anchor may read: every gap is exactly zero."""
+    last = materialize(tiny_pair.base, tiny_pair.expert, PatchMask.of(tiny_pair.cfg, ["L7.mlp"]))
+    pair = make_pair(tiny_pair.base_checkpoint, dataclasses.replace(tiny_pair.expert_checkpoint, params=last))
+    with pytest.raises(AnchorRejected, match=r"no layer passes; .*gap 0 \[0, 0\] is not positive"):
+        fit_anchor(pair, behaviour("tiny:title"))
+    with pytest.raises(AnchorRejected, match=r"layer 3: gap 0 \[0, 0\]"):
+        fit_anchor(pair, behaviour("tiny:title"), layer=3)
+
+
+def test_gaps_that_are_negative_or_may_be_zero_are_refused():
+    queries = np.arange(20)
+    with pytest.raises(AnchorRejected, match=r"-1 \[-1, -1\], not positive"):
+        expect_positive_gap(-np.ones(20), queries, "x")
+    spread = np.random.default_rng(0).normal(0.1, 1.0, 20)
+    with pytest.raises(AnchorRejected, match="not positive"):
+        expect_positive_gap(spread - spread.mean() + 0.1, queries, "x")
+    expect_positive_gap(spread - spread.mean() + 1.0, queries, "x")
+
+
+def test_a_file_keeps_everything_and_belongs_to_its_expert(tiny_pair, tmp_path):
+    anchor = fit_anchor(tiny_pair, behaviour("tiny:title"), n_prompts=8)
+    anchor.save(tmp_path / "a.safetensors")
+    again = Anchor.load(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(again.vector, anchor.vector)
+    assert dataclasses.replace(again, vector=anchor.vector) == anchor
+    again.check_belongs(tiny_pair)
+    with pytest.raises(AnchorRejected, match="another expert"):
+        again.check_belongs(load_pair("tiny:base", "tiny:planted"))

@@ -1,0 +1,108 @@
+"""The page: every figure of the result on it, nothing of a name or a prompt as markup, nothing from a network."""
+
+import html.parser
+import re
+import struct
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from wpjax.anchors import fit_anchor
+from wpjax.behaviours import behaviour
+from wpjax.errors import OutputError, WpjaxError
+from wpjax.pairs import load_pair
+from wpjax.report import write_report
+from wpjax.results import SweepResult
+from wpjax.sweeps import sweep
+
+HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac$ & [bold]"
+
+
+@pytest.fixture(scope="module")
+def result():
+    pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
+    anchor = fit_anchor(pair, task)
+    batch = task.encode(pair.tokenizer, n_prompts=4)
+    return sweep(pair, batch, anchor, kinds=("head", "kv_group", "neuron"), method="screen+exact", top=8)
+
+
+class Page(html.parser.HTMLParser):
+    """Cells of every table, tags, and what is loaded from elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loads, self.rows, self.shown = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        sources = [value or "" for key, value in attrs if key in ("src", "href", "xlink:href")]
+        self.loads += [s for s in sources if not s.startswith(("#", "data:"))]
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data):
+        self.shown.append(data)
+        if self.rows and self.lasttag in ("td", "code") and data.strip():
+            self.rows[-1].append(data.strip())
+
+
+def test_the_table_holds_the_numbers_of_the_result(result, tmp_path):
+    write_report(result, tmp_path / "r.html", n_rows=12)
+    page = Page((tmp_path / "r.html").read_text())
+    rows = {cells[1]: cells for cells in page.rows if len(cells) > 5 and re.fullmatch(r"L\d+\.\w+\.\d+", cells[1])}
+    top = result.top(12)
+    assert list(rows) == [r.name for r in top]
+    for r in top:
+        assert rows[r.name][4] == f"{r.effect:.4f}"
+        assert rows[r.name][5] == f"[{r.ci_low:.4f}, {r.ci_high:.4f}]"
+    assert not page.loads
+
+
+def test_names_and_prompts_are_text_never_markup(result, tmp_path):
+    data = result.dataset.copy(deep=True)
+    data["prompt"] = ("prompt", np.array([HOSTILE] * data.sizes["prompt"], dtype=object))
+    data.attrs |= {"base": HOSTILE, "expert": HOSTILE, "behaviour": HOSTILE}
+    write_report(SweepResult(data), tmp_path / "r.html")
+    clean = tmp_path / "clean.html"
+    write_report(result, clean)
+    page, expected = Page((tmp_path / "r.html").read_text()), Page(clean.read_text())
+    assert page.tags == expected.tags  # not one element more
+    assert not page.loads
+    assert any(HOSTILE in text for text in page.shown)
+
+
+def test_pictures_are_written_beside_the_page(result, tmp_path):
+    written = write_report(result, tmp_path / "r.html")
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    for path in written[1:]:
+        head = path.read_bytes()[:24]
+        assert head[:8] == b"\x89PNG\r\n\x1a\n"
+        assert min(struct.unpack(">II", head[16:24])) > 300
+    with pytest.raises(OutputError, match="exists"):
+        write_report(result, tmp_path / "r.html")
+
+
+def test_a_screen_alone_says_that_nothing_was_replaced(tmp_path):
+    pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
+    anchor = fit_anchor(pair, task)
+    batch = task.encode(pair.tokenizer, n_prompts=4)
+    screened = sweep(pair, batch, anchor, kinds=("head",), method="gradient")
+    write_report(screened, tmp_path / "r.html")
+    assert "No component was replaced for real" in (tmp_path / "r.html").read_text()
+    assert screened.top(1, by="gradient")[0].name.startswith("L")
+    assert screened.top(1) == []
+
+
+def test_the_file_gives_back_the_result(result, tmp_path):
+    result.to_netcdf(tmp_path / "r.nc")
+    again = SweepResult.from_netcdf(tmp_path / "r.nc")
+    xr.testing.assert_identical(again.dataset, result.dataset)
+    assert again.top(5) == result.top(5)
+
+
+def test_results_of_another_schema_are_refused(result, tmp_path):
+    SweepResult(result.dataset.assign_attrs(schema=99)).to_netcdf(tmp_path / "r.nc")
+    with pytest.raises(WpjaxError, match=r"r\.nc: schema 99.*sweep again"):
+        SweepResult.from_netcdf(tmp_path / "r.nc")
