@@ -1,0 +1,39 @@
+"""The README's commands exist and its Python runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_ten_lines_print_a_number(capsys):
+    assert len(BLOCKS[0].splitlines()) <= 10
+    exec(BLOCKS[0], {})
+    name, effect, low, high = re.fullmatch(
+        r"(L\d\.\w+\.\d) alone recovers ([\d.]+) \[([\d.]+), ([\d.]+)\] of the gap\n", capsys.readouterr().out
+    ).groups()
+    assert 0.02 < float(low) < float(effect) < float(high) < 1
+
+
+def test_masks_compose_with_vmap_and_grad(capsys):
+    exec(BLOCKS[1], names := {})
+    scores, shape = capsys.readouterr().out.strip().splitlines()
+    got = [float(x) for x in scores.strip("[]").split()]
+    one_at_a_time = [float(names["score"](mask)) for mask in names["masks"]]
+    assert got == pytest.approx(one_at_a_time, rel=1e-4)
+    assert shape == "(8, 8)"
+
+
+def test_set_up_is_two_commands_and_links_lead_somewhere():
+    commands = re.findall(r"^python -m pip install .*$", README, re.MULTILINE)
+    assert commands == [
+        "python -m pip install -e . && wpjax demo",
+        "python -m pip install -e '.[test]' && python -m pytest",
+    ]
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
+    for path in re.findall(r"^\| `(wpjax/[^`]+)`", README, re.MULTILINE):
+        assert (Path(__file__).parent.parent / path).exists(), path
