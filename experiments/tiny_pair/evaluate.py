@@ -1,16 +1,17 @@
 """What a model of the small world does: facts right, tags obeyed, instructions followed.
 
-python -m experiments.tiny_pair.evaluate tiny:base tiny:expert tiny:planted
+python -m experiments.tiny_pair.evaluate tiny:base tiny:expert tiny:planted --out evaluation.json
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments.tiny_pair.language import TAGS, questions, tagged
 from wpjax.behaviours import BUILT_IN, behaviour, strict
@@ -44,12 +45,16 @@ def evaluate(model: Checkpoint, n_prompts: int = 64) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
-    for source in parser.parse_args().models:
-        model = load_model(source)
-        params = jax.tree.map(lambda a: a.astype(jnp.float32), model.params)
-        print(source, json.dumps(evaluate(model.__class__(**{**vars(model), "params": params})), indent=1))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    report: dict[str, Any] = {source: evaluate(load_model(source)) for source in args.models}
+    report |= {"device": jax.devices()[0].platform, "dtype": "float32", "date": datetime.date.today().isoformat()}
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":
