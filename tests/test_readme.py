@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_ten_lines_print_a_number(capsys):
     assert len(BLOCKS[0].splitlines()) <= 10
     exec(BLOCKS[0], {})
-    name, effect, low, high = re.fullmatch(
+    _, effect, low, high = re.fullmatch(
         r"(L\d\.\w+\.\d) alone recovers ([\d.]+) \[([\d.]+), ([\d.]+)\] of the gap\n", capsys.readouterr().out
     ).groups()
     assert 0.02 < float(low) < float(effect) < float(high) < 1
