@@ -49,9 +49,9 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        steps: optimiser steps.
-        lr: peak learning rate of AdamW, reached from a tenth of it over the first tenth of the steps, then back to
-            a tenth along a cosine.
+        steps: optimiser steps, at least 2.
+        lr: peak learning rate of AdamW, reached from 0 (at the first step) over the first tenth of the steps, then
+            down to a tenth along a cosine.
         batch_size: examples a step.
         weight_decay: AdamW's, towards zero.
         clip: global norm that gradients are clipped to.
@@ -137,8 +137,10 @@ def train(
         checkpoints: folder for orbax checkpoints; training resumes from the newest one in it.
         on_step: called after each step with its number (from 1) and loss in nats.
     """
-    low = config.lr / 10
-    schedule = optax.warmup_cosine_decay_schedule(low, config.lr, config.steps // 10, config.steps, low)
+    warm_up = max(1, config.steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.lr, warm_up, max(config.steps, warm_up + 1), config.lr / 10
+    )
     optimiser = optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule, weight_decay=config.weight_decay),

@@ -25,7 +25,7 @@ def run(
     behaviour: BehaviourOption,
     out: OutOption,
     checker: CheckerOption = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 90,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps.")] = 90,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.")] = 3e-5,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples a step.")] = 8,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="AdamW's.")] = 0.0,
