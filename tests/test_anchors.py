@@ -35,7 +35,7 @@ def hf_last_states(model, tokens):
     return torch.stack(rows, 1).numpy()
 
 
-def test_direction_gap_and_drift_equal_those_of_hf_hidden_states(tiny_pair, tmp_path):
+def test_direction_gap_and_its_specific_part_equal_those_of_hf_hidden_states(tiny_pair, tmp_path):
     task = behaviour("tiny:title")
     anchor = fit_anchor(tiny_pair, task, n_prompts=24)
     for name, checkpoint in (("base", tiny_pair.base_checkpoint), ("expert", tiny_pair.expert_checkpoint)):
@@ -54,15 +54,15 @@ def test_direction_gap_and_drift_equal_those_of_hf_hidden_states(tiny_pair, tmp_
     rows = anchor.diagnostics
     np.testing.assert_allclose([d.gap for d in rows], gap.mean(1), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose([d.norm for d in rows], np.linalg.norm(u, axis=-1), rtol=1e-5)
-    np.testing.assert_allclose([d.drift for d in rows], (gap - alone).mean(1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose([d.specific for d in rows], (gap - alone).mean(1), rtol=1e-4, atol=1e-4)
     score = anchor.score(tiny_pair.cfg, tiny_pair.expert, check) - anchor.score(tiny_pair.cfg, tiny_pair.base, check)
     np.testing.assert_allclose(score, gap[anchor.layer], rtol=1e-4, atol=1e-3)
 
 
-def test_the_chosen_layer_has_the_largest_gap_against_its_spread(tiny_pair):
+def test_the_chosen_layer_has_the_largest_specific_gap_against_its_spread(tiny_pair):
     anchor = fit_anchor(tiny_pair, behaviour("tiny:title"))
     considered = [d for d in anchor.diagnostics[:-1] if not d.verdict()]
-    assert anchor.layer == max(considered, key=lambda d: d.gap / d.gap_sd).layer
+    assert anchor.layer == max(considered, key=lambda d: d.specific / d.specific_sd).layer
 
 
 def test_split_half_cosine_of_a_direction_in_noise():
@@ -91,6 +91,18 @@ def test_an_expert_that_changed_nothing_up_to_the_anchor_is_refused(tiny_pair):
         fit_anchor(pair, behaviour("tiny:title"))
     with pytest.raises(AnchorRejected, match=r"layer 3: gap 0 \[0, 0\]"):
         fit_anchor(pair, behaviour("tiny:title"), layer=3)
+
+
+def test_drift_alone_is_refused(tiny_pair):
+    """An expert whose embeddings are shifted along some direction moves the same with and without the instruction."""
+    rng = np.random.default_rng(0)
+    shift = (0.5 * rng.standard_normal(tiny_pair.cfg.d_model)).astype(np.float32)
+    moved = {**tiny_pair.expert, "embed": {"W_E": tiny_pair.expert["embed"]["W_E"] + shift}}
+    base = dataclasses.replace(tiny_pair.expert_checkpoint, params=tiny_pair.expert)
+    pair = make_pair(base, dataclasses.replace(tiny_pair.expert_checkpoint, params=moved))
+    for layer in range(5):
+        with pytest.raises(AnchorRejected, match=rf"layer {layer}: gap [\d.]+ is drift: .* -[\d.]+ \["):
+            fit_anchor(pair, behaviour("tiny:title"), layer=layer)
 
 
 def test_gaps_that_are_negative_or_may_be_zero_are_refused():

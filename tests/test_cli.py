@@ -52,7 +52,7 @@ def assert_refused(result, says, folder, left=()):
 def test_sweep_report_and_anchor(wpjax, tmp_path):
     code, out, _ = wpjax("anchor", *PAIR, "--out", "a.safetensors", "--n-prompts", "8")
     assert code == 0
-    assert "passes" in out
+    assert "layers that pass: " in out
     anchor = Anchor.load(tmp_path / "a.safetensors")
     assert np.linalg.norm(anchor.vector) == pytest.approx(1, abs=1e-6)
     code, out, _ = wpjax("sweep", *SMALL, "--anchor", "a.safetensors", "--out", "r.nc", "--show", "3")

@@ -46,7 +46,9 @@ class LayerDiagnostics:
         norm: |u|, the size of the instruction's trace in the expert.
         gap: mean of G over the "sweep" prompts, with `gap_low` and `gap_high` its 95 % interval.
         gap_sd: standard deviation of G over prompts.
-        drift: mean of [F_E - F_B](x+) - [F_E - F_B](x-): the gap without what the expert moved anyway.
+        specific: mean of [F_E - F_B](x+) - [F_E - F_B](x-), the part of the gap that the instruction makes, without
+            what the expert moved anyway (difference in differences), with `specific_low` and `specific_high`.
+        specific_sd: its standard deviation over prompts.
         base_trace: mean of F(base, x+) - F(base, x-), as a share of the same in the expert.
     """
 
@@ -57,7 +59,10 @@ class LayerDiagnostics:
     gap_low: float
     gap_high: float
     gap_sd: float
-    drift: float
+    specific: float
+    specific_low: float
+    specific_high: float
+    specific_sd: float
     base_trace: float
 
     def verdict(self) -> str:
@@ -66,6 +71,9 @@ class LayerDiagnostics:
             return f"split-half cosine {self.stability:.2f} < {MIN_STABILITY}"
         if self.gap_low <= 0:
             return f"gap {self.gap:.3g} [{self.gap_low:.3g}, {self.gap_high:.3g}] is not positive"
+        if self.specific_low <= 0:
+            specific = f"{self.specific:.3g} [{self.specific_low:.3g}, {self.specific_high:.3g}]"
+            return f"gap {self.gap:.3g} is drift: what the instruction makes of it is {specific}, not positive"
         return ""
 
 
@@ -186,9 +194,10 @@ def fit_anchor(
 ) -> Anchor:
     """Fit a direction at every layer, measure its gap on other queries, and choose the layer.
 
-    The chosen layer is, among those whose split-half cosine is at least `MIN_STABILITY` and whose gap is positive
-    with its whole interval, the one where the gap is largest against its spread over prompts (mean / standard
-    deviation). The last sixth of the layers is not considered: there the stream at the last prompt token already
+    The chosen layer is, among those whose split-half cosine is at least `MIN_STABILITY` and whose gap and specific
+    gap are positive with their whole intervals, the one where the specific gap is largest against its spread over
+    prompts (mean / standard deviation). The raw gap would not do: in the first layers of a real pair it is small,
+    uniform drift. The last sixth of the layers is not considered: there the stream at the last prompt token already
     holds the first token of the answer. Both rules are our choice; the paper's is not known.
 
     Args:
@@ -234,22 +243,14 @@ def _diagnose(
     expert, base = project(pair.expert, check.with_instruction), project(pair.base, check.with_instruction)
     expert_alone, base_alone = project(pair.expert, check.without), project(pair.base, check.without)
     gap, weights = expert - base, resample(check.queries, seed=seed)
-    drift = gap - (expert_alone - base_alone)
+    specific = gap - (expert_alone - base_alone)
     trace = (base - base_alone).mean(1) / (expert - expert_alone).mean(1)
     rows = []
-    for i, values in enumerate(gap):
-        mean, low, high = mean_interval(values, weights)
+    for i in range(len(gap)):
+        figures = [(*mean_interval(values, weights), float(values.std(ddof=1))) for values in (gap[i], specific[i])]
         rows.append(
             LayerDiagnostics(
-                i,
-                float(stability[i]),
-                float(norm[i]),
-                mean,
-                low,
-                high,
-                float(values.std(ddof=1)),
-                float(drift[i].mean()),
-                float(trace[i]),
+                i, float(stability[i]), float(norm[i]), *figures[0], *figures[1], base_trace=float(trace[i])
             )
         )
     return tuple(rows)
@@ -260,7 +261,7 @@ def _choose(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | N
     considered = diagnostics[:early] if layer is None else diagnostics[layer : layer + 1]
     passing = [d for d in considered if not d.verdict()]
     if passing:
-        return max(passing, key=lambda d: d.gap / max(d.gap_sd, 1e-30))
+        return max(passing, key=lambda d: d.specific / max(d.specific_sd, 1e-30))
     nearest = max(considered, key=lambda d: (d.stability >= MIN_STABILITY, d.gap_low))
     which = f"layer {layer}" if layer is not None else f"no layer passes; the nearest, layer {nearest.layer}"
     raise AnchorRejected(

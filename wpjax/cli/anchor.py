@@ -73,17 +73,20 @@ def show(anchor: Anchor) -> None:
         (
             f"{'*' if d.layer == anchor.layer else ' '} {d.layer}",
             f"{d.stability:.3f}",
-            f"{d.gap:.3f}",
-            f"[{d.gap_low:.3f}, {d.gap_high:.3f}]",
-            f"{d.gap / d.gap_sd:.2f}",
-            f"{d.drift:.3f}",
+            f"{d.gap:.3g} [{d.gap_low:.3g}, {d.gap_high:.3g}]",
+            f"{d.specific:.3g} [{d.specific_low:.3g}, {d.specific_high:.3g}]",
+            f"{d.specific / d.specific_sd:.2f}",
             f"{d.base_trace:.2f}",
-            d.verdict() or "passes",
         )
         for d in anchor.diagnostics
     ]
     print_table(
         f"Anchor of {anchor.behaviour}: layer {anchor.layer}",
-        ("layer", "split-half cosine", "gap", "95 % interval", "gap/sd", "without drift", "trace in base", ""),
+        ("layer", "cosine", "gap, 95 % interval", "without drift", "/ sd", "in base"),
         rows,
+    )
+    passing = [str(d.layer) for d in anchor.diagnostics if not d.verdict()]
+    print(
+        f"\nlayers that pass: {', '.join(passing)}\ncosine: of directions from random halves of the queries; without "
+        "drift: what the instruction makes of the gap; in base: the instruction's trace there, a share of the expert's"
     )
