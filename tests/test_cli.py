@@ -161,12 +161,10 @@ def test_bad_files(wpjax, tmp_path):
 
 def test_bad_outputs_are_refused_before_any_work(wpjax, tmp_path):
     (tmp_path / "r.nc").write_text("mine")
-    start = time.perf_counter()
     assert_refused(wpjax("sweep", *SMALL, "--out", "r.nc"), "r.nc exists; .*--overwrite", tmp_path, ["r.nc"])
     assert_refused(wpjax("sweep", *SMALL, "--out", "no/r.nc"), "does not exist; create it", tmp_path, ["r.nc"])
     assert_refused(wpjax("demo", "--out", "r.nc"), "exists", tmp_path, ["r.nc"])
     assert_refused(wpjax("finetune", *PAIR[:2], *PAIR[4:], "--out", "r.nc"), "exists", tmp_path, ["r.nc"])
-    assert time.perf_counter() - start < 60
     assert (tmp_path / "r.nc").read_text() == "mine"
 
 

@@ -106,13 +106,13 @@ def test_vmap_over_masks_takes_no_memory_for_weights(batch):
 
     cfg = ModelConfig("llama", 3, 256, 4, 2, 64, 1024, 61, 64)
     base, expert = (init_params(cfg, jax.random.key(i)) for i in range(2))
-    masks = jax.tree.map(lambda gate: jnp.stack([gate] * 16), PatchMask.empty(cfg))
+    gates = jax.tree.map(lambda gate: jnp.stack([gate] * 16), dict(PatchMask.empty(cfg).gates))
     anchor = Anchor(jnp.ones(cfg.d_model) / 16, 2)
 
-    def score(base, expert, mask):
-        return anchor.score(cfg, patch(base, expert, mask), batch)
+    def score(base, expert, gates):
+        return anchor.score(cfg, patch(base, expert, PatchMask(gates)), batch)
 
-    compiled = jax.jit(jax.vmap(score, in_axes=(None, None, 0))).lower(base, expert, masks).compile()
+    compiled = jax.jit(jax.vmap(score, in_axes=(None, None, 0))).lower(base, expert, gates).compile()
     n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base["blocks"]))
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * n_bytes
 

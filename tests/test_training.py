@@ -52,17 +52,24 @@ def test_loss_equals_torch_cross_entropy(base, data):
     assert float(got) == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=1e-5)
 
 
-def test_the_first_step_is_adams_by_hand(base, data):
-    config = TrainConfig(steps=1, lr=1e-3, batch_size=4)
-    got = train(base.cfg, base.params, data, config)
-    rows = batch_rows(12, config, 0)
-    gradients = flatten(jax.grad(loss_fn, argnums=1)(base.cfg, base.params, data.ids[rows], data.weights[rows]))
-    norm = np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in gradients.values()))
+def test_the_first_steps_are_adams_by_hand(base, data):
+    """Two steps: the first at learning rate 0 only feeds the moments, the second moves at the peak."""
+    config = TrainConfig(steps=2, lr=1e-3, batch_size=4)
+    got = flatten(train(base.cfg, base.params, data, config))
+    clipped = []
+    for step in range(2):
+        rows = batch_rows(12, config, step)
+        gradients = flatten(jax.grad(loss_fn, argnums=1)(base.cfg, base.params, data.ids[rows], data.weights[rows]))
+        wide = {path: np.asarray(g, np.float64) for path, g in gradients.items()}
+        norm = np.sqrt(sum(np.square(g).sum() for g in wide.values()))
+        clipped.append({path: g / max(1.0, norm / config.clip) for path, g in wide.items()})
     for path, leaf in flatten(base.params).items():
-        clipped = np.asarray(gradients[path]) / max(1.0, norm)
-        expected = np.asarray(leaf) - config.lr * clipped / (np.abs(clipped) + 1e-8)
-        clear = np.abs(clipped) > 1e-6  # below, rounding of the gradient itself decides Adam's unit step
-        np.testing.assert_allclose(np.asarray(flatten(got)[path])[clear], expected[clear], atol=1e-5, err_msg=path)
+        first, second = (g[path] for g in clipped)
+        mean = (0.9 * first + second) / 1.9  # (1 - b1) (b1 g1 + g2) / (1 - b1^2), b1 = 0.9
+        square = (0.999 * first**2 + second**2) / 1.999
+        expected = np.asarray(leaf) - config.lr * mean / (np.sqrt(square) + 1e-8)
+        clear = np.sqrt(square) > 1e-6  # below, rounding of the gradient itself decides Adam's unit step
+        np.testing.assert_allclose(np.asarray(got[path])[clear], expected[clear], atol=1e-5, err_msg=path)
 
 
 def test_training_learns_and_the_callers_parameters_stay(base, data):

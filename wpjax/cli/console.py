@@ -63,12 +63,13 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def _log_lines(seconds: float = 10.0) -> Callable[[str, int, int], None]:
     start = time.monotonic()
-    last = {"": start}
+    printed: dict[str, tuple[float, int]] = {}
 
     def update(what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - last.get(what, start) >= seconds:
-            last[what] = now
+        when, how_far = printed.get(what, (start, 0))
+        if done != how_far and (done == total or now - when >= seconds):
+            printed[what] = now, done
             print(f"[{now - start:5.0f} s] {what}: {done} of {total}", file=sys.stderr, flush=True)
 
     return update

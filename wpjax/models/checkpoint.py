@@ -27,7 +27,8 @@ from wpjax.models.gguf import GgufFile
 from wpjax.models.hf_config import parse_config
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_REPEATS = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,9 @@ def _download(hub_id: str) -> Path:
 
     name, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_REPEATS)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

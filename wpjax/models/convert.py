@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import einops
 import jax
@@ -21,6 +21,7 @@ from wpjax.models.families import FAMILIES, Family, TensorRule
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """A set of named tensors under their HF names, read one at a time."""
 
