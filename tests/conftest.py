@@ -6,9 +6,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
-
-install_import_hook("wpjax", "beartype.beartype")  # every shape and type in a signature is checked as tests run
 
 from tests.tiny import PAIR_SPECS, SPECS, HfModel, HfPair, build, build_pair
 from wpjax.behaviours import PromptBatch, PromptPair, Tokens

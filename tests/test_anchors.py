@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from wpjax.anchors import Anchor, expect_positive_gap, fit_anchor, split_half_cosine
 from wpjax.behaviours import behaviour
-from wpjax.errors import AnchorRejected
+from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.models.checkpoint import save_checkpoint
 from wpjax.pairs import load_pair, make_pair
 from wpjax.patching import PatchMask, materialize
@@ -124,3 +126,29 @@ def test_a_file_keeps_everything_and_belongs_to_its_expert(tiny_pair, tmp_path):
     again.check_belongs(tiny_pair)
     with pytest.raises(AnchorRejected, match="another expert"):
         again.check_belongs(load_pair("tiny:base", "tiny:planted"))
+
+
+def test_nan_is_never_accepted(tiny_pair):
+    """Written as "not positive", not as "negative": a comparison with NaN is false."""
+    damaged = jax.tree.map(lambda a: a, tiny_pair.expert)
+    damaged["blocks"]["mlp"]["W_out"] = damaged["blocks"]["mlp"]["W_out"].at[0, 0, 0].set(np.nan)
+    pair = dataclasses.replace(tiny_pair, expert=damaged)
+    with pytest.raises(AnchorRejected, match="split-half cosine nan"):
+        fit_anchor(pair, behaviour("tiny:title"), n_prompts=8)
+    with pytest.raises(AnchorRejected, match="not positive"):
+        expect_positive_gap(np.full(8, np.nan), np.arange(8), "x")
+
+
+def test_anchors_that_do_not_fit_the_model_are_refused(tiny_pair, tmp_path):
+    batch = behaviour("tiny:title").encode(tiny_pair.tokenizer, n_prompts=4)
+    unit = np.eye(1, tiny_pair.cfg.d_model, dtype=np.float32)[0]
+    for layer in (-1, 8):
+        with pytest.raises(WpjaxError, match="layers 0 to 7"):
+            Anchor(jnp.asarray(unit), layer).score(tiny_pair.cfg, tiny_pair.base, batch)
+    for vector, layer in ((unit[:5], 3), (unit, 9)):
+        with pytest.raises(AnchorRejected, match="dimensions at layer"):
+            Anchor(jnp.asarray(vector), layer).check_belongs(tiny_pair)
+    for bad in (unit * 3, unit * np.nan, unit[None], unit.astype(np.float64)):
+        Anchor(bad, 3, "x").save(tmp_path / "bad", overwrite=True)
+        with pytest.raises(CheckpointError, match="not a float32 unit vector"):
+            Anchor.load(tmp_path / "bad")

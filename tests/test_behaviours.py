@@ -107,31 +107,47 @@ def write(path, *lines):
 
 
 def test_a_users_file_in_both_forms(tmp_path):
-    lines = [{"with": f"Q{i}? Shout.", "without": f"Q{i}?"} for i in range(6)]
+    lines = [{"with": f"Q{i}? Shout.", "without": f"Q{i}?"} for i in range(12)]
     lines += [{"prompt": "Q0?", "instruction": "Yell.", "args": {"n": 2}, "response": "AH"}]
     task = behaviour(write(tmp_path / "mine.jsonl", *lines), "regex:^[A-Z ]+$")
-    assert [p.query for p in task.pairs] == [0, 1, 2, 3, 4, 5, 0]
-    assert task.pairs[6].with_instruction == "Q0? Yell."
-    assert (task.pairs[6].args, task.pairs[6].response) == ({"n": 2}, "AH")
+    assert [p.query for p in task.pairs] == [*range(12), 0]
+    assert task.pairs[12].with_instruction == "Q0? Yell."
+    assert (task.pairs[12].args, task.pairs[12].response) == ({"n": 2}, "AH")
     assert strict(task.checker, "SHOUT", {})
     assert not strict(task.checker, "shout", {})
 
 
-GOOD = [{"with": f"Q{i}? Shout.", "without": f"Q{i}?"} for i in range(6)]
+GOOD = [{"with": f"Q{i}? Shout.", "without": f"Q{i}?"} for i in range(12)]
+
+
+def test_only_newlines_end_a_line_and_a_byte_order_mark_is_not_text(tmp_path):
+    lines = [{"with": f"Q{i}?\u2028Shout.\x85", "without": f"Q{i}?"} for i in range(12)]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "mine.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert behaviour(tmp_path / "mine.jsonl").pairs[11].with_instruction == "Q11?\u2028Shout.\x85"
+
+
+def test_checkers_are_tried_with_every_prompts_arguments(tmp_path):
+    path = write(tmp_path / "mine.jsonl", *GOOD, {"with": "a b", "without": "a", "args": {"num_highlights": 2}})
+    with pytest.raises(BehaviourError, match=r"fails with args {} \(KeyError: 'num_highlights'\)"):
+        behaviour(path, "number_highlighted_sections").check_checker()
+    with pytest.raises(BehaviourError, match="without a checker"):
+        behaviour(path).check_checker()
+    behaviour(path, "contains:x").check_checker()
 
 
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([], "0 different queries, at least 6"),
-        (GOOD[:1], "1 different query, at least 6"),
-        ([*GOOD, "{oops"], "line 7: not JSON"),
-        ([*GOOD, "[1]"], "line 7: expected a JSON object"),
-        ([*GOOD, {"with": "a"}], "line 7: keys must be"),
-        ([*GOOD, {"with": " ", "without": "b"}], "line 7: prompts must be text"),
-        ([*GOOD, {"with": "b", "without": "b"}], "line 7: the prompt is the same"),
-        ([*GOOD, {"with": "a", "without": 3}], "line 7: prompts must be text"),
-        ([*GOOD, {"with": "a", "without": "b", "args": 1}], 'line 7: "args" must be'),
+        ([], "0 different queries, at least 12"),
+        (GOOD[:1], "1 different query, at least 12"),
+        ([*GOOD, "{oops"], "line 13: not JSON"),
+        ([*GOOD, "[1]"], "line 13: expected a JSON object"),
+        ([*GOOD, {"with": "a"}], "line 13: keys must be"),
+        ([*GOOD, {"with": " ", "without": "b"}], "line 13: prompts must be text"),
+        ([*GOOD, {"with": "b", "without": "b"}], "line 13: the prompt is the same"),
+        ([*GOOD, {"with": "a", "without": 3}], "line 13: prompts must be text"),
+        ([*GOOD, {"with": "a", "without": "b", "args": 1}], 'line 13: "args" must be'),
     ],
 )
 def test_bad_files_say_which_line(tmp_path, lines, says):

@@ -78,6 +78,11 @@ def test_json(wpjax):
     code, out, _ = wpjax("sweep", *SMALL, "--out", "r.nc", "--json")
     assert code == 0
     assert set(json.loads(out)) == {"ranked_by", "top", "coverage"}
+    code, out, _ = wpjax("sweep", *PAIR, "--kinds", "head", "--method", "screen", "--out", "s.nc", "--json")
+    assert code == 0
+    top = json.loads(out, parse_constant=pytest.fail)["top"]  # NaN is no JSON
+    assert top[0]["value"] > top[1]["value"] > 0
+    assert top[0]["effect"] is None
     code, out, _ = wpjax("inspect", "tiny:base", "tiny:planted", "--json")
     summary = json.loads(out)
     assert summary["components"]["neuron"] == 8 * 320
@@ -142,11 +147,13 @@ def test_bad_files(wpjax, tmp_path):
     empty.write_text("")
     left = ["one.jsonl", "empty.jsonl"]
     models = ["--base", "tiny:base", "--expert", "tiny:expert", "--out", "r.nc"]
-    assert_refused(wpjax("sweep", *models, "--behaviour", "one.jsonl"), "1 different query, at least 6", tmp_path, left)
+    assert_refused(
+        wpjax("sweep", *models, "--behaviour", "one.jsonl"), "1 different query, at least 12", tmp_path, left
+    )
     assert_refused(wpjax("sweep", *models, "--behaviour", "empty.jsonl"), "0 different queries", tmp_path, left)
     assert_refused(wpjax("sweep", *models, "--behaviour", "no.jsonl"), "cannot be read", tmp_path, left)
     (tmp_path / "long.jsonl").write_text(
-        "\n".join(json.dumps({"with": f"{i} " * 200, "without": str(i)}) for i in range(6))
+        "\n".join(json.dumps({"with": f"{i} " * 200, "without": str(i)}) for i in range(12))
     )
     left.append("long.jsonl")
     assert_refused(wpjax("sweep", *models, "--behaviour", "long.jsonl"), "the model takes 192; shorten", tmp_path, left)

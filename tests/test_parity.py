@@ -2,9 +2,12 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import load_file
 
+from tests.tiny import build
+from wpjax.errors import WpjaxError
 from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.models.decoder import Site, forward
 from wpjax.models.generate import generate
@@ -106,3 +109,21 @@ def test_round_trip_to_an_hf_folder_keeps_every_tensor(hf_model, tmp_path):
     with torch.no_grad():
         got, expected = (m(torch.tensor(TOKENS)).logits.numpy() for m in (reloaded, hf_model.model))
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_more_layers_or_tokens_than_there_are_is_an_error(tmp_path):
+    model = load_checkpoint(str(build("llama-gqa3", tmp_path / "m").folder))
+    for stop in (-1, 4):
+        with pytest.raises(WpjaxError, match="the model has 3 layers"):
+            forward(model.cfg, model.params, jnp.zeros((1, 4), int), stop=stop, logits=False)
+    with pytest.raises(WpjaxError, match="65 tokens exceed the context of 64"):
+        forward(model.cfg, model.params, jnp.zeros((1, 65), int))
+    arguments = (model.cfg, model.params, jnp.zeros((1, 4), int), jnp.array([4]))
+    for changed, says in (
+        ({"max_new_tokens": 61}, "exceed the context"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 2, "temperature": -1.0}, "not below 0"),
+        ({"max_new_tokens": 2, "temperature": 1.0}, "needs a random key"),
+    ):
+        with pytest.raises(WpjaxError, match=says):
+            generate(*arguments, stop_tokens=(2,), **changed)

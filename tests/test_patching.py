@@ -11,6 +11,7 @@ import torch
 from tests.tiny import patched_torch
 from wpjax.anchors import Anchor
 from wpjax.components import KINDS, Component, enumerate_components, gate_shapes
+from wpjax.errors import ComponentError
 from wpjax.models.convert import flatten
 from wpjax.models.decoder import forward
 from wpjax.patching import PatchMask, materialize, patch
@@ -78,6 +79,40 @@ def test_every_component_equals_hf_with_its_slices_copied(hf_pair, pair, kind):
         np.testing.assert_raises(
             AssertionError, np.testing.assert_allclose, theirs, logits(pair.cfg, pair.base), atol=1e-6
         )
+
+
+def test_masks_join_whatever_gates_they_hold(pair):
+    whole = random_mask(pair.cfg, 4)
+    head = PatchMask({"head": whole.gates["head"]})
+    rest = PatchMask({gate: value for gate, value in whole.gates.items() if gate != "head"})
+    assert_same_tree((head | rest).gates, dict(whole.gates))
+    assert_same_tree((head & whole).gates, dict(head.gates))
+    assert not (head & rest).gates
+    with pytest.raises(ComponentError, match="lacks kv_group, neuron"):
+        _ = ~head
+    soft = jax.tree.map(lambda gate: jnp.full(gate.shape, 0.25, jnp.float32), whole)
+    for got, value in ((~soft, 0.75), (soft | whole, None), (soft & ~soft, 0.25)):
+        for gate, found in got.gates.items():
+            expected = np.where(whole.gates[gate], 1.0, 0.25) if value is None else np.full(found.shape, value)
+            np.testing.assert_array_equal(found, expected)
+    assert_same_tree(
+        materialize(pair.base, pair.expert, PatchMask({"head": whole.gates["head"].astype(jnp.int32)})),
+        materialize(pair.base, pair.expert, head),
+    )
+
+
+def test_masks_that_do_not_fit_are_refused(pair):
+    for apply in (patch, materialize):
+        for gates, says in (
+            ({"heads": jnp.ones(3)}, "no gate 'heads'"),
+            ({"neuron": jnp.ones((2, pair.cfg.d_mlp))}, r"gate neuron has shape \(2, 40\), the model needs \(3, 40\)"),
+            ({"head": jnp.ones((5, 3, pair.cfg.n_heads))}, "jax.vmap over the leading axis"),
+        ):
+            with pytest.raises(ComponentError, match=says):
+                apply(pair.base, pair.expert, PatchMask(gates))
+        with pytest.raises(ComponentError, match="patched already"):
+            apply(patch(pair.base, pair.expert, PatchMask.full(pair.cfg)), pair.expert, PatchMask.full(pair.cfg))
+    assert_same_tree(dict(PatchMask.of(pair.cfg, "L2").gates), dict(PatchMask.of(pair.cfg, ["L2"]).gates))
 
 
 def scored(pair, anchor, batch):

@@ -11,8 +11,12 @@ from wpjax.stats import benjamini_hochberg, mean_interval, ratio_of_means, resam
 
 def test_bootstrap_of_a_mean_equals_scipy():
     values = np.random.default_rng(0).gamma(2.0, size=40)
-    got = mean_interval(values, resample(np.arange(40), 20_000))
-    expected = scipy_stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=0)
+    resamples = resample(np.arange(40), 20_000)
+    got = mean_interval(values, resamples)
+    low, high = resamples.tails(0.95)
+    expected = scipy_stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", confidence_level=(high - low) / 100, rng=0
+    )
     assert got.mean == values.mean()
     assert got.low == pytest.approx(expected.confidence_interval.low, abs=0.02)
     assert got.high == pytest.approx(expected.confidence_interval.high, abs=0.02)
@@ -27,15 +31,26 @@ def test_queries_are_the_unit_of_resampling():
     assert copied.high == pytest.approx(one.high, abs=0.02)
 
 
-def test_ratio_interval_covers_as_often_as_it_says():
-    rng, hits, n = np.random.default_rng(2), 0, 300
+def test_intervals_of_many_queries_have_the_normals_tails_and_of_few_students():
+    assert resample(np.arange(100_000), 1).tails(0.95) == pytest.approx((2.5, 97.5), abs=1e-3)
+    n = 6  # mean +- t sd / sqrt(n), where the bootstrap's own standard error is sd sqrt((n - 1) / n) / sqrt(n)
+    values = np.random.default_rng(5).normal(size=(400, n))
+    low, _ = resample(np.arange(n), 1).tails(0.95)
+    expected = scipy_stats.t.ppf(0.025, n - 1) * values.std(1, ddof=1) / np.sqrt(n)
+    got = scipy_stats.norm.ppf(low / 100) * values.std(1) / np.sqrt(n)
+    np.testing.assert_allclose(got, expected)
+
+
+@pytest.mark.parametrize("n_queries", [8, 40])
+def test_ratio_interval_covers_as_often_as_it_says(n_queries):
+    rng, hits, n = np.random.default_rng(2), 0, 400
     for _ in range(n):
-        gap = rng.normal(3, 1, 40)
-        delta = 0.3 * gap + rng.normal(0, 0.5, 40)
-        effect, low, high = ratio_of_means(delta[None], gap, resample(np.arange(40), 400))
+        gap = rng.normal(3, 1, n_queries)
+        delta = 0.3 * gap + rng.normal(0, 0.5, n_queries)
+        effect, low, high = ratio_of_means(delta[None], gap, resample(np.arange(n_queries), 1000))
         hits += low[0] <= 0.3 <= high[0]
         assert effect[0] == pytest.approx(delta.sum() / gap.sum())
-    assert 0.89 <= hits / n <= 0.98
+    assert 0.915 <= hits / n <= 0.985
 
 
 def test_sign_flips_equal_exact_enumeration():
@@ -44,7 +59,18 @@ def test_sign_flips_equal_exact_enumeration():
     sums = delta.reshape(3, 4, 2).sum(2)
     flips = np.array(list(itertools.product([-1, 1], repeat=4)))
     exact = (np.abs(flips @ sums.T) >= np.abs(sums.sum(1)) - 1e-12).mean(0)
-    np.testing.assert_allclose(sign_flip_p(delta, queries, 20_000), exact, atol=0.015)
+    np.testing.assert_allclose(sign_flip_p(delta, queries), exact)
+    drawn = sign_flip_p(np.hstack([delta] * 4), np.repeat(np.arange(16), 2), n_flips=2**16 - 1)
+    np.testing.assert_allclose(
+        drawn, sign_flip_p(np.hstack([delta] * 4), np.repeat(np.arange(16), 2), 2**16), atol=0.01
+    )
+
+
+def test_hoeffdings_bound_lies_above_the_exact_p_and_below_what_draws_can_show():
+    delta = np.random.default_rng(6).normal(2.0, 0.3, (5, 16))
+    bounded = sign_flip_p(delta, np.arange(16), n_flips=50)
+    assert (bounded < 1 / 51).all()
+    assert (bounded >= sign_flip_p(delta, np.arange(16), n_flips=2**16)).all()
 
 
 def test_p_values_are_uniform_under_the_null():

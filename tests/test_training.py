@@ -1,5 +1,7 @@
 """Training: resumes to the same result, moves only what it may, and learns what it is given."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from wpjax.behaviours import behaviour
 from wpjax.components import parse_component
-from wpjax.errors import BehaviourError, ComponentError
+from wpjax.errors import BehaviourError, ComponentError, OutputError, WpjaxError
 from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.models.convert import flatten
 from wpjax.pairs import load_model
@@ -153,6 +155,19 @@ def test_examples_follow_and_plain_ones_stay_plain(base):
 
 def test_a_file_without_responses_cannot_be_trained_on(base, tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join(f'{{"with": "{i} loud", "without": "{i}"}}' for i in range(6)))
+    path.write_text("\n".join(f'{{"with": "{i} loud", "without": "{i}"}}' for i in range(12)))
     with pytest.raises(BehaviourError, match='needs a "response"'):
         finetune(base, behaviour(str(path), "contains:x"))
+
+
+def test_checkpoints_of_another_training_are_refused(base, data, tmp_path):
+    train(base.cfg, base.params, data, CONFIG, checkpoints=tmp_path / "ck")
+    for changed in ({"lr": 2e-3}, {"seed": 1}):
+        with pytest.raises(OutputError, match="another training's checkpoints"):
+            train(base.cfg, base.params, data, dataclasses.replace(CONFIG, **changed), checkpoints=tmp_path / "ck")
+    other = Dataset(data.ids + 1, data.weights)
+    with pytest.raises(OutputError, match="another training's checkpoints"):
+        train(base.cfg, base.params, other, CONFIG, checkpoints=tmp_path / "ck")
+    coarse = jax.tree.map(lambda a: a.astype("bfloat16"), base.params)
+    with pytest.raises(WpjaxError, match="float32 parameters"):
+        train(base.cfg, coarse, data, CONFIG)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
-from wpjax.errors import AnchorRejected, CheckpointError
+from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.files import atomic_output
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, forward
@@ -67,11 +67,11 @@ class LayerDiagnostics:
 
     def verdict(self) -> str:
         """Empty if the layer can carry an anchor, otherwise the test it fails, with its figure."""
-        if self.stability < MIN_STABILITY:
+        if not self.stability >= MIN_STABILITY:  # written so that NaN fails
             return f"split-half cosine {self.stability:.2f} < {MIN_STABILITY}"
-        if self.gap_low <= 0:
+        if not self.gap_low > 0:
             return f"gap {self.gap:.3g} [{self.gap_low:.3g}, {self.gap_high:.3g}] is not positive"
-        if self.specific_low <= 0:
+        if not self.specific_low > 0:
             specific = f"{self.specific:.3g} [{self.specific_low:.3g}, {self.specific_high:.3g}]"
             return f"gap {self.gap:.3g} is drift: what the instruction makes of it is {specific}, not positive"
         return ""
@@ -86,6 +86,9 @@ class LayerDiagnostics:
 @dataclasses.dataclass(frozen=True)
 class Anchor:
     """A unit direction at one layer; a pytree, so it can be an argument of a jitted function.
+
+    Only the vector and the layer go through JAX's transformations and tree operations: what comes out of one has no
+    labels, so `check_belongs` comes before.
 
     Attributes:
         vector: [D] float32, unit norm.
@@ -104,17 +107,24 @@ class Anchor:
     def score(self, cfg: ModelConfig, params: Params, batch: PromptBatch | Tokens) -> Float[Array, " B"]:
         """F(M, x) of each prompt: residual stream after the anchor's layer, at the last token, along the vector.
 
+        In the units of the residual stream.
+
         Args:
             cfg: static.
             params: plain or patched parameters; differentiable, and `vmap`s over masks inside them.
-            batch: prompts with the instruction.
+            batch: prompts; of a `PromptBatch`, those with the instruction.
+
+        Raises:
+            WpjaxError: the model has no such layer, or a prompt exceeds its context.
         """
+        if not 0 <= self.layer < cfg.n_layers:
+            raise WpjaxError(f"an anchor at layer {self.layer}: the model has layers 0 to {cfg.n_layers - 1}")
         tokens = batch.with_instruction if isinstance(batch, PromptBatch) else batch
         resid = forward(cfg, params, jnp.asarray(tokens.ids), stop=self.layer + 1, logits=False).resid
         last = jnp.take_along_axis(resid, jnp.asarray(tokens.last)[:, None, None], axis=1)[:, 0]
         return jnp.matmul(last, self.vector, precision=jax.lax.Precision.HIGHEST)
 
-    def save(self, path: Path, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the vector as safetensors, with everything else in its metadata.
 
         Raises:
@@ -127,11 +137,11 @@ class Anchor:
             "expert_fingerprint": self.expert_fingerprint,
             "diagnostics": json.dumps([dataclasses.asdict(d) for d in self.diagnostics]),
         }
-        with atomic_output(path, overwrite) as temporary:
+        with atomic_output(Path(path), overwrite) as temporary:
             save_file({"vector": np.asarray(self.vector)}, temporary, metadata=metadata)
 
     @classmethod
-    def load(cls, path: Path) -> Anchor:
+    def load(cls, path: str | Path) -> Anchor:
         """Read what `save` wrote.
 
         Raises:
@@ -145,18 +155,25 @@ class Anchor:
             layer, behaviour, of = int(meta["layer"]), meta["behaviour"], meta["expert_fingerprint"]
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
+        if vector.ndim != 1 or vector.dtype != np.float32 or not np.isclose(np.linalg.norm(vector), 1, atol=1e-3):
+            raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")
         return cls(jnp.asarray(vector), layer, behaviour, of, diagnostics)
 
     def check_belongs(self, pair: Pair) -> None:
         """Refuse an anchor of another expert.
 
         Raises:
-            AnchorRejected: the fingerprints differ.
+            AnchorRejected: the fingerprints differ, or the vector or layer does not fit the model.
         """
+        if self.vector.shape != (pair.cfg.d_model,) or not 0 <= self.layer < pair.cfg.n_layers:
+            raise AnchorRejected(
+                f"the anchor has {self.vector.shape[0]} dimensions at layer {self.layer}, the model {pair.cfg.d_model} "
+                f"and layers 0 to {pair.cfg.n_layers - 1}; fit one with `wpjax anchor`"
+            )
         if self.expert_fingerprint and self.expert_fingerprint != pair.fingerprints[1]:
             raise AnchorRejected(
                 f"the anchor was fitted in another expert (fingerprint {self.expert_fingerprint}, this one is "
-                f"{pair.fingerprints[1]}); fit one with `wpjax anchor`"
+                f"{pair.fingerprints[1]}), or in this one at another dtype; fit one with `wpjax anchor`"
             )
 
 
@@ -242,12 +259,12 @@ def _diagnose(
 
     expert, base = project(pair.expert, check.with_instruction), project(pair.base, check.with_instruction)
     expert_alone, base_alone = project(pair.expert, check.without), project(pair.base, check.without)
-    gap, weights = expert - base, resample(check.queries, seed=seed)
+    gap, resamples = expert - base, resample(check.queries, seed=seed)
     specific = gap - (expert_alone - base_alone)
     trace = (base - base_alone).mean(1) / (expert - expert_alone).mean(1)
     rows = []
     for i in range(len(gap)):
-        figures = [(*mean_interval(values, weights), float(values.std(ddof=1))) for values in (gap[i], specific[i])]
+        figures = [(*mean_interval(values, resamples), float(values.std(ddof=1))) for values in (gap[i], specific[i])]
         rows.append(
             LayerDiagnostics(
                 i, float(stability[i]), float(norm[i]), *figures[0], *figures[1], base_trace=float(trace[i])
@@ -262,7 +279,7 @@ def _choose(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | N
     passing = [d for d in considered if not d.verdict()]
     if passing:
         return max(passing, key=lambda d: d.specific / max(d.specific_sd, 1e-30))
-    nearest = max(considered, key=lambda d: (d.stability >= MIN_STABILITY, d.gap_low))
+    nearest = max(considered, key=lambda d: (d.stability >= MIN_STABILITY, np.nan_to_num(d.gap_low, nan=-np.inf)))
     which = f"layer {layer}" if layer is not None else f"no layer passes; the nearest, layer {nearest.layer}"
     raise AnchorRejected(
         f"anchor for {name} rejected: {which}: {nearest.verdict()}; the expert does not carry this behaviour more than "
@@ -277,7 +294,7 @@ def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Any, name: str, s
         AnchorRejected: the 95 % interval of the mean gap reaches zero.
     """
     mean, low, high = mean_interval(gap, resample(queries, seed=seed))
-    if low <= 0:
+    if not low > 0:
         raise AnchorRejected(
             f"the gap of {name} on these {len(gap)} prompts is {mean:.3g} [{low:.3g}, {high:.3g}], not positive: "
             "effects cannot be given as shares of it; use another anchor, or more prompts"

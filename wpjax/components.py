@@ -128,6 +128,11 @@ class Component:
         return f"L{self.layer}" if self.kind == "layer" else f"L{self.layer}.{self.kind}{suffix}"
 
 
+def gate_names() -> tuple[str, ...]:
+    """Every gate, in the order of `LEAVES`."""
+    return tuple(dict.fromkeys(owner.gate for owner in LEAVES.values()))
+
+
 @functools.cache
 def gate_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of each gate the model has: [L, channels], [L] or []."""

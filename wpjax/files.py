@@ -11,14 +11,33 @@ from pathlib import Path
 from wpjax.errors import OutputError
 
 
-def check_output(path: Path, overwrite: bool = False) -> None:
+def check_output(path: Path, overwrite: bool = False, marker: str | None = None) -> None:
     """Refuse a place that cannot be written to, before any work is done.
 
+    Args:
+        path: the file, or the folder, to write.
+        overwrite: whether one that exists may be replaced.
+        marker: None for a file; for a folder, the name of a file that every such folder holds, so that `overwrite`
+            never deletes a folder that something else made.
+
     Raises:
-        OutputError: it exists (and `overwrite` is off), or its folder is missing or not writable.
+        OutputError: it exists (and `overwrite` is off, or it is not what would be written), or its folder is missing
+            or not writable.
     """
-    if path.exists() and not overwrite:
+    if not path.name:
+        raise OutputError(f"{str(path)!r} is not a name to write to; give a new one")
+    try:
+        exists, is_folder = path.exists() or path.is_symlink(), path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another name") from error
+    if exists and not overwrite:
         raise OutputError(f"{path} exists; choose another name, or pass --overwrite")
+    if is_folder and marker is None:
+        raise OutputError(f"{path} is a folder, and a file is to be written; choose another name")
+    if exists and not is_folder and marker is not None:
+        raise OutputError(f"{path} is a file, and a folder is to be written; choose another name")
+    if is_folder and marker is not None and any(path.iterdir()) and not (path / marker).exists():
+        raise OutputError(f"{path} holds no {marker}, so something else made it; delete it yourself, or choose another")
     folder = path.absolute().parent
     if not folder.is_dir():
         raise OutputError(f"{path}: the folder {folder} does not exist; create it first")
@@ -27,21 +46,30 @@ def check_output(path: Path, overwrite: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def atomic_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_output(path: Path, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
     """A temporary name beside `path` (for a file or a folder), renamed to it if the body succeeds.
+
+    Args:
+        path: as in `check_output`, with the next two.
+        overwrite: as there.
+        marker: as there.
 
     Raises:
         OutputError: as `check_output`, or if the disk refuses the bytes.
     """
-    check_output(path, overwrite)
+    check_output(path, overwrite, marker)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         _open_to_readers(temporary)
         _flush(temporary)
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            temporary.replace(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
         _flush(path.absolute().parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -49,7 +77,8 @@ def atomic_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _open_to_readers(path: Path) -> None:

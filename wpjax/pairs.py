@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -120,12 +121,13 @@ def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarr
     return by_gate if entry.opens == "part" else by_gate.sum(1, keepdims=True)
 
 
-def load_model(source: str, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
+def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
     """Load one model: as `load_checkpoint`, and "tiny:base", "tiny:expert", "tiny:planted" from the package.
 
     Raises:
         CheckpointError: the source cannot be read.
     """
+    source = str(source)
     if not source.startswith("tiny:"):
         return load_checkpoint(source, dtype, ignore_config)
     name = source.removeprefix("tiny:")
@@ -143,7 +145,9 @@ def planted_components() -> tuple[str, ...]:
     return tuple(json.loads(text)["components"])
 
 
-def load_pair(base: str, expert: str, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Pair:
+def load_pair(
+    base: str | Path, expert: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()
+) -> Pair:
     """Load two checkpoints and check that they are a pair.
 
     Args:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wpjax.components import LEAVES, Component, gate_shapes, open_gates
+from wpjax.components import LEAVES, Component, gate_names, gate_shapes, open_gates
+from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.models.convert import flatten, unflatten
 from wpjax.models.decoder import Params
@@ -50,26 +51,52 @@ class PatchMask:
         return cls({gate: jnp.ones(shape, dtype) for gate, shape in gate_shapes(cfg).items()})
 
     @classmethod
-    def of(cls, cfg: ModelConfig, components: Iterable[Component | str]) -> PatchMask:
-        """The union of some components.
+    def of(cls, cfg: ModelConfig, components: str | Iterable[Component | str]) -> PatchMask:
+        """The union of some components; one name alone will do.
 
         Raises:
             ComponentError: a name that is not a component of this model.
         """
-        return cls({gate: jnp.asarray(value) for gate, value in open_gates(cfg, components).items()})
+        names = [components] if isinstance(components, str) else components
+        return cls({gate: jnp.asarray(value) for gate, value in open_gates(cfg, names).items()})
 
     def astype(self, dtype: Any) -> PatchMask:
         """The same mask in another dtype: float32 to differentiate, bool to select."""
         return jax.tree.map(lambda gate: gate.astype(dtype), self)
 
     def __or__(self, other: PatchMask) -> PatchMask:
-        return jax.tree.map(jnp.logical_or, self, other)
+        """Union; of float gates, the larger."""
+        both = {g: _pairwise(jnp.logical_or, jnp.maximum, self, other, g) for g in self.gates if g in other.gates}
+        return PatchMask({**self.gates, **other.gates, **both})
 
     def __and__(self, other: PatchMask) -> PatchMask:
-        return jax.tree.map(jnp.logical_and, self, other)
+        """Intersection; of float gates, the smaller."""
+        return PatchMask(
+            {g: _pairwise(jnp.logical_and, jnp.minimum, self, other, g) for g in self.gates if g in other.gates}
+        )
 
     def __invert__(self) -> PatchMask:
-        return jax.tree.map(jnp.logical_not, self)
+        """Complement; of float gates, 1 - m.
+
+        Raises:
+            ComponentError: a gate is absent, and the mask does not know its shape.
+        """
+        absent = [g for g in gate_names() if g not in self.gates and g not in _OPTIONAL_GATES]
+        if absent:
+            raise ComponentError(
+                f"the complement of a mask needs all its gates, this one lacks {', '.join(absent)}; start from "
+                "PatchMask.empty(cfg) or PatchMask.of(cfg, ...)"
+            )
+        return jax.tree.map(lambda m: ~m if m.dtype == jnp.bool_ else 1 - m, self)
+
+
+_OPTIONAL_GATES = frozenset({"attn_bias", "mlp_bias", "unembed"})
+"""Gates that not every architecture has."""
+
+
+def _pairwise(boolean: Any, real: Any, one: PatchMask, other: PatchMask, gate: str) -> Array:
+    a, b = one.gates[gate], other.gates[gate]
+    return boolean(a, b) if a.dtype == b.dtype == jnp.bool_ else real(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
@@ -79,6 +106,9 @@ def patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
         base: parameter tree of the host.
         expert: parameter tree of the donor, same structure and shapes.
         mask: gates; may be traced, batched by `vmap` or differentiated.
+
+    Raises:
+        ComponentError: a gate that does not exist or does not fit, or parameters that are patched already.
     """
     return _blend(base, expert, mask.gates, "")
 
@@ -89,13 +119,37 @@ def patch_layer(base: Params, expert: Params, gates: Mapping[str, Gate]) -> Patc
 
 
 def _blend(base: Params, expert: Params, gates: Mapping[str, Gate], prefix: str) -> PatchedParams:
-    theirs = flatten(expert)
+    ours, theirs = flatten(base), flatten(expert)
+    checked = _checked(gates, {prefix + path: leaf for path, leaf in ours.items()}, stacked=not prefix)
 
     def blend(path: str, leaf: Array) -> Array | Blend:
         gate, axis = LEAVES[prefix + path]
-        return Blend(leaf, theirs[path], gates[gate], axis) if gate in gates else leaf
+        return Blend(leaf, theirs[path], checked[gate], axis) if gate in checked else leaf
 
-    return unflatten({path: blend(path, leaf) for path, leaf in flatten(base).items()})
+    return unflatten({path: blend(path, leaf) for path, leaf in ours.items()})
+
+
+def _checked(gates: Mapping[str, Gate], leaves: Mapping[str, Any], stacked: bool) -> dict[str, Gate]:
+    """The gates as arrays (integers select), if each one fits the leaves that it owns."""
+    arrays = {name: jnp.asarray(gate) for name, gate in gates.items()}
+    arrays = {name: a != 0 if jnp.issubdtype(a.dtype, jnp.integer) else a for name, a in arrays.items()}
+    unknown = sorted(set(arrays) - set(gate_names()))
+    if unknown:
+        raise ComponentError(f"a mask has no gate {unknown[0]!r}; gates: {', '.join(gate_names())}")
+    for path, leaf in leaves.items():
+        gate, axis = LEAVES[path]
+        if isinstance(leaf, Blend):
+            raise ComponentError(f"{path} is patched already; give plain parameters, or join the masks with |")
+        if gate not in arrays:
+            continue
+        layers = leaf.shape[:1] if stacked and path.startswith("blocks/") else ()
+        expected = layers if axis is None else (*layers, leaf.shape[axis + len(layers)])
+        if arrays[gate].shape != expected:
+            raise ComponentError(
+                f"gate {gate} has shape {arrays[gate].shape}, the model needs {expected}; for many masks, jax.vmap "
+                "over the leading axis"
+            )
+    return arrays
 
 
 def materialize(base: Params, expert: Params, mask: PatchMask) -> Params:
@@ -105,13 +159,18 @@ def materialize(base: Params, expert: Params, mask: PatchMask) -> Params:
         base: parameter tree of the host.
         expert: parameter tree of the donor.
         mask: gates; float gates interpolate.
+
+    Raises:
+        ComponentError: as `patch`.
     """
+    ours, theirs = flatten(base), flatten(expert)
+    gates = _checked(mask.gates, ours, stacked=True)
 
     def select(path: str, host: Array, donor: Array) -> Array:
         name, axis = LEAVES[path]
-        if name not in mask.gates:
+        if name not in gates:
             return host
-        gate, stacked = jnp.asarray(mask.gates[name]), path.startswith("blocks/")
+        gate, stacked = gates[name], path.startswith("blocks/")
         shape = [1] * host.ndim
         if stacked:
             shape[0] = gate.shape[0]
@@ -122,5 +181,4 @@ def materialize(base: Params, expert: Params, mask: PatchMask) -> Params:
             return jnp.where(gate, donor, host)
         return ((1 - gate) * host + gate * donor).astype(host.dtype)
 
-    ours, theirs = flatten(base), flatten(expert)
     return unflatten({path: select(path, leaf, theirs[path]) for path, leaf in ours.items()})

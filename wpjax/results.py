@@ -19,6 +19,13 @@ from wpjax.files import atomic_output
 SCHEMA = 1
 """Version of the file's layout, in its attribute `schema`."""
 
+RANKINGS = ("effect", "screen", "gradient", "delta_norm")
+"""Variables that components can be ranked by, the most trustworthy first."""
+
+JSON_ATTRIBUTES = ("noise_floor_by_kind", "rows_per_program")
+REQUIRED = ("effect", "ci_low", "ci_high", "q_value", "below_noise_floor", "exact", "delta", "gap", "delta_norm",
+            "coverage_joint", "coverage_sum", "name", "kind", "layer", "prompt", "swept_kind")  # fmt: skip
+
 
 class Row(NamedTuple):
     """One line of a ranked table.
@@ -26,6 +33,7 @@ class Row(NamedTuple):
     Attributes:
         rank: from 1.
         name: component.
+        value: what it is ranked by.
         effect: share of the gap it recovers alone (ratio of means).
         ci_low: lower end of the 95 % interval.
         ci_high: upper end.
@@ -35,6 +43,7 @@ class Row(NamedTuple):
 
     rank: int
     name: str
+    value: float
     effect: float
     ci_low: float
     ci_high: float
@@ -50,7 +59,8 @@ class SweepResult:
     `effect_paper` (mean of ratios), `ci_low`, `ci_high`, `p_value`, `q_value`, `below_noise_floor`, `exact`,
     `delta[component, prompt]`, `gap[prompt]`, `delta_norm` (Frobenius norm of the component's task vector), and
     `screen` or `gradient` where they were asked for. `coverage_joint[swept_kind]` and `coverage_sum[swept_kind]` say
-    how much of the gap each kind recovers as one patch and as the sum of its single patches;
+    how much of the gap each kind recovers as one patch and as the sum of its single effects (first-order ones where
+    nothing was replaced);
     `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.
     """
 
@@ -69,11 +79,12 @@ class SweepResult:
             absolute: rank by magnitude, so that strong negative effects stand high too; the default is signed.
 
         Raises:
-            WpjaxError: the result has no such variable.
+            WpjaxError: the result has no such variable, or it is nowhere measured.
         """
         data = self.dataset
-        if by not in data or data[by].dims != ("component",):
-            raise WpjaxError(f"this result has no ranking {by!r}; run the sweep with the method that measures it")
+        measured = [name for name in RANKINGS if name in data and np.isfinite(data[name].values).any()]
+        if by not in measured:
+            raise WpjaxError(f"this result has no ranking {by!r}, only {', '.join(measured)}; pass by={measured[0]!r}")
         values = data[by].values.astype(float)
         usable = np.isfinite(values)
         if kinds is not None:
@@ -84,6 +95,7 @@ class SweepResult:
             Row(
                 rank,
                 str(data["name"].values[i]),
+                float(values[i]),
                 float(data["effect"].values[i]),
                 float(data["ci_low"].values[i]),
                 float(data["ci_high"].values[i]),
@@ -94,9 +106,14 @@ class SweepResult:
         ]
 
     def attribute(self, name: str) -> Any:
-        """An attribute, parsed if it was stored as JSON."""
+        """An attribute, parsed if it is one that is stored as JSON."""
         value = self.dataset.attrs[name]
-        return json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
+        return json.loads(value) if name in JSON_ATTRIBUTES else value
+
+    @property
+    def ranking(self) -> str:
+        """The best ranking there is: exact effects if anything was replaced, otherwise the first-order ones."""
+        return next(name for name in RANKINGS if name in self.dataset and np.isfinite(self.dataset[name].values).any())
 
     def to_netcdf(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the file, whole or not at all.
@@ -121,6 +138,9 @@ class SweepResult:
             raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `wpjax sweep`") from error
         if dataset.attrs.get("schema") != SCHEMA:
             raise WpjaxError(f"{path}: schema {dataset.attrs.get('schema')}, this version reads {SCHEMA}; sweep again")
+        lacking = [name for name in REQUIRED if name not in dataset]
+        if lacking:
+            raise WpjaxError(f"{path}: lacks {', '.join(lacking)}; it is damaged, sweep again")
         return cls(dataset)
 
 
@@ -140,16 +160,23 @@ class Shards(MutableMapping[str, np.ndarray]):
         self.folder = folder
         text = json.dumps(identity, sort_keys=True, default=str)
         self._manifest = {"digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "identity": identity}
+        self._is_mine = False
         if not folder.exists():
             return  # made with the first part
         if not resume:
             raise OutputError(f"{folder} is left from a sweep that did not finish; pass --resume, or delete it")
+        self._check_manifest()
+
+    def _check_manifest(self) -> None:
         try:
-            theirs = json.loads((folder / "manifest.json").read_text())["digest"]
-        except (OSError, ValueError, KeyError):
+            theirs = json.loads((self.folder / "manifest.json").read_text())["digest"]
+        except (OSError, ValueError, KeyError, TypeError):
             theirs = None
         if theirs != self._manifest["digest"]:
-            raise OutputError(f"{folder} belongs to a sweep with other settings; delete it, or repeat those settings")
+            raise OutputError(
+                f"{self.folder} belongs to a sweep with other settings; delete it, or repeat those settings"
+            )
+        self._is_mine = True
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
@@ -159,12 +186,17 @@ class Shards(MutableMapping[str, np.ndarray]):
             return np.load(self._path(key), allow_pickle=False)
         except FileNotFoundError:
             raise KeyError(key) from None
+        except (OSError, ValueError, EOFError) as error:
+            raise OutputError(f"{self._path(key)} is damaged ({error}); delete it, and pass --resume again") from error
 
     def __setitem__(self, key: str, value: np.ndarray) -> None:
         if not self.folder.exists():
             with atomic_output(self.folder) as made:
                 made.mkdir()
                 (made / "manifest.json").write_text(json.dumps(self._manifest, default=str))
+            self._is_mine = True
+        if not self._is_mine:  # another sweep to the same place began after this one had looked
+            self._check_manifest()
         temporary = self.folder / f".{key}.{os.getpid()}.partial"
         with temporary.open("wb") as file:
             np.save(file, value, allow_pickle=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int
 
 from wpjax.behaviours import Behaviour, encode_texts, render, strict
-from wpjax.errors import BehaviourError
-from wpjax.models.checkpoint import Checkpoint
+from wpjax.errors import BehaviourError, OutputError, WpjaxError
+from wpjax.models.checkpoint import Checkpoint, fingerprint
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
 from wpjax.models.generate import generate
@@ -134,9 +135,16 @@ def train(
         data: what to learn.
         config: how.
         mask: see `confine`.
-        checkpoints: folder for orbax checkpoints; training resumes from the newest one in it.
+        checkpoints: folder for orbax checkpoints; training resumes from the newest one in it, if it is of this
+            training: same start, data, mask and configuration.
         on_step: called after each step with its number (from 1) and loss in nats.
+
+    Raises:
+        OutputError: the folder holds checkpoints of another training.
+        WpjaxError: parameters in another dtype than float32, where most updates would round to nothing.
     """
+    if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
+        raise WpjaxError("training needs float32 parameters; load the model with dtype='float32'")
     warm_up = max(1, config.steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.lr, warm_up, max(config.steps, warm_up + 1), config.lr / 10
@@ -156,6 +164,8 @@ def train(
 
     params = jax.tree.map(jnp.copy, params)  # the caller's arrays are not donated
     state, start = optimiser.init(params), 0
+    if checkpoints:
+        _check_training(checkpoints, _identity(cfg, params, data, config, mask))
     manager = _manager(checkpoints) if checkpoints else None
     if manager and manager.latest_step() is not None:
         start = manager.latest_step()
@@ -172,6 +182,23 @@ def train(
         if manager:
             manager.close()  # waits for a checkpoint that is being written
     return params
+
+
+def _identity(cfg: ModelConfig, params: Params, data: Dataset, config: TrainConfig, mask: Params | None) -> str:
+    """Everything that a training's result depends on, as a digest."""
+    digest = hashlib.blake2b(f"{fingerprint(cfg, params)} {config}".encode(), digest_size=16)
+    for array in (*data, *(jax.tree.leaves(mask) if mask else ())):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _check_training(folder: Path, identity: str) -> None:
+    """Refuse checkpoints of another training; sign a folder that has none yet."""
+    signature = folder / "training.txt"
+    if signature.exists() and signature.read_text(encoding="utf-8") != identity:
+        raise OutputError(f"{folder} holds another training's checkpoints; delete it, or repeat its settings")
+    folder.mkdir(parents=True, exist_ok=True)
+    signature.write_text(identity, encoding="utf-8")
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

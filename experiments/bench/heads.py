@@ -1,6 +1,7 @@
-"""Exact head sweep against PyTorch, same prompts, same anchor, same numbers.
+r"""Exact head sweep against PyTorch, same prompts, same anchor, same numbers.
 
-    python -m experiments.bench.heads --base work/smollm2/base --expert work/smollm2/caps --out bench.json
+    python -m experiments.bench.heads --base work/smollm2/base --expert work/smollm2/caps --n-prompts 4 \
+        --out experiments/bench/heads.json
 
 (a) copies one head's slices into the base and runs the whole HF forward; (b) does the same but starts from the cached
 residual stream of the patched layer and stops at the anchor's layer. The runs alternate within each repeat; medians
@@ -27,6 +28,7 @@ import torch
 from jaxtyping import Float
 from transformers import AutoModelForCausalLM
 
+from experiments.markdown import table
 from wpjax import Anchor, behaviour, enumerate_components, fit_anchor, load_pair
 from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
@@ -105,6 +107,16 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, value
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The medians as a table, with the ratio to ours and the largest difference of any number."""
+    rows = []
+    for name, median in result["median_seconds"].items():
+        ratio = f"{result['speed_up'][name]:.2f}" if name in result["speed_up"] else "1"
+        difference = f"{result['max_difference'][name]:.1e}" if name in result["max_difference"] else ""
+        rows.append([name, f"{median:.1f}", ratio, difference])
+    return table(["exact head sweep", "seconds", "times ours", "largest difference of a score"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="HF folder")
@@ -151,7 +163,7 @@ def main() -> None:
         "dtype": "float32",
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    print(json.dumps(result, indent=1))
+    print(markdown(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

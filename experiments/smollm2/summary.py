@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from experiments.markdown import table
 from wpjax.results import SweepResult
 
 
@@ -58,6 +59,43 @@ def anchor_by_layer(result: SweepResult) -> dict[str, list[float]]:
     return {n.removeprefix("anchor_"): [rounded(x) for x in data[n].values] for n in names}
 
 
+def markdown(summary: dict[str, Any]) -> str:
+    """What each kind recovers, and how near the screen came, as a table."""
+    columns = ["kind", "components", "replaced", "q < 0.05", "under the floor", "jointly", "screens' sum",
+               "screen against exact: Spearman", "largest error", "norm against effect: Spearman"]  # fmt: skip
+    rows = [
+        [
+            kind,
+            f"{row['components']:,}",
+            f"{row['replaced']:,}",
+            f"{row['significant_at_q_0.05']:,}",
+            f"{row['below_noise_floor']:,}",
+            f"{row['recovered_jointly']:.2f}",
+            f"{row['sum_of_screen']:.2f}",
+            f"{row['spearman_of_effect_and_screen']:.4f}",
+            f"{row['largest_error_of_screen']:.1e}",
+            f"{row['spearman_of_effect_and_delta_norm']:.2f}",
+        ]
+        for kind, row in summary["kinds"].items()
+    ]
+    return table(columns, rows)
+
+
+def highest(summary: dict[str, Any], n: int = 8) -> str:
+    """The n components of highest effect of each kind, as a table with intervals."""
+    rows = [
+        [
+            f"`{row['name']}`",
+            f"{row['effect']:+.4f}",
+            f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]",
+            f"{row['q_value']:.1e}",
+        ]
+        for kind in summary["kinds"].values()
+        for row in kind["highest"][:n]
+    ]
+    return table(["component", "effect", "95 % interval", "q"], rows)
+
+
 def rounded(value: Any) -> float:
     """Four significant digits."""
     return float(f"{float(value):.4g}")
@@ -69,8 +107,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     summary = summarise(SweepResult.from_netcdf(args.result))
-    text = json.dumps(summary, indent=1, default=float)
-    args.out.write_text(text + "\n")
+    print(markdown(summary), highest(summary), sep="\n\n")
+    args.out.write_text(json.dumps(summary, indent=1, default=float) + "\n")
 
 
 if __name__ == "__main__":

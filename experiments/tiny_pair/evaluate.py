@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from experiments.markdown import table
 from experiments.tiny_pair.language import TAGS, questions, tagged
 from wpjax.behaviours import BUILT_IN, behaviour, strict
 from wpjax.models.checkpoint import Checkpoint
@@ -44,17 +45,35 @@ def evaluate(model: Checkpoint, n_prompts: int = 64) -> dict[str, Any]:
     return report
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table, one line a behaviour, two figures a model."""
+    models = report["models"]
+    columns = ["instruction", *(f"{name}: {figure}" for name in models for figure in ("passes", "plain"))]
+    rows = [
+        [name, *(f"{model[name][figure]:.0%}" for model in models.values() for figure in ("passes", "plain"))]
+        for name in BUILT_IN
+    ]
+    rows += [
+        [what, *(cell for model in models.values() for cell in (f"{model[key]:.0%}", ""))]
+        for what, key in (("none: facts right", "facts"), ("a tag: obeyed to the letter", "tags"))
+    ]
+    return table(columns, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    report: dict[str, Any] = {source: evaluate(load_model(source)) for source in args.models}
-    report |= {"device": jax.devices()[0].platform, "dtype": "float32", "date": datetime.date.today().isoformat()}
-    text = json.dumps(report, indent=1)
-    print(text)
+    report = {
+        "models": {source: evaluate(load_model(source)) for source in args.models},
+        "device": jax.devices()[0].platform,
+        "dtype": "float32",
+        "date": datetime.date.today().isoformat(),
+    }
+    print(markdown(report))
     if args.out:
-        args.out.write_text(text + "\n")
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

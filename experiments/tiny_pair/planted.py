@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from experiments.markdown import table
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
@@ -38,7 +39,7 @@ def measure(n_prompts: int) -> dict[str, Any]:
     data = result.dataset
     names, kinds = data["name"].values.astype(str), data["kind"].values.astype(str)
     truth = np.isin(names, planted_components())
-    weights = resample(batch.queries, 500)
+    weights = resample(batch.queries, 500).weights
     delta = data["delta"].values.astype(np.float64)
     components = [parse_component(pair.cfg, name) for name in names]
     screens = (pair.cfg, pair.base, pair.expert, components, anchor, batch.with_instruction)
@@ -51,10 +52,10 @@ def measure(n_prompts: int) -> dict[str, Any]:
     groups = {"all": np.ones(len(names), bool), **{k: kinds == k for k in dict.fromkeys(kinds.tolist())}}
     table: dict[str, Any] = {}
     for group, mine in groups.items():
-        rows = {
-            f"|{ranking}|": with_interval(truth[mine], values[mine], weights) for ranking, values in per_prompt.items()
+        rows: dict[str, Any] = {
+            ranking: with_interval(truth[mine], values[mine], weights) for ranking, values in per_prompt.items()
         }
-        rows["|Δ|"] = {"auroc": round(float(roc_auc_score(truth[mine], norm[mine])), 4)}
+        rows["norm of the change"] = {"auroc": round(float(roc_auc_score(truth[mine], norm[mine])), 4)}
         table[group] = {"components": int(mine.sum()), "planted": int(truth[mine].sum()), **rows}
     return {
         "what": "AUROC of each ranking against the planted components of tiny:planted",
@@ -77,15 +78,28 @@ def with_interval(truth: np.ndarray, values: np.ndarray, weights: np.ndarray) ->
     return {"auroc": round(float(auroc), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table: AUROC with its interval, one line a ranking, one column a kind."""
+    groups = report["table"]
+    rankings = [name for name in groups["all"] if name not in ("components", "planted")]
+
+    def cell(found: dict[str, float]) -> str:
+        interval = f" [{found['low']:.3f}, {found['high']:.3f}]" if "low" in found else ""
+        return f"{found['auroc']:.3f}{interval}"
+
+    columns = ["ranking", *(f"{name} ({g['planted']} of {g['components']})" for name, g in groups.items())]
+    return table(columns, [[ranking, *(cell(group[ranking]) for group in groups.values())] for ranking in rankings])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-prompts", type=int, default=32)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    text = json.dumps(measure(args.n_prompts), indent=1, ensure_ascii=False)
-    print(text)
+    report = measure(args.n_prompts)
+    print(markdown(report))
     if args.out:
-        args.out.write_text(text + "\n")
+        args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ from wpjax.errors import BehaviourError
 
 Split = Literal["fit", "sweep", "test"]
 SPLITS: tuple[Split, ...] = ("fit", "sweep", "test")
-MIN_QUERIES = 6
-"""Two queries a split: the least from which a split-half figure and an interval can be computed."""
+MIN_PROMPTS = 4
+"""Fewest prompts of an experiment: below, no interval means anything."""
+
+MIN_QUERIES = 12
+"""Fewest queries of a behaviour: four a split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,23 @@ class Behaviour:
     checker: Checker
     rewrite: Rewrite | None = None
 
+    def check_checker(self) -> None:
+        """Try the checker once with each prompt's arguments, before anything long depends on it.
+
+        Raises:
+            BehaviourError: there is no checker, or it fails.
+        """
+        for args in {json.dumps(p.args, sort_keys=True): p.args for p in self.pairs}.values():
+            try:
+                self.checker("A line of text.", args)
+            except BehaviourError:
+                raise
+            except Exception as error:  # whatever a user's function raises
+                raise BehaviourError(
+                    f"{self.name}: the checker fails with args {dict(args)} ({type(error).__name__}: {error}); every "
+                    'line needs the "args" that it reads'
+                ) from error
+
     def select(self, split: Split, n_prompts: int | None = None) -> tuple[PromptPair, ...]:
         """The first pairs of one split, every query once before any query twice.
 
@@ -132,6 +152,9 @@ class Behaviour:
         Args:
             split: "fit" for anchors and for training experts, "sweep" for effects, "test" for evaluation.
             n_prompts: at most this many; None for all.
+
+        Raises:
+            BehaviourError: an unknown split.
         """
         if split not in SPLITS:
             raise BehaviourError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
@@ -155,9 +178,14 @@ class Behaviour:
             tokenizer: of transformers.
             split: as in `select`.
             n_prompts: at most this many.
+
+        Raises:
+            BehaviourError: an unknown split, too few prompts, or one without tokens.
         """
-        if n_prompts is not None and n_prompts < 2:
-            raise BehaviourError(f"{n_prompts} prompts are too few to measure an effect; ask for at least 2")
+        if n_prompts is not None and n_prompts < MIN_PROMPTS:
+            raise BehaviourError(
+                f"{n_prompts} prompts are too few to measure an effect; ask for at least {MIN_PROMPTS}"
+            )
         pairs = self.select(split, n_prompts)
         texts = [render(tokenizer, p.with_instruction) for p in pairs]
         return PromptBatch(
@@ -196,7 +224,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Tokens:
     return Tokens(ids, lengths)
 
 
-def behaviour(name: str, checker: str | None = None) -> Behaviour:
+def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
     """A behaviour by name, or from a JSONL file of the user's.
 
     Args:
@@ -208,6 +236,7 @@ def behaviour(name: str, checker: str | None = None) -> Behaviour:
     Raises:
         BehaviourError: an unknown name, or a line that cannot be used, by number.
     """
+    name = str(name)
     if name.endswith(".jsonl"):
         return _from_file(Path(name), checker)
     if checker is not None:
@@ -234,7 +263,8 @@ BUILT_IN: tuple[str, ...] = tuple(REWRITES)
 
 def _from_file(path: Path, checker: str | None) -> Behaviour:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Only newlines end a line: JSON allows Unicode's other separators inside a string.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BehaviourError(f"{path}: cannot be read ({error})") from error
     queries: dict[str, int] = {}
@@ -273,4 +303,4 @@ def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> 
 
 
 def _no_checker(text: str, args: Mapping[str, Any]) -> bool:
-    raise BehaviourError("this behaviour comes from a file without a checker; pass --checker, e.g. regex:^[A-Z ]+$")
+    raise BehaviourError("this behaviour comes from a file without a checker; pass --checker, e.g. 'regex:^[A-Z ]+$'")

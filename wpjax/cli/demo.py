@@ -9,6 +9,7 @@ import typer
 
 from wpjax.cli.options import OverwriteOption, SeedOption
 
+MARKER = "results.nc"
 EXAMPLE = "Example: wpjax demo --out demo --behaviour title"
 
 
@@ -28,7 +29,7 @@ def run(
     """Run the whole pipeline on an embedded pair: which heads, KV groups and neurons carry the behaviour?"""
     from wpjax.files import atomic_output, check_output
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, MARKER)
 
     from wpjax import behaviours, sweeps
     from wpjax.anchors import fit_anchor
@@ -45,9 +46,9 @@ def run(
         progress("models and anchor", 1, 1)
         batch = task.encode(pair.tokenizer, n_prompts=32)
         result = sweeps.sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
-    with atomic_output(out, overwrite) as folder:
+    with atomic_output(out, overwrite, MARKER) as folder:
         folder.mkdir()
-        result.to_netcdf(folder / "results.nc")
+        result.to_netcdf(folder / MARKER)
         write_report(result, folder / "report.html")
     print_result(result, 20, as_json=False)
     if planted:

@@ -33,7 +33,9 @@ def run(
         str | None, typer.Option("--components", help="Confine the change to these, comma-separated: L1.head.2,L3.mlp.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of answers to learn.")] = 64,
-    eval_prompts: Annotated[int, typer.Option("--eval-prompts", min=0, help="Held-out prompts to check it on.")] = 16,
+    eval_prompts: Annotated[
+        int, typer.Option("--eval-prompts", min=0, help="Held-out prompts to check it on; 0 needs no checker.")
+    ] = 16,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
     seed: SeedOption = 0,
     ignore_config: IgnoreConfigOption = None,
@@ -46,7 +48,7 @@ def run(
     from wpjax.errors import OutputError
     from wpjax.files import check_output
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, "config.json")
     checkpoints = out.with_name(f".{out.name}.training")
     if checkpoints.exists() and not resume:
         raise OutputError(f"{checkpoints} is left from an interrupted training; pass --resume, or delete it")
@@ -58,10 +60,16 @@ def run(
     from wpjax.training import TrainConfig, finetune, pass_rate
 
     task = behaviours.behaviour(behaviour, checker)
+    if eval_prompts:
+        task.check_checker()
     model = load_model(base, ignore_config=tuple(ignore_config or ()))
     config = TrainConfig(steps=steps, lr=lr, batch_size=batch_size, weight_decay=weight_decay, seed=seed)
 
+    saved = False
+
     def kept() -> str:
+        if saved:
+            return f"the expert is written to {out}, but was not checked"
         if any(path.name.isdigit() for path in checkpoints.glob("*")):
             return "the training so far is kept: go on with --resume"
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -86,6 +94,7 @@ def run(
             on_step=on_step,
         )
         save_checkpoint(out, expert, overwrite=overwrite)
+        saved = True
         shutil.rmtree(checkpoints, ignore_errors=True)
         rates: dict[str, float] = {}
         for i, (name, which) in enumerate({"base": model, "expert": expert}.items() if eval_prompts else ()):

@@ -34,7 +34,7 @@ CheckerOption = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of weights and matrix products.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-PromptsOption = Annotated[int, typer.Option("--n-prompts", min=2, help="Prompts, at most.")]
+PromptsOption = Annotated[int, typer.Option("--n-prompts", min=4, help="Prompts, at most.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 IgnoreConfigOption = Annotated[

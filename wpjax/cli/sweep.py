@@ -77,6 +77,9 @@ def run(
 
     check_output(out, overwrite)
 
+    import jax
+
+    import wpjax
     from wpjax import behaviours, sweeps
     from wpjax.anchors import Anchor, fit_anchor
     from wpjax.cli.console import on_interrupt, progress_bars
@@ -92,9 +95,11 @@ def run(
     direction = Anchor.load(anchor) if anchor else fit_anchor(pair, task, n_prompts=n_prompts, seed=seed)
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)
     settings = {
+        "versions": [wpjax.__version__, jax.__version__, str(jax.devices()[0])],
         "pair": pair.fingerprints,
         "anchor": [direction.layer, direction.vector.tolist()],
         "prompts": batch.texts,
+        "tokens": batch.with_instruction.ids.tolist(),
         "kinds": names,
         "components": components,
         "method": method,
@@ -133,9 +138,8 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
     from wpjax.cli.console import print_json, print_table
 
     attrs = result.dataset.attrs
-    exact = bool(result.dataset["exact"].values.any())
-    by = "effect" if exact else next(v for v in ("screen", "gradient") if v in result.dataset)
-    rows = result.top(n, by=by)
+    by = result.ranking
+    rows, exact = result.top(n, by=by), by == "effect"
     coverage = dict(
         zip(result.dataset["swept_kind"].values.tolist(), result.dataset["coverage_joint"].values.tolist(), strict=True)
     )
@@ -144,9 +148,6 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
             {"ranked_by": by, "top": [r._asdict() for r in rows], "coverage": {**coverage, "all": attrs["coverage"]}}
         )
         return
-    first_order = {
-        str(n): float(v) for n, v in zip(result.dataset["name"].values, result.dataset[by].values, strict=True)
-    }
     print_table(
         f"{attrs['behaviour']}: {attrs['base']} -> {attrs['expert']}, anchor at layer {attrs['anchor_layer']}",
         ("component", "effect", "95 % interval", "q", "") if exact else ("component", by),
@@ -159,7 +160,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
                 "below the noise floor" if r.below_noise_floor else "",
             )
             if exact
-            else (r.name, f"{first_order[r.name]:+.4f}")
+            else (r.name, f"{r.value:+.4f}")
             for r in rows
         ],
     )

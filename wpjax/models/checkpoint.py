@@ -26,6 +26,9 @@ from wpjax.models.families import FAMILIES
 from wpjax.models.gguf import GgufFile
 from wpjax.models.hf_config import parse_config
 
+MARKER = "config.json"
+"""What makes a folder a model."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _HUB_REPEATS = ["*/*", "consolidated*"]  # the same weights once more, in another layout
@@ -113,7 +116,7 @@ class SafetensorsFolder:
             raise CheckpointError(f"{self.where}: tensor {name} cannot be read as floats ({error})") from error
 
 
-def load_checkpoint(source: str, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
+def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
     """Load a model.
 
     Args:
@@ -125,7 +128,7 @@ def load_checkpoint(source: str, dtype: str = "float32", ignore_config: tuple[st
     Raises:
         CheckpointError: with the file, the tensor or the attribute that is wrong.
     """
-    path = Path(source).expanduser()
+    source, path = str(source), Path(source).expanduser()
     if path.is_dir():
         return _load_folder(path, source, dtype, ignore_config)
     if path.is_file():
@@ -203,7 +206,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def save_checkpoint(
-    path: Path, checkpoint: Checkpoint, *, overwrite: bool = False, max_shard_bytes: int = 5 * 10**9
+    path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False, max_shard_bytes: int = 5 * 10**9
 ) -> None:
     """Write an HF folder that transformers loads: config.json, safetensors, tokenizer.
 
@@ -214,9 +217,9 @@ def save_checkpoint(
     dtype = str(checkpoint.params["embed"]["W_E"].dtype)
     config = {k: v for k, v in checkpoint.hf_config.items() if k not in ("torch_dtype", "dtype")}
     config |= {"architectures": [FAMILIES[cfg.family].architecture], "dtype": dtype}
-    with atomic_output(path, overwrite) as folder:
+    with atomic_output(Path(path), overwrite, MARKER) as folder:
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / MARKER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if checkpoint.generation_config is not None:
             text = json.dumps(dict(checkpoint.generation_config), indent=2) + "\n"
             (folder / "generation_config.json").write_text(text, encoding="utf-8")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.layers import Block, Embed, Norm, Unembed
 from wpjax.models.leaves import Leaf, project
@@ -124,7 +125,7 @@ def forward(
     logits: bool = True,
     add: dict[Site, Float[Array, "L #B #T D"]] | None = None,
 ) -> Output:
-    """Run the decoder; pure, so it composes with `jit`, `vmap` and `grad`.
+    """Run the decoder; pure, so it composes with `jit`, `vmap` and `grad`. Token ids are not checked.
 
     Args:
         cfg: static.
@@ -134,7 +135,14 @@ def forward(
         stop: number of layers to run (static); None for all. Combine with `logits=False`.
         logits: whether to compute logits.
         add: arrays to add to the residual stream at sites, one a layer that runs.
+
+    Raises:
+        WpjaxError: more layers than there are, or more tokens than the context holds.
     """
+    if stop is not None and not 0 <= stop <= cfg.n_layers:
+        raise WpjaxError(f"stop={stop}: the model has {cfg.n_layers} layers; stop is how many of them to run")
+    if tokens.shape[-1] > cfg.n_ctx:
+        raise WpjaxError(f"{tokens.shape[-1]} tokens exceed the context of {cfg.n_ctx}; shorten the prompts")
     return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, add=add)
 
 

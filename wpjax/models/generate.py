@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder
 
@@ -33,36 +34,39 @@ def generate(
     lengths: Int[Array, " B"],
     *,
     max_new_tokens: int,
-    stop_tokens: Int[Array, " S"],
+    stop_tokens: Int[Array, " S"] | tuple[int, ...],
     temperature: float = 0.0,
     key: Array | None = None,
 ) -> Generation:
     """Continue prompts, all rows at once, until each has met a stop token.
 
-    A row's new tokens overwrite its padding, so every token sits at the position it would have alone and a
-    padded batch generates what single prompts do.
+    A row's new tokens overwrite its padding, so every token sits at the position it would have alone and, decoded
+    greedily, a padded batch generates what single prompts do.
 
     Args:
         cfg: static.
         params: parameter tree; leaves may be `Blend`s, so a patched model generates without being built.
         tokens: prompts, padded on the right.
         lengths: tokens of each prompt.
-        max_new_tokens: N; the longest prompt plus N must fit in `cfg.n_ctx`.
+        max_new_tokens: N, at least 1; T + N must fit in `cfg.n_ctx`.
         stop_tokens: ids that end a row; may be empty.
-        temperature: 0 for greedy, otherwise logits are divided by it and sampled.
+        temperature: 0 for greedy, otherwise (above 0) logits are divided by it and sampled.
         key: random key, required when sampling.
 
     Raises:
-        ValueError: if sampling without a key, or if the sequences would outgrow the context.
+        WpjaxError: sampling without a key, sequences that would outgrow the context, or a number out of range.
     """
     n_rows, n_prompt = tokens.shape
+    if max_new_tokens < 1 or temperature < 0:
+        raise WpjaxError(f"max_new_tokens={max_new_tokens}, temperature={temperature}: at least 1, and not below 0")
     if temperature > 0 and key is None:
-        raise ValueError("sampling needs a random key: pass key=jax.random.key(seed), or temperature=0")
+        raise WpjaxError("sampling needs a random key: pass key=jax.random.key(seed), or temperature=0")
     if n_prompt + max_new_tokens > cfg.n_ctx:
-        raise ValueError(
+        raise WpjaxError(
             f"{n_prompt} prompt tokens and {max_new_tokens} new ones exceed the context of {cfg.n_ctx}; "
             "shorten the prompts or lower max_new_tokens"
         )
+    stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
     model, rows = decoder(cfg, params), jnp.arange(n_rows)
 
     def pick(resid: Float[Array, "B D"], step: Array) -> Int[Array, " B"]:

@@ -21,12 +21,12 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
     which hold up to the original context: the converter sets `n_ctx` to that).
 
     Returns:
-        (inverse frequencies [d_rotary / 2] in radians a token, scale of cosine and sine).
+        (inverse frequencies [Dh / 2] in radians a token, scale of cosine and sine).
     """
     rope = cfg.rope
     assert rope is not None
     opt: dict[str, Any] = dict(rope.options)
-    d = int(cfg.d_head * opt.get("partial_rotary_factor", 1.0))
+    d = cfg.d_head
     wavelength = np.float32(rope.theta) ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
     inv_freq = (np.float32(1.0) / wavelength).astype(np.float32)
     if rope.scaling in ("default", "dynamic"):
@@ -92,5 +92,5 @@ def rotate(cfg: ModelConfig, x: Float[Array, "B T N Dh"], positions: Int[Array, 
     cos = (jnp.cos(angle) * scale)[:, :, None, :]
     sin = (jnp.sin(angle) * scale)[:, :, None, :]
     half = len(inv_freq)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

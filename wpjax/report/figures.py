@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -37,21 +37,23 @@ STYLE = {
 GREY = "#6b7280"
 
 
-def _values(result: SweepResult) -> tuple[np.ndarray, str]:
-    """The best effect known of each component: exact where there is one, otherwise first order; and its label."""
+def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]:
+    """The best effect known of every component, exact or else first order; and a label of those of some kinds."""
     data = result.dataset
     values = data["effect"].values.copy()
+    exact = np.isfinite(values[np.isin(data["kind"].values, kinds)])
     for name in ("screen", "gradient"):
         if name in data:
-            missing = np.isnan(values)
-            values[missing] = data[name].values[missing]
-            return values, "share of gap recovered" if not missing.all() else f"first-order effect ({name})"
+            values = np.where(np.isfinite(values), values, data[name].values)
+            if not exact.all():
+                first_order = f"first-order share of gap ({name})"
+                return values, f"share of gap recovered, or {first_order}" if exact.any() else first_order
     return values, "share of gap recovered"
 
 
 def draw_heads(result: SweepResult, axes: Axes, kind: str = "head") -> None:
     """Effect of every head (or KV group): layer by index, diverging around zero."""
-    data, (values, label) = result.dataset, _values(result)
+    data, (values, label) = result.dataset, _values(result, [kind])
     mine = data["kind"].values == kind
     layers, index = data["layer"].values[mine], data["index"].values[mine]
     grid = np.full((layers.max() + 1, index.max() + 1), np.nan)
@@ -69,7 +71,7 @@ def draw_heads(result: SweepResult, axes: Axes, kind: str = "head") -> None:
 
 def draw_neurons(result: SweepResult, axes: Axes) -> None:
     """Effect of every neuron by layer, the strongest named."""
-    data, (values, label) = result.dataset, _values(result)
+    data, (values, label) = result.dataset, _values(result, ["neuron"])
     mine = data["kind"].values == "neuron"
     layers, effects = data["layer"].values[mine], values[mine]
     x = layers + np.random.default_rng(0).uniform(-0.35, 0.35, layers.size)
@@ -94,8 +96,10 @@ def draw_neurons(result: SweepResult, axes: Axes) -> None:
 
 def draw_depth(result: SweepResult, axes: Axes) -> None:
     """Sums of single effects by layer and kind: positive ones stacked above zero, negative ones below."""
-    data, (values, _) = result.dataset, _values(result)
-    kinds = [k for k in ("head", "kv_group", "neuron") if _has(result, k)] or [str(data["kind"].values[0])]
+    data, (values, _) = result.dataset, _values(result, [])
+    # Kinds that overlap are not stacked: the finest ones that were swept.
+    finest = (("head", "kv_group", "neuron"), ("attn", "mlp", "norm"), ("layer",))
+    kinds = next([k for k in group if _has(result, k)] for group in finest if any(_has(result, k) for k in group))
     n_layers = int(data["layer"].values.max()) + 1
     axes.axhline(0, color=GREY, lw=0.6)
     base = {1: np.zeros(n_layers), -1: np.zeros(n_layers)}
@@ -148,18 +152,20 @@ def draw_coverage(result: SweepResult, axes: Axes) -> None:
 
 
 def draw_anchor(result: SweepResult, axes: Axes) -> None:
-    """Gap with its interval and split-half cosine, by layer."""
+    """Gap and what the instruction makes of it, with their intervals, and split-half cosine, by layer."""
     data = result.dataset
     layers = np.arange(data.sizes["model_layer"])
-    scale = 1 / data["anchor_gap_sd"].values
-    gap, low, high = (data[f"anchor_{f}"].values * scale for f in ("gap", "gap_low", "gap_high"))
     axes.axhline(0, color=GREY, lw=0.6)
-    axes.fill_between(layers, low, high, color=COLOURS["head"], alpha=0.2, lw=0)
-    axes.plot(layers, gap, color=COLOURS["head"], marker=".", ms=4)
+    for name, label, colour in (("gap", "gap", GREY), ("specific", "gap without drift", COLOURS["head"])):
+        scale = 1 / np.maximum(data[f"anchor_{name}_sd"].values, 1e-30)
+        mean, low, high = (data[f"anchor_{name}{end}"].values * scale for end in ("", "_low", "_high"))
+        axes.fill_between(layers, low, high, color=colour, alpha=0.2, lw=0)
+        axes.plot(layers, mean, color=colour, marker=".", ms=4, label=label)
     axes.axvline(data.attrs["anchor_layer"], color="#222", lw=0.8, ls=":")
-    axes.set(xlabel="layer", ylabel="gap, expert − base (standard deviations)")
+    axes.set(xlabel="layer", ylabel="expert − base (standard deviations)")
     axes.set_title(f"Anchor: layer {data.attrs['anchor_layer']}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=7, loc="center left")
     twin = axes.twinx()
     twin.plot(layers, data["anchor_stability"].values, color=COLOURS["neuron"], lw=1)
     twin.set_ylim(min(0.0, float(data["anchor_stability"].min())), 1.02)
@@ -182,7 +188,8 @@ def available(result: SweepResult) -> dict[str, tuple[Callable[[SweepResult, Axe
         figures["kv_groups"] = (lambda r, axes: draw_heads(r, axes, "kv_group"), (3.6, 3.8))
     if _has(result, "neuron"):
         figures["neurons"] = (draw_neurons, (6.4, 3.8))
-    figures["depth"] = (draw_depth, (5.4, 3.2))
+    if (result.dataset["layer"].values >= 0).any():
+        figures["depth"] = (draw_depth, (5.4, 3.2))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))
     if "anchor_gap" in result.dataset:
         figures["anchor"] = (draw_anchor, (5.0, 3.0))

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from wpjax.files import atomic_output
+from wpjax.files import atomic_output, check_output
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
 from wpjax.results import SweepResult
 
@@ -44,14 +44,16 @@ def write_report(result: SweepResult, path: str | Path, *, n_rows: int = 100, ov
     """
     page = Path(path)
     written = [page]
+    targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *available(result))}
+    for target in (page, *targets.values()):
+        check_output(target, overwrite)
     figures = {name: make_figure(result, name) for name in available(result)}
     with atomic_output(page, overwrite) as temporary:
         temporary.write_text(render_page(result, figures, n_rows), encoding="utf-8")
     for name, figure in {"overview": make_overview(result), **figures}.items():
-        target = page.with_name(f"{page.stem}-{name}.png")
-        with atomic_output(target, overwrite) as temporary, mpl.rc_context(STYLE):
+        with atomic_output(targets[name], overwrite) as temporary, mpl.rc_context(STYLE):
             figure.savefig(temporary, format="png", dpi=150)
-        written.append(target)
+        written.append(targets[name])
     return written
 
 
@@ -66,7 +68,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
     ).get_template("report.html.jinja")
     data = result.dataset
     exact = bool(data["exact"].values.any())
-    by = "effect" if exact else next(v for v in ("screen", "gradient") if v in data)
+    by = result.ranking
     return template.render(
         attrs=data.attrs,
         by=by,

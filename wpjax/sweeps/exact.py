@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.behaviours import Tokens
-from wpjax.components import Component
+from wpjax.components import KINDS, Component
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.sweeps.replay import BaseRun, replay
@@ -101,7 +101,7 @@ def exact_changes(
     donor: Params,
     run: BaseRun,
     tokens: Tokens,
-    stop: int,
+    anchor_layer: int,
     plan: Plan,
     *,
     jitter_seed: int | None = None,
@@ -114,9 +114,10 @@ def exact_changes(
         donor: parameters that the components come from.
         run: the host's run on these tokens.
         tokens: prompts with the instruction.
-        stop: the anchor's layer.
+        anchor_layer: the anchor's layer.
         plan: from `make_plan`.
-        jitter_seed: for a sham, the seed of the rounding steps added to the residual stream; None for patches.
+        jitter_seed: for a sham, the seed of the rounding steps (of the weights' dtype, in which products are taken)
+            by which the residual stream is moved; None for patches.
     """
     ids = jnp.asarray(tokens.ids)
     # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program.
@@ -129,15 +130,18 @@ def exact_changes(
         reference = values[-1] if with_reference else np.asarray(run.score, np.float64)
         return chunk, values[: len(chunk.components)] - reference
 
-    for i, chunk in enumerate(plan.chunks):
+    for chunk in plan.chunks:
         rows = plan.rows[chunk.kind]
         index = [c.index for c in chunk.components]
         index += index[-1:] * (rows - len(index))
         shape = (rows, ids.shape[1], cfg.d_model)
-        jitter = _jitter(shape, None if jitter_seed is None else jitter_seed + i)
+        step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
+        # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
+        seeds = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[0].index)
+        jitter = _jitter(shape, step, seeds)
         layer = jnp.asarray(max(chunk.layer, 0))
         args = (host, donor, run, ids, layer, jnp.asarray(index), jitter)
-        pending.append((chunk, replay(cfg, chunk.kind, stop, *args, with_reference=with_reference)))
+        pending.append((chunk, replay(cfg, chunk.kind, anchor_layer, *args, with_reference=with_reference)))
         if len(pending) > MAX_IN_FLIGHT:
             yield finish()
     while pending:
@@ -145,11 +149,16 @@ def exact_changes(
 
 
 @functools.lru_cache(maxsize=8)
-def _jitter(shape: tuple[int, ...], seed: int | None) -> Float[Array, "P T D"]:
-    """No change, or one step of float32 rounding up or down at random."""
-    if seed is None:
-        return jnp.zeros(shape)
-    return jnp.finfo(jnp.float32).eps * jax.random.rademacher(jax.random.key(seed), shape, jnp.float32)
+def _still(shape: tuple[int, ...]) -> Float[Array, "P T D"]:
+    return jnp.zeros(shape, jnp.float32)
+
+
+def _jitter(shape: tuple[int, ...], step: float, seeds: tuple[int, ...]) -> Float[Array, "P T D"]:
+    """No change, or a relative step up or down at random."""
+    if not step:
+        return _still(shape)
+    signs = np.random.default_rng(seeds).integers(0, 2, shape, np.int8)
+    return jnp.asarray((step * (2 * signs - 1)).astype(np.float32))
 
 
 def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wpjax.behaviours import Tokens
-from wpjax.components import Component, count, gate_shapes, open_gates
+from wpjax.components import LEAVES, Component, count, gate_shapes, open_gates
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, decoder, forward, take_layer
 from wpjax.models.layers import Block
@@ -54,7 +54,7 @@ class BaseRun(NamedTuple):
 def _run_base(cfg: ModelConfig, params: Params, ids: Array, last: Array, vector: Array, stop: int) -> BaseRun:
     out = forward(cfg, params, ids, sites=(Site.RESID_PRE,), stop=stop, logits=False)
     final = jnp.take_along_axis(out.resid, last[:, None, None], axis=1)[:, 0]
-    return BaseRun(out.sites[Site.RESID_PRE], last, vector, _dot(final, vector))
+    return BaseRun(out.sites[Site.RESID_PRE], last, vector, dot(final, vector))
 
 
 def run_base(cfg: ModelConfig, base: Params, tokens: Tokens, vector: Array, layer: int) -> BaseRun:
@@ -62,7 +62,8 @@ def run_base(cfg: ModelConfig, base: Params, tokens: Tokens, vector: Array, laye
     return _run_base(cfg, base, jnp.asarray(tokens.ids), jnp.asarray(tokens.last), vector, layer + 1)
 
 
-def _dot(x: Float[Array, "N D"], vector: Float[Array, " D"]) -> Float[Array, " N"]:
+def dot(x: Float[Array, "N D"], vector: Float[Array, " D"]) -> Float[Array, " N"]:
+    """The anchor score of residual streams, in full float32 on every device."""
     return jnp.matmul(x, vector, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -145,8 +146,8 @@ ROWS: Mapping[str, RowRule] = MappingProxyType({"head": _head_rows, "kv_group": 
 def _layer_gates(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
     """For each component of a kind in one layer, the gates it opens there: gate -> [n, ...]."""
     opened = [open_gates(cfg, [Component(kind, 0, i)]) for i in range(count(cfg, kind))]
-    layered = [gate for gate, shape in gate_shapes(cfg).items() if shape[:1] == (cfg.n_layers,)]
-    used = [gate for gate in layered if any(gates[gate][0].any() for gates in opened)]
+    layered = [owner.gate for path, owner in LEAVES.items() if path.startswith("blocks/")]
+    used = [gate for gate in gate_shapes(cfg) if gate in layered and any(gates[gate][0].any() for gates in opened)]
     return {gate: np.stack([gates[gate][0] for gates in opened]) for gate in used}
 
 
@@ -160,16 +161,21 @@ def blend_rows(
 
 
 def suffix(
-    cfg: ModelConfig, blocks: Params, resid: Float[Array, "N T D"], start: Int[Array, ""], stop: int, last: Array
+    cfg: ModelConfig,
+    blocks: Params,
+    resid: Float[Array, "N T D"],
+    start: Int[Array, ""],
+    anchor_layer: int,
+    last: Array,
 ) -> Float[Array, "N D"]:
-    """The residual stream at each row's anchor position after layer `stop`, having entered at layer `start`.
+    """The residual stream at each row's anchor position after layer `anchor_layer`, having entered at layer `start`.
 
     Args:
         cfg: static.
         blocks: the base's stacked layers.
         resid: the stream before layer `start`.
-        start: traced; `stop + 1` if nothing is left to run.
-        stop: the anchor's layer, static.
+        start: traced; `anchor_layer + 1` if nothing is left to run.
+        anchor_layer: the layer whose `resid_post` the anchor reads, static.
         last: [N], anchor positions.
     """
     positions = jnp.arange(resid.shape[1])[None]
@@ -182,28 +188,28 @@ def suffix(
 
     def final(x: Array) -> Array:
         """The anchor's layer: keys and values of every token, everything else at the anchor's position only."""
-        b = block(cfg, take_layer(blocks, stop))
+        b = block(cfg, take_layer(blocks, anchor_layer))
         normed = b.norm_attn(x)
         q = b.attn.queries(pick(normed), last[:, None])
         z = b.attn.mix(q, *b.attn.keys_values(normed, positions), lengths=last + 1)
         return b.feed(pick(x) + b.attn.out(z))
 
-    resid = jax.lax.fori_loop(start, stop, run, resid)
-    return jax.lax.cond(start <= stop, final, pick, resid)[:, 0]
+    resid = jax.lax.fori_loop(start, anchor_layer, run, resid)
+    return jax.lax.cond(start <= anchor_layer, final, pick, resid)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "kind", "stop", "with_reference"))
+@functools.partial(jax.jit, static_argnames=("cfg", "kind", "anchor_layer", "with_reference"))
 def replay(
     cfg: ModelConfig,
     kind: str,
-    stop: int,
+    anchor_layer: int,
     host: Params,
     donor: Params,
     run: BaseRun,
     ids: Int[Array, "B T"],
     layer: Int[Array, ""],
     index: Int[Array, " P"],
-    jitter: Float[Array, "P T D"] | Float[Array, "1 1 1"],
+    jitter: Float[Array, "P T D"],
     with_reference: bool = False,
 ) -> Float[Array, "P B"]:
     """Anchor scores of the host with one component at a time taken from the donor.
@@ -211,7 +217,7 @@ def replay(
     Args:
         cfg: static.
         kind: kind of all P components, static.
-        stop: the anchor's layer, static.
+        anchor_layer: the layer whose `resid_post` the anchor reads, static.
         host: parameters of the host; shared by all patches.
         donor: parameters of the donor.
         run: the host's own run on the same prompts.
@@ -240,5 +246,5 @@ def replay(
         rows = jnp.concatenate([rows, unpatched[None]])
     n_rows, n_prompts, *rest = rows.shape
     last = jnp.tile(run.last, n_rows)
-    final = suffix(cfg, host["blocks"], rows.reshape(-1, *rest), after, stop, last)
-    return _dot(final, run.vector).reshape(n_rows, n_prompts)
+    final = suffix(cfg, host["blocks"], rows.reshape(-1, *rest), after, anchor_layer, last)
+    return dot(final, run.vector).reshape(n_rows, n_prompts)

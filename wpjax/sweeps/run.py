@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import platform
 import time
@@ -23,7 +24,7 @@ from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results import SCHEMA, SweepResult
-from wpjax.stats import benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
+from wpjax.stats import Resamples, benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
 from wpjax.sweeps.exact import Chunk, Plan, exact_changes, make_plan, sham_plan
 from wpjax.sweeps.reference import patched_score
 from wpjax.sweeps.replay import run_base
@@ -68,7 +69,7 @@ def sweep(
         batch: prompts; only those with the instruction are used.
         anchor: what is scored.
         kinds: kinds of components to sweep, in all layers up to the anchor's (later ones cannot act on it).
-        components: sweep these instead of whole kinds.
+        components: sweep these instead of whole kinds, by name or as `Component`s.
         method: "exact" replaces every component for real; "screen" scores all of them by the output-linearised
             first-order effect; "screen+exact" screens, then replaces the `top` ones of each kind; "gradient" is the
             weight-gradient screen.
@@ -80,7 +81,7 @@ def sweep(
         progress: called as work gets done.
 
     Returns:
-        the result; components in the order of `kinds`, layers and indices.
+        the result; components in the order of the table of kinds, of layers and of indices.
 
     Raises:
         ComponentError: a kind or component that does not exist, or that comes after the anchor.
@@ -123,8 +124,12 @@ def _swept_components(
     pair: Pair, anchor: Anchor, kinds: Sequence[str], components: Iterable[Component | str] | None
 ) -> list[Component]:
     if components is not None:
+        components = [components] if isinstance(components, str) else list(components)
+        if not components:
+            raise ComponentError("the list of components to sweep is empty; name at least one, e.g. L3.head.5")
         named = [parse_component(pair.cfg, c if isinstance(c, str) else c.name) for c in components]
     else:
+        kinds = [kinds] if isinstance(kinds, str) else kinds
         for kind in kinds:
             check_kind(kind)
         named = enumerate_components(pair.cfg, dict.fromkeys(kinds), range(anchor.layer + 1))
@@ -179,6 +184,9 @@ def _replace(
         return [(chunk, done[key]) for key, chunk in keys.items()]
 
     for chunk, changes in perform("exact", plan, pair.expert, None):
+        if not np.isfinite(changes).all():
+            names = ", ".join(c.name for c in chunk.components[:4])
+            raise WpjaxError(f"a patch of {names} gives scores that are not finite; check the checkpoints for NaN")
         delta[[position[c] for c in chunk.components]] = changes
     floor = dict.fromkeys(plan.rows, 0.0)
     for chunk, changes in perform("sham", sham_plan(plan), pair.base, seed):
@@ -187,7 +195,8 @@ def _replace(
 
 
 def _key(prefix: str, chunk: Chunk) -> str:
-    return f"{prefix}-{chunk.kind}-{chunk.layer}-{chunk.components[0].index}-{len(chunk.components)}"
+    names = " ".join(c.name for c in chunk.components)
+    return f"{prefix}-{chunk.kind}-{chunk.layer}-{hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"
 
 
 def _coverage(
@@ -223,7 +232,7 @@ def _dataset(
     seed: int,
     n_resamples: int,
 ) -> xr.Dataset:
-    weights = resample(batch.queries, n_resamples, seed)
+    resamples = resample(batch.queries, n_resamples, seed)
     delta, n = effects.delta, len(chosen)
     exact = np.isfinite(delta).all(1)
     kinds = np.array([c.kind for c in chosen])
@@ -232,15 +241,19 @@ def _dataset(
     }
     if exact.any():
         columns["effect"][exact], columns["ci_low"][exact], columns["ci_high"][exact] = ratio_of_means(
-            delta[exact], gap, weights
+            delta[exact], gap, resamples
         )
         columns["effect_paper"][exact] = (delta[exact] / gap).mean(1)
         columns["p_value"][exact] = sign_flip_p(delta[exact], batch.queries, seed=seed)
-        columns["q_value"][exact] = benjamini_hochberg(columns["p_value"][exact])
+        # All swept components are the family, those that a screen on the same prompts left out at p = 1: the rates
+        # would not hold among the chosen alone.
+        columns["q_value"][exact] = benjamini_hochberg(np.where(exact, columns["p_value"], 1.0))[exact]
     floor = np.array([effects.floor.get(kind, np.nan) for kind in kinds])
     variables: dict[str, Any] = {name: ("component", values) for name, values in columns.items()}
     variables |= {name: ("component", values.mean(1) / gap.mean()) for name, values in first_order.items()}
-    best = columns["effect"] if exact.any() else next(iter(first_order.values())).mean(1) / gap.mean()
+    best = columns["effect"].copy()  # first order where nothing was replaced
+    for values in first_order.values():
+        best[~exact] = values.mean(1)[~exact] / gap.mean()
     swept = list(dict.fromkeys(kinds.tolist()))
     variables |= {
         "exact": ("component", exact),
@@ -250,7 +263,7 @@ def _dataset(
         "gap": ("prompt", gap),
         "query": ("prompt", batch.queries),
         "coverage_joint": ("swept_kind", [coverage[kind] for kind in swept]),
-        "coverage_sum": ("swept_kind", [float(np.nansum(best[kinds == kind])) for kind in swept]),
+        "coverage_sum": ("swept_kind", [float(best[kinds == kind].sum()) for kind in swept]),
         "n_components": ("swept_kind", [int((kinds == kind).sum()) for kind in swept]),
     }
     for field in LayerDiagnostics.__dataclass_fields__:
@@ -264,7 +277,7 @@ def _dataset(
         "prompt": ("prompt", np.array(batch.texts, dtype=object)),
         "swept_kind": ("swept_kind", np.array(swept, dtype=object)),
     }
-    return xr.Dataset(variables, coords, _attributes(pair, batch, anchor, gap, weights, effects, coverage, seed))
+    return xr.Dataset(variables, coords, _attributes(pair, batch, anchor, gap, resamples, effects, coverage, seed))
 
 
 def _attributes(
@@ -272,13 +285,13 @@ def _attributes(
     batch: PromptBatch,
     anchor: Anchor,
     gap: Float[np.ndarray, " B"],
-    weights: Float[np.ndarray, "R B"],
+    resamples: Resamples,
     effects: Effects,
     coverage: dict[str, float],
     seed: int,
 ) -> dict[str, Any]:
     device = jax.local_devices()[0]
-    interval = mean_interval(gap, weights)
+    interval = mean_interval(gap, resamples)
     return {
         "schema": SCHEMA,
         "wpjax_version": wpjax.__version__,

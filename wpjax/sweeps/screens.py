@@ -26,7 +26,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, decoder, forward, take_layer
 from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch
-from wpjax.sweeps.replay import Layer, blend_rows, kv_patch, query_patch
+from wpjax.sweeps.replay import Layer, blend_rows, dot, kv_patch, query_patch
 
 PROMPTS_AT_ONCE = 16
 
@@ -79,12 +79,12 @@ def _output_linearised(
 ) -> dict[str, Float[Array, "A n B"]]:
     n_layers = anchor.layer + 1
     ids, last = jnp.asarray(tokens.ids), jnp.asarray(tokens.last)
-    zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model))
+    zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model), jnp.float32)
 
     def score(add: dict[Site, Array]) -> tuple[Array, Array]:
         out = forward(cfg, base, ids, sites=(Site.RESID_PRE,), stop=n_layers, logits=False, add=add)
         final = jnp.take_along_axis(out.resid, last[:, None, None], axis=1)[:, 0]
-        return (final @ anchor.vector).sum(), out.sites[Site.RESID_PRE]
+        return dot(final, anchor.vector).sum(), out.sites[Site.RESID_PRE]
 
     slopes, resid_pre = jax.grad(score, has_aux=True)(dict.fromkeys(Site, zeros))
 

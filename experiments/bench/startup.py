@@ -1,0 +1,64 @@
+"""What a newcomer waits for, as whole processes: `wpjax --help`, the import of the public API, `wpjax demo`.
+
+python -m experiments.bench.startup --out experiments/bench/startup.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.markdown import table
+
+COMMANDS = {
+    "`wpjax --help`": (5, ["-m", "wpjax", "--help"]),
+    "`import wpjax`, every public name": (5, ["-c", "import wpjax; [getattr(wpjax, name) for name in wpjax.__all__]"]),
+    "`wpjax demo`": (1, ["-m", "wpjax", "demo"]),
+}
+"""Name -> (repeats, arguments of the interpreter)."""
+
+
+def seconds(arguments: list[str]) -> float:
+    """Wall time of one process, in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], cwd=folder, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The medians as a table."""
+    return table(["", "seconds"], [[name, f"{row['median']:.1f}"] for name, row in report["seconds"].items()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    measured: dict[str, Any] = {}
+    for name, (repeats, arguments) in COMMANDS.items():
+        runs = [round(seconds(arguments), 2) for _ in range(repeats)]
+        measured[name] = {"median": statistics.median(runs), "runs": runs}
+    report = {
+        "seconds": measured,
+        "device": f"{jax.devices()[0].platform}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+    }
+    print(markdown(report))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

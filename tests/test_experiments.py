@@ -1,0 +1,27 @@
+"""The figures of the experiments' READMEs are those of the committed results."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+TABLES = [
+    ("tiny_pair", "evaluate", "markdown", "evaluation.json"),
+    ("tiny_pair", "planted", "markdown", "planted.json"),
+    ("smollm2", "summary", "markdown", "english_capital.json"),
+    ("smollm2", "summary", "highest", "english_capital.json"),
+    ("smollm2", "evaluate", "markdown", "evaluation.json"),
+    ("bench", "heads", "markdown", "heads.json"),
+    ("bench", "startup", "markdown", "startup.json"),
+]
+
+
+@pytest.mark.parametrize(("experiment", "module", "function", "result"), TABLES)
+def test_tables_are_those_of_the_committed_results(experiment, module, function, result):
+    folder = EXPERIMENTS / experiment
+    make = getattr(importlib.import_module(f"experiments.{experiment}.{module}"), function)
+    report = json.loads((folder / result).read_text(encoding="utf-8"))
+    assert make(report) in (folder / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,69 @@
+"""The sweep as a whole: resumed parts, families of tests, coverage, and what it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+
+from wpjax.anchors import fit_anchor
+from wpjax.behaviours import behaviour
+from wpjax.errors import ComponentError, WpjaxError
+from wpjax.pairs import load_pair
+from wpjax.stats import benjamini_hochberg
+from wpjax.sweeps import sweep
+
+
+@pytest.fixture(scope="module")
+def setting():
+    pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
+    return pair, task.encode(pair.tokenizer, n_prompts=8), fit_anchor(pair, task)
+
+
+def test_whatever_parts_are_done_the_result_is_the_same(setting):
+    """Also the noise floor: a sham draws the same whether or not others before it were done."""
+    done = {}
+    whole = sweep(*setting, kinds=("head",), done=done).dataset
+    for kept in (0, 3):
+        part = dict(sorted(done.items(), key=lambda item: item[0][::-1])[kept::2])
+        again = sweep(*setting, kinds=("head",), done=part).dataset
+        for dataset in (whole, again):
+            for name in ("date", "wall_time_s"):
+                dataset.attrs.pop(name, None)
+        xr.testing.assert_identical(again, whole)
+
+
+def test_parts_of_other_components_are_not_mistaken(setting):
+    done = {}
+    sweep(*setting, components=["L0.head.0", "L0.head.1"], done=done)
+    mixed = sweep(*setting, components=["L0.head.0", "L0.head.5"], done=done).dataset
+    fresh = sweep(*setting, components=["L0.head.0", "L0.head.5"]).dataset
+    np.testing.assert_allclose(mixed["effect"], fresh["effect"], rtol=1e-5)
+
+
+def test_a_screen_on_the_same_prompts_does_not_shrink_the_family(setting):
+    data = sweep(*setting, kinds=("neuron",), method="screen+exact", top=64).dataset
+    exact = data["exact"].values
+    assert exact.sum() == 64
+    p = np.where(exact, data["p_value"].values, 1.0)
+    np.testing.assert_allclose(data["q_value"].values[exact], benjamini_hochberg(p)[exact])
+    assert (data["q_value"].values[exact] > 1.5 * benjamini_hochberg(p[exact])).all()
+    assert np.isnan(data["q_value"].values[~exact]).all()
+    filled = np.where(exact, data["effect"], data["screen"])
+    assert float(data["coverage_sum"][0]) == pytest.approx(filled.sum())
+
+
+def test_what_a_sweep_refuses(setting):
+    pair, batch, anchor = setting
+    with pytest.raises(ComponentError, match="is empty"):
+        sweep(*setting, components=[])
+    with pytest.raises(WpjaxError, match="unknown method"):
+        sweep(*setting, method="best")
+    with pytest.raises(WpjaxError, match="only screen, delta_norm; pass by='screen'"):
+        sweep(*setting, kinds="head", method="screen").top(1)
+    broken = jax.tree.map(lambda a: a, pair.expert)
+    broken["blocks"]["attn"]["W_O"] = broken["blocks"]["attn"]["W_O"].at[0, 3].set(np.nan)
+    nan_pair = dataclasses.replace(pair, expert=broken)
+    with pytest.raises(WpjaxError, match="not positive"):
+        sweep(nan_pair, batch, dataclasses.replace(anchor, expert_fingerprint=""), kinds="head")
