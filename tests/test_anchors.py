@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from wpjax.anchors import Anchor, expect_positive_gap, fit_anchor, split_half_cosine
@@ -148,7 +150,10 @@ def test_anchors_that_do_not_fit_the_model_are_refused(tiny_pair, tmp_path):
     for vector, layer in ((unit[:5], 3), (unit, 9)):
         with pytest.raises(AnchorRejected, match="dimensions at layer"):
             Anchor(jnp.asarray(vector), layer).check_belongs(tiny_pair)
+    Anchor(jnp.asarray(unit), 3, "x").save(tmp_path / "good")
+    with safe_open(tmp_path / "good", framework="np") as file:
+        metadata = file.metadata()
     for bad in (unit * 3, unit * np.nan, unit[None], unit.astype(np.float64)):
-        Anchor(bad, 3, "x").save(tmp_path / "bad", overwrite=True)
+        save_file({"vector": bad}, tmp_path / "bad", metadata=metadata)
         with pytest.raises(CheckpointError, match="not a float32 unit vector"):
             Anchor.load(tmp_path / "bad")

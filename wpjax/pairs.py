@@ -104,7 +104,7 @@ class Pair:
             keep |= {axis + stacked} if axis is not None else set()
             rest = tuple(i for i in range(leaf.ndim) if i not in keep)
             square = jnp.square(theirs[path].astype(jnp.float32) - leaf.astype(jnp.float32)).sum(rest)
-            squares[gate] = squares.get(gate, 0.0) + np.asarray(square, np.float64)
+            squares[gate] = np.asarray(squares.get(gate, 0.0) + np.asarray(square, np.float64))
         by_kind = {kind: _component_sums(squares, kind) for kind in {c.kind for c in components}}
         return np.sqrt([by_kind[c.kind][max(c.layer, 0)][c.index] for c in components])
 

@@ -108,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     summary = summarise(SweepResult.from_netcdf(args.result))
     print(markdown(summary), highest(summary), sep="\n\n")
-    args.out.write_text(json.dumps(summary, indent=1, default=float) + "\n")
+    args.out.write_text(json.dumps(summary, indent=1, default=lambda value: value.item()) + "\n")
 
 
 if __name__ == "__main__":

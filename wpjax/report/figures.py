@@ -46,8 +46,7 @@ def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]
         if name in data:
             values = np.where(np.isfinite(values), values, data[name].values)
             if not exact.all():
-                first_order = f"first-order share of gap ({name})"
-                return values, f"share of gap recovered, or {first_order}" if exact.any() else first_order
+                return values, f"share of gap ({'exact or ' if exact.any() else ''}{name})"
     return values, "share of gap recovered"
 
 
@@ -78,7 +77,7 @@ def draw_neurons(result: SweepResult, axes: Axes) -> None:
     axes.axhline(0, color=GREY, lw=0.6)
     axes.scatter(x, effects, s=6, color=COLOURS["neuron"], alpha=0.55, lw=0, rasterized=True)
     names = data["name"].values[mine]
-    for i in np.argsort(-effects)[:5]:
+    for i in _apart(layers / max(layers.max(), 1), effects / max(np.ptp(effects), 1e-30), np.argsort(-effects)[:8]):
         left = layers[i] > layers.max() / 2  # names stay inside the axes
         axes.annotate(
             str(names[i]),
@@ -92,6 +91,15 @@ def draw_neurons(result: SweepResult, axes: Axes) -> None:
     axes.set(xlabel="layer", ylabel=label)
     axes.set_title("Neurons")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _apart(x: np.ndarray, y: np.ndarray, order: np.ndarray, n: int = 5) -> list[int]:
+    """The first n of some points whose labels do not overlap: not nearer than half the width and a line's height."""
+    chosen: list[int] = []
+    for i in order:
+        if len(chosen) < n and all(abs(x[i] - x[j]) > 0.5 or abs(y[i] - y[j]) > 0.045 for j in chosen):
+            chosen.append(int(i))
+    return chosen
 
 
 def draw_depth(result: SweepResult, axes: Axes) -> None:
@@ -165,7 +173,7 @@ def draw_anchor(result: SweepResult, axes: Axes) -> None:
     axes.set(xlabel="layer", ylabel="expert − base (standard deviations)")
     axes.set_title(f"Anchor: layer {data.attrs['anchor_layer']}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=7, loc="center left")
+    axes.legend(frameon=False, fontsize=7, loc="best")
     twin = axes.twinx()
     twin.plot(layers, data["anchor_stability"].values, color=COLOURS["neuron"], lw=1)
     twin.set_ylim(min(0.0, float(data["anchor_stability"].min())), 1.02)
