@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--expert", required=True)
     parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--n-prompts", type=int, default=16)
+    parser.add_argument("--n-prompts", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
