@@ -8,8 +8,9 @@ import torch
 
 from tests.tiny import patched_torch
 from wpjax.anchors import Anchor
-from wpjax.behaviours import PromptBatch, Tokens
+from wpjax.behaviours import PromptBatch, Tokens, behaviour
 from wpjax.components import KINDS, enumerate_components
+from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.sweeps.exact import exact_changes, make_plan, sham_plan
 from wpjax.sweeps.reference import reference_changes
@@ -171,3 +172,15 @@ def test_an_expert_that_differs_in_one_component_is_found_first(pair, batch, kin
     assert components[int(np.argmax(effect))] == planted
     others = np.delete(effect, int(np.argmax(effect)))
     assert others.size == 0 or others.max() < 1e-5
+
+
+def test_the_gradient_of_many_prompts_is_that_of_each_alone():
+    """XLA's CPU compiler once returned uninitialised memory here: see `wpjax.models.leaves`."""
+    pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
+    anchor, tokens = make_anchor(pair, 6), task.encode(pair.tokenizer, n_prompts=16).with_instruction
+    components = enumerate_components(pair.cfg, ("head", "kv_group", "neuron", "norm"), range(7))
+    together = weight_gradient(pair.cfg, pair.base, pair.expert, components, anchor, tokens)
+    for i in (0, 9):
+        alone = Tokens(tokens.ids[i : i + 1], tokens.lengths[i : i + 1])
+        one = weight_gradient(pair.cfg, pair.base, pair.expert, components, anchor, alone)[:, 0]
+        np.testing.assert_allclose(together[:, i], one, atol=1e-4)

@@ -130,9 +130,11 @@ def _blend(base: Params, expert: Params, gates: Mapping[str, Gate], prefix: str)
 
 
 def _checked(gates: Mapping[str, Gate], leaves: Mapping[str, Any], stacked: bool) -> dict[str, Gate]:
-    """The gates as arrays (integers select), if each one fits the leaves that it owns."""
+    """The gates as arrays, if each one fits the leaves that it owns."""
     arrays = {name: jnp.asarray(gate) for name, gate in gates.items()}
-    arrays = {name: a != 0 if jnp.issubdtype(a.dtype, jnp.integer) else a for name, a in arrays.items()}
+    for name, array in arrays.items():
+        if array.dtype != jnp.bool_ and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ComponentError(f"gate {name} is {array.dtype}; give a boolean mask, or a float one in [0, 1]")
     unknown = sorted(set(arrays) - set(gate_names()))
     if unknown:
         raise ComponentError(f"a mask has no gate {unknown[0]!r}; gates: {', '.join(gate_names())}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 Gate: TypeAlias = Bool[Array, "..."] | Float[Array, "..."]
@@ -52,9 +53,29 @@ class Blend:
             gate = gate.reshape(gate.shape + (1,) * (-axis - 1))
         if gate.dtype == jnp.bool_:
             return jnp.where(gate, expert, base)
-        gate = gate.astype(base.dtype)
-        return (1 - gate) * base + gate * expert
+        return _interpolate(gate.astype(base.dtype), base, expert)
 
+
+@jax.custom_jvp
+def _interpolate(gate: Array, base: Array, expert: Array) -> Array:
+    """(1 - gate) base + gate expert, exactly one of them where the gate is 0 or 1."""
+    return (1 - gate) * base + gate * expert
+
+
+def _interpolate_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    """The gate's slope as one product, expert - base, so that its transpose is one sum over tokens.
+
+    Left to itself JAX makes one sum of each term, and XLA's CPU compiler (seen in jaxlib 0.10.2) returns
+    uninitialised memory for some channels of such several sums in one fusion.
+    """
+    gate, base, expert = primals
+    slopes = (expert - base, 1 - gate, gate)
+    terms = [s * t for s, t in zip(slopes, tangents, strict=True) if not isinstance(t, SymbolicZero)]
+    out = _interpolate(gate, base, expert)
+    return out, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(out)
+
+
+_interpolate.defjvp(_interpolate_jvp, symbolic_zeros=True)
 
 Leaf: TypeAlias = Array | Blend
 

@@ -56,15 +56,15 @@ def _through_outputs(at: Layer, slope: Array, z_patched: Array, z_host: Array, w
     def pull(w_o: Array) -> Float[Array, "B T H Dh"]:
         return project(slope, jnp.moveaxis(w_o, -1, 0))
 
-    after = (z_patched * pull(w_patched)).sum((1, 3))
-    return (after - (z_host * pull(at.host.attn.W_O.get_value())).sum((1, 3))).T
+    after, before = z_patched * pull(w_patched), z_host * pull(at.host.attn.W_O.get_value())
+    return (after - before).sum((1, 3)).T
 
 
 def _neuron_change(at: Layer, slopes: Slopes) -> Float[Array, "F B"]:
     mid, _ = at.host.attend(at.resid_pre, at.positions)
     x = at.host.norm_mlp(mid)
     sides = [b.mlp.neurons(x) * project(slopes.post, b.mlp.W_out.get_value().T) for b in (at.donor, at.host)]
-    return (sides[0].sum(1) - sides[1].sum(1)).T
+    return (sides[0] - sides[1]).sum(1).T
 
 
 CHANGES: Mapping[str, Callable[[Layer, Slopes], Array]] = MappingProxyType(
