@@ -34,7 +34,7 @@ def generate(
     lengths: Int[Array, " B"],
     *,
     max_new_tokens: int,
-    stop_tokens: Int[Array, " S"] | tuple[int, ...],
+    stop_tokens: Int[Array, " S"] | tuple[int | Int[Array, ""], ...],
     temperature: float = 0.0,
     key: Array | None = None,
 ) -> Generation:
