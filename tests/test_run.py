@@ -58,8 +58,6 @@ def test_what_a_sweep_refuses(setting):
     pair, batch, anchor = setting
     with pytest.raises(ComponentError, match="is empty"):
         sweep(*setting, components=[])
-    with pytest.raises(WpjaxError, match="unknown method"):
-        sweep(*setting, method="best")
     with pytest.raises(WpjaxError, match="only screen, delta_norm; pass by='screen'"):
         sweep(*setting, kinds="head", method="screen").top(1)
     broken = jax.tree.map(lambda a: a, pair.expert)

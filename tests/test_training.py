@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -43,10 +44,10 @@ CONFIG = TrainConfig(steps=6, lr=1e-3, batch_size=4, save_every=2)
 
 
 def test_loss_equals_torch_cross_entropy(base, data):
-    got = loss_fn(base.cfg, base.params, data.ids, data.weights)
+    got = loss_fn(base.cfg, base.params, jnp.asarray(data.ids), jnp.asarray(data.weights))
     from wpjax.models.decoder import forward
 
-    logits = torch.tensor(np.asarray(forward(base.cfg, base.params, data.ids).logits))[:, :-1]
+    logits = torch.tensor(np.asarray(forward(base.cfg, base.params, jnp.asarray(data.ids)).logits))[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.reshape(-1, 1408), torch.tensor(data.ids[:, 1:], dtype=torch.long).reshape(-1), reduction="none"
     )
@@ -61,7 +62,8 @@ def test_the_first_steps_are_adams_by_hand(base, data):
     clipped = []
     for step in range(2):
         rows = batch_rows(12, config, step)
-        gradients = flatten(jax.grad(loss_fn, argnums=1)(base.cfg, base.params, data.ids[rows], data.weights[rows]))
+        batch = jnp.asarray(data.ids[rows]), jnp.asarray(data.weights[rows])
+        gradients = flatten(jax.grad(loss_fn, argnums=1)(base.cfg, base.params, *batch))
         wide = {path: np.asarray(g, np.float64) for path, g in gradients.items()}
         norm = np.sqrt(sum(np.square(g).sum() for g in wide.values()))
         clipped.append({path: g / max(1.0, norm / config.clip) for path, g in wide.items()})
