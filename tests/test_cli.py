@@ -225,13 +225,14 @@ def test_finetune_writes_a_folder_that_loads(wpjax, tmp_path):
 
 
 def start(folder, *arguments):
-    """The command as a process of its own."""
+    """The command as a process of its own, which hears Ctrl-C even where the tests run in the background."""
     return subprocess.Popen(
         [sys.executable, "-m", "wpjax", *arguments],
         cwd=folder,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
