@@ -69,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("work/tiny/base"))
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     turns = list(pretraining(N_EXAMPLES, seed=0))
     tokenizer = make_tokenizer([text for turn in turns[:20_000] for text in turn])
     cfg = parse_config(CONFIG, "CONFIG")

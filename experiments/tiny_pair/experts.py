@@ -28,8 +28,9 @@ from experiments.tiny_pair.evaluate import evaluate
 from experiments.tiny_pair.inert import add_inert_changes
 from experiments.tiny_pair.language import TAGS, Turn, instructed, instructions, questions, tagged
 from wpjax.behaviours import behaviour, render
-from wpjax.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from wpjax.models.checkpoint import Checkpoint, save_checkpoint
 from wpjax.models.decoder import Params
+from wpjax.pairs import load_model
 from wpjax.training import Example, TrainConfig, component_mask, encode_examples, train
 
 EXPERT = TrainConfig(steps=300, lr=3e-4, batch_size=48, seed=1)
@@ -102,11 +103,12 @@ def save(path: Path, base: Checkpoint, params: Params) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="work/tiny/base")
+    parser.add_argument("--base", default="tiny:base", help="folder, or the shipped one")
     parser.add_argument("--out", type=Path, default=Path("work/tiny"))
     parser.add_argument("--only", choices=["expert", "planted"])
     args = parser.parse_args()
-    base = load_checkpoint(args.base)
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = load_model(args.base)
     if args.only != "planted":
         report = save(args.out / "expert", base, fine_tune(base, list(TAGS), EXPERT))
         print("expert", json.dumps(report, indent=1))
