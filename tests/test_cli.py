@@ -59,7 +59,7 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     assert code == 0
     assert len(re.findall(r"L\d\.head\.\d", out)) == 3
     result = SweepResult.from_netcdf("r.nc")
-    assert result.dataset.attrs["anchor_layer"] == anchor.layer
+    assert result.dataset.attrs["metric_layer"] == anchor.layer
     assert result.dataset.sizes == {
         "component": 8 * (anchor.layer + 1), "prompt": 4, "swept_kind": 1, "model_layer": 8,
     }  # fmt: skip

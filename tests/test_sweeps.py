@@ -14,7 +14,7 @@ from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.sweeps.exact import exact_changes, make_plan, sham_plan
 from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.replay import replay, run_base
+from wpjax.sweeps.replay import replay, run_model
 from wpjax.sweeps.screens import output_linearised, weight_gradient
 
 SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
@@ -27,14 +27,12 @@ def make_anchor(pair, layer) -> Anchor:
 
 def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=None):
     """Changes [C, B] by suffix replay."""
-    tokens = batch.with_instruction
-    plan = make_plan(pair.cfg, components, *tokens.ids.shape, budget)
-    run = run_base(pair.cfg, pair.base, tokens, anchor.vector, anchor.layer)
+    metric = anchor.on(batch) if isinstance(anchor, Anchor) else anchor
+    plan = make_plan(pair.cfg, components, *metric.tokens.ids.shape, budget)
+    runs = run_model(pair.cfg, pair.base, metric), None
     donor = pair.expert if donor is None else donor
     found = {}
-    for chunk, changes in exact_changes(
-        pair.cfg, pair.base, donor, run, tokens, anchor.layer, plan, jitter_seed=jitter_seed
-    ):
+    for chunk, changes in exact_changes(pair.cfg, pair.base, donor, runs, metric, plan, jitter_seed=jitter_seed):
         found |= dict(zip(chunk.components, changes, strict=True))
     return np.stack([found[c] for c in components])
 
@@ -43,7 +41,7 @@ def assert_replay_equals_reference(pair, batch, layer):
     anchor = make_anchor(pair, layer)
     components = enumerate_components(pair.cfg, SWEPT, range(layer + 1))
     got = exact(pair, batch, anchor, components)
-    expected = reference_changes(pair.cfg, pair.base, pair.expert, components, anchor, batch)
+    expected = reference_changes(pair.cfg, pair.base, pair.expert, components, anchor.on(batch))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
@@ -144,7 +142,7 @@ def test_screens_are_exact_where_nothing_nonlinear_follows(family_pair, batch):
     pair = family_pair
     anchor = make_anchor(pair, 1)
     components = enumerate_components(pair.cfg, ("neuron", "mlp"), [1])
-    got = output_linearised(pair.cfg, pair.base, pair.expert, components, anchor, batch.with_instruction)
+    got = output_linearised(pair.cfg, pair.base, pair.expert, components, anchor.on(batch))
     np.testing.assert_allclose(got, exact(pair, batch, anchor, components), atol=2e-5)
 
 
@@ -155,7 +153,7 @@ def test_screens_approach_the_exact_effect_of_a_small_change(pair, batch):
     components = enumerate_components(pair.cfg, SWEPT, range(3))
     effect = exact(pair, batch, anchor, components, donor=near)
     for screen in (output_linearised, weight_gradient):
-        got = screen(pair.cfg, pair.base, near, components, anchor, batch.with_instruction)
+        got = screen(pair.cfg, pair.base, near, components, anchor.on(batch))
         for kind in SWEPT:
             mine = [i for i, c in enumerate(components) if c.kind == kind]
             error = np.abs(got[mine] - effect[mine]).max() / np.abs(effect[mine]).max()
@@ -179,8 +177,8 @@ def test_the_gradient_of_many_prompts_is_that_of_each_alone():
     pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
     anchor, tokens = make_anchor(pair, 6), task.encode(pair.tokenizer, n_prompts=16).with_instruction
     components = enumerate_components(pair.cfg, ("head", "kv_group", "neuron", "norm"), range(7))
-    together = weight_gradient(pair.cfg, pair.base, pair.expert, components, anchor, tokens)
+    together = weight_gradient(pair.cfg, pair.base, pair.expert, components, anchor.on(tokens))
     for i in (0, 9):
         alone = Tokens(tokens.ids[i : i + 1], tokens.lengths[i : i + 1])
-        one = weight_gradient(pair.cfg, pair.base, pair.expert, components, anchor, alone)[:, 0]
+        one = weight_gradient(pair.cfg, pair.base, pair.expert, components, anchor.on(alone))[:, 0]
         np.testing.assert_allclose(together[:, i], one, atol=1e-4)

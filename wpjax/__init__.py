@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from wpjax.anchors import Anchor, fit_anchor
     from wpjax.behaviours import Behaviour, PromptBatch, behaviour
     from wpjax.components import Component, enumerate_components, parse_component
-    from wpjax.errors import AnchorRejected, WpjaxError
+    from wpjax.errors import AnchorRejected, MetricRejected, WpjaxError
+    from wpjax.metrics import Metric, decision_metric, response_metric
     from wpjax.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from wpjax.models.config import ModelConfig
     from wpjax.models.decoder import Site, forward, init_params
@@ -30,7 +31,8 @@ _MODULES = {
     "wpjax.anchors": ("Anchor", "fit_anchor"),
     "wpjax.behaviours": ("Behaviour", "PromptBatch", "behaviour"),
     "wpjax.components": ("Component", "enumerate_components", "parse_component"),
-    "wpjax.errors": ("AnchorRejected", "WpjaxError"),
+    "wpjax.errors": ("AnchorRejected", "MetricRejected", "WpjaxError"),
+    "wpjax.metrics": ("Metric", "decision_metric", "response_metric"),
     "wpjax.training": ("TrainConfig", "finetune"),
     "wpjax.models.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
     "wpjax.models.config": ("ModelConfig",),
@@ -50,6 +52,8 @@ __all__ = [
     "Behaviour",
     "Checkpoint",
     "Component",
+    "Metric",
+    "MetricRejected",
     "ModelConfig",
     "Pair",
     "PatchMask",
@@ -59,6 +63,7 @@ __all__ = [
     "TrainConfig",
     "WpjaxError",
     "behaviour",
+    "decision_metric",
     "enumerate_components",
     "finetune",
     "fit_anchor",
@@ -71,6 +76,7 @@ __all__ = [
     "materialize",
     "parse_component",
     "patch",
+    "response_metric",
     "save_checkpoint",
     "sweep",
     "write_report",

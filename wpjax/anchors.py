@@ -15,7 +15,6 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
-from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
+from wpjax.errors import AnchorRejected, CheckpointError
 from wpjax.files import atomic_output
+from wpjax.metrics import Along, Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, forward
 from wpjax.pairs import Pair
@@ -104,25 +104,21 @@ class Anchor:
     expert_fingerprint: str = ""
     diagnostics: tuple[LayerDiagnostics, ...] = ()
 
+    def on(self, batch: PromptBatch | Tokens) -> Metric:
+        """F on some prompts: the residual stream after the anchor's layer, at the last token, along the vector."""
+        tokens = batch.with_instruction if isinstance(batch, PromptBatch) else batch
+        last = jnp.asarray(tokens.last)[:, None]
+        return Metric(tokens, last, jnp.ones(last.shape, jnp.float32), Along(self.vector), self.layer, "anchor")
+
     def score(self, cfg: ModelConfig, params: Params, batch: PromptBatch | Tokens) -> Float[Array, " B"]:
-        """F(M, x) of each prompt: residual stream after the anchor's layer, at the last token, along the vector.
+        """F(M, x) of each prompt, in the units of the residual stream.
 
-        In the units of the residual stream.
-
-        Args:
-            cfg: static.
-            params: plain or patched parameters; differentiable, and `vmap`s over masks inside them.
-            batch: prompts; of a `PromptBatch`, those with the instruction.
+        Pure in all its arguments: it composes with `jit`, `vmap` and `grad`, and `params` may hold `Blend`s.
 
         Raises:
             WpjaxError: the model has no such layer, or a prompt exceeds its context.
         """
-        if not 0 <= self.layer < cfg.n_layers:
-            raise WpjaxError(f"an anchor at layer {self.layer}: the model has layers 0 to {cfg.n_layers - 1}")
-        tokens = batch.with_instruction if isinstance(batch, PromptBatch) else batch
-        resid = forward(cfg, params, jnp.asarray(tokens.ids), stop=self.layer + 1, logits=False).resid
-        last = jnp.take_along_axis(resid, jnp.asarray(tokens.last)[:, None, None], axis=1)[:, 0]
-        return jnp.matmul(last, self.vector, precision=jax.lax.Precision.HIGHEST)
+        return self.on(batch)(cfg, params)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the vector as safetensors, with everything else in its metadata.
@@ -285,17 +281,3 @@ def _choose(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | N
         f"anchor for {name} rejected: {which}: {nearest.verdict()}; the expert does not carry this behaviour more than "
         "the base on these prompts: check the pair and the behaviour, or use more prompts"
     )
-
-
-def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Any, name: str, seed: int = 0) -> None:
-    """Refuse to divide by a gap that may be zero.
-
-    Raises:
-        AnchorRejected: the 95 % interval of the mean gap reaches zero.
-    """
-    mean, low, high = mean_interval(gap, resample(queries, seed=seed))
-    if not low > 0:
-        raise AnchorRejected(
-            f"the gap of {name} on these {len(gap)} prompts is {mean:.3g} [{low:.3g}, {high:.3g}], not positive: "
-            "effects cannot be given as shares of it; use another anchor, or more prompts"
-        )

@@ -29,7 +29,11 @@ class BehaviourError(WpjaxError):
     """Prompts, an instruction or a checker that cannot be used."""
 
 
-class AnchorRejected(WpjaxError):
+class MetricRejected(WpjaxError):
+    """The metric does not separate expert from base on these prompts; the message gives the figure."""
+
+
+class AnchorRejected(MetricRejected):
     """The anchor does not separate expert from base; the message names the test that failed and its figure."""
 
 

@@ -16,7 +16,7 @@ import xarray as xr
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.files import atomic_output
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the file's layout, in its attribute `schema`."""
 
 RANKINGS = ("effect", "screen", "gradient", "delta_norm")

@@ -26,7 +26,7 @@ from wpjax.errors import BehaviourError, OutputError, WpjaxError
 from wpjax.models.checkpoint import Checkpoint, fingerprint
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
-from wpjax.models.generate import generate
+from wpjax.models.generate import generate_in_parts
 from wpjax.patching import PatchMask, materialize
 
 
@@ -258,21 +258,13 @@ def answer(
         params: other parameters of the same architecture, e.g. a patched model's.
     """
     tokens = encode_texts(model.tokenizer, [render(model.tokenizer, m) for m in messages])
-    out: list[tuple[str, bool]] = []
-    for first in range(0, len(messages), batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), len(messages) - 1)
-        got = generate(
-            model.cfg,
-            model.params if params is None else params,
-            jnp.asarray(tokens.ids[rows]),
-            jnp.asarray(tokens.lengths[rows]),
-            max_new_tokens=max_new_tokens,
-            stop_tokens=jnp.asarray(model.stop_tokens, jnp.int32),
-        )
-        for ids, n in zip(np.asarray(got.tokens), np.asarray(got.lengths), strict=True):
-            finished = int(ids[n - 1]) in model.stop_tokens
-            out.append((model.tokenizer.decode(ids[: n - finished], skip_special_tokens=True), finished))
-    return out[: len(messages)]
+    params = model.params if params is None else params
+    got = generate_in_parts(model.cfg, params, *tokens, model.stop_tokens, max_new_tokens, batch_size)
+    out = []
+    for ids, n in zip(got.tokens, got.lengths, strict=True):
+        finished = int(ids[n - 1]) in model.stop_tokens
+        out.append((model.tokenizer.decode(ids[: n - finished], skip_special_tokens=True), finished))
+    return out
 
 
 def pass_rate(model: Checkpoint, behaviour: Behaviour, n_prompts: int = 16, max_new_tokens: int = 64) -> float:

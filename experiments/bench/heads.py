@@ -34,15 +34,15 @@ from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
 from wpjax.pairs import Pair
 from wpjax.sweeps.exact import exact_changes, make_plan
-from wpjax.sweeps.replay import run_base
+from wpjax.sweeps.replay import run_model
 
 
 def ours(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component]) -> Float[np.ndarray, "C B"]:
     """The exact sweep of the package."""
-    tokens = batch.with_instruction
-    plan = make_plan(pair.cfg, heads, tokens.ids.shape[0], tokens.ids.shape[1])
-    run = run_base(pair.cfg, pair.base, tokens, anchor.vector, anchor.layer)
-    parts = exact_changes(pair.cfg, pair.base, pair.expert, run, tokens, anchor.layer, plan)
+    metric = anchor.on(batch)
+    plan = make_plan(pair.cfg, heads, *metric.tokens.ids.shape)
+    run = run_model(pair.cfg, pair.base, metric)
+    parts = exact_changes(pair.cfg, pair.base, pair.expert, (run, None), metric, plan)
     return np.concatenate([changes for _, changes in parts])
 
 

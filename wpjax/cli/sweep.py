@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
 
+class MetricName(enum.StrEnum):
+    """What effects are measured on."""
+
+    anchor = "anchor"
+    response = "response"
+    decision = "decision"
+
+
 class Method(enum.StrEnum):
     """How effects are measured."""
 
@@ -45,8 +53,25 @@ def run(
     out: OutOption,
     checker: CheckerOption = None,
     anchor: Annotated[Path | None, typer.Option("--anchor", help="From `wpjax anchor`; fitted if absent.")] = None,
+    metric: Annotated[
+        MetricName,
+        typer.Option(
+            "--metric",
+            help="anchor: has the control state formed? response: log-probability of the expert's own answer. "
+            "decision: log-odds where base and expert first part ways. Both count components after the anchor too.",
+        ),
+    ] = MetricName.anchor,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option("--max-new-tokens", min=1, help="Tokens of the expert's answer that response and decision read."),
+    ] = 32,
     kinds: Annotated[
-        str, typer.Option("--kinds", help="Comma-separated: head,kv_group,neuron,attn,mlp,layer,norm,embed.")
+        str,
+        typer.Option(
+            "--kinds",
+            help="Comma-separated: head,kv_group,neuron,attn,mlp,layer,norm,embed,unembed,final_norm (the last two act "
+            "on response and decision only).",
+        ),
     ] = "head,kv_group,neuron",
     components: Annotated[
         str | None, typer.Option("--components", help="Comma-separated names to sweep instead, e.g. L3.head.5,L4.mlp.")
@@ -78,28 +103,39 @@ def run(
     check_output(out, overwrite)
 
     import jax
+    import numpy as np
 
     import wpjax
     from wpjax import behaviours, sweeps
     from wpjax.anchors import Anchor, fit_anchor
     from wpjax.cli.console import on_interrupt, progress_bars
     from wpjax.components import check_kind
+    from wpjax.errors import WpjaxError
+    from wpjax.metrics import Metric, decision_metric, response_metric
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
 
     names = [k.strip() for k in kinds.split(",") if k.strip()]
     for kind in names:
         check_kind(kind)
+    if anchor is not None and metric != MetricName.anchor:
+        raise WpjaxError(f"--anchor {anchor} goes with --metric anchor, not with --metric {metric.value}; drop one")
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
-    direction = Anchor.load(anchor) if anchor else fit_anchor(pair, task, n_prompts=n_prompts, seed=seed)
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)
+    if metric == MetricName.anchor:
+        what: Anchor | Metric = (
+            Anchor.load(anchor) if anchor else fit_anchor(pair, task, n_prompts=n_prompts, seed=seed)
+        )
+    else:
+        make = {MetricName.response: response_metric, MetricName.decision: decision_metric}[metric]
+        what = make(pair, batch, max_new_tokens)
+    measured = what.on(batch) if isinstance(what, Anchor) else what
     settings = {
         "versions": [wpjax.__version__, jax.__version__, str(jax.devices()[0])],
         "pair": pair.fingerprints,
-        "anchor": [direction.layer, direction.vector.tolist()],
         "prompts": batch.texts,
-        "tokens": batch.with_instruction.ids.tolist(),
+        "metric": [measured.name, measured.layer, *(np.asarray(leaf).tolist() for leaf in jax.tree.leaves(measured))],
         "kinds": names,
         "components": components,
         "method": method,
@@ -116,7 +152,7 @@ def run(
         result = sweeps.sweep(
             pair,
             batch,
-            direction,
+            what,
             kinds=names,
             components=None if components is None else [c.strip() for c in components.split(",") if c.strip()],
             method=method.value,
@@ -149,7 +185,8 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         )
         return
     print_table(
-        f"{attrs['behaviour']}: {attrs['base']} -> {attrs['expert']}, anchor at layer {attrs['anchor_layer']}",
+        f"{attrs['behaviour']}: {attrs['base']} -> {attrs['expert']}, {attrs['metric']} metric"
+        + (f" at layer {attrs['metric_layer']}" if attrs["metric"] == "anchor" else ""),
         ("component", "effect", "95 % interval", "q", "") if exact else ("component", by),
         [
             (

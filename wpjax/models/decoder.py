@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.layers import Block, Embed, Norm, Unembed
-from wpjax.models.leaves import Leaf, project
+from wpjax.models.leaves import Leaf, lookup, project
 
 Params: TypeAlias = dict[str, Any]
 
@@ -64,6 +64,12 @@ class Decoder(nnx.Module):
             return self.unembed(x)
         transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())  # a tied gate is a scalar
         return project(x, transposed)
+
+    def unembedding(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+        """The direction of the normed residual stream whose projection is each token's logit."""
+        if self.cfg.tied:
+            return lookup(self.embed.W_E.get_value(), tokens)
+        return lookup(self.unembed.W_U.get_value(), tokens, axis=1)
 
     def __call__(
         self,

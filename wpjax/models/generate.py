@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wpjax.errors import WpjaxError
@@ -22,8 +23,31 @@ class Generation(NamedTuple):
         lengths: [B], new tokens up to and including the stop token.
     """
 
-    tokens: Int[Array, "B N"]
-    lengths: Int[Array, " B"]
+    tokens: Int[np.ndarray | Array, "B N"]
+    lengths: Int[np.ndarray | Array, " B"]
+
+
+class Steer(NamedTuple):
+    """Holds one coordinate of the residual stream while a model answers: h += (target - <h, read>) write.
+
+    It acts after one layer, at the last prompt token and at every new token.
+
+    Attributes:
+        layer: 0-based (traced: one program serves all layers).
+        read: [D], unit.
+        write: [D], unit: `read` to steer, another direction for a control that moves the stream as far.
+        target: where the coordinate is held.
+    """
+
+    layer: Int[Array, ""] | int
+    read: Float[Array, " D"]
+    write: Float[Array, " D"]
+    target: Float[Array, ""] | float
+
+    def __call__(self, resid: Float[Array, "*n D"], layer: Int[Array, ""]) -> Float[Array, "*n D"]:
+        """The stream after a layer, moved if it is the one."""
+        at = jnp.matmul(resid, self.read, precision=jax.lax.Precision.HIGHEST)
+        return jnp.where(layer == self.layer, resid + (self.target - at)[..., None] * self.write, resid)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
@@ -37,6 +61,7 @@ def generate(
     stop_tokens: Int[Array, " S"] | tuple[int | Int[Array, ""], ...],
     temperature: float = 0.0,
     key: Array | None = None,
+    steer: Steer | None = None,
 ) -> Generation:
     """Continue prompts, all rows at once, until each has met a stop token.
 
@@ -52,6 +77,7 @@ def generate(
         stop_tokens: ids that end a row; may be empty.
         temperature: 0 for greedy, otherwise (above 0) logits are divided by it and sampled.
         key: random key, required when sampling.
+        steer: how to move the residual stream on the way.
 
     Raises:
         WpjaxError: sampling without a key, sequences that would outgrow the context, or a number out of range.
@@ -67,7 +93,7 @@ def generate(
             "shorten the prompts or lower max_new_tokens"
         )
     stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
-    model, rows = decoder(cfg, params), jnp.arange(n_rows)
+    model, rows, layers = decoder(cfg, params), jnp.arange(n_rows), jnp.arange(cfg.n_layers)
 
     def pick(resid: Float[Array, "B D"], step: Array) -> Int[Array, " B"]:
         logits = model.logits(resid)
@@ -76,30 +102,35 @@ def generate(
         return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
 
     def prefill(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
-        b = block(cfg, layer)
+        params, number = layer
+        b = block(cfg, params)
         mid, (k, v) = b.attend(x, jnp.arange(n_prompt)[None])
         room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
-        return b.feed(mid), (jnp.pad(k, room), jnp.pad(v, room))
+        x = b.feed(mid)
+        if steer is not None:
+            x = jnp.where((jnp.arange(n_prompt) == lengths[:, None] - 1)[..., None], steer(x, number), x)
+        return x, (jnp.pad(k, room), jnp.pad(v, room))
 
     def extend(x: Array, layer: Any, at: Int[Array, " B"]) -> tuple[Array, tuple[Array, Array]]:
         """One token a row through one layer, its key and value written at the row's own position."""
-        params, k_cache, v_cache = layer
+        params, number, k_cache, v_cache = layer
         b = block(cfg, params)
         normed = b.norm_attn(x)
         k, v = b.attn.keys_values(normed, at[:, None])
         k_cache, v_cache = k_cache.at[rows, at].set(k[:, 0]), v_cache.at[rows, at].set(v[:, 0])
-        z = b.attn.mix(b.attn.queries(normed, at[:, None]), k_cache, v_cache, lengths=at + 1)
-        return b.feed(x + b.attn.out(z)), (k_cache, v_cache)
+        z = b.attn.mix(b.attn.queries(normed, at[:, None]), k_cache, v_cache, seen=at[:, None] + 1)
+        x = b.feed(x + b.attn.out(z))
+        return (x if steer is None else steer(x, number)), (k_cache, v_cache)
 
     def step(state: tuple) -> tuple:
         i, last, done, cache, out = state
         at = lengths + i - 1
         x = model.embed(last[:, None], at[:, None])
-        x, cache = jax.lax.scan(lambda x, layer: extend(x, layer, at), x, (params["blocks"], *cache))
+        x, cache = jax.lax.scan(lambda x, layer: extend(x, layer, at), x, (params["blocks"], layers, *cache))
         new = jnp.where(done, last, pick(x[:, 0], i))
         return i + 1, new, done | jnp.isin(new, stop_tokens), cache, out.at[:, i].set(new)
 
-    x, cache = jax.lax.scan(prefill, model.embed(tokens, jnp.arange(n_prompt)[None]), params["blocks"])
+    x, cache = jax.lax.scan(prefill, model.embed(tokens, jnp.arange(n_prompt)[None]), (params["blocks"], layers))
     first = pick(x[rows, lengths - 1], jnp.int32(0))
     out = jnp.zeros((n_rows, max_new_tokens), first.dtype).at[:, 0].set(first)
     state = (jnp.int32(1), first, jnp.isin(first, stop_tokens), cache, out)
@@ -108,3 +139,32 @@ def generate(
     stopped = jnp.isin(out, stop_tokens)
     n_new = jnp.where(stopped.any(1), stopped.argmax(1) + 1, max_new_tokens)
     return Generation(out, n_new)
+
+
+def generate_in_parts(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Int[np.ndarray | Array, "B T"],
+    lengths: Int[np.ndarray | Array, " B"],
+    stop_tokens: tuple[int, ...],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    steer: Steer | None = None,
+) -> Generation:
+    """Greedy continuation of any number of prompts, a few at a time; the last part is filled up, so that one program
+    serves all. Arguments as `generate`; the result is on the host.
+    """
+    parts = []
+    for first in range(0, len(tokens), batch_size):
+        rows = np.minimum(np.arange(first, first + batch_size), len(tokens) - 1)
+        got = generate(
+            cfg,
+            params,
+            jnp.asarray(tokens[rows]),
+            jnp.asarray(lengths[rows]),
+            max_new_tokens=max_new_tokens,
+            stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
+            steer=steer,
+        )
+        parts.append([np.asarray(a)[: len(tokens) - first] for a in got])
+    return Generation(*(np.concatenate(each) for each in zip(*parts, strict=True)))

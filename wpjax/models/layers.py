@@ -97,7 +97,7 @@ class Attention(nnx.Module):
         q: Float[Array, "B T H Dh"],
         k: Float[Array, "B S K Dh"],
         v: Float[Array, "B S K Dh"],
-        lengths: Int[Array, " B"] | None = None,
+        seen: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T H Dh"]:
         """Attend; query head h reads KV head h // n_rep.
 
@@ -105,7 +105,7 @@ class Attention(nnx.Module):
             q: queries.
             k: keys.
             v: values.
-            lengths: how many of the S keys each row may see; None for causal attention with T = S.
+            seen: how many of the S keys each query may see; None for causal attention with T = S.
         """
         dtype = _leaf(self.W_O).dtype
         # float32 stays float32 on any device; JAX's own function needs implicit promotion for bfloat16.
@@ -114,8 +114,8 @@ class Attention(nnx.Module):
                 q.astype(dtype),
                 k.astype(dtype),
                 v.astype(dtype),
-                is_causal=lengths is None,
-                key_value_seq_lengths=lengths,
+                is_causal=seen is None,
+                mask=None if seen is None else (jnp.arange(k.shape[1]) < seen[..., None])[:, None],
             )
 
     def out(self, z: Float[Array, "B T H Dh"]) -> Float[Array, "B T D"]:

@@ -87,11 +87,14 @@ def resolve(leaf: Leaf) -> Array:
     return leaf.mix(leaf.base, leaf.expert, -1 if leaf.axis is None else leaf.axis - leaf.base.ndim)
 
 
-def lookup(leaf: Leaf, ids: Int[Array, "*ids"]) -> Float[Array, "*ids D"]:
-    """Rows of an embedding [V, D], in float32."""
-    if not isinstance(leaf, Blend):
-        return leaf[ids].astype(jnp.float32)
-    return leaf.mix(leaf.base[ids].astype(jnp.float32), leaf.expert[ids].astype(jnp.float32), -1)
+def lookup(leaf: Leaf, ids: Int[Array, "*ids"], axis: int = 0) -> Float[Array, "*ids D"]:
+    """Rows of an embedding [V, D], or (`axis` 1) columns of an unembedding [D, V], in float32."""
+
+    def take(w: Array) -> Array:
+        found = jnp.take(w, ids, axis=axis, mode="clip").astype(jnp.float32)
+        return jnp.moveaxis(found, 0, -1) if axis else found
+
+    return leaf.mix(take(leaf.base), take(leaf.expert), -1) if isinstance(leaf, Blend) else take(leaf)
 
 
 def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1) -> Float[Array, "..."]:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from wpjax.behaviours import Tokens
 from wpjax.components import KINDS, Component
+from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.sweeps.replay import BaseRun, replay
+from wpjax.sweeps.replay import Run, Side, replay
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -99,27 +99,29 @@ def exact_changes(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
-    run: BaseRun,
-    tokens: Tokens,
-    anchor_layer: int,
+    runs: tuple[Run, Run | None],
+    metric: Metric,
     plan: Plan,
     *,
+    weights: Side = "donor",
+    inputs: Side = "host",
     jitter_seed: int | None = None,
 ) -> Iterator[tuple[Chunk, Float[np.ndarray, "n B"]]]:
-    """The change of the anchor score by each component of a plan, chunk by chunk.
+    """The change of the metric by each component of a plan, chunk by chunk.
 
     Args:
         cfg: the model.
         host: parameters that receive the patches.
         donor: parameters that the components come from.
-        run: the host's run on these tokens.
-        tokens: prompts with the instruction.
-        anchor_layer: the anchor's layer.
+        runs: the host's run on the metric's tokens, and the donor's where its input is asked for.
+        metric: what is measured.
         plan: from `make_plan`.
+        weights: whose weights a component takes.
+        inputs: whose input it sees.
         jitter_seed: for a sham, the seed of the rounding steps (of the weights' dtype, in which products are taken)
             by which the residual stream is moved; None for patches.
     """
-    ids = jnp.asarray(tokens.ids)
+    n_tokens = metric.tokens.ids.shape[1]
     # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program.
     with_reference = host["embed"]["W_E"].dtype == jnp.bfloat16
     pending: list[tuple[Chunk, Array]] = []
@@ -127,21 +129,22 @@ def exact_changes(
     def finish() -> tuple[Chunk, Float[np.ndarray, "n B"]]:
         chunk, scores = pending.pop(0)
         values = np.asarray(scores, np.float64)
-        reference = values[-1] if with_reference else np.asarray(run.score, np.float64)
+        reference = values[-1] if with_reference else np.asarray(runs[0].score, np.float64)
         return chunk, values[: len(chunk.components)] - reference
 
     for chunk in plan.chunks:
         rows = plan.rows[chunk.kind]
         index = [c.index for c in chunk.components]
         index += index[-1:] * (rows - len(index))
-        shape = (rows, ids.shape[1], cfg.d_model)
+        shape = (rows, n_tokens, cfg.d_model)
         step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
         # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
         seeds = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[0].index)
         jitter = _jitter(shape, step, seeds)
         layer = jnp.asarray(max(chunk.layer, 0))
-        args = (host, donor, run, ids, layer, jnp.asarray(index), jitter)
-        pending.append((chunk, replay(cfg, chunk.kind, anchor_layer, *args, with_reference=with_reference)))
+        args = (host, donor, runs, metric, layer, jnp.asarray(index), jitter)
+        options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
+        pending.append((chunk, replay(cfg, chunk.kind, *args, **options)))
         if len(pending) > MAX_IN_FLIGHT:
             yield finish()
     while pending:

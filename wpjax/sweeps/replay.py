@@ -1,16 +1,24 @@
-"""Suffix replay: the exact effect of single components, with the base's weights shared by all patches.
+"""Suffix replay: the exact effect of single components, with the host's weights shared by all patches.
 
-A component of layer l changes nothing before layer l. So the base runs once and its residual stream is kept; a
-patch recomputes only the component's own contribution inside layer l, and the layers after it run with the base's
-weights, for all patches x prompts x tokens in one matmul, up to the anchor's layer. There, only the anchor's
-position is computed. One compiled program a kind serves every layer: the layer index is traced.
+A component of layer l changes nothing before layer l. So the host runs once and its residual stream is kept; a
+patch recomputes only the component's own contribution inside layer l, and the layers after it run with the host's
+weights, for all patches x prompts x tokens in one matmul, up to the layer that the metric reads. There, only the
+positions that are read are computed. One compiled program a kind serves every layer: the layer index is traced.
 
-    head      resid_mid'  = resid_mid  + z_E[h] W_O_E[h] - z_B[h] W_O_B[h]     z_E: expert's queries, base's K and V
-    kv_group  resid_mid'  = resid_mid  + sum over its heads of (z_E - z_B) W_O_B     z_E: base's queries, expert's K, V
-    neuron    resid_post' = resid_post + a_E[f] W_out_E[f] - a_B[f] W_out_B[f]
-    others    resid_post' = the layer run with `Blend` leaves
+A component's new output o(weights, input) takes its weights and its input each from the host or from the donor:
 
-The donor is an argument: the expert for weight patching, the base itself for a sham.
+    weights  input                                                                     (METHOD 5, ours)
+    donor    host     weight patching (arXiv 2604.13694)
+    donor    donor    activation patching: the donor's own output
+    host     donor    relay: what the host makes of the donor's input
+    host     host     nothing; with the host as its own donor, a sham
+
+    head      resid_mid'  = resid_mid  + z'[h] W_O'[h] - z[h] W_O[h]        input: normed stream, keys and values
+    kv_group  resid_mid'  = resid_mid  + sum over its heads of (z' - z) W_O     input: normed stream; z' of host's q
+    neuron    resid_post' = resid_post + a'[f] W_out'[f] - a[f] W_out[f]    input: normed stream
+    attn, mlp, layer, norm: likewise, as modules
+
+Swap host and donor for knock-out, a component of the base in the expert.
 """
 
 from __future__ import annotations
@@ -18,60 +26,50 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from wpjax.behaviours import Tokens
-from wpjax.components import LEAVES, Component, count, gate_shapes, open_gates
+from wpjax.components import KINDS, LEAVES, Component, count, gate_shapes, open_gates
+from wpjax.errors import ComponentError
+from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, decoder, forward, take_layer
 from wpjax.models.layers import Block
 from wpjax.models.leaves import project
-from wpjax.patching import patch_layer
+from wpjax.patching import PatchMask, patch, patch_layer
+
+Side: TypeAlias = Literal["host", "donor"]
 
 
-class BaseRun(NamedTuple):
-    """What the sweep keeps of the base's own forward pass.
+class Run(NamedTuple):
+    """What a sweep keeps of a model's own forward pass.
 
     Attributes:
-        resid_pre: [a + 1, B, T, D], the residual stream before each layer up to the anchor's.
-        last: [B], the anchor's position in each prompt.
-        vector: [D], the anchor.
-        score: [B], the base's anchor score.
+        resid_pre: [l + 1, B, T, D], the residual stream before each layer up to the one that the metric reads.
+        score: [B], the metric.
     """
 
     resid_pre: Float[Array, "A B T D"]
-    last: Int[Array, " B"]
-    vector: Float[Array, " D"]
     score: Float[Array, " B"]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "stop"))
-def _run_base(cfg: ModelConfig, params: Params, ids: Array, last: Array, vector: Array, stop: int) -> BaseRun:
-    out = forward(cfg, params, ids, sites=(Site.RESID_PRE,), stop=stop, logits=False)
-    final = jnp.take_along_axis(out.resid, last[:, None, None], axis=1)[:, 0]
-    return BaseRun(out.sites[Site.RESID_PRE], last, vector, dot(final, vector))
+@functools.partial(jax.jit, static_argnames="cfg")
+def run_model(cfg: ModelConfig, params: Params, metric: Metric) -> Run:
+    """Run a model once up to the layer that the metric reads."""
+    out = forward(
+        cfg, params, jnp.asarray(metric.tokens.ids), sites=(Site.RESID_PRE,), stop=metric.layer + 1, logits=False
+    )
+    return Run(out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid)))
 
 
-def run_base(cfg: ModelConfig, base: Params, tokens: Tokens, vector: Array, layer: int) -> BaseRun:
-    """Run the base once up to the anchor's layer."""
-    return _run_base(cfg, base, jnp.asarray(tokens.ids), jnp.asarray(tokens.last), vector, layer + 1)
+class Stream(NamedTuple):
+    """One layer of a model, and the residual stream that enters it there."""
 
-
-def dot(x: Float[Array, "N D"], vector: Float[Array, " D"]) -> Float[Array, " N"]:
-    """The anchor score of residual streams, in full float32 on every device."""
-    return jnp.matmul(x, vector, precision=jax.lax.Precision.HIGHEST)
-
-
-class Layer(NamedTuple):
-    """One layer of host and donor, and what the host computes in it on its own input."""
-
-    host: Block
-    donor: Block
+    block: Block
     resid_pre: Float[Array, "B T D"]
 
     @property
@@ -79,28 +77,74 @@ class Layer(NamedTuple):
         """Of the tokens."""
         return jnp.arange(self.resid_pre.shape[1])[None]
 
+    @property
+    def attn_input(self) -> Float[Array, "B T D"]:
+        """The normed stream that attention reads."""
+        return self.block.norm_attn(self.resid_pre)
 
-class HeadOutputs(NamedTuple):
+    @property
+    def resid_mid(self) -> Float[Array, "B T D"]:
+        """The stream after attention."""
+        return self.block.attend(self.resid_pre, self.positions)[0]
+
+    @property
+    def mlp_input(self) -> Float[Array, "B T D"]:
+        """The normed stream that the MLP reads."""
+        return self.block.norm_mlp(self.resid_mid)
+
+
+class LayerPatch(NamedTuple):
+    """One layer of the host, and where a component's new output comes from.
+
+    Attributes:
+        host: the host's layer and stream.
+        weights: the layer whose weights the component takes.
+        source: the layer and stream whose input it sees.
+    """
+
+    host: Stream
+    weights: Block
+    source: Stream
+
+
+class Rows(NamedTuple):
+    """The residual stream of a layer with one component at a time patched.
+
+    Attributes:
+        mid: after attention; None where it is the host's.
+        post: after the layer.
+    """
+
+    mid: Float[Array, "P B T D"] | None
+    post: Float[Array, "P B T D"]
+
+
+class HeadValues(NamedTuple):
     """Attention of one layer before the output projection, as the host has it and as a patch would."""
 
     host: Float[Array, "B T H Dh"]
     patched: Float[Array, "B T H Dh"]
 
 
-def query_patch(at: Layer) -> HeadOutputs:
-    """Every head with the donor's queries on the host's keys and values."""
-    x = at.host.norm_attn(at.resid_pre)
-    k, v = at.host.attn.keys_values(x, at.positions)
-    q = at.host.attn.queries(x, at.positions), at.donor.attn.queries(x, at.positions)
-    return HeadOutputs(*(at.host.attn.mix(each, k, v) for each in q))
+def _heads(weights: Block, source: Stream) -> Float[Array, "B T H Dh"]:
+    """Every head by some weights' queries on the keys and values of what they see."""
+    x = source.attn_input
+    q = weights.attn.queries(x, source.positions)
+    return source.block.attn.mix(q, *source.block.attn.keys_values(x, source.positions))
 
 
-def kv_patch(at: Layer) -> HeadOutputs:
-    """Every head with the host's queries on the donor's keys and values."""
-    x = at.host.norm_attn(at.resid_pre)
-    q = at.host.attn.queries(x, at.positions)
-    kv = at.host.attn.keys_values(x, at.positions), at.donor.attn.keys_values(x, at.positions)
-    return HeadOutputs(*(at.host.attn.mix(q, k, v) for k, v in kv))
+def query_patch(at: LayerPatch) -> HeadValues:
+    """Every head as a component: its queries are its own, keys and values are input."""
+    return HeadValues(_heads(at.host.block, at.host), _heads(at.weights, at.source))
+
+
+def kv_patch(at: LayerPatch) -> HeadValues:
+    """Every KV group as a component: the host's queries on its keys and values."""
+    attn = at.host.block.attn
+    q = attn.queries(at.host.attn_input, at.host.positions)
+    kv = attn.keys_values(at.host.attn_input, at.host.positions)
+    new = at.weights.attn.keys_values(at.source.attn_input, at.source.positions)
+    return HeadValues(attn.mix(q, *kv), attn.mix(q, *new))
 
 
 def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"]) -> Float[Array, "n B T D"]:
@@ -108,38 +152,82 @@ def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"]) -> Float[Ar
     return jax.vmap(project, in_axes=(2, 0))(z, w_o)
 
 
-def _head_rows(at: Layer, index: Int[Array, " P"]) -> Float[Array, "P B T D"]:
-    z = query_patch(at)
-    w_host, w_donor = (b.attn.W_O.get_value() for b in (at.host, at.donor))
-    delta = _write(z.patched[:, :, index], w_donor[index]) - _write(z.host[:, :, index], w_host[index])
-    return at.host.feed(at.resid_pre + at.host.attn.out(z.host) + delta)
+def _attention_rows(at: LayerPatch, mid: Float[Array, "P B T D"]) -> Rows:
+    return Rows(mid, at.host.block.feed(mid))
 
 
-def _kv_group_rows(at: Layer, index: Int[Array, " P"]) -> Float[Array, "P B T D"]:
-    z = kv_patch(at)
-    heads = index[:, None] * at.host.attn.cfg.n_rep + jnp.arange(at.host.attn.cfg.n_rep)  # [P, n_rep]
-    w_o = at.host.attn.W_O.get_value()
-    change = z.patched - z.host
+def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    z, attn = query_patch(at), at.host.block.attn
+    w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
+    delta = _write(z.patched[:, :, index], w_new[index]) - _write(z.host[:, :, index], w_host[index])
+    return _attention_rows(at, at.host.resid_pre + attn.out(z.host) + delta)
+
+
+def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    z, attn = kv_patch(at), at.host.block.attn
+    heads = index[:, None] * attn.cfg.n_rep + jnp.arange(attn.cfg.n_rep)  # [P, n_rep]
+    w_o, change = attn.W_O.get_value(), z.patched - z.host
     delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2))(heads)
-    return at.host.feed(at.resid_pre + at.host.attn.out(z.host) + delta)
+    return _attention_rows(at, at.host.resid_pre + attn.out(z.host) + delta)
 
 
-def _neuron_rows(at: Layer, index: Int[Array, " P"]) -> Float[Array, "P B T D"]:
-    mid, _ = at.host.attend(at.resid_pre, at.positions)
-    x = at.host.norm_mlp(mid)
-    a_host, a_donor = at.host.mlp.neurons(x), at.donor.mlp.neurons(x)
-    w_host, w_donor = (b.mlp.W_out.get_value() for b in (at.host, at.donor))
+def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    mid, mlp = at.host.resid_mid, at.host.block.mlp
+    a_host, a_new = mlp.neurons(at.host.mlp_input), at.weights.mlp.neurons(at.source.mlp_input)
+    w_host, w_new = (b.mlp.W_out.get_value() for b in (at.host.block, at.weights))
 
     def write(a: Array, w: Array) -> Array:
         chosen = jnp.moveaxis(a[:, :, index], 2, 0)  # [P, B, T]
         return chosen[..., None] * w[index][:, None, None, :].astype(jnp.float32)
 
-    return mid + at.host.mlp.out(a_host) + (write(a_donor, w_donor) - write(a_host, w_host))
+    return Rows(None, mid + mlp.out(a_host) + (write(a_new, w_new) - write(a_host, w_host)))
 
 
-RowRule = Callable[[Layer, Array], Array]
-ROWS: Mapping[str, RowRule] = MappingProxyType({"head": _head_rows, "kv_group": _kv_group_rows, "neuron": _neuron_rows})
-"""Kinds whose own contribution has a closed form; every other kind in a layer goes through `Blend`s."""
+def _attend(weights: Block, x: Array, positions: Array) -> Float[Array, "B T D"]:
+    """What an attention module adds to the stream."""
+    q, kv = weights.attn.queries(x, positions), weights.attn.keys_values(x, positions)
+    return weights.attn.out(weights.attn.mix(q, *kv))
+
+
+def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    new = _attend(at.weights, at.source.attn_input, at.source.positions)
+    return _attention_rows(at, (at.host.resid_pre + new)[None].repeat(index.size, 0))
+
+
+def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    mlp = at.weights.mlp
+    return Rows(None, (at.host.resid_mid + mlp.out(mlp.neurons(at.source.mlp_input)))[None].repeat(index.size, 0))
+
+
+def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    x = at.source.resid_pre
+    mid, _ = at.weights.attend(x, at.source.positions)
+    rows = (at.host.resid_pre + (mid - x), at.host.resid_pre + (at.weights.feed(mid) - x))
+    return Rows(*(row[None].repeat(index.size, 0) for row in rows))
+
+
+def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    host, mlp = at.host.block, at.host.block.mlp
+    mid_host = at.host.resid_mid
+    mid = at.host.resid_pre + _attend(host, at.weights.norm_attn(at.source.resid_pre), at.host.positions)
+    post = mid_host + mlp.out(mlp.neurons(at.weights.norm_mlp(at.source.resid_mid)))
+    mids, posts = jnp.stack([mid, mid_host]), jnp.stack([host.feed(mid), post])
+    return Rows(mids[index], posts[index])
+
+
+RowRule = Callable[[LayerPatch, Array], Rows]
+ROWS: Mapping[str, RowRule] = MappingProxyType(
+    {
+        "head": _head_rows,
+        "kv_group": _kv_group_rows,
+        "neuron": _neuron_rows,
+        "attn": _attn_rows,
+        "mlp": _mlp_rows,
+        "layer": _layer_rows,
+        "norm": _norm_rows,
+    }
+)
+"""What each kind in a layer contributes; weight patches of a kind without a rule go through `Blend`s."""
 
 
 @functools.cache
@@ -154,7 +242,7 @@ def _layer_gates(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
 def blend_rows(
     cfg: ModelConfig, kind: str, host: Params, donor: Params, resid_pre: Float[Array, "B T D"], index: Int[Array, " P"]
 ) -> Float[Array, "P B T D"]:
-    """`resid_post` of a layer with each of some components of a kind patched, for any kind in a layer."""
+    """`resid_post` of a layer with each of some components of a kind weight-patched, for any kind in a layer."""
     gates = {gate: jnp.asarray(value)[index] for gate, value in _layer_gates(cfg, kind).items()}
     positions = jnp.arange(resid_pre.shape[1])[None]
     return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(resid_pre, positions))(gates)
@@ -165,18 +253,18 @@ def suffix(
     blocks: Params,
     resid: Float[Array, "N T D"],
     start: Int[Array, ""],
-    anchor_layer: int,
-    last: Array,
-) -> Float[Array, "N D"]:
-    """The residual stream at each row's anchor position after layer `anchor_layer`, having entered at layer `start`.
+    last: int,
+    at: Int[Array, "N S"],
+) -> Float[Array, "N S D"]:
+    """The residual stream at each row's positions after layer `last`, having entered at layer `start`.
 
     Args:
         cfg: static.
-        blocks: the base's stacked layers.
+        blocks: the host's stacked layers.
         resid: the stream before layer `start`.
-        start: traced; `anchor_layer + 1` if nothing is left to run.
-        anchor_layer: the layer whose `resid_post` the anchor reads, static.
-        last: [N], anchor positions.
+        start: traced; `last + 1` if nothing is left to run.
+        last: the layer whose `resid_post` is read, static.
+        at: positions that are read.
     """
     positions = jnp.arange(resid.shape[1])[None]
 
@@ -184,67 +272,109 @@ def suffix(
         return block(cfg, take_layer(blocks, layer))(x, positions)
 
     def pick(x: Array) -> Array:
-        return jnp.take_along_axis(x, last[:, None, None], axis=1)
+        return jnp.take_along_axis(x, at[..., None], axis=1)
 
     def final(x: Array) -> Array:
-        """The anchor's layer: keys and values of every token, everything else at the anchor's position only."""
-        b = block(cfg, take_layer(blocks, anchor_layer))
+        """The last layer: keys and values of every token, everything else at the positions that are read only."""
+        b = block(cfg, take_layer(blocks, last))
         normed = b.norm_attn(x)
-        q = b.attn.queries(pick(normed), last[:, None])
-        z = b.attn.mix(q, *b.attn.keys_values(normed, positions), lengths=last + 1)
+        q = b.attn.queries(pick(normed), at)
+        z = b.attn.mix(q, *b.attn.keys_values(normed, positions), seen=at + 1)
         return b.feed(pick(x) + b.attn.out(z))
 
-    resid = jax.lax.fori_loop(start, anchor_layer, run, resid)
-    return jax.lax.cond(start <= anchor_layer, final, pick, resid)[:, 0]
+    resid = jax.lax.fori_loop(start, last, run, resid)
+    return jax.lax.cond(start <= last, final, pick, resid)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "kind", "anchor_layer", "with_reference"))
+@functools.partial(jax.jit, static_argnames=("cfg", "kind", "weights", "inputs", "with_reference"))
 def replay(
     cfg: ModelConfig,
     kind: str,
-    anchor_layer: int,
     host: Params,
     donor: Params,
-    run: BaseRun,
-    ids: Int[Array, "B T"],
+    runs: tuple[Run, Run | None],
+    metric: Metric,
     layer: Int[Array, ""],
     index: Int[Array, " P"],
     jitter: Float[Array, "P T D"],
+    *,
+    weights: Side = "donor",
+    inputs: Side = "host",
     with_reference: bool = False,
 ) -> Float[Array, "P B"]:
-    """Anchor scores of the host with one component at a time taken from the donor.
+    """The metric of the host with one component's output at a time replaced.
 
     Args:
         cfg: static.
         kind: kind of all P components, static.
-        anchor_layer: the layer whose `resid_post` the anchor reads, static.
         host: parameters of the host; shared by all patches.
         donor: parameters of the donor.
-        run: the host's own run on the same prompts.
-        ids: tokens of the prompts (used by `embed` alone).
+        runs: the host's own run on the metric's tokens, and the donor's where its input is asked for.
+        metric: what is measured.
         layer: their layer, traced.
         index: which of the layer's components.
         jitter: relative change of the patched residual stream; 0 for a patch, one rounding step for a sham.
+        weights: whose weights the component takes, static.
+        inputs: whose input it sees, static.
         with_reference: append a row for the host itself, so that rounding that depends on the batch's shape can be
             subtracted.
 
     Returns:
         [P, B], or [P + 1, B] with a reference.
     """
-    if kind == "embed":
+    ids, run = jnp.asarray(metric.tokens.ids), runs[0]
+    if not KINDS[kind].in_layer:  # the tokens are the only input
+        giver = donor if weights == "donor" else host
+        patched = patch(host, giver, PatchMask.of(cfg, kind))
         after = jnp.asarray(0)
-        rows = decoder(cfg, donor).embed(ids, jnp.arange(ids.shape[1])[None])[None]
+        rows = decoder(cfg, patched).embed(ids, jnp.arange(ids.shape[1])[None])[None]
         unpatched = run.resid_pre[0]
     else:
-        after = layer + 1
-        ours, theirs = take_layer(host["blocks"], layer), take_layer(donor["blocks"], layer)
-        at = Layer(block(cfg, ours), block(cfg, theirs), take_layer(run.resid_pre, layer))
-        rows = ROWS[kind](at, index) if kind in ROWS else blend_rows(cfg, kind, ours, theirs, at.resid_pre, index)
-        unpatched = at.host(at.resid_pre, at.positions)
+        patched, after = host, layer + 1
+        at = layer_patch(cfg, host, donor, runs, layer, weights, inputs)
+        rows = layer_rows(cfg, kind, at, (host, donor), layer, index).post
+        unpatched = at.host.block(at.host.resid_pre, at.host.positions)
     rows = rows * (1 + jitter[:, None])
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
     n_rows, n_prompts, *rest = rows.shape
-    last = jnp.tile(run.last, n_rows)
-    final = suffix(cfg, host["blocks"], rows.reshape(-1, *rest), after, anchor_layer, last)
-    return dot(final, run.vector).reshape(n_rows, n_prompts)
+    where = jnp.tile(jnp.asarray(metric.at), (n_rows, 1))
+    final = suffix(cfg, host["blocks"], rows.reshape(-1, *rest), after, metric.layer, where)
+    picked = final.reshape(n_rows, n_prompts, *final.shape[1:])
+    # A vocabulary of logits takes its place for one patch at a time.
+    at_once = 1 if metric.readout.reads_logits else len(index)
+    scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[: len(index)], batch_size=at_once)
+    return jnp.concatenate([scores, metric.read(cfg, host, picked[-1])[None]]) if with_reference else scores
+
+
+def layer_patch(
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    runs: tuple[Run, Run | None],
+    layer: Int[Array, ""],
+    weights: Side,
+    inputs: Side,
+) -> LayerPatch:
+    """The layer of host and donor, with weights and input taken from one or the other."""
+    blocks = {"host": block(cfg, take_layer(host["blocks"], layer)),
+              "donor": block(cfg, take_layer(donor["blocks"], layer))}  # fmt: skip
+    here = Stream(blocks["host"], take_layer(runs[0].resid_pre, layer))
+    if inputs == "host":
+        return LayerPatch(here, blocks[weights], here)
+    assert runs[1] is not None
+    return LayerPatch(here, blocks[weights], Stream(blocks["donor"], take_layer(runs[1].resid_pre, layer)))
+
+
+def layer_rows(
+    cfg: ModelConfig, kind: str, at: LayerPatch, models: tuple[Params, Params], layer: Array, index: Array
+) -> Rows:
+    """The layer with each of some components patched, by the kind's rule or, for a weight patch, by `Blend`s."""
+    if kind in ROWS:
+        return ROWS[kind](at, index)
+    if at.source is not at.host:
+        raise ComponentError(
+            f"no rule says what the output of {kind} is, so only its weights can be patched; add one to ROWS"
+        )
+    ours, theirs = (take_layer(model["blocks"], layer) for model in models)
+    return Rows(None, blend_rows(cfg, kind, ours, theirs, at.host.resid_pre, index))

@@ -16,10 +16,11 @@ import xarray as xr
 from jaxtyping import Float
 
 import wpjax
-from wpjax.anchors import Anchor, LayerDiagnostics, expect_positive_gap
+from wpjax.anchors import Anchor, LayerDiagnostics
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
 from wpjax.errors import ComponentError, WpjaxError
+from wpjax.metrics import Metric, expect_positive_gap
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
@@ -27,7 +28,7 @@ from wpjax.results import SCHEMA, SweepResult
 from wpjax.stats import Resamples, benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
 from wpjax.sweeps.exact import Chunk, Plan, exact_changes, make_plan, sham_plan
 from wpjax.sweeps.reference import patched_score
-from wpjax.sweeps.replay import run_base
+from wpjax.sweeps.replay import run_model
 from wpjax.sweeps.screens import output_linearised, weight_gradient
 
 Method = Literal["exact", "screen", "screen+exact", "gradient"]
@@ -38,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Effects(NamedTuple):
-    """Changes of the anchor score, in components x prompts; NaN where not measured."""
+    """Changes of the metric, in components x prompts; NaN where not measured."""
 
     delta: Float[np.ndarray, "C B"]
     floor: dict[str, float]
@@ -48,7 +49,7 @@ class Effects(NamedTuple):
 def sweep(
     pair: Pair,
     batch: PromptBatch,
-    anchor: Anchor,
+    metric: Anchor | Metric,
     *,
     kinds: Sequence[str] = DEFAULT_KINDS,
     components: Iterable[Component | str] | None = None,
@@ -67,8 +68,8 @@ def sweep(
     Args:
         pair: base and expert.
         batch: prompts; only those with the instruction are used.
-        anchor: what is scored.
-        kinds: kinds of components to sweep, in all layers up to the anchor's (later ones cannot act on it).
+        metric: what is measured: an anchor, or a metric made on this batch (`response_metric`, `decision_metric`).
+        kinds: kinds of components to sweep, in all layers that the metric depends on.
         components: sweep these instead of whole kinds, by name or as `Component`s.
         method: "exact" replaces every component for real; "screen" scores all of them by the output-linearised
             first-order effect; "screen+exact" screens, then replaces the `top` ones of each kind; "gradient" is the
@@ -84,44 +85,50 @@ def sweep(
         the result; components in the order of the table of kinds, of layers and of indices.
 
     Raises:
-        ComponentError: a kind or component that does not exist, or that comes after the anchor.
-        AnchorRejected: the anchor belongs to another expert, or the gap on these prompts may be zero.
+        ComponentError: a kind or component that does not exist, or that comes after what the metric reads.
+        AnchorRejected: the anchor belongs to another expert.
+        MetricRejected: the gap on these prompts may be zero.
         BehaviourError: prompts that the model cannot take.
     """
     started = time.perf_counter()
     if method not in METHODS:
         raise WpjaxError(f"unknown method {method!r}; methods: {', '.join(METHODS)}")
-    anchor.check_belongs(pair)
+    anchor = metric if isinstance(metric, Anchor) else None
+    if isinstance(metric, Anchor):
+        metric.check_belongs(pair)
+        metric = metric.on(batch)
+    if len(metric) != len(batch):
+        raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
-    chosen = _swept_components(pair, anchor, kinds, components)
+    chosen = _swept_components(pair, metric, kinds, components)
     done = {} if done is None else done
-    base_score = patched_score(pair.cfg, pair.base, pair.expert, PatchMask.empty(pair.cfg), anchor, batch)
-    expert_score = patched_score(pair.cfg, pair.base, pair.expert, PatchMask.full(pair.cfg), anchor, batch)
+    ends = (mask(pair.cfg) for mask in (PatchMask.empty, PatchMask.full))
+    base_score, expert_score = (patched_score(pair.cfg, pair.base, pair.expert, mask, metric) for mask in ends)
     gap = (expert_score - base_score).astype(np.float64)
-    expect_positive_gap(gap, batch.queries, anchor.behaviour or batch.behaviour, seed)
+    name = f"the {metric.name} metric of {batch.behaviour}"
+    expect_positive_gap(gap, batch.queries, name, seed)
 
     first_order: dict[str, Float[np.ndarray, "C B"]] = {}
     if method != "exact":
         name, run_screen = ("gradient", weight_gradient) if method == "gradient" else ("screen", output_linearised)
         progress(f"{name} of {len(chosen)} components", 0, 1)
         if name not in done:
-            args = (pair.cfg, pair.base, pair.expert, chosen, anchor, batch.with_instruction)
-            done[name] = run_screen(*args)
+            done[name] = run_screen(pair.cfg, pair.base, pair.expert, chosen, metric)
         first_order[name] = done[name]
         progress(f"{name} of {len(chosen)} components", 1, 1)
     if method == "exact":
         replaced = list(range(len(chosen)))
     else:
         replaced = _highest(chosen, first_order["screen"].mean(1), top) if method == "screen+exact" else []
-    effects = _replace(pair, batch, anchor, chosen, replaced, gap, seed, budget, done, progress)
-    coverage = _coverage(pair, batch, anchor, chosen, gap, progress)
-    dataset = _dataset(pair, batch, anchor, chosen, gap, effects, first_order, coverage, seed, n_resamples)
+    effects = _replace(pair, metric, chosen, replaced, gap, seed, budget, done, progress)
+    coverage = _coverage(pair, metric, chosen, gap, base_score, progress)
+    dataset = _dataset(pair, batch, metric, anchor, chosen, gap, effects, first_order, coverage, seed, n_resamples)
     dataset.attrs |= {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
     return SweepResult(dataset)
 
 
 def _swept_components(
-    pair: Pair, anchor: Anchor, kinds: Sequence[str], components: Iterable[Component | str] | None
+    pair: Pair, metric: Metric, kinds: Sequence[str], components: Iterable[Component | str] | None
 ) -> list[Component]:
     if components is not None:
         components = [components] if isinstance(components, str) else list(components)
@@ -132,11 +139,12 @@ def _swept_components(
         kinds = [kinds] if isinstance(kinds, str) else kinds
         for kind in kinds:
             check_kind(kind)
-        named = enumerate_components(pair.cfg, dict.fromkeys(kinds), range(anchor.layer + 1))
-    late = [c.name for c in named if c.layer > anchor.layer or c.kind in ("unembed", "final_norm")]
+        named = enumerate_components(pair.cfg, dict.fromkeys(kinds), range(metric.layer + 1))
+    late = [c.name for c in named if not metric.reaches(c)]
     if late:
         raise ComponentError(
-            f"{', '.join(late[:4])}: after the anchor (layer {anchor.layer}), where no patch can change its score"
+            f"{', '.join(late[:4])}: after layer {metric.layer}, which the {metric.name} metric reads, so no patch of "
+            "it can change the metric; take one that reads the answer (response, decision)"
         )
     if not named:
         raise ComponentError(f"nothing to sweep: this model has no {', '.join(kinds)}")
@@ -154,8 +162,7 @@ def _highest(components: Sequence[Component], values: Float[np.ndarray, " C"], t
 
 def _replace(
     pair: Pair,
-    batch: PromptBatch,
-    anchor: Anchor,
+    metric: Metric,
     chosen: Sequence[Component],
     replaced: Sequence[int],
     gap: Float[np.ndarray, " B"],
@@ -165,18 +172,17 @@ def _replace(
     progress: Progress,
 ) -> Effects:
     """Exact changes of the replaced components, and the noise floor of each kind from shams."""
-    tokens = batch.with_instruction
-    n_prompts, n_tokens = tokens.ids.shape
+    n_prompts, n_tokens = metric.tokens.ids.shape
     plan = make_plan(pair.cfg, [chosen[i] for i in replaced], n_prompts, n_tokens, budget)
     position = {c: i for i, c in enumerate(chosen)}
-    delta = np.full((len(chosen), len(batch)), np.nan)
-    run = run_base(pair.cfg, pair.base, tokens, anchor.vector, anchor.layer)
+    delta = np.full((len(chosen), len(metric)), np.nan)
+    run = run_model(pair.cfg, pair.base, metric)
 
     def perform(prefix: str, plan: Plan, donor: Params, jitter_seed: int | None) -> list[tuple[Chunk, np.ndarray]]:
         keys = {_key(prefix, chunk): chunk for chunk in plan.chunks}
         waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if key not in done))
         n_done = len(keys) - len(waiting.chunks)
-        args = (pair.cfg, pair.base, donor, run, tokens, anchor.layer, waiting)
+        args = (pair.cfg, pair.base, donor, (run, None), metric, waiting)
         for chunk, changes in exact_changes(*args, jitter_seed=jitter_seed):
             done[_key(prefix, chunk)] = changes
             n_done += 1
@@ -201,21 +207,20 @@ def _key(prefix: str, chunk: Chunk) -> str:
 
 def _coverage(
     pair: Pair,
-    batch: PromptBatch,
-    anchor: Anchor,
+    metric: Metric,
     chosen: Sequence[Component],
     gap: Float[np.ndarray, " B"],
+    base_score: Float[np.ndarray, " B"],
     progress: Progress,
 ) -> dict[str, float]:
     """Share of the gap recovered by all swept components of each kind together, and by all of them ("all")."""
     sets = {kind: [c for c in chosen if c.kind == kind] for kind in dict.fromkeys(c.kind for c in chosen)}
     sets["all"] = list(chosen)
-    base = patched_score(pair.cfg, pair.base, pair.expert, PatchMask.empty(pair.cfg), anchor, batch)
     joint: dict[str, float] = {}
     for i, (kind, members) in enumerate(sets.items()):
         mask = PatchMask.of(pair.cfg, members)
-        score = patched_score(pair.cfg, pair.base, pair.expert, mask, anchor, batch)
-        joint[kind] = float((score - base).mean(dtype=np.float64) / gap.mean())
+        score = patched_score(pair.cfg, pair.base, pair.expert, mask, metric)
+        joint[kind] = float((score - base_score).mean(dtype=np.float64) / gap.mean())
         progress("joint patches", i + 1, len(sets))
     return joint
 
@@ -223,7 +228,8 @@ def _coverage(
 def _dataset(
     pair: Pair,
     batch: PromptBatch,
-    anchor: Anchor,
+    metric: Metric,
+    anchor: Anchor | None,
     chosen: Sequence[Component],
     gap: Float[np.ndarray, " B"],
     effects: Effects,
@@ -267,7 +273,7 @@ def _dataset(
         "n_components": ("swept_kind", [int((kinds == kind).sum()) for kind in swept]),
     }
     for field in LayerDiagnostics.__dataclass_fields__:
-        if field != "layer" and anchor.diagnostics:
+        if field != "layer" and anchor is not None and anchor.diagnostics:
             variables[f"anchor_{field}"] = ("model_layer", [getattr(d, field) for d in anchor.diagnostics])
     coords: dict[str, Any] = {
         "name": ("component", np.array([c.name for c in chosen], dtype=object)),
@@ -277,13 +283,13 @@ def _dataset(
         "prompt": ("prompt", np.array(batch.texts, dtype=object)),
         "swept_kind": ("swept_kind", np.array(swept, dtype=object)),
     }
-    return xr.Dataset(variables, coords, _attributes(pair, batch, anchor, gap, resamples, effects, coverage, seed))
+    return xr.Dataset(variables, coords, _attributes(pair, batch, metric, gap, resamples, effects, coverage, seed))
 
 
 def _attributes(
     pair: Pair,
     batch: PromptBatch,
-    anchor: Anchor,
+    metric: Metric,
     gap: Float[np.ndarray, " B"],
     resamples: Resamples,
     effects: Effects,
@@ -305,7 +311,8 @@ def _attributes(
         "split": batch.split,
         "n_prompts": len(batch),
         "n_queries": len(np.unique(batch.queries)),
-        "anchor_layer": anchor.layer,
+        "metric": metric.name,
+        "metric_layer": metric.layer,
         "gap_mean": interval.mean,
         "gap_low": interval.low,
         "gap_high": interval.high,

@@ -4,7 +4,9 @@
     weight gradient     dF/dm_c at m = 0 for theta_B + sum_c m_c (theta_E - theta_B)_c  (first order, arXiv 2604.13694)
 
 The first recomputes each component's own output with the expert's weights and linearises only what comes after it;
-the second linearises in the weights as well. Gradients screen; what matters is then replaced for real.
+the second linearises in the weights as well. With the expert's output o_c(theta_E, h_E) in place of o_c(theta_E, h_B)
+the first is attribution patching (AtP, arXiv 2403.00745), the screen of activation patching. Gradients screen; what
+matters is then replaced for real.
 """
 
 from __future__ import annotations
@@ -19,153 +21,181 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from wpjax.anchors import Anchor
-from wpjax.behaviours import Tokens
 from wpjax.components import KINDS, MODEL_LAYER, Component, count
+from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Site, block, decoder, forward, take_layer
+from wpjax.models.decoder import Params, Site, decoder, forward
+from wpjax.models.layers import Block
 from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch
-from wpjax.sweeps.replay import Layer, blend_rows, dot, kv_patch, query_patch
-
-PROMPTS_AT_ONCE = 16
+from wpjax.sweeps.reference import PROMPTS_AT_ONCE
+from wpjax.sweeps.replay import LayerPatch, Run, Side, kv_patch, layer_patch, layer_rows, query_patch, run_model
 
 
 class Slopes(NamedTuple):
-    """Gradient of the anchor score with respect to one layer's residual stream, [B, T, D] each."""
+    """Gradient of the metric with respect to one layer's residual stream, [B, T, D] each."""
 
     mid: Float[Array, "B T D"]
     post: Float[Array, "B T D"]
 
 
-def _head_change(at: Layer, slopes: Slopes) -> Float[Array, "H B"]:
+def _head_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "H B"]:
     z = query_patch(at)
-    return _through_outputs(at, slopes.mid, z.patched, z.host, at.donor.attn.W_O.get_value())
+    return _through_outputs(at, slopes.mid, z.patched, z.host, at.weights.attn.W_O.get_value())
 
 
-def _kv_group_change(at: Layer, slopes: Slopes) -> Float[Array, "K B"]:
-    z = kv_patch(at)
-    by_head = _through_outputs(at, slopes.mid, z.patched, z.host, at.host.attn.W_O.get_value())
-    n_rep = at.host.attn.cfg.n_rep
-    return by_head.reshape(-1, n_rep, by_head.shape[-1]).sum(1)
+def _kv_group_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "K B"]:
+    z, attn = kv_patch(at), at.host.block.attn
+    by_head = _through_outputs(at, slopes.mid, z.patched, z.host, attn.W_O.get_value())
+    return by_head.reshape(-1, attn.cfg.n_rep, by_head.shape[-1]).sum(1)
 
 
-def _through_outputs(at: Layer, slope: Array, z_patched: Array, z_host: Array, w_patched: Array) -> Float[Array, "H B"]:
+def _through_outputs(
+    at: LayerPatch, slope: Array, z_patched: Array, z_host: Array, w_patched: Array
+) -> Float[Array, "H B"]:
     """<slope, z_patched W_patched - z_host W_host> of each head, summed over tokens."""
 
     def pull(w_o: Array) -> Float[Array, "B T H Dh"]:
         return project(slope, jnp.moveaxis(w_o, -1, 0))
 
-    after, before = z_patched * pull(w_patched), z_host * pull(at.host.attn.W_O.get_value())
+    after, before = z_patched * pull(w_patched), z_host * pull(at.host.block.attn.W_O.get_value())
     return (after - before).sum((1, 3)).T
 
 
-def _neuron_change(at: Layer, slopes: Slopes) -> Float[Array, "F B"]:
-    mid, _ = at.host.attend(at.resid_pre, at.positions)
-    x = at.host.norm_mlp(mid)
-    sides = [b.mlp.neurons(x) * project(slopes.post, b.mlp.W_out.get_value().T) for b in (at.donor, at.host)]
-    return (sides[0] - sides[1]).sum(1).T
+def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
+    def pull(b: Block, x: Array) -> Float[Array, "B T F"]:
+        return b.mlp.neurons(x) * project(slopes.post, b.mlp.W_out.get_value().T)
+
+    return (pull(at.weights, at.source.mlp_input) - pull(at.host.block, at.host.mlp_input)).sum(1).T
 
 
-CHANGES: Mapping[str, Callable[[Layer, Slopes], Array]] = MappingProxyType(
+CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
     {"head": _head_change, "kv_group": _kv_group_change, "neuron": _neuron_change}
 )
-"""Kinds whose linearised change needs no row per component; the others go through `blend_rows`."""
+"""Kinds whose linearised change needs no row per component; the others take their rows."""
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "kinds"))
+@functools.partial(jax.jit, static_argnames=("cfg", "kinds", "weights", "inputs"))
 def _output_linearised(
-    cfg: ModelConfig, base: Params, expert: Params, anchor: Anchor, tokens: Tokens, kinds: tuple[str, ...]
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    metric: Metric,
+    kinds: tuple[str, ...],
+    weights: Side,
+    inputs: Side,
 ) -> dict[str, Float[Array, "A n B"]]:
-    n_layers = anchor.layer + 1
-    ids, last = jnp.asarray(tokens.ids), jnp.asarray(tokens.last)
+    n_layers = metric.layer + 1
+    ids = jnp.asarray(metric.tokens.ids)
     zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model), jnp.float32)
 
-    def score(add: dict[Site, Array]) -> tuple[Array, Array]:
-        out = forward(cfg, base, ids, sites=(Site.RESID_PRE,), stop=n_layers, logits=False, add=add)
-        final = jnp.take_along_axis(out.resid, last[:, None, None], axis=1)[:, 0]
-        return dot(final, anchor.vector).sum(), out.sites[Site.RESID_PRE]
+    def score(add: dict[Site, Array]) -> tuple[Array, tuple[Run, Array]]:
+        out = forward(cfg, host, ids, sites=(Site.RESID_PRE,), stop=n_layers, logits=False, add=add)
+        picked = metric.pick(out.resid)
+        scores = metric.read(cfg, host, picked)
+        return scores.sum(), (Run(out.sites[Site.RESID_PRE], scores), picked)
 
-    slopes, resid_pre = jax.grad(score, has_aux=True)(dict.fromkeys(Site, zeros))
+    slopes, (run, picked) = jax.grad(score, has_aux=True)(dict.fromkeys(Site, zeros))
+    runs = run, run_model(cfg, donor, metric) if inputs == "donor" else None
 
     def layer_changes(_: None, i: Array) -> tuple[None, dict[str, Array]]:
-        ours, theirs = take_layer(base["blocks"], i), take_layer(expert["blocks"], i)
-        at = Layer(block(cfg, ours), block(cfg, theirs), resid_pre[i])
+        at = layer_patch(cfg, host, donor, runs, i, weights, inputs)
         here = Slopes(slopes[Site.RESID_MID][i], slopes[Site.RESID_POST][i])
 
         def change(kind: str) -> Array:
             if kind in CHANGES:
                 return CHANGES[kind](at, here)
-            rows = blend_rows(cfg, kind, ours, theirs, at.resid_pre, jnp.arange(count(cfg, kind)))
-            return ((rows - at.host(at.resid_pre, at.positions)) * here.post).sum((2, 3))
+            rows = layer_rows(cfg, kind, at, (host, donor), i, jnp.arange(count(cfg, kind))).post
+            return ((rows - at.host.block(at.host.resid_pre, at.host.positions)) * here.post).sum((2, 3))
 
         return None, {kind: change(kind) for kind in kinds if KINDS[kind].in_layer}
 
     changes = jax.lax.scan(layer_changes, None, jnp.arange(n_layers))[1]
-    if "embed" in kinds:
-        donated = decoder(cfg, expert).embed(ids, jnp.arange(ids.shape[1])[None]) - resid_pre[0]
-        changes["embed"] = (donated * slopes[Site.RESID_PRE][0]).sum((1, 2))[None, None]
+    giver = donor if weights == "donor" else host
+    for kind in (kind for kind in kinds if not KINDS[kind].in_layer):
+        # What a component of the model adds to the stream is linearised; what it does to the readout is exact.
+        patched = patch(host, giver, PatchMask.of(cfg, kind))
+        added = decoder(cfg, patched).embed(ids, jnp.arange(ids.shape[1])[None]) - run.resid_pre[0]
+        through = (added * slopes[Site.RESID_PRE][0]).sum((1, 2))
+        changes[kind] = (through + metric.read(cfg, patched, picked) - run.score)[None, None]
     return changes
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _weight_gradient(
-    cfg: ModelConfig, base: Params, expert: Params, anchor: Anchor, tokens: Tokens
-) -> dict[str, Float[Array, "B ..."]]:
+def _weight_gradient(cfg: ModelConfig, host: Params, donor: Params, metric: Metric) -> dict[str, Float[Array, "B ..."]]:
     """dF/dm of every gate, prompt by prompt, at the empty mask."""
 
-    def score(mask: PatchMask, ids: Array, length: Array) -> Array:
-        return anchor.score(cfg, patch(base, expert, mask), Tokens(ids[None], length[None]))[0]
+    def score(mask: PatchMask, i: Array) -> Array:
+        return metric.take(i[None])(cfg, patch(host, donor, mask))[0]
 
     empty = PatchMask.empty(cfg, jnp.float32)
-    slopes = jax.vmap(jax.grad(score), in_axes=(None, 0, 0))(empty, tokens.ids, tokens.lengths)
+    slopes = jax.vmap(jax.grad(score), in_axes=(None, 0))(empty, jnp.arange(len(metric)))
     return dict(slopes.gates)
 
 
 def output_linearised(
-    cfg: ModelConfig, base: Params, expert: Params, components: Sequence[Component], anchor: Anchor, tokens: Tokens
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    components: Sequence[Component],
+    metric: Metric,
+    *,
+    weights: Side = "donor",
+    inputs: Side = "host",
 ) -> Float[np.ndarray, "C B"]:
-    """First-order change of the anchor score by each component, exact inside the component.
+    """First-order change of the metric by each component, exact inside the component.
 
     Args:
         cfg: the model.
-        base: host.
-        expert: donor.
-        components: of layers up to the anchor's.
-        anchor: what is scored.
-        tokens: prompts with the instruction.
+        host: parameters that receive the patches.
+        donor: parameters that the components come from.
+        components: of layers up to the one that the metric reads.
+        metric: what is measured.
+        weights: whose weights a component takes.
+        inputs: whose input it sees; "donor" for attribution patching.
     """
     kinds = tuple(dict.fromkeys(c.kind for c in components))
-    by_kind = _in_parts(tokens, lambda part: _output_linearised(cfg, base, expert, anchor, part, kinds), axis=2)
+
+    def run(part: Metric) -> dict[str, Array]:
+        return _output_linearised(cfg, host, donor, part, kinds, weights, inputs)
+
+    by_kind = _in_parts(metric, run, axis=2)
     return np.stack([by_kind[c.kind][max(c.layer, 0), c.index] for c in components])
 
 
 def weight_gradient(
-    cfg: ModelConfig, base: Params, expert: Params, components: Sequence[Component], anchor: Anchor, tokens: Tokens
+    cfg: ModelConfig, host: Params, donor: Params, components: Sequence[Component], metric: Metric
 ) -> Float[np.ndarray, "C B"]:
-    """First-order change of the anchor score by each component, linear in its weights; arguments as above."""
-    by_gate = _in_parts(tokens, lambda part: _weight_gradient(cfg, base, expert, anchor, part), axis=0)
+    """First-order change of the metric by each component, linear in its weights; arguments as above."""
+    by_gate = _in_parts(metric, lambda part: _weight_gradient(cfg, host, donor, part), axis=0)
+    return by_component(by_gate, components)
 
-    def change(c: Component) -> Float[np.ndarray, " B"]:
+
+def by_component(
+    by_gate: Mapping[str, Float[np.ndarray, "B ..."]], components: Sequence[Component]
+) -> Float[np.ndarray, "C B"]:
+    """Figures of every gate, prompt by prompt, summed over the gates that each component opens."""
+
+    def total(c: Component) -> Float[np.ndarray, " B"]:
         kind = KINDS[c.kind]
         gates = kind.gates if kind.opens != "part" else kind.gates[c.index : c.index + 1]
-        total = np.zeros(len(tokens.ids))
-        for slope in (by_gate[gate] for gate in gates if gate in by_gate):
-            here = slope if c.layer == MODEL_LAYER else slope[:, c.layer]
+        parts = []
+        for figures in (by_gate[gate] for gate in gates if gate in by_gate):
+            here = figures if c.layer == MODEL_LAYER else figures[:, c.layer]
             channel = here[:, c.index] if kind.opens == "channel" else here
-            total += channel.reshape(len(total), -1).sum(1)
-        return total
+            parts.append(channel.reshape(len(figures), -1).sum(1, dtype=np.float64))
+        return np.sum(parts, axis=0)
 
-    return np.stack([change(c) for c in components])
+    return np.stack([total(c) for c in components])
 
 
-def _in_parts(tokens: Tokens, run: Callable[[Tokens], dict[str, Array]], axis: int) -> dict[str, np.ndarray]:
+def _in_parts(metric: Metric, run: Callable[[Metric], dict[str, Array]], axis: int) -> dict[str, np.ndarray]:
     """Run on a few prompts at a time (the last part filled up), and join the results along their prompt axis."""
-    n, size = len(tokens.ids), min(PROMPTS_AT_ONCE, len(tokens.ids))
+    n, size = len(metric), min(PROMPTS_AT_ONCE, len(metric))
     parts: list[dict[str, np.ndarray]] = []
     for first in range(0, n, size):
         rows = np.minimum(np.arange(first, first + size), n - 1)
-        got = run(Tokens(tokens.ids[rows], tokens.lengths[rows]))
+        got = run(metric.take(jnp.asarray(rows)))
         keep = np.arange(min(size, n - first))
         parts.append({name: np.take(np.asarray(value), keep, axis=axis) for name, value in got.items()})
     return {name: np.concatenate([p[name] for p in parts], axis=axis) for name in parts[0]}

@@ -1,0 +1,310 @@
+"""Metrics: what a patch is measured by, one number a prompt, read from the residual stream at some positions.
+
+    F(M, x) = sum_s w_s(x) readout(r_l^M(x)[t_s])
+
+    anchor      readout = <r, v>                            has the control state formed?     (arXiv 2604.13694)
+    response    readout = log p_M(y_t | x, y_<t)            the expert's own answer y, teacher-forced, mean over t
+    decision    readout = log p_M(y_E) - log p_M(y_B)       at the first token where base and expert part ways
+
+The last two are ours (METHOD 8): they reach past the anchor to the output, so that components after it count too.
+All three are differentiable, and every sweep and screen takes any of them. A metric that agrees is not yet a
+behaviour: only a checker on generated text says that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from wpjax.behaviours import PromptBatch, Tokens
+from wpjax.components import KINDS, Component
+from wpjax.errors import MetricRejected, WpjaxError
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, decoder, forward
+from wpjax.models.generate import Generation, generate_in_parts
+from wpjax.pairs import Pair
+from wpjax.stats import mean_interval, resample
+
+
+@runtime_checkable
+class Readout(Protocol):
+    """How the residual stream at the positions that are read becomes numbers; a pytree."""
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether final norm and unembedding take part."""
+        ...
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """One number a position."""
+        ...
+
+    def take(self, rows: Int[Array, " N"]) -> Readout:
+        """The readout of some of the prompts."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Along:
+    """Projection on a direction, in full float32 on every device.
+
+    Attributes:
+        vector: [D].
+    """
+
+    vector: Float[Array, " D"]
+
+    @property
+    def reads_logits(self) -> bool:
+        """No."""
+        return False
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """<r, v>, in the units of the residual stream."""
+        return jnp.matmul(resid, self.vector, precision=jax.lax.Precision.HIGHEST)
+
+    def take(self, rows: Int[Array, " N"]) -> Along:
+        """The same for every prompt."""
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogProb:
+    """Log-probability, in nats, of a token.
+
+    Attributes:
+        tokens: [B, S], the token that follows each position.
+    """
+
+    tokens: Int[Array, "B S"]
+
+    @property
+    def reads_logits(self) -> bool:
+        """Yes."""
+        return True
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """log softmax(logits)[token]."""
+        log_p = jax.nn.log_softmax(decoder(cfg, params).logits(resid), axis=-1)
+        return jnp.take_along_axis(log_p, self.tokens[..., None], axis=-1)[..., 0]
+
+    def take(self, rows: Int[Array, " N"]) -> LogProb:
+        """The tokens of some prompts."""
+        return LogProb(self.tokens[rows])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogOdds:
+    """Log-odds, in nats, of one token against another; the vocabulary is never multiplied out.
+
+    Attributes:
+        tokens: [B, S], the token that counts for it.
+        foils: [B, S], the token that counts against it.
+    """
+
+    tokens: Int[Array, "B S"]
+    foils: Int[Array, "B S"]
+
+    @property
+    def reads_logits(self) -> bool:
+        """Yes."""
+        return True
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """<norm(r), W_U[:, token] - W_U[:, foil]>: the normaliser of the softmax cancels."""
+        model = decoder(cfg, params)
+        return (model.final_norm(resid) * (model.unembedding(self.tokens) - model.unembedding(self.foils))).sum(-1)
+
+    def take(self, rows: Int[Array, " N"]) -> LogOdds:
+        """The tokens of some prompts."""
+        return LogOdds(self.tokens[rows], self.foils[rows])
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "at", "weight", "readout"],
+    meta_fields=["layer", "name"],
+)
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number for each prompt, read from one forward pass over fixed tokens; a pytree.
+
+    Attributes:
+        tokens: what every model is given: prompts, or prompts and the expert's answers.
+        at: [B, S], the positions that are read.
+        weight: [B, S], how much each counts; 0 fills up.
+        readout: what is read there.
+        layer: 0-based block whose `resid_post` is read; later ones are not run (static).
+        name: "anchor", "response" or "decision" (static).
+    """
+
+    tokens: Tokens
+    at: Int[Array, "B S"]
+    weight: Float[Array, "B S"]
+    readout: Readout
+    layer: int
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.tokens.ids)
+
+    def __call__(self, cfg: ModelConfig, params: Params) -> Float[Array, " B"]:
+        """F of each prompt; pure, so it composes with `jit`, `vmap` and `grad`. `params` may hold `Blend`s.
+
+        Raises:
+            WpjaxError: a layer that the model does not have, or tokens beyond its context.
+        """
+        if not 0 <= self.layer < cfg.n_layers:
+            raise WpjaxError(
+                f"the {self.name} metric reads layer {self.layer}: the model has layers 0 to {cfg.n_layers - 1}"
+            )
+        ids = jnp.asarray(self.tokens.ids)
+        return self.read(cfg, params, self.pick(forward(cfg, params, ids, stop=self.layer + 1, logits=False).resid))
+
+    def pick(self, resid: Float[Array, "B T D"]) -> Float[Array, "B S D"]:
+        """The residual stream at the positions that are read."""
+        return jnp.take_along_axis(resid, jnp.asarray(self.at)[..., None], axis=1)
+
+    def read(self, cfg: ModelConfig, params: Params, picked: Float[Array, "B S D"]) -> Float[Array, " B"]:
+        """F from the residual stream at the positions that are read; `params` matter to logits only."""
+        return (self.readout(cfg, params, picked) * self.weight).sum(-1)
+
+    def take(self, rows: Int[Array, " N"]) -> Metric:
+        """The same metric on some of the prompts."""
+        tokens = Tokens(jnp.asarray(self.tokens.ids)[rows], jnp.asarray(self.tokens.lengths)[rows])
+        at, weight = jnp.asarray(self.at)[rows], jnp.asarray(self.weight)[rows]
+        return Metric(tokens, at, weight, self.readout.take(rows), self.layer, self.name)
+
+    def reaches(self, component: Component) -> bool:
+        """Whether a component comes early enough to change the metric."""
+        if KINDS[component.kind].in_layer:
+            return component.layer <= self.layer
+        return self.readout.reads_logits or component.kind == "embed"
+
+
+def with_answers(tokens: Tokens, answers: Generation) -> Tokens:
+    """Prompts followed by answers, [B, T + N]."""
+    n_prompt, n_new = np.asarray(tokens.lengths), np.asarray(answers.lengths)
+    ids = np.zeros((len(n_prompt), int((n_prompt + n_new).max())), np.int32)
+    for row, prompt, new, n, m in zip(ids, tokens.ids, np.asarray(answers.tokens), n_prompt, n_new, strict=True):
+        row[:n], row[n : n + m] = prompt[:n], new[:m]
+    return Tokens(ids, (n_prompt + n_new).astype(np.int32))
+
+
+def answer_positions(tokens: Tokens, answers: Generation) -> tuple[Int[np.ndarray, "B N"], Float[np.ndarray, "B N"]]:
+    """Positions that predict each token of the answers, and 1 where there is such a token (0 fills up)."""
+    step = np.arange(int(np.asarray(answers.lengths).max()))
+    here = step < np.asarray(answers.lengths)[:, None]
+    return np.where(here, np.asarray(tokens.last)[:, None] + step, 0), here.astype(np.float32)
+
+
+def answer_of(pair: Pair, params: Params, tokens: Tokens, max_new_tokens: int = 32, batch_size: int = 32) -> Generation:
+    """Greedy answers of a model of the pair's architecture to encoded prompts.
+
+    Raises:
+        WpjaxError: prompts and answers would outgrow the context.
+    """
+    return generate_in_parts(pair.cfg, params, *tokens, pair.stop_tokens, max_new_tokens, batch_size)
+
+
+def response_metric(
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+) -> Metric:
+    """Mean log-probability of the tokens of the expert's own greedy answer, the end token included.
+
+        F_r(M, x) = 1 / |y| sum_t log p_M(y_t | x, y_<t)        (METHOD 8; ours)
+
+    Args:
+        pair: base and expert.
+        batch: prompts with the instruction.
+        max_new_tokens: length of an answer.
+        answers: the expert's, if they are known already.
+    """
+    prompts = batch.with_instruction
+    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
+    at, here = answer_positions(prompts, answers)
+    tokens = np.where(here > 0, np.asarray(answers.tokens)[:, : here.shape[1]], 0)
+    weight = here / here.sum(1, keepdims=True)
+    readout = LogProb(jnp.asarray(tokens))
+    last = pair.cfg.n_layers - 1
+    return Metric(with_answers(prompts, answers), jnp.asarray(at), jnp.asarray(weight), readout, last, "response")
+
+
+def decision_metric(
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+) -> Metric:
+    """Log-odds of the expert's token against the base's, where the two first part ways.
+
+        F_d(M, x) = log p_M(y_t | x, y_<t) - log p_M(b_t | x, y_<t),   t = min{t : b_t != y_t}        (METHOD 8; ours)
+
+    y is the expert's greedy answer and b_t what the base would say after y_<t: no context gives the behaviour away
+    yet. A prompt on which they never part counts 0.
+
+    Args:
+        pair: base and expert.
+        batch: prompts with the instruction.
+        max_new_tokens: how far to look.
+        answers: the expert's, if they are known already.
+
+    Raises:
+        MetricRejected: base and expert answer most prompts alike.
+    """
+    prompts = batch.with_instruction
+    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
+    tokens, (at, here) = with_answers(prompts, answers), answer_positions(prompts, answers)
+    theirs = np.asarray(answers.tokens)[:, : at.shape[1]]
+    ours = _base_choices(pair, tokens, at)
+    parts = (here > 0) & (ours != theirs)
+    parted = parts.any(1)
+    if parted.mean() < 0.5:
+        raise MetricRejected(
+            f"base and expert part ways on {int(parted.sum())} of {len(batch)} prompts of {batch.behaviour} only: the "
+            "base answers them as the expert does; use other prompts, or a longer answer"
+        )
+    first = parts.argmax(1)[:, None]
+    where = [np.take_along_axis(a, first, axis=1) for a in (at, theirs, ours)]
+    longest = int(where[0].max()) + 1  # what comes after the decision is not needed
+    tokens = Tokens(tokens.ids[:, :longest], np.minimum(tokens.lengths, longest))
+    readout = LogOdds(jnp.asarray(where[1]), jnp.asarray(where[2]))
+    weight = jnp.asarray(parted[:, None].astype(np.float32))
+    return Metric(tokens, jnp.asarray(where[0]), weight, readout, pair.cfg.n_layers - 1, "decision")
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _choices(cfg: ModelConfig, params: Params, ids: Array, at: Array) -> Int[Array, "B S"]:
+    resid = forward(cfg, params, ids, logits=False).resid
+    picked = jnp.take_along_axis(resid, at[..., None], axis=1)
+    return jax.lax.map(lambda row: decoder(cfg, params).logits(row).argmax(-1), picked)
+
+
+def _base_choices(pair: Pair, tokens: Tokens, at: np.ndarray, batch_size: int = 32) -> Int[np.ndarray, "B S"]:
+    """The base's greedy choice after each position."""
+    parts = []
+    for first in range(0, len(at), batch_size):
+        rows = np.minimum(np.arange(first, first + batch_size), len(at) - 1)
+        got = _choices(pair.cfg, pair.base, jnp.asarray(tokens.ids[rows]), jnp.asarray(at[rows]))
+        parts.append(np.asarray(got)[: len(at) - first])
+    return np.concatenate(parts)
+
+
+def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Int[np.ndarray, " B"], name: str, seed: int = 0) -> None:
+    """Refuse to divide by a gap that may be zero.
+
+    Raises:
+        MetricRejected: the 95 % interval of the mean gap reaches zero.
+    """
+    mean, low, high = mean_interval(gap, resample(queries, seed=seed))
+    if not low > 0:
+        raise MetricRejected(
+            f"the gap of {name} on these {len(gap)} prompts is {mean:.3g} [{low:.3g}, {high:.3g}], not positive: "
+            "effects cannot be given as shares of it; use another anchor or metric, or more prompts"
+        )
