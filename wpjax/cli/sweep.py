@@ -44,6 +44,8 @@ class Method(enum.StrEnum):
     screen = "screen"
     screen_exact = "screen+exact"
     gradient = "gradient"
+    activation = "activation"
+    factorial = "factorial"
 
 
 def run(
@@ -81,10 +83,11 @@ def run(
         typer.Option(
             "--method",
             help="exact replaces every component for real; screen scores all by first order; screen+exact then "
-            "replaces the top ones; gradient is the plain weight gradient.",
+            "replaces the top ones; gradient is the plain weight gradient; activation patches the expert's activations "
+            "instead; factorial tells sources from relays and adds the knock-out in the expert.",
         ),
     ] = Method.screen_exact,
-    top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind that screen+exact replaces.")] = 512,
+    top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind replaced after a screen.")] = 512,
     n_prompts: PromptsOption = 64,
     dtype: DtypeOption = Dtype.float32,
     memory: Annotated[

@@ -1,49 +1,87 @@
-"""The sweep: from a pair, prompts and an anchor to a ranked result with its controls."""
+"""The sweep: from a pair, prompts and a metric to a ranked result with its controls."""
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import json
-import platform
 import time
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
-import xarray as xr
 from jaxtyping import Float
 
-import wpjax
-from wpjax.anchors import Anchor, LayerDiagnostics
+from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.metrics import Metric, expect_positive_gap
-from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
-from wpjax.results import SCHEMA, SweepResult
-from wpjax.stats import Resamples, benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
+from wpjax.results import SweepResult
+from wpjax.sweeps.dataset import Measured, make_dataset
 from wpjax.sweeps.exact import Chunk, Plan, exact_changes, make_plan, sham_plan
 from wpjax.sweeps.reference import patched_score
-from wpjax.sweeps.replay import run_model
+from wpjax.sweeps.replay import Run, Side, run_model
 from wpjax.sweeps.screens import output_linearised, weight_gradient
 
-Method = Literal["exact", "screen", "screen+exact", "gradient"]
-METHODS: tuple[Method, ...] = ("exact", "screen", "screen+exact", "gradient")
-DEFAULT_KINDS = ("head", "kv_group", "neuron")
+Method = Literal["exact", "screen", "screen+exact", "gradient", "activation", "factorial"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
-class Effects(NamedTuple):
-    """Changes of the metric, in components x prompts; NaN where not measured."""
+class Cell(NamedTuple):
+    """Whose model a component is patched in, and whose weights and input it has there."""
 
-    delta: Float[np.ndarray, "C B"]
-    floor: dict[str, float]
-    plan: Plan
+    host: Literal["base", "expert"]
+    donor: Literal["base", "expert"]
+    weights: Side = "donor"
+    inputs: Side = "host"
+
+
+CELLS: Mapping[str, Cell] = MappingProxyType(
+    {
+        "exact": Cell("base", "expert"),
+        "activation": Cell("base", "expert", "donor", "donor"),
+        "relay": Cell("base", "expert", "host", "donor"),
+        "knockout": Cell("expert", "base"),
+        "sham": Cell("base", "base"),
+    }
+)
+
+
+class Recipe(NamedTuple):
+    """What a method does: which first-order estimates, which of them choose what is replaced, and how it is replaced.
+
+    With cells but nothing that chooses, everything is replaced.
+    """
+
+    screens: tuple[str, ...] = ()
+    choose: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "exact": Recipe(cells=("exact",)),
+        "screen": Recipe(("screen",)),
+        "screen+exact": Recipe(("screen",), ("screen",), ("exact",)),
+        "gradient": Recipe(("gradient",)),
+        "activation": Recipe(("attribution",), ("attribution",), ("activation",)),
+        "factorial": Recipe(
+            ("screen", "attribution"), ("screen", "attribution"), ("exact", "activation", "relay", "knockout")
+        ),
+    }
+)
+METHODS: tuple[str, ...] = tuple(RECIPES)
+DEFAULT_KINDS = ("head", "kv_group", "neuron")
+
+
+def _screen(name: str, pair: Pair, components: Sequence[Component], metric: Metric) -> Float[np.ndarray, "C B"]:
+    args = (pair.cfg, pair.base, pair.expert, components, metric)
+    if name == "gradient":
+        return weight_gradient(*args)
+    return output_linearised(*args, inputs="donor" if name == "attribution" else "host")
 
 
 def sweep(
@@ -73,8 +111,10 @@ def sweep(
         components: sweep these instead of whole kinds, by name or as `Component`s.
         method: "exact" replaces every component for real; "screen" scores all of them by the output-linearised
             first-order effect; "screen+exact" screens, then replaces the `top` ones of each kind; "gradient" is the
-            weight-gradient screen.
-        top: how many of each kind "screen+exact" replaces, chosen by the screen's magnitude.
+            weight-gradient screen; "activation" patches the expert's activations instead of its weights, after
+            attribution patching as the screen; "factorial" measures all cells of the 2x2 (source, relay, interaction,
+            see `dataset.two_by_two`) and the knock-out in the expert, for the `top` ones of both screens.
+        top: how many of each kind are replaced after a screen, chosen by its magnitude.
         seed: of resampling, sign flips and shams.
         n_resamples: bootstrap samples of the intervals.
         budget: bytes for a chunk's activations; None to choose from the device.
@@ -108,21 +148,25 @@ def sweep(
     name = f"the {metric.name} metric of {batch.behaviour}"
     expect_positive_gap(gap, batch.queries, name, seed)
 
+    recipe = RECIPES[method]
     first_order: dict[str, Float[np.ndarray, "C B"]] = {}
-    if method != "exact":
-        name, run_screen = ("gradient", weight_gradient) if method == "gradient" else ("screen", output_linearised)
+    for name in recipe.screens:
         progress(f"{name} of {len(chosen)} components", 0, 1)
         if name not in done:
-            done[name] = run_screen(pair.cfg, pair.base, pair.expert, chosen, metric)
+            done[name] = _screen(name, pair, chosen, metric)
         first_order[name] = done[name]
         progress(f"{name} of {len(chosen)} components", 1, 1)
-    if method == "exact":
-        replaced = list(range(len(chosen)))
-    else:
-        replaced = _highest(chosen, first_order["screen"].mean(1), top) if method == "screen+exact" else []
-    effects = _replace(pair, metric, chosen, replaced, gap, seed, budget, done, progress)
+    replaced = list(range(len(chosen))) if recipe.cells else []
+    if recipe.choose:
+        replaced = sorted({i for name in recipe.choose for i in _highest(chosen, first_order[name].mean(1), top)})
+    engine = _Engine(pair, metric, chosen, done, progress)
+    n_prompts, n_tokens = metric.tokens.ids.shape
+    plan = make_plan(pair.cfg, [chosen[i] for i in replaced], n_prompts, n_tokens, budget)
+    cells = {name: engine.changes(name, plan) for name in recipe.cells}
+    floor = engine.noise_floor(plan, gap, seed)
     coverage = _coverage(pair, metric, chosen, gap, base_score, progress)
-    dataset = _dataset(pair, batch, metric, anchor, chosen, gap, effects, first_order, coverage, seed, n_resamples)
+    measured = Measured(cells, first_order, gap, coverage, floor, plan.rows)
+    dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
     dataset.attrs |= {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
     return SweepResult(dataset)
 
@@ -160,44 +204,65 @@ def _highest(components: Sequence[Component], values: Float[np.ndarray, " C"], t
     return sorted(found)
 
 
-def _replace(
-    pair: Pair,
-    metric: Metric,
-    chosen: Sequence[Component],
-    replaced: Sequence[int],
-    gap: Float[np.ndarray, " B"],
-    seed: int,
-    budget: int | None,
-    done: MutableMapping[str, np.ndarray],
-    progress: Progress,
-) -> Effects:
-    """Exact changes of the replaced components, and the noise floor of each kind from shams."""
-    n_prompts, n_tokens = metric.tokens.ids.shape
-    plan = make_plan(pair.cfg, [chosen[i] for i in replaced], n_prompts, n_tokens, budget)
-    position = {c: i for i, c in enumerate(chosen)}
-    delta = np.full((len(chosen), len(metric)), np.nan)
-    run = run_model(pair.cfg, pair.base, metric)
+class _Engine:
+    """Replaces components for real, cell by cell, keeping finished chunks in `done`."""
 
-    def perform(prefix: str, plan: Plan, donor: Params, jitter_seed: int | None) -> list[tuple[Chunk, np.ndarray]]:
-        keys = {_key(prefix, chunk): chunk for chunk in plan.chunks}
-        waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if key not in done))
+    def __init__(
+        self,
+        pair: Pair,
+        metric: Metric,
+        chosen: Sequence[Component],
+        done: MutableMapping[str, np.ndarray],
+        progress: Progress,
+    ):
+        self.pair, self.metric, self.done, self.progress = pair, metric, done, progress
+        self.position = {c: i for i, c in enumerate(chosen)}
+        self.runs: dict[str, Run] = {}
+
+    def run(self, model: str) -> Run:
+        """The model's own forward pass, once."""
+        if model not in self.runs:
+            self.runs[model] = run_model(self.pair.cfg, getattr(self.pair, model), self.metric)
+        return self.runs[model]
+
+    def perform(self, name: str, plan: Plan, jitter_seed: int | None = None) -> list[tuple[Chunk, np.ndarray]]:
+        """The chunks of a plan with their changes, in one cell."""
+        cell = CELLS[name]
+        keys = {_key(name, chunk): chunk for chunk in plan.chunks}
+        waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if key not in self.done))
         n_done = len(keys) - len(waiting.chunks)
-        args = (pair.cfg, pair.base, donor, (run, None), metric, waiting)
-        for chunk, changes in exact_changes(*args, jitter_seed=jitter_seed):
-            done[_key(prefix, chunk)] = changes
+        runs = self.run(cell.host), self.run(cell.donor) if cell.inputs == "donor" else None
+        host, donor = getattr(self.pair, cell.host), getattr(self.pair, cell.donor)
+        parts = exact_changes(
+            self.pair.cfg, host, donor, runs, self.metric, waiting,
+            weights=cell.weights, inputs=cell.inputs, jitter_seed=jitter_seed,
+        )  # fmt: skip
+        for chunk, changes in parts:
+            self.done[_key(name, chunk)] = changes
             n_done += 1
-            progress(f"{prefix} patches", n_done, len(keys))
-        return [(chunk, done[key]) for key, chunk in keys.items()]
+            self.progress(f"{name} patches", n_done, len(keys))
+        return [(chunk, self.done[key]) for key, chunk in keys.items()]
 
-    for chunk, changes in perform("exact", plan, pair.expert, None):
-        if not np.isfinite(changes).all():
-            names = ", ".join(c.name for c in chunk.components[:4])
-            raise WpjaxError(f"a patch of {names} gives scores that are not finite; check the checkpoints for NaN")
-        delta[[position[c] for c in chunk.components]] = changes
-    floor = dict.fromkeys(plan.rows, 0.0)
-    for chunk, changes in perform("sham", sham_plan(plan), pair.base, seed):
-        floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
-    return Effects(delta, floor, plan)
+    def changes(self, name: str, plan: Plan) -> Float[np.ndarray, "C B"]:
+        """Changes of the metric in one cell; NaN for components that the plan leaves out.
+
+        Raises:
+            WpjaxError: a change that is not finite.
+        """
+        delta = np.full((len(self.position), len(self.metric)), np.nan)
+        for chunk, changes in self.perform(name, plan):
+            if not np.isfinite(changes).all():
+                names = ", ".join(c.name for c in chunk.components[:4])
+                raise WpjaxError(f"a patch of {names} gives scores that are not finite; check the checkpoints for NaN")
+            delta[[self.position[c] for c in chunk.components]] = changes
+        return delta
+
+    def noise_floor(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, float]:
+        """The largest effect of shams of each kind."""
+        floor = dict.fromkeys(plan.rows, 0.0)
+        for chunk, changes in self.perform("sham", sham_plan(plan), seed):
+            floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
+        return floor
 
 
 def _key(prefix: str, chunk: Chunk) -> str:
@@ -223,106 +288,3 @@ def _coverage(
         joint[kind] = float((score - base_score).mean(dtype=np.float64) / gap.mean())
         progress("joint patches", i + 1, len(sets))
     return joint
-
-
-def _dataset(
-    pair: Pair,
-    batch: PromptBatch,
-    metric: Metric,
-    anchor: Anchor | None,
-    chosen: Sequence[Component],
-    gap: Float[np.ndarray, " B"],
-    effects: Effects,
-    first_order: dict[str, Float[np.ndarray, "C B"]],
-    coverage: dict[str, float],
-    seed: int,
-    n_resamples: int,
-) -> xr.Dataset:
-    resamples = resample(batch.queries, n_resamples, seed)
-    delta, n = effects.delta, len(chosen)
-    exact = np.isfinite(delta).all(1)
-    kinds = np.array([c.kind for c in chosen])
-    columns = {
-        name: np.full(n, np.nan) for name in ("effect", "ci_low", "ci_high", "effect_paper", "p_value", "q_value")
-    }
-    if exact.any():
-        columns["effect"][exact], columns["ci_low"][exact], columns["ci_high"][exact] = ratio_of_means(
-            delta[exact], gap, resamples
-        )
-        columns["effect_paper"][exact] = (delta[exact] / gap).mean(1)
-        columns["p_value"][exact] = sign_flip_p(delta[exact], batch.queries, seed=seed)
-        # All swept components are the family, those that a screen on the same prompts left out at p = 1: the rates
-        # would not hold among the chosen alone.
-        columns["q_value"][exact] = benjamini_hochberg(np.where(exact, columns["p_value"], 1.0))[exact]
-    floor = np.array([effects.floor.get(kind, np.nan) for kind in kinds])
-    variables: dict[str, Any] = {name: ("component", values) for name, values in columns.items()}
-    variables |= {name: ("component", values.mean(1) / gap.mean()) for name, values in first_order.items()}
-    best = columns["effect"].copy()  # first order where nothing was replaced
-    for values in first_order.values():
-        best[~exact] = values.mean(1)[~exact] / gap.mean()
-    swept = list(dict.fromkeys(kinds.tolist()))
-    variables |= {
-        "exact": ("component", exact),
-        "below_noise_floor": ("component", np.abs(columns["effect"]) <= floor),
-        "delta_norm": ("component", pair.delta_norms(chosen)),
-        "delta": (("component", "prompt"), delta.astype(np.float32)),
-        "gap": ("prompt", gap),
-        "query": ("prompt", batch.queries),
-        "coverage_joint": ("swept_kind", [coverage[kind] for kind in swept]),
-        "coverage_sum": ("swept_kind", [float(best[kinds == kind].sum()) for kind in swept]),
-        "n_components": ("swept_kind", [int((kinds == kind).sum()) for kind in swept]),
-    }
-    for field in LayerDiagnostics.__dataclass_fields__:
-        if field != "layer" and anchor is not None and anchor.diagnostics:
-            variables[f"anchor_{field}"] = ("model_layer", [getattr(d, field) for d in anchor.diagnostics])
-    coords: dict[str, Any] = {
-        "name": ("component", np.array([c.name for c in chosen], dtype=object)),
-        "kind": ("component", kinds.astype(object)),
-        "layer": ("component", np.array([c.layer for c in chosen])),
-        "index": ("component", np.array([c.index for c in chosen])),
-        "prompt": ("prompt", np.array(batch.texts, dtype=object)),
-        "swept_kind": ("swept_kind", np.array(swept, dtype=object)),
-    }
-    return xr.Dataset(variables, coords, _attributes(pair, batch, metric, gap, resamples, effects, coverage, seed))
-
-
-def _attributes(
-    pair: Pair,
-    batch: PromptBatch,
-    metric: Metric,
-    gap: Float[np.ndarray, " B"],
-    resamples: Resamples,
-    effects: Effects,
-    coverage: dict[str, float],
-    seed: int,
-) -> dict[str, Any]:
-    device = jax.local_devices()[0]
-    interval = mean_interval(gap, resamples)
-    return {
-        "schema": SCHEMA,
-        "wpjax_version": wpjax.__version__,
-        "jax_version": jax.__version__,
-        "base": pair.base_checkpoint.source,
-        "expert": pair.expert_checkpoint.source,
-        "base_fingerprint": pair.fingerprints[0],
-        "expert_fingerprint": pair.fingerprints[1],
-        "n_layers": pair.cfg.n_layers,
-        "behaviour": batch.behaviour,
-        "split": batch.split,
-        "n_prompts": len(batch),
-        "n_queries": len(np.unique(batch.queries)),
-        "metric": metric.name,
-        "metric_layer": metric.layer,
-        "gap_mean": interval.mean,
-        "gap_low": interval.low,
-        "gap_high": interval.high,
-        "coverage": coverage["all"],
-        "noise_floor": max(effects.floor.values(), default=float("nan")),
-        "noise_floor_by_kind": json.dumps(effects.floor),
-        "rows_per_program": json.dumps(effects.plan.rows),
-        "dtype": str(pair.base["embed"]["W_E"].dtype),
-        "device": f"{device.platform} {device.device_kind}",
-        "machine": platform.machine(),
-        "seed": seed,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }

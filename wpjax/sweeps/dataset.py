@@ -1,0 +1,182 @@
+"""From the changes that a sweep measured to its result: effects, intervals, tests and provenance."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+import wpjax
+from wpjax.anchors import Anchor, LayerDiagnostics
+from wpjax.behaviours import PromptBatch
+from wpjax.components import Component
+from wpjax.metrics import Metric
+from wpjax.pairs import Pair
+from wpjax.results import SCHEMA
+from wpjax.stats import Resamples, benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
+
+
+class Measured(NamedTuple):
+    """What a sweep measured; changes are components x prompts, NaN where nothing was replaced.
+
+    Attributes:
+        cells: changes of the metric by cell of the 2x2: "exact" (weights), "activation", "relay", "knockout".
+        first_order: estimates of such changes by name: "screen", "gradient", "attribution".
+        gap: expert minus base of each prompt.
+        coverage: share of the gap recovered by each kind as one joint patch, and by all of them ("all").
+        floor: noise floor of each kind that was replaced.
+        rows: components that a program of each kind took at once.
+    """
+
+    cells: Mapping[str, Float[np.ndarray, "C B"]]
+    first_order: Mapping[str, Float[np.ndarray, "C B"]]
+    gap: Float[np.ndarray, " B"]
+    coverage: Mapping[str, float]
+    floor: Mapping[str, float]
+    rows: Mapping[str, int]
+
+
+def two_by_two(cells: Mapping[str, Float[np.ndarray, "C B"]]) -> dict[str, Float[np.ndarray, "C B"]]:
+    """Source, relay and interaction from the cells of the 2x2, prompt by prompt.
+
+    With y_ab the metric when the component has weights a on the input that b sees (METHOD 5; ours):
+
+        S = ((y_EB - y_BB) + (y_EE - y_BE)) / 2     R = ((y_BE - y_BB) + (y_EE - y_EB)) / 2
+        I = y_EE - y_EB - y_BE + y_BB               y_EE - y_BB = S + R
+
+    So the effect of activation patching is that of the weights, plus what is only relayed, plus their interaction.
+    """
+    weights, both, inputs = cells["exact"], cells["activation"], cells["relay"]
+    return {
+        "source": (weights + both - inputs) / 2,
+        "relay": (inputs + both - weights) / 2,
+        "interaction": both - weights - inputs,
+    }
+
+
+def make_dataset(
+    pair: Pair,
+    batch: PromptBatch,
+    metric: Metric,
+    anchor: Anchor | None,
+    chosen: Sequence[Component],
+    measured: Measured,
+    seed: int,
+    n_resamples: int,
+) -> xr.Dataset:
+    """The result's dataset; see `SweepResult` for what it holds."""
+    resamples, gap = resample(batch.queries, n_resamples, seed), measured.gap
+    n = len(chosen)
+    delta = measured.cells.get("exact", np.full((n, len(batch)), np.nan))
+    exact = np.isfinite(delta).all(1)
+    kinds = np.array([c.kind for c in chosen])
+    columns = {
+        name: np.full(n, np.nan) for name in ("effect", "ci_low", "ci_high", "effect_paper", "p_value", "q_value")
+    }
+    if exact.any():
+        columns["effect"][exact], columns["ci_low"][exact], columns["ci_high"][exact] = ratio_of_means(
+            delta[exact], gap, resamples
+        )
+        columns["effect_paper"][exact] = (delta[exact] / gap).mean(1)
+        columns["p_value"][exact] = sign_flip_p(delta[exact], batch.queries, seed=seed)
+        # All swept components are the family, those that a screen on the same prompts left out at p = 1: the rates
+        # would not hold among the chosen alone.
+        columns["q_value"][exact] = benjamini_hochberg(np.where(exact, columns["p_value"], 1.0))[exact]
+    columns |= _cell_columns(measured, resamples)
+    floor = np.array([measured.floor.get(kind, np.nan) for kind in kinds])
+    variables: dict[str, Any] = {name: ("component", values) for name, values in columns.items()}
+    variables |= {name: ("component", values.mean(1) / gap.mean()) for name, values in measured.first_order.items()}
+    best = columns["effect"].copy()  # first order where nothing was replaced
+    for name in ("screen", "gradient"):
+        if name in measured.first_order:
+            best[~exact] = measured.first_order[name].mean(1)[~exact] / gap.mean()
+    swept = list(dict.fromkeys(kinds.tolist()))
+    variables |= {
+        "exact": ("component", exact),
+        "below_noise_floor": ("component", np.abs(columns["effect"]) <= floor),
+        "delta_norm": ("component", pair.delta_norms(chosen)),
+        "delta": (("component", "prompt"), delta.astype(np.float32)),
+        "gap": ("prompt", gap),
+        "query": ("prompt", batch.queries),
+        "coverage_joint": ("swept_kind", [measured.coverage[kind] for kind in swept]),
+        "coverage_sum": ("swept_kind", [float(best[kinds == kind].sum()) for kind in swept]),
+        "n_components": ("swept_kind", [int((kinds == kind).sum()) for kind in swept]),
+    }
+    for field in LayerDiagnostics.__dataclass_fields__:
+        if field != "layer" and anchor is not None and anchor.diagnostics:
+            variables[f"anchor_{field}"] = ("model_layer", [getattr(d, field) for d in anchor.diagnostics])
+    coords: dict[str, Any] = {
+        "name": ("component", np.array([c.name for c in chosen], dtype=object)),
+        "kind": ("component", kinds.astype(object)),
+        "layer": ("component", np.array([c.layer for c in chosen])),
+        "index": ("component", np.array([c.index for c in chosen])),
+        "prompt": ("prompt", np.array(batch.texts, dtype=object)),
+        "swept_kind": ("swept_kind", np.array(swept, dtype=object)),
+    }
+    return xr.Dataset(variables, coords, _attributes(pair, batch, metric, measured, resamples, seed))
+
+
+def _cell_columns(measured: Measured, resamples: Resamples) -> dict[str, Float[np.ndarray, " C"]]:
+    """Shares of the gap, with their intervals, of every cell but the weights' own, and of the 2x2 if it is whole."""
+    cells = {name: values for name, values in measured.cells.items() if name in ("activation", "knockout")}
+    if "relay" in measured.cells:
+        cells |= two_by_two(measured.cells)
+    columns: dict[str, np.ndarray] = {}
+    for name, values in cells.items():
+        known = np.isfinite(values).all(1)
+        # What is lost when the base's slice stands in the expert counts as positive.
+        sign = -1.0 if name == "knockout" else 1.0
+        for column in (name, f"{name}_low", f"{name}_high"):
+            columns[column] = np.full(len(values), np.nan)
+        if known.any():
+            share = ratio_of_means(sign * values[known], measured.gap, resamples)
+            for column, figures in zip((name, f"{name}_low", f"{name}_high"), share, strict=True):
+                columns[column][known] = figures
+    return columns
+
+
+def _attributes(
+    pair: Pair,
+    batch: PromptBatch,
+    metric: Metric,
+    measured: Measured,
+    resamples: Resamples,
+    seed: int,
+) -> dict[str, Any]:
+    device = jax.local_devices()[0]
+    interval = mean_interval(measured.gap, resamples)
+    return {
+        "schema": SCHEMA,
+        "wpjax_version": wpjax.__version__,
+        "jax_version": jax.__version__,
+        "base": pair.base_checkpoint.source,
+        "expert": pair.expert_checkpoint.source,
+        "base_fingerprint": pair.fingerprints[0],
+        "expert_fingerprint": pair.fingerprints[1],
+        "n_layers": pair.cfg.n_layers,
+        "behaviour": batch.behaviour,
+        "split": batch.split,
+        "n_prompts": len(batch),
+        "n_queries": len(np.unique(batch.queries)),
+        "metric": metric.name,
+        "metric_layer": metric.layer,
+        "gap_mean": interval.mean,
+        "gap_low": interval.low,
+        "gap_high": interval.high,
+        "coverage": measured.coverage["all"],
+        "noise_floor": max(measured.floor.values(), default=float("nan")),
+        "noise_floor_by_kind": json.dumps(dict(measured.floor)),
+        "rows_per_program": json.dumps(dict(measured.rows)),
+        "dtype": str(pair.base["embed"]["W_E"].dtype),
+        "device": f"{device.platform} {device.device_kind}",
+        "machine": platform.machine(),
+        "seed": seed,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
