@@ -19,7 +19,7 @@ from wpjax.models.checkpoint import load_checkpoint
 from wpjax.pairs import load_model
 from wpjax.results import SweepResult
 
-PAIR = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:title"]
+PAIR = ["--causal", "skip", "--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:title"]
 SMALL = [*PAIR, "--kinds", "head", "--method", "exact", "--n-prompts", "4"]
 
 
@@ -72,6 +72,26 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert result.top(1)[0].name in page
     assert not re.search(r"(src|href)=[\"']?(http|//)|@import|url\(http", page)
+
+
+def test_an_anchor_that_fails_its_causal_tests(wpjax, tmp_path):
+    quick = ["--layer", "3", "--n-steered", "12", "--max-new-tokens", "12", "--out", "a.safetensors"]
+    models = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:no_comma"]
+    assert_refused(wpjax("anchor", *models, *quick), "none passes the causal tests; .*--causal report", tmp_path)
+    code, out, err = wpjax("anchor", *models, *quick, "--causal", "report")
+    assert code == 0
+    assert re.search(r"\* 3 +\d+%", out)
+    assert "steering tests: 8 of 8" in err
+
+
+def test_the_decision_metric_counts_what_comes_after_the_anchor(wpjax):
+    small = [*PAIR, "--metric", "decision", "--n-prompts", "4", "--max-new-tokens", "8", "--show", "3"]
+    assert wpjax("sweep", *small, "--kinds", "mlp,final_norm", "--method", "exact", "--out", "r.nc")[0] == 0
+    result = SweepResult.from_netcdf("r.nc").dataset
+    assert result.attrs["metric"] == "decision"
+    assert result["name"].values.tolist() == [*(f"L{i}.mlp" for i in range(8)), "final_norm"]
+    assert wpjax("report", "r.nc", "--out", "r.html")[0] == 0
+    assert "on the decision metric, in nats" in Path("r.html").read_text()
 
 
 def test_json(wpjax):
@@ -131,7 +151,11 @@ def test_bad_models(wpjax, tmp_path, damaged):
 def test_bad_names(wpjax, tmp_path):
     assert_refused(wpjax("sweep", *SMALL, "--kinds", "heads", "--out", "r.nc"), "did you mean head", tmp_path)
     assert_refused(wpjax("sweep", *SMALL, "--components", "L0.head.99", "--out", "r.nc"), "has head 0 to 7", tmp_path)
-    assert_refused(wpjax("sweep", *SMALL, "--components", "L7.head.0", "--out", "r.nc"), "after the anchor", tmp_path)
+    assert_refused(
+        wpjax("sweep", *SMALL, "--components", "L7.head.0", "--out", "r.nc"),
+        "after layer 6, which the anchor",
+        tmp_path,
+    )
     assert_refused(wpjax("sweep", *SMALL, "--kinds", "unembed", "--out", "r.nc"), "nothing to sweep", tmp_path)
     assert_refused(wpjax("sweep", *PAIR[:-1], "shouting", "--out", "r.nc"), "unknown behaviour 'shouting'", tmp_path)
     assert_refused(wpjax("sweep", *SMALL, "--method", "best", "--out", "r.nc"), "'best' is not one of", tmp_path)

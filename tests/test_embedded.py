@@ -37,7 +37,7 @@ def test_the_planted_expert_learnt_capitals_alone(rates):
 @pytest.fixture(scope="module")
 def planted_sweep():
     pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
-    anchor = fit_anchor(pair, task)
+    anchor = fit_anchor(pair, task, causal="skip")
     return sweep(pair, task.encode(pair.tokenizer, n_prompts=12), anchor).dataset
 
 

@@ -22,7 +22,7 @@ HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac$ &
 @pytest.fixture(scope="module")
 def result():
     pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
-    anchor = fit_anchor(pair, task)
+    anchor = fit_anchor(pair, task, causal="skip")
     batch = task.encode(pair.tokenizer, n_prompts=4)
     return sweep(pair, batch, anchor, kinds=("head", "kv_group", "neuron"), method="screen+exact", top=8)
 
@@ -91,7 +91,7 @@ def test_pictures_are_written_beside_the_page(result, tmp_path):
 
 def test_a_screen_alone_says_that_nothing_was_replaced(tmp_path):
     pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
-    anchor = fit_anchor(pair, task)
+    anchor = fit_anchor(pair, task, causal="skip")
     batch = task.encode(pair.tokenizer, n_prompts=4)
     screened = sweep(pair, batch, anchor, kinds=("head",), method="gradient")
     write_report(screened, tmp_path / "r.html")

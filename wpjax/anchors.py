@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +33,15 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, forward
 from wpjax.pairs import Pair
 from wpjax.stats import mean_interval, resample
+from wpjax.steering import Judge, SteeringTest, steering_tests
+
+Causal: TypeAlias = Literal["require", "report", "skip"]
 
 MIN_STABILITY = 0.9
 """Least split-half cosine of an accepted anchor."""
+
+N_CANDIDATES = 4
+"""Layers that are tried causally."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +58,7 @@ class LayerDiagnostics:
             what the expert moved anyway (difference in differences), with `specific_low` and `specific_high`.
         specific_sd: its standard deviation over prompts.
         base_trace: mean of F(base, x+) - F(base, x-), as a share of the same in the expert.
+        strength: the first of the figures of `SteeringTest`, which see; NaN where it was not made.
     """
 
     layer: int
@@ -64,9 +73,30 @@ class LayerDiagnostics:
     specific_high: float
     specific_sd: float
     base_trace: float
+    strength: float = math.nan
+    steered: float = math.nan
+    steered_random: float = math.nan
+    gain_low: float = math.nan
+    removed: float = math.nan
+    removed_random: float = math.nan
+    drop_low: float = math.nan
+    nll: float = math.nan
+    nll_expert: float = math.nan
+
+    @property
+    def steering(self) -> SteeringTest | None:
+        """The causal tests at this layer, if they were made."""
+        if math.isnan(self.strength):
+            return None
+        return SteeringTest(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SteeringTest)})
+
+    @property
+    def signal(self) -> float:
+        """What the instruction makes of the gap, in standard deviations over prompts."""
+        return self.specific / max(self.specific_sd, 1e-30)
 
     def verdict(self) -> str:
-        """Empty if the layer can carry an anchor, otherwise the test it fails, with its figure."""
+        """Empty if the layer can carry an anchor as far as projections say, otherwise the test it fails."""
         if not self.stability >= MIN_STABILITY:  # written so that NaN fails
             return f"split-half cosine {self.stability:.2f} < {MIN_STABILITY}"
         if not self.gap_low > 0:
@@ -155,6 +185,14 @@ class Anchor:
             raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")
         return cls(jnp.asarray(vector), layer, behaviour, of, diagnostics)
 
+    @property
+    def acceptance(self) -> str:
+        """Whether the causal tests hold: "accepted", "not tested", or the test that failed."""
+        tests = [d.steering for d in self.diagnostics if d.layer == self.layer]
+        if not tests or tests[0] is None:
+            return "not tested"
+        return tests[0].verdict() or "accepted"
+
     def check_belongs(self, pair: Pair) -> None:
         """Refuse an anchor of another expert.
 
@@ -203,26 +241,42 @@ def split_half_cosine(
 
 
 def fit_anchor(
-    pair: Pair, behaviour: Behaviour, *, layer: int | None = None, n_prompts: int | None = 64, seed: int = 0
+    pair: Pair,
+    behaviour: Behaviour,
+    *,
+    layer: int | None = None,
+    n_prompts: int | None = 64,
+    causal: Causal = "require",
+    n_steered: int = 64,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Anchor:
-    """Fit a direction at every layer, measure its gap on other queries, and choose the layer.
+    """Fit a direction at every layer, measure its gap on other queries, try it causally, and choose the layer.
 
-    The chosen layer is, among those whose split-half cosine is at least `MIN_STABILITY` and whose gap and specific
-    gap are positive with their whole intervals, the one where the specific gap is largest against its spread over
-    prompts (mean / standard deviation). The raw gap would not do: in the first layers of a real pair it is small,
-    uniform drift. The last sixth of the layers is not considered: there the stream at the last prompt token already
-    holds the first token of the answer. Both rules are our choice; the paper's is not known.
+    First by projections: the split-half cosine must be at least `MIN_STABILITY`, and gap and specific gap positive
+    with their whole intervals. Of the layers that pass, the `N_CANDIDATES` whose specific gap is largest against its
+    spread over prompts are steered along (see `wpjax.steering`): the direction must bring the behaviour into the base
+    and its removal take it from the expert, each more than a random direction does, by the checker. The layer where
+    gain times loss is largest is chosen. The last sixth of the layers is not considered: there the stream at the
+    last prompt token already holds the first token of the answer. These rules are our choice; the paper's are not
+    known.
 
     Args:
         pair: base and expert.
-        behaviour: prompts.
+        behaviour: prompts and checker.
         layer: force this layer; it must still pass.
         n_prompts: at most this many for fitting, and for measuring.
-        seed: of splits and resampling.
+        causal: "require" the causal tests; "report" them, and take the best layer also if none passes; "skip" them
+            and choose the layer by its projections alone.
+        n_steered: prompts of the causal tests, at most.
+        max_new_tokens: length of the answers that are judged.
+        seed: of splits, resampling and random directions.
+        progress: called as work gets done.
 
     Raises:
         AnchorRejected: no layer passes, or the forced one does not; with the test that failed and its figure.
-        BehaviourError: prompts that the model cannot take.
+        BehaviourError: prompts that the model cannot take, or a checker that fails.
     """
     if layer is not None and not 0 <= layer < pair.cfg.n_layers:
         raise AnchorRejected(f"layer {layer}: the model has layers 0 to {pair.cfg.n_layers - 1}")
@@ -230,15 +284,24 @@ def fit_anchor(
     check = behaviour.encode(pair.tokenizer, "sweep", n_prompts)
     for batch in (fit, check):
         batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
-    contrast = last_states(pair.cfg, pair.expert, fit.with_instruction) - last_states(
-        pair.cfg, pair.expert, fit.without
-    )
+    state = last_states(pair.cfg, pair.expert, fit.with_instruction)
+    contrast = state - last_states(pair.cfg, pair.expert, fit.without)
     direction = contrast.mean(1)
     norm = np.linalg.norm(direction, axis=-1)
     unit = direction / np.maximum(norm, 1e-30)[:, None]
     stability = split_half_cosine(contrast, fit.queries, seed=seed)
     diagnostics = _diagnose(pair, check, unit, norm, stability, seed)
-    best = _choose(diagnostics, behaviour.name, layer)
+    candidates = _candidates(diagnostics, behaviour.name, layer)
+    best = candidates[0]
+    if causal != "skip":
+        host_state = last_states(pair.cfg, pair.base, fit.with_instruction)
+        means = [np.einsum("lbd,ld->l", s, unit) / s.shape[1] for s in (host_state, state)]
+        judge = Judge(pair, behaviour, behaviour.encode(pair.tokenizer, "sweep", n_steered), max_new_tokens)
+        tried = [d.layer for d in candidates[:N_CANDIDATES]]
+        tests = steering_tests(judge, tried, unit, *means, seed=seed, progress=progress)
+        best = diagnostics[_choose(tests, behaviour.name, causal).layer]
+        found = {test.layer: dataclasses.asdict(test) for test in tests}
+        diagnostics = tuple(dataclasses.replace(d, **found.get(d.layer, {})) for d in diagnostics)
     return Anchor(jnp.asarray(unit[best.layer]), best.layer, behaviour.name, pair.fingerprints[1], diagnostics)
 
 
@@ -269,15 +332,28 @@ def _diagnose(
     return tuple(rows)
 
 
-def _choose(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | None) -> LayerDiagnostics:
+def _candidates(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | None) -> list[LayerDiagnostics]:
+    """The layers that pass by their projections, the strongest signal first."""
     early = len(diagnostics) - max(1, len(diagnostics) // 6) if len(diagnostics) > 1 else 1
     considered = diagnostics[:early] if layer is None else diagnostics[layer : layer + 1]
     passing = [d for d in considered if not d.verdict()]
     if passing:
-        return max(passing, key=lambda d: d.specific / max(d.specific_sd, 1e-30))
+        return sorted(passing, key=lambda d: -d.signal)
     nearest = max(considered, key=lambda d: (d.stability >= MIN_STABILITY, np.nan_to_num(d.gap_low, nan=-np.inf)))
     which = f"layer {layer}" if layer is not None else f"no layer passes; the nearest, layer {nearest.layer}"
     raise AnchorRejected(
         f"anchor for {name} rejected: {which}: {nearest.verdict()}; the expert does not carry this behaviour more than "
         "the base on these prompts: check the pair and the behaviour, or use more prompts"
     )
+
+
+def _choose(tests: Sequence[SteeringTest], name: str, causal: Causal) -> SteeringTest:
+    """The layer whose direction does most, among those that pass both causal tests."""
+    best = max(tests, key=lambda t: (not t.verdict(), t.size))
+    if best.verdict() and causal == "require":
+        raise AnchorRejected(
+            f"anchor for {name} rejected: of {len(tests)} layers tried none passes the causal tests; the nearest, "
+            f"layer {best.layer}: {best.verdict()}; use more prompts, or accept it unproven (causal='report', "
+            "`--causal report`): its result is marked"
+        )
+    return best

@@ -191,10 +191,36 @@ class Metric:
         return self.readout.reads_logits or component.kind == "embed"
 
 
+PROMPTS_AT_ONCE = 16
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _scores(cfg: ModelConfig, params: Params, metric: Metric) -> Float[Array, " B"]:
+    return metric(cfg, params)
+
+
+def scores(cfg: ModelConfig, params: Params, metric: Metric) -> Float[np.ndarray, " B"]:
+    """F of each prompt, a few at a time, on the host; one program serves all parameters and masks.
+
+    Args:
+        cfg: the model.
+        params: may hold `Blend`s.
+        metric: what is measured.
+    """
+    n = len(metric)
+    if n <= PROMPTS_AT_ONCE:
+        return np.asarray(_scores(cfg, params, metric))
+    parts = []
+    for first in range(0, n, PROMPTS_AT_ONCE):
+        rows = np.minimum(np.arange(first, first + PROMPTS_AT_ONCE), n - 1)  # the last part is filled up
+        parts.append(np.asarray(_scores(cfg, params, metric.take(jnp.asarray(rows))))[: n - first])
+    return np.concatenate(parts)
+
+
 def with_answers(tokens: Tokens, answers: Generation) -> Tokens:
     """Prompts followed by answers, [B, T + N]."""
     n_prompt, n_new = np.asarray(tokens.lengths), np.asarray(answers.lengths)
-    ids = np.zeros((len(n_prompt), int((n_prompt + n_new).max())), np.int32)
+    ids = np.zeros((len(n_prompt), tokens.ids.shape[1] + answers.tokens.shape[1]), np.int32)
     for row, prompt, new, n, m in zip(ids, tokens.ids, np.asarray(answers.tokens), n_prompt, n_new, strict=True):
         row[:n], row[n : n + m] = prompt[:n], new[:m]
     return Tokens(ids, (n_prompt + n_new).astype(np.int32))
@@ -202,9 +228,22 @@ def with_answers(tokens: Tokens, answers: Generation) -> Tokens:
 
 def answer_positions(tokens: Tokens, answers: Generation) -> tuple[Int[np.ndarray, "B N"], Float[np.ndarray, "B N"]]:
     """Positions that predict each token of the answers, and 1 where there is such a token (0 fills up)."""
-    step = np.arange(int(np.asarray(answers.lengths).max()))
+    step = np.arange(answers.tokens.shape[1])
     here = step < np.asarray(answers.lengths)[:, None]
     return np.where(here, np.asarray(tokens.last)[:, None] + step, 0), here.astype(np.float32)
+
+
+def answer_metric(cfg: ModelConfig, prompts: Tokens, answers: Generation) -> Metric:
+    """Mean log-probability of the tokens of some answers, teacher-forced; of one shape for all answers of a length."""
+    at, here = answer_positions(prompts, answers)
+    readout = LogProb(jnp.asarray(np.where(here > 0, np.asarray(answers.tokens), 0)))
+    weight = jnp.asarray(here / here.sum(1, keepdims=True))
+    return Metric(with_answers(prompts, answers), jnp.asarray(at), weight, readout, cfg.n_layers - 1, "response")
+
+
+def trimmed(answers: Generation) -> Generation:
+    """Answers without the columns that none of them fills."""
+    return Generation(np.asarray(answers.tokens)[:, : int(np.asarray(answers.lengths).max())], answers.lengths)
 
 
 def answer_of(pair: Pair, params: Params, tokens: Tokens, max_new_tokens: int = 32, batch_size: int = 32) -> Generation:
@@ -231,12 +270,9 @@ def response_metric(
     """
     prompts = batch.with_instruction
     answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    at, here = answer_positions(prompts, answers)
-    tokens = np.where(here > 0, np.asarray(answers.tokens)[:, : here.shape[1]], 0)
-    weight = here / here.sum(1, keepdims=True)
-    readout = LogProb(jnp.asarray(tokens))
-    last = pair.cfg.n_layers - 1
-    return Metric(with_answers(prompts, answers), jnp.asarray(at), jnp.asarray(weight), readout, last, "response")
+    metric = answer_metric(pair.cfg, prompts, trimmed(answers))
+    width = int(metric.tokens.lengths.max())
+    return dataclasses.replace(metric, tokens=Tokens(metric.tokens.ids[:, :width], metric.tokens.lengths))
 
 
 def decision_metric(

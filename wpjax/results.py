@@ -19,8 +19,19 @@ from wpjax.files import atomic_output
 SCHEMA = 2
 """Version of the file's layout, in its attribute `schema`."""
 
-RANKINGS = ("effect", "activation", "screen", "gradient", "attribution", "source", "relay", "interaction", "knockout",
-            "delta_norm")  # fmt: skip
+RANKINGS = (
+    "effect",
+    "activation",
+    "screen",
+    "gradient",
+    "ig",
+    "attribution",
+    "source",
+    "relay",
+    "interaction",
+    "knockout",
+    "delta_norm",
+)
 """Variables that components can be ranked by, the most trustworthy first."""
 
 JSON_ATTRIBUTES = ("noise_floor_by_kind", "rows_per_program")
@@ -59,9 +70,9 @@ class SweepResult:
     exactly as the model was given it. Variables: `effect` (ratio of means, NaN where a component was only screened),
     `effect_paper` (mean of ratios), `ci_low`, `ci_high`, `p_value`, `q_value`, `below_noise_floor`, `exact`,
     `delta[component, prompt]`, `gap[prompt]`, `delta_norm` (Frobenius norm of the component's task vector), the
-    first-order `screen`, `gradient` or `attribution` where they were asked for, and `activation`, `source`, `relay`,
-    `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where those cells
-    were measured. `coverage_joint[swept_kind]` and `coverage_sum[swept_kind]` say
+    first-order `screen`, `gradient`, `ig` or `attribution` where they were asked for, and `activation`, `source`,
+    `relay`, `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
+    those cells were measured. `coverage_joint[swept_kind]` and `coverage_sum[swept_kind]` say
     how much of the gap each kind recovers as one patch and as the sum of its single effects (first-order ones where
     nothing was replaced);
     `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.

@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     pair, task = load_pair(args.base, args.expert), behaviour(args.behaviour)
-    anchor = fit_anchor(pair, task, layer=args.layer)
+    anchor = fit_anchor(pair, task, layer=args.layer, causal="skip")
     batch = task.encode(pair.tokenizer, n_prompts=args.n_prompts)
     heads = enumerate_components(pair.cfg, ["head"], range(anchor.layer + 1))
     reference = TorchSweep(args.base, args.expert, batch, anchor)

@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Answers and anchor recovery of base, expert and every patch."""
     pair, task = load_pair(args.base, args.expert), behaviour("english_capital")
     result = SweepResult.from_netcdf(args.result)
-    anchor = fit_anchor(pair, task, layer=int(result.dataset.attrs["metric_layer"]))
+    anchor = fit_anchor(pair, task, layer=int(result.dataset.attrs["metric_layer"]), causal="skip")
     batch = task.encode(pair.tokenizer, "test", args.n_prompts)
     score = jax.jit(lambda params: anchor.score(pair.cfg, params, batch).mean())
     models: dict[str, Any] = {"base": PatchMask.empty(pair.cfg), "expert": PatchMask.full(pair.cfg)}

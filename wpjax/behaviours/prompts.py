@@ -303,4 +303,7 @@ def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> 
 
 
 def _no_checker(text: str, args: Mapping[str, Any]) -> bool:
-    raise BehaviourError("this behaviour comes from a file without a checker; pass --checker, e.g. 'regex:^[A-Z ]+$'")
+    raise BehaviourError(
+        "this behaviour comes from a file without a checker, which judges generated answers; pass --checker, e.g. "
+        "'regex:^[A-Z ]+$' (or --causal skip, to take an anchor untested)"
+    )

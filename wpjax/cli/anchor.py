@@ -10,16 +10,20 @@ import typer
 from wpjax.cli.options import (
     BaseOption,
     BehaviourOption,
+    CausalName,
+    CausalOption,
     CheckerOption,
     Dtype,
     DtypeOption,
     ExpertOption,
     IgnoreConfigOption,
     JsonOption,
+    NewTokensOption,
     OutOption,
     OverwriteOption,
     PromptsOption,
     SeedOption,
+    SteeredOption,
 )
 
 if TYPE_CHECKING:
@@ -38,28 +42,48 @@ def run(
     checker: CheckerOption = None,
     layer: Annotated[int | None, typer.Option("--layer", help="Use this layer instead of choosing one.")] = None,
     n_prompts: PromptsOption = 64,
+    causal: CausalOption = CausalName.require,
+    n_steered: SteeredOption = 64,
+    max_new_tokens: NewTokensOption = 32,
     dtype: DtypeOption = Dtype.float32,
     seed: SeedOption = 0,
     ignore_config: IgnoreConfigOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit the direction that says whether a behaviour's control state has formed, and choose its layer."""
+    """Fit the direction that says whether a behaviour's control state has formed, and accept it by causal tests."""
     from wpjax.files import check_output
 
     check_output(out, overwrite)
 
     from wpjax import behaviours
     from wpjax.anchors import fit_anchor
-    from wpjax.cli.console import print_json
+    from wpjax.cli.console import on_interrupt, print_json, progress_bars
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
-    anchor = fit_anchor(pair, task, layer=layer, n_prompts=n_prompts, seed=seed)
+    with on_interrupt(lambda: "nothing was written"), progress_bars() as progress:
+        anchor = fit_anchor(
+            pair,
+            task,
+            layer=layer,
+            n_prompts=n_prompts,
+            causal=causal.value,
+            n_steered=n_steered,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            progress=progress,
+        )
     anchor.save(out, overwrite)
     if as_json:
-        print_json({"layer": anchor.layer, "diagnostics": [dataclasses.asdict(d) for d in anchor.diagnostics]})
+        print_json(
+            {
+                "layer": anchor.layer,
+                "acceptance": anchor.acceptance,
+                "diagnostics": [dataclasses.asdict(d) for d in anchor.diagnostics],
+            }
+        )
     else:
         show(anchor)
         print(f"\nwrote {out}")
@@ -75,7 +99,7 @@ def show(anchor: Anchor) -> None:
             f"{d.stability:.3f}",
             f"{d.gap:.3g} [{d.gap_low:.3g}, {d.gap_high:.3g}]",
             f"{d.specific:.3g} [{d.specific_low:.3g}, {d.specific_high:.3g}]",
-            f"{d.specific / d.specific_sd:.2f}",
+            f"{d.signal:.2f}",
             f"{d.base_trace:.2f}",
         )
         for d in anchor.diagnostics
@@ -85,8 +109,36 @@ def show(anchor: Anchor) -> None:
         ("layer", "cosine", "gap, 95 % interval", "without drift", "/ sd", "in base"),
         rows,
     )
+    show_steering(anchor)
     passing = [str(d.layer) for d in anchor.diagnostics if not d.verdict()]
     print(
         f"\nlayers that pass: {', '.join(passing)}\ncosine: of directions from random halves of the queries; without "
         "drift: what the instruction makes of the gap; in base: the instruction's trace there, a share of the expert's"
+    )
+
+
+def show_steering(anchor: Anchor) -> None:
+    """Print the causal tests of the layers that were tried."""
+    from wpjax.cli.console import print_table
+
+    tests = [test for test in (d.steering for d in anchor.diagnostics) if test]
+    if not tests:
+        print("\ncausal tests: skipped")
+        return
+    print_table(
+        "\nPrompts that pass the checker",
+        ("layer", "base, steered", "at random", "strength", "expert, removed", "at random", "nats a token", "verdict"),
+        [
+            (
+                f"{'*' if t.layer == anchor.layer else ' '} {t.layer}",
+                f"{t.steered:.0%}",
+                f"{t.steered_random:.0%}",
+                f"{t.strength:g}",
+                f"{t.removed:.0%}",
+                f"{t.removed_random:.0%}",
+                f"{t.nll:.2f} ({t.nll_expert:.2f})",
+                t.verdict().partition(":")[0] or "accepted",
+            )
+            for t in tests
+        ],
     )

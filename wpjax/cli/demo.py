@@ -40,10 +40,8 @@ def run(
 
     task = behaviours.behaviour(f"tiny:{behaviour.removeprefix('tiny:')}")
     with progress_bars() as progress:
-        progress("models and anchor", 0, 1)
         pair = load_pair("tiny:base", "tiny:planted" if planted else "tiny:expert")
-        anchor = fit_anchor(pair, task, seed=seed)
-        progress("models and anchor", 1, 1)
+        anchor = fit_anchor(pair, task, causal="report", seed=seed, progress=progress)
         batch = task.encode(pair.tokenizer, n_prompts=32)
         result = sweeps.sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
     with atomic_output(out, overwrite, MARKER) as folder:

@@ -18,6 +18,32 @@ class Dtype(enum.StrEnum):
     bfloat16 = "bfloat16"
 
 
+class CausalName(enum.StrEnum):
+    """What is made of an anchor's causal tests."""
+
+    require = "require"
+    report = "report"
+    skip = "skip"
+
+
+CausalOption = Annotated[
+    CausalName,
+    typer.Option(
+        "--causal",
+        help="Steering tests of the anchor, by the checker on generated answers: require them, report them (a result "
+        "on an anchor that fails is marked), or skip them.",
+    ),
+]
+SteeredOption = Annotated[int, typer.Option("--n-steered", min=4, help="Prompts of the steering tests, at most.")]
+NewTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--max-new-tokens",
+        min=1,
+        help="Length of generated answers: in the steering tests, and what response and decision read.",
+    ),
+]
+
 BaseOption = Annotated[str, typer.Option("--base", help=f"The base: {MODEL}")]
 ExpertOption = Annotated[str, typer.Option("--expert", help="The expert: as the base.")]
 BehaviourOption = Annotated[

@@ -11,16 +11,20 @@ import typer
 from wpjax.cli.options import (
     BaseOption,
     BehaviourOption,
+    CausalName,
+    CausalOption,
     CheckerOption,
     Dtype,
     DtypeOption,
     ExpertOption,
     IgnoreConfigOption,
     JsonOption,
+    NewTokensOption,
     OutOption,
     OverwriteOption,
     PromptsOption,
     SeedOption,
+    SteeredOption,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ class Method(enum.StrEnum):
     screen = "screen"
     screen_exact = "screen+exact"
     gradient = "gradient"
+    ig = "ig"
     activation = "activation"
     factorial = "factorial"
 
@@ -63,10 +68,9 @@ def run(
             "decision: log-odds where base and expert first part ways. Both count components after the anchor too.",
         ),
     ] = MetricName.anchor,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option("--max-new-tokens", min=1, help="Tokens of the expert's answer that response and decision read."),
-    ] = 32,
+    max_new_tokens: NewTokensOption = 32,
+    causal: CausalOption = CausalName.require,
+    n_steered: SteeredOption = 64,
     kinds: Annotated[
         str,
         typer.Option(
@@ -83,8 +87,9 @@ def run(
         typer.Option(
             "--method",
             help="exact replaces every component for real; screen scores all by first order; screen+exact then "
-            "replaces the top ones; gradient is the plain weight gradient; activation patches the expert's activations "
-            "instead; factorial tells sources from relays and adds the knock-out in the expert.",
+            "replaces the top ones; gradient is the plain weight gradient, ig its average from base to expert; "
+            "activation patches the expert's activations instead; factorial tells sources from relays and adds the "
+            "knock-out in the expert.",
         ),
     ] = Method.screen_exact,
     top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind replaced after a screen.")] = 512,
@@ -126,10 +131,22 @@ def run(
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)
+
+    def fitted() -> Anchor:
+        with on_interrupt(lambda: "nothing was written"), progress_bars() as progress:
+            return fit_anchor(
+                pair,
+                task,
+                n_prompts=n_prompts,
+                causal=causal.value,
+                n_steered=n_steered,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                progress=progress,
+            )
+
     if metric == MetricName.anchor:
-        what: Anchor | Metric = (
-            Anchor.load(anchor) if anchor else fit_anchor(pair, task, n_prompts=n_prompts, seed=seed)
-        )
+        what: Anchor | Metric = Anchor.load(anchor) if anchor else fitted()
     else:
         make = {MetricName.response: response_metric, MetricName.decision: decision_metric}[metric]
         what = make(pair, batch, max_new_tokens)
@@ -209,4 +226,5 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
         f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
         + (f"; noise floor {attrs['noise_floor']:.1e}" if exact else "")
+        + (f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}" if "anchor_acceptance" in attrs else "")
     )

@@ -42,7 +42,7 @@ def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]
     data = result.dataset
     values = data["effect"].values.copy()
     exact = np.isfinite(values[np.isin(data["kind"].values, kinds)])
-    for name in ("screen", "gradient"):
+    for name in ("screen", "gradient", "ig"):
         if name in data:
             values = np.where(np.isfinite(values), values, data[name].values)
             if not exact.all():

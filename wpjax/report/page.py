@@ -76,6 +76,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
         rows=_table(result, by, n_rows),
         figures=[(TITLES[name], _svg(figure)) for name, figure in figures.items()],
         kinds=_kind_rows(result),
+        steering=_steering_rows(result),
         prompts=[str(p) for p in data["prompt"].values[:6]],
         n_exact=int(data["exact"].values.sum()),
         n_significant=int((data["q_value"].values < 0.05).sum()),
@@ -86,7 +87,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
 def _table(result: SweepResult, by: str, n_rows: int) -> list[dict[str, Any]]:
     data = result.dataset
     place = {str(name): i for i, name in enumerate(data["name"].values)}
-    extra = [name for name in ("screen", "gradient") if name in data]
+    extra = [name for name in ("screen", "gradient", "ig") if name in data]
     rows = []
     for row in result.top(n_rows, by=by):
         i = place[row.name]
@@ -118,6 +119,16 @@ def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
+    """The anchor's causal tests, one row a layer that was tried."""
+    data = result.dataset
+    if "anchor_strength" not in data:
+        return []
+    names = ("strength", "steered", "steered_random", "removed", "removed_random", "nll", "nll_expert")
+    tried = np.flatnonzero(np.isfinite(data["anchor_strength"].values))
+    return [{"layer": int(i), **{n: float(data[f"anchor_{n}"].values[i]) for n in names}} for i in tried]
 
 
 def _svg(figure: Figure) -> Markup:

@@ -28,7 +28,7 @@ class Measured(NamedTuple):
 
     Attributes:
         cells: changes of the metric by cell of the 2x2: "exact" (weights), "activation", "relay", "knockout".
-        first_order: estimates of such changes by name: "screen", "gradient", "attribution".
+        first_order: estimates of such changes by name: "screen", "gradient", "ig", "attribution".
         gap: expert minus base of each prompt.
         coverage: share of the gap recovered by each kind as one joint patch, and by all of them ("all").
         floor: noise floor of each kind that was replaced.
@@ -94,7 +94,7 @@ def make_dataset(
     variables: dict[str, Any] = {name: ("component", values) for name, values in columns.items()}
     variables |= {name: ("component", values.mean(1) / gap.mean()) for name, values in measured.first_order.items()}
     best = columns["effect"].copy()  # first order where nothing was replaced
-    for name in ("screen", "gradient"):
+    for name in ("screen", "gradient", "ig"):
         if name in measured.first_order:
             best[~exact] = measured.first_order[name].mean(1)[~exact] / gap.mean()
     swept = list(dict.fromkeys(kinds.tolist()))
@@ -120,7 +120,10 @@ def make_dataset(
         "prompt": ("prompt", np.array(batch.texts, dtype=object)),
         "swept_kind": ("swept_kind", np.array(swept, dtype=object)),
     }
-    return xr.Dataset(variables, coords, _attributes(pair, batch, metric, measured, resamples, seed))
+    attributes = _attributes(pair, batch, metric, measured, resamples, seed)
+    if anchor is not None:
+        attributes["anchor_acceptance"] = anchor.acceptance
+    return xr.Dataset(variables, coords, attributes)
 
 
 def _cell_columns(measured: Measured, resamples: Resamples) -> dict[str, Float[np.ndarray, " C"]]:

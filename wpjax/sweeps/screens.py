@@ -7,6 +7,11 @@ The first recomputes each component's own output with the expert's weights and l
 the second linearises in the weights as well. With the expert's output o_c(theta_E, h_E) in place of o_c(theta_E, h_B)
 the first is attribution patching (AtP, arXiv 2403.00745), the screen of activation patching. Gradients screen; what
 matters is then replaced for real.
+
+    integrated          int_0^1 dF/dm_c at m = alpha (1, ..., 1) d alpha               (arXiv 1703.01365)
+
+is another question: the average slope on the way from base to expert, where everything else moves too. Over all
+gates of the model it sums to F(expert) - F(base).
 """
 
 from __future__ import annotations
@@ -22,13 +27,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.components import KINDS, MODEL_LAYER, Component, count
-from wpjax.metrics import Metric
+from wpjax.metrics import PROMPTS_AT_ONCE, Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, decoder, forward
 from wpjax.models.layers import Block
 from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch
-from wpjax.sweeps.reference import PROMPTS_AT_ONCE
 from wpjax.sweeps.replay import LayerPatch, Run, Side, kv_patch, layer_patch, layer_rows, query_patch, run_model
 
 
@@ -122,14 +126,16 @@ def _output_linearised(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _weight_gradient(cfg: ModelConfig, host: Params, donor: Params, metric: Metric) -> dict[str, Float[Array, "B ..."]]:
-    """dF/dm of every gate, prompt by prompt, at the empty mask."""
+def _weight_gradient(
+    cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: Float[Array, ""]
+) -> dict[str, Float[Array, "B ..."]]:
+    """dF/dm of every gate, prompt by prompt, with all gates at one value."""
 
     def score(mask: PatchMask, i: Array) -> Array:
         return metric.take(i[None])(cfg, patch(host, donor, mask))[0]
 
-    empty = PatchMask.empty(cfg, jnp.float32)
-    slopes = jax.vmap(jax.grad(score), in_axes=(None, 0))(empty, jnp.arange(len(metric)))
+    mask = jax.tree.map(lambda gate: gate + at, PatchMask.empty(cfg, jnp.float32))
+    slopes = jax.vmap(jax.grad(score), in_axes=(None, 0))(mask, jnp.arange(len(metric)))
     return dict(slopes.gates)
 
 
@@ -167,8 +173,38 @@ def weight_gradient(
     cfg: ModelConfig, host: Params, donor: Params, components: Sequence[Component], metric: Metric
 ) -> Float[np.ndarray, "C B"]:
     """First-order change of the metric by each component, linear in its weights; arguments as above."""
-    by_gate = _in_parts(metric, lambda part: _weight_gradient(cfg, host, donor, part), axis=0)
-    return by_component(by_gate, components)
+    return by_component(_gate_slopes(cfg, host, donor, metric, 0.0), components)
+
+
+def _gate_slopes(
+    cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: float
+) -> dict[str, Float[np.ndarray, "B ..."]]:
+    where = jnp.asarray(at, jnp.float32)
+    return _in_parts(metric, lambda part: _weight_gradient(cfg, host, donor, part, where), axis=0)
+
+
+def integrated_gradients(
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    components: Sequence[Component],
+    metric: Metric,
+    steps: int = 8,
+) -> Float[np.ndarray, "C B"]:
+    """Slope of the metric in each component, averaged over the straight way from host to donor.
+
+    Args:
+        cfg: the model.
+        host: where the way begins.
+        donor: where it ends.
+        components: what slopes are taken of; everything moves.
+        metric: what is measured.
+        steps: points of the midpoint rule.
+    """
+    totals = np.zeros((len(components), len(metric)))
+    for i in range(steps):
+        totals += by_component(_gate_slopes(cfg, host, donor, metric, (i + 0.5) / steps), components)
+    return totals / steps
 
 
 def by_component(
