@@ -19,12 +19,13 @@ from wpjax.files import atomic_output
 SCHEMA = 2
 """Version of the file's layout, in its attribute `schema`."""
 
+FIRST_ORDER = ("screen", "gradient", "ig", "secant")
+"""Estimates of what a component's weights do, in place of their effect where nothing was replaced."""
+
 RANKINGS = (
     "effect",
     "activation",
-    "screen",
-    "gradient",
-    "ig",
+    *FIRST_ORDER,
     "attribution",
     "source",
     "relay",
@@ -70,8 +71,8 @@ class SweepResult:
     exactly as the model was given it. Variables: `effect` (ratio of means, NaN where a component was only screened),
     `effect_paper` (mean of ratios), `ci_low`, `ci_high`, `p_value`, `q_value`, `below_noise_floor`, `exact`,
     `delta[component, prompt]`, `gap[prompt]`, `delta_norm` (Frobenius norm of the component's task vector), the
-    first-order `screen`, `gradient`, `ig` or `attribution` where they were asked for, and `activation`, `source`,
-    `relay`, `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
+    estimates in `FIRST_ORDER` or `attribution` where they were asked for, and `activation`, `source`, `relay`,
+    `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
     those cells were measured. `coverage_joint[swept_kind]` and `coverage_sum[swept_kind]` say
     how much of the gap each kind recovers as one patch and as the sum of its single effects (first-order ones where
     nothing was replaced);

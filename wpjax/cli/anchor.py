@@ -126,8 +126,8 @@ def show_steering(anchor: Anchor) -> None:
         print("\ncausal tests: skipped")
         return
     print_table(
-        "\nPrompts that pass the checker",
-        ("layer", "base, steered", "at random", "strength", "expert, removed", "at random", "nats a token", "verdict"),
+        "\nPrompts that pass the checker: base steered along the direction, expert without it",
+        ("layer", "steered", "at random", "strength", "removed", "at random", "nats a token", ""),
         [
             (
                 f"{'*' if t.layer == anchor.layer else ' '} {t.layer}",
@@ -137,7 +137,7 @@ def show_steering(anchor: Anchor) -> None:
                 f"{t.removed:.0%}",
                 f"{t.removed_random:.0%}",
                 f"{t.nll:.2f} ({t.nll_expert:.2f})",
-                t.verdict().partition(":")[0] or "accepted",
+                "rejected" if t.verdict() else "accepted",
             )
             for t in tests
         ],

@@ -49,6 +49,7 @@ class Method(enum.StrEnum):
     screen_exact = "screen+exact"
     gradient = "gradient"
     ig = "ig"
+    secant = "secant"
     activation = "activation"
     factorial = "factorial"
 
@@ -87,9 +88,9 @@ def run(
         typer.Option(
             "--method",
             help="exact replaces every component for real; screen scores all by first order; screen+exact then "
-            "replaces the top ones; gradient is the plain weight gradient, ig its average from base to expert; "
-            "activation patches the expert's activations instead; factorial tells sources from relays and adds the "
-            "knock-out in the expert.",
+            "replaces the top ones; gradient is the plain weight gradient, ig its average from base to expert, "
+            "secant a two-point one whose scores sum to the gap; activation patches the expert's activations instead; "
+            "factorial tells sources from relays and adds the knock-out in the expert.",
         ),
     ] = Method.screen_exact,
     top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind replaced after a screen.")] = 512,

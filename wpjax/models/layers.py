@@ -33,6 +33,11 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def activation(cfg: ModelConfig) -> Callable[[Array], Array]:
+    """The MLP's activation function."""
+    return _ACTIVATIONS[cfg.act]
+
+
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
 
@@ -142,7 +147,7 @@ class MLP(nnx.Module):
 
     def neurons(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
         """Activations: act(x W_gate) * (x W_in), or act(x W_in)."""
-        act = _ACTIVATIONS[self.cfg.act]
+        act = activation(self.cfg)
         inner = project(x, _leaf(self.W_in))
         if self.cfg.mlp_bias:
             inner = inner + resolve(_leaf(self.b_in))

@@ -11,7 +11,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from wpjax.results import SweepResult
+from wpjax.results import FIRST_ORDER, SweepResult
 
 COLOURS = {
     "head": "#2b6cb0",
@@ -42,7 +42,7 @@ def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]
     data = result.dataset
     values = data["effect"].values.copy()
     exact = np.isfinite(values[np.isin(data["kind"].values, kinds)])
-    for name in ("screen", "gradient", "ig"):
+    for name in FIRST_ORDER:
         if name in data:
             values = np.where(np.isfinite(values), values, data[name].values)
             if not exact.all():

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from wpjax.files import atomic_output, check_output
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
-from wpjax.results import SweepResult
+from wpjax.results import FIRST_ORDER, SweepResult
 
 TITLES = {
     "top": "Highest effects",
@@ -74,6 +74,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
         by=by,
         exact=exact,
         rows=_table(result, by, n_rows),
+        extra=_extra_columns(result),
         figures=[(TITLES[name], _svg(figure)) for name, figure in figures.items()],
         kinds=_kind_rows(result),
         steering=_steering_rows(result),
@@ -84,10 +85,16 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
     )
 
 
+def _extra_columns(result: SweepResult) -> list[str]:
+    """Variables that the table shows beside the effect."""
+    shown = (*FIRST_ORDER, "attribution", "activation", "source", "relay", "interaction", "knockout")
+    return [name for name in shown if name in result.dataset]
+
+
 def _table(result: SweepResult, by: str, n_rows: int) -> list[dict[str, Any]]:
     data = result.dataset
     place = {str(name): i for i, name in enumerate(data["name"].values)}
-    extra = [name for name in ("screen", "gradient", "ig") if name in data]
+    extra = _extra_columns(result)
     rows = []
     for row in result.top(n_rows, by=by):
         i = place[row.name]

@@ -19,7 +19,7 @@ from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
-from wpjax.results import SCHEMA
+from wpjax.results import FIRST_ORDER, SCHEMA
 from wpjax.stats import Resamples, benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
 
 
@@ -28,7 +28,7 @@ class Measured(NamedTuple):
 
     Attributes:
         cells: changes of the metric by cell of the 2x2: "exact" (weights), "activation", "relay", "knockout".
-        first_order: estimates of such changes by name: "screen", "gradient", "ig", "attribution".
+        first_order: estimates of such changes by name: those of `FIRST_ORDER`, and "attribution".
         gap: expert minus base of each prompt.
         coverage: share of the gap recovered by each kind as one joint patch, and by all of them ("all").
         floor: noise floor of each kind that was replaced.
@@ -94,7 +94,7 @@ def make_dataset(
     variables: dict[str, Any] = {name: ("component", values) for name, values in columns.items()}
     variables |= {name: ("component", values.mean(1) / gap.mean()) for name, values in measured.first_order.items()}
     best = columns["effect"].copy()  # first order where nothing was replaced
-    for name in ("screen", "gradient", "ig"):
+    for name in FIRST_ORDER:
         if name in measured.first_order:
             best[~exact] = measured.first_order[name].mean(1)[~exact] / gap.mean()
     swept = list(dict.fromkeys(kinds.tolist()))

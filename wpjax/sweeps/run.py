@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
@@ -24,8 +25,9 @@ from wpjax.sweeps.exact import Chunk, Plan, exact_changes, make_plan, sham_plan
 from wpjax.sweeps.reference import patched_score
 from wpjax.sweeps.replay import Run, Side, run_model
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
+from wpjax.sweeps.secant import secant_adjoint
 
-Method = Literal["exact", "screen", "screen+exact", "gradient", "ig", "activation", "factorial"]
+Method = Literal["exact", "screen", "screen+exact", "gradient", "ig", "secant", "activation", "factorial"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
@@ -68,6 +70,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "screen+exact": Recipe(("screen",), ("screen",), ("exact",)),
         "gradient": Recipe(("gradient",)),
         "ig": Recipe(("ig",)),
+        "secant": Recipe(("secant",)),
         "activation": Recipe(("attribution",), ("attribution",), ("activation",)),
         "factorial": Recipe(
             ("screen", "attribution"), ("screen", "attribution"), ("exact", "activation", "relay", "knockout")
@@ -80,9 +83,14 @@ DEFAULT_KINDS = ("head", "kv_group", "neuron")
 
 def _screen(name: str, pair: Pair, components: Sequence[Component], metric: Metric) -> Float[np.ndarray, "C B"]:
     args = (pair.cfg, pair.base, pair.expert, components, metric)
-    if name in ("gradient", "ig"):
-        return weight_gradient(*args) if name == "gradient" else integrated_gradients(*args)
-    return output_linearised(*args, inputs="donor" if name == "attribution" else "host")
+    screens: dict[str, Callable[..., np.ndarray]] = {
+        "screen": output_linearised,
+        "gradient": weight_gradient,
+        "ig": integrated_gradients,
+        "secant": secant_adjoint,
+        "attribution": functools.partial(output_linearised, inputs="donor"),
+    }
+    return screens[name](*args)
 
 
 def sweep(
@@ -112,10 +120,10 @@ def sweep(
         components: sweep these instead of whole kinds, by name or as `Component`s.
         method: "exact" replaces every component for real; "screen" scores all of them by the output-linearised
             first-order effect; "screen+exact" screens, then replaces the `top` ones of each kind; "gradient" is the
-            weight-gradient screen, "ig" its average on the way from base to expert; "activation" patches the expert's
-            activations instead of its weights, after attribution patching as the screen; "factorial" measures all
-            cells of the 2x2 (source, relay, interaction, see `dataset.two_by_two`) and the knock-out in the expert,
-            for the `top` ones of both screens.
+            weight-gradient screen, "ig" its average on the way from base to expert, "secant" the secant adjoint, whose
+            scores sum to the gap; "activation" patches the expert's activations instead of its weights, after
+            attribution patching as the screen; "factorial" measures all cells of the 2x2 (source, relay, interaction,
+            see `dataset.two_by_two`) and the knock-out in the expert, for the `top` ones of both screens.
         top: how many of each kind are replaced after a screen, chosen by its magnitude.
         seed: of resampling, sign flips and shams.
         n_resamples: bootstrap samples of the intervals.

@@ -165,7 +165,7 @@ def output_linearised(
     def run(part: Metric) -> dict[str, Array]:
         return _output_linearised(cfg, host, donor, part, kinds, weights, inputs)
 
-    by_kind = _in_parts(metric, run, axis=2)
+    by_kind = in_parts(metric, run, axis=2)
     return np.stack([by_kind[c.kind][max(c.layer, 0), c.index] for c in components])
 
 
@@ -180,7 +180,7 @@ def _gate_slopes(
     cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: float
 ) -> dict[str, Float[np.ndarray, "B ..."]]:
     where = jnp.asarray(at, jnp.float32)
-    return _in_parts(metric, lambda part: _weight_gradient(cfg, host, donor, part, where), axis=0)
+    return in_parts(metric, lambda part: _weight_gradient(cfg, host, donor, part, where), axis=0)
 
 
 def integrated_gradients(
@@ -225,7 +225,7 @@ def by_component(
     return np.stack([total(c) for c in components])
 
 
-def _in_parts(metric: Metric, run: Callable[[Metric], dict[str, Array]], axis: int) -> dict[str, np.ndarray]:
+def in_parts(metric: Metric, run: Callable[[Metric], dict[str, Array]], axis: int) -> dict[str, np.ndarray]:
     """Run on a few prompts at a time (the last part filled up), and join the results along their prompt axis."""
     n, size = len(metric), min(PROMPTS_AT_ONCE, len(metric))
     parts: list[dict[str, np.ndarray]] = []

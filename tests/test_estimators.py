@@ -1,0 +1,75 @@
+"""Path estimators: integrated gradients and the secant adjoint add up to the gap, and meet the gradient nearby."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import as_pair
+from tests.test_sweeps import make_anchor
+from tests.tiny import build_pair
+from wpjax.components import KINDS, enumerate_components
+from wpjax.metrics import decision_metric, response_metric, scores
+from wpjax.patching import PatchMask
+from wpjax.sweeps.screens import _gate_slopes, integrated_gradients, weight_gradient
+from wpjax.sweeps.secant import _gate_scores, secant_adjoint, secant_change
+
+
+@pytest.fixture(scope="module", params=["llama-gqa3", "llama-tied", "llama-biases", "gpt2-tied"])
+def pair(request, tmp_path_factory):
+    return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+def metrics(pair, batch):
+    return [make_anchor(pair, 1).on(batch), response_metric(pair, batch, 4), decision_metric(pair, batch, 4)]
+
+
+def gap(pair, metric):
+    return scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)
+
+
+def total(by_gate):
+    return sum(np.asarray(v, np.float64).reshape(len(v), -1).sum(1) for v in by_gate.values())
+
+
+def test_secant_scores_of_all_gates_sum_to_the_gap_of_each_prompt(pair, batch):
+    for metric in metrics(pair, batch):
+        assert np.abs(gap(pair, metric)).max() > 0.1
+        by_gate = _gate_scores(pair.cfg, pair.base, pair.expert, metric)
+        np.testing.assert_allclose(total(by_gate), gap(pair, metric), atol=1e-4, err_msg=metric.name)
+
+
+def test_the_secant_change_is_linear_in_the_gates(pair, batch):
+    metric = response_metric(pair, batch, 4)
+    rng = np.random.default_rng(0)
+    gates = [
+        jax.tree.map(lambda g: jnp.asarray(rng.uniform(size=g.shape), jnp.float32), PatchMask.full(pair.cfg))
+        for _ in range(2)
+    ]
+    run = jax.jit(lambda mask: secant_change(pair.cfg, pair.base, pair.expert, mask, metric))
+    both = jax.tree.map(lambda a, b: a + 2 * b, *gates)
+    np.testing.assert_allclose(run(both), run(gates[0]) + 2 * run(gates[1]), atol=1e-4)
+    np.testing.assert_allclose(run(PatchMask.full(pair.cfg, jnp.float32)), gap(pair, metric), atol=1e-4)
+
+
+def test_nearby_the_secant_is_the_gradient(pair, batch):
+    near = jax.tree.map(lambda b, e: b + 1e-2 * (e - b), pair.base, pair.expert)
+    components = [c for kind in KINDS for c in enumerate_components(pair.cfg, [kind])]
+    for metric in metrics(pair, batch)[1:]:
+        some = [c for c in components if metric.reaches(c)]
+        slope = weight_gradient(pair.cfg, pair.base, near, some, metric)
+        share = secant_adjoint(pair.cfg, pair.base, near, some, metric)
+        assert np.abs(share - slope).max() < 0.06 * np.abs(slope).max()
+
+
+def test_integrated_gradients_of_all_gates_sum_to_the_gap(batch, tmp_path):
+    pair = as_pair(build_pair("llama-gqa3", tmp_path))
+    metric = response_metric(pair, batch, 4)
+    steps = 48
+    summed = sum(total(_gate_slopes(pair.cfg, pair.base, pair.expert, metric, (i + 0.5) / steps)) for i in range(steps))
+    np.testing.assert_allclose(summed / steps, gap(pair, metric), rtol=0.02, atol=0.02)
+    heads = enumerate_components(pair.cfg, ["head"])
+    two = integrated_gradients(pair.cfg, pair.base, pair.expert, heads, metric, steps=2)
+    by_hand = [_gate_slopes(pair.cfg, pair.base, pair.expert, metric, at)["head"] for at in (0.25, 0.75)]
+    expected = np.mean(by_hand, axis=0).reshape(len(batch), -1).T
+    np.testing.assert_allclose(two, expected, atol=1e-6)
