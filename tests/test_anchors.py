@@ -1,6 +1,7 @@
 """Anchors against HF torch's hidden states, noise of known size, and pairs that must be refused."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
-from wpjax.anchors import Anchor, fit_anchor, split_half_cosine
+from wpjax.anchors import Anchor, LayerDiagnostics, fit_anchor, split_half_cosine
 from wpjax.behaviours import behaviour
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.models.checkpoint import save_checkpoint
@@ -145,3 +146,13 @@ def test_anchors_that_do_not_fit_the_model_are_refused(tiny_pair, tmp_path):
         save_file({"vector": bad}, tmp_path / "bad", metadata=metadata)
         with pytest.raises(CheckpointError, match="not a float32 unit vector"):
             Anchor.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("value", [[1], {}, "s", None])
+def test_diagnostics_that_are_not_numbers_are_refused(tmp_path, value):
+    fields = dict.fromkeys(LayerDiagnostics.__dataclass_fields__, value)
+    metadata = {"layer": "0", "behaviour": "x", "expert_fingerprint": "", "diagnostics": json.dumps([fields])}
+    for text in (metadata["diagnostics"], "[" * 100_000):
+        save_file({"vector": np.eye(1, 8, dtype=np.float32)[0]}, tmp_path / "a", metadata | {"diagnostics": text})
+        with pytest.raises(CheckpointError, match="not an anchor file"):
+            Anchor.load(tmp_path / "a")

@@ -148,6 +148,10 @@ def test_checkers_are_tried_with_every_prompts_arguments(tmp_path):
         ([*GOOD, {"with": "b", "without": "b"}], "line 13: the prompt is the same"),
         ([*GOOD, {"with": "a", "without": 3}], "line 13: prompts must be text"),
         ([*GOOD, {"with": "a", "without": "b", "args": 1}], 'line 13: "args" must be'),
+        ([*GOOD, {"prompt": "a", "instruction": None}], "line 13: prompts must be text"),
+        ([*GOOD, '{"with": "a \\ud800", "without": "a"}'], "line 13: prompts must be text"),
+        ([*GOOD, '{"with": "a b", "without": "a", "response": "\\ud800"}'], 'line 13: .*"response" text'),
+        ([*GOOD, "[" * 100_000], "line 13: not JSON"),
     ],
 )
 def test_bad_files_say_which_line(tmp_path, lines, says):
@@ -155,7 +159,10 @@ def test_bad_files_say_which_line(tmp_path, lines, says):
         behaviour(write(tmp_path / "bad.jsonl", *lines))
 
 
-@pytest.mark.parametrize("spec", ["regex:(", "contains:", "nosuchmodule:f", "json:nosuch", "nonsense"])
+@pytest.mark.parametrize(
+    "spec",
+    ["regex:(", "regex:a{99999999999}", "contains:", "nosuchmodule:f", "json:nosuch", "..:f", "nonsense"],
+)
 def test_bad_checkers_are_refused(spec):
     with pytest.raises(BehaviourError, match="checker"):
         parse_checker(spec)
@@ -197,3 +204,34 @@ def test_encoding_goes_through_the_chat_template():
         batch.check_fits(10**6, 100)
     with pytest.raises(BehaviourError, match="too few"):
         behaviour("tiny:title").encode(tokenizer, "sweep", 1)
+
+
+@pytest.mark.parametrize("body", ["raise RuntimeError('boom')", "raise SystemExit(3)", "def ("])
+def test_a_module_that_fails_when_imported(tmp_path, monkeypatch, body):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_checker.py").write_text(body)
+    with pytest.raises(BehaviourError, match="cannot be imported"):
+        parse_checker("broken_checker:f")
+
+
+def test_a_function_that_fails_on_some_text_only(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "picky_checker.py").write_text("def f(text):\n    return 1 / (len(text) - 3)\n")
+    checker = parse_checker("picky_checker:f")
+    assert checker("four", {})
+    with pytest.raises(BehaviourError, match=r"picky_checker:f' fails on the text 'abc' \(ZeroDivisionError"):
+        checker("abc", {})
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for", "{{ 1/0 }}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{{ '\\ud800' }}"],
+)
+def test_a_chat_template_that_fails(template):
+    from wpjax.errors import CheckpointError
+    from wpjax.pairs import load_model
+
+    tokenizer = load_model("tiny:base").tokenizer
+    tokenizer.chat_template = template
+    with pytest.raises(CheckpointError, match="the chat template fails"):
+        behaviour("tiny:title").encode(tokenizer)

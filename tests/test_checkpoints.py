@@ -53,6 +53,19 @@ def edit_tensors(folder, edit):
         ({"num_key_value_heads": 4}, "cannot share 4 KV heads"),
         ({"num_attention_heads": "six"}, "transformers rejects it"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "beta": 1}}, "unknown beta"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 is not a size"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1 is not a size"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 is not a size"),
+        ({"intermediate_size": 10**30}, "intermediate_size=10+ is not a size"),
+        ({"rms_norm_eps": float("nan")}, "epsilon of the norms is nan"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": {}}}, "factor={} is not a value"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "factor='x' is not a value"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta=0 is not a value"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0]}},
+            "no usable frequencies",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 2.0}}, "no usable frequencies"),
     ],
 )
 def test_configurations_are_refused_by_attribute(folder, changes, says):
@@ -78,6 +91,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda t: t.update({NAME: t[NAME].T.copy()}), r"has shape \(24, 40\)"),
         (lambda t: t.update({NAME: np.full_like(t[NAME], np.nan)}), "up_proj.weight holds NaN"),
         (lambda t: t.update({NAME: t[NAME].astype(np.int32)}), "dtype int32"),
+        (lambda t: t.update({NAME: np.full(t[NAME].shape, 1e300)}), "up_proj.weight holds NaN or infinity"),
     ],
 )
 def test_tensors_are_refused_by_name(folder, edit, says):
@@ -330,3 +344,47 @@ def test_difference_norms(tiny_base):
     expected = np.sqrt(np.square(q).sum() + np.square(o).sum())
     assert pair.delta_norms([Component("head", 3, 5)])[0] == pytest.approx(expected, rel=1e-5)
     assert len(planted_components()) == 22
+
+
+def test_more_layers_than_tensors_are_refused_before_their_names_are_made(folder):
+    edit_config(folder, num_hidden_layers=10**9)
+    with pytest.raises(CheckpointError, match="cannot make the 1000000000 layers"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_json_that_nests_too_deep_is_not_readable(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: not readable as JSON"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ({}, "no weight_map"),
+        ({"weight_map": []}, "no weight_map"),
+        ({"weight_map": {"a": 1, "b": "x"}}, "no weight_map"),
+        ({"weight_map": {"a": ["x"]}}, "no weight_map"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "outside the folder"),
+        ({"weight_map": {"a": ".."}}, "outside the folder"),
+        ({"weight_map": {"a": "x" * 5000}}, "is missing"),
+    ],
+)
+def test_bad_indices(folder, index, says):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user/model"])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(CheckpointError, match="cannot be a folder or a file"):
+        load_checkpoint(name)
+
+
+@pytest.mark.parametrize("ids", ["x", 1.5, [None], {"a": 1}, 10**12])
+def test_stop_tokens_are_ids(folder, ids):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id=.* is not a token id"):
+        load_checkpoint(str(folder))

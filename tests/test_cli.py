@@ -162,6 +162,12 @@ def test_bad_names(wpjax, tmp_path):
     assert_refused(wpjax("sweep", *SMALL, "--method", "best", "--out", "r.nc"), "'best' is not one of", tmp_path)
     assert_refused(wpjax("sweep", *SMALL, "--nprompts", "4", "--out", "r.nc"), "No such option", tmp_path)
     assert_refused(wpjax("swep"), "No such command", tmp_path)
+    for option, value in (("--seed", "-1"), ("--memory-mb", "inf"), ("--components", f"L{'9' * 5000}.mlp")):
+        says = "not a component name" if option == "--components" else f"Invalid value for '{option}'"
+        assert_refused(wpjax("sweep", *SMALL, option, value, "--out", "r.nc"), says, tmp_path)
+    for option, value in (("--lr", "nan"), ("--lr", "-1"), ("--weight-decay", "inf")):
+        arguments = ["finetune", *PAIR[:2], *PAIR[4:], "--out", "x", option, value]
+        assert_refused(wpjax(*arguments), f"Invalid value for '{option}'", tmp_path)
     assert_refused(wpjax("anchor", *UNTESTED, "--layer", "8", "--out", "a"), "layers 0 to 7", tmp_path)
 
 
@@ -289,7 +295,8 @@ def test_interrupted_and_killed_sweeps_resume_to_the_same_result(wpjax, tmp_path
     wait_for_shards(tmp_path, n + 3)
     process.kill()
     process.communicate()
-    assert wpjax("sweep", *LONG, "--resume")[0] == 0
+    code, _, err = wpjax("sweep", *LONG, "--resume")
+    assert code == 0, err
     assert [p.name for p in tmp_path.iterdir()] == ["r.nc"]
     resumed = SweepResult.from_netcdf("r.nc").dataset
     assert wpjax("sweep", *LONG, "--overwrite")[0] == 0
@@ -298,3 +305,18 @@ def test_interrupted_and_killed_sweeps_resume_to_the_same_result(wpjax, tmp_path
         for name in ("date", "wall_time_s"):
             del dataset.attrs[name]
     xr.testing.assert_identical(resumed, whole)
+
+
+def test_an_error_never_steers_the_terminal(wpjax, tmp_path):
+    code, _, err = wpjax("inspect", "no\x1b[31m\x00\n/such")
+    assert code == 2
+    assert err == "error: no\\x1b[31m\\x00 /such: no such folder or .gguf file, and not a hub id like org/name\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError("big"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_out_of_memory_is_one_line(wpjax, tmp_path, monkeypatch, error):
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("wpjax.pairs.load_model", load)
+    assert_refused(wpjax("inspect", "tiny:base"), "out of memory .* ask for less", tmp_path)

@@ -3,7 +3,7 @@
 import pytest
 
 from wpjax.errors import OutputError
-from wpjax.files import atomic_output, check_output
+from wpjax.files import atomic_output, check_output, write_tensors
 
 
 def write(path, overwrite, marker=None):
@@ -36,13 +36,22 @@ def test_overwrite_replaces_what_it_would_write_and_nothing_else(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "thesis"]
 
 
-@pytest.mark.parametrize("name", ["", "x" * 300, "missing/x"])
+@pytest.mark.parametrize("name", ["", "x" * 250, "x" * 5000, "missing/x"])
 def test_names_that_cannot_be_written(tmp_path, monkeypatch, name):
     from pathlib import Path
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError):
         check_output(Path(name))
+
+
+def test_a_disk_that_refuses_tensors_is_one_line(tmp_path):
+    """safetensors raises an error of its own, not an OSError."""
+    import numpy as np
+
+    with pytest.raises(OutputError, match="cannot be written"), atomic_output(tmp_path / "x") as temporary:
+        write_tensors(temporary / "missing" / "x", {"a": np.zeros(3)}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_nothing(tmp_path):

@@ -112,3 +112,40 @@ def test_results_of_another_schema_are_refused(result, tmp_path):
     SweepResult(result.dataset.assign_attrs(schema=99)).to_netcdf(tmp_path / "r.nc")
     with pytest.raises(WpjaxError, match=r"r\.nc: schema 99.*sweep again"):
         SweepResult.from_netcdf(tmp_path / "r.nc")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda d: d.drop_vars("index"), "index"),
+        (lambda d: d.drop_vars("anchor_gap_sd"), "anchor_gap_sd"),
+        (lambda d: d.drop_attrs(), "schema None"),
+        (lambda d: d.assign_attrs(coverage="much"), "coverage"),
+        (lambda d: d.assign_attrs(noise_floor_by_kind="[1]"), "noise_floor_by_kind"),
+        (lambda d: d.assign_attrs(schema=[1.0, 2.0]), "schema"),
+        (lambda d: d.assign(gap=((), 1.0)), "gap"),
+        (lambda d: d.assign(effect=d["effect"].astype(str).astype(object)), "effect"),
+        (lambda d: d.assign(coverage_sum=d["coverage_sum"] * np.inf), "coverage_sum"),
+        (lambda d: d.assign_coords(layer=d["layer"] + 10**12), "layer and index"),
+        (lambda d: d.assign({name: d["effect"] * np.nan for name in ("effect", "screen", "delta_norm")}), "ranking"),
+        (lambda d: d.isel(component=slice(0, 0)), "effect"),
+    ],
+)
+def test_results_that_are_damaged_are_refused_by_what_they_lack(result, tmp_path, damage, says):
+    damage(result.dataset.copy(deep=True)).to_netcdf(tmp_path / "r.nc", engine="h5netcdf")
+    with pytest.raises(WpjaxError, match=rf"r\.nc: .*{says}.*sweep again"):
+        SweepResult.from_netcdf(tmp_path / "r.nc")
+
+
+def test_a_file_with_flipped_bytes_is_refused(result, tmp_path):
+    result.to_netcdf(tmp_path / "r.nc")
+    whole = (tmp_path / "r.nc").read_bytes()
+    at = whole.index(b"OHDR", 100)
+    (tmp_path / "r.nc").write_bytes(whole[: at + 8] + bytes(64) + whole[at + 72 :])
+    with pytest.raises(WpjaxError, match="not a readable result file"):
+        SweepResult.from_netcdf(tmp_path / "r.nc")
+
+
+def test_dollar_signs_in_component_names_are_not_mathematics(result, tmp_path):
+    names = np.array([f"${name}^$" for name in result.dataset["name"].values], dtype=object)
+    write_report(SweepResult(result.dataset.assign_coords(name=("component", names))), tmp_path / "r.html")

@@ -65,3 +65,12 @@ def test_what_a_sweep_refuses(setting):
     nan_pair = dataclasses.replace(pair, expert=broken)
     with pytest.raises(WpjaxError, match="not positive"):
         sweep(nan_pair, batch, dataclasses.replace(anchor, expert_fingerprint=""), kinds="head")
+
+
+def test_parts_of_another_shape_are_refused(setting):
+    done = {}
+    sweep(*setting, components=["L0.head.0"], method="screen+exact", done=done)
+    assert any(key.startswith("sham") for key in done)
+    for key in done:
+        with pytest.raises(WpjaxError, match=rf"part {key} has shape \(2, 3\).* delete its file"):
+            sweep(*setting, components=["L0.head.0"], method="screen+exact", done=done | {key: np.zeros((2, 3))})

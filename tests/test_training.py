@@ -1,6 +1,7 @@
 """Training: resumes to the same result, moves only what it may, and learns what it is given."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -173,3 +174,18 @@ def test_checkpoints_of_another_training_are_refused(base, data, tmp_path):
     coarse = jax.tree.map(lambda a: a.astype("bfloat16"), base.params)
     with pytest.raises(WpjaxError, match="float32 parameters"):
         train(base.cfg, coarse, data, CONFIG)
+
+
+def test_a_training_that_diverges_is_refused(base, data):
+    with pytest.raises(WpjaxError, match=r"the loss of step \d+ is nan: training diverged; lower"):
+        train(base.cfg, base.params, data, dataclasses.replace(CONFIG, lr=float("inf")))
+
+
+def test_checkpoints_that_are_damaged_are_refused(base, data, tmp_path):
+    train(base.cfg, base.params, data, CONFIG, checkpoints=tmp_path / "ck")
+    shutil.rmtree(tmp_path / "ck" / "6" / "default")
+    with pytest.raises(OutputError, match=r"ck: damaged .*delete it, and start again"):
+        train(base.cfg, base.params, data, CONFIG, checkpoints=tmp_path / "ck")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="file: cannot be written"):
+        train(base.cfg, base.params, data, CONFIG, checkpoints=tmp_path / "file")

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
 from wpjax.errors import AnchorRejected, CheckpointError
-from wpjax.files import atomic_output
+from wpjax.files import atomic_output, write_tensors
 from wpjax.metrics import Along, Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, forward
@@ -164,7 +163,7 @@ class Anchor:
             "diagnostics": json.dumps([dataclasses.asdict(d) for d in self.diagnostics]),
         }
         with atomic_output(Path(path), overwrite) as temporary:
-            save_file({"vector": np.asarray(self.vector)}, temporary, metadata=metadata)
+            write_tensors(temporary, {"vector": np.asarray(self.vector)}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Anchor:
@@ -178,8 +177,10 @@ class Anchor:
                 meta: Mapping[str, str] = file.metadata() or {}
                 vector = file.get_tensor("vector")
             diagnostics = tuple(LayerDiagnostics(**d) for d in json.loads(meta["diagnostics"]))
+            if not all(isinstance(v, int | float) for d in diagnostics for v in dataclasses.astuple(d)):
+                raise ValueError("diagnostics that are not numbers")
             layer, behaviour, of = int(meta["layer"]), meta["behaviour"], meta["expert_fingerprint"]
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
         if vector.ndim != 1 or vector.dtype != np.float32 or not np.isclose(np.linalg.norm(vector), 1, atol=1e-3):
             raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")
@@ -320,7 +321,8 @@ def _diagnose(
     expert_alone, base_alone = project(pair.expert, check.without), project(pair.base, check.without)
     gap, resamples = expert - base, resample(check.queries, seed=seed)
     specific = gap - (expert_alone - base_alone)
-    trace = (base - base_alone).mean(1) / (expert - expert_alone).mean(1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a layer without any trace of the instruction
+        trace = (base - base_alone).mean(1) / (expert - expert_alone).mean(1)
     rows = []
     for i in range(len(gap)):
         figures = [(*mean_interval(values, resamples), float(values.std(ddof=1))) for values in (gap[i], specific[i])]

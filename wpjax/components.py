@@ -231,7 +231,7 @@ def _parse(name: str) -> Component | None:
 
 
 def _is_index(text: str) -> bool:
-    return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
+    return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0") and len(text) < 10
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

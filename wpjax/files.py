@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from wpjax.errors import OutputError
+
+MAX_NAME = 200
+"""Longest name of an output in bytes: file systems take 255, and temporary names beside it are longer."""
 
 
 def check_output(path: Path, overwrite: bool = False, marker: str | None = None) -> None:
@@ -26,9 +31,11 @@ def check_output(path: Path, overwrite: bool = False, marker: str | None = None)
     """
     if not path.name:
         raise OutputError(f"{str(path)!r} is not a name to write to; give a new one")
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise OutputError(f"{path}: a name longer than {MAX_NAME} bytes cannot be written; choose a shorter one")
     try:
         exists, is_folder = path.exists() or path.is_symlink(), path.is_dir()
-    except OSError as error:  # a name that is too long
+    except OSError as error:  # a path that is too long
         raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another name") from error
     if exists and not overwrite:
         raise OutputError(f"{path} exists; choose another name, or pass --overwrite")
@@ -79,6 +86,21 @@ def atomic_output(path: Path, overwrite: bool = False, marker: str | None = None
         else:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk refuses the bytes (the library itself raises an error of its own).
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _open_to_readers(path: Path) -> None:

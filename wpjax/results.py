@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, MutableMapping
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +36,30 @@ RANKINGS = (
 """Variables that components can be ranked by, the most trustworthy first."""
 
 JSON_ATTRIBUTES = ("noise_floor_by_kind", "rows_per_program")
-REQUIRED = ("effect", "ci_low", "ci_high", "q_value", "below_noise_floor", "exact", "delta", "gap", "delta_norm",
-            "coverage_joint", "coverage_sum", "name", "kind", "layer", "prompt", "swept_kind")  # fmt: skip
+ANCHOR = (
+    "anchor_stability",
+    *(f"anchor_{gap}{end}" for gap in ("gap", "specific") for end in ("", "_low", "_high", "_sd")),
+)
+_COMPONENTS, _PROMPTS, _KINDS = ("component",), ("prompt",), ("swept_kind",)
+LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
+    **dict.fromkeys((*RANKINGS, "ci_low", "ci_high", "q_value"), (_COMPONENTS, "f")),
+    **dict.fromkeys(("below_noise_floor", "exact"), (_COMPONENTS, "b")),
+    **dict.fromkeys(("name", "kind"), (_COMPONENTS, "OTU")),
+    **dict.fromkeys(("layer", "index"), (_COMPONENTS, "i")),
+    "delta": ((*_COMPONENTS, *_PROMPTS), "f"),
+    "gap": (_PROMPTS, "f"),
+    "prompt": (_PROMPTS, "OTU"),
+    **dict.fromkeys(("coverage_joint", "coverage_sum"), (_KINDS, "f")),
+    "n_components": (_KINDS, "i"),
+    "swept_kind": (_KINDS, "OTU"),
+    **dict.fromkeys(ANCHOR, (("model_layer",), "f")),
+}
+"""Dimensions of every variable, and the kinds that its dtype may have (text has several)."""
+
+OPTIONAL = tuple(name for name in RANKINGS if name not in ("effect", "delta_norm"))
+TEXTS = ("behaviour", "metric", "base", "expert", "date", "noise_floor_by_kind")
+NUMBERS = ("n_prompts", "n_queries", "n_layers", "metric_layer", "gap_mean", "gap_low", "gap_high", "coverage",
+           "noise_floor")  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -148,15 +170,46 @@ class SweepResult:
             WpjaxError: no such file, or not a result of this package.
         """
         try:
-            dataset = xr.load_dataset(path, engine="h5netcdf")
-        except (OSError, ValueError) as error:
+            with warnings.catch_warnings(action="ignore"):  # about HDF5 that is not netCDF
+                dataset = xr.load_dataset(path, engine="h5netcdf")
+        except Exception as error:  # HDF5's readers raise what they like on a damaged file
             raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `wpjax sweep`") from error
-        if dataset.attrs.get("schema") != SCHEMA:
-            raise WpjaxError(f"{path}: schema {dataset.attrs.get('schema')}, this version reads {SCHEMA}; sweep again")
-        lacking = [name for name in REQUIRED if name not in dataset]
-        if lacking:
-            raise WpjaxError(f"{path}: lacks {', '.join(lacking)}; it is damaged, sweep again")
+        schema: Any = dataset.attrs.get("schema")
+        if not np.array_equal(schema, SCHEMA):
+            raise WpjaxError(f"{path}: schema {schema}, this version reads {SCHEMA}; sweep again")
+        wrong = _damage(dataset)
+        if wrong:
+            raise WpjaxError(f"{path}: lacks a usable {', '.join(wrong)}; it is damaged, sweep again")
         return cls(dataset)
+
+
+def _fits(variable: xr.DataArray, name: str) -> bool:
+    dims, kinds = LAYOUT[name]
+    if variable.dims != dims or variable.dtype.kind not in kinds or not variable.size:
+        return False
+    return kinds != "f" or not (np.abs(variable.values) > 1e30).any()  # NaN: not measured
+
+
+def _damage(data: xr.Dataset) -> list[str]:
+    """What a dataset lacks, or has in another form than `LAYOUT` says."""
+    absent = {*OPTIONAL, *(() if any(name in data for name in ANCHOR) else ANCHOR)} - set(data.variables)
+    wrong = [name for name in LAYOUT if name not in absent and not (name in data and _fits(data[name], name))]
+    wrong += [name for name in TEXTS if not isinstance(data.attrs.get(name), str)]
+    wrong += [name for name in NUMBERS if not isinstance(data.attrs.get(name), int | float | np.number)]
+    if wrong:
+        return wrong
+    if not any(np.isfinite(data[name].values).any() for name in RANKINGS if name in data):
+        wrong.append("ranking")
+    layer, index = data["layer"].values, data["index"].values
+    if layer.min() < -1 or layer.max() >= data.attrs["n_layers"] or index.min() < 0 or index.max() >= 2**31:
+        wrong.append("layer and index")
+    try:
+        floors = json.loads(data.attrs["noise_floor_by_kind"])
+    except (ValueError, RecursionError):
+        floors = None
+    if not isinstance(floors, dict) or not all(isinstance(floor, int | float) for floor in floors.values()):
+        wrong.append("noise_floor_by_kind")
+    return wrong
 
 
 class Shards(MutableMapping[str, np.ndarray]):
@@ -185,7 +238,7 @@ class Shards(MutableMapping[str, np.ndarray]):
     def _check_manifest(self) -> None:
         try:
             theirs = json.loads((self.folder / "manifest.json").read_text())["digest"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             theirs = None
         if theirs != self._manifest["digest"]:
             raise OutputError(
@@ -212,12 +265,8 @@ class Shards(MutableMapping[str, np.ndarray]):
             self._is_mine = True
         if not self._is_mine:  # another sweep to the same place began after this one had looked
             self._check_manifest()
-        temporary = self.folder / f".{key}.{os.getpid()}.partial"
-        with temporary.open("wb") as file:
+        with atomic_output(self._path(key), overwrite=True) as temporary, temporary.open("wb") as file:
             np.save(file, value, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path(key))
 
     def __delitem__(self, key: str) -> None:
         self._path(key).unlink()

@@ -141,7 +141,8 @@ def train(
 
     Raises:
         OutputError: the folder holds checkpoints of another training.
-        WpjaxError: parameters in another dtype than float32, where most updates would round to nothing.
+        WpjaxError: parameters in another dtype than float32, where most updates would round to nothing; or a loss
+            that is not finite.
     """
     if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
         raise WpjaxError("training needs float32 parameters; load the model with dtype='float32'")
@@ -170,11 +171,18 @@ def train(
     if manager and manager.latest_step() is not None:
         start = manager.latest_step()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state))
-        params, state = manager.restore(start, args=ocp.args.StandardRestore(abstract))
+        try:
+            params, state = manager.restore(start, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # whatever orbax raises on a folder that is not whole
+            raise OutputError(f"{checkpoints}: damaged ({str(error)[:200]}); delete it, and start again") from error
     try:
         for i in range(start, config.steps):
             rows = batch_rows(len(data.ids), config, i)
             params, state, loss = step(params, state, jnp.asarray(data.ids[rows]), jnp.asarray(data.weights[rows]))
+            if not np.isfinite(loss):
+                raise WpjaxError(
+                    f"the loss of step {i + 1} is {float(loss)}: training diverged; lower the learning rate"
+                )
             if manager and (i + 1) % config.save_every == 0:
                 manager.save(i + 1, args=ocp.args.StandardSave((params, state)))
             on_step(i + 1, float(loss))
@@ -195,10 +203,13 @@ def _identity(cfg: ModelConfig, params: Params, data: Dataset, config: TrainConf
 def _check_training(folder: Path, identity: str) -> None:
     """Refuse checkpoints of another training; sign a folder that has none yet."""
     signature = folder / "training.txt"
-    if signature.exists() and signature.read_text(encoding="utf-8") != identity:
-        raise OutputError(f"{folder} holds another training's checkpoints; delete it, or repeat its settings")
-    folder.mkdir(parents=True, exist_ok=True)
-    signature.write_text(identity, encoding="utf-8")
+    try:
+        if signature.exists() and signature.read_bytes() != identity.encode():
+            raise OutputError(f"{folder} holds another training's checkpoints; delete it, or repeat its settings")
+        folder.mkdir(parents=True, exist_ok=True)
+        signature.write_text(identity, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); delete it, or choose another") from error
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

@@ -6,6 +6,7 @@ any of eight variants of it. A blank text always fails.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -112,7 +113,7 @@ def parse_checker(spec: str) -> Checker:
     if how == "regex" and what:
         try:
             pattern = re.compile(what)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise BehaviourError(f"checker {spec!r}: not a regular expression ({error})") from error
         return lambda text, args: pattern.search(text) is not None
     if how == "contains" and what:
@@ -120,9 +121,19 @@ def parse_checker(spec: str) -> Checker:
     if how and what:
         try:
             function = getattr(importlib.import_module(how), what)
-        except (ImportError, AttributeError) as error:
-            raise BehaviourError(f"checker {spec!r}: cannot be imported ({error})") from error
-        return lambda text, args: bool(function(text))
+        except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+            reason = f"{type(error).__name__}: {error}"
+            raise BehaviourError(f"checker {spec!r}: cannot be imported ({reason}); correct the module") from error
+        return functools.partial(_call, spec, function)
     raise BehaviourError(
         f"unknown checker {spec!r}; use one of {', '.join(CHECKERS)}, or regex:..., contains:..., module:function"
     )
+
+
+def _call(spec: str, function: Callable[[str], Any], text: str, args: Mapping[str, Any]) -> bool:
+    """A user's function as a checker."""
+    try:
+        return bool(function(text))
+    except (Exception, SystemExit) as error:  # whatever it raises
+        reason = f"{type(error).__name__}: {error}"
+        raise BehaviourError(f"checker {spec!r} fails on the text {text[:40]!r} ({reason}); correct it") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxtyping import Array, Int
 
 from wpjax.behaviours.checkers import CHECKERS, Checker, parse_checker
 from wpjax.behaviours.rewrites import REWRITES, Rewrite
-from wpjax.errors import BehaviourError
+from wpjax.errors import BehaviourError, CheckpointError
 
 Split = Literal["fit", "sweep", "test"]
 SPLITS: tuple[Split, ...] = ("fit", "sweep", "test")
@@ -199,11 +200,23 @@ class Behaviour:
 
 
 def render(tokenizer: Any, text: str) -> str:
-    """What the model is given for one user message: the chat template up to the answer, or the text itself."""
+    """What the model is given for one user message: the chat template up to the answer, or the text itself.
+
+    Raises:
+        CheckpointError: the chat template fails.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return text
     message = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    try:
+        rendered = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        rendered.encode("utf-8")  # no lone surrogates
+        return rendered
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise CheckpointError(
+            f"{tokenizer.name_or_path}: the chat template fails ({type(error).__name__}: {error}); correct it, or "
+            "remove it to use the prompts as they are"
+        ) from error
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Tokens:
@@ -265,7 +278,7 @@ def _from_file(path: Path, checker: str | None) -> Behaviour:
     try:
         # Only newlines end a line: JSON allows Unicode's other separators inside a string.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise BehaviourError(f"{path}: cannot be read ({error})") from error
     queries: dict[str, int] = {}
     pairs = [_parse_line(path, i + 1, line, queries) for i, line in enumerate(lines) if line.strip()]
@@ -281,11 +294,14 @@ def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> 
     where = f"{path}, line {number}"
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BehaviourError(f"{where}: not JSON ({error})") from error
     if not isinstance(entry, dict):
         raise BehaviourError(f"{where}: expected a JSON object")
     keys = set(entry) - {"args", "response"}
+    prompts = [entry[key] for key in keys & {"prompt", "instruction", "with", "without"}]
+    if not all(_is_text(prompt) and prompt.strip() for prompt in prompts):
+        raise BehaviourError(f"{where}: prompts must be text that is not blank")
     if keys == {"prompt", "instruction"}:
         with_, without = f"{entry['prompt']} {entry['instruction']}", entry["prompt"]
     elif keys == {"with", "without"}:
@@ -293,13 +309,16 @@ def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> 
     else:
         raise BehaviourError(f'{where}: keys must be "with" and "without", or "prompt" and "instruction"; has {keys}')
     args, response = entry.get("args", {}), entry.get("response")
-    if not (isinstance(with_, str) and isinstance(without, str) and with_.strip() and without.strip()):
-        raise BehaviourError(f"{where}: prompts must be text that is not blank")
     if with_ == without:
         raise BehaviourError(f"{where}: the prompt is the same with and without the instruction")
-    if not isinstance(args, dict) or not (response is None or isinstance(response, str)):
+    if not isinstance(args, dict) or not (response is None or _is_text(response)):
         raise BehaviourError(f'{where}: "args" must be an object and "response" text')
     return PromptPair(with_, without, queries.setdefault(without, len(queries)), args, response)
+
+
+def _is_text(value: Any) -> bool:
+    """A string without lone surrogates, which JSON can say and no tokenizer takes."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def _no_checker(text: str, args: Mapping[str, Any]) -> bool:

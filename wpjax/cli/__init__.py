@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 from typing import NoReturn
 
@@ -38,17 +41,40 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """Run the command line: exit 0 done, 2 bad input, 130 interrupted, 1 a bug."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:  # a command has said what was kept
+            _leave_at_once()
+        raise
     except WpjaxError as error:
         _fail(str(error))
     except TyperException as error:  # an option that does not exist, a value that does not parse
         _fail(f"{error.format_message()} See --help.")
+    except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            _fail(f"out of memory ({error}); ask for less at once: fewer prompts, a smaller batch, a lower --memory-mb")
+        if "Unable to initialize backend" in str(error):  # what JAX_PLATFORMS names
+            _fail(str(error))
+        raise
     if code == INTERRUPTED:
         print("interrupted; nothing was written", file=sys.stderr)
+        _leave_at_once()
     sys.exit(code or 0)
 
 
 def _fail(message: str) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    # What a file brings into a message, say the name of a tensor, must not steer the terminal.
+    print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
     sys.exit(2)
+
+
+def _leave_at_once() -> NoReturn:
+    """Exit without the interpreter's teardown, which crashes where XLA was cut off in the middle of a program."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
+            stream.flush()
+    os._exit(INTERRUPTED)

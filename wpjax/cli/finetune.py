@@ -26,9 +26,9 @@ def run(
     out: OutOption,
     checker: CheckerOption = None,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps.")] = 90,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.")] = 3e-5,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples a step.")] = 8,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="AdamW's.")] = 0.0,
+    lr: Annotated[float, typer.Option("--lr", min=0, max=1, help="Peak learning rate of AdamW.")] = 3e-5,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=2**16, help="Examples a step.")] = 8,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, max=2**20, help="AdamW's.")] = 0.0,
     components: Annotated[
         str | None, typer.Option("--components", help="Confine the change to these, comma-separated: L1.head.2,L3.mlp.")
     ] = None,
@@ -84,15 +84,19 @@ def run(
             progress("training", step, steps)
             losses.append(loss)
 
-        expert = finetune(
-            model,
-            task,
-            config,
-            components=None if components is None else [c.strip() for c in components.split(",")],
-            max_new_tokens=max_new_tokens,
-            checkpoints=checkpoints,
-            on_step=on_step,
-        )
+        try:
+            expert = finetune(
+                model,
+                task,
+                config,
+                components=None if components is None else [c.strip() for c in components.split(",")],
+                max_new_tokens=max_new_tokens,
+                checkpoints=checkpoints,
+                on_step=on_step,
+            )
+        except Exception:
+            kept()  # removes a folder without any checkpoint
+            raise
         save_checkpoint(out, expert, overwrite=overwrite)
         saved = True
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -59,7 +59,7 @@ CheckerOption = Annotated[
     typer.Option("--checker", help="For a .jsonl file: regex:..., contains:..., module:function or a built-in name."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of weights and matrix products.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 PromptsOption = Annotated[int, typer.Option("--n-prompts", min=4, help="Prompts, at most.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -97,7 +97,8 @@ def run(
     n_prompts: PromptsOption = 64,
     dtype: DtypeOption = Dtype.float32,
     memory: Annotated[
-        float | None, typer.Option("--memory-mb", min=1, help="Memory for a chunk of patches; chosen if absent.")
+        float | None,
+        typer.Option("--memory-mb", min=1, max=2**30, help="Memory for a chunk of patches; chosen if absent."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was interrupted.")] = False,
     seed: SeedOption = 0,

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from wpjax.errors import CheckpointError
-from wpjax.files import atomic_output
+from wpjax.files import atomic_output, write_tensors
 from wpjax.models.config import ModelConfig
 from wpjax.models.convert import flatten, hf_tensors, params_from_hf
 from wpjax.models.decoder import Params
@@ -90,15 +89,19 @@ class SafetensorsFolder:
     def _shards(folder: Path) -> list[Path]:
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise CheckpointError(f"{index}: no weight_map from tensors to files; download it again")
+            present = {path.name for path in folder.iterdir() if path.is_file()}
+            files = sorted(set(weight_map.values()))
             for name in files:
-                if Path(name).name != name:
+                if Path(name).name != name or name == "..":
                     raise CheckpointError(f"{index}: weight_map names {name!r}, which is outside the folder")
-                if not (folder / name).exists():
+                if name not in present:
                     raise CheckpointError(f"{folder}: the shard {name} named by {index.name} is missing")
             return [folder / name for name in files]
         single = folder / "model.safetensors"
-        if single.exists():
+        if single.is_file():
             return [single]
         pickles = [p.name for p in folder.glob("*.bin")]
         hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
@@ -128,10 +131,15 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
     Raises:
         CheckpointError: with the file, the tensor or the attribute that is wrong.
     """
-    source, path = str(source), Path(source).expanduser()
-    if path.is_dir():
+    source = str(source)
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        raise CheckpointError(f"{source}: cannot be a folder or a file ({error}); correct the name") from error
+    if is_folder:
         return _load_folder(path, source, dtype, ignore_config)
-    if path.is_file():
+    if is_file:
         if path.suffix != ".gguf":
             raise CheckpointError(f"{source}: a model is a folder, a .gguf file or a hub id; name the folder")
         file = GgufFile(path)
@@ -169,8 +177,8 @@ def _download(hub_id: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return value
@@ -178,14 +186,22 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...]) -> Checkpoint:
     config = folder / "config.json"
-    if not config.exists():
+    if not config.is_file():
         raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
     raw = _read_json(config)
     cfg = parse_config(raw, str(config), ignore_config)
     params = params_from_hf(cfg, SafetensorsFolder(folder), dtype)
-    generation = folder / "generation_config.json"
-    tokenizer = load_tokenizer(folder)
-    return Checkpoint(cfg, params, tokenizer, raw, _read_json(generation) if generation.exists() else None, source)
+    path = folder / "generation_config.json"
+    generation = _read_json(path) if path.exists() else None
+    for file, content in ((config, raw), (path, generation or {})):
+        _check_stop_tokens(file, content.get("eos_token_id"))
+    return Checkpoint(cfg, params, load_tokenizer(folder), raw, generation, source)
+
+
+def _check_stop_tokens(path: Path, ids: Any) -> None:
+    for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+        if not (isinstance(token, int) and abs(token) < 2**31):
+            raise CheckpointError(f"{path}: eos_token_id={ids!r} is not a token id or a list of them; correct it")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -200,7 +216,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer("text")
+        return tokenizer
     except Exception as error:  # whatever the tokenizer's own parser raises
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
 
@@ -233,7 +251,7 @@ def _write_shards(folder: Path, cfg: ModelConfig, params: Params, limit: int) ->
     pending: dict[str, np.ndarray] = {}
 
     def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        write_tensors(folder / f"shard-{len(shards)}", pending, {"format": "pt"})
         shards.append(list(pending))
         pending.clear()
 

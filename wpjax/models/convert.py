@@ -116,6 +116,11 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
 
 def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict[str, str]:
     """Full HF name -> name in the source (a base model's checkpoint lacks the prefix)."""
+    if cfg.n_layers > len(source.names()):  # before that many names are made
+        raise CheckpointError(
+            f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of config.json"
+            "; the weights do not belong to it"
+        )
     expected = [
         rule.hf.replace("{l}", str(layer))
         for rule in _rules(cfg)
@@ -156,7 +161,9 @@ def _checked(cfg: ModelConfig, rule: TensorRule, where: str, name: str, tensor: 
             f"{where}: tensor {name} has dtype {tensor.dtype.name}; only {', '.join(_FLOATS)} can be read, "
             "so dequantise the checkpoint first"
         )
-    if not np.isfinite(tensor.astype(np.float32, copy=False)).all():
+    with np.errstate(over="ignore"):  # a float64 that float32 cannot hold is refused as infinite
+        finite = bool(np.isfinite(tensor.astype(np.float32, copy=False)).all())
+    if not finite:
         raise CheckpointError(f"{where}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
     return tensor
 

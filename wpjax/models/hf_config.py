@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
+
+import numpy as np
 
 from wpjax.errors import ConfigError
 from wpjax.models.config import ModelConfig, Rope, RopeScaling
 from wpjax.models.families import COMMON_IGNORED, FAMILIES, Family, activation
+from wpjax.models.rotary import frequencies
 
 _ROPE_OPTIONS: dict[RopeScaling, frozenset[str]] = {
     "default": frozenset[str](),
@@ -23,6 +27,7 @@ _ROPE_OPTIONS: dict[RopeScaling, frozenset[str]] = {
     ),
 }
 _LEGACY_ROPE = frozenset({"rope_parameters", "rope_theta", "rope_scaling"})
+_SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 
 
 def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = ()) -> ModelConfig:
@@ -58,6 +63,7 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     if act is None:
         raise ConfigError(f"{where}: activation {values['act']!r} is not implemented")
     values["act"] = act
+    _check_sizes(family, values, where)
     for field, value_of in family.derived.items():
         if values.get(field) is None:
             values[field] = value_of(values)
@@ -67,7 +73,12 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     missing = sorted(k for k, v in values.items() if v is None and k != "rope")
     if missing:
         raise ConfigError(f"{where}: the configuration does not say {', '.join(missing)}")
+    _check_sizes(family, values, where)  # also those that were derived
+    if not 0 <= values["norm_eps"] < math.inf:
+        raise ConfigError(f"{where}: the epsilon of the norms is {values['norm_eps']}, not a small number; correct it")
     cfg = ModelConfig(family=family.model_type, **values)
+    if cfg.rope and not _has_frequencies(cfg):
+        raise ConfigError(f"{where}: rope_parameters give no usable frequencies: {cfg.rope}; correct them")
     if cfg.n_heads % cfg.n_kv_heads:
         raise ConfigError(f"{where}: {cfg.n_heads} query heads cannot share {cfg.n_kv_heads} KV heads evenly")
     return cfg
@@ -83,17 +94,38 @@ def _with_defaults(family: Family, raw: Mapping[str, Any], where: str) -> dict[s
         raise ConfigError(f"{where}: transformers rejects it: {' '.join(str(error).split())}") from error
 
 
+def _check_sizes(family: Family, values: Mapping[str, Any], where: str) -> None:
+    names = {ours: hf for hf, ours in family.fields.items()}
+    for field in _SIZES:
+        value = values.get(field)
+        if value is not None and not (isinstance(value, int) and 1 <= value < 2**31):
+            raise ConfigError(f"{where}: {names.get(field, field)}={value!r} is not a size; correct it")
+
+
+def _has_frequencies(cfg: ModelConfig) -> bool:
+    try:
+        with np.errstate(all="ignore"):
+            inv_freq, scale = frequencies(cfg)
+    except (ArithmeticError, ValueError):  # ValueError: factors for another number of dimensions
+        return False
+    return bool(np.isfinite(inv_freq).all()) and math.isfinite(scale)
+
+
 def _parse_rope(full: Mapping[str, Any], where: str) -> Rope:
     given = dict(full.get("rope_parameters") or {})
     scaling = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
-    theta = float(given.pop("rope_theta", None) or full.get("rope_theta") or 10_000.0)
-    if scaling not in _ROPE_OPTIONS:
+    theta = given.pop("rope_theta", None)
+    theta = next(value for value in (theta, full.get("rope_theta"), 10_000.0) if value is not None)
+    if not isinstance(scaling, str) or scaling not in _ROPE_OPTIONS:
         raise ConfigError(f"{where}: rope_type {scaling!r} is not implemented; known: {', '.join(_ROPE_OPTIONS)}")
     options = {k: v for k, v in given.items() if v is not None and not (k == "partial_rotary_factor" and v == 1.0)}
     unknown = sorted(set(options) - _ROPE_OPTIONS[scaling])
     if unknown:
         raise ConfigError(f"{where}: rope_parameters has unknown {', '.join(unknown)} for rope_type {scaling!r}")
+    for name, value in {"rope_theta": theta, **options}.items():
+        if not _is_rope_value(name, value):
+            raise ConfigError(f"{where}: {name}={value!r} is not a value that rotary embedding can use; correct it")
     n_ctx = full["max_position_embeddings"]
     if scaling in ("llama3", "yarn", "longrope"):
         original = options.setdefault("original_max_position_embeddings", n_ctx)
@@ -102,4 +134,15 @@ def _parse_rope(full: Mapping[str, Any], where: str) -> Rope:
     if missing:
         raise ConfigError(f"{where}: rope_parameters lacks {', '.join(missing)} for rope_type {scaling!r}")
     packed = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return Rope(theta=theta, scaling=cast(RopeScaling, scaling), options=tuple(sorted(packed.items())))
+    return Rope(theta=float(theta), scaling=scaling, options=tuple(sorted(packed.items())))
+
+
+def _is_rope_value(name: str, value: Any) -> bool:
+    """A positive number; a list of them for factors by dimension; a switch is a switch, and 0 switches a scale off."""
+    if name == "truncate":
+        return isinstance(value, bool)
+    if name in ("short_factor", "long_factor"):
+        return isinstance(value, list) and all(_is_rope_value("", item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < math.inf or (value == 0 and name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow"))

@@ -33,6 +33,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "wpjax",
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a name with a dollar sign is not mathematics
 }
 GREY = "#6b7280"
 
@@ -104,10 +105,7 @@ def _apart(x: np.ndarray, y: np.ndarray, order: np.ndarray, n: int = 5) -> list[
 
 def draw_depth(result: SweepResult, axes: Axes) -> None:
     """Sums of single effects by layer and kind: positive ones stacked above zero, negative ones below."""
-    data, (values, _) = result.dataset, _values(result, [])
-    # Kinds that overlap are not stacked: the finest ones that were swept.
-    finest = (("head", "kv_group", "neuron"), ("attn", "mlp", "norm"), ("layer",))
-    kinds = next([k for k in group if _has(result, k)] for group in finest if any(_has(result, k) for k in group))
+    data, (values, _), kinds = result.dataset, _values(result, []), _finest(result)
     n_layers = int(data["layer"].values.max()) + 1
     axes.axhline(0, color=GREY, lw=0.6)
     base = {1: np.zeros(n_layers), -1: np.zeros(n_layers)}
@@ -185,6 +183,13 @@ def _has(result: SweepResult, kind: str) -> bool:
     return bool((result.dataset["kind"].values == kind).any())
 
 
+def _finest(result: SweepResult) -> list[str]:
+    """The finest kinds that were swept in layers: kinds that overlap are not stacked."""
+    groups = (("head", "kv_group", "neuron"), ("attn", "mlp", "norm"), ("layer",))
+    found = ([kind for kind in group if _has(result, kind)] for group in groups)
+    return next((kinds for kinds in found if kinds), [])
+
+
 def available(result: SweepResult) -> dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]]:
     """The figures this result has the data for: name -> (function that draws it, size in inches)."""
     figures: dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]] = {}
@@ -196,7 +201,7 @@ def available(result: SweepResult) -> dict[str, tuple[Callable[[SweepResult, Axe
         figures["kv_groups"] = (lambda r, axes: draw_heads(r, axes, "kv_group"), (3.6, 3.8))
     if _has(result, "neuron"):
         figures["neurons"] = (draw_neurons, (6.4, 3.8))
-    if (result.dataset["layer"].values >= 0).any():
+    if _finest(result):
         figures["depth"] = (draw_depth, (5.4, 3.2))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))
     if "anchor_gap" in result.dataset:
@@ -226,8 +231,5 @@ def make_overview(result: SweepResult) -> Figure:
             axes.set_visible(False)
         attrs = result.dataset.attrs
         title = f"{attrs['behaviour']}: weights of {attrs['expert']} that carry it into {attrs['base']}"
-        figure.suptitle(
-            title.replace("$", r"\$"),  # a path is not mathematics
-            fontsize=11, fontweight="bold", x=0.01, ha="left",
-        )  # fmt: skip
+        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure

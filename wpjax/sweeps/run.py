@@ -164,7 +164,7 @@ def sweep(
         progress(f"{name} of {len(chosen)} components", 0, 1)
         if name not in done:
             done[name] = _screen(name, pair, chosen, metric)
-        first_order[name] = done[name]
+        first_order[name] = _part(done, name, len(chosen), len(batch))
         progress(f"{name} of {len(chosen)} components", 1, 1)
     replaced = list(range(len(chosen))) if recipe.cells else []
     if recipe.choose:
@@ -251,7 +251,8 @@ class _Engine:
             self.done[_key(name, chunk)] = changes
             n_done += 1
             self.progress(f"{name} patches", n_done, len(keys))
-        return [(chunk, self.done[key]) for key, chunk in keys.items()]
+        n_prompts = len(self.metric)
+        return [(chunk, _part(self.done, key, len(chunk.components), n_prompts)) for key, chunk in keys.items()]
 
     def changes(self, name: str, plan: Plan) -> Float[np.ndarray, "C B"]:
         """Changes of the metric in one cell; NaN for components that the plan leaves out.
@@ -273,6 +274,16 @@ class _Engine:
         for chunk, changes in self.perform("sham", sham_plan(plan), seed):
             floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
         return floor
+
+
+def _part(done: Mapping[str, np.ndarray], key: str, n: int, n_prompts: int) -> Float[np.ndarray, "C B"]:
+    part = np.asarray(done[key])
+    if part.shape != (n, n_prompts) or part.dtype.kind != "f":
+        raise WpjaxError(
+            f"the finished part {key} has shape {part.shape} and dtype {part.dtype}, not floats of shape "
+            f"{(n, n_prompts)}: it is damaged; delete its file, and go on with --resume"
+        )
+    return part
 
 
 def _key(prefix: str, chunk: Chunk) -> str:
