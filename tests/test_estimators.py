@@ -15,7 +15,7 @@ from wpjax.sweeps.screens import _gate_slopes, integrated_gradients, weight_grad
 from wpjax.sweeps.secant import _gate_scores, secant_adjoint, secant_change
 
 
-@pytest.fixture(scope="module", params=["llama-gqa3", "llama-tied", "llama-biases", "gpt2-tied"])
+@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied"])
 def pair(request, tmp_path_factory):
     return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))
 

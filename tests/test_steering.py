@@ -64,8 +64,12 @@ def test_steered_generation_equals_hf_torch_token_for_token(name, tmp_path):
         assert (np.asarray(unmoved) != expected).any()
 
 
-def test_an_anchor_is_accepted_where_steering_and_removal_beat_chance(tiny_pair):
-    anchor = fit_anchor(tiny_pair, behaviour("tiny:multiple_sections"))
+@pytest.fixture(scope="module")
+def anchor(tiny_pair):
+    return fit_anchor(tiny_pair, behaviour("tiny:multiple_sections"))
+
+
+def test_an_anchor_is_accepted_where_steering_and_removal_beat_chance(anchor):
     tests = [d.steering for d in anchor.diagnostics if d.steering]
     chosen = next(t for t in tests if t.layer == anchor.layer)
     assert anchor.acceptance == "accepted"
@@ -75,10 +79,9 @@ def test_an_anchor_is_accepted_where_steering_and_removal_beat_chance(tiny_pair)
     assert chosen.size == max(t.size for t in tests if not t.verdict())
 
 
-def test_the_removal_is_what_the_expert_says_when_held_at_the_base(tiny_pair):
+def test_the_removal_is_what_the_expert_says_when_held_at_the_base(tiny_pair, anchor):
     """Recomputed by hand from the anchor: the chosen layer's pass rates."""
     task = behaviour("tiny:multiple_sections")
-    anchor = fit_anchor(tiny_pair, task)
     fit, check = (task.encode(tiny_pair.tokenizer, split) for split in ("fit", "sweep"))
     base, expert = (float(anchor.score(tiny_pair.cfg, p, fit).mean()) for p in (tiny_pair.base, tiny_pair.expert))
     chosen = anchor.diagnostics[anchor.layer]
