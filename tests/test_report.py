@@ -13,6 +13,7 @@ from wpjax.behaviours import behaviour
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.pairs import load_pair
 from wpjax.report import write_report
+from wpjax.report.figures import make_figure
 from wpjax.results import SweepResult
 from wpjax.sweeps import sweep
 
@@ -25,6 +26,25 @@ def result():
     anchor = fit_anchor(pair, task, causal="skip")
     batch = task.encode(pair.tokenizer, n_prompts=4)
     return sweep(pair, batch, anchor, kinds=("head", "kv_group", "neuron"), method="screen+exact", top=8)
+
+
+def test_sources_and_relays_stand_on_a_plane(tmp_path):
+    """One point a component that was measured in all cells, where the file says, and a column for every cell."""
+    pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
+    batch = task.encode(pair.tokenizer, n_prompts=4)
+    names = ["L0.head.3", "L0.mlp", "L6.mlp", "L3.head.0"]
+    found = sweep(pair, batch, fit_anchor(pair, task, causal="skip"), components=names, method="factorial")
+    points = make_figure(found, "plane").axes[0].collections[0].get_offsets()
+    np.testing.assert_allclose(points, np.stack([found.dataset["source"], found.dataset["relay"]], axis=1))
+    source, relay = (
+        dict(zip(found.dataset["name"].values, found.dataset[v].values, strict=True)) for v in ("source", "relay")
+    )
+    assert source["L0.head.3"] > 0.3 > 0.05 > abs(relay["L0.head.3"])  # planted, and the first thing that happens
+    assert relay["L6.mlp"] > 0.3 > 0.05 > abs(source["L6.mlp"])  # where everything passes, and unchanged
+    write_report(found, tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text())
+    assert f"{source['L0.head.3']:.4f}" in page.shown
+    assert (tmp_path / "r-plane.png").exists()
 
 
 class Page(html.parser.HTMLParser):

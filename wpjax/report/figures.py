@@ -142,6 +142,35 @@ def draw_top(result: SweepResult, axes: Axes, n: int = 20) -> None:
     axes.set_title("Highest effects")
 
 
+def draw_plane(result: SweepResult, axes: Axes) -> None:
+    """Every component that was measured in all cells: what its weights do against what it relays, by depth."""
+    data = result.dataset
+    known = np.isfinite(data["source"].values)
+    source, relay, layers = (data[name].values[known] for name in ("source", "relay", "layer"))
+    names = data["name"].values[known].astype(str)
+    for draw in (axes.axhline, axes.axvline):
+        draw(0, color=GREY, lw=0.6)
+    points = axes.scatter(source, relay, c=layers, s=14, cmap="viridis", lw=0, alpha=0.85)
+    span = [max(np.ptp(values), 1e-30) for values in (source, relay)]
+    far = np.argsort(-np.hypot(source / span[0], relay / span[1]))[:12]
+    for i in _apart(source / span[0] * 2, relay / span[1], far, n=8):
+        left = source[i] > source.min() + span[0] / 2  # names stay inside the axes
+        axes.annotate(
+            names[i],
+            (source[i], relay[i]),
+            xytext=(-4 if left else 4, 2),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=7,
+            color="#333",
+        )
+    axes.set(xlabel="source: share of gap by its weights", ylabel="relay: by its input")
+    axes.set_title("Sources and relays")
+    bar = axes.figure.colorbar(points, ax=axes, shrink=0.85, pad=0.02)
+    bar.set_label("layer")
+    bar.outline.set_visible(False)
+
+
 def draw_coverage(result: SweepResult, axes: Axes) -> None:
     """What each kind recovers as one patch, beside the sum of its single patches."""
     data = result.dataset
@@ -203,6 +232,8 @@ def available(result: SweepResult) -> dict[str, tuple[Callable[[SweepResult, Axe
         figures["neurons"] = (draw_neurons, (6.4, 3.8))
     if _finest(result):
         figures["depth"] = (draw_depth, (5.4, 3.2))
+    if "source" in result.dataset and np.isfinite(result.dataset["source"].values).any():
+        figures["plane"] = (draw_plane, (5.4, 4.2))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))
     if "anchor_gap" in result.dataset:
         figures["anchor"] = (draw_anchor, (5.0, 3.0))

@@ -22,6 +22,7 @@ TITLES = {
     "kv_groups": "Effect of every KV group",
     "neurons": "Effect of every neuron, by layer",
     "depth": "Sums of single effects by layer, positive above zero and negative below",
+    "plane": "Sources and relays: what a component's weights do against what it passes on",
     "coverage": "Coverage by kind",
     "anchor": "The anchor, layer by layer",
 }
