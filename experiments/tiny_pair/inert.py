@@ -53,7 +53,8 @@ def _rescaling(norm: float, w_in: np.ndarray, w_out: np.ndarray) -> float:
 def add_inert_changes(base: Checkpoint, trained: Params, planted: Sequence[str], seed: int) -> Params:
     """The trained parameters, with an inert change in every head, KV group and neuron that was not trained.
 
-    Each change has the norm of a randomly chosen trained component of its kind.
+    Each change has the norm of a randomly chosen trained component of its kind (of any kind, if none of its own was
+    trained).
     """
     cfg, rng = base.cfg, np.random.default_rng(seed)
     ours = {path: np.array(leaf, np.float32) for path, leaf in flatten(base.params).items()}
@@ -63,13 +64,14 @@ def add_inert_changes(base: Checkpoint, trained: Params, planted: Sequence[str],
         kind: [_distance(ours, theirs, kind, c.layer, c.index) for c in truth if c.kind == kind]
         for kind in ("head", "kv_group", "neuron")
     }
+    every = [norm for some in norms.values() for norm in some]
     prompts = [behaviour(f"tiny:{name}").encode(base.tokenizer, "fit", 32) for name in BUILT_IN]
     tokens = _joined([t for p in prompts for t in (p.with_instruction, p.without)])
     reads = _second_moments(cfg, base.params, tokens)
     for c in enumerate_components(cfg, norms):
-        if c in truth or not norms[c.kind]:
+        if c in truth:
             continue
-        norm, at = rng.choice(norms[c.kind]), c.layer
+        norm, at = rng.choice(norms[c.kind] or every), c.layer
         if c.kind == "neuron":
             w_in, w_out = theirs["blocks/mlp/W_in"][at, :, c.index], theirs["blocks/mlp/W_out"][at, c.index]
             s = _rescaling(norm, w_in, w_out)

@@ -1,0 +1,69 @@
+"""Make the planted experts from the embedded base; those that exist are left alone, so an interrupted run goes on.
+
+    python -m experiments.planted.make --out work/planted
+
+Each is the base fine-tuned to answer in capitals when told to, with gradients confined to its planted components. Every
+other head, KV group and neuron then gets an inert change of a planted component's norm. Of a redundant planting each
+part is trained alone; both changes together are planted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from experiments.planted.plantings import Planting, plantings
+from experiments.tiny_pair.evaluate import evaluate
+from experiments.tiny_pair.experts import fine_tune, rounded
+from experiments.tiny_pair.inert import add_inert_changes
+from wpjax.files import atomic_output
+from wpjax.models.checkpoint import Checkpoint, save_checkpoint
+from wpjax.models.decoder import Params
+from wpjax.pairs import load_model
+from wpjax.training import TrainConfig
+
+CONFIG = TrainConfig(steps=200, lr=2e-3, batch_size=32, seed=2)
+BEHAVIOUR = "english_capital"
+TRUTH = "planted.json"
+
+
+def trained(base: Checkpoint, planting: Planting) -> Params:
+    """The base with the sum of what each part learnt alone."""
+    total = base.params
+    for part in planting.parts:
+        learnt = fine_tune(base, [BEHAVIOUR], CONFIG, part)
+        total = jax.tree.map(lambda sum_, new, old: sum_ + (new - old), total, learnt, base.params)
+    return total
+
+
+def make(base: Checkpoint, planting: Planting, folder: Path) -> None:
+    """Train, hide and save one expert, with its truth and what it does."""
+    params = add_inert_changes(base, trained(base, planting), planting.components, seed=0)
+    kept = jax.tree.map(lambda a: a.astype("float32"), rounded(params))
+    does = evaluate(dataclasses.replace(base, params=kept), 32)
+    save_checkpoint(folder, dataclasses.replace(base, params=rounded(params)), overwrite=True)
+    truth = {"behaviour": BEHAVIOUR, "components": planting.components, "parts": planting.parts, "does": does}
+    with atomic_output(folder / TRUTH) as temporary:  # last: a folder without it is made again
+        temporary.write_text(json.dumps(truth, indent=1) + "\n")
+    print(f"{planting.name}: passes {does[BEHAVIOUR]['passes']:.0%}, facts {does['facts']:.0%}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="tiny:base")
+    parser.add_argument("--out", type=Path, default=Path("work/planted"))
+    parser.add_argument("--only", nargs="+", help="names of plantings; default: all")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = load_model(args.base)
+    for planting in plantings(base.cfg):
+        if (args.only is None or planting.name in args.only) and not (args.out / planting.name / TRUTH).exists():
+            make(base, planting, args.out / planting.name)
+
+
+if __name__ == "__main__":
+    main()
