@@ -1,7 +1,12 @@
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers, and the processes that tests start, compile the same programs: one cache for the run, gone with it.
+    _compiled = tempfile.TemporaryDirectory(prefix="wpjax-tests-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 import jax
 import numpy as np

@@ -11,14 +11,14 @@ from tests.test_sweeps import exact
 from tests.tiny import build_pair, patched_torch
 from wpjax.components import KINDS, MODEL_LAYER, Component, enumerate_components
 from wpjax.errors import MetricRejected, WpjaxError
-from wpjax.metrics import decision_metric, expect_positive_gap, response_metric
+from wpjax.metrics import ANSWER_METRICS, decision_metric, expect_positive_gap, response_metric
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask, patch
 from wpjax.sweeps.reference import reference_changes
 from wpjax.sweeps.screens import output_linearised, weight_gradient
 
 N_NEW = 5
-METRICS = {"response": response_metric, "decision": decision_metric}
+METRICS = ANSWER_METRICS
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "gpt2-untied"])
@@ -70,10 +70,16 @@ def hf_decision(hf_pair, model, prompt, stop_tokens):
     return 0.0
 
 
+def hf_kl(hf_pair, model, prompt, stop_tokens):
+    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens)
+    log_p, log_q = (hf_log_p(m, [*prompt, *answer[:-1]])[len(prompt) - 1 :] for m in (hf_pair.expert.model, model))
+    return -float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_equal_hf_torch(hf_pair, pair, batch, name):
     metric = METRICS[name](pair, batch, N_NEW)
-    oracle = {"response": hf_response, "decision": hf_decision}[name]
+    oracle = {"response": hf_response, "decision": hf_decision, "kl": hf_kl}[name]
     tokens = batch.with_instruction
     prompts = [ids[:n].tolist() for ids, n in zip(tokens.ids, tokens.lengths, strict=True)]
     for model, params in ((hf_pair.base.model, pair.base), (hf_pair.expert.model, pair.expert)):

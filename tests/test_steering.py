@@ -13,7 +13,8 @@ from wpjax.behaviours import behaviour
 from wpjax.errors import AnchorRejected, BehaviourError
 from wpjax.metrics import answer_metric, scores
 from wpjax.models.checkpoint import load_checkpoint
-from wpjax.models.generate import Generation, Steer, generate
+from wpjax.models.decoder import Steer
+from wpjax.models.generate import Generation, generate
 from wpjax.pairs import load_pair
 from wpjax.steering import MAX_EXCESS_NLL, Judge, SteeringTest, check_behaviour_differs
 

@@ -25,11 +25,11 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
-from wpjax.errors import AnchorRejected, CheckpointError
+from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.files import atomic_output, write_tensors
-from wpjax.metrics import Along, Metric
+from wpjax.metrics import Along, Metric, scores
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Site, forward
+from wpjax.models.decoder import Held, Params, Site, Steer, forward
 from wpjax.pairs import Pair
 from wpjax.stats import mean_interval, resample
 from wpjax.steering import Judge, SteeringTest, steering_tests
@@ -148,6 +148,33 @@ class Anchor:
             WpjaxError: the model has no such layer, or a prompt exceeds its context.
         """
         return self.on(batch)(cfg, params)
+
+    def give(self, pair: Pair, batch: PromptBatch, metric: Metric) -> Metric:
+        """A metric of models that are given the anchor's state: what comes after it executes the behaviour.
+
+        From the last prompt token on, the stream after the anchor's layer is held at the expert's mean score:
+
+            h += (mean F(expert) - <h, v>) v        (ours)
+
+        Args:
+            pair: base and expert.
+            batch: prompts with the instruction, those of the metric.
+            metric: what is measured; it must read a later layer.
+
+        Raises:
+            WpjaxError: the metric reads no later layer, or has another number of prompts.
+        """
+        if metric.layer <= self.layer:
+            raise WpjaxError(
+                f"the {metric.name} metric reads layer {metric.layer}, the anchor is at layer {self.layer}: nothing "
+                "comes between; take a metric that reads the answer (response, decision, kl)"
+            )
+        if len(metric) != len(batch):
+            raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
+        state = scores(pair.cfg, pair.expert, self.on(batch)).mean()
+        vector = jnp.asarray(self.vector)
+        steer = Steer(jnp.asarray(self.layer), vector, vector, jnp.asarray(state, jnp.float32))
+        return dataclasses.replace(metric, held=Held(steer, jnp.asarray(batch.with_instruction.last)))
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the vector as safetensors, with everything else in its metadata.

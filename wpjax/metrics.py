@@ -5,17 +5,21 @@
     anchor      readout = <r, v>                            has the control state formed?     (arXiv 2604.13694)
     response    readout = log p_M(y_t | x, y_<t)            the expert's own answer y, teacher-forced, mean over t
     decision    readout = log p_M(y_E) - log p_M(y_B)       at the first token where base and expert part ways
+    kl          readout = -KL(p_E(. | x, y_<t) || p_M)      along the same answer y, mean over t
 
-The last two are ours (METHOD 8): they reach past the anchor to the output, so that components after it count too.
-All three are differentiable, and every sweep and screen takes any of them. A metric that agrees is not yet a
-behaviour: only a checker on generated text says that.
+The last three are ours (METHOD 8): they reach past the anchor to the output, so that components after it count too.
+All are differentiable, and every sweep and screen takes any of them. A metric that agrees is not yet a behaviour: only
+a checker on generated text says that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Protocol, runtime_checkable
+import hashlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +30,7 @@ from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.components import KINDS, Component
 from wpjax.errors import MetricRejected, WpjaxError
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, decoder, forward
+from wpjax.models.decoder import Held, Output, Params, decoder, forward
 from wpjax.models.generate import Generation, generate_in_parts
 from wpjax.pairs import Pair
 from wpjax.stats import mean_interval, resample
@@ -129,9 +133,40 @@ class LogOdds:
         return LogOdds(self.tokens[rows], self.foils[rows])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How near next-token distributions are to those of a reference model, in nats; 0 is equal.
+
+    Attributes:
+        resid: [B, S, D], the reference's residual stream after its last layer.
+        params: the reference's parameters; its final norm and unembedding are used.
+    """
+
+    resid: Float[Array, "B S D"]
+    params: Params
+
+    @property
+    def reads_logits(self) -> bool:
+        """Yes."""
+        return True
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """-KL(reference || model)."""
+        log_p, log_q = (
+            jax.nn.log_softmax(decoder(cfg, p).logits(r), axis=-1)
+            for p, r in ((self.params, self.resid), (params, resid))
+        )
+        return -(jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    def take(self, rows: Int[Array, " N"]) -> Divergence:
+        """The reference on some prompts."""
+        return Divergence(self.resid[rows], self.params)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "at", "weight", "readout"],
+    data_fields=["tokens", "at", "weight", "readout", "held"],
     meta_fields=["layer", "name"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +179,8 @@ class Metric:
         weight: [B, S], how much each counts; 0 fills up.
         readout: what is read there.
         layer: 0-based block whose `resid_post` is read; later ones are not run (static).
-        name: "anchor", "response" or "decision" (static).
+        name: "anchor", "response", "decision" or "kl" (static).
+        held: a state that every model is given on the way, so that only what executes it counts; None for none.
     """
 
     tokens: Tokens
@@ -153,6 +189,7 @@ class Metric:
     readout: Readout
     layer: int
     name: str
+    held: Held | None = None
 
     def __len__(self) -> int:
         return len(self.tokens.ids)
@@ -167,8 +204,12 @@ class Metric:
             raise WpjaxError(
                 f"the {self.name} metric reads layer {self.layer}: the model has layers 0 to {cfg.n_layers - 1}"
             )
+        return self.read(cfg, params, self.pick(self.run(cfg, params).resid))
+
+    def run(self, cfg: ModelConfig, params: Params, **options: Any) -> Output:
+        """The forward pass that is read, up to the metric's layer; options as `forward` takes them."""
         ids = jnp.asarray(self.tokens.ids)
-        return self.read(cfg, params, self.pick(forward(cfg, params, ids, stop=self.layer + 1, logits=False).resid))
+        return forward(cfg, params, ids, stop=self.layer + 1, logits=False, held=self.held, **options)
 
     def pick(self, resid: Float[Array, "B T D"]) -> Float[Array, "B S D"]:
         """The residual stream at the positions that are read."""
@@ -182,13 +223,27 @@ class Metric:
         """The same metric on some of the prompts."""
         tokens = Tokens(jnp.asarray(self.tokens.ids)[rows], jnp.asarray(self.tokens.lengths)[rows])
         at, weight = jnp.asarray(self.at)[rows], jnp.asarray(self.weight)[rows]
-        return Metric(tokens, at, weight, self.readout.take(rows), self.layer, self.name)
+        held = None if self.held is None else self.held.take(rows)
+        return Metric(tokens, at, weight, self.readout.take(rows), self.layer, self.name, held)
 
     def reaches(self, component: Component) -> bool:
-        """Whether a component comes early enough to change the metric."""
+        """Whether a component comes early enough to change the metric, and after a state that is held."""
         if KINDS[component.kind].in_layer:
-            return component.layer <= self.layer
-        return self.readout.reads_logits or component.kind == "embed"
+            return self.first_layer <= component.layer <= self.layer
+        return self.held is None if component.kind == "embed" else self.readout.reads_logits
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that counts: 0, or the one after a state that is held."""
+        return 0 if self.held is None else int(self.held.layer) + 1
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that is measured, to tell one metric from another."""
+        found = hashlib.blake2b(f"{self.name} {self.layer}".encode(), digest_size=16)
+        for leaf in jax.tree.leaves(self):
+            found.update(np.asarray(leaf).tobytes())
+        return found.hexdigest()
 
 
 PROMPTS_AT_ONCE = 16
@@ -275,6 +330,30 @@ def response_metric(
     return dataclasses.replace(metric, tokens=Tokens(metric.tokens.ids[:, :width], metric.tokens.lengths))
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
+def _picked(cfg: ModelConfig, params: Params, metric: Metric) -> Float[Array, "B S D"]:
+    return metric.pick(metric.run(cfg, params).resid)
+
+
+def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None) -> Metric:
+    """How near the model's next-token distributions are to the expert's, along the expert's own greedy answer.
+
+        F_k(M, x) = -1 / |y| sum_t KL(p_E(. | x, y_<t) || p_M(. | x, y_<t))        (nats a token; 0 for the expert)
+
+    Args:
+        pair: base and expert.
+        batch: prompts with the instruction.
+        max_new_tokens: length of an answer.
+        answers: the expert's, if they are known already.
+    """
+    metric = response_metric(pair, batch, max_new_tokens, answers)
+    parts = []
+    for first in range(0, len(metric), PROMPTS_AT_ONCE):
+        rows = np.minimum(np.arange(first, first + PROMPTS_AT_ONCE), len(metric) - 1)
+        parts.append(_picked(pair.cfg, pair.expert, metric.take(jnp.asarray(rows)))[: len(metric) - first])
+    return dataclasses.replace(metric, readout=Divergence(jnp.concatenate(parts), pair.expert), name="kl")
+
+
 def decision_metric(
     pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
 ) -> Metric:
@@ -313,6 +392,12 @@ def decision_metric(
     readout = LogOdds(jnp.asarray(where[1]), jnp.asarray(where[2]))
     weight = jnp.asarray(parted[:, None].astype(np.float32))
     return Metric(tokens, jnp.asarray(where[0]), weight, readout, pair.cfg.n_layers - 1, "decision")
+
+
+ANSWER_METRICS: Mapping[str, Callable[..., Metric]] = MappingProxyType(
+    {"response": response_metric, "decision": decision_metric, "kl": kl_metric}
+)
+"""Metrics that read the expert's answer: functions of (pair, batch, max_new_tokens, answers)."""
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

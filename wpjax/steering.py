@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float
 from wpjax.behaviours import Behaviour, PromptBatch, strict
 from wpjax.errors import AnchorRejected, BehaviourError
 from wpjax.metrics import answer_metric, scores
-from wpjax.models.decoder import Params
-from wpjax.models.generate import Generation, Steer, generate_in_parts
+from wpjax.models.decoder import Params, Steer
+from wpjax.models.generate import Generation, generate_in_parts
 from wpjax.pairs import Pair
 from wpjax.stats import Resamples, mean_interval, resample
 

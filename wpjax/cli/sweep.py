@@ -39,6 +39,7 @@ class MetricName(enum.StrEnum):
     anchor = "anchor"
     response = "response"
     decision = "decision"
+    kl = "kl"
 
 
 class Method(enum.StrEnum):
@@ -66,9 +67,18 @@ def run(
         typer.Option(
             "--metric",
             help="anchor: has the control state formed? response: log-probability of the expert's own answer. "
-            "decision: log-odds where base and expert first part ways. Both count components after the anchor too.",
+            "decision: log-odds where base and expert first part ways. kl: divergence from the expert along its "
+            "answer. These count components after the anchor too.",
         ),
     ] = MetricName.anchor,
+    given_anchor: Annotated[
+        Path | None,
+        typer.Option(
+            "--given-anchor",
+            help="From `wpjax anchor`: both models are held at the expert's mean state on it, and what comes after is "
+            "swept: which components execute the behaviour? With --metric response, decision or kl.",
+        ),
+    ] = None,
     max_new_tokens: NewTokensOption = 32,
     causal: CausalOption = CausalName.require,
     n_steered: SteeredOption = 64,
@@ -113,7 +123,6 @@ def run(
     check_output(out, overwrite)
 
     import jax
-    import numpy as np
 
     import wpjax
     from wpjax import behaviours, sweeps
@@ -121,7 +130,7 @@ def run(
     from wpjax.cli.console import on_interrupt, progress_bars
     from wpjax.components import check_kind
     from wpjax.errors import WpjaxError
-    from wpjax.metrics import Metric, decision_metric, response_metric
+    from wpjax.metrics import ANSWER_METRICS, Metric
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
 
@@ -130,6 +139,8 @@ def run(
         check_kind(kind)
     if anchor is not None and metric != MetricName.anchor:
         raise WpjaxError(f"--anchor {anchor} goes with --metric anchor, not with --metric {metric.value}; drop one")
+    if given_anchor is not None and metric == MetricName.anchor:
+        raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)
@@ -150,14 +161,17 @@ def run(
     if metric == MetricName.anchor:
         what: Anchor | Metric = Anchor.load(anchor) if anchor else fitted()
     else:
-        make = {MetricName.response: response_metric, MetricName.decision: decision_metric}[metric]
-        what = make(pair, batch, max_new_tokens)
+        what = ANSWER_METRICS[metric.value](pair, batch, max_new_tokens)
+        if given_anchor is not None:
+            given = Anchor.load(given_anchor)
+            given.check_belongs(pair)
+            what = given.give(pair, batch, what)
     measured = what.on(batch) if isinstance(what, Anchor) else what
     settings = {
         "versions": [wpjax.__version__, jax.__version__, str(jax.devices()[0])],
         "pair": pair.fingerprints,
         "prompts": batch.texts,
-        "metric": [measured.name, measured.layer, *(np.asarray(leaf).tolist() for leaf in jax.tree.leaves(measured))],
+        "metric": measured.digest,
         "kinds": names,
         "components": components,
         "method": method,

@@ -41,6 +41,53 @@ class Output(NamedTuple):
     sites: dict[Site, Array]
 
 
+class Steer(NamedTuple):
+    """Holds one coordinate of the residual stream after one layer: h += (target - <h, read>) write.
+
+    Attributes:
+        layer: 0-based (traced: one program serves all layers).
+        read: [D], unit.
+        write: [D], unit: `read` to steer, another direction for a control that moves the stream as far.
+        target: where the coordinate is held.
+    """
+
+    layer: Int[Array, ""] | int
+    read: Float[Array, " D"]
+    write: Float[Array, " D"]
+    target: Float[Array, ""] | float
+
+    def __call__(self, resid: Float[Array, "*n D"], layer: Int[Array, ""]) -> Float[Array, "*n D"]:
+        """The stream after a layer, moved if it is the one."""
+        at = jnp.matmul(resid, self.read, precision=jax.lax.Precision.HIGHEST)
+        return jnp.where(layer == self.layer, resid + (self.target - at)[..., None] * self.write, resid)
+
+
+class Held(NamedTuple):
+    """A state that a forward pass is given: one coordinate held from some token on.
+
+    Attributes:
+        steer: which, after which layer, and where it is held.
+        start: [B], the first token that it is held at.
+    """
+
+    steer: Steer
+    start: Int[Array, " B"]
+
+    @property
+    def layer(self) -> Int[Array, ""] | int:
+        """After which it is held."""
+        return self.steer.layer
+
+    def __call__(self, resid: Float[Array, "B T D"], layer: Int[Array, ""]) -> Float[Array, "B T D"]:
+        """The stream after a layer."""
+        here = jnp.arange(resid.shape[1]) >= self.start[:, None]
+        return jnp.where(here[..., None], self.steer(resid, layer), resid)
+
+    def take(self, rows: Int[Array, " N"]) -> Held:
+        """The state of some prompts."""
+        return Held(self.steer, self.start[rows])
+
+
 class Decoder(nnx.Module):
     """Embedding, a stack of `Block`s along a leading axis, final norm, unembedding."""
 
@@ -79,6 +126,7 @@ class Decoder(nnx.Module):
         stop: int | None = None,
         logits: bool = True,
         add: dict[Site, Array] | None = None,
+        held: Held | None = None,
     ) -> Output:
         """See `forward`."""
         graphdef, blocks = nnx.split(self.blocks)
@@ -86,18 +134,20 @@ class Decoder(nnx.Module):
         positions = jnp.arange(tokens.shape[1])[None]
         add = add or {}
 
-        def body(x: Array, layer: tuple[Any, dict[Site, Array]]) -> tuple[Array, dict[Site, Array]]:
-            at, extra = layer
+        def body(x: Array, layer: tuple[Any, Array, dict[Site, Array]]) -> tuple[Array, dict[Site, Array]]:
+            at, number, extra = layer
             block = nnx.merge(graphdef, at if stop is None else take_layer(blocks, at))
             here = {Site.RESID_PRE: x + extra.get(Site.RESID_PRE, 0.0)}
             mid, _ = block.attend(here[Site.RESID_PRE], positions)
             here[Site.RESID_MID] = mid + extra.get(Site.RESID_MID, 0.0)
-            here[Site.RESID_POST] = block.feed(here[Site.RESID_MID]) + extra.get(Site.RESID_POST, 0.0)
+            post = block.feed(here[Site.RESID_MID]) + extra.get(Site.RESID_POST, 0.0)
+            here[Site.RESID_POST] = post if held is None else held(post, number)
             return here[Site.RESID_POST], {site: here[site] for site in sites}
 
         # A prefix of the layers is taken by index: slicing the stack would copy it.
-        layers = blocks if stop is None else jnp.arange(n_layers)
-        resid, read = jax.lax.scan(body, self.embed(tokens, positions), (layers, add), length=n_layers)
+        numbers = jnp.arange(n_layers)
+        layers = blocks if stop is None else numbers
+        resid, read = jax.lax.scan(body, self.embed(tokens, positions), (layers, numbers, add), length=n_layers)
         return Output(resid, self.logits(resid) if logits else None, read)
 
 
@@ -130,6 +180,7 @@ def forward(
     stop: int | None = None,
     logits: bool = True,
     add: dict[Site, Float[Array, "L #B #T D"]] | None = None,
+    held: Held | None = None,
 ) -> Output:
     """Run the decoder; pure, so it composes with `jit`, `vmap` and `grad`. Token ids are not checked.
 
@@ -141,6 +192,7 @@ def forward(
         stop: number of layers to run (static); None for all. Combine with `logits=False`.
         logits: whether to compute logits.
         add: arrays to add to the residual stream at sites, one a layer that runs.
+        held: a state that the model is given on the way.
 
     Raises:
         WpjaxError: more layers than there are, or more tokens than the context holds.
@@ -149,7 +201,7 @@ def forward(
         raise WpjaxError(f"stop={stop}: the model has {cfg.n_layers} layers; stop is how many of them to run")
     if tokens.shape[-1] > cfg.n_ctx:
         raise WpjaxError(f"{tokens.shape[-1]} tokens exceed the context of {cfg.n_ctx}; shorten the prompts")
-    return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, add=add)
+    return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, add=add, held=held)
 
 
 def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:

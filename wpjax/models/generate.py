@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, block, decoder
+from wpjax.models.decoder import Params, Steer, block, decoder
 
 
 class Generation(NamedTuple):
@@ -25,29 +25,6 @@ class Generation(NamedTuple):
 
     tokens: Int[np.ndarray | Array, "B N"]
     lengths: Int[np.ndarray | Array, " B"]
-
-
-class Steer(NamedTuple):
-    """Holds one coordinate of the residual stream while a model answers: h += (target - <h, read>) write.
-
-    It acts after one layer, at the last prompt token and at every new token.
-
-    Attributes:
-        layer: 0-based (traced: one program serves all layers).
-        read: [D], unit.
-        write: [D], unit: `read` to steer, another direction for a control that moves the stream as far.
-        target: where the coordinate is held.
-    """
-
-    layer: Int[Array, ""] | int
-    read: Float[Array, " D"]
-    write: Float[Array, " D"]
-    target: Float[Array, ""] | float
-
-    def __call__(self, resid: Float[Array, "*n D"], layer: Int[Array, ""]) -> Float[Array, "*n D"]:
-        """The stream after a layer, moved if it is the one."""
-        at = jnp.matmul(resid, self.read, precision=jax.lax.Precision.HIGHEST)
-        return jnp.where(layer == self.layer, resid + (self.target - at)[..., None] * self.write, resid)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))

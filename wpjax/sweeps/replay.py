@@ -37,7 +37,7 @@ from wpjax.components import KINDS, LEAVES, Component, count, gate_shapes, open_
 from wpjax.errors import ComponentError
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Site, block, decoder, forward, take_layer
+from wpjax.models.decoder import Params, Site, block, decoder, take_layer
 from wpjax.models.layers import Block
 from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch, patch_layer
@@ -60,9 +60,7 @@ class Run(NamedTuple):
 @functools.partial(jax.jit, static_argnames="cfg")
 def run_model(cfg: ModelConfig, params: Params, metric: Metric) -> Run:
     """Run a model once up to the layer that the metric reads."""
-    out = forward(
-        cfg, params, jnp.asarray(metric.tokens.ids), sites=(Site.RESID_PRE,), stop=metric.layer + 1, logits=False
-    )
+    out = metric.run(cfg, params, sites=(Site.RESID_PRE,))
     return Run(out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid)))
 
 
@@ -323,12 +321,15 @@ def replay(
         [P, B], or [P + 1, B] with a reference.
     """
     ids, run = jnp.asarray(metric.tokens.ids), runs[0]
-    if not KINDS[kind].in_layer:  # the tokens are the only input
+    if not KINDS[kind].in_layer:
         giver = donor if weights == "donor" else host
         patched = patch(host, giver, PatchMask.of(cfg, kind))
-        after = jnp.asarray(0)
-        rows = decoder(cfg, patched).embed(ids, jnp.arange(ids.shape[1])[None])[None]
-        unpatched = run.resid_pre[0]
+        if metric.held is None:  # the tokens are the only input
+            after, unpatched = jnp.asarray(0), run.resid_pre[0]
+            rows = decoder(cfg, patched).embed(ids, jnp.arange(ids.shape[1])[None])[None]
+        else:  # only readers come after the state that is given
+            after, unpatched = jnp.asarray(metric.layer), run.resid_pre[metric.layer]
+            rows = unpatched[None]
     else:
         patched, after = host, layer + 1
         at = layer_patch(cfg, host, donor, runs, layer, weights, inputs)

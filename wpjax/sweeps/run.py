@@ -193,12 +193,17 @@ def _swept_components(
         kinds = [kinds] if isinstance(kinds, str) else kinds
         for kind in kinds:
             check_kind(kind)
-        named = enumerate_components(pair.cfg, dict.fromkeys(kinds), range(metric.layer + 1))
-    late = [c.name for c in named if not metric.reaches(c)]
-    if late:
+        named = enumerate_components(pair.cfg, dict.fromkeys(kinds), range(metric.first_layer, metric.layer + 1))
+    beside = [c for c in named if not metric.reaches(c)]
+    if beside:
+        names = ", ".join(c.name for c in beside[:4])
+        if metric.held is not None and beside[0].layer < metric.first_layer:
+            raise ComponentError(
+                f"{names}: not after layer {metric.first_layer - 1}, where a state is given; sweep later layers"
+            )
         raise ComponentError(
-            f"{', '.join(late[:4])}: after layer {metric.layer}, which the {metric.name} metric reads, so no patch of "
-            "it can change the metric; take one that reads the answer (response, decision)"
+            f"{names}: after layer {metric.layer}, which the {metric.name} metric reads, so no patch of it can change "
+            "the metric; take one that reads the answer (response, decision, kl)"
         )
     if not named:
         raise ComponentError(f"nothing to sweep: this model has no {', '.join(kinds)}")

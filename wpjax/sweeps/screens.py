@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from wpjax.components import KINDS, MODEL_LAYER, Component, count
 from wpjax.metrics import PROMPTS_AT_ONCE, Metric
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Site, decoder, forward
+from wpjax.models.decoder import Params, Site, decoder
 from wpjax.models.layers import Block
 from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch
@@ -94,7 +94,7 @@ def _output_linearised(
     zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model), jnp.float32)
 
     def score(add: dict[Site, Array]) -> tuple[Array, tuple[Run, Array]]:
-        out = forward(cfg, host, ids, sites=(Site.RESID_PRE,), stop=n_layers, logits=False, add=add)
+        out = metric.run(cfg, host, sites=(Site.RESID_PRE,), add=add)
         picked = metric.pick(out.resid)
         scores = metric.read(cfg, host, picked)
         return scores.sum(), (Run(out.sites[Site.RESID_PRE], scores), picked)

@@ -28,7 +28,7 @@ from wpjax.components import Component
 from wpjax.errors import WpjaxError
 from wpjax.metrics import Along, LogOdds, LogProb, Metric
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params
+from wpjax.models.decoder import Held, Params
 from wpjax.models.layers import activation
 from wpjax.models.leaves import Blend, project
 from wpjax.models.rotary import rotate
@@ -159,6 +159,12 @@ def _mlp(cfg: ModelConfig, x: Two, params: Params) -> Two:
     return out + _leaf(params["b_out"]) if cfg.mlp_bias else out
 
 
+def _held(x: Two, held: Held, layer: Array) -> Two:
+    """Affine in the stream: a change keeps what does not lie along the direction that is read."""
+    linear = held._replace(steer=held.steer._replace(target=0.0))
+    return Two(held(x.base, layer), held(x.expert, layer), linear(x.change, layer))
+
+
 def _rows(w: Blend, ids: Array, axis: int = 0) -> Two:
     def take(a: Array) -> Array:
         found = jnp.take(a, ids, axis=axis, mode="clip")
@@ -200,12 +206,14 @@ def secant_change(cfg: ModelConfig, host: Params, donor: Params, mask: PatchMask
     if "W_pos" in params["embed"]:
         resid = resid + _rows(params["embed"]["W_pos"], jnp.arange(ids.shape[1])[None])
 
-    def layer(x: Two, here: Params) -> tuple[Two, None]:
+    def layer(x: Two, at: tuple[Params, Array]) -> tuple[Two, None]:
+        here, number = at
         x = x + _attention(cfg, _norm(cfg, x, here["norm_attn"]), here["attn"])
-        return x + _mlp(cfg, _norm(cfg, x, here["norm_mlp"]), here["mlp"]), None
+        x = x + _mlp(cfg, _norm(cfg, x, here["norm_mlp"]), here["mlp"])
+        return x if metric.held is None else _held(x, metric.held, number), None
 
     blocks = jax.tree.map(lambda a: a[: metric.layer + 1], params["blocks"])
-    resid, _ = jax.lax.scan(layer, resid, blocks)
+    resid, _ = jax.lax.scan(layer, resid, (blocks, jnp.arange(metric.layer + 1)))
     return (_readout(cfg, params, resid.each(metric.pick), metric) * metric.weight).sum(-1)
 
 
