@@ -2,9 +2,9 @@
 
     python -m experiments.planted.make --out work/planted
 
-Each is the base fine-tuned to answer in capitals when told to, with gradients confined to its planted components. Every
-other head, KV group and neuron then gets an inert change of a planted component's norm. Of a redundant planting each
-part is trained alone; both changes together are planted.
+Each is the base fine-tuned to answer in capitals when told to, with gradients confined to its planted components. The
+change is then shrunk as far as the behaviour stays, and every other head, KV group and neuron gets an inert change of a
+planted component's norm. Of a redundant planting each part is trained alone; both changes together are planted.
 """
 
 from __future__ import annotations
@@ -20,22 +20,43 @@ from experiments.planted.plantings import Planting, plantings
 from experiments.tiny_pair.evaluate import evaluate
 from experiments.tiny_pair.experts import fine_tune, rounded
 from experiments.tiny_pair.inert import add_inert_changes
+from wpjax.behaviours import behaviour, strict
 from wpjax.files import atomic_output
 from wpjax.models.checkpoint import Checkpoint, save_checkpoint
 from wpjax.models.decoder import Params
 from wpjax.pairs import load_model
-from wpjax.training import TrainConfig
+from wpjax.training import TrainConfig, answer
 
 CONFIG = TrainConfig(steps=200, lr=2e-3, batch_size=32, seed=2)
 BEHAVIOUR = "english_capital"
 TRUTH = "planted.json"
 
 
+def towards(base: Params, learnt: Params, share: float) -> Params:
+    """A share of the way."""
+    return jax.tree.map(lambda old, new: old + share * (new - old), base, learnt)
+
+
+def pass_rate(base: Checkpoint, params: Params) -> float:
+    """Strict passes on questions that no result is reported on."""
+    task = behaviour(f"tiny:{BEHAVIOUR}")
+    pairs = task.select("sweep", 32)
+    said = answer(dataclasses.replace(base, params=params), [p.with_instruction for p in pairs])
+    return sum(strict(task.checker, text, p.args) for p, (text, _) in zip(pairs, said, strict=True)) / len(pairs)
+
+
+def shrunk(base: Checkpoint, learnt: Params) -> Params:
+    """The smallest share of a change that keeps nine tenths of its pass rate."""
+    tries = (towards(base.params, learnt, share) for share in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+    enough = 0.9 * pass_rate(base, learnt)
+    return next((params for params in tries if pass_rate(base, params) >= enough), learnt)
+
+
 def trained(base: Checkpoint, planting: Planting) -> Params:
     """The base with the sum of what each part learnt alone."""
     total = base.params
     for part in planting.parts:
-        learnt = fine_tune(base, [BEHAVIOUR], CONFIG, part)
+        learnt = shrunk(base, fine_tune(base, [BEHAVIOUR], CONFIG, part))
         total = jax.tree.map(lambda sum_, new, old: sum_ + (new - old), total, learnt, base.params)
     return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,25 +20,53 @@ QUIET = 0.0625
 """Share of the directions of an input, those of least variance, that a quiet change may read from."""
 
 
-def _second_moments(cfg: ModelConfig, params: Params, tokens: Tokens) -> Float[np.ndarray, "L D D"]:
-    """Second moments, over all tokens, of what each layer's attention reads: the normed residual stream."""
+class Traffic(NamedTuple):
+    """What passes through one layer's attention, over all tokens.
+
+    Attributes:
+        read: [D, D], second moments of the normed residual stream.
+        queries: [K, Dh / 2], mean energy in each rotary plane of the queries of each KV group.
+        keys: [K, Dh / 2], of the keys.
+        written: [K, Dh, Dh], W_O W_O^T of each KV group's heads, summed.
+    """
+
+    read: Float[np.ndarray, "D D"]
+    queries: Float[np.ndarray, "K P"]
+    keys: Float[np.ndarray, "K P"]
+    written: Float[np.ndarray, "K Dh Dh"]
+
+
+def _traffic(cfg: ModelConfig, params: Params, tokens: Tokens) -> list[Traffic]:
     ids, real = jnp.asarray(tokens.ids), np.arange(tokens.ids.shape[1]) < np.asarray(tokens.lengths)[:, None]
     resid = forward(cfg, params, ids, sites=(Site.RESID_PRE,), logits=False).sites[Site.RESID_PRE]
-    moments = []
+    positions = jnp.arange(ids.shape[1])[None]
+    found = []
     for i in range(cfg.n_layers):
-        x = np.asarray(block(cfg, take_layer(params["blocks"], i)).norm_attn(resid[i]))[real]
-        moments.append(x.T @ x / len(x))
-    return np.stack(moments)
+        b = block(cfg, take_layer(params["blocks"], i))
+        x = b.norm_attn(resid[i])
+        q, (k, _) = b.attn.queries(x, positions), b.attn.keys_values(x, positions)
+        energy = [np.square(np.asarray(a)[real]).mean(0) for a in (q, k)]  # [H, Dh], [K, Dh]
+        planes = [e.reshape(cfg.n_kv_heads, -1, 2, cfg.d_head // 2).sum((1, 2)) for e in energy]
+        w_o = np.asarray(b.attn.W_O.get_value()).reshape(cfg.n_kv_heads, cfg.n_rep, cfg.d_head, -1)
+        x = np.asarray(x)[real]
+        found.append(Traffic(x.T @ x / len(x), *planes, np.einsum("krid,krjd->kij", w_o, w_o)))
+    return found
 
 
 def _quiet_noise(
-    moment: Float[np.ndarray, "n n"], width: int, rng: np.random.Generator
+    moment: Float[np.ndarray, "n n"], outputs: Float[np.ndarray, "m width"], rng: np.random.Generator
 ) -> Float[np.ndarray, "n width"]:
-    """Unit-norm noise whose rows lie in the quietest directions of an input."""
+    """Unit-norm noise from the quietest directions of an input to the given directions of the output."""
     _, vectors = np.linalg.eigh(moment)  # ascending
     quiet = vectors[:, : max(1, int(len(moment) * QUIET))]
-    noise = quiet @ rng.standard_normal((quiet.shape[1], width))
+    noise = quiet @ rng.standard_normal((quiet.shape[1], len(outputs))) @ outputs
     return noise / np.linalg.norm(noise)
+
+
+def _plane(energy: Float[np.ndarray, " P"]) -> Float[np.ndarray, "2 Dh"]:
+    """The two axes of the rotary plane that meets least energy."""
+    n = len(energy)
+    return np.eye(2 * n)[[energy.argmin(), energy.argmin() + n]]
 
 
 def _rescaling(norm: float, w_in: np.ndarray, w_out: np.ndarray) -> float:
@@ -67,7 +96,7 @@ def add_inert_changes(base: Checkpoint, trained: Params, planted: Sequence[str],
     every = [norm for some in norms.values() for norm in some]
     prompts = [behaviour(f"tiny:{name}").encode(base.tokenizer, "fit", 32) for name in BUILT_IN]
     tokens = _joined([t for p in prompts for t in (p.with_instruction, p.without)])
-    reads = _second_moments(cfg, base.params, tokens)
+    traffic = _traffic(cfg, base.params, tokens)
     for c in enumerate_components(cfg, norms):
         if c in truth:
             continue
@@ -78,9 +107,13 @@ def add_inert_changes(base: Checkpoint, trained: Params, planted: Sequence[str],
             w_in *= s
             w_out /= s
             continue
-        read_by = ("W_Q",) if c.kind == "head" else ("W_K", "W_V")
-        for name in read_by:
-            noise = norm / np.sqrt(len(read_by)) * _quiet_noise(reads[at], cfg.d_head, rng)
+        here = traffic[at]
+        if c.kind == "head":
+            quiet = {"W_Q": _plane(here.keys[c.index // cfg.n_rep])}
+        else:
+            quiet = {"W_K": _plane(here.queries[c.index]), "W_V": np.linalg.eigh(here.written[c.index])[1].T[:1]}
+        for name, outputs in quiet.items():
+            noise = norm / np.sqrt(len(quiet)) * _quiet_noise(here.read, outputs, rng)
             theirs[f"blocks/attn/{name}"][at, :, c.index] += noise
     return unflatten({path: jnp.asarray(leaf) for path, leaf in theirs.items()})
 
