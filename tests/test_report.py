@@ -130,7 +130,7 @@ def test_the_file_gives_back_the_result(result, tmp_path):
 
 def test_results_of_another_schema_are_refused(result, tmp_path):
     SweepResult(result.dataset.assign_attrs(schema=99)).to_netcdf(tmp_path / "r.nc")
-    with pytest.raises(WpjaxError, match=r"r\.nc: schema 99.*sweep again"):
+    with pytest.raises(WpjaxError, match=r"r\.nc: schema 99.*make it anew with `wpjax sweep`"):
         SweepResult.from_netcdf(tmp_path / "r.nc")
 
 
@@ -153,7 +153,7 @@ def test_results_of_another_schema_are_refused(result, tmp_path):
 )
 def test_results_that_are_damaged_are_refused_by_what_they_lack(result, tmp_path, damage, says):
     damage(result.dataset.copy(deep=True)).to_netcdf(tmp_path / "r.nc", engine="h5netcdf")
-    with pytest.raises(WpjaxError, match=rf"r\.nc: .*{says}.*sweep again"):
+    with pytest.raises(WpjaxError, match=rf"r\.nc: .*{says}.*(sweep again|wpjax sweep)"):
         SweepResult.from_netcdf(tmp_path / "r.nc")
 
 

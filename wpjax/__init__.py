@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wpjax.behaviours import Behaviour, PromptBatch, behaviour
     from wpjax.components import Component, enumerate_components, parse_component
     from wpjax.errors import AnchorRejected, MetricRejected, WpjaxError
-    from wpjax.metrics import Metric, decision_metric, response_metric
+    from wpjax.metrics import Metric, decision_metric, kl_metric, response_metric
     from wpjax.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from wpjax.models.config import ModelConfig
     from wpjax.models.decoder import Site, forward, init_params
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from wpjax.results import SweepResult
     from wpjax.sweeps import sweep
     from wpjax.training import TrainConfig, finetune
+    from wpjax.validation import Curves, validate
 
 _MODULES = {
     "wpjax.anchors": ("Anchor", "fit_anchor"),
     "wpjax.behaviours": ("Behaviour", "PromptBatch", "behaviour"),
     "wpjax.components": ("Component", "enumerate_components", "parse_component"),
     "wpjax.errors": ("AnchorRejected", "MetricRejected", "WpjaxError"),
-    "wpjax.metrics": ("Metric", "decision_metric", "response_metric"),
+    "wpjax.metrics": ("Metric", "decision_metric", "kl_metric", "response_metric"),
     "wpjax.training": ("TrainConfig", "finetune"),
     "wpjax.models.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
     "wpjax.models.config": ("ModelConfig",),
@@ -43,6 +44,7 @@ _MODULES = {
     "wpjax.report": ("write_report",),
     "wpjax.results": ("SweepResult",),
     "wpjax.sweeps": ("sweep",),
+    "wpjax.validation": ("Curves", "validate"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -52,6 +54,7 @@ __all__ = [
     "Behaviour",
     "Checkpoint",
     "Component",
+    "Curves",
     "Metric",
     "MetricRejected",
     "ModelConfig",
@@ -70,6 +73,7 @@ __all__ = [
     "forward",
     "generate",
     "init_params",
+    "kl_metric",
     "load_checkpoint",
     "load_model",
     "load_pair",
@@ -79,6 +83,7 @@ __all__ = [
     "response_metric",
     "save_checkpoint",
     "sweep",
+    "validate",
     "write_report",
 ]
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -175,6 +176,21 @@ def enumerate_components(
         for layer in (range(cfg.n_layers) if layers is None else layers) if in_layer else [MODEL_LAYER]:
             found += [Component(kind, layer, i) for i in range(count(cfg, kind))]
     return found
+
+
+@functools.cache
+def n_parameters(cfg: ModelConfig, component: Component) -> int:
+    """How many weights a component owns."""
+    kind = KINDS[component.kind]
+    gates = kind.gates if kind.opens != "part" else kind.gates[component.index : component.index + 1]
+    total = 0
+    for path, leaf in flatten(abstract_params(cfg)).items():
+        gate, axis = LEAVES[path]
+        if gate in gates:
+            shape = leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
+            n = math.prod(shape)
+            total += n // shape[axis] if kind.opens == "channel" and axis is not None else n
+    return total
 
 
 def check_kind(kind: str) -> None:

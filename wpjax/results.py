@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.files import atomic_output
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the file's layout, in its attribute `schema`."""
 
 FIRST_ORDER = ("screen", "gradient", "ig", "secant")
@@ -53,11 +54,13 @@ LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
     "n_components": (_KINDS, "i"),
     "swept_kind": (_KINDS, "OTU"),
     **dict.fromkeys(ANCHOR, (("model_layer",), "f")),
+    "anchor_vector": (("d_model",), "f"),
 }
 """Dimensions of every variable, and the kinds that its dtype may have (text has several)."""
 
 OPTIONAL = tuple(name for name in RANKINGS if name not in ("effect", "delta_norm"))
-TEXTS = ("behaviour", "metric", "base", "expert", "date", "noise_floor_by_kind")
+TEXTS = ("behaviour", "metric", "base", "expert", "base_fingerprint", "expert_fingerprint", "split", "date",
+         "noise_floor_by_kind")  # fmt: skip
 NUMBERS = ("n_prompts", "n_queries", "n_layers", "metric_layer", "gap_mean", "gap_low", "gap_high", "coverage",
            "noise_floor")  # fmt: skip
 
@@ -86,6 +89,43 @@ class Row(NamedTuple):
     below_noise_floor: bool
 
 
+def write_dataset(dataset: xr.Dataset, path: Path, overwrite: bool = False) -> None:
+    """Write a netCDF file, whole or not at all.
+
+    Raises:
+        OutputError: the place exists or cannot be written.
+    """
+    encoding = {v: {"zlib": True} for v, a in dataset.data_vars.items() if a.dtype.kind == "f" and a.ndim}
+    with atomic_output(path, overwrite) as temporary:
+        dataset.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+
+
+def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.Dataset:
+    """Read a netCDF file of this package.
+
+    Args:
+        path: of the file.
+        what: kind of result that it must be, its attribute `what`.
+        schema: version of the layout that is understood.
+        command: that makes such files, for the message.
+
+    Raises:
+        WpjaxError: no such file, or not such a result.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about HDF5 that is not netCDF
+            dataset = xr.load_dataset(path, engine="h5netcdf")
+    except Exception as error:  # HDF5's readers raise what they like on a damaged file
+        raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `{command}`") from error
+    kind: Any = dataset.attrs.get("what")
+    if isinstance(kind, str) and kind != what:
+        raise WpjaxError(f"{path}: holds {kind}, not {what}; make that with `{command}`")
+    found: Any = dataset.attrs.get("schema")
+    if not np.array_equal(found, schema):
+        raise WpjaxError(f"{path}: schema {found}, this version reads {schema}; make it anew with `{command}`")
+    return dataset
+
+
 class SweepResult:
     """A sweep's dataset, with the questions users ask of it.
 
@@ -104,6 +144,26 @@ class SweepResult:
     def __init__(self, dataset: xr.Dataset):
         self.dataset = dataset
 
+    def values(self, by: str) -> Float[np.ndarray, " C"]:
+        """What components are ranked by; NaN where it was not measured.
+
+        Raises:
+            WpjaxError: the result has no such ranking, or it is nowhere measured.
+        """
+        data = self.dataset
+        measured = [name for name in RANKINGS if name in data and np.isfinite(data[name].values).any()]
+        if by not in measured:
+            raise WpjaxError(f"this result has no ranking {by!r}, only {', '.join(measured)}; pass by={measured[0]!r}")
+        return np.asarray(data[by].values.astype(float))
+
+    def best(self) -> Float[np.ndarray, " C"]:
+        """The exact effect where a component was replaced, the first-order one elsewhere."""
+        values = self.dataset["effect"].values.astype(float)
+        for name in FIRST_ORDER:
+            if name in self.dataset:
+                values = np.where(np.isfinite(values), values, self.dataset[name].values)
+        return np.asarray(values)
+
     def top(
         self, n: int = 20, *, by: str = "effect", kinds: tuple[str, ...] | None = None, absolute: bool = False
     ) -> list[Row]:
@@ -118,11 +178,7 @@ class SweepResult:
         Raises:
             WpjaxError: the result has no such variable, or it is nowhere measured.
         """
-        data = self.dataset
-        measured = [name for name in RANKINGS if name in data and np.isfinite(data[name].values).any()]
-        if by not in measured:
-            raise WpjaxError(f"this result has no ranking {by!r}, only {', '.join(measured)}; pass by={measured[0]!r}")
-        values = data[by].values.astype(float)
+        data, values = self.dataset, self.values(by)
         usable = np.isfinite(values)
         if kinds is not None:
             usable &= np.isin(data["kind"].values.astype(str), kinds)
@@ -158,9 +214,7 @@ class SweepResult:
         Raises:
             OutputError: the place exists or cannot be written.
         """
-        encoding = {v: {"zlib": True} for v, a in self.dataset.data_vars.items() if a.dtype.kind == "f" and a.ndim}
-        with atomic_output(Path(path), overwrite) as temporary:
-            self.dataset.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        write_dataset(self.dataset, Path(path), overwrite)
 
     @classmethod
     def from_netcdf(cls, path: str | Path) -> SweepResult:
@@ -169,14 +223,7 @@ class SweepResult:
         Raises:
             WpjaxError: no such file, or not a result of this package.
         """
-        try:
-            with warnings.catch_warnings(action="ignore"):  # about HDF5 that is not netCDF
-                dataset = xr.load_dataset(path, engine="h5netcdf")
-        except Exception as error:  # HDF5's readers raise what they like on a damaged file
-            raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `wpjax sweep`") from error
-        schema: Any = dataset.attrs.get("schema")
-        if not np.array_equal(schema, SCHEMA):
-            raise WpjaxError(f"{path}: schema {schema}, this version reads {SCHEMA}; sweep again")
+        dataset = read_dataset(path, "sweep", SCHEMA, "wpjax sweep")
         wrong = _damage(dataset)
         if wrong:
             raise WpjaxError(f"{path}: lacks a usable {', '.join(wrong)}; it is damaged, sweep again")
@@ -192,7 +239,8 @@ def _fits(variable: xr.DataArray, name: str) -> bool:
 
 def _damage(data: xr.Dataset) -> list[str]:
     """What a dataset lacks, or has in another form than `LAYOUT` says."""
-    absent = {*OPTIONAL, *(() if any(name in data for name in ANCHOR) else ANCHOR)} - set(data.variables)
+    absent = {*OPTIONAL, "anchor_vector", *(() if any(name in data for name in ANCHOR) else ANCHOR)}
+    absent -= set(data.variables)
     wrong = [name for name in LAYOUT if name not in absent and not (name in data and _fits(data[name], name))]
     wrong += [name for name in TEXTS if not isinstance(data.attrs.get(name), str)]
     wrong += [name for name in NUMBERS if not isinstance(data.attrs.get(name), int | float | np.number)]

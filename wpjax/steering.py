@@ -113,8 +113,12 @@ class Judge:
             for ids, n in zip(answers.tokens, np.asarray(answers.lengths).tolist(), strict=True)
         ]
 
-    def passes(self, answers: Generation) -> Bool[np.ndarray, " B"]:
-        """Which answers the checker accepts, strictly.
+    def passes(self, answers: Generation, how: Callable[..., bool] = strict) -> Bool[np.ndarray, " B"]:
+        """Which answers the checker accepts.
+
+        Args:
+            answers: to the prompts.
+            how: `behaviours.strict`, or `behaviours.loose`.
 
         Raises:
             BehaviourError: the checker fails on an answer.
@@ -122,7 +126,7 @@ class Judge:
         found = []
         for text, prompt in zip(self.texts(answers), self.batch.pairs, strict=True):
             try:
-                found.append(bool(strict(self.behaviour.checker, text, prompt.args)))
+                found.append(bool(how(self.behaviour.checker, text, prompt.args)))
             except BehaviourError:
                 raise
             except Exception as error:  # whatever a user's function raises

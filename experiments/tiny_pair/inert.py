@@ -48,8 +48,8 @@ def _traffic(cfg: ModelConfig, params: Params, tokens: Tokens) -> list[Traffic]:
         energy = [np.square(np.asarray(a)[real]).mean(0) for a in (q, k)]  # [H, Dh], [K, Dh]
         planes = [e.reshape(cfg.n_kv_heads, -1, 2, cfg.d_head // 2).sum((1, 2)) for e in energy]
         w_o = np.asarray(b.attn.W_O.get_value()).reshape(cfg.n_kv_heads, cfg.n_rep, cfg.d_head, -1)
-        x = np.asarray(x)[real]
-        found.append(Traffic(x.T @ x / len(x), *planes, np.einsum("krid,krjd->kij", w_o, w_o)))
+        read = np.asarray(x)[real]
+        found.append(Traffic(read.T @ read / len(read), planes[0], planes[1], np.einsum("krid,krjd->kij", w_o, w_o)))
     return found
 
 

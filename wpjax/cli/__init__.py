@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from wpjax.cli import anchor, demo, finetune, inspect, report, sweep
+from wpjax.cli import anchor, demo, finetune, inspect, report, sweep, validate
 from wpjax.errors import WpjaxError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, inspect, anchor, sweep, report, finetune):
+for command in (demo, inspect, anchor, sweep, report, validate, finetune):
     app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=command.__name__.rpartition(".")[2])(command.run)
 
 

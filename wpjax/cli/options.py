@@ -62,6 +62,7 @@ DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of weight
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 PromptsOption = Annotated[int, typer.Option("--n-prompts", min=4, help="Prompts, at most.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 IgnoreConfigOption = Annotated[
     list[str] | None,

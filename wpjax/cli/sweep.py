@@ -23,6 +23,7 @@ from wpjax.cli.options import (
     OutOption,
     OverwriteOption,
     PromptsOption,
+    ResumeOption,
     SeedOption,
     SteeredOption,
 )
@@ -110,7 +111,7 @@ def run(
         float | None,
         typer.Option("--memory-mb", min=1, max=2**30, help="Memory for a chunk of patches; chosen if absent."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was interrupted.")] = False,
+    resume: ResumeOption = False,
     seed: SeedOption = 0,
     show: Annotated[int, typer.Option("--show", min=1, help="Rows to print.")] = 20,
     ignore_config: IgnoreConfigOption = None,

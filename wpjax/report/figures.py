@@ -40,14 +40,11 @@ GREY = "#6b7280"
 
 def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]:
     """The best effect known of every component, exact or else first order; and a label of those of some kinds."""
-    data = result.dataset
-    values = data["effect"].values.copy()
-    exact = np.isfinite(values[np.isin(data["kind"].values, kinds)])
-    for name in FIRST_ORDER:
-        if name in data:
-            values = np.where(np.isfinite(values), values, data[name].values)
-            if not exact.all():
-                return values, f"share of gap ({'exact or ' if exact.any() else ''}{name})"
+    data, values = result.dataset, result.best()
+    exact = np.isfinite(data["effect"].values[np.isin(data["kind"].values, kinds)])
+    screens = [name for name in FIRST_ORDER if name in data]
+    if screens and not exact.all():
+        return values, f"share of gap ({'exact or ' if exact.any() else ''}{screens[0]})"
     return values, "share of gap recovered"
 
 

@@ -123,6 +123,7 @@ def make_dataset(
     attributes = _attributes(pair, batch, metric, measured, resamples, seed)
     if anchor is not None:
         attributes["anchor_acceptance"] = anchor.acceptance
+        variables["anchor_vector"] = ("d_model", np.asarray(anchor.vector))
     return xr.Dataset(variables, coords, attributes)
 
 
@@ -156,6 +157,7 @@ def _attributes(
     device = jax.local_devices()[0]
     interval = mean_interval(measured.gap, resamples)
     return {
+        "what": "sweep",
         "schema": SCHEMA,
         "wpjax_version": wpjax.__version__,
         "jax_version": jax.__version__,
@@ -170,6 +172,7 @@ def _attributes(
         "n_queries": len(np.unique(batch.queries)),
         "metric": metric.name,
         "metric_layer": metric.layer,
+        "given_layer": metric.first_layer - 1,
         "gap_mean": interval.mean,
         "gap_low": interval.low,
         "gap_high": interval.high,

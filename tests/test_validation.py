@@ -1,0 +1,193 @@
+"""Behavioural curves: hand-worked cases, and the embedded planted pair, whose truth is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from wpjax.anchors import fit_anchor
+from wpjax.behaviours import behaviour
+from wpjax.components import Component, enumerate_components, n_parameters
+from wpjax.errors import AnchorRejected, WpjaxError
+from wpjax.metrics import response_metric, scores
+from wpjax.pairs import load_pair, planted_components
+from wpjax.patching import PatchMask, patch
+from wpjax.report.curves import write_curves
+from wpjax.sweeps import sweep
+from wpjax.validation import Curves, anchor_of, log_grid, steps_of, validate
+
+FINEST = ("head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm")
+N_NEW = 16
+
+
+def test_sizes_of_components_add_up_to_the_model(pair):
+    """Every parameter has one owner; biases of a module's output are its module's."""
+    total = sum(leaf.size for leaf in np_leaves(pair.base))
+    modules = enumerate_components(pair.cfg, ["attn", "mlp", "norm", "embed", "unembed", "final_norm"])
+    assert sum(n_parameters(pair.cfg, c) for c in modules) == total
+    layers = sum(n_parameters(pair.cfg, c) for c in enumerate_components(pair.cfg, ["layer"]))
+    assert layers == sum(n_parameters(pair.cfg, c) for c in modules if c.kind in ("attn", "mlp", "norm"))
+    fine = sum(n_parameters(pair.cfg, c) for c in enumerate_components(pair.cfg, FINEST))
+    blocks = pair.base["blocks"]
+    shared = [blocks[m][b] for m, b in (("attn", "b_O"), ("mlp", "b_out")) if b in blocks[m]]
+    assert fine == total - sum(b.size for b in shared)
+
+
+def np_leaves(tree):
+    import jax
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_controls_come_nearest_to_the_budget():
+    order = [Component("neuron", 0, i) for i in range(4)]
+    steps = steps_of(order, np.array([10, 1, 1, 30]), [1, 11, 13, 1000])
+    assert [(len(s.components), s.n_parameters) for s in steps] == [(1, 10), (2, 11), (3, 12), (4, 42)]
+    assert log_grid(1000, 4) == [1, 10, 100, 1000]
+    assert log_grid(3, 8) == [1, 2, 3]
+
+
+def by_hand() -> Curves:
+    """Two prompts of two queries, two rankings, two points; scores chosen so that shares are round."""
+    checks = np.zeros((2, 2, 2, 2), bool)
+    checks[0, 0, 1] = True  # restoring with all of the first ranking makes both pass
+    checks[1, :, 0] = True  # little taken out: both still pass
+    score = np.zeros((2, 2, 2, 2), np.float32)
+    score[0, 0] = [[1, 3], [4, 4]]  # ends are 0 and 4: shares 1/2 and 1
+    score[1] = [[4, 4], [1, 1]]  # lost: 0 and 3/4
+    dims = ("direction", "ranking", "point", "prompt")
+    return Curves(
+        xr.Dataset(
+            {
+                "n_components": (("ranking", "point"), [[1, 2], [1, 2]]),
+                "n_parameters": (("ranking", "point"), [[10, 1000], [10, 1000]]),
+                "query": ("prompt", [0, 1]),
+                "strict": (dims, checks),
+                "loose": (dims, checks),
+                "score_kl": (dims, score),
+                "end_strict": (("end", "prompt"), [[False, False], [True, True]]),
+                "end_loose": (("end", "prompt"), [[False, False], [True, True]]),
+                "end_kl": (("end", "prompt"), np.array([[0, 0], [4, 4]], np.float32)),
+            },
+            {
+                "direction": ["restore", "knockout"],
+                "ranking": ("ranking", np.array(["effect", "random 1"], object)),
+                "end": ["base", "expert"],
+            },
+            {"what": "curves", "schema": 1, "seed": 0, "behaviour": "b", "base": "x", "expert": "y"},
+        )
+    )
+
+
+def test_shares_areas_and_calibration_by_hand(tmp_path):
+    curves = by_hand()
+    assert curves.rankings == ["effect", "random 1"]
+    assert curves.measures == ["strict", "loose", "kl"]
+    share, own = curves.share("kl")
+    np.testing.assert_allclose(share[0], [[[0.5, 1], [0, 0]], [[0, 0.75], [0, 0.75]]])
+    np.testing.assert_allclose(own[0], [[[2, 4], [0, 0]], [[4, 1], [4, 1]]])
+    assert share[1, 0, 0, 0] < 0.5 < share[2, 0, 0, 0]  # prompts differ: 1/4 and 3/4
+    np.testing.assert_allclose(share[1:, 0, 0, 1], 1)
+    np.testing.assert_allclose(curves.share("strict")[0][0], [[[0, 1], [0, 0]], [[0, 1], [0, 1]]])
+    # two points a hundredfold apart: the mean over the logarithm is that of the two
+    assert curves.area("kl", "restore", 0).mean == pytest.approx(0.75)
+    assert curves.area("strict", "knockout", 1).mean == pytest.approx(0.5)
+    (kl,) = curves.calibration()
+    assert kl.n_sets == 4
+    np.testing.assert_allclose(kl.passing, [0, np.nan, 0, np.nan, np.nan, 1])
+    assert kl.error == pytest.approx(0.25)  # only the set at 1/2, which does not pass, is off: sqrt(0.25 / 4)
+    curves.to_netcdf(tmp_path / "c.nc")
+    xr.testing.assert_identical(Curves.from_netcdf(tmp_path / "c.nc").dataset, curves.dataset)
+    assert [path.name for path in write_curves(curves, tmp_path / "c.nc")] == ["c-curves.png", "c-calibration.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.drop_vars("end_strict"), "end_strict"),
+        (lambda d: d.assign(score_kl=d["score_kl"] * np.nan), "score_kl"),
+        (lambda d: d.assign(n_parameters=0 * d["n_parameters"]), "n_parameters"),
+        (lambda d: d.isel(direction=[0]), "direction"),
+        (lambda d: d.assign_attrs(schema=9), "schema 9"),
+        (lambda d: d.assign_attrs(what="sweep"), "holds sweep, not curves"),
+        (lambda d: d.assign_attrs(seed="x"), "seed"),
+    ],
+)
+def test_damaged_curves_are_refused(change, message, tmp_path):
+    Curves(change(by_hand().dataset)).to_netcdf(tmp_path / "c.nc")
+    with pytest.raises(WpjaxError, match=message):
+        Curves.from_netcdf(tmp_path / "c.nc")
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
+
+
+@pytest.fixture(scope="module")
+def result(planted):
+    """A sweep of the planted components and as many others."""
+    pair, task = planted
+    anchor = fit_anchor(pair, task, layer=5, n_prompts=16, causal="skip")
+    others = [f"L{layer}.neuron.{i}" for layer in (0, 1, 2) for i in range(200, 207)] + ["L3.head.0"]
+    batch = task.encode(pair.tokenizer, "sweep", 8)
+    return sweep(pair, batch, anchor, components=[*planted_components(), *others])
+
+
+@pytest.fixture(scope="module")
+def curves(planted, result):
+    return validate(*planted, result, n_prompts=6, n_points=3, n_random=1, max_new_tokens=N_NEW)
+
+
+def test_the_planted_components_carry_the_behaviour(curves):
+    """All that was swept, inert ones and planted ones together, is the whole expert but for inert changes."""
+    strict = curves.share("strict")[0][0]
+    np.testing.assert_allclose(strict[:, :, -1], 1)
+    for direction in ("restore", "knockout"):
+        effect, random = (curves.area("anchor", direction, i) for i in (0, curves.rankings.index("random 1")))
+        assert effect.low > random.high
+
+
+def test_patched_models_on_the_curve_are_patches(planted, curves, result):
+    """The response score of the single best component, each way, by the lazy patch."""
+    pair, task = planted
+    best = result.top(1)[0].name
+    metric = response_metric(pair, task.encode(pair.tokenizer, "test", 6), N_NEW)
+    for side, (host, donor) in enumerate(((pair.base, pair.expert), (pair.expert, pair.base))):
+        expected = scores(pair.cfg, patch(host, donor, PatchMask.of(pair.cfg, best)), metric)
+        np.testing.assert_allclose(curves.dataset["score_response"].values[side, 0, 0], expected, atol=1e-5)
+    assert curves.dataset["n_parameters"].values[0, 0] == n_parameters(pair.cfg, parse(pair, best))
+
+
+def parse(pair, name):
+    return next(c for c in enumerate_components(pair.cfg, FINEST) if c.name == name)
+
+
+def test_finished_parts_are_used(planted, result, curves):
+    done: dict[str, np.ndarray] = {}
+    options = {"n_prompts": 6, "n_points": 3, "n_random": 1, "max_new_tokens": N_NEW}
+    again = validate(*planted, result, done=done, **options)
+    assert len(done) == 2 * 4 * 3
+    xr.testing.assert_equal(again.dataset, curves.dataset)
+    done["restore-effect-0"] = done["restore-effect-0"] + 1
+    third = validate(*planted, result, done=done, **options).dataset
+    np.testing.assert_allclose(third["score_kl"][0, 0, 0], curves.dataset["score_kl"][0, 0, 0] + 1, rtol=1e-6)
+
+
+def test_the_result_knows_its_anchor(result):
+    anchor = anchor_of(result)
+    assert anchor is not None
+    assert anchor.layer == 5
+    assert np.linalg.norm(anchor.vector) == pytest.approx(1, abs=1e-5)
+
+
+def test_results_of_other_models_and_absent_behaviours_are_refused(planted, result):
+    pair, task = planted
+    with pytest.raises(WpjaxError, match="the result is of the pair"):
+        validate(load_pair("tiny:base", "tiny:expert"), task, result)
+    always = dataclasses.replace(task, checker=lambda text, args: True)
+    with pytest.raises(AnchorRejected, match="no behaviour to find"):
+        validate(pair, always, result, n_prompts=6, max_new_tokens=N_NEW)
+    with pytest.raises(WpjaxError, match="no ranking 'secant'"):
+        validate(pair, task, result, by="secant")

@@ -1,0 +1,153 @@
+"""`wpjax validate`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wpjax.cli.options import (
+    BaseOption,
+    BehaviourOption,
+    CheckerOption,
+    Dtype,
+    DtypeOption,
+    ExpertOption,
+    IgnoreConfigOption,
+    JsonOption,
+    NewTokensOption,
+    OutOption,
+    OverwriteOption,
+    PromptsOption,
+    ResumeOption,
+    SeedOption,
+)
+
+if TYPE_CHECKING:
+    from wpjax.stats import Interval
+    from wpjax.validation import Curves
+
+EXAMPLE = (
+    "Example: wpjax validate title.nc --base tiny:base --expert tiny:expert --behaviour tiny:title "
+    "--out title.curves.nc"
+)
+
+
+def run(
+    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    base: BaseOption,
+    expert: ExpertOption,
+    behaviour: BehaviourOption,
+    out: OutOption,
+    checker: CheckerOption = None,
+    by: Annotated[
+        str | None, typer.Option("--by", help="The ranking under test, say effect or screen; the best if absent.")
+    ] = None,
+    n_prompts: PromptsOption = 32,
+    points: Annotated[
+        int, typer.Option("--points", min=2, help="Sizes of sets, from one component to all, on a logarithmic grid.")
+    ] = 10,
+    n_random: Annotated[int, typer.Option("--n-random", min=1, help="Random orders beside the ranking.")] = 3,
+    max_new_tokens: NewTokensOption = 32,
+    dtype: DtypeOption = Dtype.float32,
+    resume: ResumeOption = False,
+    seed: SeedOption = 0,
+    ignore_config: IgnoreConfigOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Patch a sweep's best components into the base, and out of the expert, and judge the answers by the checker."""
+    from wpjax.files import check_output
+
+    names = ("curves", "calibration")
+    for target in (out, *(out.with_name(f"{out.stem}-{name}.png") for name in names)):
+        check_output(target, overwrite)
+
+    import wpjax
+    from wpjax import behaviours
+    from wpjax.cli.console import on_interrupt, progress_bars
+    from wpjax.pairs import load_pair
+    from wpjax.report.curves import write_curves
+    from wpjax.results import Shards, SweepResult
+    from wpjax.validation import validate
+
+    swept = SweepResult.from_netcdf(result)
+    task = behaviours.behaviour(behaviour, checker)
+    pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
+    settings = {
+        "version": wpjax.__version__,
+        "pair": pair.fingerprints,
+        "result": [swept.dataset.attrs["date"], swept.best().tolist(), by],
+        "behaviour": [(p.with_instruction, dict(p.args)) for p in task.select("test", n_prompts)],
+        "points": points,
+        "n_random": n_random,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    shards = Shards(out.with_name(f".{out.name}.validate"), settings, resume)
+
+    def kept() -> str:
+        return "finished parts are kept: go on with --resume" if len(shards) else "nothing was written"
+
+    with on_interrupt(kept), progress_bars() as progress:
+        curves = validate(
+            pair,
+            task,
+            swept,
+            by=by,
+            n_prompts=n_prompts,
+            n_points=points,
+            n_random=n_random,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            done=shards,
+            progress=progress,
+        )
+    curves.to_netcdf(out, overwrite)
+    figures = write_curves(curves, out, overwrite)
+    shards.discard()
+    print_curves(curves, as_json)
+    if not as_json:
+        print(f"\nwrote {out}, {', '.join(map(str, figures))}")
+
+
+def print_curves(curves: Curves, as_json: bool) -> None:
+    """Areas under the curves of every ranking, and the calibration of the scores."""
+    from wpjax.cli.console import print_json, print_table
+    from wpjax.validation import BINS, DIRECTIONS
+
+    measures = [m for m in curves.measures if m != "loose"]
+    areas = {
+        direction: {name: {m: curves.area(m, direction, r) for m in measures} for r, name in enumerate(curves.rankings)}
+        for direction in DIRECTIONS
+    }
+    calibration = curves.calibration()
+    if as_json:
+        tree = {d: {n: {m: a._asdict() for m, a in f.items()} for n, f in of.items()} for d, of in areas.items()}
+        print_json({"areas": tree, "calibration": [c._asdict() for c in calibration]})
+        return
+    titles = {"restore": "Brought into the base", "knockout": "\nTaken out of the expert"}
+    for direction, of in areas.items():
+        print_table(
+            f"{titles[direction]}: mean share along the curve (95 % interval)",
+            ("ranking", "pass the checker", *measures[1:]),
+            [
+                (name, _bounded(figures["strict"]), *(f"{figures[m].mean:.2f}" for m in measures[1:]))
+                for name, figures in of.items()
+            ],
+        )
+    print_table(
+        f"\nShare of answers that pass, by the share that a score gives ({calibration[0].n_sets} patched bases)",
+        ("score", *(f"{max(low, 0):.1f}-{high:.1f}" if math.isfinite(high) else f"{low:.1f}+" for low, high in BINS),
+         "rank corr."),
+        [
+            (c.measure, *("" if math.isnan(p) else f"{p:.0%}" for p in c.passing), f"{c.rho:.2f}")
+            for c in calibration
+        ],
+    )  # fmt: skip
+
+
+def _bounded(area: Interval) -> str:
+    return f"{area.mean:.2f} [{area.low:.2f}, {area.high:.2f}]"

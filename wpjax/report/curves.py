@@ -1,0 +1,102 @@
+"""Figures of behavioural curves: restoration and knock-out, and what each score promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
+
+from wpjax.files import atomic_output
+from wpjax.report.figures import COLOURS, GREY, STYLE
+from wpjax.validation import CHECKS, DIRECTIONS, Curves
+
+LABELS = {
+    "strict": "answers that pass (strict)",
+    "loose": "answers that pass (loose)",
+    "anchor": "anchor score",
+    "response": "log-probability of the expert's answer",
+    "decision": "log-odds where they part",
+    "kl": "nearness to the expert (KL)",
+}
+CONTROLS = {"activation": COLOURS["neuron"], "delta_norm": COLOURS["norm"]}
+NAMES = {"effect": "effect of the weights", "activation": "activation patching", "delta_norm": "norm of the change"}
+
+
+def _colour(ranking: str, first: bool) -> str:
+    return COLOURS["head"] if first else CONTROLS.get(ranking, GREY)
+
+
+def draw_curve(curves: Curves, axes: Axes, measure: str, direction: str) -> None:
+    """One measure along the curves of every ranking, as a share of the way from base to expert."""
+    shares, side = curves.share(measure)[0], DIRECTIONS.index(direction)
+    n = curves.dataset["n_parameters"].values
+    for r, name in enumerate(curves.rankings):
+        value, low, high = shares[:, side, r]
+        order, colour = np.argsort(n[r], kind="stable"), _colour(name, r == 0)
+        random = name.startswith("random")
+        label = "random" if name == "random 1" else None if random else NAMES.get(name, name)
+        axes.fill_between(n[r][order], low[order], high[order], color=colour, alpha=0.12, lw=0)
+        axes.plot(n[r][order], value[order], color=colour, lw=1 if random else 1.6, marker=".", ms=4, label=label)
+    axes.axhline(0, color="#222", lw=0.6)
+    axes.axhline(1, color="#222", lw=0.6, ls=":")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(LABELS.get(measure, measure))
+
+
+def make_curves(curves: Curves) -> Figure:
+    """Restoration above, knock-out below; the checker first, then two scores and the divergence."""
+    scored = [m for m in curves.measures if m not in CHECKS]
+    shown = ["strict", *(m for m in ("anchor", "decision", "kl") if m in scored)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.3 * len(shown), 5.6), layout="constrained")
+        grid = figure.subplots(2, len(shown), squeeze=False, sharex=True)
+        for row, direction in zip(grid, DIRECTIONS, strict=True):
+            for axes, measure in zip(row, shown, strict=True):
+                draw_curve(curves, axes, measure, direction)
+            row[0].set_ylabel("share brought back" if direction == "restore" else "share taken away")
+        for axes in grid[1]:
+            axes.set_xlabel("parameters patched")
+        grid[0, 0].legend(frameon=False, fontsize=7, loc="upper left")
+        attrs = curves.dataset.attrs
+        title = f"{attrs['behaviour']}: the best components of {attrs['expert']} in {attrs['base']}, and the reverse"
+        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def make_calibration(curves: Curves) -> Figure:
+    """The share that each score gives a patched base against the share of its answers that pass; one dot a set."""
+    found = curves.calibration()
+    passing = curves.share("strict")[0][0, 0]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.9 * len(found), 3.1), layout="constrained")
+        grid = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+        for axes, one in zip(grid, found, strict=True):
+            claimed = curves.share(one.measure)[0][0, 0]
+            for r, name in enumerate(curves.rankings):
+                axes.scatter(claimed[r], passing[r], s=14, color=_colour(name, r == 0), alpha=0.8, lw=0)
+            axes.plot([0, 1], [0, 1], color="#222", lw=0.6, ls=":")
+            axes.set(xlabel="share by the score")
+            axes.set_title(f"{one.measure}: rank correlation {one.rho:.2f}")
+        grid[0].set_ylabel("share that passes")
+    return figure
+
+
+def write_curves(curves: Curves, path: Path, overwrite: bool = False) -> list[Path]:
+    """Write both figures as PNG files, named after a path's stem.
+
+    Raises:
+        OutputError: a place exists or cannot be written.
+    """
+    written = []
+    for name, figure in (("curves", make_curves(curves)), ("calibration", make_calibration(curves))):
+        target = path.with_name(f"{path.stem}-{name}.png")
+        with atomic_output(target, overwrite) as temporary, mpl.rc_context(STYLE):
+            figure.savefig(temporary, format="png", dpi=150)
+        written.append(target)
+    return written
