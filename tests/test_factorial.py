@@ -36,8 +36,8 @@ def cell(pair, metric, components, weights, inputs, host=None, donor=None):
     runs = run_model(pair.cfg, host, metric), run_model(pair.cfg, donor, metric)
     plan = make_plan(pair.cfg, components, *metric.tokens.ids.shape)
     found = {}
-    for chunk, changes in exact_changes(pair.cfg, host, donor, runs, metric, plan, weights=weights, inputs=inputs):
-        found |= dict(zip(chunk.components, changes, strict=True))
+    for chunk, delta, _ in exact_changes(pair.cfg, host, donor, runs, metric, plan, weights=weights, inputs=inputs):
+        found |= dict(zip(chunk.components, delta, strict=True))
     return np.stack([found[c] for c in components])
 
 

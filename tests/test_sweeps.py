@@ -32,8 +32,8 @@ def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=
     runs = run_model(pair.cfg, pair.base, metric), None
     donor = pair.expert if donor is None else donor
     found = {}
-    for chunk, changes in exact_changes(pair.cfg, pair.base, donor, runs, metric, plan, jitter_seed=jitter_seed):
-        found |= dict(zip(chunk.components, changes, strict=True))
+    for chunk, delta, _ in exact_changes(pair.cfg, pair.base, donor, runs, metric, plan, jitter_seed=jitter_seed):
+        found |= dict(zip(chunk.components, delta, strict=True))
     return np.stack([found[c] for c in components])
 
 

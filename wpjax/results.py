@@ -55,6 +55,8 @@ LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
     "swept_kind": (_KINDS, "OTU"),
     **dict.fromkeys(ANCHOR, (("model_layer",), "f")),
     "anchor_vector": (("d_model",), "f"),
+    "flow": ((*_COMPONENTS, "target"), "f"),
+    "target": (("target",), "OTU"),
 }
 """Dimensions of every variable, and the kinds that its dtype may have (text has several)."""
 
@@ -137,7 +139,8 @@ class SweepResult:
     `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
     those cells were measured. `coverage_joint[swept_kind]` and `coverage_sum[swept_kind]` say
     how much of the gap each kind recovers as one patch and as the sum of its single effects (first-order ones where
-    nothing was replaced);
+    nothing was replaced); `flow[component, target]` says by way of which later heads and MLPs an effect on a
+    projection arrives, and its rows sum to the effect;
     `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.
     """
 
@@ -239,7 +242,8 @@ def _fits(variable: xr.DataArray, name: str) -> bool:
 
 def _damage(data: xr.Dataset) -> list[str]:
     """What a dataset lacks, or has in another form than `LAYOUT` says."""
-    absent = {*OPTIONAL, "anchor_vector", *(() if any(name in data for name in ANCHOR) else ANCHOR)}
+    groups = (("anchor_vector",), ANCHOR, ("flow", "target"))  # all of a group, or none
+    absent = {*OPTIONAL, *(n for group in groups if not set(group) & set(data.variables) for n in group)}
     absent -= set(data.variables)
     wrong = [name for name in LAYOUT if name not in absent and not (name in data and _fits(data[name], name))]
     wrong += [name for name in TEXTS if not isinstance(data.attrs.get(name), str)]

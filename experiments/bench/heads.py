@@ -43,7 +43,7 @@ def ours(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component])
     plan = make_plan(pair.cfg, heads, *metric.tokens.ids.shape)
     run = run_model(pair.cfg, pair.base, metric)
     parts = exact_changes(pair.cfg, pair.base, pair.expert, (run, None), metric, plan)
-    return np.concatenate([changes for _, changes in parts])
+    return np.concatenate([part.delta for part in parts])
 
 
 class TorchSweep:

@@ -33,8 +33,8 @@ class Planting(NamedTuple):
 
 SIZES: dict[tuple[str, str], tuple[int, ...]] = {
     ("heads", "shallow"): (1, 2, 8),
-    ("heads", "middle"): (2, 4),
-    ("heads", "deep"): (2, 8),
+    ("heads", "middle"): (4, 8),
+    ("heads", "deep"): (8,),
     ("kv", "shallow"): (2, 4),
     ("kv", "spread"): (6, 12),
     ("neurons", "shallow"): (4, 8, 32),

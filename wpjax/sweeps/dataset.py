@@ -21,6 +21,7 @@ from wpjax.metrics import Metric
 from wpjax.pairs import Pair
 from wpjax.results import FIRST_ORDER, SCHEMA
 from wpjax.stats import Resamples, benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
+from wpjax.sweeps.replay import flow_targets
 
 
 class Measured(NamedTuple):
@@ -33,6 +34,8 @@ class Measured(NamedTuple):
         coverage: share of the gap recovered by each kind as one joint patch, and by all of them ("all").
         floor: noise floor of each kind that was replaced.
         rows: components that a program of each kind took at once.
+        flow: changes of the metric by way of each of `replay.flow_targets`, mean over prompts; None for a metric that
+            is no projection.
     """
 
     cells: Mapping[str, Float[np.ndarray, "C B"]]
@@ -41,6 +44,7 @@ class Measured(NamedTuple):
     coverage: Mapping[str, float]
     floor: Mapping[str, float]
     rows: Mapping[str, int]
+    flow: Float[np.ndarray, "C U"] | None = None
 
 
 def two_by_two(cells: Mapping[str, Float[np.ndarray, "C B"]]) -> dict[str, Float[np.ndarray, "C B"]]:
@@ -120,6 +124,9 @@ def make_dataset(
         "prompt": ("prompt", np.array(batch.texts, dtype=object)),
         "swept_kind": ("swept_kind", np.array(swept, dtype=object)),
     }
+    if measured.flow is not None:
+        variables["flow"] = (("component", "target"), (measured.flow / gap.mean()).astype(np.float32))
+        coords["target"] = ("target", np.array(flow_targets(pair.cfg, metric.layer), dtype=object))
     attributes = _attributes(pair, batch, metric, measured, resamples, seed)
     if anchor is not None:
         attributes["anchor_acceptance"] = anchor.acceptance

@@ -16,7 +16,7 @@ from wpjax.components import KINDS, Component
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.sweeps.replay import Run, Side, replay
+from wpjax.sweeps.replay import Replayed, Run, Side, replay
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -95,6 +95,21 @@ def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, lis
     yield from groups.items()
 
 
+class Changes(NamedTuple):
+    """What a chunk's patches do.
+
+    Attributes:
+        chunk: which components.
+        delta: [n, B], change of the metric.
+        flow: [n, U], by way of which target, mean over prompts (see `replay.Replayed`); None if the metric is no
+            projection.
+    """
+
+    chunk: Chunk
+    delta: Float[np.ndarray, "n B"]
+    flow: Float[np.ndarray, "n U"] | None
+
+
 def exact_changes(
     cfg: ModelConfig,
     host: Params,
@@ -106,7 +121,7 @@ def exact_changes(
     weights: Side = "donor",
     inputs: Side = "host",
     jitter_seed: int | None = None,
-) -> Iterator[tuple[Chunk, Float[np.ndarray, "n B"]]]:
+) -> Iterator[Changes]:
     """The change of the metric by each component of a plan, chunk by chunk.
 
     Args:
@@ -124,13 +139,13 @@ def exact_changes(
     n_tokens = metric.tokens.ids.shape[1]
     # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program.
     with_reference = host["embed"]["W_E"].dtype == jnp.bfloat16
-    pending: list[tuple[Chunk, Array]] = []
+    pending: list[tuple[Chunk, Replayed]] = []
 
-    def finish() -> tuple[Chunk, Float[np.ndarray, "n B"]]:
-        chunk, scores = pending.pop(0)
-        values = np.asarray(scores, np.float64)
+    def finish() -> Changes:
+        chunk, (scores, flow) = pending.pop(0)
+        n, values = len(chunk.components), np.asarray(scores, np.float64)
         reference = values[-1] if with_reference else np.asarray(runs[0].score, np.float64)
-        return chunk, values[: len(chunk.components)] - reference
+        return Changes(chunk, values[:n] - reference, None if flow is None else np.asarray(flow[:n], np.float64))
 
     for chunk in plan.chunks:
         rows = plan.rows[chunk.kind]

@@ -19,6 +19,11 @@ A component's new output o(weights, input) takes its weights and its input each 
     attn, mlp, layer, norm: likewise, as modules
 
 Swap host and donor for knock-out, a component of the base in the expert.
+
+Where the metric is a projection <r, v> of the stream, a sum of what everything has written, its change is followed from
+the supplier c through every later head and MLP u on the way (METHOD 4; ours):
+
+    dF_c = d_cc + sum_u d_cu,    d_cu = <v, o_u(host with c) - o_u(host)> at the positions that are read
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from jaxtyping import Array, Float, Int
 
 from wpjax.components import KINDS, LEAVES, Component, count, gate_shapes, open_gates
 from wpjax.errors import ComponentError
-from wpjax.metrics import Metric
+from wpjax.metrics import Along, Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, decoder, take_layer
 from wpjax.models.layers import Block
@@ -51,17 +56,27 @@ class Run(NamedTuple):
     Attributes:
         resid_pre: [l + 1, B, T, D], the residual stream before each layer up to the one that the metric reads.
         score: [B], the metric.
+        writes: [B, L, H + 1], what every head and, last, the MLP of each layer adds to it; None where the metric is
+            no projection.
     """
 
     resid_pre: Float[Array, "A B T D"]
     score: Float[Array, " B"]
+    writes: Float[Array, "B L G"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def run_model(cfg: ModelConfig, params: Params, metric: Metric) -> Run:
     """Run a model once up to the layer that the metric reads."""
     out = metric.run(cfg, params, sites=(Site.RESID_PRE,))
-    return Run(out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid)))
+    resid_pre, score = out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid))
+    if not isinstance(metric.readout, Along):
+        return Run(resid_pre, score)
+    where = jnp.asarray(metric.at)
+    tap = Tap(metric.readout, jnp.asarray(metric.weight))
+    return Run(
+        resid_pre, score, suffix(cfg, params["blocks"], resid_pre[0], jnp.asarray(0), metric.layer, where, tap)[1]
+    )
 
 
 class Stream(NamedTuple):
@@ -246,6 +261,31 @@ def blend_rows(
     return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(resid_pre, positions))(gates)
 
 
+class Tap(NamedTuple):
+    """Reads what heads and MLPs add to a projection of the stream.
+
+    Attributes:
+        along: the direction.
+        weight: [N, S], how much each position counts.
+    """
+
+    along: Along
+    weight: Float[Array, "N S"]
+
+    def __call__(self, b: Block, z: Float[Array, "N S H Dh"], fed: Float[Array, "N S D"]) -> Float[Array, "N G"]:
+        """Of one layer: its heads (before W_O) and what its MLP adds, at the positions that are read."""
+        w_o = jnp.matmul(
+            b.attn.W_O.get_value().astype(jnp.float32), self.along.vector, precision=jax.lax.Precision.HIGHEST
+        )
+        heads = jnp.einsum("nshd,hd,ns->nh", z, w_o, self.weight, precision=jax.lax.Precision.HIGHEST)
+        return jnp.concatenate([heads, self.sum(fed)[:, None]], axis=1)
+
+    def sum(self, x: Float[Array, "N S D"]) -> Float[Array, " N"]:
+        """The projection of a change of the stream."""
+        along = jnp.matmul(x, self.along.vector, precision=jax.lax.Precision.HIGHEST)
+        return (along * self.weight).sum(-1)
+
+
 def suffix(
     cfg: ModelConfig,
     blocks: Params,
@@ -253,7 +293,8 @@ def suffix(
     start: Int[Array, ""],
     last: int,
     at: Int[Array, "N S"],
-) -> Float[Array, "N S D"]:
+    tap: Tap | None = None,
+) -> tuple[Float[Array, "N S D"], Float[Array, "N L G"] | None]:
     """The residual stream at each row's positions after layer `last`, having entered at layer `start`.
 
     Args:
@@ -263,25 +304,52 @@ def suffix(
         start: traced; `last + 1` if nothing is left to run.
         last: the layer whose `resid_post` is read, static.
         at: positions that are read.
+        tap: read there what every head and MLP of the layers adds, too; of layers before `start`, 0.
     """
     positions = jnp.arange(resid.shape[1])[None]
 
-    def run(layer: Array, x: Array) -> Array:
-        return block(cfg, take_layer(blocks, layer))(x, positions)
-
     def pick(x: Array) -> Array:
-        return jnp.take_along_axis(x, at[..., None], axis=1)
+        return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
 
-    def final(x: Array) -> Array:
+    def tapped(writes: Array | None, layer: Array | int, b: Block, z: Array, mid: Array, post: Array) -> Array | None:
+        return None if tap is None else writes.at[:, layer].set(tap(b, z, post - mid))  # type: ignore[union-attr]
+
+    def run(layer: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+        x, writes = carry
+        b = block(cfg, take_layer(blocks, layer))
+        normed = b.norm_attn(x)
+        z = b.attn.mix(b.attn.queries(normed, positions), *b.attn.keys_values(normed, positions))
+        mid = x + b.attn.out(z)
+        post = b.feed(mid)
+        return post, tapped(writes, layer, b, pick(z), pick(mid), pick(post)) if tap else None
+
+    def final(carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
         """The last layer: keys and values of every token, everything else at the positions that are read only."""
+        x, writes = carry
         b = block(cfg, take_layer(blocks, last))
         normed = b.norm_attn(x)
         q = b.attn.queries(pick(normed), at)
         z = b.attn.mix(q, *b.attn.keys_values(normed, positions), seen=at + 1)
-        return b.feed(pick(x) + b.attn.out(z))
+        mid = pick(x) + b.attn.out(z)
+        post = b.feed(mid)
+        return post, tapped(writes, last, b, z, mid, post)
 
-    resid = jax.lax.fori_loop(start, last, run, resid)
-    return jax.lax.cond(start <= last, final, pick, resid)
+    writes = None if tap is None else jnp.zeros((len(resid), last + 1, cfg.n_heads + 1), jnp.float32)
+    carry = jax.lax.fori_loop(start, last, run, (resid, writes))
+    return jax.lax.cond(start <= last, final, lambda carry: (pick(carry[0]), carry[1]), carry)
+
+
+class Replayed(NamedTuple):
+    """What a program of patches returns.
+
+    Attributes:
+        score: [P, B], the metric; [P + 1, B] with a reference, which is the last row.
+        flow: [P, 1 + L (H + 1)], mean over prompts of the change of the metric by way of each target: what the
+            component adds itself, then the heads and the MLP of each layer; None where the metric is no projection.
+    """
+
+    score: Float[Array, "P B"]
+    flow: Float[Array, "P U"] | None
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "kind", "weights", "inputs", "with_reference"))
@@ -299,7 +367,7 @@ def replay(
     weights: Side = "donor",
     inputs: Side = "host",
     with_reference: bool = False,
-) -> Float[Array, "P B"]:
+) -> Replayed:
     """The metric of the host with one component's output at a time replaced.
 
     Args:
@@ -317,10 +385,9 @@ def replay(
         with_reference: append a row for the host itself, so that rounding that depends on the batch's shape can be
             subtracted.
 
-    Returns:
-        [P, B], or [P + 1, B] with a reference.
     """
     ids, run = jnp.asarray(metric.tokens.ids), runs[0]
+    found: Rows | None = None
     if not KINDS[kind].in_layer:
         giver = donor if weights == "donor" else host
         patched = patch(host, giver, PatchMask.of(cfg, kind))
@@ -333,19 +400,51 @@ def replay(
     else:
         patched, after = host, layer + 1
         at = layer_patch(cfg, host, donor, runs, layer, weights, inputs)
-        rows = layer_rows(cfg, kind, at, (host, donor), layer, index).post
+        found = layer_rows(cfg, kind, at, (host, donor), layer, index)
+        rows = found.post
         unpatched = at.host.block(at.host.resid_pre, at.host.positions)
+    mids = found.mid if found is not None else None
     rows = rows * (1 + jitter[:, None])
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
     n_rows, n_prompts, *rest = rows.shape
     where = jnp.tile(jnp.asarray(metric.at), (n_rows, 1))
-    final = suffix(cfg, host["blocks"], rows.reshape(-1, *rest), after, metric.layer, where)
+    tap = None
+    if isinstance(metric.readout, Along):
+        tap = Tap(metric.readout, jnp.tile(jnp.asarray(metric.weight), (n_rows, 1)))
+    final, writes = suffix(cfg, host["blocks"], rows.reshape(-1, *rest), after, metric.layer, where, tap)
     picked = final.reshape(n_rows, n_prompts, *final.shape[1:])
     # A vocabulary of logits takes its place for one patch at a time.
     at_once = 1 if metric.readout.reads_logits else len(index)
-    scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[: len(index)], batch_size=at_once)
-    return jnp.concatenate([scores, metric.read(cfg, host, picked[-1])[None]]) if with_reference else scores
+    n = len(index) if KINDS[kind].in_layer else 1
+    scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[:n], batch_size=at_once)
+    if with_reference:
+        scores = jnp.concatenate([scores, metric.read(cfg, host, picked[-1])[None]])
+    if writes is None or run.writes is None:
+        return Replayed(scores, None)
+    writes = writes.reshape(n_rows, n_prompts, *writes.shape[1:])
+    before = writes[-1] if with_reference else run.writes
+    later = jnp.arange(metric.layer + 1)[:, None] >= after
+    through = jnp.where(later, writes[:n] - before, 0.0).mean(1)  # [P, L, H + 1]
+    own = _own(metric, rows[:n], unpatched)
+    if mids is not None:  # what the layer's own MLP makes of a change before it is not the supplier's own
+        direct = _own(metric, mids, at.host.resid_mid)
+        through = through.at[:, layer, -1].set(own - direct)
+        own = direct
+    return Replayed(scores, jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1))
+
+
+def _own(metric: Metric, rows: Float[Array, "P B T D"], host: Float[Array, "B T D"]) -> Float[Array, " P"]:
+    """Change of the projection by a change of the stream, mean over prompts."""
+    assert isinstance(metric.readout, Along)
+    tap = Tap(metric.readout, jnp.asarray(metric.weight))
+    return jax.vmap(lambda x: tap.sum(metric.pick(x - host)).mean())(rows)
+
+
+def flow_targets(cfg: ModelConfig, last: int) -> list[str]:
+    """Names of the columns of `Replayed.flow`: `self`, then `L0.head.0` ... `L0.mlp` ... of layers up to `last`."""
+    heads = [f"head.{h}" for h in range(cfg.n_heads)]
+    return ["self", *(f"L{layer}.{part}" for layer in range(last + 1) for part in (*heads, "mlp"))]
 
 
 def layer_patch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -16,14 +16,14 @@ from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
 from wpjax.errors import ComponentError, WpjaxError
-from wpjax.metrics import Metric, expect_positive_gap
+from wpjax.metrics import Along, Metric, expect_positive_gap
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results import SweepResult
 from wpjax.sweeps.dataset import Measured, make_dataset
-from wpjax.sweeps.exact import Chunk, Plan, exact_changes, make_plan, sham_plan
+from wpjax.sweeps.exact import Changes, Chunk, Plan, exact_changes, make_plan, sham_plan
 from wpjax.sweeps.reference import patched_score
-from wpjax.sweeps.replay import Run, Side, run_model
+from wpjax.sweeps.replay import Run, Side, flow_targets, run_model
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
 from wpjax.sweeps.secant import secant_adjoint
 
@@ -172,10 +172,11 @@ def sweep(
     engine = _Engine(pair, metric, chosen, done, progress)
     n_prompts, n_tokens = metric.tokens.ids.shape
     plan = make_plan(pair.cfg, [chosen[i] for i in replaced], n_prompts, n_tokens, budget)
-    cells = {name: engine.changes(name, plan) for name in recipe.cells}
+    found = {name: engine.changes(name, plan) for name in recipe.cells}
+    cells, flow = {name: delta for name, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
     floor = engine.noise_floor(plan, gap, seed)
     coverage = _coverage(pair, metric, chosen, gap, base_score, progress)
-    measured = Measured(cells, first_order, gap, coverage, floor, plan.rows)
+    measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow)
     dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
     dataset.attrs |= {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
     return SweepResult(dataset)
@@ -240,10 +241,11 @@ class _Engine:
             self.runs[model] = run_model(self.pair.cfg, getattr(self.pair, model), self.metric)
         return self.runs[model]
 
-    def perform(self, name: str, plan: Plan, jitter_seed: int | None = None) -> list[tuple[Chunk, np.ndarray]]:
+    def perform(self, name: str, plan: Plan, jitter_seed: int | None = None) -> Iterator[Changes]:
         """The chunks of a plan with their changes, in one cell."""
         cell = CELLS[name]
         keys = {_key(name, chunk): chunk for chunk in plan.chunks}
+        with_flow = name == "exact" and isinstance(self.metric.readout, Along)
         waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if key not in self.done))
         n_done = len(keys) - len(waiting.chunks)
         runs = self.run(cell.host), self.run(cell.donor) if cell.inputs == "donor" else None
@@ -252,31 +254,42 @@ class _Engine:
             self.pair.cfg, host, donor, runs, self.metric, waiting,
             weights=cell.weights, inputs=cell.inputs, jitter_seed=jitter_seed,
         )  # fmt: skip
-        for chunk, changes in parts:
-            self.done[_key(name, chunk)] = changes
+        for chunk, delta, flow in parts:
+            if with_flow:
+                assert flow is not None
+                self.done[_key("flow", chunk)] = flow
+            self.done[_key(name, chunk)] = delta  # last: with it the chunk is finished
             n_done += 1
             self.progress(f"{name} patches", n_done, len(keys))
-        n_prompts = len(self.metric)
-        return [(chunk, _part(self.done, key, len(chunk.components), n_prompts)) for key, chunk in keys.items()]
+        n_targets = len(flow_targets(self.pair.cfg, self.metric.layer))
+        for key, chunk in keys.items():
+            n = len(chunk.components)
+            flow = _part(self.done, _key("flow", chunk), n, n_targets) if with_flow else None
+            yield Changes(chunk, _part(self.done, key, n, len(self.metric)), flow)
 
-    def changes(self, name: str, plan: Plan) -> Float[np.ndarray, "C B"]:
-        """Changes of the metric in one cell; NaN for components that the plan leaves out.
+    def changes(self, name: str, plan: Plan) -> tuple[Float[np.ndarray, "C B"], Float[np.ndarray, "C U"] | None]:
+        """Changes of the metric in one cell, and the flow; NaN for components that the plan leaves out.
 
         Raises:
             WpjaxError: a change that is not finite.
         """
         delta = np.full((len(self.position), len(self.metric)), np.nan)
-        for chunk, changes in self.perform(name, plan):
+        flow: np.ndarray | None = None
+        for chunk, changes, through in self.perform(name, plan):
             if not np.isfinite(changes).all():
                 names = ", ".join(c.name for c in chunk.components[:4])
                 raise WpjaxError(f"a patch of {names} gives scores that are not finite; check the checkpoints for NaN")
-            delta[[self.position[c] for c in chunk.components]] = changes
-        return delta
+            where = [self.position[c] for c in chunk.components]
+            delta[where] = changes
+            if through is not None:
+                flow = np.full((len(self.position), through.shape[1]), np.nan) if flow is None else flow
+                flow[where] = through
+        return delta, flow
 
     def noise_floor(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, float]:
         """The largest effect of shams of each kind."""
         floor = dict.fromkeys(plan.rows, 0.0)
-        for chunk, changes in self.perform("sham", sham_plan(plan), seed):
+        for chunk, changes, _ in self.perform("sham", sham_plan(plan), seed):
             floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
         return floor
 
