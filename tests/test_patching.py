@@ -1,5 +1,6 @@
 """Patches against their definition, against HF torch with copied slices, and under jit, vmap and grad."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,11 @@ import torch
 
 from tests.tiny import patched_torch
 from wpjax.anchors import Anchor
-from wpjax.components import KINDS, Component, enumerate_components, gate_shapes
+from wpjax.components import KINDS, LEAVES, Component, enumerate_components, gate_shapes
 from wpjax.errors import ComponentError
 from wpjax.models.convert import flatten
 from wpjax.models.decoder import forward
-from wpjax.patching import PatchMask, materialize, patch
+from wpjax.patching import PatchMask, materialize, patch, permuted
 
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 10))
 
@@ -182,3 +183,28 @@ def test_gradient_equals_the_exact_effect_where_the_model_is_linear_in_the_patch
     for f in range(0, pair.cfg.d_mlp, 9):
         patched = PatchMask.of(pair.cfg, [Component("neuron", layer, f)]).astype(jnp.float32)
         assert float(score(patched)) - start == pytest.approx(float(slope[f]), abs=2e-5)
+
+
+def test_changes_dealt_out_anew_keep_their_size_and_stay_whole(pair):
+    """Each head, KV group and neuron of a layer has the whole change of one of its kind there."""
+    null = permuted(pair.base, pair.expert, seed=1)
+    of_null = dataclasses.replace(pair, expert=null)
+    for kind in ("head", "kv_group", "neuron"):
+        for layer in range(pair.cfg.n_layers):
+            components = enumerate_components(pair.cfg, [kind], [layer])
+            np.testing.assert_allclose(
+                np.sort(of_null.delta_norms(components)), np.sort(pair.delta_norms(components)), rtol=1e-4
+            )
+    ours, theirs, dealt = (flatten(tree) for tree in (pair.base, pair.expert, null))
+    for layer in range(pair.cfg.n_layers):
+
+        def changes(tree, path, axis, layer=layer):
+            change = np.asarray(tree[path] - ours[path])[layer]
+            return np.moveaxis(change, axis, 0).reshape(change.shape[axis], -1)
+
+        whole = [np.hstack([changes(t, p, a) for p, (g, a) in LEAVES.items() if g == "neuron" and p in ours])
+                 for t in (theirs, dealt)]  # fmt: skip
+        distance = np.abs(whole[0][:, None] - whole[1][None]).max(-1)
+        assert sorted(distance.argmin(0)) == list(range(pair.cfg.d_mlp))
+        assert distance.min(0).max() < 1e-5
+    np.testing.assert_array_equal(dealt["embed/W_E"], ours["embed/W_E"])

@@ -10,7 +10,8 @@ import xarray as xr
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.errors import ComponentError, WpjaxError
-from wpjax.pairs import load_pair
+from wpjax.pairs import load_pair, planted_components
+from wpjax.results import TRUST
 from wpjax.stats import benjamini_hochberg
 from wpjax.sweeps import sweep
 
@@ -43,7 +44,7 @@ def test_parts_of_other_components_are_not_mistaken(setting):
 
 
 def test_a_screen_on_the_same_prompts_does_not_shrink_the_family(setting):
-    data = sweep(*setting, kinds=("neuron",), method="screen+exact", top=64).dataset
+    data = sweep(*setting, kinds=("neuron",), method="screen+exact", top=64, stratum=0).dataset
     exact = data["exact"].values
     assert exact.sum() == 64
     p = np.where(exact, data["p_value"].values, 1.0)
@@ -74,3 +75,32 @@ def test_parts_of_another_shape_are_refused(setting):
     for key in done:
         with pytest.raises(WpjaxError, match=rf"part {key} has shape \(2, 3\).* delete its file"):
             sweep(*setting, components=["L0.head.0"], method="screen+exact", done=done | {key: np.zeros((2, 3))})
+
+
+def test_a_random_stratum_says_what_the_screen_missed(setting):
+    """Against the truth: every neuron of two layers replaced."""
+    named = [f"L{layer}.neuron.{i}" for layer in (0, 1) for i in range(0, 320, 4)]
+    data = sweep(*setting, components=named, method="screen+exact", top=16, stratum=24).dataset
+    sampled, exact = data["sampled"].values, data["exact"].values
+    assert (sampled.sum(), exact.sum()) == (24, 40)
+    whole = sweep(*setting, components=named).dataset
+    np.testing.assert_allclose(data["effect"].values[exact], whole["effect"].values[exact], atol=1e-6)
+    size = np.abs(whole["effect"].values)
+    chosen = exact & ~sampled
+    truth = int((size[~chosen] >= np.median(size[chosen])).sum())
+    assert float(data["missed_low"][0]) <= truth <= float(data["missed_high"][0])
+    np.testing.assert_allclose(data["screen_error"], data["screen"] - data["effect"], equal_nan=True)
+    assert np.abs(data["screen_error"].values[exact]).max() < 0.1 * size.max()
+
+
+def test_nulls_are_smaller_than_planted_effects():
+    pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
+    anchor = fit_anchor(pair, task, n_prompts=16, causal="skip")
+    batch = task.encode(pair.tokenizer, n_prompts=8)
+    data = sweep(pair, batch, anchor, components=[*planted_components(), "L3.head.0", "L4.head.0"]).dataset
+    nulls = {name: dict(zip(data["swept_kind"].values, data[name].values, strict=True)) for name in TRUST[1:3]}
+    best = np.nanmax(data["effect"].values)
+    for by_kind in nulls.values():
+        assert set(by_kind) == {"head", "kv_group", "neuron"}
+        assert all(0 < null < 0.5 * best for null in by_kind.values())
+    assert (data["split_half"].values[[0, 2]] > 0.8).all()

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from wpjax.stats import benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
+from wpjax.stats import (
+    benjamini_hochberg,
+    mean_interval,
+    missed,
+    ratio_of_means,
+    resample,
+    sign_flip_p,
+    split_half_reliability,
+)
 
 
 def test_bootstrap_of_a_mean_equals_scipy():
@@ -81,3 +89,33 @@ def test_p_values_are_uniform_under_the_null():
 
 def test_benjamini_hochberg_by_hand():
     np.testing.assert_allclose(benjamini_hochberg(np.array([0.01, 0.04, 0.03, 0.5])), [0.04, 0.16 / 3, 0.16 / 3, 0.5])
+
+
+def test_split_half_reliability_of_two_queries_is_spearman_stepped_up():
+    delta = np.random.default_rng(7).normal(size=(30, 4))
+    queries = np.array([0, 0, 1, 1])
+    r = scipy_stats.spearmanr(delta[:, :2].mean(1), delta[:, 2:].mean(1)).statistic
+    assert split_half_reliability(delta, queries) == pytest.approx(2 * r / (1 + r))
+
+
+def test_split_half_reliability_knows_signal_from_noise():
+    rng = np.random.default_rng(8)
+    noise = rng.normal(size=(300, 24))
+    assert abs(split_half_reliability(noise, np.arange(24))) < 0.2
+    signal = rng.normal(size=(300, 1))
+    # of 24 queries the mean has signal variance 1 and noise variance 24 / 24: reliability 1 / 2
+    assert split_half_reliability(signal + 24**0.5 * noise, np.arange(24)) == pytest.approx(0.5, abs=0.1)
+    assert np.isnan(split_half_reliability(noise[:2], np.arange(24)))
+    assert np.isnan(split_half_reliability(noise, np.zeros(24, int)))
+
+
+def test_the_number_missed_by_hand():
+    none = missed(0, 64, 1000)
+    assert (none.mean, none.low) == (0, 0)
+    assert none.high == pytest.approx(1000 * (1 - 0.025 ** (1 / 64)))
+    some = missed(3, 30, 300)
+    exact = scipy_stats.binomtest(3, 30).proportion_ci(method="exact")
+    assert some.mean == 30
+    assert (some.low, some.high) == pytest.approx((300 * exact.low, 300 * exact.high))
+    assert missed(2, 5, 5) == (2, 2, 2)
+    assert np.isnan(missed(0, 0, 7).mean)

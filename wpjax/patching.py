@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from wpjax.components import LEAVES, Component, gate_names, gate_shapes, open_gates
@@ -184,3 +185,33 @@ def materialize(base: Params, expert: Params, mask: PatchMask) -> Params:
         return ((1 - gate) * host + gate * donor).astype(host.dtype)
 
     return unflatten({path: select(path, leaf, theirs[path]) for path, leaf in ours.items()})
+
+
+def permuted(base: Params, expert: Params, seed: int = 0) -> Params:
+    """An expert whose changes are dealt out anew among the heads, KV groups and neurons of each layer: a null model.
+
+    Every component gets the whole change of another one of its kind and layer. The sizes of the changes are the
+    expert's; what they do together with the weights that they change is not. Leaves that no channel owns are the
+    base's.
+
+    Args:
+        base: parameter tree.
+        expert: parameter tree of the same structure.
+        seed: of the permutations.
+    """
+    rng = np.random.default_rng(seed)
+    ours, theirs = flatten(base), flatten(expert)
+    orders: dict[str, Array] = {}
+
+    def deal(path: str, host: Array, donor: Array) -> Array:
+        gate, axis = LEAVES[path]
+        if axis is None or not path.startswith("blocks/"):
+            return host
+        shape = (host.shape[0], host.shape[axis + 1])
+        if gate not in orders:  # one order for all leaves of a gate: a change stays whole
+            orders[gate] = jnp.asarray(np.stack([rng.permutation(shape[1]) for _ in range(shape[0])]))
+        change = (donor - host).astype(jnp.float32)
+        dealt = jax.vmap(lambda d, order: jnp.take(d, order, axis=axis))(change, orders[gate])
+        return (host + dealt).astype(host.dtype)
+
+    return unflatten({path: deal(path, leaf, theirs[path]) for path, leaf in ours.items()})

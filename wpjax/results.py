@@ -41,6 +41,9 @@ ANCHOR = (
     "anchor_stability",
     *(f"anchor_{gap}{end}" for gap in ("gap", "specific") for end in ("", "_low", "_high", "_sd")),
 )
+TRUST = ("split_half", "null_permuted", "null_direction", "missed", "missed_low", "missed_high")
+"""How far each kind's ranking can be trusted, where it was measured."""
+
 _COMPONENTS, _PROMPTS, _KINDS = ("component",), ("prompt",), ("swept_kind",)
 LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys((*RANKINGS, "ci_low", "ci_high", "q_value"), (_COMPONENTS, "f")),
@@ -52,6 +55,9 @@ LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
     "prompt": (_PROMPTS, "OTU"),
     **dict.fromkeys(("coverage_joint", "coverage_sum"), (_KINDS, "f")),
     "n_components": (_KINDS, "i"),
+    **dict.fromkeys(TRUST, (_KINDS, "f")),
+    "sampled": (_COMPONENTS, "b"),
+    "screen_error": (_COMPONENTS, "f"),
     "swept_kind": (_KINDS, "OTU"),
     **dict.fromkeys(ANCHOR, (("model_layer",), "f")),
     "anchor_vector": (("d_model",), "f"),
@@ -60,7 +66,12 @@ LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 """Dimensions of every variable, and the kinds that its dtype may have (text has several)."""
 
-OPTIONAL = tuple(name for name in RANKINGS if name not in ("effect", "delta_norm"))
+OPTIONAL = (
+    *(name for name in RANKINGS if name not in ("effect", "delta_norm")),
+    *TRUST,
+    "sampled",
+    "screen_error",
+)
 TEXTS = ("behaviour", "metric", "base", "expert", "base_fingerprint", "expert_fingerprint", "split", "date",
          "noise_floor_by_kind")  # fmt: skip
 NUMBERS = ("n_prompts", "n_queries", "n_layers", "metric_layer", "gap_mean", "gap_low", "gap_high", "coverage",
@@ -139,8 +150,11 @@ class SweepResult:
     `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
     those cells were measured. `coverage_joint[swept_kind]` and `coverage_sum[swept_kind]` say
     how much of the gap each kind recovers as one patch and as the sum of its single effects (first-order ones where
-    nothing was replaced); `flow[component, target]` says by way of which later heads and MLPs an effect on a
-    projection arrives, and its rows sum to the effect;
+    nothing was replaced); `split_half[swept_kind]` how reliably its ranking repeats on other queries, `null_permuted`
+    and `null_direction` what 95 % of effects are smaller than where there is nothing to find, `missed` (with `_low`,
+    `_high`) how many components outside the screen's choice have effects as large as its median, from the random
+    sample `sampled[component]`; `screen_error[component]` is the screen minus the effect; `flow[component, target]`
+    says by way of which later heads and MLPs an effect on a projection arrives, and its rows sum to the effect;
     `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.
     """
 

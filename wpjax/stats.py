@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import false_discovery_control, norm
+from scipy.stats import beta, false_discovery_control, norm, rankdata
 from scipy.stats import t as student
 
 
@@ -127,3 +127,49 @@ def sign_flip_p(
 def benjamini_hochberg(p: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
     """q-values: the false discovery rate at which each component would be reported."""
     return np.asarray(false_discovery_control(p, method="bh"))
+
+
+def split_half_reliability(
+    delta: Float[np.ndarray, "C B"], queries: Int[np.ndarray, " B"], n_splits: int = 100, seed: int = 0
+) -> float:
+    """How well the ranking of components by mean effect would repeat on other queries, in [-1, 1].
+
+    The mean rank correlation r of two random halves of the queries, stepped up to the whole number of queries by
+    Spearman and Brown: 2 r / (1 + r). NaN for fewer than three components or two queries.
+
+    Args:
+        delta: change of score by component and prompt.
+        queries: query index of each prompt.
+        n_splits: random halvings.
+        seed: of the halvings.
+    """
+    rng, distinct = np.random.default_rng(seed), np.unique(queries)
+    if len(delta) < 3 or len(distinct) < 2:
+        return float("nan")
+    found = []
+    for _ in range(n_splits):
+        half = np.isin(queries, rng.permutation(distinct)[: len(distinct) // 2])
+        ranks = [rankdata(delta[:, mine].mean(1)) for mine in (half, ~half)]
+        if all(np.ptp(r) for r in ranks):
+            found.append(float(np.corrcoef(*ranks)[0, 1]))
+    r = float(np.mean(found)) if found else float("nan")
+    return 2 * r / (1 + r) if r > -1 else float("nan")
+
+
+def missed(n_hits: int, n_sampled: int, n_rest: int, level: float = 0.95) -> Interval:
+    """How many of the rest would be hits, from a random sample of it: estimate and Clopper-Pearson interval.
+
+    Args:
+        n_hits: hits in the sample.
+        n_sampled: size of the sample, part of the rest.
+        n_rest: how many the sample was drawn from.
+        level: of the interval.
+    """
+    if n_sampled == 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    if n_sampled == n_rest:
+        return Interval(n_hits, n_hits, n_hits)
+    tail = (1 - level) / 2
+    low = beta.ppf(tail, n_hits, n_sampled - n_hits + 1) if n_hits else 0.0
+    high = beta.ppf(1 - tail, n_hits + 1, n_sampled - n_hits) if n_hits < n_sampled else 1.0
+    return Interval(n_rest * n_hits / n_sampled, max(float(low * n_rest), n_hits), float(high * n_rest))

@@ -15,6 +15,12 @@ EXAMPLE = "Example: wpjax report title.nc --out title.html"
 def run(
     result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
     out: Annotated[Path, typer.Option("--out", help="The page to write; PNGs go beside it.")] = Path("report.html"),
+    execution: Annotated[
+        Path | None,
+        typer.Option(
+            "--execution", help="A sweep with --given-anchor: its components join the hierarchy as executors."
+        ),
+    ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Components in its table.")] = 100,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -24,5 +30,6 @@ def run(
     from wpjax.results import SweepResult
 
     check_output(out, overwrite)
-    for path in write_report(SweepResult.from_netcdf(result), out, n_rows=rows, overwrite=overwrite):
+    swept, later = SweepResult.from_netcdf(result), None if execution is None else SweepResult.from_netcdf(execution)
+    for path in write_report(swept, out, execution=later, n_rows=rows, overwrite=overwrite):
         print(path)

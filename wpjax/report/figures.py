@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from wpjax.results import FIRST_ORDER, SweepResult
+from wpjax.tracing.hierarchy import hierarchy
 
 COLOURS = {
     "head": "#2b6cb0",
@@ -205,6 +206,68 @@ def draw_anchor(result: SweepResult, axes: Axes) -> None:
     twin.spines["right"].set_visible(True)
 
 
+def draw_flow(result: SweepResult, axes: Axes) -> None:
+    """Flow from the layer of the suppliers (of the finest kinds) to what it arrives by way of."""
+    data = result.dataset
+    flow = np.nan_to_num(data["flow"].values)
+    mine = np.isin(data["kind"].values.astype(str), _finest(result))
+    targets = [str(t) for t in data["target"].values]
+    n_layers = int(data.attrs["metric_layer"]) + 1
+    grid = np.zeros((n_layers, 1 + 2 * n_layers))
+    columns = [0] + [1 + 2 * int(t[1:].split(".")[0]) + t.endswith("mlp") for t in targets[1:]]
+    for layer in range(n_layers):
+        np.add.at(grid[layer], columns, flow[mine & (data["layer"].values == layer)].sum(0))
+    scale = max(float(np.abs(grid).max()), 1e-9)
+    image = axes.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0, -scale, scale))
+    ticks = range(0, n_layers, max(1, n_layers // 12))
+    axes.set_xticks([0, *(1.5 + 2 * i for i in ticks)], ["self", *(str(i) for i in ticks)])
+    axes.set(xlabel="arrives by way of: itself, then attention and MLP of each layer", ylabel="layer of the source")
+    axes.set_title("Flow")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02)
+    bar.set_label("share of gap")
+    bar.outline.set_visible(False)
+
+
+def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | None = None) -> None:
+    """Sources, aggregators, the anchor and executors as a graph; the width of a line is its share of the gap."""
+    found = hierarchy(result, execution)
+    columns = [found.sources, found.aggregators, found.executors]
+    places: list[dict[str, tuple[float, float]]] = []
+    for x, nodes in zip((0.0, 1.0, 3.0), columns, strict=True):
+        ordered = sorted(nodes, key=lambda n: (n.layer, n.name))
+        places.append({n.name: (x, (i + 0.5) / len(ordered)) for i, n in enumerate(ordered)})
+    anchor, widest = (2.0, 0.5), max([n.value for n in found.sources] + [1e-9])
+
+    def line(a: tuple[float, float], b: tuple[float, float], value: float) -> None:
+        colour = COLOURS["head"] if value >= 0 else COLOURS["embed"]
+        width = 6 * min(abs(value) / widest, 1.0)
+        if width >= 0.3:
+            axes.plot(*zip(a, b, strict=True), color=colour, lw=width, alpha=0.35, solid_capstyle="round", zorder=1)
+
+    for s, source in enumerate(found.sources):
+        for a, aggregator in enumerate(found.aggregators):
+            line(places[0][source.name], places[1][aggregator.name], found.flow[s, a])
+        line(places[0][source.name], anchor, found.direct[s])
+    for aggregator in found.aggregators:
+        line(places[1][aggregator.name], anchor, aggregator.value * widest / max(widest, aggregator.value))
+    for executor in found.executors:
+        line(anchor, places[2][executor.name], widest / 3)
+    for nodes, where in zip(columns, places, strict=True):
+        for node in nodes:
+            x, y = where[node.name]
+            box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": GREY, "lw": 0.6}
+            axes.text(x, y, f"{node.name}  {node.value:+.2f}", ha="center", va="center", fontsize=6.5, bbox=box)
+    box = {"boxstyle": "round,pad=0.5", "fc": "#fdf3e7", "ec": COLOURS["neuron"]}
+    label = f"anchor\nlayer {result.dataset.attrs['metric_layer']}"
+    axes.text(*anchor, label, ha="center", va="center", fontsize=8, bbox=box)
+    titles = [("sources", 0.0), ("aggregators", 1.0)] + ([("executors", 3.0)] if found.executors else [])
+    for title, x in titles:
+        axes.text(x, 1.04, title, ha="center", fontweight="bold", fontsize=8)
+    axes.set(xlim=(-0.5, 3.5 if found.executors else 2.5), ylim=(-0.02, 1.1))
+    axes.axis("off")
+
+
 def _has(result: SweepResult, kind: str) -> bool:
     return bool((result.dataset["kind"].values == kind).any())
 
@@ -216,8 +279,15 @@ def _finest(result: SweepResult) -> list[str]:
     return next((kinds for kinds in found if kinds), [])
 
 
-def available(result: SweepResult) -> dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]]:
-    """The figures this result has the data for: name -> (function that draws it, size in inches)."""
+def available(
+    result: SweepResult, execution: SweepResult | None = None
+) -> dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]]:
+    """The figures this result has the data for: name -> (function that draws it, size in inches).
+
+    Args:
+        result: the sweep.
+        execution: a sweep of what follows its anchor, for the hierarchy's executors.
+    """
     figures: dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]] = {}
     if result.dataset["exact"].values.any():
         figures["top"] = (draw_top, (5.4, 4.2))
@@ -231,15 +301,18 @@ def available(result: SweepResult) -> dict[str, tuple[Callable[[SweepResult, Axe
         figures["depth"] = (draw_depth, (5.4, 3.2))
     if "source" in result.dataset and np.isfinite(result.dataset["source"].values).any():
         figures["plane"] = (draw_plane, (5.4, 4.2))
+    if "flow" in result.dataset:
+        figures["flow"] = (draw_flow, (6.4, 3.8))
+        figures["hierarchy"] = (lambda r, axes: draw_hierarchy(r, axes, execution), (7.4, 4.6))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))
     if "anchor_gap" in result.dataset:
         figures["anchor"] = (draw_anchor, (5.0, 3.0))
     return figures
 
 
-def make_figure(result: SweepResult, name: str) -> Figure:
+def make_figure(result: SweepResult, name: str, execution: SweepResult | None = None) -> Figure:
     """One figure by name."""
-    draw, size = available(result)[name]
+    draw, size = available(result, execution)[name]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(result, figure.add_subplot())

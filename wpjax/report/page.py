@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from wpjax.files import atomic_output, check_output
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
-from wpjax.results import FIRST_ORDER, SweepResult
+from wpjax.results import FIRST_ORDER, TRUST, SweepResult
 
 TITLES = {
     "top": "Highest effects",
@@ -23,17 +23,27 @@ TITLES = {
     "neurons": "Effect of every neuron, by layer",
     "depth": "Sums of single effects by layer, positive above zero and negative below",
     "plane": "Sources and relays: what a component's weights do against what it passes on",
+    "flow": "Flow: which later heads and MLPs the effects arrive by way of",
+    "hierarchy": "Sources, aggregators and executors; share of the gap",
     "coverage": "Coverage by kind",
     "anchor": "The anchor, layer by layer",
 }
 
 
-def write_report(result: SweepResult, path: str | Path, *, n_rows: int = 100, overwrite: bool = False) -> list[Path]:
+def write_report(
+    result: SweepResult,
+    path: str | Path,
+    *,
+    execution: SweepResult | None = None,
+    n_rows: int = 100,
+    overwrite: bool = False,
+) -> list[Path]:
     """Write the page, and beside it the figures as PNG files.
 
     Args:
         result: the sweep.
         path: of the page, `report.html` say; figures are named after its stem.
+        execution: a sweep of what follows its anchor, for the hierarchy's executors.
         n_rows: components in its table.
         overwrite: replace what is there.
 
@@ -48,7 +58,7 @@ def write_report(result: SweepResult, path: str | Path, *, n_rows: int = 100, ov
     targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *available(result))}
     for target in (page, *targets.values()):
         check_output(target, overwrite)
-    figures = {name: make_figure(result, name) for name in available(result)}
+    figures = {name: make_figure(result, name, execution) for name in available(result)}
     with atomic_output(page, overwrite) as temporary:
         temporary.write_text(render_page(result, figures, n_rows), encoding="utf-8")
     for name, figure in {"overview": make_overview(result), **figures}.items():
@@ -124,6 +134,7 @@ def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
                 "joint": float(data["coverage_joint"].values[i]),
                 "sum": float(data["coverage_sum"].values[i]),
                 "floor": float(floors.get(kind, np.nan)),
+                **{name: float(data[name].values[i]) for name in TRUST if name in data},
             }
         )
     return rows

@@ -6,12 +6,13 @@ import datetime
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 import wpjax
 from wpjax.anchors import Anchor, LayerDiagnostics
@@ -20,7 +21,16 @@ from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
 from wpjax.results import FIRST_ORDER, SCHEMA
-from wpjax.stats import Resamples, benjamini_hochberg, mean_interval, ratio_of_means, resample, sign_flip_p
+from wpjax.stats import (
+    Resamples,
+    benjamini_hochberg,
+    mean_interval,
+    missed,
+    ratio_of_means,
+    resample,
+    sign_flip_p,
+    split_half_reliability,
+)
 from wpjax.sweeps.replay import flow_targets
 
 
@@ -36,6 +46,8 @@ class Measured(NamedTuple):
         rows: components that a program of each kind took at once.
         flow: changes of the metric by way of each of `replay.flow_targets`, mean over prompts; None for a metric that
             is no projection.
+        nulls: by name and kind, what 95 % of effects are smaller than where there is nothing to find.
+        sampled: which components were replaced as a random sample of those that a screen left out.
     """
 
     cells: Mapping[str, Float[np.ndarray, "C B"]]
@@ -45,6 +57,8 @@ class Measured(NamedTuple):
     floor: Mapping[str, float]
     rows: Mapping[str, int]
     flow: Float[np.ndarray, "C U"] | None = None
+    nulls: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    sampled: Bool[np.ndarray, " C"] | None = None
 
 
 def two_by_two(cells: Mapping[str, Float[np.ndarray, "C B"]]) -> dict[str, Float[np.ndarray, "C B"]]:
@@ -113,6 +127,10 @@ def make_dataset(
         "coverage_sum": ("swept_kind", [float(best[kinds == kind].sum()) for kind in swept]),
         "n_components": ("swept_kind", [int((kinds == kind).sum()) for kind in swept]),
     }
+    if exact.any():
+        variables |= _kind_statistics(measured, delta, exact, kinds, swept, batch.queries, seed)
+    if "screen" in measured.first_order and exact.any():
+        variables["screen_error"] = ("component", variables["screen"][1] - columns["effect"])
     for field in LayerDiagnostics.__dataclass_fields__:
         if field != "layer" and anchor is not None and anchor.diagnostics:
             variables[f"anchor_{field}"] = ("model_layer", [getattr(d, field) for d in anchor.diagnostics])
@@ -132,6 +150,36 @@ def make_dataset(
         attributes["anchor_acceptance"] = anchor.acceptance
         variables["anchor_vector"] = ("d_model", np.asarray(anchor.vector))
     return xr.Dataset(variables, coords, attributes)
+
+
+def _kind_statistics(
+    measured: Measured,
+    delta: Float[np.ndarray, "C B"],
+    exact: Bool[np.ndarray, " C"],
+    kinds: np.ndarray,
+    swept: Sequence[str],
+    queries: Int[np.ndarray, " B"],
+    seed: int,
+) -> dict[str, Any]:
+    """How far the ranking of each kind can be trusted: reliability, nulls, and what a screen missed."""
+    found: dict[str, Any] = {}
+    halves = [split_half_reliability(delta[exact & (kinds == kind)], queries, seed=seed) for kind in swept]
+    found["split_half"] = ("swept_kind", halves)
+    for name, by_kind in measured.nulls.items():
+        found[f"null_{name}"] = ("swept_kind", [by_kind.get(kind, np.nan) for kind in swept])
+    sampled = measured.sampled
+    if sampled is None or not sampled.any():
+        return found
+    rows = []
+    for kind in swept:
+        mine, size = kinds == kind, np.abs(delta.mean(1))
+        chosen, drawn = mine & exact & ~sampled, mine & sampled
+        hits = int((size[drawn] >= np.median(size[chosen])).sum()) if chosen.any() else 0
+        rows.append(missed(hits, int(drawn.sum()), int((mine & ~chosen).sum())))
+    found["sampled"] = ("component", sampled)
+    for column, values in zip(("missed", "missed_low", "missed_high"), zip(*rows, strict=True), strict=True):
+        found[column] = ("swept_kind", np.array(values))
+    return found
 
 
 def _cell_columns(measured: Measured, resamples: Resamples) -> dict[str, Float[np.ndarray, " C"]]:

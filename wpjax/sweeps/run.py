@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -18,7 +20,7 @@ from wpjax.components import KINDS, Component, check_kind, enumerate_components,
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.metrics import Along, Metric, expect_positive_gap
 from wpjax.pairs import Pair
-from wpjax.patching import PatchMask
+from wpjax.patching import PatchMask, permuted
 from wpjax.results import SweepResult
 from wpjax.sweeps.dataset import Measured, make_dataset
 from wpjax.sweeps.exact import Changes, Chunk, Plan, exact_changes, make_plan, sham_plan
@@ -36,7 +38,7 @@ class Cell(NamedTuple):
     """Whose model a component is patched in, and whose weights and input it has there."""
 
     host: Literal["base", "expert"]
-    donor: Literal["base", "expert"]
+    donor: Literal["base", "expert", "permuted"]
     weights: Side = "donor"
     inputs: Side = "host"
 
@@ -48,6 +50,7 @@ CELLS: Mapping[str, Cell] = MappingProxyType(
         "relay": Cell("base", "expert", "host", "donor"),
         "knockout": Cell("expert", "base"),
         "sham": Cell("base", "base"),
+        "permuted": Cell("base", "permuted"),
     }
 )
 
@@ -102,6 +105,7 @@ def sweep(
     components: Iterable[Component | str] | None = None,
     method: Method = "exact",
     top: int = 512,
+    stratum: int = 64,
     seed: int = 0,
     n_resamples: int = 1000,
     budget: int | None = None,
@@ -125,6 +129,7 @@ def sweep(
             attribution patching as the screen; "factorial" measures all cells of the 2x2 (source, relay, interaction,
             see `dataset.two_by_two`) and the knock-out in the expert, for the `top` ones of both screens.
         top: how many of each kind are replaced after a screen, chosen by its magnitude.
+        stratum: how many of the others of each kind are replaced too, at random, to estimate what the screen missed.
         seed: of resampling, sign flips and shams.
         n_resamples: bootstrap samples of the intervals.
         budget: bytes for a chunk's activations; None to choose from the device.
@@ -166,17 +171,20 @@ def sweep(
             done[name] = _screen(name, pair, chosen, metric)
         first_order[name] = _part(done, name, len(chosen), len(batch))
         progress(f"{name} of {len(chosen)} components", 1, 1)
-    replaced = list(range(len(chosen))) if recipe.cells else []
+    replaced, sampled = list(range(len(chosen))) if recipe.cells else [], np.zeros(len(chosen), bool)
     if recipe.choose:
-        replaced = sorted({i for name in recipe.choose for i in _highest(chosen, first_order[name].mean(1), top)})
+        best = {i for name in recipe.choose for i in _highest(chosen, first_order[name].mean(1), top)}
+        sampled[_stratum(chosen, best, stratum, seed)] = True
+        replaced = sorted({*best, *np.flatnonzero(sampled).tolist()})
     engine = _Engine(pair, metric, chosen, done, progress)
     n_prompts, n_tokens = metric.tokens.ids.shape
     plan = make_plan(pair.cfg, [chosen[i] for i in replaced], n_prompts, n_tokens, budget)
     found = {name: engine.changes(name, plan) for name in recipe.cells}
     cells, flow = {name: delta for name, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
     floor = engine.noise_floor(plan, gap, seed)
+    nulls = engine.nulls(plan, gap, seed)
     coverage = _coverage(pair, metric, chosen, gap, base_score, progress)
-    measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow)
+    measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow, nulls, sampled)
     dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
     dataset.attrs |= {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
     return SweepResult(dataset)
@@ -220,6 +228,16 @@ def _highest(components: Sequence[Component], values: Float[np.ndarray, " C"], t
     return sorted(found)
 
 
+def _stratum(components: Sequence[Component], best: set[int], n: int, seed: int) -> list[int]:
+    """Positions of up to n random components of each kind that were not chosen."""
+    rng = np.random.default_rng(seed)
+    found: list[int] = []
+    for kind in dict.fromkeys(c.kind for c in components):
+        rest = [i for i, c in enumerate(components) if c.kind == kind and i not in best]
+        found += sorted(rng.permutation(rest)[:n].tolist()) if rest else []
+    return found
+
+
 class _Engine:
     """Replaces components for real, cell by cell, keeping finished chunks in `done`."""
 
@@ -232,24 +250,31 @@ class _Engine:
         progress: Progress,
     ):
         self.pair, self.metric, self.done, self.progress = pair, metric, done, progress
+        self.models = {"base": pair.base, "expert": pair.expert}
         self.position = {c: i for i, c in enumerate(chosen)}
         self.runs: dict[str, Run] = {}
 
     def run(self, model: str) -> Run:
         """The model's own forward pass, once."""
         if model not in self.runs:
-            self.runs[model] = run_model(self.pair.cfg, getattr(self.pair, model), self.metric)
+            self.runs[model] = run_model(self.pair.cfg, self.models[model], self.metric)
         return self.runs[model]
 
-    def perform(self, name: str, plan: Plan, jitter_seed: int | None = None) -> Iterator[Changes]:
-        """The chunks of a plan with their changes, in one cell."""
-        cell = CELLS[name]
-        keys = {_key(name, chunk): chunk for chunk in plan.chunks}
-        with_flow = name == "exact" and isinstance(self.metric.readout, Along)
-        waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if key not in self.done))
+    def perform(
+        self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
+    ) -> Iterator[Changes]:
+        """The chunks of a plan with their changes, in one cell; parts are kept under a label, the cell's name."""
+        cell, label = CELLS[name], label or name
+        keys = {_key(label, chunk): chunk for chunk in plan.chunks}
+        with_flow = label == "exact" and isinstance(self.metric.readout, Along)
+
+        def finished(key: str, chunk: Chunk) -> bool:
+            return key in self.done and (not with_flow or _key("flow", chunk) in self.done)
+
+        waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if not finished(key, chunk)))
         n_done = len(keys) - len(waiting.chunks)
         runs = self.run(cell.host), self.run(cell.donor) if cell.inputs == "donor" else None
-        host, donor = getattr(self.pair, cell.host), getattr(self.pair, cell.donor)
+        host, donor = self.models[cell.host], self.models[cell.donor]
         parts = exact_changes(
             self.pair.cfg, host, donor, runs, self.metric, waiting,
             weights=cell.weights, inputs=cell.inputs, jitter_seed=jitter_seed,
@@ -258,9 +283,9 @@ class _Engine:
             if with_flow:
                 assert flow is not None
                 self.done[_key("flow", chunk)] = flow
-            self.done[_key(name, chunk)] = delta  # last: with it the chunk is finished
+            self.done[_key(label, chunk)] = delta
             n_done += 1
-            self.progress(f"{name} patches", n_done, len(keys))
+            self.progress(f"{label} patches", n_done, len(keys))
         n_targets = len(flow_targets(self.pair.cfg, self.metric.layer))
         for key, chunk in keys.items():
             n = len(chunk.components)
@@ -292,6 +317,39 @@ class _Engine:
         for chunk, changes, _ in self.perform("sham", sham_plan(plan), seed):
             floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
         return floor
+
+    def nulls(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, dict[str, float]]:
+        """What effects there are where there is nothing to find, by kind: 95 % of them are smaller.
+
+        "permuted": the same components, with changes of weights dealt out anew among their like. "direction" (for an
+        anchor): the true patches, read along random directions instead of the anchor, as shares of the same gap.
+        """
+        few = sham_plan(plan)
+        channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind != "norm"]
+        dealt = Plan(few.rows, tuple(chunk for chunk in few.chunks if chunk.kind in channels))
+        found: dict[str, list[Changes]] = {"permuted": [], "direction": []}
+        if dealt.chunks:
+            self.models["permuted"] = permuted(self.pair.base, self.pair.expert, seed)
+            found["permuted"] = list(self.perform("permuted", dealt))
+            del self.models["permuted"]
+        if isinstance(self.metric.readout, Along):
+            rng = np.random.default_rng(seed)
+            for i in range(N_DIRECTIONS):
+                vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
+                readout = Along(jnp.asarray(vector / np.linalg.norm(vector)))
+                metric = dataclasses.replace(self.metric, readout=readout)
+                other = _Engine(self.pair, metric, list(self.position), self.done, self.progress)
+                found["direction"] += other.perform("exact", few, label=f"direction-{i}")
+
+        def quantile(parts: Sequence[Changes], kind: str) -> float:
+            sizes = [np.abs(part.delta.mean(1)) / gap.mean() for part in parts if part.chunk.kind == kind]
+            return float(np.quantile(np.concatenate(sizes), 0.95)) if sizes else float("nan")
+
+        return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in found.items()}
+
+
+N_DIRECTIONS = 2
+"""Random directions that are read beside an anchor."""
 
 
 def _part(done: Mapping[str, np.ndarray], key: str, n: int, n_prompts: int) -> Float[np.ndarray, "C B"]:

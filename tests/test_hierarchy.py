@@ -1,0 +1,70 @@
+"""The roles of components, on a flow matrix made by hand."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from wpjax.errors import WpjaxError
+from wpjax.results import SweepResult
+from wpjax.tracing import hierarchy
+
+TARGETS = ["self", "L0.head.0", "L0.mlp", "L1.head.0", "L1.mlp"]
+FLOW = [
+    [0.0, 0.0, 0.1, 0.4, 0.0],  # a head of layer 0: mostly by way of L1.head.0
+    [0.1, 0.0, 0.0, 0.2, 0.0],  # a neuron
+    [0.05, 0.0, 0.0, 0.0, 0.0],  # sure, small, writes itself
+    [0.0, 0.0, 0.0, 0.0, 0.9],  # large but unsure
+    [0.0, 0.0, 0.0, 0.0, -0.3],  # sure and negative
+    [np.nan] * 5,  # not replaced
+]
+
+
+def made(**attrs):
+    effect = np.array(FLOW).sum(1)
+    n = len(effect)
+    return SweepResult(
+        xr.Dataset(
+            {
+                "effect": ("component", effect),
+                "q_value": ("component", [0.01, 0.01, 0.01, 0.5, 0.01, np.nan]),
+                "below_noise_floor": ("component", np.zeros(n, bool)),
+                "flow": (("component", "target"), np.array(FLOW)),
+            },
+            {
+                "name": (
+                    "component",
+                    ["L0.head.0", "L0.neuron.0", "L1.neuron.3", "L0.neuron.1", "L0.neuron.2", "L0.mlp"],
+                ),
+                "kind": ("component", ["head", "neuron", "neuron", "neuron", "neuron", "mlp"]),
+                "layer": ("component", [0, 0, 1, 0, 0, 0]),
+                "target": ("target", TARGETS),
+            },
+            attrs,
+        )
+    )
+
+
+def test_roles_by_the_rule():
+    found = hierarchy(made())
+    assert [n.name for n in found.sources] == ["L0.head.0", "L0.neuron.0", "L1.neuron.3"]
+    # inflow of the sources: L1.head.0 0.6, L0.mlp 0.1; the first alone holds 0.86 of it
+    assert [(n.name, n.layer) for n in found.aggregators] == [("L1.head.0", 1)]
+    assert found.aggregators[0].value == pytest.approx(0.6)
+    np.testing.assert_allclose(found.flow, [[0.4], [0.2], [0.0]])
+    np.testing.assert_allclose(found.direct, [0.0, 0.1, 0.05])
+    assert found.executors == ()
+
+
+def test_executors_come_from_a_sweep_of_a_given_state():
+    found = hierarchy(made(), made(given_layer=1), n_sources=2)
+    assert [n.name for n in found.executors] == ["L0.head.0", "L0.neuron.0"]
+    with pytest.raises(WpjaxError, match="no sweep from a given state"):
+        hierarchy(made(), made(given_layer=-1))
+
+
+def test_without_flow_there_are_no_roles():
+    with pytest.raises(WpjaxError, match="holds no flow"):
+        hierarchy(SweepResult(made().dataset.drop_vars("flow")))
+    nothing = made().dataset.assign(q_value=("component", np.ones(6)))
+    found = hierarchy(SweepResult(nothing))
+    assert (found.sources, found.aggregators, found.flow.shape) == ((), (), (0, 0))

@@ -1,0 +1,118 @@
+"""Sources, aggregators and executors: three roles, told apart by a stated rule (the paper's is not known; ours).
+
+    source       a component whose weights alone move the anchor: effect above 0 with q < 0.05 and above the noise
+                 floor; the `n_sources` largest of the finest kinds that were swept
+    aggregator   a head or an MLP by way of which the sources' effects arrive: with inflow T_u, the sum over sources of
+                 T_cu without what they write themselves, the fewest targets that together hold `SHARE` of all positive
+                 inflow, at most `n_aggregators`
+    executor     a component after the anchor whose weights matter once the anchor's state is given (a sweep with
+                 `Anchor.give`): as a source, of that sweep
+
+T is the supplier -> target matrix (METHOD 4): its entries are total effects by way of what a target writes, not single
+edges, and a row sums to its supplier's effect.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from wpjax.errors import WpjaxError
+from wpjax.results import SweepResult
+
+SHARE = 0.8
+"""Of all positive inflow, what the aggregators hold together."""
+
+FINEST = ("head", "kv_group", "neuron")
+
+
+class Node(NamedTuple):
+    """A component or a target in one role.
+
+    Attributes:
+        name: as on the command line.
+        layer: of it.
+        value: share of the gap: a source's or an executor's effect, an aggregator's inflow.
+    """
+
+    name: str
+    layer: int
+    value: float
+
+
+class Hierarchy(NamedTuple):
+    """Who makes a behaviour's state, by way of whom it arrives, and who turns it into the answer.
+
+    Attributes:
+        sources: the largest first.
+        aggregators: the largest first.
+        executors: the largest first; empty without a sweep of what follows the anchor.
+        flow: [S, A], share of the gap by way of each aggregator.
+        direct: [S], what each source writes itself.
+    """
+
+    sources: tuple[Node, ...]
+    aggregators: tuple[Node, ...]
+    executors: tuple[Node, ...]
+    flow: Float[np.ndarray, "S A"]
+    direct: Float[np.ndarray, " S"]
+
+
+def significant(result: SweepResult, n: int) -> list[int]:
+    """Positions of the components that surely have a positive effect, of the finest kinds, the largest first."""
+    data = result.dataset
+    effect = np.nan_to_num(data["effect"].values, nan=-np.inf)
+    kinds = data["kind"].values.astype(str)
+    fine = np.isin(kinds, FINEST)
+    sure = (effect > 0) & (np.nan_to_num(data["q_value"].values, nan=1.0) < 0.05) & ~data["below_noise_floor"].values
+    usable = sure & (fine if fine.any() else True)
+    return [int(i) for i in np.argsort(-effect, kind="stable") if usable[i]][:n]
+
+
+def hierarchy(
+    result: SweepResult, execution: SweepResult | None = None, *, n_sources: int = 16, n_aggregators: int = 12
+) -> Hierarchy:
+    """The three roles.
+
+    Args:
+        result: a sweep of an anchor metric, components replaced for real.
+        execution: a sweep of what follows the anchor, given its state.
+        n_sources: of sources and of executors, at most.
+        n_aggregators: at most.
+
+    Raises:
+        WpjaxError: the result holds no flow, or the second is no sweep from a given state.
+    """
+    data = result.dataset
+    if "flow" not in data:
+        raise WpjaxError(
+            "this result holds no flow: sweep the anchor metric (--metric anchor) with a method that replaces "
+            "components (exact, screen+exact, factorial)"
+        )
+    flow, names = data["flow"].values.astype(np.float64), [str(t) for t in data["target"].values]
+    chosen = significant(result, n_sources)
+    rows = flow[chosen] if chosen else np.zeros((0, len(names)))
+    inflow = rows[:, 1:].sum(0)
+    order = [int(u) for u in np.argsort(-inflow, kind="stable") if inflow[u] > 0]
+    total = inflow[order].sum() if order else 0.0
+    held = np.cumsum(inflow[order]) if order else np.zeros(0)
+    kept = order[: min(n_aggregators, int(np.searchsorted(held, SHARE * total)) + 1)] if order else []
+    executors: tuple[Node, ...] = ()
+    if execution is not None:
+        if int(execution.dataset.attrs.get("given_layer", -1)) < 0:
+            raise WpjaxError(
+                "the second result is no sweep from a given state: make it with `wpjax sweep --metric kl "
+                "--given-anchor ANCHOR`"
+            )
+        executors = _nodes(execution, significant(execution, n_sources))
+    aggregators = tuple(Node(names[u + 1], int(names[u + 1][1:].split(".")[0]), float(inflow[u])) for u in kept)
+    return Hierarchy(_nodes(result, chosen), aggregators, executors, rows[:, [u + 1 for u in kept]], rows[:, 0])
+
+
+def _nodes(result: SweepResult, chosen: list[int]) -> tuple[Node, ...]:
+    data = result.dataset
+    return tuple(
+        Node(str(data["name"].values[i]), int(data["layer"].values[i]), float(data["effect"].values[i])) for i in chosen
+    )
