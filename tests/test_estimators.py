@@ -11,7 +11,7 @@ from tests.tiny import build_pair
 from wpjax.components import KINDS, enumerate_components
 from wpjax.metrics import decision_metric, response_metric, scores
 from wpjax.patching import PatchMask
-from wpjax.sweeps.screens import _gate_slopes, integrated_gradients, weight_gradient
+from wpjax.sweeps.screens import gate_slopes, integrated_gradients, weight_gradient
 from wpjax.sweeps.secant import _gate_scores, secant_adjoint, secant_change
 
 
@@ -66,10 +66,10 @@ def test_integrated_gradients_of_all_gates_sum_to_the_gap(batch, tmp_path):
     pair = as_pair(build_pair("llama-gqa3", tmp_path))
     metric = response_metric(pair, batch, 4)
     steps = 48
-    summed = sum(total(_gate_slopes(pair.cfg, pair.base, pair.expert, metric, (i + 0.5) / steps)) for i in range(steps))
+    summed = sum(total(gate_slopes(pair.cfg, pair.base, pair.expert, metric, (i + 0.5) / steps)) for i in range(steps))
     np.testing.assert_allclose(summed / steps, gap(pair, metric), rtol=0.02, atol=0.02)
     heads = enumerate_components(pair.cfg, ["head"])
     two = integrated_gradients(pair.cfg, pair.base, pair.expert, heads, metric, steps=2)
-    by_hand = [_gate_slopes(pair.cfg, pair.base, pair.expert, metric, at)["head"] for at in (0.25, 0.75)]
+    by_hand = [gate_slopes(pair.cfg, pair.base, pair.expert, metric, at)["head"] for at in (0.25, 0.75)]
     expected = np.mean(by_hand, axis=0).reshape(len(batch), -1).T
     np.testing.assert_allclose(two, expected, atol=1e-6)

@@ -255,6 +255,20 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def gate_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarray]:
+    """Where in each (flattened) gate of the model a component opens it."""
+    kind, shapes, found = KINDS[component.kind], gate_shapes(cfg), {}
+    for i, gate in enumerate(kind.gates):
+        if gate not in shapes or (kind.opens == "part" and i != component.index):
+            continue
+        shape = shapes[gate]
+        width = math.prod(shape[1:]) if kind.in_layer else math.prod(shape)
+        start = component.layer * width if kind.in_layer else 0
+        here = [component.index] if kind.opens == "channel" else np.arange(width)
+        found[gate] = start + np.asarray(here)
+    return found
+
+
 def open_gates(cfg: ModelConfig, components: Iterable[Component | str]) -> dict[str, np.ndarray]:
     """Which gates a set of components opens: a boolean array per gate of the model.
 
@@ -263,11 +277,7 @@ def open_gates(cfg: ModelConfig, components: Iterable[Component | str]) -> dict[
     """
     gates = {gate: np.zeros(shape, bool) for gate, shape in gate_shapes(cfg).items()}
     for item in components:
-        c = parse_component(cfg, item if isinstance(item, str) else item.name)
-        kind = KINDS[c.kind]
-        for i, gate in enumerate(kind.gates):
-            if gate not in gates or (kind.opens == "part" and i != c.index):
-                continue
-            at: tuple[int, ...] = (c.layer,) if kind.in_layer else ()
-            gates[gate][(*at, c.index) if kind.opens == "channel" else at] = True
+        component = parse_component(cfg, item if isinstance(item, str) else item.name)
+        for gate, at in gate_positions(cfg, component).items():
+            gates[gate].reshape(-1)[at] = True
     return gates

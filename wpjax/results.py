@@ -23,6 +23,9 @@ SCHEMA = 3
 FIRST_ORDER = ("screen", "gradient", "ig", "secant")
 """Estimates of what a component's weights do, in place of their effect where nothing was replaced."""
 
+MASKS = ("banzhaf", "beta_low", "beta_high", "redundancy")
+"""What components do in random sets."""
+
 RANKINGS = (
     "effect",
     "activation",
@@ -32,6 +35,7 @@ RANKINGS = (
     "relay",
     "interaction",
     "knockout",
+    *MASKS,
     "delta_norm",
 )
 """Variables that components can be ranked by, the most trustworthy first."""
@@ -148,13 +152,15 @@ class SweepResult:
     `delta[component, prompt]`, `gap[prompt]`, `delta_norm` (Frobenius norm of the component's task vector), the
     estimates in `FIRST_ORDER` or `attribution` where they were asked for, and `activation`, `source`, `relay`,
     `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
-    those cells were measured. `coverage_joint[swept_kind]` and `coverage_sum[swept_kind]` say
-    how much of the gap each kind recovers as one patch and as the sum of its single effects (first-order ones where
-    nothing was replaced); `split_half[swept_kind]` how reliably its ranking repeats on other queries, `null_permuted`
-    and `null_direction` what 95 % of effects are smaller than where there is nothing to find, `missed` (with `_low`,
-    `_high`) how many components outside the screen's choice have effects as large as its median, from the random
-    sample `sampled[component]`; `screen_error[component]` is the screen minus the effect; `flow[component, target]`
-    says by way of which later heads and MLPs an effect on a projection arrives, and its rows sum to the effect;
+    those cells were measured; `beta_low`, `banzhaf` and `beta_high` (share of the gap in the company of few, half and
+    most of the others) and `redundancy` (the first minus the last), likewise. `coverage_joint[swept_kind]` and
+    `coverage_sum[swept_kind]` say how much of the gap each kind recovers as one patch and as the sum of its single
+    effects (first-order ones where nothing was replaced); `split_half[swept_kind]` how reliably its ranking repeats on
+    other queries; `null_permuted` and `null_direction` what 95 % of effects are smaller than where there is nothing to
+    find; `missed` (with `_low`, `_high`) how many components outside the screen's choice have effects as large as its
+    median, from the random sample `sampled[component]`. `screen_error[component]` is the screen minus the effect;
+    `flow[component, target]` says by way of which later heads and MLPs an effect on a projection arrives, and its rows
+    sum to the effect;
     `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.
     """
 

@@ -52,6 +52,7 @@ class Method(enum.StrEnum):
     gradient = "gradient"
     ig = "ig"
     secant = "secant"
+    masks = "masks"
     activation = "activation"
     factorial = "factorial"
 
@@ -100,11 +101,16 @@ def run(
             "--method",
             help="exact replaces every component for real; screen scores all by first order; screen+exact then "
             "replaces the top ones; gradient is the plain weight gradient, ig its average from base to expert, "
-            "secant a two-point one whose scores sum to the gap; activation patches the expert's activations instead; "
+            "secant a two-point one whose scores sum to the gap; masks replaces random sets, to see redundancy and "
+            "synergy; activation patches the expert's activations instead; "
             "factorial tells sources from relays and adds the knock-out in the expert.",
         ),
     ] = Method.screen_exact,
     top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind replaced after a screen.")] = 512,
+    stratum: Annotated[
+        int, typer.Option("--stratum", min=0, help="Random others of each kind replaced too: what did the screen miss?")
+    ] = 64,
+    n_masks: Annotated[int, typer.Option("--n-masks", min=8, help="Random sets a share, with --method masks.")] = 256,
     n_prompts: PromptsOption = 64,
     dtype: DtypeOption = Dtype.float32,
     memory: Annotated[
@@ -177,6 +183,8 @@ def run(
         "components": components,
         "method": method,
         "top": top,
+        "stratum": stratum,
+        "n_masks": n_masks,
         "dtype": dtype,
         "seed": seed,
     }
@@ -194,6 +202,8 @@ def run(
             components=None if components is None else [c.strip() for c in components.split(",") if c.strip()],
             method=method.value,
             top=top,
+            stratum=stratum,
+            n_masks=n_masks,
             seed=seed,
             budget=None if memory is None else int(memory * 2**20),
             done=shards,

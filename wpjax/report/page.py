@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from wpjax.files import atomic_output, check_output
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
-from wpjax.results import FIRST_ORDER, TRUST, SweepResult
+from wpjax.results import FIRST_ORDER, MASKS, TRUST, SweepResult
 
 TITLES = {
     "top": "Highest effects",
@@ -98,7 +98,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
 
 def _extra_columns(result: SweepResult) -> list[str]:
     """Variables that the table shows beside the effect."""
-    shown = (*FIRST_ORDER, "attribution", "activation", "source", "relay", "interaction", "knockout")
+    shown = (*FIRST_ORDER, "attribution", "activation", "source", "relay", "interaction", "knockout", *MASKS)
     return [name for name in shown if name in result.dataset]
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int
+from scipy.stats import norm
 
 import wpjax
 from wpjax.anchors import Anchor, LayerDiagnostics
@@ -31,6 +32,7 @@ from wpjax.stats import (
     sign_flip_p,
     split_half_reliability,
 )
+from wpjax.sweeps.masks import MaskEstimate
 from wpjax.sweeps.replay import flow_targets
 
 
@@ -48,6 +50,7 @@ class Measured(NamedTuple):
             is no projection.
         nulls: by name and kind, what 95 % of effects are smaller than where there is nothing to find.
         sampled: which components were replaced as a random sample of those that a screen left out.
+        masks: what each component does in random sets, by name of `masks.SHARES`.
     """
 
     cells: Mapping[str, Float[np.ndarray, "C B"]]
@@ -59,6 +62,7 @@ class Measured(NamedTuple):
     flow: Float[np.ndarray, "C U"] | None = None
     nulls: Mapping[str, Mapping[str, float]] = MappingProxyType({})
     sampled: Bool[np.ndarray, " C"] | None = None
+    masks: Mapping[str, MaskEstimate] = MappingProxyType({})
 
 
 def two_by_two(cells: Mapping[str, Float[np.ndarray, "C B"]]) -> dict[str, Float[np.ndarray, "C B"]]:
@@ -107,7 +111,7 @@ def make_dataset(
         # All swept components are the family, those that a screen on the same prompts left out at p = 1: the rates
         # would not hold among the chosen alone.
         columns["q_value"][exact] = benjamini_hochberg(np.where(exact, columns["p_value"], 1.0))[exact]
-    columns |= _cell_columns(measured, resamples)
+    columns |= _cell_columns(measured, resamples) | _mask_columns(measured)
     floor = np.array([measured.floor.get(kind, np.nan) for kind in kinds])
     variables: dict[str, Any] = {name: ("component", values) for name, values in columns.items()}
     variables |= {name: ("component", values.mean(1) / gap.mean()) for name, values in measured.first_order.items()}
@@ -198,6 +202,21 @@ def _cell_columns(measured: Measured, resamples: Resamples) -> dict[str, Float[n
             share = ratio_of_means(sign * values[known], measured.gap, resamples)
             for column, figures in zip((name, f"{name}_low", f"{name}_high"), share, strict=True):
                 columns[column][known] = figures
+    return columns
+
+
+def _mask_columns(measured: Measured) -> dict[str, Float[np.ndarray, " C"]]:
+    """Shares of the gap by what each component does in random sets; intervals are over sets, on these prompts."""
+    gap, z = measured.gap.mean(), float(norm.ppf(0.975))
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {
+        name: (made.beta.mean(1) / gap, made.se / gap) for name, made in measured.masks.items()
+    }
+    if found:
+        (low, low_se), (high, high_se) = found["beta_low"], found["beta_high"]
+        found["redundancy"] = low - high, np.hypot(low_se, high_se)
+    columns: dict[str, np.ndarray] = {}
+    for name, (value, se) in found.items():
+        columns |= {name: value, f"{name}_low": value - z * se, f"{name}_high": value + z * se}
     return columns
 
 

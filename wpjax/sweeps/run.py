@@ -24,12 +24,13 @@ from wpjax.patching import PatchMask, permuted
 from wpjax.results import SweepResult
 from wpjax.sweeps.dataset import Measured, make_dataset
 from wpjax.sweeps.exact import Changes, Chunk, Plan, exact_changes, make_plan, sham_plan
+from wpjax.sweeps.masks import SHARES, random_masks
 from wpjax.sweeps.reference import patched_score
 from wpjax.sweeps.replay import Run, Side, flow_targets, run_model
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
 from wpjax.sweeps.secant import secant_adjoint
 
-Method = Literal["exact", "screen", "screen+exact", "gradient", "ig", "secant", "activation", "factorial"]
+Method = Literal["exact", "screen", "screen+exact", "gradient", "ig", "secant", "masks", "activation", "factorial"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
@@ -58,12 +59,13 @@ CELLS: Mapping[str, Cell] = MappingProxyType(
 class Recipe(NamedTuple):
     """What a method does: which first-order estimates, which of them choose what is replaced, and how it is replaced.
 
-    With cells but nothing that chooses, everything is replaced.
+    With cells but nothing that chooses, everything is replaced. With `masks`, sets of components are.
     """
 
     screens: tuple[str, ...] = ()
     choose: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
+    masks: bool = False
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -74,6 +76,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "gradient": Recipe(("gradient",)),
         "ig": Recipe(("ig",)),
         "secant": Recipe(("secant",)),
+        "masks": Recipe(masks=True),
         "activation": Recipe(("attribution",), ("attribution",), ("activation",)),
         "factorial": Recipe(
             ("screen", "attribution"), ("screen", "attribution"), ("exact", "activation", "relay", "knockout")
@@ -106,6 +109,7 @@ def sweep(
     method: Method = "exact",
     top: int = 512,
     stratum: int = 64,
+    n_masks: int = 256,
     seed: int = 0,
     n_resamples: int = 1000,
     budget: int | None = None,
@@ -125,12 +129,14 @@ def sweep(
         method: "exact" replaces every component for real; "screen" scores all of them by the output-linearised
             first-order effect; "screen+exact" screens, then replaces the `top` ones of each kind; "gradient" is the
             weight-gradient screen, "ig" its average on the way from base to expert, "secant" the secant adjoint, whose
-            scores sum to the gap; "activation" patches the expert's activations instead of its weights, after
+            scores sum to the gap; "masks" replaces random sets (see `sweeps.masks`): what a component does among few,
+            half or most of the others; "activation" patches the expert's activations instead of its weights, after
             attribution patching as the screen; "factorial" measures all cells of the 2x2 (source, relay, interaction,
             see `dataset.two_by_two`) and the knock-out in the expert, for the `top` ones of both screens.
         top: how many of each kind are replaced after a screen, chosen by its magnitude.
         stratum: how many of the others of each kind are replaced too, at random, to estimate what the screen missed.
-        seed: of resampling, sign flips and shams.
+        n_masks: random sets at each share of components, with method "masks".
+        seed: of resampling, sign flips, shams, nulls and random sets.
         n_resamples: bootstrap samples of the intervals.
         budget: bytes for a chunk's activations; None to choose from the device.
         done: finished parts of an earlier attempt, extended as the sweep goes on (see `results.Shards`).
@@ -183,8 +189,15 @@ def sweep(
     cells, flow = {name: delta for name, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
     floor = engine.noise_floor(plan, gap, seed)
     nulls = engine.nulls(plan, gap, seed)
+    masks = {
+        name: random_masks(
+            pair.cfg, pair.base, pair.expert, chosen, metric, p,
+            n_masks=n_masks, seed=seed, done=done, progress=progress,
+        )
+        for name, p in (SHARES.items() if recipe.masks else ())
+    }  # fmt: skip
     coverage = _coverage(pair, metric, chosen, gap, base_score, progress)
-    measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow, nulls, sampled)
+    measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow, nulls, sampled, masks)
     dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
     dataset.attrs |= {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
     return SweepResult(dataset)

@@ -127,15 +127,14 @@ def _output_linearised(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _weight_gradient(
-    cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: Float[Array, ""]
+    cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: PatchMask
 ) -> dict[str, Float[Array, "B ..."]]:
-    """dF/dm of every gate, prompt by prompt, with all gates at one value."""
+    """dF/dm of every gate, prompt by prompt, at a float mask."""
 
     def score(mask: PatchMask, i: Array) -> Array:
         return metric.take(i[None])(cfg, patch(host, donor, mask))[0]
 
-    mask = jax.tree.map(lambda gate: gate + at, PatchMask.empty(cfg, jnp.float32))
-    slopes = jax.vmap(jax.grad(score), in_axes=(None, 0))(mask, jnp.arange(len(metric)))
+    slopes = jax.vmap(jax.grad(score), in_axes=(None, 0))(at, jnp.arange(len(metric)))
     return dict(slopes.gates)
 
 
@@ -173,14 +172,25 @@ def weight_gradient(
     cfg: ModelConfig, host: Params, donor: Params, components: Sequence[Component], metric: Metric
 ) -> Float[np.ndarray, "C B"]:
     """First-order change of the metric by each component, linear in its weights; arguments as above."""
-    return by_component(_gate_slopes(cfg, host, donor, metric, 0.0), components)
+    return by_component(gate_slopes(cfg, host, donor, metric, 0.0), components)
 
 
-def _gate_slopes(
-    cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: float
+def gate_slopes(
+    cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: float | PatchMask
 ) -> dict[str, Float[np.ndarray, "B ..."]]:
-    where = jnp.asarray(at, jnp.float32)
-    return in_parts(metric, lambda part: _weight_gradient(cfg, host, donor, part, where), axis=0)
+    """dF/dm of every gate of the model, prompt by prompt.
+
+    Args:
+        cfg: the model.
+        host: parameters at m = 0.
+        donor: parameters at m = 1.
+        metric: what is measured.
+        at: a float mask, or one number for all its gates.
+    """
+    if not isinstance(at, PatchMask):
+        value = jnp.asarray(at, jnp.float32)
+        at = jax.tree.map(lambda gate: gate + value, PatchMask.empty(cfg, jnp.float32))
+    return in_parts(metric, lambda part: _weight_gradient(cfg, host, donor, part, at), axis=0)
 
 
 def integrated_gradients(
@@ -203,7 +213,7 @@ def integrated_gradients(
     """
     totals = np.zeros((len(components), len(metric)))
     for i in range(steps):
-        totals += by_component(_gate_slopes(cfg, host, donor, metric, (i + 0.5) / steps), components)
+        totals += by_component(gate_slopes(cfg, host, donor, metric, (i + 0.5) / steps), components)
     return totals / steps
 
 

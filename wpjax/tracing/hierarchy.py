@@ -1,7 +1,7 @@
 """Sources, aggregators and executors: three roles, told apart by a stated rule (the paper's is not known; ours).
 
-    source       a component whose weights alone move the anchor: effect above 0 with q < 0.05 and above the noise
-                 floor; the `n_sources` largest of the finest kinds that were swept
+    source       a component whose weights alone move the anchor: effect above 0 with q < 0.05, above the noise floor
+                 and at least `LEAST` of the largest; the `n_sources` largest of the finest kinds that were swept
     aggregator   a head or an MLP by way of which the sources' effects arrive: with inflow T_u, the sum over sources of
                  T_cu without what they write themselves, the fewest targets that together hold `SHARE` of all positive
                  inflow, at most `n_aggregators`
@@ -24,6 +24,9 @@ from wpjax.results import SweepResult
 
 SHARE = 0.8
 """Of all positive inflow, what the aggregators hold together."""
+
+LEAST = 0.02
+"""Of the largest effect, what a source has at least."""
 
 FINEST = ("head", "kv_group", "neuron")
 
@@ -68,6 +71,7 @@ def significant(result: SweepResult, n: int) -> list[int]:
     fine = np.isin(kinds, FINEST)
     sure = (effect > 0) & (np.nan_to_num(data["q_value"].values, nan=1.0) < 0.05) & ~data["below_noise_floor"].values
     usable = sure & (fine if fine.any() else True)
+    usable &= effect >= LEAST * max(float(effect[usable].max(initial=0.0)), 0.0)
     return [int(i) for i in np.argsort(-effect, kind="stable") if usable[i]][:n]
 
 

@@ -1,0 +1,122 @@
+"""Random masks against every subset, the variance formula against repeated draws, and sets of a real forward pass."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.test_sweeps import make_anchor
+from wpjax.anchors import fit_anchor
+from wpjax.behaviours import behaviour
+from wpjax.components import KINDS, Component, enumerate_components
+from wpjax.pairs import load_pair
+from wpjax.patching import PatchMask
+from wpjax.sweeps import sweep
+from wpjax.sweeps.masks import Gates, draw, estimate, random_masks
+from wpjax.sweeps.reference import patched_score
+
+EVERY = np.array(list(itertools.product([False, True], repeat=6)))
+
+
+def game(masks):
+    """Two of which either suffices, two that need each other, one that adds, one that does nothing; two prompts."""
+    a, b, c, d, e, _ = np.asarray(masks, bool).T
+    value = 1.0 * (a | b) + 2.0 * (c & d) + 0.5 * e
+    return np.stack([value, 3 * value], axis=1)
+
+
+def by_enumeration(p):
+    """beta by its definition."""
+    found = []
+    for c in range(6):
+        others = np.delete(np.arange(6), c)
+        subsets = EVERY[~EVERY[:, c]]
+        weight = np.prod(np.where(subsets[:, others], p, 1 - p), axis=1)
+        joined = subsets.copy()
+        joined[:, c] = True
+        found.append(((game(joined) - game(subsets)) * weight[:, None]).sum(0))
+    return np.stack(found)
+
+
+def test_all_masks_once_give_the_banzhaf_value():
+    got = estimate(EVERY, game(EVERY))
+    np.testing.assert_allclose(got.beta, by_enumeration(0.5), atol=1e-12)
+    np.testing.assert_allclose(got.beta[:, 0], [0.5, 0.5, 1, 1, 0.5, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_random_masks_meet_the_definition_within_their_error(p):
+    masks = draw(20_000, 6, p, seed=3)
+    truth = by_enumeration(p)
+    for slopes in (None, truth * 0.8):  # any control variate leaves the expectation
+        got = estimate(masks, game(masks), slopes)
+        error = np.abs(got.beta - truth).mean(1)
+        assert (error <= 4 * got.se + 1e-12).all()
+    assert truth[0, 0] == pytest.approx(1 - p)  # either suffices: the more others, the less it does
+    assert truth[2, 0] == pytest.approx(2 * p)  # it takes the other
+
+
+def test_the_variance_formula_holds_over_repeated_draws():
+    for p in (0.2, 0.5):
+        got = [estimate(m, game(m)) for m in (draw(200, 6, p, seed) for seed in range(600))]
+        spread = np.std([g.beta.mean(1) for g in got], axis=0)
+        np.testing.assert_allclose(np.sqrt(np.mean([g.se**2 for g in got], axis=0)), spread, rtol=0.1)
+
+
+def test_of_a_linear_game_the_control_variate_leaves_nothing_to_chance():
+    slopes = np.random.default_rng(0).normal(size=(40, 3))
+    masks = draw(64, 40, 0.3, seed=0)
+    got = estimate(masks, masks @ slopes + 5.0, slopes)
+    np.testing.assert_allclose(got.beta, slopes, atol=1e-12)
+    np.testing.assert_allclose(got.se, 0, atol=1e-12)
+    assert estimate(masks, masks @ slopes).se.min() > 0.1
+
+
+def test_masks_of_sets_are_their_unions(family_pair):
+    cfg, rng = family_pair.cfg, np.random.default_rng(1)
+    components = enumerate_components(cfg, KINDS)
+    gates = Gates(cfg, components)
+    for share in (0.02, 0.5):
+        chosen = rng.random(len(components)) < share
+        expected = PatchMask.of(cfg, [c for c, here in zip(components, chosen, strict=True) if here])
+        got = gates.mask(chosen)
+        assert set(got.gates) == set(expected.gates)
+        for gate, value in expected.gates.items():
+            np.testing.assert_array_equal(got.gates[gate], value)
+    fine = enumerate_components(cfg, ["head", "neuron"])
+    half = Gates(cfg, fine).mask(np.full(len(fine), 0.5, np.float32))
+    np.testing.assert_array_equal(half.gates["neuron"], np.full((cfg.n_layers, cfg.d_mlp), 0.5))
+    assert float(half.gates["norm_attn"].max()) == 0
+
+
+def test_random_masks_of_a_model_meet_every_subset(family_pair, batch):
+    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    components = [Component("attn", 0), Component("mlp", 0), Component("head", 1, 1), Component("mlp", 1)]
+    gates = Gates(pair.cfg, components)
+    subsets = EVERY[:16, 2:]
+    f = np.stack([patched_score(pair.cfg, pair.base, pair.expert, gates.mask(s), metric) for s in subsets])
+    truth = estimate(subsets, f.astype(np.float64)).beta
+    plain, controlled = (
+        random_masks(pair.cfg, pair.base, pair.expert, components, metric, 0.5, n_masks=128, control=control)
+        for control in (False, True)
+    )
+    for got in (plain, controlled):
+        assert (np.abs((got.beta - truth).mean(1)) <= 4 * got.se).all()
+    assert np.abs(truth.mean(1)).max() > 5 * plain.se.max()
+
+
+def test_a_sweep_of_masks_says_what_is_redundant_and_resumes():
+    pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
+    anchor = fit_anchor(pair, task, layer=5, n_prompts=16, causal="skip")
+    batch = task.encode(pair.tokenizer, n_prompts=4)
+    options = {"components": ["L0.head.3", "L2.mlp", "L3.head.0"], "method": "masks", "n_masks": 40}
+    done = {}
+    data = sweep(pair, batch, anchor, done=done, **options).dataset
+    assert sum(key.startswith("masks-") for key in done) == 6
+    np.testing.assert_allclose(data["redundancy"], data["beta_low"] - data["beta_high"], atol=1e-12)
+    assert (data["banzhaf_low"] <= data["banzhaf"]).all()
+    assert data["banzhaf"].values[0] > 0.2 > abs(data["banzhaf"].values[1])
+    kept = {key: value + (key == "masks-0.5-0") for key, value in done.items()}
+    again = sweep(pair, batch, anchor, done=kept, **options).dataset
+    np.testing.assert_array_equal(again["beta_low"], data["beta_low"])
+    assert np.abs(again["banzhaf"] - data["banzhaf"]).max() > 0

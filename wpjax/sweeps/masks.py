@@ -1,0 +1,163 @@
+"""Random masks: what a component does in the company of others.
+
+    beta_c(p) = E_{S ~ Bernoulli(p)} [ f(S + c) - f(S - c) ],    f(S) = F(base with the components S of the expert)
+
+p -> 0 is the weight patch, p = 1/2 the Banzhaf value, p -> 1 the knock-out (METHOD 6; ours). A fall from low to high p
+is redundancy, others do the work as well; a rise is synergy, it takes the others. Every mask serves every component
+(maximum sample reuse, arXiv 2205.15466):
+
+    beta_c ~ mean of f over masks with c - mean over masks without c
+    variance  s_with^2 / n_with + s_without^2 / n_without
+
+with f replaced by f - g.m, and g_c added back, for the slope g of F at m = p (1, ..., 1): a control variate, which has
+the same expectation and leaves only what is not linear to chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.sparse import csr_array
+
+from wpjax.components import Component, gate_positions, gate_shapes
+from wpjax.metrics import Metric
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params
+from wpjax.patching import PatchMask
+from wpjax.sweeps.reference import patched_score
+from wpjax.sweeps.screens import by_component, gate_slopes
+
+SHARES = {"beta_low": 0.1, "banzhaf": 0.5, "beta_high": 0.9}
+"""Which p stand for few, half and most of the others."""
+
+MASKS_AT_ONCE = 32
+"""Masks of a finished part."""
+
+
+class MaskEstimate(NamedTuple):
+    """beta of every component at one p.
+
+    Attributes:
+        beta: [C, B], change of the metric of each prompt.
+        se: [C], standard error over masks of the mean over prompts.
+    """
+
+    beta: Float[np.ndarray, "C B"]
+    se: Float[np.ndarray, " C"]
+
+
+class Gates:
+    """From sets of components to masks, many times.
+
+    Args:
+        cfg: the model.
+        components: what sets are made of.
+    """
+
+    def __init__(self, cfg: ModelConfig, components: Sequence[Component]):
+        self.shapes = gate_shapes(cfg)
+        sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
+        self.ends = np.cumsum([0, *sizes])
+        starts = dict(zip(self.shapes, self.ends.tolist(), strict=False))
+        found = [
+            np.concatenate([starts[gate] + np.atleast_1d(at) for gate, at in gate_positions(cfg, c).items()])
+            for c in components
+        ]
+        rows = np.repeat(np.arange(len(found)), [len(f) for f in found])
+        shape = (len(components), int(self.ends[-1]))
+        self.opens = csr_array((np.ones(len(rows), np.int32), (rows, np.concatenate(found))), shape=shape)
+
+    def mask(self, weights: Float[np.ndarray, " C"] | Bool[np.ndarray, " C"]) -> PatchMask:
+        """The union of a set of components, or a float mask: of a gate that several open, the sum, at most 1."""
+        flat = np.minimum(np.asarray(weights, np.float32) @ self.opens, 1.0)
+        if np.asarray(weights).dtype == bool:
+            flat = flat > 0
+        parts = zip(self.shapes.items(), self.ends[:-1], self.ends[1:], strict=True)
+        return PatchMask({gate: jnp.asarray(flat[a:b].reshape(shape)) for (gate, shape), a, b in parts})
+
+
+def draw(n_masks: int, n_components: int, p: float, seed: int) -> Bool[np.ndarray, "T C"]:
+    """Independent masks; the same for the same arguments."""
+    return np.random.default_rng((seed, round(1000 * p))).random((n_masks, n_components)) < p
+
+
+def estimate(
+    masks: Bool[np.ndarray, "T C"], values: Float[np.ndarray, "T B"], slopes: Float[np.ndarray, "C B"] | None = None
+) -> MaskEstimate:
+    """beta of every component from the metric under random masks.
+
+    Args:
+        masks: which components each mask holds.
+        values: the metric of each prompt under each mask.
+        slopes: of a control variate; None for none.
+    """
+    z = masks.astype(np.float64)
+    rest = values if slopes is None else values - z @ slopes
+    n_with = np.maximum(z.sum(0), 1)
+    n_without = np.maximum(len(z) - z.sum(0), 1)
+
+    def sides(x: Float[np.ndarray, "T k"]) -> tuple[np.ndarray, np.ndarray]:
+        with_it = z.T @ x
+        return with_it / n_with[:, None], (x.sum(0) - with_it) / n_without[:, None]
+
+    inside, outside = sides(rest)
+    beta = inside - outside + (0.0 if slopes is None else slopes)
+    mean = rest.mean(1, keepdims=True)
+    mean = mean - mean.mean()  # a constant does not matter, its square's rounding would
+    (first_in, first_out), (second_in, second_out) = sides(mean), sides(np.square(mean))
+    spread = [
+        np.maximum(second - np.square(first), 0)[:, 0] / np.maximum(n - 1, 1)
+        for first, second, n in ((first_in, second_in, n_with), (first_out, second_out, n_without))
+    ]
+    return MaskEstimate(beta, np.sqrt(spread[0] + spread[1]))
+
+
+def random_masks(
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    components: Sequence[Component],
+    metric: Metric,
+    p: float,
+    *,
+    n_masks: int = 256,
+    seed: int = 0,
+    control: bool = True,
+    done: MutableMapping[str, np.ndarray] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, i, n: None,
+) -> MaskEstimate:
+    """Run the host under random sets of the donor's components, and say what each component does among them.
+
+    Args:
+        cfg: the model.
+        host: parameters that receive the patches.
+        donor: parameters that the components come from.
+        components: what the sets are drawn from.
+        metric: what is measured.
+        p: chance of each component to be in a set, in (0, 1).
+        n_masks: sets.
+        seed: of the sets.
+        control: whether the slope at p is used as a control variate (one forward and one backward pass).
+        done: finished parts of an earlier attempt.
+        progress: called as sets are done.
+    """
+    done = {} if done is None else done
+    gates, masks = Gates(cfg, components), draw(n_masks, len(components), p, seed)
+    for first in range(0, n_masks, MASKS_AT_ONCE):
+        key = f"masks-{p:g}-{first}"
+        if key not in done:
+            some = masks[first : first + MASKS_AT_ONCE]
+            done[key] = np.stack(
+                [patched_score(cfg, host, donor, gates.mask(m), metric).astype(np.float64) for m in some]
+            )
+        progress(f"random masks, p = {p:g}", min(first + MASKS_AT_ONCE, n_masks), n_masks)
+    values = np.concatenate([done[f"masks-{p:g}-{first}"] for first in range(0, n_masks, MASKS_AT_ONCE)])
+    slopes = None
+    if control:
+        at = gates.mask(np.full(len(components), p, np.float32))
+        slopes = by_component(gate_slopes(cfg, host, donor, metric, at), components)
+    return estimate(masks, values, slopes)
