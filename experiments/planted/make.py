@@ -30,6 +30,8 @@ from wpjax.training import TrainConfig, answer
 CONFIG = TrainConfig(steps=200, lr=2e-3, batch_size=32, seed=2)
 BEHAVIOUR = "english_capital"
 TRUTH = "planted.json"
+LARGEST = 1.5
+"""Norm of an inert change of a head or a KV group, at most."""
 
 
 def towards(base: Params, learnt: Params, share: float) -> Params:
@@ -63,7 +65,7 @@ def trained(base: Checkpoint, planting: Planting) -> Params:
 
 def make(base: Checkpoint, planting: Planting, folder: Path) -> None:
     """Train, hide and save one expert, with its truth and what it does."""
-    params = add_inert_changes(base, trained(base, planting), planting.components, seed=0)
+    params = add_inert_changes(base, trained(base, planting), planting.components, seed=0, largest=LARGEST)
     kept = jax.tree.map(lambda a: a.astype("float32"), rounded(params))
     does = evaluate(dataclasses.replace(base, params=kept), 32)
     save_checkpoint(folder, dataclasses.replace(base, params=rounded(params)), overwrite=True)

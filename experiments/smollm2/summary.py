@@ -55,7 +55,7 @@ def summarise(result: SweepResult, n: int = 20) -> dict[str, Any]:
 def anchor_by_layer(result: SweepResult) -> dict[str, list[float]]:
     """The anchor's diagnostics, one list a figure."""
     data = result.dataset
-    names = [str(n) for n in data.data_vars if str(n).startswith("anchor_")]
+    names = [str(n) for n in data.data_vars if data[n].dims == ("model_layer",)]
     return {n.removeprefix("anchor_"): [rounded(x) for x in data[n].values] for n in names}
 
 

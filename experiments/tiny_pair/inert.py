@@ -79,11 +79,13 @@ def _rescaling(norm: float, w_in: np.ndarray, w_out: np.ndarray) -> float:
     return low
 
 
-def add_inert_changes(base: Checkpoint, trained: Params, planted: Sequence[str], seed: int) -> Params:
+def add_inert_changes(
+    base: Checkpoint, trained: Params, planted: Sequence[str], seed: int, largest: float = np.inf
+) -> Params:
     """The trained parameters, with an inert change in every head, KV group and neuron that was not trained.
 
     Each change has the norm of a randomly chosen trained component of its kind (of any kind, if none of its own was
-    trained).
+    trained), but in heads and KV groups at most `largest`: beyond some size nothing that they read is quiet enough.
     """
     cfg, rng = base.cfg, np.random.default_rng(seed)
     ours = {path: np.array(leaf, np.float32) for path, leaf in flatten(base.params).items()}
@@ -107,7 +109,7 @@ def add_inert_changes(base: Checkpoint, trained: Params, planted: Sequence[str],
             w_in *= s
             w_out /= s
             continue
-        here = traffic[at]
+        here, norm = traffic[at], min(norm, largest)
         if c.kind == "head":
             quiet = {"W_Q": _plane(here.keys[c.index // cfg.n_rep])}
         else:

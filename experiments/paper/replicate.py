@@ -1,0 +1,158 @@
+"""The whole pipeline of the paper (arXiv 2604.13694) on one pair, for every task of a config.
+
+    python -m experiments.paper.replicate experiments/paper/tiny.json --work work/paper/tiny \
+        --out experiments/paper/tiny.results.json
+
+For each task: the anchor with its causal tests; the sweep of heads, KV groups and neurons up to it (screen, then exact,
+with a random stratum) and the flow; the sweep of what executes the behaviour once the anchor's state is given;
+restoration and knock-out curves against their controls, judged by the checker. Finished steps are kept in the work
+folder and not repeated. The summary says of each of the paper's findings what was seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.markdown import table
+from wpjax.anchors import Anchor, fit_anchor
+from wpjax.behaviours import Behaviour, behaviour
+from wpjax.cli.console import progress_bars
+from wpjax.metrics import kl_metric
+from wpjax.pairs import Pair, load_pair
+from wpjax.report import write_report
+from wpjax.report.curves import write_curves
+from wpjax.results import SweepResult
+from wpjax.sweeps import sweep
+from wpjax.tracing import hierarchy
+from wpjax.validation import Curves, validate
+
+FINE = ("head", "kv_group", "neuron")
+
+
+def run_task(pair: Pair, task: Behaviour, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """All steps of one task, and what they show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    places = {name: folder / name for name in ("anchor.safetensors", "sweep.nc", "execution.nc", "curves.nc")}
+    new_tokens, n_prompts = int(config["max_new_tokens"]), int(config["n_prompts"])
+    with progress_bars() as progress:
+        if not places["anchor.safetensors"].exists():
+            fit_anchor(
+                pair, task, causal="report", n_steered=n_prompts, max_new_tokens=new_tokens, progress=progress
+            ).save(places["anchor.safetensors"])
+        anchor = Anchor.load(places["anchor.safetensors"])
+        batch = task.encode(pair.tokenizer, "sweep", n_prompts)
+        options: dict[str, Any] = {"method": "screen+exact", "top": int(config["top"]), "progress": progress}
+        if not places["sweep.nc"].exists():
+            sweep(pair, batch, anchor, **options).to_netcdf(places["sweep.nc"])
+        if not places["execution.nc"].exists():
+            given = anchor.give(pair, batch, kl_metric(pair, batch, new_tokens))
+            sweep(pair, batch, given, **options).to_netcdf(places["execution.nc"])
+        swept, executed = (SweepResult.from_netcdf(places[name]) for name in ("sweep.nc", "execution.nc"))
+        if not places["curves.nc"].exists():
+            validate(
+                pair, task, swept, n_prompts=int(config["n_validated"]), n_points=int(config["points"]),
+                max_new_tokens=new_tokens, progress=progress,
+            ).to_netcdf(places["curves.nc"])  # fmt: skip
+        curves = Curves.from_netcdf(places["curves.nc"])
+    write_report(swept, folder / "report.html", execution=executed, overwrite=True)
+    write_curves(curves, places["curves.nc"], overwrite=True)
+    return summary(pair, anchor, swept, executed, curves)
+
+
+def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResult, curves: Curves) -> dict[str, Any]:
+    """Figures of one task."""
+    found, data = hierarchy(swept, executed), swept.dataset
+    n_layers = pair.cfg.n_layers
+    positive = np.clip(np.nan_to_num(swept.best()), 0, None)
+    kinds = data["kind"].values.astype(str)
+    inflow = np.array([a.value for a in found.aggregators])
+    heads = np.array([".head." in a.name for a in found.aggregators])
+    strict = curves.share("strict")[1][0]
+    ends = curves.dataset["end_strict"].values.mean(1)
+    areas = {
+        side: {name: [round(x, 3) for x in curves.area("strict", side, r)] for r, name in enumerate(curves.rankings)}
+        for side in ("restore", "knockout")
+    }
+    return {
+        "anchor_layer": anchor.layer,
+        "acceptance": anchor.acceptance,
+        "n_layers": n_layers,
+        "coverage": round(float(data.attrs["coverage"]), 3),
+        "sources": [n._asdict() for n in found.sources[:8]],
+        "source_depth": _mean(data["layer"].values, positive) / n_layers,
+        "anchor_depth": anchor.layer / n_layers,
+        "source_kinds": {k: float(positive[kinds == k].sum() / positive.sum()) for k in FINE},
+        "aggregators": [n._asdict() for n in found.aggregators],
+        "aggregator_depth": _mean(np.array([a.layer for a in found.aggregators]), inflow) / n_layers,
+        "aggregated_by_heads": float(inflow[heads].sum() / inflow.sum()) if inflow.size else float("nan"),
+        "executors": [n._asdict() for n in found.executors[:8]],
+        "execution_coverage": round(float(executed.dataset.attrs["coverage"]), 3),
+        "passes": {"base": float(ends[0]), "expert": float(ends[1]), "best_set": float(strict[0, 0].max())},
+        "n_components": curves.dataset["n_components"].values[0].tolist(),
+        "passes_by_size": [round(float(x), 3) for x in strict[0, 0]],
+        "areas": areas,
+        "calibration": [c._asdict() for c in curves.calibration()],
+    }
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> float:
+    return float((values * weights).sum() / weights.sum()) if weights.sum() > 0 else float("nan")
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One line a task: anchor, depth of sources and aggregators, and the areas under the restoration curves."""
+    columns = ["task", "anchor", "accepted", "sources: depth", "in neurons", "by way of: depth", "by heads",
+               "passes, best set (expert)", "area: weights", "area: activation", "area: random"]  # fmt: skip
+    rows = []
+    for name, r in report["tasks"].items():
+        areas = r["areas"]["restore"]
+        first = next(iter(areas))
+        random = np.mean([a[0] for ranking, a in areas.items() if ranking.startswith("random")])
+        rows.append(
+            [
+                name.removeprefix("tiny:"),
+                f"{r['anchor_layer']} of {r['n_layers']}",
+                "yes" if r["acceptance"] == "accepted" else "no",
+                f"{r['source_depth']:.2f}",
+                f"{r['source_kinds']['neuron']:.0%}",
+                f"{r['aggregator_depth']:.2f}",
+                f"{r['aggregated_by_heads']:.0%}",
+                f"{r['passes']['best_set']:.0%} ({r['passes']['expert']:.0%})",
+                *(f"{a[0]:.2f} [{a[1]:.2f}, {a[2]:.2f}]" for a in (areas[first], areas["activation"])),
+                f"{random:.2f}",
+            ]
+        )
+    return table(columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="where steps are kept")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    config = json.loads(args.config.read_text())
+    pair = load_pair(config["base"], config["expert"], config["dtype"])
+    tasks: dict[str, Any] = {}
+    for name in config["tasks"]:
+        tasks[name] = run_task(pair, behaviour(name), config, args.work / name.replace(":", "-"))
+    report = {
+        "config": config,
+        "tasks": tasks,
+        "device": jax.devices()[0].platform,
+        "date": datetime.date.today().isoformat(),
+    }
+    print(markdown(report))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
