@@ -62,17 +62,48 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     result = SweepResult.from_netcdf("r.nc")
     assert result.dataset.attrs["metric_layer"] == anchor.layer
     assert result.dataset.sizes == {
-        "component": 8 * (anchor.layer + 1), "prompt": 4, "swept_kind": 1, "model_layer": 8,
+        "component": 8 * (anchor.layer + 1), "prompt": 4, "swept_kind": 1, "model_layer": 8, "d_model": 128,
+        "target": 1 + 9 * (anchor.layer + 1),
     }  # fmt: skip
     code, out, _ = wpjax("report", "r.nc", "--out", "r.html")
     assert code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["a.safetensors", "r.nc", "r.html"]
-        + [f"r-{f}.png" for f in ("overview", "top", "heads", "depth", "coverage", "anchor")]
+        + [f"r-{f}.png" for f in ("overview", "top", "heads", "depth", "flow", "hierarchy", "coverage", "anchor")]
     )
     page = (tmp_path / "r.html").read_text()
     assert result.top(1)[0].name in page
     assert not re.search(r"(src|href)=[\"']?(http|//)|@import|url\(http", page)
+
+
+def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
+    """The sweep's ranking validated; what follows the anchor swept from its state, and joined to the report."""
+    quick = ["--max-new-tokens", "12", "--n-prompts", "4"]
+    assert wpjax("anchor", *UNTESTED, "--layer", "5", "--out", "a.safetensors", "--n-prompts", "8")[0] == 0
+    assert (
+        wpjax("sweep", *SMALL, "--anchor", "a.safetensors", "--components", "L2.head.0,L3.head.1", "--out", "r.nc")[0]
+        == 0
+    )
+    given = ["--metric", "kl", "--given-anchor", "a.safetensors", "--components", "L6.head.0,L7.mlp"]
+    assert wpjax("sweep", *PAIR, *quick, *given, "--method", "exact", "--out", "e.nc")[0] == 0
+    assert wpjax("report", "r.nc", "--execution", "e.nc", "--out", "r.html")[0] == 0
+    curves = ["validate", "r.nc", *PAIR, *quick, "--points", "2", "--n-random", "1", "--out", "c.nc"]
+    code, out, _ = wpjax(*curves)
+    assert code == 0
+    assert "Brought into the base" in out
+    assert {"c.nc", "c-curves.png", "c-calibration.png"} <= {p.name for p in tmp_path.iterdir()}
+    found = json.loads(wpjax(*curves[:-1], "d.nc", "--json")[1])
+    assert set(found["areas"]["restore"]) == {"effect", "activation", "delta_norm", "random 1"}
+    left = [p.name for p in tmp_path.iterdir()]
+    assert_refused(wpjax(*curves), r"c\.nc exists", tmp_path, left)
+    assert_refused(wpjax("report", "c.nc", "--out", "x.html"), "holds curves, not sweep", tmp_path, left)
+    assert_refused(wpjax("validate", "e.nc", *curves[2:-1], "f.nc", "--by", "ig"), "no ranking 'ig'", tmp_path, left)
+    other = ["--base", "tiny:base", "--expert", "tiny:planted", "--behaviour", "tiny:title"]
+    assert_refused(wpjax("validate", "r.nc", *other, "--out", "f.nc"), "the result is of the pair", tmp_path, left)
+    early = ["sweep", *PAIR, *quick, *given[:4], "--components", "L5.head.0", "--out", "f.nc"]
+    assert_refused(wpjax(*early), "L5.head.0: not after layer 5", tmp_path, left)
+    alone = ["sweep", *PAIR, "--given-anchor", "a.safetensors", "--out", "f.nc"]
+    assert_refused(wpjax(*alone), "--given-anchor needs --metric", tmp_path, left)
 
 
 def test_an_anchor_that_fails_its_causal_tests(wpjax, tmp_path):

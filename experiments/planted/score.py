@@ -1,0 +1,202 @@
+"""How well every ranking finds what was planted, over all planted experts.
+
+    python -m experiments.planted.score --experts work/planted --out experiments/planted/results.json
+
+Of each expert that took (it follows the instruction on half of the held-out questions or more, and still knows nine
+tenths of its facts) all heads, KV groups and neurons up to the anchor are ranked by the size of each figure: AUROC of
+planted against not planted, and precision among as many as were planted. Scores of finished experts are kept beside
+them. Intervals resample experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
+
+from experiments.markdown import table
+from experiments.planted.make import BEHAVIOUR, TRUTH
+from wpjax.anchors import fit_anchor
+from wpjax.behaviours import behaviour
+from wpjax.cli.console import progress_bars
+from wpjax.components import parse_component
+from wpjax.pairs import load_pair
+from wpjax.report.figures import COLOURS, GREY, STYLE
+from wpjax.sweeps import sweep
+from wpjax.sweeps.screens import integrated_gradients, weight_gradient
+from wpjax.sweeps.secant import secant_adjoint
+
+RANKINGS = {
+    "effect": "exact weight patch",
+    "screen": "output-linearised screen",
+    "gradient": "weight gradient",
+    "secant": "secant adjoint",
+    "ig": "integrated gradients",
+    "banzhaf": "random masks, half of the others",
+    "beta_high": "random masks, most of the others",
+    "knockout": "knock-out in the expert",
+    "activation": "activation patching",
+    "attribution": "attribution patching",
+    "relay": "relay",
+    "delta_norm": "norm of the change",
+    "random": "random",
+}
+SCORES = "scores.json"
+
+
+def score(folder: Path, n_prompts: int, n_masks: int, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """AUROC and precision of every ranking on one expert."""
+    truth = json.loads((folder / TRUTH).read_text())
+    pair, task = load_pair("tiny:base", folder), behaviour(f"tiny:{BEHAVIOUR}")
+    anchor = fit_anchor(pair, task, n_prompts=32, causal="skip")
+    batch = task.encode(pair.tokenizer, "sweep", n_prompts)
+    whole = sweep(pair, batch, anchor, method="factorial", top=10**6, stratum=0, progress=progress).dataset
+    sets = sweep(pair, batch, anchor, method="masks", n_masks=n_masks, progress=progress).dataset
+    components = [parse_component(pair.cfg, str(name)) for name in whole["name"].values]
+    args = (pair.cfg, pair.base, pair.expert, components, anchor.on(batch))
+    values: dict[str, np.ndarray] = {
+        name: whole[name].values for name in ("effect", "screen", "knockout", "activation", "attribution", "relay")
+    }
+    values |= {name: sets[name].values for name in ("banzhaf", "beta_high")}
+    values |= {
+        "gradient": weight_gradient(*args).mean(1),
+        "ig": integrated_gradients(*args).mean(1),
+        "secant": secant_adjoint(*args).mean(1),
+        "delta_norm": whole["delta_norm"].values,
+        "random": np.random.default_rng(0).random(len(components)),
+    }
+    planted = np.isin(whole["name"].values.astype(str), truth["components"])
+    found = {name: _found(planted, np.abs(v)) for name, v in values.items()}
+    return {
+        "anchor_layer": anchor.layer,
+        "components": len(components),
+        "planted": int(planted.sum()),
+        "coverage": float(whole.attrs["coverage"]),
+        "rankings": found,
+    }
+
+
+def _found(planted: np.ndarray, size: np.ndarray) -> dict[str, float]:
+    best = np.argsort(-size, kind="stable")[: planted.sum()]
+    return {"auroc": float(roc_auc_score(planted, size)), "precision": float(planted[best].mean())}
+
+
+def took(does: Mapping[str, Any]) -> bool:
+    """Whether an expert does what it was planted to do, and little else."""
+    return bool(does[BEHAVIOUR]["passes"] >= 0.5 and does["facts"] >= 0.9)
+
+
+GROUPS: dict[str, Callable[[str], bool]] = {
+    "all, not redundant": lambda name: "redundant" not in name,
+    "shallow": lambda name: "shallow" in name and "redundant" not in name,
+    "middle": lambda name: "middle" in name and "redundant" not in name,
+    "deep or spread": lambda name: ("deep" in name or "spread" in name) and "redundant" not in name,
+    "redundant": lambda name: "redundant" in name,
+}
+
+
+def summarise(experts: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Mean AUROC and precision of every ranking over each group of experts, with 95 % intervals over experts."""
+    rng, groups = np.random.default_rng(seed), {}
+    for group, belongs in GROUPS.items():
+        names = [name for name in experts if belongs(name)]
+        if not names:
+            continue
+        draws = rng.integers(0, len(names), (2000, len(names)))
+        groups[group] = {"experts": len(names)} | {
+            ranking: {
+                figure: _interval(np.array([experts[n]["rankings"][ranking][figure] for n in names]), draws)
+                for figure in ("auroc", "precision")
+            }
+            for ranking in RANKINGS
+        }
+    return groups
+
+
+def _interval(values: np.ndarray, draws: np.ndarray) -> list[float]:
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return [round(float(x), 4) for x in (values.mean(), low, high)]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Mean AUROC of every ranking, one column a group of experts."""
+    groups = report["groups"]
+    columns = ["ranking", *(f"{name} ({g['experts']})" for name, g in groups.items())]
+
+    def cell(found: Sequence[float]) -> str:
+        return f"{found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]"
+
+    return table(
+        columns, [[label, *(cell(g[name]["auroc"]) for g in groups.values())] for name, label in RANKINGS.items()]
+    )
+
+
+def draw(report: dict[str, Any]) -> Figure:
+    """AUROC of every expert by every ranking, and the means."""
+    experts = report["experts"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for i, name in enumerate(RANKINGS):
+            for redundant, colour in ((False, COLOURS["head"]), (True, COLOURS["neuron"])):
+                values = [e["rankings"][name]["auroc"] for n, e in experts.items() if ("redundant" in n) == redundant]
+                axes.plot(values, np.full(len(values), i) + 0.16 * redundant, ".", color=colour, alpha=0.5, ms=6, mew=0)
+            mean = report["groups"]["all, not redundant"][name]["auroc"]
+            axes.plot(mean[1:], [i, i], color="#222", lw=1.5)
+            axes.plot(mean[0], i, "|", color="#222", ms=10)
+        axes.axvline(0.5, color=GREY, lw=0.6, ls=":")
+        axes.set_yticks(range(len(RANKINGS)), list(RANKINGS.values()))
+        axes.invert_yaxis()
+        axes.set(xlabel="AUROC of planted components (blue: each expert; orange: redundant plantings; black: mean)")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=Path, required=True)
+    parser.add_argument("--n-prompts", type=int, default=16)
+    parser.add_argument("--n-masks", type=int, default=192)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    experts: dict[str, Any] = {}
+    left_out: dict[str, Any] = {}
+    folders = sorted(p.parent for p in args.experts.glob(f"*/{TRUTH}"))
+    with progress_bars() as progress:
+        for i, folder in enumerate(folders):
+            does = json.loads((folder / TRUTH).read_text())["does"]
+            if not took(does):
+                left_out[folder.name] = {"passes": does[BEHAVIOUR]["passes"], "facts": does["facts"]}
+                continue
+            if not (folder / SCORES).exists():
+                found = score(folder, args.n_prompts, args.n_masks, progress)
+                (folder / SCORES).write_text(json.dumps(found, indent=1) + "\n")
+            experts[folder.name] = json.loads((folder / SCORES).read_text())
+            progress("experts", i + 1, len(folders))
+    report = {
+        "what": "rankings against planted components, up to the anchor",
+        "experts": experts,
+        "left_out": left_out,
+        "groups": summarise(experts),
+        "prompts": args.n_prompts,
+        "masks": args.n_masks,
+        "device": jax.devices()[0].platform,
+        "dtype": "float32",
+        "date": datetime.date.today().isoformat(),
+    }
+    print(markdown(report))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        draw(report).savefig(args.out.with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main()
