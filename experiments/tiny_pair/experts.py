@@ -7,8 +7,8 @@ confined to PLANTED, and every other head, KV group and neuron was given an iner
 size of a change says nothing:
 
 - a neuron's change rescales W_in by s and W_out by 1/s, which leaves its output exactly the same;
-- a head's change is in W_Q, a KV group's in W_K and W_V, from directions that their input hardly ever takes to directions
-  that hardly anything reads.
+- a head's change is in W_Q, a KV group's in W_K and W_V, from directions that their input hardly ever takes to
+  directions that hardly anything reads.
 """
 
 from __future__ import annotations

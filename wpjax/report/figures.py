@@ -252,12 +252,12 @@ def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | Non
     for aggregator in found.aggregators:
         line(places[1][aggregator.name], anchor, aggregator.value * widest / max(widest, aggregator.value))
     for executor in found.executors:
-        line(anchor, places[2][executor.name], widest / 3)
+        line(anchor, places[2][executor.name], widest * executor.value / found.executors[0].value)
     for nodes, where in zip(columns, places, strict=True):
         for node in nodes:
             x, y = where[node.name]
             box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": GREY, "lw": 0.6}
-            axes.text(x, y, f"{node.name}  {node.value:+.2f}", ha="center", va="center", fontsize=6.5, bbox=box)
+            axes.text(x, y, f"{node.name}  {node.value:+.1%}", ha="center", va="center", fontsize=6.5, bbox=box)
     box = {"boxstyle": "round,pad=0.5", "fc": "#fdf3e7", "ec": COLOURS["neuron"]}
     label = f"anchor\nlayer {result.dataset.attrs['metric_layer']}"
     axes.text(*anchor, label, ha="center", va="center", fontsize=8, bbox=box)
