@@ -15,6 +15,7 @@ TABLES = [
     ("smollm2", "summary", "markdown", "english_capital.json"),
     ("smollm2", "summary", "highest", "english_capital.json"),
     ("smollm2", "evaluate", "markdown", "evaluation.json"),
+    ("smollm2", "rankings", "markdown", "rankings.json"),
     ("bench", "heads", "markdown", "heads.json"),
     ("bench", "startup", "markdown", "startup.json"),
 ]

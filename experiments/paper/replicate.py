@@ -44,7 +44,12 @@ def run_task(pair: Pair, task: Behaviour, config: dict[str, Any], folder: Path) 
     with progress_bars() as progress:
         if not places["anchor.safetensors"].exists():
             fit_anchor(
-                pair, task, causal="report", n_steered=n_prompts, max_new_tokens=new_tokens, progress=progress
+                pair,
+                task,
+                causal="report",
+                n_steered=int(config["n_steered"]),
+                max_new_tokens=new_tokens,
+                progress=progress,
             ).save(places["anchor.safetensors"])
         anchor = Anchor.load(places["anchor.safetensors"])
         batch = task.encode(pair.tokenizer, "sweep", n_prompts)
