@@ -85,6 +85,7 @@ def test_replay_after_a_given_state_equals_the_lazy_patch(pair, batch):
     np.testing.assert_allclose(exact(pair, batch, metric, components), expected, atol=5e-5)
 
 
+@pytest.mark.parametrize("hf_pair", ["llama-gqa3"], indirect=True)
 def test_estimators_know_of_the_given_state(pair, batch):
     metric = given(pair, batch)
     near = jax.tree.map(lambda b, e: b + 1e-2 * (e - b), pair.base, pair.expert)

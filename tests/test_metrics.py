@@ -115,6 +115,7 @@ def test_effects_on_the_response_equal_hf_torch_with_slices_copied(hf_pair, pair
     np.testing.assert_allclose(exact(pair, batch, metric, components), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("hf_pair", ["gpt2-untied"], indirect=True)
 def test_screens_approach_the_exact_effect_of_a_small_change(pair, batch):
     metric = one_each(pair)(pair, batch, N_NEW)
     near = jax.tree.map(lambda b, e: b + 1e-2 * (e - b), pair.base, pair.expert)
