@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
@@ -11,9 +13,11 @@ from wpjax.behaviours import behaviour
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.metrics import response_metric, scores
+from wpjax.models.decoder import forward
 from wpjax.pairs import load_pair, planted_components
 from wpjax.patching import PatchMask, patch
 from wpjax.report.curves import write_curves
+from wpjax.steering import Judge
 from wpjax.sweeps import sweep
 from wpjax.validation import Curves, anchor_of, log_grid, steps_of, validate
 
@@ -35,8 +39,6 @@ def test_sizes_of_components_add_up_to_the_model(pair):
 
 
 def np_leaves(tree):
-    import jax
-
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
@@ -162,6 +164,19 @@ def test_patched_models_on_the_curve_are_patches(planted, curves, result):
 
 def parse(pair, name):
     return next(c for c in enumerate_components(pair.cfg, FINEST) if c.name == name)
+
+
+def test_the_on_policy_score_reads_a_models_own_answer(planted, curves, result):
+    """Prompt by prompt, without padding: the stream along the anchor at each token that the expert said."""
+    pair, task = planted
+    anchor, batch = anchor_of(result), task.encode(pair.tokenizer, "test", 6)
+    answers = Judge(pair, task, batch, N_NEW).answers(pair.expert)
+    tokens = batch.with_instruction
+    for i, (n, m) in enumerate(zip(tokens.lengths, answers.lengths, strict=True)):
+        ids = np.concatenate([tokens.ids[i, :n], answers.tokens[i, :m]])[None]
+        out = forward(pair.cfg, pair.expert, jnp.asarray(ids), stop=anchor.layer + 1, logits=False)
+        expected = float((out.resid[0, n:] @ anchor.vector).mean())
+        assert curves.dataset["end_on_policy"].values[1, i] == pytest.approx(expected, abs=1e-3)
 
 
 def test_finished_parts_are_used(planted, result, curves):

@@ -390,8 +390,8 @@ def on_policy(anchor: Anchor, batch: PromptBatch, answers: Generation) -> Metric
     at, here = answer_positions(prompts, answers)
     weight = jnp.asarray(here / np.maximum(here.sum(1, keepdims=True), 1))
     # A position predicts the token after it; the state of a token is read where it stands.
-    at = jnp.asarray(np.where(here > 0, at + 1, 0))
-    return Metric(with_answers(prompts, answers), at, weight, Along(anchor.vector), anchor.layer, "on_policy")
+    where = jnp.asarray(np.where(here > 0, at + 1, 0))
+    return Metric(with_answers(prompts, answers), where, weight, Along(anchor.vector), anchor.layer, "on_policy")
 
 
 def check_same_pair(pair: Pair, result: SweepResult) -> None:

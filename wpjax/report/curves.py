@@ -20,6 +20,7 @@ LABELS = {
     "anchor": "anchor score",
     "response": "log-probability of the expert's answer",
     "decision": "log-odds where they part",
+    "on_policy": "anchor score in its own answer",
     "kl": "nearness to the expert (KL)",
 }
 CONTROLS = {"activation": COLOURS["neuron"], "delta_norm": COLOURS["norm"]}
