@@ -16,7 +16,8 @@ from wpjax.components import KINDS, Component
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.sweeps.replay import Replayed, Run, Side, replay
+from wpjax.sweeps.replay import Replayed, replay
+from wpjax.sweeps.rows import Run, Side
 
 K = TypeVar("K")
 T = TypeVar("T")

@@ -26,7 +26,8 @@ from wpjax.sweeps.dataset import Measured, make_dataset
 from wpjax.sweeps.exact import Changes, Chunk, Plan, exact_changes, make_plan, sham_plan
 from wpjax.sweeps.masks import SHARES, random_masks
 from wpjax.sweeps.reference import patched_score
-from wpjax.sweeps.replay import Run, Side, flow_targets, run_model
+from wpjax.sweeps.replay import flow_targets, run_model
+from wpjax.sweeps.rows import Run, Side
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
 from wpjax.sweeps.secant import secant_adjoint
 

@@ -33,7 +33,8 @@ from wpjax.models.decoder import Params, Site, decoder
 from wpjax.models.layers import Block
 from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch
-from wpjax.sweeps.replay import LayerPatch, Run, Side, kv_patch, layer_patch, layer_rows, query_patch, run_model
+from wpjax.sweeps.replay import run_model
+from wpjax.sweeps.rows import LayerPatch, Run, Side, kv_patch, layer_patch, layer_rows, query_patch
 
 
 class Slopes(NamedTuple):

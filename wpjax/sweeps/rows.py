@@ -1,0 +1,267 @@
+"""What a component contributes inside its layer, whichever weights and input it is given: one rule a kind.
+
+    weights  input                                                                     (METHOD 5, ours)
+    donor    host     weight patching (arXiv 2604.13694)
+    donor    donor    activation patching: the donor's own output
+    host     donor    relay: what the host makes of the donor's input
+    host     host     nothing; with the host as its own donor, a sham
+
+    head      resid_mid'  = resid_mid  + z'[h] W_O'[h] - z[h] W_O[h]        input: normed stream, keys and values
+    kv_group  resid_mid'  = resid_mid  + sum over its heads of (z' - z) W_O     input: normed stream; z' of host's q
+    neuron    resid_post' = resid_post + a'[f] W_out'[f] - a[f] W_out[f]    input: normed stream
+    attn, mlp, layer, norm: likewise, as modules
+
+A kind without a rule of its own is weight-patched through `Blend`s.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from wpjax.components import LEAVES, Component, count, gate_shapes, open_gates
+from wpjax.errors import ComponentError
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, block, take_layer
+from wpjax.models.layers import Block
+from wpjax.models.leaves import project
+from wpjax.patching import patch_layer
+
+Side: TypeAlias = Literal["host", "donor"]
+
+
+class Run(NamedTuple):
+    """What a sweep keeps of a model's own forward pass.
+
+    Attributes:
+        resid_pre: [l + 1, B, T, D], the residual stream before each layer up to the one that the metric reads.
+        score: [B], the metric.
+        writes: [B, L, H + 1], what every head and, last, the MLP of each layer adds to it; None where the metric is
+            no projection.
+    """
+
+    resid_pre: Float[Array, "A B T D"]
+    score: Float[Array, " B"]
+    writes: Float[Array, "B L G"] | None = None
+
+
+class Stream(NamedTuple):
+    """One layer of a model, and the residual stream that enters it there."""
+
+    block: Block
+    resid_pre: Float[Array, "B T D"]
+
+    @property
+    def positions(self) -> Int[Array, "1 T"]:
+        """Of the tokens."""
+        return jnp.arange(self.resid_pre.shape[1])[None]
+
+    @property
+    def attn_input(self) -> Float[Array, "B T D"]:
+        """The normed stream that attention reads."""
+        return self.block.norm_attn(self.resid_pre)
+
+    @property
+    def resid_mid(self) -> Float[Array, "B T D"]:
+        """The stream after attention."""
+        return self.block.attend(self.resid_pre, self.positions)[0]
+
+    @property
+    def mlp_input(self) -> Float[Array, "B T D"]:
+        """The normed stream that the MLP reads."""
+        return self.block.norm_mlp(self.resid_mid)
+
+
+class LayerPatch(NamedTuple):
+    """One layer of the host, and where a component's new output comes from.
+
+    Attributes:
+        host: the host's layer and stream.
+        weights: the layer whose weights the component takes.
+        source: the layer and stream whose input it sees.
+    """
+
+    host: Stream
+    weights: Block
+    source: Stream
+
+
+class Rows(NamedTuple):
+    """The residual stream of a layer with one component at a time patched.
+
+    Attributes:
+        mid: after attention; None where it is the host's.
+        post: after the layer.
+    """
+
+    mid: Float[Array, "P B T D"] | None
+    post: Float[Array, "P B T D"]
+
+
+class HeadValues(NamedTuple):
+    """Attention of one layer before the output projection, as the host has it and as a patch would."""
+
+    host: Float[Array, "B T H Dh"]
+    patched: Float[Array, "B T H Dh"]
+
+
+def _heads(weights: Block, source: Stream) -> Float[Array, "B T H Dh"]:
+    """Every head by some weights' queries on the keys and values of what they see."""
+    x = source.attn_input
+    q = weights.attn.queries(x, source.positions)
+    return source.block.attn.mix(q, *source.block.attn.keys_values(x, source.positions))
+
+
+def query_patch(at: LayerPatch) -> HeadValues:
+    """Every head as a component: its queries are its own, keys and values are input."""
+    return HeadValues(_heads(at.host.block, at.host), _heads(at.weights, at.source))
+
+
+def kv_patch(at: LayerPatch) -> HeadValues:
+    """Every KV group as a component: the host's queries on its keys and values."""
+    attn = at.host.block.attn
+    q = attn.queries(at.host.attn_input, at.host.positions)
+    kv = attn.keys_values(at.host.attn_input, at.host.positions)
+    new = at.weights.attn.keys_values(at.source.attn_input, at.source.positions)
+    return HeadValues(attn.mix(q, *kv), attn.mix(q, *new))
+
+
+def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"]) -> Float[Array, "n B T D"]:
+    """What each of some heads writes on its own."""
+    return jax.vmap(project, in_axes=(2, 0))(z, w_o)
+
+
+def _attention_rows(at: LayerPatch, mid: Float[Array, "P B T D"]) -> Rows:
+    return Rows(mid, at.host.block.feed(mid))
+
+
+def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    z, attn = query_patch(at), at.host.block.attn
+    w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
+    delta = _write(z.patched[:, :, index], w_new[index]) - _write(z.host[:, :, index], w_host[index])
+    return _attention_rows(at, at.host.resid_pre + attn.out(z.host) + delta)
+
+
+def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    z, attn = kv_patch(at), at.host.block.attn
+    heads = index[:, None] * attn.cfg.n_rep + jnp.arange(attn.cfg.n_rep)  # [P, n_rep]
+    w_o, change = attn.W_O.get_value(), z.patched - z.host
+    delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2))(heads)
+    return _attention_rows(at, at.host.resid_pre + attn.out(z.host) + delta)
+
+
+def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    mid, mlp = at.host.resid_mid, at.host.block.mlp
+    a_host, a_new = mlp.neurons(at.host.mlp_input), at.weights.mlp.neurons(at.source.mlp_input)
+    w_host, w_new = (b.mlp.W_out.get_value() for b in (at.host.block, at.weights))
+
+    def write(a: Array, w: Array) -> Array:
+        chosen = jnp.moveaxis(a[:, :, index], 2, 0)  # [P, B, T]
+        return chosen[..., None] * w[index][:, None, None, :].astype(jnp.float32)
+
+    return Rows(None, mid + mlp.out(a_host) + (write(a_new, w_new) - write(a_host, w_host)))
+
+
+def _attend(weights: Block, x: Array, positions: Array) -> Float[Array, "B T D"]:
+    """What an attention module adds to the stream."""
+    q, kv = weights.attn.queries(x, positions), weights.attn.keys_values(x, positions)
+    return weights.attn.out(weights.attn.mix(q, *kv))
+
+
+def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    new = _attend(at.weights, at.source.attn_input, at.source.positions)
+    return _attention_rows(at, (at.host.resid_pre + new)[None].repeat(index.size, 0))
+
+
+def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    mlp = at.weights.mlp
+    return Rows(None, (at.host.resid_mid + mlp.out(mlp.neurons(at.source.mlp_input)))[None].repeat(index.size, 0))
+
+
+def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    x = at.source.resid_pre
+    mid, _ = at.weights.attend(x, at.source.positions)
+    rows = (at.host.resid_pre + (mid - x), at.host.resid_pre + (at.weights.feed(mid) - x))
+    return Rows(*(row[None].repeat(index.size, 0) for row in rows))
+
+
+def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    host, mlp = at.host.block, at.host.block.mlp
+    mid_host = at.host.resid_mid
+    mid = at.host.resid_pre + _attend(host, at.weights.norm_attn(at.source.resid_pre), at.host.positions)
+    post = mid_host + mlp.out(mlp.neurons(at.weights.norm_mlp(at.source.resid_mid)))
+    mids, posts = jnp.stack([mid, mid_host]), jnp.stack([host.feed(mid), post])
+    return Rows(mids[index], posts[index])
+
+
+RowRule = Callable[[LayerPatch, Array], Rows]
+ROWS: Mapping[str, RowRule] = MappingProxyType(
+    {
+        "head": _head_rows,
+        "kv_group": _kv_group_rows,
+        "neuron": _neuron_rows,
+        "attn": _attn_rows,
+        "mlp": _mlp_rows,
+        "layer": _layer_rows,
+        "norm": _norm_rows,
+    }
+)
+"""What each kind in a layer contributes; weight patches of a kind without a rule go through `Blend`s."""
+
+
+@functools.cache
+def _layer_gates(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
+    """For each component of a kind in one layer, the gates it opens there: gate -> [n, ...]."""
+    opened = [open_gates(cfg, [Component(kind, 0, i)]) for i in range(count(cfg, kind))]
+    layered = [owner.gate for path, owner in LEAVES.items() if path.startswith("blocks/")]
+    used = [gate for gate in gate_shapes(cfg) if gate in layered and any(gates[gate][0].any() for gates in opened)]
+    return {gate: np.stack([gates[gate][0] for gates in opened]) for gate in used}
+
+
+def blend_rows(
+    cfg: ModelConfig, kind: str, host: Params, donor: Params, resid_pre: Float[Array, "B T D"], index: Int[Array, " P"]
+) -> Float[Array, "P B T D"]:
+    """`resid_post` of a layer with each of some components of a kind weight-patched, for any kind in a layer."""
+    gates = {gate: jnp.asarray(value)[index] for gate, value in _layer_gates(cfg, kind).items()}
+    positions = jnp.arange(resid_pre.shape[1])[None]
+    return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(resid_pre, positions))(gates)
+
+
+def layer_patch(
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    runs: tuple[Run, Run | None],
+    layer: Int[Array, ""],
+    weights: Side,
+    inputs: Side,
+) -> LayerPatch:
+    """The layer of host and donor, with weights and input taken from one or the other."""
+    blocks = {"host": block(cfg, take_layer(host["blocks"], layer)),
+              "donor": block(cfg, take_layer(donor["blocks"], layer))}  # fmt: skip
+    here = Stream(blocks["host"], take_layer(runs[0].resid_pre, layer))
+    if inputs == "host":
+        return LayerPatch(here, blocks[weights], here)
+    assert runs[1] is not None
+    return LayerPatch(here, blocks[weights], Stream(blocks["donor"], take_layer(runs[1].resid_pre, layer)))
+
+
+def layer_rows(
+    cfg: ModelConfig, kind: str, at: LayerPatch, models: tuple[Params, Params], layer: Array, index: Array
+) -> Rows:
+    """The layer with each of some components patched, by the kind's rule or, for a weight patch, by `Blend`s."""
+    if kind in ROWS:
+        return ROWS[kind](at, index)
+    if at.source is not at.host:
+        raise ComponentError(
+            f"no rule says what the output of {kind} is, so only its weights can be patched; add one to ROWS"
+        )
+    ours, theirs = (take_layer(model["blocks"], layer) for model in models)
+    return Rows(None, blend_rows(cfg, kind, ours, theirs, at.host.resid_pre, index))
