@@ -16,6 +16,8 @@ TABLES = [
     ("smollm2", "summary", "highest", "english_capital.json"),
     ("smollm2", "evaluate", "markdown", "evaluation.json"),
     ("smollm2", "rankings", "markdown", "rankings.json"),
+    ("paper", "replicate", "markdown", "tiny.results.json"),
+    ("paper", "replicate", "calibrations", "tiny.results.json"),
     ("bench", "heads", "markdown", "heads.json"),
     ("bench", "startup", "markdown", "startup.json"),
 ]

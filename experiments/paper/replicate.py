@@ -137,6 +137,19 @@ def markdown(report: dict[str, Any]) -> str:
     return table(columns, rows)
 
 
+def calibrations(report: dict[str, Any]) -> str:
+    """How far each score's share is from the share that passes (root mean square), and their rank correlation."""
+    tasks = report["tasks"]
+    measures = [c["measure"] for c in next(iter(tasks.values()))["calibration"]]
+
+    def cell(task: dict[str, Any], measure: str) -> str:
+        found = next(c for c in task["calibration"] if c["measure"] == measure)
+        return f"{found['error']:.2f} ({found['rho']:.2f})"
+
+    rows = [[name.removeprefix("tiny:"), *(cell(task, m) for m in measures)] for name, task in tasks.items()]
+    return table(["task", *measures], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
