@@ -93,6 +93,8 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     assert re.search(r"Brought into the base.*effect.*activation.*delta_norm.*random 1", out, re.DOTALL)
     assert {"c.nc", "c-curves.png", "c-calibration.png"} <= {p.name for p in tmp_path.iterdir()}
     left = [p.name for p in tmp_path.iterdir()]
+    flowless = ["report", "e.nc", "--execution", "e.nc", "--out", "x.html"]
+    assert_refused(wpjax(*flowless), "holds no flow: sweep the anchor metric", tmp_path, left)
     assert_refused(wpjax(*curves), r"c\.nc exists", tmp_path, left)
     assert_refused(wpjax("report", "c.nc", "--out", "x.html"), "holds curves, not sweep", tmp_path, left)
     assert_refused(wpjax("validate", "e.nc", *curves[2:-1], "f.nc", "--by", "ig"), "no ranking 'ig'", tmp_path, left)

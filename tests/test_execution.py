@@ -100,6 +100,16 @@ def test_estimators_know_of_the_given_state(pair, batch):
     np.testing.assert_allclose(total, gap, atol=1e-4)
 
 
+def test_flow_after_a_given_state_sums_to_the_effects(pair, batch):
+    """The metric is another anchor, above the one that is given."""
+    later = make_anchor(pair, ANCHOR_LAYER + 1)
+    metric = make_anchor(pair, ANCHOR_LAYER).give(pair, batch, later.on(batch))
+    heads = enumerate_components(pair.cfg, ["head"], [ANCHOR_LAYER + 1])
+    data = sweep(pair, batch, metric, components=heads).dataset
+    np.testing.assert_allclose(data["flow"].sum("target"), data["effect"], rtol=1e-3, atol=1e-4)
+    assert data.attrs["given_layer"] == ANCHOR_LAYER
+
+
 def test_what_comes_before_the_state_is_refused(pair, batch):
     metric = given(pair, batch, kl_metric)
     for name in ("L1.head.0", "embed"):

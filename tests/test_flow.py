@@ -12,7 +12,7 @@ from wpjax.sweeps.exact import exact_changes, make_plan
 from wpjax.sweeps.replay import flow_targets, run_model
 
 ANCHOR_LAYER = 2
-KINDS = ("head", "kv_group", "neuron", "mlp", "norm", "embed")
+KINDS = ("head", "kv_group", "neuron", "mlp", "layer", "norm", "embed")
 
 
 @pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied"])
@@ -80,12 +80,13 @@ def hf_writes(model, batch, vector):
 
 
 def test_flow_equals_hf_torch_with_hooks(hf_pair, pair, batch, swept):
-    """Of a head, a KV group, a neuron and an MLP: the change of what every later head and MLP writes."""
+    """Of a head, a KV group, a neuron, an MLP and a layer: the change of what every later head and MLP writes."""
     vector = torch.tensor(np.asarray(make_anchor(pair, ANCHOR_LAYER).vector))
     components, flow, _ = swept
     targets = flow_targets(pair.cfg, ANCHOR_LAYER)
     before = hf_writes(hf_pair.base.model, batch, vector)
-    for c in (Component("head", 0, 1), Component("kv_group", 1, 0), Component("neuron", 0, 5), Component("mlp", 1)):
+    first = [Component("head", 0, 1), Component("neuron", 0, 5)]
+    for c in (*first, Component("kv_group", 1, 0), Component("mlp", 1), Component("layer", 1)):
         after = hf_writes(patched_torch(hf_pair, c), batch, vector)
         row = dict(zip(targets, flow[components.index(c)], strict=True))
         attention = c.kind in ("head", "kv_group")

@@ -39,7 +39,7 @@ def made(**attrs):
                 "layer": ("component", [0, 0, 1, 0, 0, 0]),
                 "target": ("target", TARGETS),
             },
-            attrs,
+            {"base_fingerprint": "b", "expert_fingerprint": "e", "behaviour": "x"} | attrs,
         )
     )
 
@@ -60,6 +60,8 @@ def test_executors_come_from_a_sweep_of_a_given_state():
     assert [n.name for n in found.executors] == ["L0.head.0", "L0.neuron.0"]
     with pytest.raises(WpjaxError, match="no sweep from a given state"):
         hierarchy(made(), made(given_layer=-1))
+    with pytest.raises(WpjaxError, match="another pair or behaviour"):
+        hierarchy(made(), made(given_layer=1, behaviour="y"))
 
 
 def test_without_flow_there_are_no_roles():

@@ -9,8 +9,10 @@ from tests.test_sweeps import make_anchor
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.components import KINDS, Component, enumerate_components
+from wpjax.errors import WpjaxError
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask
+from wpjax.report.page import render_page
 from wpjax.sweeps import sweep
 from wpjax.sweeps.masks import Gates, draw, estimate, random_masks
 from wpjax.sweeps.reference import patched_score
@@ -111,12 +113,20 @@ def test_a_sweep_of_masks_says_what_is_redundant_and_resumes():
     batch = task.encode(pair.tokenizer, n_prompts=4)
     options = {"components": ["L0.head.3", "L2.mlp", "L3.head.0"], "method": "masks", "n_masks": 40}
     done = {}
-    data = sweep(pair, batch, anchor, done=done, **options).dataset
+    result = sweep(pair, batch, anchor, done=done, **options)
+    data = result.dataset
     assert sum(key.startswith("masks-") for key in done) == 6
     np.testing.assert_allclose(data["redundancy"], data["beta_low"] - data["beta_high"], atol=1e-12)
     assert (data["banzhaf_low"] <= data["banzhaf"]).all()
     assert data["banzhaf"].values[0] > 0.2 > abs(data["banzhaf"].values[1])
+    shown = render_page(result, {}, 10)
+    assert "ranking below is by banzhaf.\n" in shown
+    assert np.isfinite(result.best()).all()
     kept = {key: value + (key == "masks-0.5-0") for key, value in done.items()}
     again = sweep(pair, batch, anchor, done=kept, **options).dataset
     np.testing.assert_array_equal(again["beta_low"], data["beta_low"])
     assert np.abs(again["banzhaf"] - data["banzhaf"]).max() > 0
+    with pytest.raises(WpjaxError, match=r"part masks-0.5-0 has shape \(2, 4\)"):
+        sweep(pair, batch, anchor, done=kept | {"masks-0.5-0": np.zeros((2, 4))}, **options)
+    with pytest.raises(WpjaxError, match="at least 2 sets"):
+        sweep(pair, batch, anchor, **options | {"n_masks": 1})

@@ -144,6 +144,12 @@ def test_a_metric_of_some_prompts_is_theirs(pair, batch):
         np.testing.assert_allclose(some, metric(pair.cfg, pair.expert)[rows], atol=1e-6)
 
 
+def test_digests_tell_metrics_apart(pair, batch):
+    made = [make(pair, batch, N_NEW) for make in METRICS.values()]
+    assert len({m.digest for m in made} | {made[0].take(jnp.asarray([0, 1])).digest}) == 4
+    assert METRICS["kl"](pair, batch, N_NEW).digest == made[2].digest
+
+
 def test_metrics_compose_with_vmap_and_grad(pair, batch):
     metric = response_metric(pair, batch, N_NEW)
     components = [Component("head", 0, 1), Component("final_norm", MODEL_LAYER)]

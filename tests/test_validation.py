@@ -11,6 +11,7 @@ import xarray as xr
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.components import Component, enumerate_components, n_parameters
+from wpjax.curves import Curves
 from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.metrics import response_metric, scores
 from wpjax.models.decoder import forward
@@ -19,7 +20,7 @@ from wpjax.patching import PatchMask, patch
 from wpjax.report.curves import write_curves
 from wpjax.steering import Judge
 from wpjax.sweeps import sweep
-from wpjax.validation import Curves, anchor_of, log_grid, steps_of, validate
+from wpjax.validation import anchor_of, log_grid, orders, steps_of, validate
 
 FINEST = ("head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm")
 N_NEW = 16
@@ -188,6 +189,19 @@ def test_finished_parts_are_used(planted, result, curves):
     done["restore-effect-0"] = done["restore-effect-0"] + 1
     third = validate(*planted, result, done=done, **options).dataset
     np.testing.assert_allclose(third["score_kl"][0, 0, 0], curves.dataset["score_kl"][0, 0, 0] + 1, rtol=1e-6)
+
+
+def test_a_control_that_is_the_ranking_under_test_is_left_out(planted, result):
+    for by in ("delta_norm", "effect"):
+        found = orders(*planted, result, anchor_of(result), by=by, n_random=1)
+        assert list(found) == list(dict.fromkeys([by, "activation", "delta_norm", "random 1"]))
+        assert [c.name for c in found[by][:3]] == [row.name for row in result.top(3, by=by)]
+
+
+def test_finished_parts_of_another_shape_are_refused(planted, result):
+    options = {"n_prompts": 6, "n_points": 3, "n_random": 1, "max_new_tokens": N_NEW}
+    with pytest.raises(WpjaxError, match=r"part restore-effect-0 has shape \(2, 6\)"):
+        validate(*planted, result, done={"restore-effect-0": np.zeros((2, 6))}, **options)
 
 
 def test_the_result_knows_its_anchor(result):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wpjax.anchors import Anchor, fit_anchor
     from wpjax.behaviours import Behaviour, PromptBatch, behaviour
     from wpjax.components import Component, enumerate_components, parse_component
+    from wpjax.curves import Curves
     from wpjax.errors import AnchorRejected, MetricRejected, WpjaxError
     from wpjax.metrics import Metric, decision_metric, kl_metric, response_metric
     from wpjax.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from wpjax.results import SweepResult
     from wpjax.sweeps import sweep
     from wpjax.training import TrainConfig, finetune
-    from wpjax.validation import Curves, validate
+    from wpjax.validation import validate
 
 _MODULES = {
     "wpjax.anchors": ("Anchor", "fit_anchor"),
@@ -44,7 +45,8 @@ _MODULES = {
     "wpjax.report": ("write_report",),
     "wpjax.results": ("SweepResult",),
     "wpjax.sweeps": ("sweep",),
-    "wpjax.validation": ("Curves", "validate"),
+    "wpjax.curves": ("Curves",),
+    "wpjax.validation": ("validate",),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -27,10 +27,11 @@ from safetensors import SafetensorError, safe_open
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.files import atomic_output, write_tensors
-from wpjax.metrics import Along, Metric, scores
+from wpjax.metrics import Metric, scores
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Held, Params, Site, Steer, forward
 from wpjax.pairs import Pair
+from wpjax.readouts import Along
 from wpjax.stats import mean_interval, resample
 from wpjax.steering import Judge, SteeringTest, steering_tests
 

@@ -178,12 +178,16 @@ def enumerate_components(
     return found
 
 
+def gates_of(component: Component) -> tuple[str, ...]:
+    """The gates that a component opens, all or a channel of each; not every model has all of them."""
+    kind = KINDS[component.kind]
+    return kind.gates[component.index : component.index + 1] if kind.opens == "part" else kind.gates
+
+
 @functools.cache
 def n_parameters(cfg: ModelConfig, component: Component) -> int:
     """How many weights a component owns."""
-    kind = KINDS[component.kind]
-    gates = kind.gates if kind.opens != "part" else kind.gates[component.index : component.index + 1]
-    total = 0
+    kind, gates, total = KINDS[component.kind], gates_of(component), 0
     for path, leaf in flatten(abstract_params(cfg)).items():
         gate, axis = LEAVES[path]
         if gate in gates:
@@ -258,8 +262,8 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def gate_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarray]:
     """Where in each (flattened) gate of the model a component opens it."""
     kind, shapes, found = KINDS[component.kind], gate_shapes(cfg), {}
-    for i, gate in enumerate(kind.gates):
-        if gate not in shapes or (kind.opens == "part" and i != component.index):
+    for gate in gates_of(component):
+        if gate not in shapes:
             continue
         shape = shapes[gate]
         width = math.prod(shape[1:]) if kind.in_layer else math.prod(shape)

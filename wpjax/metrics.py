@@ -19,7 +19,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,135 +33,8 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Held, Output, Params, decoder, forward
 from wpjax.models.generate import Generation, generate_in_parts
 from wpjax.pairs import Pair
+from wpjax.readouts import Divergence, LogOdds, LogProb, Readout
 from wpjax.stats import mean_interval, resample
-
-
-@runtime_checkable
-class Readout(Protocol):
-    """How the residual stream at the positions that are read becomes numbers; a pytree."""
-
-    @property
-    def reads_logits(self) -> bool:
-        """Whether final norm and unembedding take part."""
-        ...
-
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
-        """One number a position."""
-        ...
-
-    def take(self, rows: Int[Array, " N"]) -> Readout:
-        """The readout of some of the prompts."""
-        ...
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Along:
-    """Projection on a direction, in full float32 on every device.
-
-    Attributes:
-        vector: [D].
-    """
-
-    vector: Float[Array, " D"]
-
-    @property
-    def reads_logits(self) -> bool:
-        """No."""
-        return False
-
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
-        """<r, v>, in the units of the residual stream."""
-        return jnp.matmul(resid, self.vector, precision=jax.lax.Precision.HIGHEST)
-
-    def take(self, rows: Int[Array, " N"]) -> Along:
-        """The same for every prompt."""
-        return self
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LogProb:
-    """Log-probability, in nats, of a token.
-
-    Attributes:
-        tokens: [B, S], the token that follows each position.
-    """
-
-    tokens: Int[Array, "B S"]
-
-    @property
-    def reads_logits(self) -> bool:
-        """Yes."""
-        return True
-
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
-        """log softmax(logits)[token]."""
-        log_p = jax.nn.log_softmax(decoder(cfg, params).logits(resid), axis=-1)
-        return jnp.take_along_axis(log_p, self.tokens[..., None], axis=-1)[..., 0]
-
-    def take(self, rows: Int[Array, " N"]) -> LogProb:
-        """The tokens of some prompts."""
-        return LogProb(self.tokens[rows])
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LogOdds:
-    """Log-odds, in nats, of one token against another; the vocabulary is never multiplied out.
-
-    Attributes:
-        tokens: [B, S], the token that counts for it.
-        foils: [B, S], the token that counts against it.
-    """
-
-    tokens: Int[Array, "B S"]
-    foils: Int[Array, "B S"]
-
-    @property
-    def reads_logits(self) -> bool:
-        """Yes."""
-        return True
-
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
-        """<norm(r), W_U[:, token] - W_U[:, foil]>: the normaliser of the softmax cancels."""
-        model = decoder(cfg, params)
-        return (model.final_norm(resid) * (model.unembedding(self.tokens) - model.unembedding(self.foils))).sum(-1)
-
-    def take(self, rows: Int[Array, " N"]) -> LogOdds:
-        """The tokens of some prompts."""
-        return LogOdds(self.tokens[rows], self.foils[rows])
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """How near next-token distributions are to those of a reference model, in nats; 0 is equal.
-
-    Attributes:
-        resid: [B, S, D], the reference's residual stream after its last layer.
-        params: the reference's parameters; its final norm and unembedding are used.
-    """
-
-    resid: Float[Array, "B S D"]
-    params: Params
-
-    @property
-    def reads_logits(self) -> bool:
-        """Yes."""
-        return True
-
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
-        """-KL(reference || model)."""
-        log_p, log_q = (
-            jax.nn.log_softmax(decoder(cfg, p).logits(r), axis=-1)
-            for p, r in ((self.params, self.resid), (params, resid))
-        )
-        return -(jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-
-    def take(self, rows: Int[Array, " N"]) -> Divergence:
-        """The reference on some prompts."""
-        return Divergence(self.resid[rows], self.params)
 
 
 @functools.partial(
@@ -239,9 +112,11 @@ class Metric:
 
     @property
     def digest(self) -> str:
-        """A hash of everything that is measured, to tell one metric from another."""
+        """A hash of everything that is measured, to tell one metric of a pair from another."""
         found = hashlib.blake2b(f"{self.name} {self.layer}".encode(), digest_size=16)
-        for leaf in jax.tree.leaves(self):
+        # A reference model's weights are gigabytes, and its residual stream tells it as well.
+        readout = self.readout.resid if isinstance(self.readout, Divergence) else self.readout
+        for leaf in jax.tree.leaves((self.tokens, self.at, self.weight, readout, self.held)):
             found.update(np.asarray(leaf).tobytes())
         return found.hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -72,14 +73,12 @@ LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 OPTIONAL = (
     *(name for name in RANKINGS if name not in ("effect", "delta_norm")),
-    *TRUST,
-    "sampled",
     "screen_error",
 )
 TEXTS = ("behaviour", "metric", "base", "expert", "base_fingerprint", "expert_fingerprint", "split", "date",
          "noise_floor_by_kind")  # fmt: skip
-NUMBERS = ("n_prompts", "n_queries", "n_layers", "metric_layer", "gap_mean", "gap_low", "gap_high", "coverage",
-           "noise_floor")  # fmt: skip
+NUMBERS = ("n_prompts", "n_queries", "n_layers", "metric_layer", "given_layer", "gap_mean", "gap_low", "gap_high",
+           "coverage", "noise_floor")  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -180,7 +179,9 @@ class SweepResult:
         return np.asarray(data[by].values.astype(float))
 
     def best(self) -> Float[np.ndarray, " C"]:
-        """The exact effect where a component was replaced, the first-order one elsewhere."""
+        """The exact effect where a component was replaced, the first-order one elsewhere; without either, `ranking`."""
+        if not any(name in self.dataset for name in FIRST_ORDER) and not self.dataset["exact"].values.any():
+            return self.values(self.ranking)
         values = self.dataset["effect"].values.astype(float)
         for name in FIRST_ORDER:
             if name in self.dataset:
@@ -253,25 +254,39 @@ class SweepResult:
         return cls(dataset)
 
 
-def _fits(variable: xr.DataArray, name: str) -> bool:
-    dims, kinds = LAYOUT[name]
+def fits(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str) -> bool:
+    """Whether a dataset has a variable of these dimensions and of one of these kinds of dtype, without infinities."""
+    if name not in data:
+        return False
+    variable = data[name]
     if variable.dims != dims or variable.dtype.kind not in kinds or not variable.size:
         return False
-    return kinds != "f" or not (np.abs(variable.values) > 1e30).any()  # NaN: not measured
+    return variable.dtype.kind != "f" or not (np.abs(variable.values) > 1e30).any()  # NaN: not measured
+
+
+def _are_targets(names: list[str], last: float) -> bool:
+    found = [re.fullmatch(r"L(\d{1,6})\.(head\.\d+|mlp)", name) for name in names[1:]]
+    return names[0] == "self" and all(m is not None and int(m[1]) <= last for m in found)
 
 
 def _damage(data: xr.Dataset) -> list[str]:
     """What a dataset lacks, or has in another form than `LAYOUT` says."""
-    groups = (("anchor_vector",), ANCHOR, ("flow", "target"))  # all of a group, or none
+    groups = (("anchor_vector",), ANCHOR, ("flow", "target"), TRUST[:3], (*TRUST[3:], "sampled"))  # all, or none
     absent = {*OPTIONAL, *(n for group in groups if not set(group) & set(data.variables) for n in group)}
     absent -= set(data.variables)
-    wrong = [name for name in LAYOUT if name not in absent and not (name in data and _fits(data[name], name))]
+    wrong = [name for name, layout in LAYOUT.items() if name not in absent and not fits(data, name, *layout)]
     wrong += [name for name in TEXTS if not isinstance(data.attrs.get(name), str)]
     wrong += [name for name in NUMBERS if not isinstance(data.attrs.get(name), int | float | np.number)]
     if wrong:
         return wrong
     if not any(np.isfinite(data[name].values).any() for name in RANKINGS if name in data):
         wrong.append("ranking")
+    if "anchor_vector" in data and not np.isfinite(data["anchor_vector"].values).all():
+        wrong.append("anchor_vector")
+    if "target" in data and not _are_targets(
+        [str(t) for t in data["target"].values], float(data.attrs["metric_layer"])
+    ):
+        wrong.append("target")
     layer, index = data["layer"].values, data["index"].values
     if layer.min() < -1 or layer.max() >= data.attrs["n_layers"] or index.min() < 0 or index.max() >= 2**31:
         wrong.append("layer and index")
@@ -282,6 +297,21 @@ def _damage(data: xr.Dataset) -> list[str]:
     if not isinstance(floors, dict) or not all(isinstance(floor, int | float) for floor in floors.values()):
         wrong.append("noise_floor_by_kind")
     return wrong
+
+
+def finished_part(done: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A finished part of an earlier attempt, if it is what it should be.
+
+    Raises:
+        WpjaxError: it has another shape, or holds no floats.
+    """
+    part = np.asarray(done[key])
+    if part.shape != shape or part.dtype.kind != "f":
+        raise WpjaxError(
+            f"the finished part {key} has shape {part.shape} and dtype {part.dtype}, not floats of shape {shape}: it "
+            "is damaged; delete its file, and go on with --resume"
+        )
+    return part
 
 
 class Shards(MutableMapping[str, np.ndarray]):

@@ -24,6 +24,7 @@ from experiments.markdown import table
 from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour, behaviour
 from wpjax.cli.console import progress_bars
+from wpjax.curves import Curves
 from wpjax.metrics import kl_metric
 from wpjax.pairs import Pair, load_pair
 from wpjax.report import write_report
@@ -31,7 +32,7 @@ from wpjax.report.curves import write_curves
 from wpjax.results import SweepResult
 from wpjax.sweeps import sweep
 from wpjax.tracing import hierarchy
-from wpjax.validation import Curves, validate
+from wpjax.validation import validate
 
 FINE = ("head", "kv_group", "neuron")
 

@@ -26,8 +26,8 @@ from wpjax.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from wpjax.curves import Curves
     from wpjax.stats import Interval
-    from wpjax.validation import Curves
 
 EXAMPLE = (
     "Example: wpjax validate title.nc --base tiny:base --expert tiny:expert --behaviour tiny:title "
@@ -116,7 +116,7 @@ def run(
 def print_curves(curves: Curves, as_json: bool) -> None:
     """Areas under the curves of every ranking, and the calibration of the scores."""
     from wpjax.cli.console import print_json, print_table
-    from wpjax.validation import BINS, DIRECTIONS
+    from wpjax.curves import BINS, DIRECTIONS
 
     measures = [m for m in curves.measures if m != "loose"]
     areas = {

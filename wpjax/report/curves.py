@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
+from wpjax.curves import CHECKS, DIRECTIONS, Curves
 from wpjax.files import atomic_output
 from wpjax.report.figures import COLOURS, GREY, STYLE
-from wpjax.validation import CHECKS, DIRECTIONS, Curves
 
 LABELS = {
     "strict": "answers that pass (strict)",

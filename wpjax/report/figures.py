@@ -40,12 +40,12 @@ GREY = "#6b7280"
 
 
 def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]:
-    """The best effect known of every component, exact or else first order; and a label of those of some kinds."""
+    """The best figure known of every component, its effect where it was measured; and a label of some kinds."""
     data, values = result.dataset, result.best()
     exact = np.isfinite(data["effect"].values[np.isin(data["kind"].values, kinds)])
     screens = [name for name in FIRST_ORDER if name in data]
-    if screens and not exact.all():
-        return values, f"share of gap ({'exact or ' if exact.any() else ''}{screens[0]})"
+    if not exact.all():
+        return values, f"share of gap ({'exact or ' if exact.any() else ''}{(*screens, result.ranking)[0]})"
     return values, "share of gap recovered"
 
 
@@ -303,6 +303,7 @@ def available(
         figures["plane"] = (draw_plane, (5.4, 4.2))
     if "flow" in result.dataset:
         figures["flow"] = (draw_flow, (6.4, 3.8))
+    if "flow" in result.dataset or execution is not None:  # without flow `hierarchy` says what is wrong
         figures["hierarchy"] = (lambda r, axes: draw_hierarchy(r, axes, execution), (7.4, 4.6))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))
     if "anchor_gap" in result.dataset:

@@ -55,10 +55,11 @@ def write_report(
     """
     page = Path(path)
     written = [page]
-    targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *available(result))}
+    names = tuple(available(result, execution))
+    targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *names)}
     for target in (page, *targets.values()):
         check_output(target, overwrite)
-    figures = {name: make_figure(result, name, execution) for name in available(result)}
+    figures = {name: make_figure(result, name, execution) for name in names}
     with atomic_output(page, overwrite) as temporary:
         temporary.write_text(render_page(result, figures, n_rows), encoding="utf-8")
     for name, figure in {"overview": make_overview(result), **figures}.items():
@@ -84,6 +85,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
         attrs=data.attrs,
         by=by,
         exact=exact,
+        first_order=by in FIRST_ORDER,
         rows=_table(result, by, n_rows),
         extra=_extra_columns(result),
         figures=[(TITLES[name], _svg(figure)) for name, figure in figures.items()],

@@ -24,10 +24,12 @@ from jaxtyping import Bool, Float
 from scipy.sparse import csr_array
 
 from wpjax.components import Component, gate_positions, gate_shapes
+from wpjax.errors import WpjaxError
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.patching import PatchMask
+from wpjax.results import finished_part
 from wpjax.sweeps.reference import patched_score
 from wpjax.sweeps.screens import by_component, gate_slopes
 
@@ -144,7 +146,12 @@ def random_masks(
         control: whether the slope at p is used as a control variate (one forward and one backward pass).
         done: finished parts of an earlier attempt.
         progress: called as sets are done.
+
+    Raises:
+        WpjaxError: p or the number of sets is out of range, a score is not finite, or a finished part is damaged.
     """
+    if not 0 < p < 1 or n_masks < 2:
+        raise WpjaxError(f"p={p}, n_masks={n_masks}: p lies between 0 and 1, and it takes at least 2 sets")
     done = {} if done is None else done
     gates, masks = Gates(cfg, components), draw(n_masks, len(components), p, seed)
     for first in range(0, n_masks, MASKS_AT_ONCE):
@@ -155,7 +162,13 @@ def random_masks(
                 [patched_score(cfg, host, donor, gates.mask(m), metric).astype(np.float64) for m in some]
             )
         progress(f"random masks, p = {p:g}", min(first + MASKS_AT_ONCE, n_masks), n_masks)
-    values = np.concatenate([done[f"masks-{p:g}-{first}"] for first in range(0, n_masks, MASKS_AT_ONCE)])
+    parts = []
+    for first in range(0, n_masks, MASKS_AT_ONCE):
+        shape = (min(MASKS_AT_ONCE, n_masks - first), len(metric))
+        parts.append(finished_part(done, f"masks-{p:g}-{first}", shape))
+    values = np.concatenate(parts)
+    if not np.isfinite(values).all():
+        raise WpjaxError("a random set gives scores that are not finite; check the checkpoints for NaN")
     slopes = None
     if control:
         at = gates.mask(np.full(len(components), p, np.float32))

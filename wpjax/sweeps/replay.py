@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from wpjax.components import KINDS
-from wpjax.metrics import Along, Metric
+from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, decoder, take_layer
 from wpjax.models.layers import Block
 from wpjax.patching import PatchMask, patch
+from wpjax.readouts import Along
 from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
 
 
@@ -37,11 +38,10 @@ def run_model(cfg: ModelConfig, params: Params, metric: Metric) -> Run:
     resid_pre, score = out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid))
     if not isinstance(metric.readout, Along):
         return Run(resid_pre, score)
-    where = jnp.asarray(metric.at)
-    tap = Tap(metric.readout, jnp.asarray(metric.weight))
-    return Run(
-        resid_pre, score, suffix(cfg, params["blocks"], resid_pre[0], jnp.asarray(0), metric.layer, where, tap)[1]
-    )
+    tap, where = Tap(metric.readout, jnp.asarray(metric.weight)), jnp.asarray(metric.at)
+    start = jnp.asarray(0 if metric.held is None else metric.held.layer + 1)  # what is held replaces what came before
+    _, writes = suffix(cfg, params["blocks"], take_layer(resid_pre, start), start, metric.layer, where, tap)
+    return Run(resid_pre, score, writes)
 
 
 class Tap(NamedTuple):
@@ -167,7 +167,6 @@ def replay(
         inputs: whose input it sees, static.
         with_reference: append a row for the host itself, so that rounding that depends on the batch's shape can be
             subtracted.
-
     """
     ids, run = jnp.asarray(metric.tokens.ids), runs[0]
     found: Rows | None = None

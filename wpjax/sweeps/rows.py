@@ -97,7 +97,8 @@ class Rows(NamedTuple):
     """The residual stream of a layer with one component at a time patched.
 
     Attributes:
-        mid: after attention; None where it is the host's.
+        mid: after attention, where the host's own MLP then reads it; None where the component reaches no further
+            than its own output.
         post: after the layer.
     """
 
@@ -187,9 +188,7 @@ def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 
 def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     x = at.source.resid_pre
-    mid, _ = at.weights.attend(x, at.source.positions)
-    rows = (at.host.resid_pre + (mid - x), at.host.resid_pre + (at.weights.feed(mid) - x))
-    return Rows(*(row[None].repeat(index.size, 0) for row in rows))
+    return Rows(None, (at.host.resid_pre + (at.weights(x, at.source.positions) - x))[None].repeat(index.size, 0))
 
 
 def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:

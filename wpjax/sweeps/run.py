@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -18,43 +15,19 @@ from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
 from wpjax.errors import ComponentError, WpjaxError
-from wpjax.metrics import Along, Metric, expect_positive_gap
+from wpjax.metrics import Metric, expect_positive_gap
 from wpjax.pairs import Pair
-from wpjax.patching import PatchMask, permuted
-from wpjax.results import SweepResult
+from wpjax.patching import PatchMask
+from wpjax.results import SweepResult, finished_part
 from wpjax.sweeps.dataset import Measured, make_dataset
-from wpjax.sweeps.exact import Changes, Chunk, Plan, exact_changes, make_plan, sham_plan
+from wpjax.sweeps.engine import Engine, Progress
+from wpjax.sweeps.exact import make_plan
 from wpjax.sweeps.masks import SHARES, random_masks
 from wpjax.sweeps.reference import patched_score
-from wpjax.sweeps.replay import flow_targets, run_model
-from wpjax.sweeps.rows import Run, Side
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
 from wpjax.sweeps.secant import secant_adjoint
 
 Method = Literal["exact", "screen", "screen+exact", "gradient", "ig", "secant", "masks", "activation", "factorial"]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-
-class Cell(NamedTuple):
-    """Whose model a component is patched in, and whose weights and input it has there."""
-
-    host: Literal["base", "expert"]
-    donor: Literal["base", "expert", "permuted"]
-    weights: Side = "donor"
-    inputs: Side = "host"
-
-
-CELLS: Mapping[str, Cell] = MappingProxyType(
-    {
-        "exact": Cell("base", "expert"),
-        "activation": Cell("base", "expert", "donor", "donor"),
-        "relay": Cell("base", "expert", "host", "donor"),
-        "knockout": Cell("expert", "base"),
-        "sham": Cell("base", "base"),
-        "permuted": Cell("base", "permuted"),
-    }
-)
 
 
 class Recipe(NamedTuple):
@@ -176,20 +149,20 @@ def sweep(
         progress(f"{name} of {len(chosen)} components", 0, 1)
         if name not in done:
             done[name] = _screen(name, pair, chosen, metric)
-        first_order[name] = _part(done, name, len(chosen), len(batch))
+        first_order[name] = finished_part(done, name, (len(chosen), len(batch)))
         progress(f"{name} of {len(chosen)} components", 1, 1)
     replaced, sampled = list(range(len(chosen))) if recipe.cells else [], np.zeros(len(chosen), bool)
     if recipe.choose:
         best = {i for name in recipe.choose for i in _highest(chosen, first_order[name].mean(1), top)}
         sampled[_stratum(chosen, best, stratum, seed)] = True
         replaced = sorted({*best, *np.flatnonzero(sampled).tolist()})
-    engine = _Engine(pair, metric, chosen, done, progress)
+    engine = Engine(pair, metric, chosen, done, progress)
     n_prompts, n_tokens = metric.tokens.ids.shape
     plan = make_plan(pair.cfg, [chosen[i] for i in replaced], n_prompts, n_tokens, budget)
     found = {name: engine.changes(name, plan) for name in recipe.cells}
     cells, flow = {name: delta for name, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
     floor = engine.noise_floor(plan, gap, seed)
-    nulls = engine.nulls(plan, gap, seed)
+    nulls = engine.nulls(plan, gap, seed) if "exact" in cells else {}
     masks = {
         name: random_masks(
             pair.cfg, pair.base, pair.expert, chosen, metric, p,
@@ -250,135 +223,6 @@ def _stratum(components: Sequence[Component], best: set[int], n: int, seed: int)
         rest = [i for i, c in enumerate(components) if c.kind == kind and i not in best]
         found += sorted(rng.permutation(rest)[:n].tolist()) if rest else []
     return found
-
-
-class _Engine:
-    """Replaces components for real, cell by cell, keeping finished chunks in `done`."""
-
-    def __init__(
-        self,
-        pair: Pair,
-        metric: Metric,
-        chosen: Sequence[Component],
-        done: MutableMapping[str, np.ndarray],
-        progress: Progress,
-    ):
-        self.pair, self.metric, self.done, self.progress = pair, metric, done, progress
-        self.models = {"base": pair.base, "expert": pair.expert}
-        self.position = {c: i for i, c in enumerate(chosen)}
-        self.runs: dict[str, Run] = {}
-
-    def run(self, model: str) -> Run:
-        """The model's own forward pass, once."""
-        if model not in self.runs:
-            self.runs[model] = run_model(self.pair.cfg, self.models[model], self.metric)
-        return self.runs[model]
-
-    def perform(
-        self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
-    ) -> Iterator[Changes]:
-        """The chunks of a plan with their changes, in one cell; parts are kept under a label, the cell's name."""
-        cell, label = CELLS[name], label or name
-        keys = {_key(label, chunk): chunk for chunk in plan.chunks}
-        with_flow = label == "exact" and isinstance(self.metric.readout, Along)
-
-        def finished(key: str, chunk: Chunk) -> bool:
-            return key in self.done and (not with_flow or _key("flow", chunk) in self.done)
-
-        waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if not finished(key, chunk)))
-        n_done = len(keys) - len(waiting.chunks)
-        runs = self.run(cell.host), self.run(cell.donor) if cell.inputs == "donor" else None
-        host, donor = self.models[cell.host], self.models[cell.donor]
-        parts = exact_changes(
-            self.pair.cfg, host, donor, runs, self.metric, waiting,
-            weights=cell.weights, inputs=cell.inputs, jitter_seed=jitter_seed,
-        )  # fmt: skip
-        for chunk, delta, flow in parts:
-            if with_flow:
-                assert flow is not None
-                self.done[_key("flow", chunk)] = flow
-            self.done[_key(label, chunk)] = delta
-            n_done += 1
-            self.progress(f"{label} patches", n_done, len(keys))
-        n_targets = len(flow_targets(self.pair.cfg, self.metric.layer))
-        for key, chunk in keys.items():
-            n = len(chunk.components)
-            flow = _part(self.done, _key("flow", chunk), n, n_targets) if with_flow else None
-            yield Changes(chunk, _part(self.done, key, n, len(self.metric)), flow)
-
-    def changes(self, name: str, plan: Plan) -> tuple[Float[np.ndarray, "C B"], Float[np.ndarray, "C U"] | None]:
-        """Changes of the metric in one cell, and the flow; NaN for components that the plan leaves out.
-
-        Raises:
-            WpjaxError: a change that is not finite.
-        """
-        delta = np.full((len(self.position), len(self.metric)), np.nan)
-        flow: np.ndarray | None = None
-        for chunk, changes, through in self.perform(name, plan):
-            if not np.isfinite(changes).all():
-                names = ", ".join(c.name for c in chunk.components[:4])
-                raise WpjaxError(f"a patch of {names} gives scores that are not finite; check the checkpoints for NaN")
-            where = [self.position[c] for c in chunk.components]
-            delta[where] = changes
-            if through is not None:
-                flow = np.full((len(self.position), through.shape[1]), np.nan) if flow is None else flow
-                flow[where] = through
-        return delta, flow
-
-    def noise_floor(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, float]:
-        """The largest effect of shams of each kind."""
-        floor = dict.fromkeys(plan.rows, 0.0)
-        for chunk, changes, _ in self.perform("sham", sham_plan(plan), seed):
-            floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
-        return floor
-
-    def nulls(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, dict[str, float]]:
-        """What effects there are where there is nothing to find, by kind: 95 % of them are smaller.
-
-        "permuted": the same components, with changes of weights dealt out anew among their like. "direction" (for an
-        anchor): the true patches, read along random directions instead of the anchor, as shares of the same gap.
-        """
-        few = sham_plan(plan)
-        channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind != "norm"]
-        dealt = Plan(few.rows, tuple(chunk for chunk in few.chunks if chunk.kind in channels))
-        found: dict[str, list[Changes]] = {"permuted": [], "direction": []}
-        if dealt.chunks:
-            self.models["permuted"] = permuted(self.pair.base, self.pair.expert, seed)
-            found["permuted"] = list(self.perform("permuted", dealt))
-            del self.models["permuted"]
-        if isinstance(self.metric.readout, Along):
-            rng = np.random.default_rng(seed)
-            for i in range(N_DIRECTIONS):
-                vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
-                readout = Along(jnp.asarray(vector / np.linalg.norm(vector)))
-                metric = dataclasses.replace(self.metric, readout=readout)
-                other = _Engine(self.pair, metric, list(self.position), self.done, self.progress)
-                found["direction"] += other.perform("exact", few, label=f"direction-{i}")
-
-        def quantile(parts: Sequence[Changes], kind: str) -> float:
-            sizes = [np.abs(part.delta.mean(1)) / gap.mean() for part in parts if part.chunk.kind == kind]
-            return float(np.quantile(np.concatenate(sizes), 0.95)) if sizes else float("nan")
-
-        return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in found.items()}
-
-
-N_DIRECTIONS = 2
-"""Random directions that are read beside an anchor."""
-
-
-def _part(done: Mapping[str, np.ndarray], key: str, n: int, n_prompts: int) -> Float[np.ndarray, "C B"]:
-    part = np.asarray(done[key])
-    if part.shape != (n, n_prompts) or part.dtype.kind != "f":
-        raise WpjaxError(
-            f"the finished part {key} has shape {part.shape} and dtype {part.dtype}, not floats of shape "
-            f"{(n, n_prompts)}: it is damaged; delete its file, and go on with --resume"
-        )
-    return part
-
-
-def _key(prefix: str, chunk: Chunk) -> str:
-    names = " ".join(c.name for c in chunk.components)
-    return f"{prefix}-{chunk.kind}-{chunk.layer}-{hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"
 
 
 def _coverage(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from wpjax.components import KINDS, MODEL_LAYER, Component, count
+from wpjax.components import KINDS, MODEL_LAYER, Component, count, gates_of
 from wpjax.metrics import PROMPTS_AT_ONCE, Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, decoder
@@ -225,9 +225,8 @@ def by_component(
 
     def total(c: Component) -> Float[np.ndarray, " B"]:
         kind = KINDS[c.kind]
-        gates = kind.gates if kind.opens != "part" else kind.gates[c.index : c.index + 1]
         parts = []
-        for figures in (by_gate[gate] for gate in gates if gate in by_gate):
+        for figures in (by_gate[gate] for gate in gates_of(c) if gate in by_gate):
             here = figures if c.layer == MODEL_LAYER else figures[:, c.layer]
             channel = here[:, c.index] if kind.opens == "channel" else here
             parts.append(channel.reshape(len(figures), -1).sum(1, dtype=np.float64))

@@ -26,13 +26,14 @@ from jaxtyping import Array, Float
 
 from wpjax.components import Component
 from wpjax.errors import WpjaxError
-from wpjax.metrics import Along, LogOdds, LogProb, Metric
+from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Held, Params
 from wpjax.models.layers import activation
 from wpjax.models.leaves import Blend, project
 from wpjax.models.rotary import rotate
 from wpjax.patching import PatchMask, patch
+from wpjax.readouts import Along, LogOdds, LogProb
 from wpjax.sweeps.screens import by_component, in_parts
 
 

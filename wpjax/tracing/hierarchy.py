@@ -28,6 +28,9 @@ SHARE = 0.8
 LEAST = 0.02
 """Of the largest effect, what a source has at least."""
 
+SAME = ("base_fingerprint", "expert_fingerprint", "behaviour")
+"""Attributes that both sweeps of a hierarchy share."""
+
 FINEST = ("head", "kv_group", "neuron")
 
 
@@ -87,7 +90,7 @@ def hierarchy(
         n_aggregators: at most.
 
     Raises:
-        WpjaxError: the result holds no flow, or the second is no sweep from a given state.
+        WpjaxError: the result holds no flow, or the second is no sweep from a given state, or of something else.
     """
     data = result.dataset
     if "flow" not in data:
@@ -110,6 +113,8 @@ def hierarchy(
                 "the second result is no sweep from a given state: make it with `wpjax sweep --metric kl "
                 "--given-anchor ANCHOR`"
             )
+        if any(execution.dataset.attrs[n] != data.attrs[n] for n in SAME):
+            raise WpjaxError("the second result is of another pair or behaviour; sweep what follows this anchor")
         executors = _nodes(execution, significant(execution, n_sources))
     aggregators = tuple(Node(names[u + 1], int(names[u + 1][1:].split(".")[0]), float(inflow[u])) for u in kept)
     return Hierarchy(_nodes(result, chosen), aggregators, executors, rows[:, [u + 1 for u in kept]], rows[:, 0])

@@ -1,0 +1,143 @@
+"""Readouts: how the residual stream at some positions becomes numbers. A new one is a class here (and, for the secant
+adjoint, a rule in `sweeps.secant`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, decoder
+
+
+@runtime_checkable
+class Readout(Protocol):
+    """How the residual stream at the positions that are read becomes numbers; a pytree."""
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether final norm and unembedding take part."""
+        ...
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """One number a position."""
+        ...
+
+    def take(self, rows: Int[Array, " N"]) -> Readout:
+        """The readout of some of the prompts."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Along:
+    """Projection on a direction, in full float32 on every device.
+
+    Attributes:
+        vector: [D].
+    """
+
+    vector: Float[Array, " D"]
+
+    @property
+    def reads_logits(self) -> bool:
+        """No."""
+        return False
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """<r, v>, in the units of the residual stream."""
+        return jnp.matmul(resid, self.vector, precision=jax.lax.Precision.HIGHEST)
+
+    def take(self, rows: Int[Array, " N"]) -> Along:
+        """The same for every prompt."""
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogProb:
+    """Log-probability, in nats, of a token.
+
+    Attributes:
+        tokens: [B, S], the token that follows each position.
+    """
+
+    tokens: Int[Array, "B S"]
+
+    @property
+    def reads_logits(self) -> bool:
+        """Yes."""
+        return True
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """log softmax(logits)[token]."""
+        log_p = jax.nn.log_softmax(decoder(cfg, params).logits(resid), axis=-1)
+        return jnp.take_along_axis(log_p, self.tokens[..., None], axis=-1)[..., 0]
+
+    def take(self, rows: Int[Array, " N"]) -> LogProb:
+        """The tokens of some prompts."""
+        return LogProb(self.tokens[rows])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogOdds:
+    """Log-odds, in nats, of one token against another; the vocabulary is never multiplied out.
+
+    Attributes:
+        tokens: [B, S], the token that counts for it.
+        foils: [B, S], the token that counts against it.
+    """
+
+    tokens: Int[Array, "B S"]
+    foils: Int[Array, "B S"]
+
+    @property
+    def reads_logits(self) -> bool:
+        """Yes."""
+        return True
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """<norm(r), W_U[:, token] - W_U[:, foil]>: the normaliser of the softmax cancels."""
+        model = decoder(cfg, params)
+        return (model.final_norm(resid) * (model.unembedding(self.tokens) - model.unembedding(self.foils))).sum(-1)
+
+    def take(self, rows: Int[Array, " N"]) -> LogOdds:
+        """The tokens of some prompts."""
+        return LogOdds(self.tokens[rows], self.foils[rows])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How near next-token distributions are to those of a reference model, in nats; 0 is equal.
+
+    Attributes:
+        resid: [B, S, D], the reference's residual stream after its last layer.
+        params: the reference's parameters; its final norm and unembedding are used.
+    """
+
+    resid: Float[Array, "B S D"]
+    params: Params
+
+    @property
+    def reads_logits(self) -> bool:
+        """Yes."""
+        return True
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """-KL(reference || model)."""
+        log_p, log_q = (
+            jax.nn.log_softmax(decoder(cfg, p).logits(r), axis=-1)
+            for p, r in ((self.params, self.resid), (params, resid))
+        )
+        return -(jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    def take(self, rows: Int[Array, " N"]) -> Divergence:
+        """The reference on some prompts."""
+        return Divergence(self.resid[rows], self.params)
