@@ -264,7 +264,8 @@ def fits(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str) -> bool
     return variable.dtype.kind != "f" or not (np.abs(variable.values) > 1e30).any()  # NaN: not measured
 
 
-def _are_targets(names: list[str], last: float) -> bool:
+def _are_targets(values: np.ndarray, last: float) -> bool:
+    names = [str(value) for value in values]
     found = [re.fullmatch(r"L(\d{1,6})\.(head\.\d+|mlp)", name) for name in names[1:]]
     return names[0] == "self" and all(m is not None and int(m[1]) <= last for m in found)
 
