@@ -284,9 +284,7 @@ def _damage(data: xr.Dataset) -> list[str]:
         wrong.append("ranking")
     if "anchor_vector" in data and not np.isfinite(data["anchor_vector"].values).all():
         wrong.append("anchor_vector")
-    if "target" in data and not _are_targets(
-        [str(t) for t in data["target"].values], float(data.attrs["metric_layer"])
-    ):
+    if "target" in data and not _are_targets(data["target"].values, float(data.attrs["metric_layer"])):
         wrong.append("target")
     layer, index = data["layer"].values, data["index"].values
     if layer.min() < -1 or layer.max() >= data.attrs["n_layers"] or index.min() < 0 or index.max() >= 2**31:
