@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from wpjax.anchors import Anchor, LayerDiagnostics, fit_anchor, split_half_cosine
 from wpjax.behaviours import behaviour
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
+from wpjax.metrics import scores
 from wpjax.models.checkpoint import save_checkpoint
 from wpjax.pairs import load_pair, make_pair
 from wpjax.patching import PatchMask, materialize
@@ -25,43 +26,55 @@ def tiny_pair():
     return load_pair("tiny:base", "tiny:expert")
 
 
-def hf_last_states(model, tokens):
-    """Hidden state after every block at each prompt's last token, [L, B, D], one unpadded prompt at a time."""
+@torch.no_grad()
+def hf_states(model, tokens, speaker, n_response):
+    """Hidden state after every block, [L, B, D], one unpadded prompt at a time: at the last prompt token, or the mean
+    over the first tokens that the speaker answers."""
     seen = []
     hooks = [m.register_forward_hook(lambda m, a, o: seen.append(o)) for m in model.model.layers]
     rows = []
     for ids, n in zip(tokens.ids, tokens.lengths, strict=True):
+        prompt = torch.tensor(ids[:n].astype(np.int64))[None]
+        said = prompt if not n_response else speaker.generate(prompt, do_sample=False, max_new_tokens=n_response)
         seen.clear()
-        with torch.no_grad():
-            model(torch.tensor(ids[:n].astype(np.int64))[None])
-        rows.append(torch.stack([(o[0] if isinstance(o, tuple) else o)[0, -1] for o in seen]))
+        model(said)
+        read = slice(int(n), None) if n_response else slice(-1, None)
+        rows.append(torch.stack([(o[0] if isinstance(o, tuple) else o)[0, read].mean(0) for o in seen]))
     for hook in hooks:
         hook.remove()
     return torch.stack(rows, 1).numpy()
 
 
-def test_direction_gap_and_its_specific_part_equal_those_of_hf_hidden_states(tiny_pair, tmp_path):
+@pytest.mark.parametrize("n_response", [0, 3])
+def test_direction_gap_and_its_specific_part_equal_those_of_hf_hidden_states(tiny_pair, tmp_path, n_response):
     task = behaviour("tiny:title")
-    anchor = fit_anchor(tiny_pair, task, n_prompts=24, causal="skip")
+    anchor = fit_anchor(tiny_pair, task, n_prompts=24, n_response=n_response, causal="skip")
     for name, checkpoint in (("base", tiny_pair.base_checkpoint), ("expert", tiny_pair.expert_checkpoint)):
         save_checkpoint(tmp_path / name, checkpoint)
     base, expert = (
         AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32).eval() for n in ("base", "expert")
     )
     fit, check = (task.encode(tiny_pair.tokenizer, split, 24) for split in ("fit", "sweep"))
-    u = (hf_last_states(expert, fit.with_instruction) - hf_last_states(expert, fit.without)).mean(1)
+
+    def project(model, tokens):
+        return np.einsum("lbd,ld->lb", hf_states(model, tokens, expert, n_response), v)
+
+    states = (hf_states(expert, tokens, expert, n_response) for tokens in (fit.with_instruction, fit.without))
+    u = np.subtract(*states).mean(1)
     v = u / np.linalg.norm(u, axis=-1, keepdims=True)
     np.testing.assert_allclose(anchor.vector, v[anchor.layer], atol=1e-5)
-    gap = np.einsum(
-        "lbd,ld->lb", hf_last_states(expert, check.with_instruction) - hf_last_states(base, check.with_instruction), v
-    )
-    alone = np.einsum("lbd,ld->lb", hf_last_states(expert, check.without) - hf_last_states(base, check.without), v)
+    gap = project(expert, check.with_instruction) - project(base, check.with_instruction)
+    alone = project(expert, check.without) - project(base, check.without)
     rows = anchor.diagnostics
     np.testing.assert_allclose([d.gap for d in rows], gap.mean(1), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose([d.norm for d in rows], np.linalg.norm(u, axis=-1), rtol=1e-5)
     np.testing.assert_allclose([d.specific for d in rows], (gap - alone).mean(1), rtol=1e-4, atol=1e-4)
-    score = anchor.score(tiny_pair.cfg, tiny_pair.expert, check) - anchor.score(tiny_pair.cfg, tiny_pair.base, check)
+    metric = anchor.metric(tiny_pair, check)
+    score = scores(tiny_pair.cfg, tiny_pair.expert, metric) - scores(tiny_pair.cfg, tiny_pair.base, metric)
     np.testing.assert_allclose(score, gap[anchor.layer], rtol=1e-4, atol=1e-3)
+    if n_response:
+        with pytest.raises(WpjaxError, match=r"read on the expert's answers: .* `anchor.metric\(pair, batch\)`"):
+            anchor.score(tiny_pair.cfg, tiny_pair.base, check)
 
 
 def test_untested_the_layer_of_largest_specific_gap_against_its_spread_is_chosen(tiny_pair):
@@ -111,11 +124,11 @@ def test_drift_alone_is_refused(tiny_pair):
 
 
 def test_a_file_keeps_everything_and_belongs_to_its_expert(tiny_pair, tmp_path):
-    anchor = fit_anchor(tiny_pair, behaviour("tiny:title"), n_prompts=8, causal="skip")
+    anchor = fit_anchor(tiny_pair, behaviour("tiny:title"), n_prompts=24, n_response=3, causal="skip")
     anchor.save(tmp_path / "a.safetensors")
     again = Anchor.load(tmp_path / "a.safetensors")
     np.testing.assert_array_equal(again.vector, anchor.vector)
-    labels = [(a.layer, a.behaviour, a.expert_fingerprint) for a in (again, anchor)]
+    labels = [(a.layer, a.n_response, a.behaviour, a.expert_fingerprint) for a in (again, anchor)]
     assert labels[0] == labels[1]
     figures = [[dataclasses.astuple(d) for d in a.diagnostics] for a in (again, anchor)]
     np.testing.assert_array_equal(figures[0], figures[1])  # NaN where no causal test was made
@@ -154,7 +167,13 @@ def test_anchors_that_do_not_fit_the_model_are_refused(tiny_pair, tmp_path):
 @pytest.mark.parametrize("value", [[1], {}, "s", None])
 def test_diagnostics_that_are_not_numbers_are_refused(tmp_path, value):
     fields = dict.fromkeys(LayerDiagnostics.__dataclass_fields__, value)
-    metadata = {"layer": "0", "behaviour": "x", "expert_fingerprint": "", "diagnostics": json.dumps([fields])}
+    metadata = {
+        "layer": "0",
+        "n_response": "0",
+        "behaviour": "x",
+        "expert_fingerprint": "",
+        "diagnostics": json.dumps([fields]),
+    }
     for text in (metadata["diagnostics"], "[" * 100_000):
         save_file({"vector": np.eye(1, 8, dtype=np.float32)[0]}, tmp_path / "a", metadata | {"diagnostics": text})
         with pytest.raises(CheckpointError, match="not an anchor file"):

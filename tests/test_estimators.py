@@ -1,5 +1,7 @@
 """Path estimators: integrated gradients and the secant adjoint add up to the gap, and meet the gradient nearby."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,8 @@ def pair(request, tmp_path_factory):
 def metrics(pair, batch):
     if not pair.cfg.gated:
         return [response_metric(pair, batch, 4)]
-    return [make_anchor(pair, 1).on(batch), response_metric(pair, batch, 4), decision_metric(pair, batch, 4)]
+    anchor = dataclasses.replace(make_anchor(pair, 1), n_response=2)
+    return [anchor.metric(pair, batch), response_metric(pair, batch, 4), decision_metric(pair, batch, 4)]
 
 
 def gap(pair, metric):

@@ -1,5 +1,7 @@
 """Flow from suppliers to targets: against HF torch with hooks, and its rows against the effects."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tests.test_sweeps import make_anchor
 from tests.tiny import build_pair, patched_torch
 from wpjax.components import Component, enumerate_components
 from wpjax.sweeps.exact import exact_changes, make_plan
+from wpjax.sweeps.reference import reference_changes
 from wpjax.sweeps.replay import flow_targets, run_model
 
 ANCHOR_LAYER = 2
@@ -96,6 +99,22 @@ def test_flow_equals_hf_torch_with_hooks(hf_pair, pair, batch, swept):
                 np.testing.assert_allclose(row[name], value - before[name], atol=1e-4, err_msg=f"{c.name} {name}")
             else:
                 assert row[name] == 0, (c.name, name)
+
+
+def test_an_anchor_read_on_answers_has_effects_and_rows_too(batch, tmp_path):
+    pair = as_pair(build_pair("llama-gqa3", tmp_path))
+    metric = dataclasses.replace(make_anchor(pair, ANCHOR_LAYER), n_response=3).metric(pair, batch)
+    components = enumerate_components(pair.cfg, ["head", "mlp"])
+    plan, runs = (
+        make_plan(pair.cfg, components, *metric.tokens.ids.shape),
+        (run_model(pair.cfg, pair.base, metric), None),
+    )
+    expected = dict(
+        zip(components, reference_changes(pair.cfg, pair.base, pair.expert, components, metric), strict=True)
+    )
+    for chunk, delta, flow in exact_changes(pair.cfg, pair.base, pair.expert, runs, metric, plan):
+        np.testing.assert_allclose(delta, [expected[c] for c in chunk.components], atol=2e-5)
+        np.testing.assert_allclose(flow.sum(1), delta.mean(1), atol=3e-5)
 
 
 def test_what_nothing_reads_flows_nowhere(pair, swept):

@@ -5,7 +5,8 @@
     G(x) = F(expert, x) - F(base, x)
 
 x+ is a query with the instruction and x- the query alone; layer l is read at its `resid_post`. The direction is
-fitted on the "fit" queries; the gap is measured on the "sweep" queries.
+fitted on the "fit" queries; the gap is measured on the "sweep" queries. Instead of the last prompt token, the mean over
+the first tokens of the expert's own answer may be read, everywhere alike (ours; the paper's rule is not known).
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
 
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.files import atomic_output, write_tensors
-from wpjax.metrics import Metric, scores
+from wpjax.metrics import Metric, answer_of, answer_positions, scores, with_answers
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Held, Params, Site, Steer, forward
+from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.readouts import Along
 from wpjax.stats import mean_interval, resample
@@ -110,15 +112,15 @@ class LayerDiagnostics:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["vector"],
-    meta_fields=["layer"],
+    meta_fields=["layer", "n_response"],
     drop_fields=["behaviour", "expert_fingerprint", "diagnostics"],
 )
 @dataclasses.dataclass(frozen=True)
 class Anchor:
     """A unit direction at one layer; a pytree, so it can be an argument of a jitted function.
 
-    Only the vector and the layer go through JAX's transformations and tree operations: what comes out of one has no
-    labels, so `check_belongs` comes before.
+    Only the vector, the layer and where it is read go through JAX's transformations and tree operations: what comes out
+    of one has no labels, so `check_belongs` comes before.
 
     Attributes:
         vector: [D] float32, unit norm.
@@ -126,6 +128,8 @@ class Anchor:
         behaviour: what it stands for.
         expert_fingerprint: the model it was fitted in.
         diagnostics: every layer that was considered.
+        n_response: read as the mean over so many first tokens of the expert's answer; 0: at the last prompt token
+            (static).
     """
 
     vector: Float[Array, " D"]
@@ -133,22 +137,41 @@ class Anchor:
     behaviour: str = ""
     expert_fingerprint: str = ""
     diagnostics: tuple[LayerDiagnostics, ...] = ()
+    n_response: int = 0
 
-    def on(self, batch: PromptBatch | Tokens) -> Metric:
-        """F on some prompts: the residual stream after the anchor's layer, at the last token, along the vector."""
-        tokens = batch.with_instruction if isinstance(batch, PromptBatch) else batch
-        last = jnp.asarray(tokens.last)[:, None]
-        return Metric(tokens, last, jnp.ones(last.shape, jnp.float32), Along(self.vector), self.layer, "anchor")
+    def on(self, batch: PromptBatch | Tokens, answers: Generation | None = None) -> Metric:
+        """F on some prompts: the residual stream after the anchor's layer, along the vector.
 
-    def score(self, cfg: ModelConfig, params: Params, batch: PromptBatch | Tokens) -> Float[Array, " B"]:
+        Args:
+            batch: prompts.
+            answers: read their tokens, averaged; None to read the last prompt token.
+
+        Raises:
+            WpjaxError: the anchor is read on answers, and there are none; see `metric`.
+        """
+        if self.n_response and answers is None:
+            raise WpjaxError(
+                "this anchor is read on the expert's answers: give them, or use `anchor.metric(pair, batch)`"
+            )
+        prompts = batch.with_instruction if isinstance(batch, PromptBatch) else batch
+        tokens, at, weight = read_at(prompts, answers)
+        return Metric(tokens, jnp.asarray(at), jnp.asarray(weight), Along(self.vector), self.layer, "anchor")
+
+    def metric(self, pair: Pair, batch: PromptBatch) -> Metric:
+        """F on some prompts, on the expert's answers to them if that is where the anchor is read."""
+        return self.on(batch, first_answers(pair, batch.with_instruction, self.n_response))
+
+    def score(
+        self, cfg: ModelConfig, params: Params, batch: PromptBatch | Tokens, answers: Generation | None = None
+    ) -> Float[Array, " B"]:
         """F(M, x) of each prompt, in the units of the residual stream.
 
         Pure in all its arguments: it composes with `jit`, `vmap` and `grad`, and `params` may hold `Blend`s.
 
         Raises:
-            WpjaxError: the model has no such layer, or a prompt exceeds its context.
+            WpjaxError: the model has no such layer, a prompt exceeds its context, or answers are missing.
         """
-        return self.on(batch)(cfg, params)
+        return self.on(batch, answers)(cfg, params)
 
     def give(self, pair: Pair, batch: PromptBatch, metric: Metric) -> Metric:
         """A metric of models that are given the anchor's state: what comes after it executes the behaviour.
@@ -172,7 +195,7 @@ class Anchor:
             )
         if len(metric) != len(batch):
             raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
-        state = scores(pair.cfg, pair.expert, self.on(batch)).mean()
+        state = scores(pair.cfg, pair.expert, self.metric(pair, batch)).mean()
         vector = jnp.asarray(self.vector)
         steer = Steer(jnp.asarray(self.layer), vector, vector, jnp.asarray(state, jnp.float32))
         return dataclasses.replace(metric, held=Held(steer, jnp.asarray(batch.with_instruction.last)))
@@ -185,7 +208,7 @@ class Anchor:
         """
         metadata = {
             "layer": str(self.layer),
-            "position": "last prompt token",
+            "n_response": str(self.n_response),
             "behaviour": self.behaviour,
             "expert_fingerprint": self.expert_fingerprint,
             "diagnostics": json.dumps([dataclasses.asdict(d) for d in self.diagnostics]),
@@ -207,12 +230,15 @@ class Anchor:
             diagnostics = tuple(LayerDiagnostics(**d) for d in json.loads(meta["diagnostics"]))
             if not all(isinstance(v, int | float) for d in diagnostics for v in dataclasses.astuple(d)):
                 raise ValueError("diagnostics that are not numbers")
-            layer, behaviour, of = int(meta["layer"]), meta["behaviour"], meta["expert_fingerprint"]
+            layer, n_response = int(meta["layer"]), int(meta["n_response"])
+            behaviour, of = meta["behaviour"], meta["expert_fingerprint"]
+            if n_response < 0:
+                raise ValueError("n_response is negative")
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
         if vector.ndim != 1 or vector.dtype != np.float32 or not np.isclose(np.linalg.norm(vector), 1, atol=1e-3):
             raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")
-        return cls(jnp.asarray(vector), layer, behaviour, of, diagnostics)
+        return cls(jnp.asarray(vector), layer, behaviour, of, diagnostics, n_response)
 
     @property
     def acceptance(self) -> str:
@@ -240,20 +266,42 @@ class Anchor:
             )
 
 
+class Reading(NamedTuple):
+    """Where the stream is read: tokens, positions [B, S] in them, and the weight [B, S] of each in the mean."""
+
+    tokens: Tokens
+    at: Int[Array | np.ndarray, "B S"]
+    weight: Float[Array | np.ndarray, "B S"]
+
+
+def read_at(prompts: Tokens, answers: Generation | None) -> Reading:
+    """The last prompt token, or all tokens of some answers, the end token included."""
+    if answers is None:
+        return Reading(prompts, prompts.last[:, None], np.ones((len(prompts.ids), 1), np.float32))
+    at, here = answer_positions(prompts, answers)
+    # A position predicts the token after it; the state of a token is read where it stands.
+    return Reading(with_answers(prompts, answers), np.where(here > 0, at + 1, 0), here / here.sum(1, keepdims=True))
+
+
+def first_answers(pair: Pair, prompts: Tokens, n: int) -> Generation | None:
+    """The first n tokens of the expert's greedy answers; None for n = 0."""
+    return answer_of(pair, pair.expert, prompts, n) if n else None
+
+
 @functools.partial(jax.jit, static_argnames="cfg")
-def _last_states(cfg: ModelConfig, params: Params, ids: Array, last: Array) -> Float[Array, "L B D"]:
+def _mean_states(cfg: ModelConfig, params: Params, ids: Array, at: Array, weight: Array) -> Float[Array, "L B D"]:
     resid = forward(cfg, params, ids, sites=(Site.RESID_POST,), logits=False).sites[Site.RESID_POST]
-    return jnp.take_along_axis(resid, last[None, :, None, None], axis=2)[:, :, 0]
+    return jnp.einsum("lbsd,bs->lbd", jnp.take_along_axis(resid, at[None, ..., None], axis=2), weight)
 
 
-def last_states(cfg: ModelConfig, params: Params, tokens: Tokens, batch_size: int = 32) -> Float[np.ndarray, "L B D"]:
-    """`resid_post` of every layer at each prompt's last token, float32."""
+def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: int = 32) -> Float[np.ndarray, "L B D"]:
+    """`resid_post` of every layer where it is read, float32."""
+    tokens, at, weight = reading
     parts = []
-    for first in range(0, len(tokens.ids), batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), len(tokens.ids) - 1)
-        states = _last_states(cfg, params, jnp.asarray(tokens.ids[rows]), jnp.asarray(tokens.last[rows]))
-        parts.append(np.asarray(states)[:, : len(tokens.ids) - first])
-    return np.concatenate(parts, axis=1)
+    for first in range(0, len(at), batch_size):
+        rows = np.minimum(np.arange(first, first + batch_size), len(at) - 1)
+        parts.append(_mean_states(cfg, params, *(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight))))
+    return np.concatenate(parts, axis=1)[:, : len(at)]
 
 
 def split_half_cosine(
@@ -274,6 +322,7 @@ def fit_anchor(
     behaviour: Behaviour,
     *,
     layer: int | None = None,
+    n_response: int = 0,
     n_prompts: int | None = 64,
     causal: Causal = "require",
     n_steered: int = 64,
@@ -295,6 +344,8 @@ def fit_anchor(
         pair: base and expert.
         behaviour: prompts and checker.
         layer: force this layer; it must still pass.
+        n_response: read the stream as the mean over so many first tokens of the expert's own greedy answer (with the
+            instruction and without, each its own); 0: at the last prompt token.
         n_prompts: at most this many for fitting, and for measuring.
         causal: "require" the causal tests; "report" them, and take the best layer also if none passes; "skip" them
             and choose the layer by its projections alone.
@@ -313,17 +364,18 @@ def fit_anchor(
     check = behaviour.encode(pair.tokenizer, "sweep", n_prompts)
     for batch in (fit, check):
         batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
-    state = last_states(pair.cfg, pair.expert, fit.with_instruction)
-    contrast = state - last_states(pair.cfg, pair.expert, fit.without)
+    told, alone = _readings(pair, fit, n_response)
+    state = mean_states(pair.cfg, pair.expert, told)
+    contrast = state - mean_states(pair.cfg, pair.expert, alone)
     direction = contrast.mean(1)
     norm = np.linalg.norm(direction, axis=-1)
     unit = direction / np.maximum(norm, 1e-30)[:, None]
     stability = split_half_cosine(contrast, fit.queries, seed=seed)
-    diagnostics = _diagnose(pair, check, unit, norm, stability, seed)
+    diagnostics = _diagnose(pair, check, n_response, unit, norm, stability, seed)
     candidates = _candidates(diagnostics, behaviour.name, layer)
     best = candidates[0]
     if causal != "skip":
-        host_state = last_states(pair.cfg, pair.base, fit.with_instruction)
+        host_state = mean_states(pair.cfg, pair.base, told)
         means = [np.einsum("lbd,ld->l", s, unit) / s.shape[1] for s in (host_state, state)]
         judge = Judge(pair, behaviour, behaviour.encode(pair.tokenizer, "sweep", n_steered), max_new_tokens)
         tried = [d.layer for d in candidates[:N_CANDIDATES]]
@@ -331,22 +383,32 @@ def fit_anchor(
         best = diagnostics[_choose(tests, behaviour.name, causal).layer]
         found = {test.layer: dataclasses.asdict(test) for test in tests}
         diagnostics = tuple(dataclasses.replace(d, **found.get(d.layer, {})) for d in diagnostics)
-    return Anchor(jnp.asarray(unit[best.layer]), best.layer, behaviour.name, pair.fingerprints[1], diagnostics)
+    vector, of = jnp.asarray(unit[best.layer]), pair.fingerprints[1]
+    return Anchor(vector, best.layer, behaviour.name, of, diagnostics, n_response)
+
+
+def _readings(pair: Pair, batch: PromptBatch, n_response: int) -> tuple[Reading, Reading]:
+    """Where prompts with the instruction are read, and those without."""
+    sides = (batch.with_instruction, batch.without)
+    told, alone = (read_at(prompts, first_answers(pair, prompts, n_response)) for prompts in sides)
+    return told, alone
 
 
 def _diagnose(
     pair: Pair,
     check: PromptBatch,
+    n_response: int,
     unit: Float[np.ndarray, "L D"],
     norm: Float[np.ndarray, " L"],
     stability: Float[np.ndarray, " L"],
     seed: int,
 ) -> tuple[LayerDiagnostics, ...]:
-    def project(params: Params, tokens: Tokens) -> Float[np.ndarray, "L B"]:
-        return np.einsum("lbd,ld->lb", last_states(pair.cfg, params, tokens), unit)
+    def project(params: Params, reading: Reading) -> Float[np.ndarray, "L B"]:
+        return np.einsum("lbd,ld->lb", mean_states(pair.cfg, params, reading), unit)
 
-    expert, base = project(pair.expert, check.with_instruction), project(pair.base, check.with_instruction)
-    expert_alone, base_alone = project(pair.expert, check.without), project(pair.base, check.without)
+    told, alone = _readings(pair, check, n_response)
+    expert, base = project(pair.expert, told), project(pair.base, told)
+    expert_alone, base_alone = project(pair.expert, alone), project(pair.base, alone)
     gap, resamples = expert - base, resample(check.queries, seed=seed)
     specific = gap - (expert_alone - base_alone)
     with np.errstate(divide="ignore", invalid="ignore"):  # a layer without any trace of the instruction

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.files import atomic_output
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the file's layout, in its attribute `schema`."""
 
 FIRST_ORDER = ("screen", "gradient", "ig", "secant")
@@ -282,8 +282,12 @@ def _damage(data: xr.Dataset) -> list[str]:
         return wrong
     if not any(np.isfinite(data[name].values).any() for name in RANKINGS if name in data):
         wrong.append("ranking")
-    if "anchor_vector" in data and not np.isfinite(data["anchor_vector"].values).all():
-        wrong.append("anchor_vector")
+    if "anchor_vector" in data:
+        n_response = data.attrs.get("anchor_n_response")
+        if not isinstance(n_response, int | np.integer) or n_response < 0:
+            wrong.append("anchor_n_response")
+        if not np.isfinite(data["anchor_vector"].values).all():
+            wrong.append("anchor_vector")
     if "target" in data and not _are_targets(data["target"].values, float(data.attrs["metric_layer"])):
         wrong.append("target")
     layer, index = data["layer"].values, data["index"].values

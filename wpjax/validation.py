@@ -11,6 +11,7 @@ from base to expert, so that one can see what they promise (METHOD 8; ours).
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -27,12 +28,11 @@ from wpjax.behaviours import Behaviour, PromptBatch, loose, strict
 from wpjax.components import Component, n_parameters, parse_component
 from wpjax.curves import CHECKS, DIMS, DIRECTIONS, SCHEMA, Curves
 from wpjax.errors import WpjaxError
-from wpjax.metrics import ANSWER_METRICS, Metric, answer_positions, scores, with_answers
+from wpjax.metrics import ANSWER_METRICS, Metric, scores
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize
-from wpjax.readouts import Along
 from wpjax.results import SweepResult, finished_part
 from wpjax.steering import Judge, check_behaviour_differs
 from wpjax.sweeps.screens import output_linearised
@@ -134,7 +134,7 @@ def _activation(
     if attrs["metric"] in ANSWER_METRICS:
         metric = ANSWER_METRICS[attrs["metric"]](pair, batch, max_new_tokens)
     elif anchor is not None:
-        metric = anchor.on(batch)
+        metric = anchor.metric(pair, batch)
     else:
         raise WpjaxError("the result lacks the anchor that was swept on: sweep again")
     reached = [c for c in components if metric.reaches(c)]
@@ -199,7 +199,7 @@ def validate(
     check_behaviour_differs(judge, said, own)
     metrics = {name: make(pair, batch, max_new_tokens, own) for name, make in ANSWER_METRICS.items()}
     if anchor is not None:
-        metrics = {"anchor": anchor.on(batch), **metrics}
+        metrics = {"anchor": anchor.metric(pair, batch), **metrics}
     names = (*CHECKS, *metrics, *(() if anchor is None else ("on_policy",)))
 
     def measure(params: Params, answers: Generation) -> Float[np.ndarray, "M B"]:
@@ -234,7 +234,8 @@ def anchor_of(result: SweepResult) -> Anchor | None:
     if "anchor_vector" not in data:
         return None
     vector = jnp.asarray(data["anchor_vector"].values)
-    return Anchor(vector, int(attrs["metric_layer"]), attrs["behaviour"], attrs["expert_fingerprint"])
+    labels = (attrs["behaviour"], attrs["expert_fingerprint"])
+    return Anchor(vector, int(attrs["metric_layer"]), *labels, n_response=int(attrs["anchor_n_response"]))
 
 
 def on_policy(anchor: Anchor, batch: PromptBatch, answers: Generation) -> Metric:
@@ -247,12 +248,7 @@ def on_policy(anchor: Anchor, batch: PromptBatch, answers: Generation) -> Metric
         batch: prompts with the instruction.
         answers: of the model that is scored.
     """
-    prompts = batch.with_instruction
-    at, here = answer_positions(prompts, answers)
-    weight = jnp.asarray(here / np.maximum(here.sum(1, keepdims=True), 1))
-    # A position predicts the token after it; the state of a token is read where it stands.
-    where = jnp.asarray(np.where(here > 0, at + 1, 0))
-    return Metric(with_answers(prompts, answers), where, weight, Along(anchor.vector), anchor.layer, "on_policy")
+    return dataclasses.replace(anchor.on(batch, answers), name="on_policy")
 
 
 def check_same_pair(pair: Pair, result: SweepResult) -> None:

@@ -22,6 +22,7 @@ from wpjax.cli.options import (
     OutOption,
     OverwriteOption,
     PromptsOption,
+    ResponseTokensOption,
     SeedOption,
     SteeredOption,
 )
@@ -41,6 +42,7 @@ def run(
     out: OutOption,
     checker: CheckerOption = None,
     layer: Annotated[int | None, typer.Option("--layer", help="Use this layer instead of choosing one.")] = None,
+    n_response: ResponseTokensOption = 0,
     n_prompts: PromptsOption = 64,
     causal: CausalOption = CausalName.require,
     n_steered: SteeredOption = 64,
@@ -68,6 +70,7 @@ def run(
             pair,
             task,
             layer=layer,
+            n_response=n_response,
             n_prompts=n_prompts,
             causal=causal.value,
             n_steered=n_steered,
@@ -80,6 +83,7 @@ def run(
         print_json(
             {
                 "layer": anchor.layer,
+                "n_response": anchor.n_response,
                 "acceptance": anchor.acceptance,
                 "diagnostics": [dataclasses.asdict(d) for d in anchor.diagnostics],
             }
@@ -104,8 +108,9 @@ def show(anchor: Anchor) -> None:
         )
         for d in anchor.diagnostics
     ]
+    where = f"mean of {anchor.n_response} response tokens" if anchor.n_response else "last prompt token"
     print_table(
-        f"Anchor of {anchor.behaviour}: layer {anchor.layer}",
+        f"Anchor of {anchor.behaviour}: layer {anchor.layer}, {where}",
         ("layer", "cosine", "gap, 95 % interval", "without drift", "/ sd", "in base"),
         rows,
     )

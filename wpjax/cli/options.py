@@ -35,6 +35,15 @@ CausalOption = Annotated[
     ),
 ]
 SteeredOption = Annotated[int, typer.Option("--n-steered", min=4, help="Prompts of the steering tests, at most.")]
+ResponseTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--response-tokens",
+        min=0,
+        help="Read the anchor as the mean over so many first tokens of the expert's own answer; 0: at the last prompt "
+        "token.",
+    ),
+]
 NewTokensOption = Annotated[
     int,
     typer.Option(

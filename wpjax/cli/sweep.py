@@ -23,6 +23,7 @@ from wpjax.cli.options import (
     OutOption,
     OverwriteOption,
     PromptsOption,
+    ResponseTokensOption,
     ResumeOption,
     SeedOption,
     SteeredOption,
@@ -81,6 +82,7 @@ def run(
             "swept: which components execute the behaviour? With --metric response, decision or kl.",
         ),
     ] = None,
+    n_response: ResponseTokensOption = 0,
     max_new_tokens: NewTokensOption = 32,
     causal: CausalOption = CausalName.require,
     n_steered: SteeredOption = 64,
@@ -146,6 +148,8 @@ def run(
         check_kind(kind)
     if anchor is not None and metric != MetricName.anchor:
         raise WpjaxError(f"--anchor {anchor} goes with --metric anchor, not with --metric {metric.value}; drop one")
+    if n_response and (anchor is not None or metric != MetricName.anchor):
+        raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
     if given_anchor is not None and metric == MetricName.anchor:
         raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
     task = behaviours.behaviour(behaviour, checker)
@@ -157,6 +161,7 @@ def run(
             return fit_anchor(
                 pair,
                 task,
+                n_response=n_response,
                 n_prompts=n_prompts,
                 causal=causal.value,
                 n_steered=n_steered,
@@ -173,7 +178,7 @@ def run(
             given = Anchor.load(given_anchor)
             given.check_belongs(pair)
             what = given.give(pair, batch, what)
-    measured = what.on(batch) if isinstance(what, Anchor) else what
+    measured = what.metric(pair, batch) if isinstance(what, Anchor) else what
     settings = {
         "versions": [wpjax.__version__, jax.__version__, str(jax.devices()[0])],
         "pair": pair.fingerprints,

@@ -151,7 +151,7 @@ def make_dataset(
         coords["target"] = ("target", np.array(flow_targets(pair.cfg, metric.layer), dtype=object))
     attributes = _attributes(pair, batch, metric, measured, resamples, seed)
     if anchor is not None:
-        attributes["anchor_acceptance"] = anchor.acceptance
+        attributes |= {"anchor_acceptance": anchor.acceptance, "anchor_n_response": anchor.n_response}
         variables["anchor_vector"] = ("d_model", np.asarray(anchor.vector))
     return xr.Dataset(variables, coords, attributes)
 

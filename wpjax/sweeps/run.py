@@ -131,7 +131,7 @@ def sweep(
     anchor = metric if isinstance(metric, Anchor) else None
     if isinstance(metric, Anchor):
         metric.check_belongs(pair)
-        metric = metric.on(batch)
+        metric = metric.metric(pair, batch)
     if len(metric) != len(batch):
         raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
