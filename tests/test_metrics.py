@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.conftest import as_pair
-from tests.test_sweeps import exact
+from tests.test_sweeps import exact, make_anchor
 from tests.tiny import build_pair, patched_torch
 from wpjax.components import KINDS, MODEL_LAYER, Component, enumerate_components
 from wpjax.errors import MetricRejected, WpjaxError
-from wpjax.metrics import ANSWER_METRICS, decision_metric, expect_positive_gap, response_metric
+from wpjax.metrics import ANSWER_METRICS, decision_metric, expect_positive_gap, joint_scores, response_metric, scores
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask, patch
 from wpjax.sweeps.reference import reference_changes
@@ -170,6 +170,19 @@ def test_a_decision_needs_models_that_part(pair, batch):
     same = pair.__class__(pair.cfg, pair.base, pair.base, None, pair.base_checkpoint, pair.base_checkpoint)
     with pytest.raises(MetricRejected, match="part ways on 0 of 6 prompts"):
         decision_metric(same, batch, N_NEW)
+
+
+def test_several_metrics_read_from_one_pass_are_those_of_their_own(pair, batch):
+    """Metrics of other tokens, and those given a state, have a pass of their own."""
+    anchor = make_anchor(pair, 1)
+    answers = (make(pair, batch, N_NEW) for make in ANSWER_METRICS.values())
+    shifted = batch.with_instruction._replace(ids=(batch.with_instruction.ids + 1) % 61)
+    given = anchor.give(pair, batch, response_metric(pair, batch, 2))
+    metrics = [anchor.on(batch), *answers, anchor.on(shifted), given]
+    got = joint_scores(pair.cfg, pair.expert, metrics)
+    for metric, values in zip(metrics, got, strict=True):
+        np.testing.assert_allclose(values, scores(pair.cfg, pair.expert, metric), atol=1e-5, err_msg=metric.name)
+    assert np.abs(got[0] - got[-2]).max() > 0.01
 
 
 def test_answers_that_are_given_are_used(pair, batch):

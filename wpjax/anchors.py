@@ -33,6 +33,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Held, Params, Site, Steer, forward
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
+from wpjax.parts import in_parts
 from wpjax.readouts import Along
 from wpjax.stats import mean_interval, resample
 from wpjax.steering import Judge, SteeringTest, steering_tests
@@ -297,11 +298,11 @@ def _mean_states(cfg: ModelConfig, params: Params, ids: Array, at: Array, weight
 def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: int = 32) -> Float[np.ndarray, "L B D"]:
     """`resid_post` of every layer where it is read, float32."""
     tokens, at, weight = reading
-    parts = []
-    for first in range(0, len(at), batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), len(at) - 1)
-        parts.append(_mean_states(cfg, params, *(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight))))
-    return np.concatenate(parts, axis=1)[:, : len(at)]
+
+    def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "L N D"]:
+        return _mean_states(cfg, params, *(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight)))
+
+    return in_parts(len(at), batch_size, run, axis=1)
 
 
 def split_half_cosine(

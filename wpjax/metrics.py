@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -30,9 +30,10 @@ from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.components import KINDS, Component
 from wpjax.errors import MetricRejected, WpjaxError
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Held, Output, Params, decoder, forward
+from wpjax.models.decoder import Held, Output, Params, Site, decoder, forward
 from wpjax.models.generate import Generation, generate_in_parts
 from wpjax.pairs import Pair
+from wpjax.parts import in_parts
 from wpjax.readouts import Divergence, LogOdds, LogProb, Readout
 from wpjax.stats import mean_interval, resample
 
@@ -124,6 +125,11 @@ class Metric:
 PROMPTS_AT_ONCE = 16
 
 
+def over_prompts(metric: Metric, run: Callable[[Metric], Any], axis: int = 0) -> Any:
+    """Run something on a metric of a few prompts at a time; see `in_parts`."""
+    return in_parts(len(metric), PROMPTS_AT_ONCE, lambda rows: run(metric.take(jnp.asarray(rows))), axis)
+
+
 @functools.partial(jax.jit, static_argnames="cfg")
 def _scores(cfg: ModelConfig, params: Params, metric: Metric) -> Float[Array, " B"]:
     return metric(cfg, params)
@@ -137,14 +143,39 @@ def scores(cfg: ModelConfig, params: Params, metric: Metric) -> Float[np.ndarray
         params: may hold `Blend`s.
         metric: what is measured.
     """
-    n = len(metric)
-    if n <= PROMPTS_AT_ONCE:
-        return np.asarray(_scores(cfg, params, metric))
-    parts = []
-    for first in range(0, n, PROMPTS_AT_ONCE):
-        rows = np.minimum(np.arange(first, first + PROMPTS_AT_ONCE), n - 1)  # the last part is filled up
-        parts.append(np.asarray(_scores(cfg, params, metric.take(jnp.asarray(rows))))[: n - first])
-    return np.concatenate(parts)
+    return over_prompts(metric, lambda some: _scores(cfg, params, some))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _joint_scores(cfg: ModelConfig, params: Params, metrics: tuple[Metric, ...]) -> Float[Array, "B M"]:
+    ids, stop = jnp.asarray(metrics[0].tokens.ids), 1 + max(m.layer for m in metrics)
+    resid = forward(cfg, params, ids, stop=stop, logits=False, sites=(Site.RESID_POST,)).sites[Site.RESID_POST]
+    return jnp.stack([m.read(cfg, params, m.pick(resid[m.layer])) for m in metrics], axis=1)
+
+
+def joint_scores(cfg: ModelConfig, params: Params, metrics: Sequence[Metric]) -> Float[np.ndarray, "M B"]:
+    """F of each prompt by several metrics, from one forward pass over the longest tokens among them.
+
+    What a causal model does at a token does not depend on what follows, so a metric whose tokens begin another's can be
+    read there; one whose tokens do not, or that is given a state, has a pass of its own.
+    """
+    longest = max((m for m in metrics if m.held is None), key=lambda m: m.tokens.ids.shape[1], default=None)
+    found: dict[int, Float[np.ndarray, " B"]] = {}
+    if longest is not None:
+        joint = [i for i, m in enumerate(metrics) if m.held is None and _begins(m.tokens, longest.tokens)]
+        some = tuple(dataclasses.replace(metrics[i], tokens=longest.tokens) for i in joint)
+
+        def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "N M"]:
+            return _joint_scores(cfg, params, tuple(m.take(jnp.asarray(rows)) for m in some))
+
+        found = dict(zip(joint, in_parts(len(longest), PROMPTS_AT_ONCE, run).T, strict=True))
+    return np.stack([found[i] if i in found else scores(cfg, params, m) for i, m in enumerate(metrics)])
+
+
+def _begins(short: Tokens, long: Tokens) -> bool:
+    ids, n = np.asarray(short.ids), np.asarray(short.lengths)[:, None]
+    same = ids == np.asarray(long.ids)[:, : ids.shape[1]]
+    return bool((same | (np.arange(ids.shape[1]) >= n)).all() and (n <= np.asarray(long.lengths)[:, None]).all())
 
 
 def with_answers(tokens: Tokens, answers: Generation) -> Tokens:
@@ -222,11 +253,8 @@ def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers:
         answers: the expert's, if they are known already.
     """
     metric = response_metric(pair, batch, max_new_tokens, answers)
-    parts = []
-    for first in range(0, len(metric), PROMPTS_AT_ONCE):
-        rows = np.minimum(np.arange(first, first + PROMPTS_AT_ONCE), len(metric) - 1)
-        parts.append(_picked(pair.cfg, pair.expert, metric.take(jnp.asarray(rows)))[: len(metric) - first])
-    return dataclasses.replace(metric, readout=Divergence(jnp.concatenate(parts), pair.expert), name="kl")
+    resid = jnp.asarray(over_prompts(metric, lambda some: _picked(pair.cfg, pair.expert, some)))
+    return dataclasses.replace(metric, readout=Divergence(resid, pair.expert), name="kl")
 
 
 def decision_metric(
@@ -284,12 +312,11 @@ def _choices(cfg: ModelConfig, params: Params, ids: Array, at: Array) -> Int[Arr
 
 def _base_choices(pair: Pair, tokens: Tokens, at: np.ndarray, batch_size: int = 32) -> Int[np.ndarray, "B S"]:
     """The base's greedy choice after each position."""
-    parts = []
-    for first in range(0, len(at), batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), len(at) - 1)
-        got = _choices(pair.cfg, pair.base, jnp.asarray(tokens.ids[rows]), jnp.asarray(at[rows]))
-        parts.append(np.asarray(got)[: len(at) - first])
-    return np.concatenate(parts)
+
+    def run(rows: Int[np.ndarray, " N"]) -> Int[Array, "N S"]:
+        return _choices(pair.cfg, pair.base, jnp.asarray(tokens.ids[rows]), jnp.asarray(at[rows]))
+
+    return in_parts(len(at), batch_size, run)
 
 
 def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Int[np.ndarray, " B"], name: str, seed: int = 0) -> None:

@@ -28,7 +28,7 @@ from wpjax.behaviours import Behaviour, PromptBatch, loose, strict
 from wpjax.components import Component, n_parameters, parse_component
 from wpjax.curves import CHECKS, DIMS, DIRECTIONS, SCHEMA, Curves
 from wpjax.errors import WpjaxError
-from wpjax.metrics import ANSWER_METRICS, Metric, scores
+from wpjax.metrics import ANSWER_METRICS, Metric, joint_scores, scores
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
@@ -203,9 +203,11 @@ def validate(
     names = (*CHECKS, *metrics, *(() if anchor is None else ("on_policy",)))
 
     def measure(params: Params, answers: Generation) -> Float[np.ndarray, "M B"]:
-        read = [*metrics.values(), *(() if anchor is None else (on_policy(anchor, batch, answers),))]
         checked = [judge.passes(answers, check).astype(np.float64) for check in (strict, loose)]
-        return np.stack([*checked, *(scores(pair.cfg, params, m).astype(np.float64) for m in read)])
+        read = [joint_scores(pair.cfg, params, list(metrics.values()))]
+        if anchor is not None:
+            read.append(scores(pair.cfg, params, on_policy(anchor, batch, answers))[None])
+        return np.concatenate([checked, *read]).astype(np.float64)
 
     ends = np.stack([measure(pair.base, said), measure(pair.expert, own)])
     models = {"restore": (pair.base, pair.expert), "knockout": (pair.expert, pair.base)}

@@ -3,10 +3,13 @@
     python -m experiments.paper.replicate experiments/paper/tiny.json --work work/paper/tiny \
         --out experiments/paper/tiny.results.json
 
-For each task: the anchor with its causal tests; the sweep of heads, KV groups and neurons up to it (screen, then exact,
-with a random stratum) and the flow; the sweep of what executes the behaviour once the anchor's state is given;
-restoration and knock-out curves against their controls, judged by the checker. Finished steps are kept in the work
-folder and not repeated. The summary says of each of the paper's findings what was seen.
+For each task: the expert, if its folder is not there (fine-tuned on the base's own rewritten answers); the anchor with
+its causal tests; the sweep of heads, KV groups and neurons up to it (screen, then exact, with a random stratum) and the
+flow; the sweep of what executes the behaviour once the anchor's state is given; restoration and knock-out curves
+against their controls, judged by the checker. Finished steps are kept in the work folder, and finished tasks in the
+results, and are not repeated. The summary says of each of the paper's findings what was seen.
+
+A config names a base and an expert ("{task}" in its path stands for the task's name) and the tasks.
 """
 
 from __future__ import annotations
@@ -25,21 +28,38 @@ from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour, behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.curves import Curves
+from wpjax.files import atomic_output
 from wpjax.metrics import kl_metric
-from wpjax.pairs import Pair, load_pair
+from wpjax.models.checkpoint import save_checkpoint
+from wpjax.pairs import Pair, load_model, load_pair
 from wpjax.report import write_report
 from wpjax.report.curves import write_curves
 from wpjax.results import SweepResult
 from wpjax.sweeps import sweep
 from wpjax.tracing import hierarchy
+from wpjax.training import TrainConfig, finetune
 from wpjax.validation import validate
 
 FINE = ("head", "kv_group", "neuron")
 
 
-def run_task(pair: Pair, task: Behaviour, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def pair_of(config: dict[str, Any], task: Behaviour) -> Pair:
+    """Base and expert of a task; a local expert that is not there is trained first."""
+    expert = str(config["expert"]).format(task=task.name)
+    if "{task}" in str(config["expert"]) and not Path(expert).exists():
+        settings = TrainConfig()
+        with progress_bars() as progress:
+            trained = finetune(
+                load_model(config["base"]), task, settings, on_step=lambda i, _: progress("training", i, settings.steps)
+            )
+        save_checkpoint(Path(expert), trained)
+    return load_pair(config["base"], expert, config["dtype"])
+
+
+def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str, Any]:
     """All steps of one task, and what they show."""
     folder.mkdir(parents=True, exist_ok=True)
+    pair = pair_of(config, task)
     places = {name: folder / name for name in ("anchor.safetensors", "sweep.nc", "execution.nc", "curves.nc")}
     new_tokens, n_prompts = int(config["max_new_tokens"]), int(config["n_prompts"])
     with progress_bars() as progress:
@@ -87,6 +107,8 @@ def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResul
         for side in ("restore", "knockout")
     }
     return {
+        "device": jax.devices()[0].platform,
+        "date": datetime.date.today().isoformat(),
         "anchor_layer": anchor.layer,
         "acceptance": anchor.acceptance,
         "n_layers": n_layers,
@@ -158,19 +180,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
-    pair = load_pair(config["base"], config["expert"], config["dtype"])
-    tasks: dict[str, Any] = {}
+    report = {"config": config, "tasks": kept(args.out, config)}
     for name in config["tasks"]:
-        tasks[name] = run_task(pair, behaviour(name), config, args.work / name.replace(":", "-"))
-    report = {
-        "config": config,
-        "tasks": tasks,
-        "device": jax.devices()[0].platform,
-        "date": datetime.date.today().isoformat(),
-    }
+        if name in report["tasks"]:
+            continue
+        report["tasks"][name] = run_task(config, behaviour(name), args.work / name.replace(":", "-"))
+        if args.out:
+            with atomic_output(args.out, overwrite=True) as temporary:
+                temporary.write_text(json.dumps(report, indent=1) + "\n")
     print(markdown(report))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(calibrations(report))
+
+
+def kept(out: Path | None, config: dict[str, Any]) -> dict[str, Any]:
+    """Tasks that an earlier run finished with the same settings, more tasks or fewer."""
+    if out is None or not out.exists():
+        return {}
+    earlier = json.loads(out.read_text())
+    same = all(earlier["config"].get(key) == config[key] for key in config if key != "tasks")
+    return dict(earlier["tasks"]) if same else {}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Steer, block, decoder
+from wpjax.parts import in_parts
 
 
 class Generation(NamedTuple):
@@ -128,13 +129,12 @@ def generate_in_parts(
     batch_size: int = 32,
     steer: Steer | None = None,
 ) -> Generation:
-    """Greedy continuation of any number of prompts, a few at a time; the last part is filled up, so that one program
-    serves all. Arguments as `generate`; the result is on the host.
+    """Greedy continuation of any number of prompts, at most `batch_size` at once, the result on the host. Arguments as
+    `generate`.
     """
-    parts = []
-    for first in range(0, len(tokens), batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), len(tokens) - 1)
-        got = generate(
+
+    def run(rows: Int[np.ndarray, " N"]) -> Generation:
+        return generate(
             cfg,
             params,
             jnp.asarray(tokens[rows]),
@@ -143,5 +143,5 @@ def generate_in_parts(
             stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
             steer=steer,
         )
-        parts.append([np.asarray(a)[: len(tokens) - first] for a in got])
-    return Generation(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+    return in_parts(len(tokens), batch_size, run)

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.components import KINDS, MODEL_LAYER, Component, count, gates_of
-from wpjax.metrics import PROMPTS_AT_ONCE, Metric
+from wpjax.metrics import Metric, over_prompts
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, decoder
 from wpjax.models.layers import Block
@@ -165,7 +165,7 @@ def output_linearised(
     def run(part: Metric) -> dict[str, Array]:
         return _output_linearised(cfg, host, donor, part, kinds, weights, inputs)
 
-    by_kind = in_parts(metric, run, axis=2)
+    by_kind = over_prompts(metric, run, axis=2)
     return np.stack([by_kind[c.kind][max(c.layer, 0), c.index] for c in components])
 
 
@@ -191,7 +191,7 @@ def gate_slopes(
     if not isinstance(at, PatchMask):
         value = jnp.asarray(at, jnp.float32)
         at = jax.tree.map(lambda gate: gate + value, PatchMask.empty(cfg, jnp.float32))
-    return in_parts(metric, lambda part: _weight_gradient(cfg, host, donor, part, at), axis=0)
+    return over_prompts(metric, lambda part: _weight_gradient(cfg, host, donor, part, at), axis=0)
 
 
 def integrated_gradients(
@@ -233,15 +233,3 @@ def by_component(
         return np.sum(parts, axis=0)
 
     return np.stack([total(c) for c in components])
-
-
-def in_parts(metric: Metric, run: Callable[[Metric], dict[str, Array]], axis: int) -> dict[str, np.ndarray]:
-    """Run on a few prompts at a time (the last part filled up), and join the results along their prompt axis."""
-    n, size = len(metric), min(PROMPTS_AT_ONCE, len(metric))
-    parts: list[dict[str, np.ndarray]] = []
-    for first in range(0, n, size):
-        rows = np.minimum(np.arange(first, first + size), n - 1)
-        got = run(metric.take(jnp.asarray(rows)))
-        keep = np.arange(min(size, n - first))
-        parts.append({name: np.take(np.asarray(value), keep, axis=axis) for name, value in got.items()})
-    return {name: np.concatenate([p[name] for p in parts], axis=axis) for name in parts[0]}

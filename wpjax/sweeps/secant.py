@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from wpjax.components import Component
 from wpjax.errors import WpjaxError
-from wpjax.metrics import Metric
+from wpjax.metrics import Metric, over_prompts
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Held, Params
 from wpjax.models.layers import activation
@@ -34,7 +34,7 @@ from wpjax.models.leaves import Blend, project
 from wpjax.models.rotary import rotate
 from wpjax.patching import PatchMask, patch
 from wpjax.readouts import Along, LogOdds, LogProb
-from wpjax.sweeps.screens import by_component, in_parts
+from wpjax.sweeps.screens import by_component
 
 
 class Two(NamedTuple):
@@ -239,4 +239,4 @@ def secant_adjoint(
         components: whose shares are returned.
         metric: what is measured.
     """
-    return by_component(in_parts(metric, lambda part: _gate_scores(cfg, host, donor, part), axis=0), components)
+    return by_component(over_prompts(metric, lambda part: _gate_scores(cfg, host, donor, part), axis=0), components)
