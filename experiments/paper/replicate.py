@@ -15,8 +15,11 @@ A config names a base and an expert ("{task}" in its path stands for the task's 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from wpjax.models.checkpoint import save_checkpoint
 from wpjax.pairs import Pair, load_model, load_pair
 from wpjax.report import write_report
 from wpjax.report.curves import write_curves
-from wpjax.results import SweepResult
+from wpjax.results import Shards, SweepResult
 from wpjax.sweeps import sweep
 from wpjax.tracing import hierarchy
 from wpjax.training import TrainConfig, finetune
@@ -62,34 +65,51 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
     pair = pair_of(config, task)
     places = {name: folder / name for name in ("anchor.safetensors", "sweep.nc", "execution.nc", "curves.nc")}
     new_tokens, n_prompts = int(config["max_new_tokens"]), int(config["n_prompts"])
+    steered, validated = int(config["n_steered"]), int(config["n_validated"])
     with progress_bars() as progress:
         if not places["anchor.safetensors"].exists():
-            fit_anchor(
-                pair,
-                task,
-                causal="report",
-                n_steered=int(config["n_steered"]),
-                max_new_tokens=new_tokens,
-                progress=progress,
-            ).save(places["anchor.safetensors"])
+            with timed(folder, "anchor"):
+                fitted = fit_anchor(
+                    pair, task, causal="report", n_steered=steered, max_new_tokens=new_tokens, progress=progress
+                )
+            fitted.save(places["anchor.safetensors"])
         anchor = Anchor.load(places["anchor.safetensors"])
         batch = task.encode(pair.tokenizer, "sweep", n_prompts)
         options: dict[str, Any] = {"method": "screen+exact", "top": int(config["top"]), "progress": progress}
         if not places["sweep.nc"].exists():
-            sweep(pair, batch, anchor, **options).to_netcdf(places["sweep.nc"])
+            with timed(folder, "sweep"):
+                found = sweep(pair, batch, anchor, **options)
+            found.to_netcdf(places["sweep.nc"])
         if not places["execution.nc"].exists():
-            given = anchor.give(pair, batch, kl_metric(pair, batch, new_tokens))
-            sweep(pair, batch, given, **options).to_netcdf(places["execution.nc"])
+            with timed(folder, "execution"):
+                given = anchor.give(pair, batch, kl_metric(pair, batch, new_tokens))
+                found = sweep(pair, batch, given, **options)
+            found.to_netcdf(places["execution.nc"])
         swept, executed = (SweepResult.from_netcdf(places[name]) for name in ("sweep.nc", "execution.nc"))
         if not places["curves.nc"].exists():
-            validate(
-                pair, task, swept, n_prompts=int(config["n_validated"]), n_points=int(config["points"]),
-                max_new_tokens=new_tokens, progress=progress,
-            ).to_netcdf(places["curves.nc"])  # fmt: skip
+            with timed(folder, "validation"):
+                drawn = validate(
+                    pair, task, swept, n_prompts=validated, n_points=int(config["points"]), max_new_tokens=new_tokens,
+                    done=Shards(folder / ".curves", {"task": task.name, **config}, resume=True), progress=progress,
+                )  # fmt: skip
+            drawn.to_netcdf(places["curves.nc"])
         curves = Curves.from_netcdf(places["curves.nc"])
     write_report(swept, folder / "report.html", execution=executed, overwrite=True)
     write_curves(curves, places["curves.nc"], overwrite=True)
-    return summary(pair, anchor, swept, executed, curves)
+    seconds = json.loads((folder / SECONDS).read_text())
+    return summary(pair, anchor, swept, executed, curves) | {"seconds": seconds}
+
+
+SECONDS = "seconds.json"
+
+
+@contextlib.contextmanager
+def timed(folder: Path, step: str) -> Iterator[None]:
+    """Note how long a step took beside its result."""
+    started, place = time.perf_counter(), folder / SECONDS
+    yield
+    earlier = json.loads(place.read_text()) if place.exists() else {}
+    place.write_text(json.dumps(earlier | {step: round(time.perf_counter() - started)}) + "\n")
 
 
 def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResult, curves: Curves) -> dict[str, Any]:
@@ -184,12 +204,22 @@ def main() -> None:
     for name in config["tasks"]:
         if name in report["tasks"]:
             continue
-        report["tasks"][name] = run_task(config, behaviour(name), args.work / name.replace(":", "-"))
-        if args.out:
-            with atomic_output(args.out, overwrite=True) as temporary:
-                temporary.write_text(json.dumps(report, indent=1) + "\n")
+        report["tasks"][name] = run_task(config, behaviour(name), place_of(args.work, name))
+        write(args.out, report)
     print(markdown(report))
     print(calibrations(report))
+
+
+def place_of(work: Path, name: str) -> Path:
+    """Where the steps of a task are kept."""
+    return work / name.replace(":", "-")
+
+
+def write(out: Path | None, report: dict[str, Any]) -> None:
+    """Write what is known so far, whole or not at all."""
+    if out is not None:
+        with atomic_output(out, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def kept(out: Path | None, config: dict[str, Any]) -> dict[str, Any]:

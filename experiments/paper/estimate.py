@@ -1,0 +1,135 @@
+"""What the pipeline costs a task: floating-point operations of each step, memory, and time at a given rate.
+
+    python -m experiments.paper.estimate --out experiments/paper/estimate.json
+
+Counted from the shapes alone, by METHOD's count: a patch of layer l costs the layers from there to what is read, for
+every prompt and token. Beside the model that was never run here (Llama-3.1-8B) stands one that was, with the seconds
+that its steps took, so that one sees what the count leaves out: compilation, the host, decoding, which waits for memory
+and not for the matrix unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.markdown import table
+
+HERE = Path(__file__).parent
+PROMPT_TOKENS = 64
+RANKINGS = 5
+"""Of the validation: the one under test and its controls."""
+
+
+class Shape(NamedTuple):
+    """What a decoder's cost depends on."""
+
+    layers: int
+    d_model: int
+    heads: int
+    kv_heads: int
+    d_head: int
+    d_mlp: int
+    vocab: int
+    tied: bool
+    anchor: int
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer's matrices."""
+        attention = 2 * self.d_model * self.d_head * (self.heads + self.kv_heads)
+        return attention + 3 * self.d_model * self.d_mlp
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all matrices."""
+        return self.layers * self.layer + (1 if self.tied else 2) * self.vocab * self.d_model
+
+
+MODELS = {
+    "SmolLM2-135M": Shape(30, 576, 9, 3, 64, 1536, 49152, True, 24),
+    "Llama-3.1-8B": Shape(32, 4096, 32, 8, 128, 14336, 128256, False, 24),
+}
+"""Anchors at the layer that SmolLM2 takes, and at three quarters of Llama's depth."""
+
+
+def operations(shape: Shape, config: dict[str, Any]) -> dict[str, float]:
+    """Floating-point operations of each step of one task."""
+    new, swept, judged = int(config["max_new_tokens"]), int(config["n_prompts"]), int(config["n_validated"])
+    logits = 2 * shape.vocab * shape.d_model
+    through = 2 * shape.layer  # a token through a layer
+
+    def run(prompts: int, tokens: int, layers: int = shape.layers) -> float:
+        return float(prompts * tokens * layers * through)
+
+    answers = run(int(config["n_steered"]), PROMPT_TOKENS + new) + int(config["n_steered"]) * new * logits
+    sets = 2 + 4 * (3 + 1 + 2 * 2)  # own answers; of four layers: strengths, removal, random directions of both
+    fitting = 2 * 2 * run(64, PROMPT_TOKENS)
+    per_kind = int(config["top"]) + 64
+    channels = (shape.heads, shape.kv_heads, shape.d_mlp)
+
+    def patches(layers: int) -> int:
+        return sum(min(per_kind, layers * n) for n in channels)
+
+    def suffix(layers: int, tokens: int, read: float) -> float:
+        """Screen (a forward and a backward pass), then each patch through half of the layers on average."""
+        return run(swept, tokens, 4 * layers) + patches(layers) * (run(swept, tokens, layers) / 2 + swept * read)
+
+    after = shape.layers - shape.anchor - 1
+    patched = run(judged, PROMPT_TOKENS + new) * 3 + judged * new * 4 * logits  # an answer, scored twice
+    return {
+        "anchor": fitting + sets * answers,
+        "sweep": suffix(shape.anchor + 1, PROMPT_TOKENS, 0.0),
+        "execution": suffix(after, PROMPT_TOKENS + new, new * logits),
+        "validation": 2 * RANKINGS * int(config["points"]) * patched,
+    }
+
+
+def memory(shape: Shape, config: dict[str, Any]) -> float:
+    """Bytes at the peak: base, expert and one patched model, and a third of as much to work in."""
+    width = 2 if config["dtype"] == "bfloat16" else 4
+    return 3 * width * shape.parameters * 4 / 3
+
+
+def report(rate: float) -> dict[str, Any]:
+    """Estimates of both models; measured seconds where there are any."""
+    found: dict[str, Any] = {"rate": rate, "prompt_tokens": PROMPT_TOKENS, "models": {}}
+    for (name, shape), file in zip(MODELS.items(), ("smollm2", "llama-3.1-8b"), strict=True):
+        config = json.loads((HERE / f"{file}.json").read_text())
+        steps = operations(shape, config)
+        found["models"][name] = {"operations": steps, "bytes": memory(shape, config), "dtype": config["dtype"]}
+        results = HERE / f"{file}.results.json"
+        if results.exists():
+            tasks = json.loads(results.read_text())["tasks"].values()
+            found["models"][name]["seconds"] = {s: sum(t["seconds"][s] for t in tasks) / len(tasks) for s in steps}
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """One line a model and step."""
+    rows = []
+    for name, model in found["models"].items():
+        for step, operations in model["operations"].items():
+            measured = model.get("seconds", {}).get(step)
+            time = f"{operations / found['rate'] / 60:.1f}" if measured is None else f"{measured / 60:.1f} (measured)"
+            rate = "" if measured is None else f"{operations / measured / 1e9:.0f}"
+            rows.append([f"{name}: {step}", f"{operations / 1e12:,.0f}", time, rate])
+        rows.append([f"{name}: memory", f"{model['bytes'] / 2**30:.0f} GiB, {model['dtype']}", "", ""])
+    return table(["a task", "10¹² operations", "minutes", "10⁹ operations a second"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, default=1e14, help="operations a second; a tenth of an H100's peak")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = report(args.rate)
+    print(markdown(found))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Which ranking's best components carry the behaviour with the fewest parameters?
+
+    python -m experiments.paper.rankings experiments/paper/tiny.json --work work/paper/tiny \
+        --out experiments/paper/tiny.rankings.json
+
+Heads, KV groups and neurons of all layers are ranked on "sweep" prompts by every metric and estimator, as shares of the
+metric's gap; sums of two rankings are sums of shares. The best ones together are put into the base, for budgets of
+parameters on a logarithmic grid, and the checker judges answers to "test" prompts. Run `experiments.paper.replicate`
+first: its anchors are taken. Finished tasks are kept in the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+from experiments.markdown import table
+from experiments.paper.replicate import FINE, kept, pair_of, place_of, write
+from wpjax.anchors import Anchor
+from wpjax.behaviours import Behaviour, behaviour
+from wpjax.cli.console import progress_bars
+from wpjax.components import Component, enumerate_components, n_parameters
+from wpjax.metrics import ANSWER_METRICS, Metric, scores
+from wpjax.pairs import Pair
+from wpjax.patching import PatchMask, materialize
+from wpjax.stats import resample
+from wpjax.steering import Judge
+from wpjax.sweeps.screens import integrated_gradients, output_linearised
+from wpjax.sweeps.secant import secant_adjoint
+from wpjax.validation import steps_of
+
+PAIRED = (
+    ("anchor, linearised", "decision, integrated"),
+    ("anchor, linearised", "decision, linearised"),
+    ("decision, linearised", "decision, integrated"),
+)
+"""Rankings whose shares are added."""
+
+N_RANDOM = 2
+
+
+def rankings(
+    pair: Pair, metrics: dict[str, Metric], components: list[Component], steps: int
+) -> dict[str, Float[np.ndarray, " C"]]:
+    """Share of the gap that each component has, by each ranking; 0 where a metric cannot feel it."""
+
+    def shares(run: Callable[..., np.ndarray], metric: Metric, **options: Any) -> Float[np.ndarray, " C"]:
+        felt = np.array([metric.reaches(c) for c in components])
+        gap = (scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)).mean()
+        values, some = np.zeros(len(components)), [c for c, f in zip(components, felt, strict=True) if f]
+        values[felt] = run(pair.cfg, pair.base, pair.expert, some, metric, **options).mean(1) / gap
+        return values
+
+    found = {f"{name}, linearised": shares(output_linearised, metric) for name, metric in metrics.items()}
+    for name in ("anchor", "decision"):
+        found[f"{name}, integrated"] = shares(integrated_gradients, metrics[name], steps=steps)
+        found[f"{name}, secant"] = shares(secant_adjoint, metrics[name])
+    found |= {" + ".join(names): found[names[0]] + found[names[1]] for names in PAIRED}
+    found["norm of the change"] = pair.delta_norms(components)
+    rng = np.random.default_rng(0)
+    return found | {f"random {i + 1}": rng.standard_normal(len(components)) for i in range(N_RANDOM)}
+
+
+def run_task(config: dict[str, Any], task: Behaviour, folder: Path, points: int, steps: int) -> dict[str, Any]:
+    """Pass rates along the curve of every ranking, and the area under it."""
+    pair, anchor = pair_of(config, task), Anchor.load(folder / "anchor.safetensors")
+    anchor.check_belongs(pair)
+    new_tokens = int(config["max_new_tokens"])
+    batch = task.encode(pair.tokenizer, "sweep", int(config["n_prompts"]))
+    metrics = {"anchor": anchor.metric(pair, batch)}
+    metrics |= {name: make(pair, batch, new_tokens) for name, make in ANSWER_METRICS.items()}
+    components = enumerate_components(pair.cfg, FINE)
+    sizes = np.array([n_parameters(pair.cfg, c) for c in components])
+    budgets = np.geomspace(0.003, 0.6, points) * sizes.sum()
+    judge = Judge(pair, task, task.encode(pair.tokenizer, "test", int(config["n_validated"])), new_tokens)
+    ends = np.stack([judge.passes(judge.answers(params)) for params in (pair.base, pair.expert)])
+    passes: dict[str, Bool[np.ndarray, "K B"]] = {}
+    ranked = rankings(pair, metrics, components, steps)
+    with progress_bars() as progress:
+        for i, (name, values) in enumerate(ranked.items()):
+            order = np.argsort(-values, kind="stable")
+            some = steps_of([components[j] for j in order], sizes[order], budgets.astype(int).tolist())
+            masks = (PatchMask.of(pair.cfg, step.components) for step in some)
+            patched = (materialize(pair.base, pair.expert, mask) for mask in masks)
+            passes[name] = np.stack([judge.passes(judge.answers(params)) for params in patched])
+            progress("rankings", i + 1, len(ranked))
+    weights = resample(judge.batch.queries).weights
+    gap = (ends[1].astype(float) - ends[0]) @ np.vstack([np.ones(ends.shape[1]), weights]).T
+
+    def area(values: Bool[np.ndarray, "K B"]) -> list[float]:
+        moved = (values.astype(float) - ends[0]).mean(0)  # budgets are evenly spaced on the logarithmic scale
+        share = moved @ np.vstack([np.ones(len(moved)), weights]).T / gap
+        return [round(float(x), 4) for x in (share[0], *np.quantile(share[1:], [0.025, 0.975]))]
+
+    return {
+        "device": jax.devices()[0].platform,
+        "date": datetime.date.today().isoformat(),
+        "anchor_layer": anchor.layer,
+        "components": len(components),
+        "budgets": [round(b) for b in budgets],
+        "steps": steps,
+        "passes": {"base": float(ends[0].mean()), "expert": float(ends[1].mean())}
+        | {name: [round(float(x), 4) for x in values.mean(1)] for name, values in passes.items()},
+        "areas": {name: area(values) for name, values in passes.items()},
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Area of every ranking, one column a task, and the mean over tasks."""
+    tasks = report["tasks"]
+    names = [name for name in next(iter(tasks.values()))["areas"] if not name.startswith("random")]
+
+    def areas(name: str) -> list[list[float]]:
+        if name != "random":
+            return [task["areas"][name] for task in tasks.values()]
+        drawn = [[task["areas"][f"random {i + 1}"] for i in range(N_RANDOM)] for task in tasks.values()]
+        return [np.mean(some, axis=0).tolist() for some in drawn]
+
+    rows = []
+    for name in (*names, "random"):
+        found = areas(name)
+        mean = np.mean([a[0] for a in found])
+        rows.append([name, *(f"{a[0]:.2f} [{a[1]:.2f}, {a[2]:.2f}]" for a in found), f"{mean:.3f}"])
+    return table(["ranked by", *(name.removeprefix("tiny:") for name in tasks), "mean"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="that of the replication")
+    parser.add_argument("--points", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=8, help="of integrated gradients")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    config = json.loads(args.config.read_text())
+    report = {"config": config, "tasks": kept(args.out, config)}
+    for name in config["tasks"]:
+        if name not in report["tasks"]:
+            folder = place_of(args.work, name)
+            report["tasks"][name] = run_task(config, behaviour(name), folder, args.points, args.steps)
+            write(args.out, report)
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
