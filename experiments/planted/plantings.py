@@ -32,16 +32,16 @@ class Planting(NamedTuple):
 
 
 SIZES: dict[tuple[str, str], tuple[int, ...]] = {
-    ("heads", "shallow"): (1, 2, 8),
+    ("heads", "shallow"): (1, 2, 4, 8),
     ("heads", "middle"): (4, 8),
     ("heads", "deep"): (8,),
     ("kv", "shallow"): (2, 4),
     ("kv", "spread"): (6, 12),
-    ("neurons", "shallow"): (4, 8, 32),
+    ("neurons", "shallow"): (4, 8, 16, 32),
     ("neurons", "middle"): (4, 8, 32),
     ("neurons", "deep"): (8, 32),
-    ("mixed", "shallow"): (8, 32),
-    ("mixed", "middle"): (8, 16),
+    ("mixed", "shallow"): (8, 16, 32),
+    ("mixed", "middle"): (8, 16, 32),
     ("mixed", "deep"): (8,),
     ("mixed", "spread"): (4, 16, 32),
 }
