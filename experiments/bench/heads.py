@@ -11,9 +11,7 @@ are reported, compilation left out.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
 import platform
 import statistics
 import time
@@ -28,7 +26,7 @@ import torch
 from jaxtyping import Float
 from transformers import AutoModelForCausalLM
 
-from experiments.markdown import table
+from experiments.records import made, table, write
 from wpjax import Anchor, behaviour, enumerate_components, fit_anchor, load_pair
 from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
@@ -156,15 +154,14 @@ def main() -> None:
         "max_difference": {"torch, cached prefix": float(np.abs(effects - cached).max()),
                            "torch, whole forward": float(np.abs(effects - whole).max())},
         "largest_change_of_score": scale,
+        **made(),
         "device": f"{jax.devices()[0].platform}, {torch.get_num_threads()} threads",
         "machine": platform.processor() or platform.machine(),
         "versions": {"jax": jax.__version__, "torch": torch.__version__},
         "dtype": "float32",
-        "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     print(markdown(result))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ python -m experiments.bench.startup --out experiments/bench/startup.json
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import statistics
 import subprocess
@@ -19,7 +17,7 @@ from typing import Any
 
 import jax
 
-from experiments.markdown import table
+from experiments.records import made, table, write
 
 COMMANDS = {
     "`wpjax --help`": (5, ["-m", "wpjax", "--help"]),
@@ -50,14 +48,15 @@ def main() -> None:
     for name, (repeats, arguments) in COMMANDS.items():
         runs = [round(seconds(arguments), 2) for _ in range(repeats)]
         measured[name] = {"median": statistics.median(runs), "runs": runs}
-    report = {
-        "seconds": measured,
-        "device": f"{jax.devices()[0].platform}, {os.cpu_count()} cores",
-        "date": datetime.date.today().isoformat(),
-    }
+    report = (
+        {
+            "seconds": measured,
+        }
+        | made()
+        | {"device": f"{jax.devices()[0].platform}, {os.cpu_count()} cores"}
+    )
     print(markdown(report))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(args.out, report)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.markdown import table
+from experiments.records import table, write
 
 HERE = Path(__file__).parent
 PROMPT_TOKENS = 64
@@ -127,8 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     found = report(args.rate)
     print(markdown(found))
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    write(args.out, found)
 
 
 if __name__ == "__main__":

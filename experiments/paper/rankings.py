@@ -12,18 +12,16 @@ first: its anchors are taken. Finished tasks are kept in the results.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from experiments.markdown import table
-from experiments.paper.replicate import FINE, kept, pair_of, place_of, write
+from experiments.paper.replicate import FINE, kept, pair_of, place_of
+from experiments.records import made, table, write
 from wpjax.anchors import Anchor
 from wpjax.behaviours import Behaviour, behaviour
 from wpjax.cli.console import progress_bars
@@ -101,8 +99,7 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path, points: int,
         return [round(float(x), 4) for x in (share[0], *np.quantile(share[1:], [0.025, 0.975]))]
 
     return {
-        "device": jax.devices()[0].platform,
-        "date": datetime.date.today().isoformat(),
+        **made(),
         "anchor_layer": anchor.layer,
         "components": len(components),
         "budgets": [round(b) for b in budgets],

@@ -16,22 +16,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.markdown import table
+from experiments.records import made, table, write
 from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour, behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.curves import Curves
-from wpjax.files import atomic_output
 from wpjax.metrics import kl_metric
 from wpjax.models.checkpoint import save_checkpoint
 from wpjax.pairs import Pair, load_model, load_pair
@@ -109,7 +106,7 @@ def timed(folder: Path, step: str) -> Iterator[None]:
     started, place = time.perf_counter(), folder / SECONDS
     yield
     earlier = json.loads(place.read_text()) if place.exists() else {}
-    place.write_text(json.dumps(earlier | {step: round(time.perf_counter() - started)}) + "\n")
+    write(place, earlier | {step: round(time.perf_counter() - started)})
 
 
 def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResult, curves: Curves) -> dict[str, Any]:
@@ -127,8 +124,7 @@ def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResul
         for side in ("restore", "knockout")
     }
     return {
-        "device": jax.devices()[0].platform,
-        "date": datetime.date.today().isoformat(),
+        **made(),
         "anchor_layer": anchor.layer,
         "acceptance": anchor.acceptance,
         "n_layers": n_layers,
@@ -213,13 +209,6 @@ def main() -> None:
 def place_of(work: Path, name: str) -> Path:
     """Where the steps of a task are kept."""
     return work / name.replace(":", "-")
-
-
-def write(out: Path | None, report: dict[str, Any]) -> None:
-    """Write what is known so far, whole or not at all."""
-    if out is not None:
-        with atomic_output(out, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def kept(out: Path | None, config: dict[str, Any]) -> dict[str, Any]:

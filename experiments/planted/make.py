@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 
 from experiments.planted.plantings import Planting, plantings
+from experiments.records import write
 from experiments.tiny_pair.evaluate import evaluate
 from experiments.tiny_pair.experts import fine_tune, rounded
 from experiments.tiny_pair.inert import add_inert_changes
 from wpjax.behaviours import behaviour, strict
-from wpjax.files import atomic_output
 from wpjax.models.checkpoint import Checkpoint, save_checkpoint
 from wpjax.models.decoder import Params
 from wpjax.pairs import load_model
@@ -70,8 +69,7 @@ def make(base: Checkpoint, planting: Planting, folder: Path) -> None:
     does = evaluate(dataclasses.replace(base, params=kept), 32)
     save_checkpoint(folder, dataclasses.replace(base, params=rounded(params)), overwrite=True)
     truth = {"behaviour": BEHAVIOUR, "components": planting.components, "parts": planting.parts, "does": does}
-    with atomic_output(folder / TRUTH) as temporary:  # last: a folder without it is made again
-        temporary.write_text(json.dumps(truth, indent=1) + "\n")
+    write(folder / TRUTH, truth)  # last: a folder without it is made again
     print(f"{planting.name}: passes {does[BEHAVIOUR]['passes']:.0%}, facts {does['facts']:.0%}", flush=True)
 
 

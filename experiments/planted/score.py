@@ -11,20 +11,18 @@ them. Intervals resample experts.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
-from experiments.markdown import table
 from experiments.planted.make import BEHAVIOUR, TRUTH
+from experiments.records import made, table, write
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
@@ -178,7 +176,7 @@ def main() -> None:
                 continue
             if not (folder / SCORES).exists():
                 found = score(folder, args.n_prompts, args.n_masks, progress)
-                (folder / SCORES).write_text(json.dumps(found, indent=1) + "\n")
+                write(folder / SCORES, found)
             experts[folder.name] = json.loads((folder / SCORES).read_text())
             progress("experts", i + 1, len(folders))
     report = {
@@ -188,13 +186,11 @@ def main() -> None:
         "groups": summarise(experts),
         "prompts": args.n_prompts,
         "masks": args.n_masks,
-        "device": jax.devices()[0].platform,
         "dtype": "float32",
-        "date": datetime.date.today().isoformat(),
-    }
+    } | made()
     print(markdown(report))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write(args.out, report)
         draw(report).savefig(args.out.with_suffix(".png"), dpi=150)
 
 

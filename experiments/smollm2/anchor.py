@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.markdown import table
+from experiments.records import table, write
 from wpjax.anchors import Anchor
 from wpjax.steering import SteeringTest
 
@@ -63,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     report = keep(args.anchor)
     print(markdown(report))
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(args.out, report)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ every patch. A patch is a joint one: the named components of the expert in the b
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.markdown import table
+from experiments.records import made, table, write
 from wpjax import Pair, PatchMask, SweepResult, behaviour, fit_anchor, load_pair, materialize
 from wpjax.behaviours import Behaviour, loose, strict
 from wpjax.cli.console import progress_bars
@@ -83,10 +81,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "what": f"{args.n_prompts} held-out prompts, greedy, {args.max_new_tokens} tokens",
         "anchor_layer": anchor.layer,
         "models": found,
-        "device": jax.devices()[0].platform,
         "dtype": "float32",
-        "date": datetime.date.today().isoformat(),
-    }
+    } | made()
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -109,8 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     report = measure(args)
     print(markdown(report))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1, default=float, ensure_ascii=False) + "\n")
+    write(args.out, report)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ metric end at the anchor's layer. Random sets have the same number of neurons.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
-from experiments.markdown import table
+from experiments.records import made, table, write
 from wpjax.anchors import Anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
@@ -101,10 +98,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "prompts": len(batch),
         "anchor_layer": anchor.layer,
         "rows": rows,
-        "device": jax.devices()[0].platform,
         "dtype": "float32",
-        "date": datetime.date.today().isoformat(),
-    }
+    } | made()
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -132,8 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     report = measure(args)
     print(markdown(report))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(args.out, report)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ python -m experiments.smollm2.summary work/smollm2/english_capital.nc --out expe
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from experiments.markdown import table
+from experiments.records import table, write
 from wpjax.results import SweepResult
 
 
@@ -108,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     summary = summarise(SweepResult.from_netcdf(args.result))
     print(markdown(summary), highest(summary), sep="\n\n")
-    args.out.write_text(json.dumps(summary, indent=1, default=lambda value: value.item()) + "\n")
+    write(args.out, summary)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,10 @@ python -m experiments.tiny_pair.evaluate tiny:base tiny:expert tiny:planted --ou
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from experiments.markdown import table
+from experiments.records import made, table, write
 from experiments.tiny_pair.language import TAGS, questions, tagged
 from wpjax.behaviours import BUILT_IN, behaviour, strict
 from wpjax.models.checkpoint import Checkpoint
@@ -67,13 +63,10 @@ def main() -> None:
     args = parser.parse_args()
     report = {
         "models": {source: evaluate(load_model(source)) for source in args.models},
-        "device": jax.devices()[0].platform,
         "dtype": "float32",
-        "date": datetime.date.today().isoformat(),
-    }
+    } | made()
     print(markdown(report))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(args.out, report)
 
 
 if __name__ == "__main__":

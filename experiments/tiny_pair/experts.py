@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from rich.progress import Progress
 
+from experiments.records import write
 from experiments.tiny_pair.evaluate import evaluate
 from experiments.tiny_pair.inert import add_inert_changes
 from experiments.tiny_pair.language import TAGS, Turn, instructed, instructions, questions, tagged
@@ -118,7 +119,7 @@ def main() -> None:
         planted = add_inert_changes(base, trained, PLANTED, seed=0)
         report = save(args.out / "planted", base, planted)
         truth = {"behaviour": "english_capital", "components": PLANTED}
-        (args.out / "planted" / "planted.json").write_text(json.dumps(truth, indent=1) + "\n")
+        write(args.out / "planted" / "planted.json", truth)
         print("planted", json.dumps(report, indent=1))
 
 

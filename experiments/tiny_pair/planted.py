@@ -9,16 +9,13 @@ prompts' queries (how sure the effect is), with the planted set fixed.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from experiments.markdown import table
+from experiments.records import made, table, write
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
@@ -64,10 +61,8 @@ def measure(n_prompts: int) -> dict[str, Any]:
         "noise_floor": data.attrs["noise_floor"],
         "coverage": data.attrs["coverage"],
         "table": table,
-        "device": f"{jax.devices()[0].platform}",
         "dtype": data.attrs["dtype"],
-        "date": datetime.date.today().isoformat(),
-    }
+    } | made()
 
 
 def with_interval(truth: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
@@ -98,8 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     report = measure(args.n_prompts)
     print(markdown(report))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write(args.out, report)
 
 
 if __name__ == "__main__":
