@@ -18,6 +18,7 @@ TABLES = [
     ("smollm2", "rankings", "markdown", "rankings.json"),
     ("paper", "replicate", "markdown", "tiny.results.json"),
     ("paper", "replicate", "calibrations", "tiny.results.json"),
+    ("paper", "positions", "markdown", "tiny.positions.json"),
     ("bench", "heads", "markdown", "heads.json"),
     ("bench", "startup", "markdown", "startup.json"),
 ]

@@ -48,13 +48,7 @@ def main() -> None:
     for name, (repeats, arguments) in COMMANDS.items():
         runs = [round(seconds(arguments), 2) for _ in range(repeats)]
         measured[name] = {"median": statistics.median(runs), "runs": runs}
-    report = (
-        {
-            "seconds": measured,
-        }
-        | made()
-        | {"device": f"{jax.devices()[0].platform}, {os.cpu_count()} cores"}
-    )
+    report = {"seconds": measured, **made(), "device": f"{jax.devices()[0].platform}, {os.cpu_count()} cores"}
     print(markdown(report))
     write(args.out, report)
 
