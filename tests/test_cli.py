@@ -104,6 +104,8 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     assert_refused(wpjax(*early), "L5.head.0: not after layer 5", tmp_path, left)
     alone = ["sweep", *PAIR, "--given-anchor", "a.safetensors", "--out", "f.nc"]
     assert_refused(wpjax(*alone), "--given-anchor needs --metric", tmp_path, left)
+    known = ["sweep", *PAIR, "--anchor", "a.safetensors", "--response-tokens", "4", "--out", "f.nc"]
+    assert_refused(wpjax(*known), "--response-tokens is for an anchor that is fitted here", tmp_path, left)
 
 
 def test_an_anchor_that_fails_its_causal_tests(wpjax, tmp_path):
