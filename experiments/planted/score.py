@@ -126,16 +126,23 @@ def _interval(values: np.ndarray, draws: np.ndarray) -> list[float]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Mean AUROC of every ranking, one column a group of experts."""
+    """Mean AUROC of every ranking, one column a group of experts; of all and of redundant ones the precision too."""
     groups = report["groups"]
-    columns = ["ranking", *(f"{name} ({g['experts']})" for name, g in groups.items())]
+    columns = [(name, "auroc") for name in groups]
+    for name in ("all, not redundant", "redundant"):
+        if name in groups:
+            columns.insert(columns.index((name, "auroc")) + 1, (name, "precision"))
+    titles = [
+        f"{name} ({groups[name]['experts']})" if figure == "auroc" else f"{name}: precision" for name, figure in columns
+    ]
 
     def cell(found: Sequence[float]) -> str:
         return f"{found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]"
 
-    return table(
-        columns, [[label, *(cell(g[name]["auroc"]) for g in groups.values())] for name, label in RANKINGS.items()]
-    )
+    rows = [
+        [label, *(cell(groups[group][name][figure]) for group, figure in columns)] for name, label in RANKINGS.items()
+    ]
+    return table(["ranking", *titles], rows)
 
 
 def draw(report: dict[str, Any]) -> Figure:
