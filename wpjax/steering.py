@@ -3,8 +3,8 @@
     into the base       h += (z - <h, u>) u,   z = z_B + s (z_E - z_B)         s: strength, 1 for the expert's own state
     out of the expert   h += (z_B - <h, u>) u
 
-z_B and z_E are the means of <h, u> in base and expert over the prompts with the instruction, where the anchor is read. The
-stream is held there, after one layer, at the last prompt token and at every new one, and the answers are judged by
+z_B and z_E are the means of <h, u> in base and expert over the prompts with the instruction, where the anchor is read.
+The stream is held there, after one layer, at the last prompt token and at every new one, and the answers are judged by
 the checker (arXiv 2410.12877 for steering; the removal and the tests are ours). The control is a random direction
 along which the stream is moved as far. Steered answers whose perplexity under the base is far above that of the
 expert's own are degenerate, whatever the checker says of them.
