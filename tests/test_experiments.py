@@ -19,6 +19,7 @@ TABLES = [
     ("paper", "replicate", "markdown", "tiny.results.json"),
     ("paper", "replicate", "calibrations", "tiny.results.json"),
     ("paper", "positions", "markdown", "tiny.positions.json"),
+    ("paper", "estimate", "markdown", "estimate.json"),
     ("bench", "heads", "markdown", "heads.json"),
     ("bench", "startup", "markdown", "startup.json"),
 ]

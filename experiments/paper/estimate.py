@@ -54,6 +54,8 @@ MODELS = {
 }
 """Anchors at the layer that SmolLM2 takes, and at three quarters of Llama's depth."""
 
+UNRUN = "Llama-3.1-8B"
+
 
 def operations(shape: Shape, config: dict[str, Any]) -> dict[str, float]:
     """Floating-point operations of each step of one task."""
@@ -94,16 +96,24 @@ def memory(shape: Shape, config: dict[str, Any]) -> float:
 
 
 def report(rate: float) -> dict[str, Any]:
-    """Estimates of both models; measured seconds where there are any."""
+    """Models that were run with the seconds a task took, others with what it would take at the rate."""
     found: dict[str, Any] = {"rate": rate, "prompt_tokens": PROMPT_TOKENS, "models": {}}
     for (name, shape), file in zip(MODELS.items(), ("smollm2", "llama-3.1-8b"), strict=True):
-        config = json.loads((HERE / f"{file}.json").read_text())
+        config, results = json.loads((HERE / f"{file}.json").read_text()), HERE / f"{file}.results.json"
         steps = operations(shape, config)
-        found["models"][name] = {"operations": steps, "bytes": memory(shape, config), "dtype": config["dtype"]}
-        results = HERE / f"{file}.results.json"
+        seconds = {step: n / rate for step, n in steps.items()}
         if results.exists():
             tasks = json.loads(results.read_text())["tasks"].values()
-            found["models"][name]["seconds"] = {s: sum(t["seconds"][s] for t in tasks) / len(tasks) for s in steps}
+            seconds = {step: sum(t["seconds"][step] for t in tasks) / len(tasks) for step in steps}
+        elif name != UNRUN:
+            continue
+        found["models"][name] = {
+            "operations": steps,
+            "seconds": seconds,
+            "measured": results.exists(),
+            "bytes": memory(shape, config),
+            "dtype": config["dtype"],
+        }
     return found
 
 
@@ -112,12 +122,11 @@ def markdown(found: dict[str, Any]) -> str:
     rows = []
     for name, model in found["models"].items():
         for step, operations in model["operations"].items():
-            measured = model.get("seconds", {}).get(step)
-            time = f"{operations / found['rate'] / 60:.1f}" if measured is None else f"{measured / 60:.1f} (measured)"
-            rate = "" if measured is None else f"{operations / measured / 1e9:.0f}"
-            rows.append([f"{name}: {step}", f"{operations / 1e12:,.0f}", time, rate])
+            seconds = model["seconds"][step]
+            rate = f"{operations / seconds / 1e9:,.0f}" + ("" if model["measured"] else " (assumed)")
+            rows.append([f"{name}: {step}", f"{operations / 1e12:,.0f}", f"{seconds / 60:.1f}", rate])
         rows.append([f"{name}: memory", f"{model['bytes'] / 2**30:.0f} GiB, {model['dtype']}", "", ""])
-    return table(["a task", "10¹² operations", "minutes", "10⁹ operations a second"], rows)
+    return table(["one task", "10¹² operations", "minutes", "10⁹ operations a second"], rows)
 
 
 def main() -> None:
