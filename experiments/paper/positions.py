@@ -9,14 +9,13 @@ without it, against random directions, by the checker.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from experiments.paper.replicate import kept, pair_of
-from experiments.records import made, table, write
+from experiments.paper.tasks import over_tasks, pair_of
+from experiments.records import made, table
 from wpjax.anchors import fit_anchor
-from wpjax.behaviours import Behaviour, behaviour
+from wpjax.behaviours import Behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.errors import AnchorRejected
 
@@ -68,12 +67,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    config = json.loads(args.config.read_text())
-    report = {"config": config, "tasks": kept(args.out, config)}
-    for name in config["tasks"]:
-        if name not in report["tasks"]:
-            report["tasks"][name] = run_task(config, behaviour(name))
-            write(args.out, report)
+    report = over_tasks(args.config, args.out, run_task)
     print(markdown(report))
 
 

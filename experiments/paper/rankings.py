@@ -12,7 +12,6 @@ first: its anchors are taken. Finished tasks are kept in the results.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from experiments.paper.replicate import FINE, kept, pair_of, place_of
-from experiments.records import made, table, write
+from experiments.paper.replicate import FINE
+from experiments.paper.tasks import over_tasks, pair_of, place_of
+from experiments.records import made, table
 from wpjax.anchors import Anchor
-from wpjax.behaviours import Behaviour, behaviour
+from wpjax.behaviours import Behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.metrics import ANSWER_METRICS, Metric, scores
@@ -137,13 +137,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of integrated gradients")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    config = json.loads(args.config.read_text())
-    report = {"config": config, "tasks": kept(args.out, config)}
-    for name in config["tasks"]:
-        if name not in report["tasks"]:
-            folder = place_of(args.work, name)
-            report["tasks"][name] = run_task(config, behaviour(name), folder, args.points, args.steps)
-            write(args.out, report)
+
+    def run(config: dict[str, Any], task: Behaviour) -> dict[str, Any]:
+        return run_task(config, task, place_of(args.work, task), args.points, args.steps)
+
+    report = over_tasks(args.config, args.out, run)
     print(markdown(report))
 
 

@@ -24,36 +24,22 @@ from typing import Any
 
 import numpy as np
 
+from experiments.paper.tasks import over_tasks, pair_of, place_of
 from experiments.records import made, table, write
 from wpjax.anchors import Anchor, fit_anchor
-from wpjax.behaviours import Behaviour, behaviour
+from wpjax.behaviours import Behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.curves import Curves
 from wpjax.metrics import kl_metric
-from wpjax.models.checkpoint import save_checkpoint
-from wpjax.pairs import Pair, load_model, load_pair
+from wpjax.pairs import Pair
 from wpjax.report import write_report
 from wpjax.report.curves import write_curves
 from wpjax.results import Shards, SweepResult
 from wpjax.sweeps import sweep
 from wpjax.tracing import hierarchy
-from wpjax.training import TrainConfig, finetune
 from wpjax.validation import validate
 
 FINE = ("head", "kv_group", "neuron")
-
-
-def pair_of(config: dict[str, Any], task: Behaviour) -> Pair:
-    """Base and expert of a task; a local expert that is not there is trained first."""
-    expert = str(config["expert"]).format(task=task.name)
-    if "{task}" in str(config["expert"]) and not Path(expert).exists():
-        settings = TrainConfig()
-        with progress_bars() as progress:
-            trained = finetune(
-                load_model(config["base"]), task, settings, on_step=lambda i, _: progress("training", i, settings.steps)
-            )
-        save_checkpoint(Path(expert), trained)
-    return load_pair(config["base"], expert, config["dtype"])
 
 
 def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str, Any]:
@@ -195,29 +181,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where steps are kept")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    config = json.loads(args.config.read_text())
-    report = {"config": config, "tasks": kept(args.out, config)}
-    for name in config["tasks"]:
-        if name in report["tasks"]:
-            continue
-        report["tasks"][name] = run_task(config, behaviour(name), place_of(args.work, name))
-        write(args.out, report)
+    report = over_tasks(args.config, args.out, lambda config, task: run_task(config, task, place_of(args.work, task)))
     print(markdown(report))
     print(calibrations(report))
-
-
-def place_of(work: Path, name: str) -> Path:
-    """Where the steps of a task are kept."""
-    return work / name.replace(":", "-")
-
-
-def kept(out: Path | None, config: dict[str, Any]) -> dict[str, Any]:
-    """Tasks that an earlier run finished with the same settings, more tasks or fewer."""
-    if out is None or not out.exists():
-        return {}
-    earlier = json.loads(out.read_text())
-    same = all(earlier["config"].get(key) == config[key] for key in config if key != "tasks")
-    return dict(earlier["tasks"]) if same else {}
 
 
 if __name__ == "__main__":
