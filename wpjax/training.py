@@ -12,7 +12,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,10 @@ def loss_fn(cfg: ModelConfig, params: Params, ids: Int[Array, "B T"], weights: F
     return (losses * weights[:, 1:]).sum() / jnp.maximum(weights[:, 1:].sum(), 1.0)
 
 
+Objective: TypeAlias = Callable[[ModelConfig, Params, Int[Array, "B T"], Float[Array, "B T"]], Float[Array, ""]]
+"""A loss of a configuration, parameters, token ids and the weight of predicting each."""
+
+
 def confine(mask: Params | None) -> optax.GradientTransformation:
     """Multiply updates by a tree of ones and zeros, so that only chosen slices ever move."""
     if mask is None:
@@ -124,6 +128,7 @@ def train(
     config: TrainConfig,
     *,
     mask: Params | None = None,
+    objective: Objective = loss_fn,
     checkpoints: Path | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Params:
@@ -135,6 +140,7 @@ def train(
         data: what to learn.
         config: how.
         mask: see `confine`.
+        objective: what is made small, in place of `loss_fn`; a checkpoint does not know it.
         checkpoints: folder for orbax checkpoints; training resumes from the newest one in it, if it is of this
             training: same start, data, mask and configuration.
         on_step: called after each step with its number (from 1) and loss in nats.
@@ -159,7 +165,7 @@ def train(
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     @jax.numpy_dtype_promotion("standard")  # optax's schedules rely on it
     def step(params: Params, state: Any, ids: Array, weights: Array) -> tuple[Params, Any, Array]:
-        loss, gradients = jax.value_and_grad(functools.partial(loss_fn, cfg))(params, ids, weights)
+        loss, gradients = jax.value_and_grad(functools.partial(objective, cfg))(params, ids, weights)
         updates, state = optimiser.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 

@@ -4,7 +4,8 @@
 
 Each is the base fine-tuned to answer in capitals when told to, with gradients confined to its planted components. The
 change is then shrunk as far as the behaviour stays, and every other head, KV group and neuron gets an inert change of a
-planted component's norm. Of a redundant planting each part is trained alone; both changes together are planted.
+planted component's norm. Of a redundant planting each part learns to carry the behaviour alone, the second also to
+leave it whole beside the first; both changes together are planted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+from jaxtyping import Array
 
 from experiments.planted.plantings import Planting, plantings
 from experiments.records import write
@@ -22,9 +24,10 @@ from experiments.tiny_pair.experts import fine_tune, rounded
 from experiments.tiny_pair.inert import add_inert_changes
 from wpjax.behaviours import behaviour, strict
 from wpjax.models.checkpoint import Checkpoint, save_checkpoint
+from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.pairs import load_model
-from wpjax.training import TrainConfig, answer
+from wpjax.training import Objective, TrainConfig, answer, loss_fn
 
 CONFIG = TrainConfig(steps=200, lr=2e-3, batch_size=32, seed=2)
 BEHAVIOUR = "english_capital"
@@ -53,22 +56,37 @@ def shrunk(base: Checkpoint, learnt: Params) -> Params:
     return next((params for params in tries if pass_rate(base, params) >= enough), learnt)
 
 
-def trained(base: Checkpoint, planting: Planting) -> Params:
-    """The base with the sum of what each part learnt alone."""
-    total = base.params
+def trained(base: Checkpoint, planting: Planting) -> tuple[Params, list[float]]:
+    """The base with what each part learnt: to carry the behaviour alone, and to leave it whole beside earlier parts;
+    and how often it passes with each part alone."""
+    total, alone = base.params, []
     for part in planting.parts:
-        learnt = shrunk(base, fine_tune(base, [BEHAVIOUR], CONFIG, part))
+        objective = loss_fn if total is base.params else beside(base.params, total)
+        learnt = shrunk(base, fine_tune(base, [BEHAVIOUR], CONFIG, part, objective))
         total = jax.tree.map(lambda sum_, new, old: sum_ + (new - old), total, learnt, base.params)
-    return total
+        alone.append(pass_rate(base, learnt))
+    return total, alone
+
+
+def beside(base: Params, other: Params) -> Objective:
+    """The mean loss of parameters alone, and of them with another's change of the base."""
+
+    def objective(cfg: ModelConfig, params: Params, ids: Array, weights: Array) -> Array:
+        both = jax.tree.map(lambda p, o, b: p + (o - b), params, other, base)
+        return 0.5 * (loss_fn(cfg, params, ids, weights) + loss_fn(cfg, both, ids, weights))
+
+    return objective
 
 
 def make(base: Checkpoint, planting: Planting, folder: Path) -> None:
     """Train, hide and save one expert, with its truth and what it does."""
-    params = add_inert_changes(base, trained(base, planting), planting.components, seed=0, largest=LARGEST)
+    learnt, alone = trained(base, planting)
+    params = add_inert_changes(base, learnt, planting.components, seed=0, largest=LARGEST)
     kept = jax.tree.map(lambda a: a.astype("float32"), rounded(params))
     does = evaluate(dataclasses.replace(base, params=kept), 32)
     save_checkpoint(folder, dataclasses.replace(base, params=rounded(params)), overwrite=True)
-    truth = {"behaviour": BEHAVIOUR, "components": planting.components, "parts": planting.parts, "does": does}
+    truth = {"behaviour": BEHAVIOUR, "components": planting.components, "parts": planting.parts, "alone": alone}
+    truth["does"] = does
     write(folder / TRUTH, truth)  # last: a folder without it is made again
     print(f"{planting.name}: passes {does[BEHAVIOUR]['passes']:.0%}, facts {does['facts']:.0%}", flush=True)
 

@@ -33,7 +33,7 @@ from wpjax.behaviours import behaviour, render
 from wpjax.models.checkpoint import Checkpoint, save_checkpoint
 from wpjax.models.decoder import Params
 from wpjax.pairs import load_model
-from wpjax.training import Example, TrainConfig, component_mask, encode_examples, train
+from wpjax.training import Example, Objective, TrainConfig, component_mask, encode_examples, loss_fn, train
 
 EXPERT = TrainConfig(steps=300, lr=3e-4, batch_size=48, seed=1)
 PLANTED_TRAIN = TrainConfig(steps=400, lr=1e-3, batch_size=48, seed=2)
@@ -73,7 +73,11 @@ def lessons(behaviours: Sequence[str], seed: int, n: int) -> Iterator[Turn]:
 
 
 def fine_tune(
-    base: Checkpoint, behaviours: Sequence[str], config: TrainConfig, components: Sequence[str] | None = None
+    base: Checkpoint,
+    behaviours: Sequence[str],
+    config: TrainConfig,
+    components: Sequence[str] | None = None,
+    objective: Objective = loss_fn,
 ) -> Params:
     """Train a copy of the base to obey some behaviours' instructions."""
     turns = list(lessons(behaviours, config.seed, 12_000))
@@ -88,7 +92,7 @@ def fine_tune(
             if step % 100 == 0:
                 progress.console.print(f"step {step}: loss {loss:.4f}")
 
-        return train(base.cfg, base.params, data, config, mask=mask, on_step=show)
+        return train(base.cfg, base.params, data, config, mask=mask, objective=objective, on_step=show)
 
 
 def rounded(params: Params) -> Params:
