@@ -85,8 +85,13 @@ def make(base: Checkpoint, planting: Planting, folder: Path) -> None:
     kept = jax.tree.map(lambda a: a.astype("float32"), rounded(params))
     does = evaluate(dataclasses.replace(base, params=kept), 32)
     save_checkpoint(folder, dataclasses.replace(base, params=rounded(params)), overwrite=True)
-    truth = {"behaviour": BEHAVIOUR, "components": planting.components, "parts": planting.parts, "alone": alone}
-    truth["does"] = does
+    truth = {
+        "behaviour": BEHAVIOUR,
+        "components": planting.components,
+        "parts": planting.parts,
+        "alone": alone,
+        "does": does,
+    }
     write(folder / TRUTH, truth)  # last: a folder without it is made again
     print(f"{planting.name}: passes {does[BEHAVIOUR]['passes']:.0%}, facts {does['facts']:.0%}", flush=True)
 
