@@ -11,6 +11,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 TABLES = [
     ("tiny_pair", "evaluate", "markdown", "evaluation.json"),
     ("tiny_pair", "planted", "markdown", "planted.json"),
+    ("planted", "score", "markdown", "results.json"),
     ("smollm2", "anchor", "markdown", "anchor.json"),
     ("smollm2", "summary", "markdown", "english_capital.json"),
     ("smollm2", "summary", "highest", "english_capital.json"),

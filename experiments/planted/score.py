@@ -27,7 +27,9 @@ from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.components import parse_component
+from wpjax.metrics import scores
 from wpjax.pairs import load_pair
+from wpjax.patching import PatchMask, patch
 from wpjax.report.figures import COLOURS, GREY, STYLE
 from wpjax.sweeps import sweep
 from wpjax.sweeps.screens import integrated_gradients, weight_gradient
@@ -60,7 +62,9 @@ def score(folder: Path, n_prompts: int, n_masks: int, progress: Callable[[str, i
     whole = sweep(pair, batch, anchor, method="factorial", top=10**6, stratum=0, progress=progress).dataset
     sets = sweep(pair, batch, anchor, method="masks", n_masks=n_masks, progress=progress).dataset
     components = [parse_component(pair.cfg, str(name)) for name in whole["name"].values]
-    args = (pair.cfg, pair.base, pair.expert, components, anchor.on(batch))
+    metric = anchor.on(batch)
+    args = (pair.cfg, pair.base, pair.expert, components, metric)
+    masks = [PatchMask.empty(pair.cfg), *(PatchMask.of(pair.cfg, part) for part in truth["parts"])]
     values: dict[str, np.ndarray] = {
         name: whole[name].values for name in ("effect", "screen", "knockout", "activation", "attribution", "relay")
     }
@@ -72,6 +76,7 @@ def score(folder: Path, n_prompts: int, n_masks: int, progress: Callable[[str, i
         "delta_norm": whole["delta_norm"].values,
         "random": np.random.default_rng(0).random(len(components)),
     }
+    shares = [scores(pair.cfg, patch(pair.base, pair.expert, mask), metric).mean() for mask in masks]
     planted = np.isin(whole["name"].values.astype(str), truth["components"])
     found = {name: _found(planted, np.abs(v)) for name, v in values.items()}
     return {
@@ -79,6 +84,7 @@ def score(folder: Path, n_prompts: int, n_masks: int, progress: Callable[[str, i
         "components": len(components),
         "planted": int(planted.sum()),
         "coverage": float(whole.attrs["coverage"]),
+        "parts": [float((share - shares[0]) / whole["gap"].values.mean()) for share in shares[1:]],
         "rankings": found,
     }
 
@@ -154,14 +160,17 @@ def draw(report: dict[str, Any]) -> Figure:
         for i, name in enumerate(RANKINGS):
             for redundant, colour in ((False, COLOURS["head"]), (True, COLOURS["neuron"])):
                 values = [e["rankings"][name]["auroc"] for n, e in experts.items() if ("redundant" in n) == redundant]
-                axes.plot(values, np.full(len(values), i) + 0.16 * redundant, ".", color=colour, alpha=0.5, ms=6, mew=0)
+                label = ("redundant planting" if redundant else "planted expert") if i == 0 else None
+                y = np.full(len(values), i) + 0.16 * redundant
+                axes.plot(values, y, ".", color=colour, alpha=0.5, ms=6, mew=0, label=label)
             mean = report["groups"]["all, not redundant"][name]["auroc"]
-            axes.plot(mean[1:], [i, i], color="#222", lw=1.5)
+            axes.plot(mean[1:], [i, i], color="#222", lw=1.5, label=None if i else "mean, 95 % interval, not redundant")
             axes.plot(mean[0], i, "|", color="#222", ms=10)
         axes.axvline(0.5, color=GREY, lw=0.6, ls=":")
         axes.set_yticks(range(len(RANKINGS)), list(RANKINGS.values()))
         axes.invert_yaxis()
-        axes.set(xlabel="AUROC of planted components (blue: each expert; orange: redundant plantings; black: mean)")
+        axes.set(xlabel="AUROC of planted components")
+        axes.legend(loc="center left", bbox_to_anchor=(0.0, 0.8), frameon=False)
     return figure
 
 
