@@ -19,6 +19,7 @@ TABLES = [
     ("smollm2", "rankings", "markdown", "rankings.json"),
     ("paper", "replicate", "markdown", "tiny.results.json"),
     ("paper", "replicate", "calibrations", "tiny.results.json"),
+    ("paper", "rankings", "markdown", "tiny.rankings.json"),
     ("paper", "positions", "markdown", "tiny.positions.json"),
     ("paper", "estimate", "markdown", "estimate.json"),
     ("bench", "heads", "markdown", "heads.json"),

@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="that of the replication")
-    parser.add_argument("--points", type=int, default=7)
+    parser.add_argument("--points", type=int, default=10)
     parser.add_argument("--steps", type=int, default=8, help="of integrated gradients")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
