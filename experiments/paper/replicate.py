@@ -45,6 +45,10 @@ FINE = ("head", "kv_group", "neuron")
 def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str, Any]:
     """All steps of one task, and what they show."""
     folder.mkdir(parents=True, exist_ok=True)
+    settings, known = {key: value for key, value in config.items() if key != "tasks"}, folder / "settings.json"
+    if known.exists() and json.loads(known.read_text()) != settings:
+        raise SystemExit(f"error: {folder} holds steps made with other settings; delete it, or name another --work")
+    write(known, settings)
     pair = pair_of(config, task)
     places = {name: folder / name for name in ("anchor.safetensors", "sweep.nc", "execution.nc", "curves.nc")}
     new_tokens, n_prompts = int(config["max_new_tokens"]), int(config["n_prompts"])
