@@ -13,7 +13,8 @@ from wpjax.components import Component, enumerate_components
 from wpjax.patching import PatchMask, materialize
 from wpjax.sweeps.dataset import two_by_two
 from wpjax.sweeps.exact import exact_changes, make_plan
-from wpjax.sweeps.replay import run_model
+from wpjax.sweeps.packing import pack
+from wpjax.sweeps.replay import run_packed
 from wpjax.sweeps.screens import output_linearised
 
 KINDS = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm")
@@ -33,10 +34,13 @@ def pair(hf_pair):
 def cell(pair, metric, components, weights, inputs, host=None, donor=None):
     """Changes [C, B] in one cell."""
     host, donor = host or pair.base, donor or pair.expert
-    runs = run_model(pair.cfg, host, metric), run_model(pair.cfg, donor, metric)
-    plan = make_plan(pair.cfg, components, *metric.tokens.ids.shape)
+    packing = pack(metric)
+    runs = tuple(run_packed(pair.cfg, model, metric, packing) for model in (host, donor))
+    plan = make_plan(pair.cfg, components, packing)
     found = {}
-    for chunk, delta, _ in exact_changes(pair.cfg, host, donor, runs, metric, plan, weights=weights, inputs=inputs):
+    for chunk, delta, _ in exact_changes(
+        pair.cfg, host, donor, runs, metric, packing, plan, weights=weights, inputs=inputs
+    ):
         found |= dict(zip(chunk.components, delta, strict=True))
     return np.stack([found[c] for c in components])
 

@@ -11,8 +11,9 @@ from tests.test_sweeps import make_anchor
 from tests.tiny import build_pair, patched_torch
 from wpjax.components import Component, enumerate_components
 from wpjax.sweeps.exact import exact_changes, make_plan
+from wpjax.sweeps.packing import pack
 from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.replay import flow_targets, run_model
+from wpjax.sweeps.replay import flow_targets, run_packed
 
 ANCHOR_LAYER = 2
 KINDS = ("head", "kv_group", "neuron", "mlp", "layer", "norm", "embed")
@@ -33,10 +34,11 @@ def swept(pair, batch):
     """Components, their flow [C, U] and their mean change [C]."""
     components = [c for kind in KINDS for c in enumerate_components(pair.cfg, [kind])[:: 5 if kind == "neuron" else 1]]
     metric = make_anchor(pair, ANCHOR_LAYER).on(batch)
-    plan = make_plan(pair.cfg, components, *metric.tokens.ids.shape)
-    runs = run_model(pair.cfg, pair.base, metric), None
+    packing = pack(metric)
+    plan = make_plan(pair.cfg, components, packing)
+    runs = run_packed(pair.cfg, pair.base, metric, packing), None
     found = {}
-    for chunk, delta, flow in exact_changes(pair.cfg, pair.base, pair.expert, runs, metric, plan):
+    for chunk, delta, flow in exact_changes(pair.cfg, pair.base, pair.expert, runs, metric, packing, plan):
         found |= dict(zip(chunk.components, zip(flow, delta.mean(1), strict=True), strict=True))
     return components, np.stack([found[c][0] for c in components]), np.array([found[c][1] for c in components])
 
@@ -105,14 +107,13 @@ def test_an_anchor_read_on_answers_has_effects_and_rows_too(batch, tmp_path):
     pair = as_pair(build_pair("llama-gqa3", tmp_path))
     metric = dataclasses.replace(make_anchor(pair, ANCHOR_LAYER), n_response=3).metric(pair, batch)
     components = enumerate_components(pair.cfg, ["head", "mlp"])
-    plan, runs = (
-        make_plan(pair.cfg, components, *metric.tokens.ids.shape),
-        (run_model(pair.cfg, pair.base, metric), None),
-    )
+    packing = pack(metric)
+    plan = make_plan(pair.cfg, components, packing)
+    runs = run_packed(pair.cfg, pair.base, metric, packing), None
     expected = dict(
         zip(components, reference_changes(pair.cfg, pair.base, pair.expert, components, metric), strict=True)
     )
-    for chunk, delta, flow in exact_changes(pair.cfg, pair.base, pair.expert, runs, metric, plan):
+    for chunk, delta, flow in exact_changes(pair.cfg, pair.base, pair.expert, runs, metric, packing, plan):
         np.testing.assert_allclose(delta, [expected[c] for c in chunk.components], atol=2e-5)
         np.testing.assert_allclose(flow.sum(1), delta.mean(1), atol=3e-5)
 

@@ -13,8 +13,9 @@ from wpjax.components import KINDS, enumerate_components
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.sweeps.exact import exact_changes, make_plan, sham_plan
+from wpjax.sweeps.packing import pack
 from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.replay import replay, run_model
+from wpjax.sweeps.replay import replay, run_packed
 from wpjax.sweeps.screens import output_linearised, weight_gradient
 
 SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
@@ -28,11 +29,13 @@ def make_anchor(pair, layer) -> Anchor:
 def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=None):
     """Changes [C, B] by suffix replay."""
     metric = anchor.on(batch) if isinstance(anchor, Anchor) else anchor
-    plan = make_plan(pair.cfg, components, *metric.tokens.ids.shape, budget)
-    runs = run_model(pair.cfg, pair.base, metric), None
+    packing = pack(metric)
+    plan = make_plan(pair.cfg, components, packing, budget)
+    runs = run_packed(pair.cfg, pair.base, metric, packing), None
     donor = pair.expert if donor is None else donor
     found = {}
-    for chunk, delta, _ in exact_changes(pair.cfg, pair.base, donor, runs, metric, plan, jitter_seed=jitter_seed):
+    args = (pair.cfg, pair.base, donor, runs, metric, packing, plan)
+    for chunk, delta, _ in exact_changes(*args, jitter_seed=jitter_seed):
         found |= dict(zip(chunk.components, delta, strict=True))
     return np.stack([found[c] for c in components])
 
@@ -152,7 +155,7 @@ def test_a_sham_without_rounding_changes_nothing_and_with_it_little(family_pair,
 def test_shams_are_spread_over_the_layers(family_pair, batch):
     pair = family_pair
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
-    plan = make_plan(pair.cfg, components, *batch.with_instruction.ids.shape)
+    plan = make_plan(pair.cfg, components, pack(make_anchor(pair, 2).on(batch)))
     shams = sham_plan(plan, layers_per_kind=2)
     assert [(c.kind, c.layer) for c in shams.chunks] == [("head", 0), ("head", 2), ("neuron", 0), ("neuron", 2)]
 

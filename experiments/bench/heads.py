@@ -32,15 +32,17 @@ from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
 from wpjax.pairs import Pair
 from wpjax.sweeps.exact import exact_changes, make_plan
-from wpjax.sweeps.replay import run_model
+from wpjax.sweeps.packing import pack
+from wpjax.sweeps.replay import run_packed
 
 
 def ours(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component]) -> Float[np.ndarray, "C B"]:
     """The exact sweep of the package."""
     metric = anchor.on(batch)
-    plan = make_plan(pair.cfg, heads, *metric.tokens.ids.shape)
-    run = run_model(pair.cfg, pair.base, metric)
-    parts = exact_changes(pair.cfg, pair.base, pair.expert, (run, None), metric, plan)
+    packing = pack(metric)
+    plan = make_plan(pair.cfg, heads, packing)
+    run = run_packed(pair.cfg, pair.base, metric, packing)
+    parts = exact_changes(pair.cfg, pair.base, pair.expert, (run, None), metric, packing, plan)
     return np.concatenate([part.delta for part in parts])
 
 

@@ -96,7 +96,8 @@ def generate(
         normed = b.norm_attn(x)
         k, v = b.attn.keys_values(normed, at[:, None])
         k_cache, v_cache = k_cache.at[rows, at].set(k[:, 0]), v_cache.at[rows, at].set(v[:, 0])
-        z = b.attn.mix(b.attn.queries(normed, at[:, None]), k_cache, v_cache, seen=at[:, None] + 1)
+        seen = (jnp.arange(k_cache.shape[1]) <= at[:, None])[:, None]
+        z = b.attn.mix(b.attn.queries(normed, at[:, None]), k_cache, v_cache, seen)
         x = b.feed(x + b.attn.out(z))
         return (x if steer is None else steer(x, number)), (k_cache, v_cache)
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from wpjax.models.config import ModelConfig
 from wpjax.models.leaves import Leaf, lookup, project, resolve
@@ -44,6 +45,40 @@ def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
 
 def _leaf(param: nnx.Param) -> Leaf:
     return param.get_value()
+
+
+class Packed(NamedTuple):
+    """Prompts laid out as one sequence: the tokens that they share, once, then the rest of each, in bins of one width.
+
+    Attributes:
+        positions: [1, S], the position that each token has in its prompt; the first c = S - G W are shared.
+        segments: [G, W], the prompt that each of the others belongs to, -1 to fill up. A bin may hold several.
+    """
+
+    positions: Int[Array, "1 S"]
+    segments: Int[Array, "G W"]
+
+    @property
+    def n_shared(self) -> int:
+        """How many tokens all prompts share."""
+        return self.positions.shape[1] - self.segments.size
+
+    @property
+    def visible(self) -> Bool[Array, "G W C"]:
+        """Which of a bin's keys (the shared tokens, then its own) each of its tokens attends to."""
+        n_bins, width = self.segments.shape
+        own = (self.segments[:, :, None] == self.segments[:, None, :]) & jnp.tri(width, dtype=bool)
+        return jnp.concatenate([jnp.ones((n_bins, width, self.n_shared), bool), own], axis=-1)
+
+    def bins(self, x: Float[Array, "N S *n"]) -> Float[Array, "N G W *n"]:
+        """What belongs to the tokens that are not shared."""
+        return x[:, self.n_shared :].reshape(len(x), *self.segments.shape, *x.shape[2:])
+
+    def keys(self, x: Float[Array, "N S K Dh"]) -> Float[Array, "N G C K Dh"]:
+        """Of each bin: keys (or values) of the shared tokens, then of its own."""
+        own = self.bins(x)
+        shared = jnp.broadcast_to(x[:, None, : self.n_shared], (*own.shape[:2], self.n_shared, *own.shape[3:]))
+        return jnp.concatenate([shared, own], axis=2)
 
 
 class Norm(nnx.Module):
@@ -102,7 +137,7 @@ class Attention(nnx.Module):
         q: Float[Array, "B T H Dh"],
         k: Float[Array, "B S K Dh"],
         v: Float[Array, "B S K Dh"],
-        seen: Int[Array, "B T"] | None = None,
+        seen: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Array, "B T H Dh"]:
         """Attend; query head h reads KV head h // n_rep.
 
@@ -110,7 +145,7 @@ class Attention(nnx.Module):
             q: queries.
             k: keys.
             v: values.
-            seen: how many of the S keys each query may see; None for causal attention with T = S.
+            seen: which of the S keys each query sees; None for causal attention with T = S.
         """
         dtype = _leaf(self.W_O).dtype
         # float32 stays float32 on any device; JAX's own function needs implicit promotion for bfloat16.
@@ -120,10 +155,20 @@ class Attention(nnx.Module):
                 k.astype(dtype),
                 v.astype(dtype),
                 is_causal=seen is None,
-                mask=None if seen is None else (jnp.arange(k.shape[1]) < seen[..., None])[:, None],
+                mask=None if seen is None else seen[:, None],
             )
 
-    def out(self, z: Float[Array, "B T H Dh"]) -> Float[Array, "B T D"]:
+    def mix_packed(
+        self, q: Float[Array, "N S H Dh"], k: Float[Array, "N S K Dh"], v: Float[Array, "N S K Dh"], packed: Packed
+    ) -> Float[Array, "N S H Dh"]:
+        """`mix` for packed prompts: each token attends to the shared ones and to what precedes it in its prompt."""
+        c, n = packed.n_shared, len(q)
+        own, keys, values = (x.reshape(-1, *x.shape[2:]) for x in (packed.bins(q), packed.keys(k), packed.keys(v)))
+        z = self.mix(own, keys, values, jnp.tile(packed.visible, (n, 1, 1)))
+        z = z.reshape(n, -1, *z.shape[2:])
+        return jnp.concatenate([self.mix(q[:, :c], k[:, :c], v[:, :c]), z], axis=1) if c else z
+
+    def out(self, z: Float[Array, "*n H Dh"]) -> Float[Array, "*n D"]:
         """What the heads write together, bias included."""
         o = project(z, _leaf(self.W_O), n_in=2)
         return o + resolve(_leaf(self.b_O)) if self.cfg.out_bias else o
@@ -174,20 +219,28 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def attend(
-        self, resid_pre: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+        self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Residual stream after attention, and this layer's keys and values."""
+        """Residual stream after attention, and this layer's keys and values.
+
+        Args:
+            resid_pre: the stream.
+            where: positions of the tokens, or how they are packed.
+        """
+        packed = where if isinstance(where, Packed) else None
+        positions = where.positions if isinstance(where, Packed) else where
         x = self.norm_attn(resid_pre)
         q, (k, v) = self.attn.queries(x, positions), self.attn.keys_values(x, positions)
-        return resid_pre + self.attn.out(self.attn.mix(q, k, v)), (k, v)
+        z = self.attn.mix(q, k, v) if packed is None else self.attn.mix_packed(q, k, v, packed)
+        return resid_pre + self.attn.out(z), (k, v)
 
     def feed(self, resid_mid: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         """Residual stream after the MLP."""
         return resid_mid + self.mlp.out(self.mlp.neurons(self.norm_mlp(resid_mid)))
 
-    def __call__(self, resid_pre: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
-        """Residual stream after the layer."""
-        resid_mid, _ = self.attend(resid_pre, positions)
+    def __call__(self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed) -> Float[Array, "B T D"]:
+        """Residual stream after the layer; arguments as `attend`."""
+        resid_mid, _ = self.attend(resid_pre, where)
         return self.feed(resid_mid)
 
 

@@ -20,7 +20,8 @@ from wpjax.patching import permuted
 from wpjax.readouts import Along
 from wpjax.results import finished_part
 from wpjax.sweeps.exact import Changes, Chunk, Plan, exact_changes, sham_plan
-from wpjax.sweeps.replay import flow_targets, run_model
+from wpjax.sweeps.packing import pack
+from wpjax.sweeps.replay import flow_targets, run_packed
 from wpjax.sweeps.rows import Run, Side
 
 Progress = Callable[[str, int, int], None]
@@ -74,12 +75,13 @@ class Engine:
         self.pair, self.metric, self.done, self.progress = pair, metric, done, progress
         self.models = {"base": pair.base, "expert": pair.expert}
         self.position = {c: i for i, c in enumerate(chosen)}
+        self.packing = pack(metric)
         self.runs: dict[str, Run] = {}
 
     def run(self, model: str) -> Run:
         """The model's own forward pass, once."""
         if model not in self.runs:
-            self.runs[model] = run_model(self.pair.cfg, self.models[model], self.metric)
+            self.runs[model] = run_packed(self.pair.cfg, self.models[model], self.metric, self.packing)
         return self.runs[model]
 
     def perform(
@@ -98,7 +100,7 @@ class Engine:
         runs = self.run(cell.host), self.run(cell.donor) if cell.inputs == "donor" else None
         host, donor = self.models[cell.host], self.models[cell.donor]
         parts = exact_changes(
-            self.pair.cfg, host, donor, runs, self.metric, waiting,
+            self.pair.cfg, host, donor, runs, self.metric, self.packing, waiting,
             weights=cell.weights, inputs=cell.inputs, jitter_seed=jitter_seed,
         )  # fmt: skip
         for chunk, delta, flow in parts:

@@ -16,6 +16,7 @@ from wpjax.components import KINDS, Component
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.sweeps.packing import Packing
 from wpjax.sweeps.replay import Replayed, replay
 from wpjax.sweeps.rows import Run, Side
 
@@ -24,6 +25,10 @@ T = TypeVar("T")
 
 MAX_IN_FLIGHT = 3
 """Chunks dispatched before the oldest is waited for."""
+
+
+CPU_BUDGET = 64 * 2**20
+"""Bytes of a chunk on a CPU: a few thousand tokens of a small model; products gain nothing from more (measured)."""
 
 
 class Chunk(NamedTuple):
@@ -46,23 +51,21 @@ class Plan(NamedTuple):
     chunks: tuple[Chunk, ...]
 
 
-def bytes_per_row(cfg: ModelConfig, n_prompts: int, n_tokens: int) -> int:
+def bytes_per_row(cfg: ModelConfig, packing: Packing) -> int:
     """Estimate of the temporary memory of one component in a chunk: the widest layer's activations, float32."""
-    attention = cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 2 * cfg.n_heads * n_tokens
-    return 4 * n_prompts * n_tokens * (4 * cfg.d_model + max(attention, 3 * cfg.d_mlp))
+    attention = cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 2 * cfg.n_heads * packing.n_keys
+    return 4 * packing.n_tokens * (4 * cfg.d_model + max(attention, 3 * cfg.d_mlp))
 
 
 def memory_budget() -> int:
-    """Bytes a chunk may take: a third of what the device has free, or 256 MiB on a CPU, where caches matter more."""
+    """Bytes a chunk may take: a third of what the device has free; little on a CPU, where caches matter more."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
-        return 256 * 2**20
+        return CPU_BUDGET
     return int(stats["bytes_limit"] - stats["bytes_in_use"]) // 3
 
 
-def make_plan(
-    cfg: ModelConfig, components: Iterable[Component], n_prompts: int, n_tokens: int, budget: int | None = None
-) -> Plan:
+def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packing, budget: int | None = None) -> Plan:
     """Group components by kind and layer, and choose the rows of each kind's program.
 
     The rows are the number that wastes least on filling up, among those that fit the budget.
@@ -70,11 +73,10 @@ def make_plan(
     Args:
         cfg: the model.
         components: what to sweep; the order within a kind is kept.
-        n_prompts: B.
-        n_tokens: T.
+        packing: of the prompts.
         budget: bytes for a chunk's activations; None for `memory_budget()`.
     """
-    most = max(1, (memory_budget() if budget is None else budget) // bytes_per_row(cfg, n_prompts, n_tokens))
+    most = max(1, (memory_budget() if budget is None else budget) // bytes_per_row(cfg, packing))
     rows: dict[str, int] = {}
     chunks: list[Chunk] = []
     for kind, members in _grouped(components, lambda c: c.kind):
@@ -117,6 +119,7 @@ def exact_changes(
     donor: Params,
     runs: tuple[Run, Run | None],
     metric: Metric,
+    packing: Packing,
     plan: Plan,
     *,
     weights: Side = "donor",
@@ -129,15 +132,15 @@ def exact_changes(
         cfg: the model.
         host: parameters that receive the patches.
         donor: parameters that the components come from.
-        runs: the host's run on the metric's tokens, and the donor's where its input is asked for.
+        runs: the host's run on the metric's tokens (`run_packed`), and the donor's where its input is asked for.
         metric: what is measured.
+        packing: of its prompts.
         plan: from `make_plan`.
         weights: whose weights a component takes.
         inputs: whose input it sees.
         jitter_seed: for a sham, the seed of the rounding steps (of the weights' dtype, in which products are taken)
             by which the residual stream is moved; None for patches.
     """
-    n_tokens = metric.tokens.ids.shape[1]
     # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program.
     with_reference = host["embed"]["W_E"].dtype == jnp.bfloat16
     pending: list[tuple[Chunk, Replayed]] = []
@@ -152,13 +155,13 @@ def exact_changes(
         rows = plan.rows[chunk.kind]
         index = [c.index for c in chunk.components]
         index += index[-1:] * (rows - len(index))
-        shape = (rows, n_tokens, cfg.d_model)
+        shape = (rows, packing.n_tokens, cfg.d_model)
         step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
         # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
         seeds = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[0].index)
         jitter = _jitter(shape, step, seeds)
         layer = jnp.asarray(max(chunk.layer, 0))
-        args = (host, donor, runs, metric, layer, jnp.asarray(index), jitter)
+        args = (host, donor, runs, metric, packing, layer, jnp.asarray(index), jitter)
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
         pending.append((chunk, replay(cfg, chunk.kind, *args, **options)))
         if len(pending) > MAX_IN_FLIGHT:

@@ -2,9 +2,10 @@
 
 A component of layer l changes nothing before layer l. So the host runs once and its residual stream is kept; a
 patch recomputes only the component's own contribution inside layer l (see `sweeps.rows`), and the layers after it run
-with the host's weights, for all patches x prompts x tokens in one matmul, up to the layer that the metric reads.
-There, only the positions that are read are computed. One compiled program a kind serves every layer: the layer index
-is traced. Swap host and donor for knock-out, a component of the base in the expert.
+with the host's weights, for all patches x tokens in one matmul, up to the layer that the metric reads. There, only the
+positions that are read are computed; no token is computed twice, and no padding (see `sweeps.packing`). One compiled
+program a kind serves every layer: the layer index is traced. Swap host and donor for knock-out, a component of the
+base in the expert.
 
 Where the metric is a projection <r, v> of the stream, a sum of what everything has written, its change is followed from
 the supplier c through every later head and MLP u on the way (METHOD 4; ours):
@@ -28,6 +29,7 @@ from wpjax.models.decoder import Params, Site, block, decoder, take_layer
 from wpjax.models.layers import Block
 from wpjax.patching import PatchMask, patch
 from wpjax.readouts import Along
+from wpjax.sweeps.packing import Packing
 from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
 
 
@@ -35,13 +37,21 @@ from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
 def run_model(cfg: ModelConfig, params: Params, metric: Metric) -> Run:
     """Run a model once up to the layer that the metric reads."""
     out = metric.run(cfg, params, sites=(Site.RESID_PRE,))
-    resid_pre, score = out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid))
+    return Run(out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid)))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing) -> Run:
+    """The same as `replay` takes it: packed, and with what heads and MLPs write."""
+    run = run_model(cfg, params, metric)
+    packed = Run(packing.gather(run.resid_pre), run.score)
     if not isinstance(metric.readout, Along):
-        return Run(resid_pre, score)
-    tap, where = Tap(metric.readout, jnp.asarray(metric.weight)), jnp.asarray(metric.at)
+        return packed
     start = jnp.asarray(0 if metric.held is None else metric.held.layer + 1)  # what is held replaces what came before
-    _, writes = suffix(cfg, params["blocks"], take_layer(resid_pre, start), start, metric.layer, where, tap)
-    return Run(resid_pre, score, writes)
+    resid, tap = take_layer(packed.resid_pre, start), Tap(metric.readout, jnp.asarray(metric.weight))
+    _, writes = suffix(cfg, params["blocks"], resid, start, metric.layer, packing, tap)
+    assert writes is not None
+    return packed._replace(writes=writes[0])
 
 
 class Tap(NamedTuple):
@@ -49,21 +59,21 @@ class Tap(NamedTuple):
 
     Attributes:
         along: the direction.
-        weight: [N, S], how much each position counts.
+        weight: [B, R], how much each position counts.
     """
 
     along: Along
-    weight: Float[Array, "N S"]
+    weight: Float[Array, "B R"]
 
-    def __call__(self, b: Block, z: Float[Array, "N S H Dh"], fed: Float[Array, "N S D"]) -> Float[Array, "N G"]:
+    def __call__(self, b: Block, z: Float[Array, "N B R H Dh"], fed: Float[Array, "N B R D"]) -> Float[Array, "N B G"]:
         """Of one layer: its heads (before W_O) and what its MLP adds, at the positions that are read."""
         w_o = jnp.matmul(
             b.attn.W_O.get_value().astype(jnp.float32), self.along.vector, precision=jax.lax.Precision.HIGHEST
         )
-        heads = jnp.einsum("nshd,hd,ns->nh", z, w_o, self.weight, precision=jax.lax.Precision.HIGHEST)
-        return jnp.concatenate([heads, self.sum(fed)[:, None]], axis=1)
+        heads = jnp.einsum("nbrhd,hd,br->nbh", z, w_o, self.weight, precision=jax.lax.Precision.HIGHEST)
+        return jnp.concatenate([heads, self.sum(fed)[..., None]], axis=-1)
 
-    def sum(self, x: Float[Array, "N S D"]) -> Float[Array, " N"]:
+    def sum(self, x: Float[Array, "N B R D"]) -> Float[Array, "N B"]:
         """The projection of a change of the stream."""
         along = jnp.matmul(x, self.along.vector, precision=jax.lax.Precision.HIGHEST)
         return (along * self.weight).sum(-1)
@@ -72,36 +82,34 @@ class Tap(NamedTuple):
 def suffix(
     cfg: ModelConfig,
     blocks: Params,
-    resid: Float[Array, "N T D"],
+    resid: Float[Array, "N S D"],
     start: Int[Array, ""],
     last: int,
-    at: Int[Array, "N S"],
+    packing: Packing,
     tap: Tap | None = None,
-) -> tuple[Float[Array, "N S D"], Float[Array, "N L G"] | None]:
-    """The residual stream at each row's positions after layer `last`, having entered at layer `start`.
+) -> tuple[Float[Array, "N B R D"], Float[Array, "N B L G"] | None]:
+    """The residual stream at each prompt's positions after layer `last`, having entered at layer `start`.
 
     Args:
         cfg: static.
         blocks: the host's stacked layers.
-        resid: the stream before layer `start`.
+        resid: the packed stream before layer `start`, one row a patch.
         start: traced; `last + 1` if nothing is left to run.
         last: the layer whose `resid_post` is read, static.
-        at: positions that are read.
+        packing: of the prompts.
         tap: read there what every head and MLP of the layers adds, too; of layers before `start`, 0.
     """
-    positions = jnp.arange(resid.shape[1])[None]
-
-    def pick(x: Array) -> Array:
-        return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
+    packed, pick = packing.packed, packing.pick
 
     def tapped(writes: Array | None, layer: Array | int, b: Block, z: Array, mid: Array, post: Array) -> Array | None:
-        return None if tap is None else writes.at[:, layer].set(tap(b, z, post - mid))  # type: ignore[union-attr]
+        return None if tap is None else writes.at[:, :, layer].set(tap(b, z, post - mid))  # type: ignore[union-attr]
 
     def run(layer: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
         x, writes = carry
         b = block(cfg, take_layer(blocks, layer))
         normed = b.norm_attn(x)
-        z = b.attn.mix(b.attn.queries(normed, positions), *b.attn.keys_values(normed, positions))
+        q, kv = b.attn.queries(normed, packed.positions), b.attn.keys_values(normed, packed.positions)
+        z = b.attn.mix_packed(q, *kv, packed)
         mid = x + b.attn.out(z)
         post = b.feed(mid)
         return post, tapped(writes, layer, b, pick(z), pick(mid), pick(post)) if tap else None
@@ -111,13 +119,17 @@ def suffix(
         x, writes = carry
         b = block(cfg, take_layer(blocks, last))
         normed = b.norm_attn(x)
-        q = b.attn.queries(pick(normed), at)
-        z = b.attn.mix(q, *b.attn.keys_values(normed, positions), seen=at + 1)
+        read = jnp.tile(packing.read_positions, (len(x), 1))
+        q = b.attn.queries(pick(normed).reshape(*read.shape, -1), read)
+        kv = b.attn.keys_values(normed, packed.positions)
+        k, v = (packing.keys_read(y).reshape(len(read), packing.n_keys, *y.shape[2:]) for y in kv)
+        z = b.attn.mix(q, k, v, jnp.tile(packing.seen, (len(x), 1, 1)))
+        z = z.reshape(len(x), *packing.at.shape, *z.shape[2:])
         mid = pick(x) + b.attn.out(z)
         post = b.feed(mid)
         return post, tapped(writes, last, b, z, mid, post)
 
-    writes = None if tap is None else jnp.zeros((len(resid), last + 1, cfg.n_heads + 1), jnp.float32)
+    writes = None if tap is None else jnp.zeros((len(resid), len(packing.at), last + 1, cfg.n_heads + 1), jnp.float32)
     carry = jax.lax.fori_loop(start, last, run, (resid, writes))
     return jax.lax.cond(start <= last, final, lambda carry: (pick(carry[0]), carry[1]), carry)
 
@@ -143,9 +155,10 @@ def replay(
     donor: Params,
     runs: tuple[Run, Run | None],
     metric: Metric,
+    packing: Packing,
     layer: Int[Array, ""],
     index: Int[Array, " P"],
-    jitter: Float[Array, "P T D"],
+    jitter: Float[Array, "P S D"],
     *,
     weights: Side = "donor",
     inputs: Side = "host",
@@ -158,8 +171,9 @@ def replay(
         kind: kind of all P components, static.
         host: parameters of the host; shared by all patches.
         donor: parameters of the donor.
-        runs: the host's own run on the metric's tokens, and the donor's where its input is asked for.
+        runs: the host's own run on the metric's tokens, packed, and the donor's where its input is asked for.
         metric: what is measured.
+        packing: of its prompts.
         layer: their layer, traced.
         index: which of the layer's components.
         jitter: relative change of the patched residual stream; 0 for a patch, one rounding step for a sham.
@@ -168,34 +182,29 @@ def replay(
         with_reference: append a row for the host itself, so that rounding that depends on the batch's shape can be
             subtracted.
     """
-    ids, run = jnp.asarray(metric.tokens.ids), runs[0]
+    run = runs[0]
     found: Rows | None = None
     if not KINDS[kind].in_layer:
         giver = donor if weights == "donor" else host
         patched = patch(host, giver, PatchMask.of(cfg, kind))
         if metric.held is None:  # the tokens are the only input
             after, unpatched = jnp.asarray(0), run.resid_pre[0]
-            rows = decoder(cfg, patched).embed(ids, jnp.arange(ids.shape[1])[None])[None]
+            rows = decoder(cfg, patched).embed(jnp.asarray(packing.ids), packing.packed.positions)[None]
         else:  # only readers come after the state that is given
             after, unpatched = jnp.asarray(metric.layer), run.resid_pre[metric.layer]
             rows = unpatched[None]
     else:
         patched, after = host, layer + 1
-        at = layer_patch(cfg, host, donor, runs, layer, weights, inputs)
+        at = layer_patch(cfg, host, donor, runs, layer, weights, inputs, packing.packed)
         found = layer_rows(cfg, kind, at, (host, donor), layer, index)
         rows = found.post
-        unpatched = at.host.block(at.host.resid_pre, at.host.positions)
+        unpatched = at.host.block(at.host.resid_pre, at.host.where)
     mids = found.mid if found is not None else None
     rows = rows * (1 + jitter[:, None])
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
-    n_rows, n_prompts, *rest = rows.shape
-    where = jnp.tile(jnp.asarray(metric.at), (n_rows, 1))
-    tap = None
-    if isinstance(metric.readout, Along):
-        tap = Tap(metric.readout, jnp.tile(jnp.asarray(metric.weight), (n_rows, 1)))
-    final, writes = suffix(cfg, host["blocks"], rows.reshape(-1, *rest), after, metric.layer, where, tap)
-    picked = final.reshape(n_rows, n_prompts, *final.shape[1:])
+    tap = Tap(metric.readout, jnp.asarray(metric.weight)) if isinstance(metric.readout, Along) else None
+    picked, writes = suffix(cfg, host["blocks"], rows[:, 0], after, metric.layer, packing, tap)
     # A vocabulary of logits takes its place for one patch at a time.
     at_once = 1 if metric.readout.reads_logits else len(index)
     n = len(index) if KINDS[kind].in_layer else 1
@@ -204,23 +213,23 @@ def replay(
         scores = jnp.concatenate([scores, metric.read(cfg, host, picked[-1])[None]])
     if writes is None or run.writes is None:
         return Replayed(scores, None)
-    writes = writes.reshape(n_rows, n_prompts, *writes.shape[1:])
     before = writes[-1] if with_reference else run.writes
     later = jnp.arange(metric.layer + 1)[:, None] >= after
     through = jnp.where(later, writes[:n] - before, 0.0).mean(1)  # [P, L, H + 1]
-    own = _own(metric, rows[:n], unpatched)
+    own = _own(tap, packing, rows[:n], unpatched)
     if mids is not None:  # what the layer's own MLP makes of a change before it is not the supplier's own
-        direct = _own(metric, mids, at.host.resid_mid)
+        direct = _own(tap, packing, mids, at.host.resid_mid)
         through = through.at[:, layer, -1].set(own - direct)
         own = direct
     return Replayed(scores, jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1))
 
 
-def _own(metric: Metric, rows: Float[Array, "P B T D"], host: Float[Array, "B T D"]) -> Float[Array, " P"]:
+def _own(
+    tap: Tap | None, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]
+) -> Float[Array, " P"]:
     """Change of the projection by a change of the stream, mean over prompts."""
-    assert isinstance(metric.readout, Along)
-    tap = Tap(metric.readout, jnp.asarray(metric.weight))
-    return jax.vmap(lambda x: tap.sum(metric.pick(x - host)).mean())(rows)
+    assert tap is not None
+    return tap.sum(packing.pick(rows[:, 0]) - packing.pick(host)).mean(-1)
 
 
 def flow_targets(cfg: ModelConfig, last: int) -> list[str]:

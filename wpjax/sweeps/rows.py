@@ -30,7 +30,7 @@ from wpjax.components import LEAVES, Component, count, gate_shapes, open_gates
 from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, take_layer
-from wpjax.models.layers import Block
+from wpjax.models.layers import Block, Packed
 from wpjax.models.leaves import project
 from wpjax.patching import patch_layer
 
@@ -41,7 +41,8 @@ class Run(NamedTuple):
     """What a sweep keeps of a model's own forward pass.
 
     Attributes:
-        resid_pre: [l + 1, B, T, D], the residual stream before each layer up to the one that the metric reads.
+        resid_pre: [l + 1, B, T, D], the residual stream before each layer up to the one that the metric reads;
+            [l + 1, 1, S, D] packed.
         score: [B], the metric.
         writes: [B, L, H + 1], what every head and, last, the MLP of each layer adds to it; None where the metric is
             no projection.
@@ -53,15 +54,26 @@ class Run(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """One layer of a model, and the residual stream that enters it there."""
+    """One layer of a model, the residual stream that enters it there, and how its tokens are packed, if they are."""
 
     block: Block
     resid_pre: Float[Array, "B T D"]
+    packed: Packed | None = None
 
     @property
     def positions(self) -> Int[Array, "1 T"]:
         """Of the tokens."""
-        return jnp.arange(self.resid_pre.shape[1])[None]
+        return jnp.arange(self.resid_pre.shape[1])[None] if self.packed is None else self.packed.positions
+
+    @property
+    def where(self) -> Int[Array, "1 T"] | Packed:
+        """What a block needs to know of the tokens."""
+        return self.positions if self.packed is None else self.packed
+
+    def mix(self, q: Array, k: Array, v: Array) -> Float[Array, "B T H Dh"]:
+        """Attend among the tokens of this stream."""
+        attn = self.block.attn
+        return attn.mix(q, k, v) if self.packed is None else attn.mix_packed(q, k, v, self.packed)
 
     @property
     def attn_input(self) -> Float[Array, "B T D"]:
@@ -71,7 +83,7 @@ class Stream(NamedTuple):
     @property
     def resid_mid(self) -> Float[Array, "B T D"]:
         """The stream after attention."""
-        return self.block.attend(self.resid_pre, self.positions)[0]
+        return self.block.attend(self.resid_pre, self.where)[0]
 
     @property
     def mlp_input(self) -> Float[Array, "B T D"]:
@@ -117,7 +129,7 @@ def _heads(weights: Block, source: Stream) -> Float[Array, "B T H Dh"]:
     """Every head by some weights' queries on the keys and values of what they see."""
     x = source.attn_input
     q = weights.attn.queries(x, source.positions)
-    return source.block.attn.mix(q, *source.block.attn.keys_values(x, source.positions))
+    return source.mix(q, *source.block.attn.keys_values(x, source.positions))
 
 
 def query_patch(at: LayerPatch) -> HeadValues:
@@ -131,7 +143,7 @@ def kv_patch(at: LayerPatch) -> HeadValues:
     q = attn.queries(at.host.attn_input, at.host.positions)
     kv = attn.keys_values(at.host.attn_input, at.host.positions)
     new = at.weights.attn.keys_values(at.source.attn_input, at.source.positions)
-    return HeadValues(attn.mix(q, *kv), attn.mix(q, *new))
+    return HeadValues(at.host.mix(q, *kv), at.host.mix(q, *new))
 
 
 def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"]) -> Float[Array, "n B T D"]:
@@ -170,14 +182,14 @@ def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     return Rows(None, mid + mlp.out(a_host) + (write(a_new, w_new) - write(a_host, w_host)))
 
 
-def _attend(weights: Block, x: Array, positions: Array) -> Float[Array, "B T D"]:
+def _attend(weights: Block, x: Array, at: Stream) -> Float[Array, "B T D"]:
     """What an attention module adds to the stream."""
-    q, kv = weights.attn.queries(x, positions), weights.attn.keys_values(x, positions)
-    return weights.attn.out(weights.attn.mix(q, *kv))
+    q, kv = weights.attn.queries(x, at.positions), weights.attn.keys_values(x, at.positions)
+    return weights.attn.out(at.mix(q, *kv))
 
 
 def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    new = _attend(at.weights, at.source.attn_input, at.source.positions)
+    new = _attend(at.weights, at.source.attn_input, at.source)
     return _attention_rows(at, (at.host.resid_pre + new)[None].repeat(index.size, 0))
 
 
@@ -188,13 +200,13 @@ def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 
 def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     x = at.source.resid_pre
-    return Rows(None, (at.host.resid_pre + (at.weights(x, at.source.positions) - x))[None].repeat(index.size, 0))
+    return Rows(None, (at.host.resid_pre + (at.weights(x, at.source.where) - x))[None].repeat(index.size, 0))
 
 
 def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     host, mlp = at.host.block, at.host.block.mlp
     mid_host = at.host.resid_mid
-    mid = at.host.resid_pre + _attend(host, at.weights.norm_attn(at.source.resid_pre), at.host.positions)
+    mid = at.host.resid_pre + _attend(host, at.weights.norm_attn(at.source.resid_pre), at.host)
     post = mid_host + mlp.out(mlp.neurons(at.weights.norm_mlp(at.source.resid_mid)))
     mids, posts = jnp.stack([mid, mid_host]), jnp.stack([host.feed(mid), post])
     return Rows(mids[index], posts[index])
@@ -225,12 +237,11 @@ def _layer_gates(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
 
 
 def blend_rows(
-    cfg: ModelConfig, kind: str, host: Params, donor: Params, resid_pre: Float[Array, "B T D"], index: Int[Array, " P"]
+    cfg: ModelConfig, kind: str, host: Params, donor: Params, at: Stream, index: Int[Array, " P"]
 ) -> Float[Array, "P B T D"]:
     """`resid_post` of a layer with each of some components of a kind weight-patched, for any kind in a layer."""
     gates = {gate: jnp.asarray(value)[index] for gate, value in _layer_gates(cfg, kind).items()}
-    positions = jnp.arange(resid_pre.shape[1])[None]
-    return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(resid_pre, positions))(gates)
+    return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(at.resid_pre, at.where))(gates)
 
 
 def layer_patch(
@@ -241,15 +252,16 @@ def layer_patch(
     layer: Int[Array, ""],
     weights: Side,
     inputs: Side,
+    packed: Packed | None = None,
 ) -> LayerPatch:
     """The layer of host and donor, with weights and input taken from one or the other."""
     blocks = {"host": block(cfg, take_layer(host["blocks"], layer)),
               "donor": block(cfg, take_layer(donor["blocks"], layer))}  # fmt: skip
-    here = Stream(blocks["host"], take_layer(runs[0].resid_pre, layer))
+    here = Stream(blocks["host"], take_layer(runs[0].resid_pre, layer), packed)
     if inputs == "host":
         return LayerPatch(here, blocks[weights], here)
     assert runs[1] is not None
-    return LayerPatch(here, blocks[weights], Stream(blocks["donor"], take_layer(runs[1].resid_pre, layer)))
+    return LayerPatch(here, blocks[weights], Stream(blocks["donor"], take_layer(runs[1].resid_pre, layer), packed))
 
 
 def layer_rows(
@@ -263,4 +275,4 @@ def layer_rows(
             f"no rule says what the output of {kind} is, so only its weights can be patched; add one to ROWS"
         )
     ours, theirs = (take_layer(model["blocks"], layer) for model in models)
-    return Rows(None, blend_rows(cfg, kind, ours, theirs, at.host.resid_pre, index))
+    return Rows(None, blend_rows(cfg, kind, ours, theirs, at.host, index))

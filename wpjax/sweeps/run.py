@@ -157,8 +157,7 @@ def sweep(
         sampled[_stratum(chosen, best, stratum, seed)] = True
         replaced = sorted({*best, *np.flatnonzero(sampled).tolist()})
     engine = Engine(pair, metric, chosen, done, progress)
-    n_prompts, n_tokens = metric.tokens.ids.shape
-    plan = make_plan(pair.cfg, [chosen[i] for i in replaced], n_prompts, n_tokens, budget)
+    plan = make_plan(pair.cfg, [chosen[i] for i in replaced], engine.packing, budget)
     found = {name: engine.changes(name, plan) for name in recipe.cells}
     cells, flow = {name: delta for name, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
     floor = engine.noise_floor(plan, gap, seed)

@@ -1,0 +1,109 @@
+"""Prompts packed into one sequence, so that a patch computes no token twice and no padding (METHOD 3; ours).
+
+    prompts      s s s a a a        packed      s s s | a a a | b b c | ...
+                 s s s b b
+                 s s s c            shared once, then the rest of each prompt in bins as wide as the longest
+
+What a causal model does at the tokens that all prompts begin with, a system prompt or a template, is the same for all
+of them, whichever component is patched. What follows the last token that a prompt is read at does not count.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from wpjax.metrics import Metric
+from wpjax.models.layers import Packed
+
+
+class Packing(NamedTuple):
+    """How the prompts of a metric are packed; S packed tokens.
+
+    Attributes:
+        packed: positions, and which tokens see each other.
+        ids: [1, S], token ids.
+        prompt: [S], the prompt that each token is taken from.
+        token: [S], its position there.
+        bin: [B], the bin of each prompt.
+        at: [B, R], where in the sequence each prompt is read.
+    """
+
+    packed: Packed
+    ids: Int[np.ndarray | Array, "1 S"]
+    prompt: Int[np.ndarray | Array, " S"]
+    token: Int[np.ndarray | Array, " S"]
+    bin: Int[np.ndarray | Array, " B"]
+    at: Int[np.ndarray | Array, "B R"]
+
+    @property
+    def n_tokens(self) -> int:
+        """S."""
+        return self.ids.shape[1]
+
+    @property
+    def n_keys(self) -> int:
+        """How many keys a token is compared with."""
+        return self.packed.n_shared + self.packed.segments.shape[1]
+
+    def gather(self, x: Float[Array, "A B T D"]) -> Float[Array, "A 1 S D"]:
+        """A stack of prompts' streams, packed."""
+        return x[:, self.prompt, self.token][:, None]
+
+    def pick(self, x: Float[Array, "N S *n"]) -> Float[Array, "N B R *n"]:
+        """What belongs to the positions that are read."""
+        return x[:, self.at]
+
+    @property
+    def read_positions(self) -> Int[Array, "B R"]:
+        """Positions, in their prompts, that are read."""
+        return jnp.asarray(self.packed.positions)[0][self.at]
+
+    def keys_read(self, x: Float[Array, "N S K Dh"]) -> Float[Array, "N B C K Dh"]:
+        """Keys (or values) of each prompt's bin."""
+        return self.packed.keys(x)[:, self.bin]
+
+    @property
+    def seen(self) -> Array:
+        """[B, R, C], which of its bin's keys each position that is read sees."""
+        width = self.packed.segments.shape[1]
+        offset = self.at - self.packed.n_shared - self.bin[:, None] * width
+        return self.packed.visible[self.bin[:, None], offset]
+
+
+def pack(metric: Metric) -> Packing:
+    """Pack the prompts of a metric."""
+    ids, at, counts = (np.asarray(a) for a in (metric.tokens.ids, metric.at, np.asarray(metric.weight) > 0))
+    counts = counts | ~counts.any(1, keepdims=True)
+    first, length = np.where(counts, at, ids.shape[1]).min(1), np.where(counts, at, -1).max(1) + 1
+    limit = int(first.min()) if metric.held is None else int(min(first.min(), np.asarray(metric.held.start).min()))
+    same = (ids == ids[:1]).all(0)[:limit]
+    shared = 0 if len(ids) == 1 else int(np.argmin(same)) if not same.all() else limit
+
+    rest = length - shared
+    width = int(rest.max())
+    used: list[int] = []  # first fit, the longest first
+    where = np.zeros((len(ids), 2), int)
+    for b in np.argsort(-rest, kind="stable"):
+        room = [i for i, n in enumerate(used) if n + rest[b] <= width]
+        if not room:
+            used.append(0)
+        bin_ = room[0] if room else len(used) - 1
+        where[b] = bin_, used[bin_]
+        used[bin_] += int(rest[b])
+
+    segments = np.full((len(used), width), -1, np.int32)
+    prompt, token = np.zeros((2, shared + segments.size), int)
+    token[:shared] = np.arange(shared)
+    start = shared + where[:, 0] * width + where[:, 1]  # of each prompt's own tokens
+    for b, (bin_, offset) in enumerate(where):
+        segments[bin_, offset : offset + rest[b]] = b
+        here = slice(start[b], start[b] + rest[b])
+        prompt[here], token[here] = b, shared + np.arange(rest[b])
+    read = start[:, None] + np.where(counts, at, first[:, None]) - shared
+    packed = Packed(jnp.asarray(token[None], jnp.int32), jnp.asarray(segments))
+    arrays = (ids[prompt, token][None], prompt, token, where[:, 0], read)
+    return Packing(packed, *(jnp.asarray(a, jnp.int32) for a in arrays))
