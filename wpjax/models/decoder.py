@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
-from wpjax.models.layers import Block, Embed, Norm, Unembed
+from wpjax.models.layers import Block, Embed, Norm, Packed, Unembed
 from wpjax.models.leaves import Leaf, lookup, project
 
 Params: TypeAlias = dict[str, Any]
@@ -127,18 +127,19 @@ class Decoder(nnx.Module):
         logits: bool = True,
         add: dict[Site, Array] | None = None,
         held: Held | None = None,
+        packed: Packed | None = None,
     ) -> Output:
-        """See `forward`."""
+        """See `forward`. With `packed`, the tokens are prompts laid out as it says (nothing can be held then)."""
         graphdef, blocks = nnx.split(self.blocks)
         n_layers = self.cfg.n_layers if stop is None else stop
-        positions = jnp.arange(tokens.shape[1])[None]
+        positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.positions
         add = add or {}
 
         def body(x: Array, layer: tuple[Any, Array, dict[Site, Array]]) -> tuple[Array, dict[Site, Array]]:
             at, number, extra = layer
             block = nnx.merge(graphdef, at if stop is None else take_layer(blocks, at))
             here = {Site.RESID_PRE: x + extra.get(Site.RESID_PRE, 0.0)}
-            mid, _ = block.attend(here[Site.RESID_PRE], positions)
+            mid, _ = block.attend(here[Site.RESID_PRE], positions if packed is None else packed)
             here[Site.RESID_MID] = mid + extra.get(Site.RESID_MID, 0.0)
             post = block.feed(here[Site.RESID_MID]) + extra.get(Site.RESID_POST, 0.0)
             here[Site.RESID_POST] = post if held is None else held(post, number)

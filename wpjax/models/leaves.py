@@ -34,12 +34,16 @@ class Blend:
         gate: boolean, or float in [0, 1]; shape [] or [n] for the n channels of `axis`. A leading layer axis, if
             the leaves are stacked, leads the gate too.
         axis: axis of one layer's weight that the gate runs along (static); None where the gate is a scalar.
+        index: [K], if `expert` holds these channels only: the gate must be closed at all others. None for all.
+        slot: [n], where in `index` each channel stands, with `index`.
     """
 
     base: Array
     expert: Array
     gate: Gate
     axis: int | None = dataclasses.field(metadata={"static": True})
+    index: Int[Array, "..."] | None = None
+    slot: Int[Array, "..."] | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -48,12 +52,31 @@ class Blend:
 
     def mix(self, base: Array, expert: Array, axis: int) -> Array:
         """Combine two results whose axis `axis` (negative: counted from the end) is the gated one."""
+        if self.slot is not None:
+            expert = jnp.take(expert, self.slot, axis=axis)
+        return _blend(self._along(self.gate, axis), base, expert)
+
+    def closed(self, x: Array, axis: int) -> Array:
+        """The part of an input that goes through `base`; `axis` is its gated one, counted from the end."""
+        return _blend(self._along(self.gate, axis), x, jnp.zeros_like(x))
+
+    def opened(self, x: Array, axis: int) -> Array:
+        """The part of an input that goes through `expert`."""
         gate = self.gate
-        if self.axis is not None:
-            gate = gate.reshape(gate.shape + (1,) * (-axis - 1))
-        if gate.dtype == jnp.bool_:
-            return jnp.where(gate, expert, base)
-        return _interpolate(gate.astype(base.dtype), base, expert)
+        if self.index is not None:
+            assert self.slot is not None
+            is_held = self.slot[self.index] == jnp.arange(self.index.size)  # what fills `index` up is not
+            gate, x = jnp.where(is_held, gate[self.index], jnp.zeros_like(gate[:1])), jnp.take(x, self.index, axis=axis)
+        return _blend(self._along(gate, axis), jnp.zeros_like(x), x)
+
+    def _along(self, gate: Gate, axis: int) -> Gate:
+        return gate if self.axis is None else gate.reshape(gate.shape + (1,) * (-axis - 1))
+
+
+def _blend(gate: Gate, base: Array, expert: Array) -> Array:
+    if gate.dtype == jnp.bool_:
+        return jnp.where(gate, expert, base)
+    return _interpolate(gate.astype(base.dtype), base, expert)
 
 
 @jax.custom_jvp
@@ -116,8 +139,7 @@ def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1) -> Float[Array, "
         axis = -1 if leaf.axis is None else leaf.axis - leaf.base.ndim
         return leaf.mix(_matmul(x, leaf.base, n_in), _matmul(x, leaf.expert, n_in), axis)
     axis = leaf.axis - n_in  # gated inputs: each channel of x goes through one of the two weights
-    zero = jnp.zeros_like(x)
-    return _matmul(leaf.mix(x, zero, axis), leaf.base, n_in) + _matmul(leaf.mix(zero, x, axis), leaf.expert, n_in)
+    return _matmul(leaf.closed(x, axis), leaf.base, n_in) + _matmul(leaf.opened(x, axis), leaf.expert, n_in)
 
 
 def _matmul(x: Array, w: Array, n_in: int) -> Array:

@@ -30,7 +30,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.patching import PatchMask
 from wpjax.results import finished_part
-from wpjax.sweeps.reference import patched_score
+from wpjax.sweeps.joint import set_scores
 from wpjax.sweeps.screens import by_component, gate_slopes
 
 SHARES = {"beta_low": 0.1, "banzhaf": 0.5, "beta_high": 0.9}
@@ -158,9 +158,7 @@ def random_masks(
         key = f"masks-{p:g}-{first}"
         if key not in done:
             some = masks[first : first + MASKS_AT_ONCE]
-            done[key] = np.stack(
-                [patched_score(cfg, host, donor, gates.mask(m), metric).astype(np.float64) for m in some]
-            )
+            done[key] = set_scores(cfg, host, donor, [gates.mask(m) for m in some], metric).astype(np.float64)
         progress(f"random masks, p = {p:g}", min(first + MASKS_AT_ONCE, n_masks), n_masks)
     parts = []
     for first in range(0, n_masks, MASKS_AT_ONCE):

@@ -15,15 +15,15 @@ from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
 from wpjax.errors import ComponentError, WpjaxError
-from wpjax.metrics import Metric, expect_positive_gap
+from wpjax.metrics import Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results import SweepResult, finished_part
 from wpjax.sweeps.dataset import Measured, make_dataset
 from wpjax.sweeps.engine import Engine, Progress
 from wpjax.sweeps.exact import make_plan
+from wpjax.sweeps.joint import set_scores
 from wpjax.sweeps.masks import SHARES, random_masks
-from wpjax.sweeps.reference import patched_score
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
 from wpjax.sweeps.secant import secant_adjoint
 
@@ -137,8 +137,7 @@ def sweep(
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
     chosen = _swept_components(pair, metric, kinds, components)
     done = {} if done is None else done
-    ends = (mask(pair.cfg) for mask in (PatchMask.empty, PatchMask.full))
-    base_score, expert_score = (patched_score(pair.cfg, pair.base, pair.expert, mask, metric) for mask in ends)
+    base_score, expert_score = (scores(pair.cfg, params, metric) for params in (pair.base, pair.expert))
     gap = (expert_score - base_score).astype(np.float64)
     name = f"the {metric.name} metric of {batch.behaviour}"
     expect_positive_gap(gap, batch.queries, name, seed)
@@ -235,10 +234,9 @@ def _coverage(
     """Share of the gap recovered by all swept components of each kind together, and by all of them ("all")."""
     sets = {kind: [c for c in chosen if c.kind == kind] for kind in dict.fromkeys(c.kind for c in chosen)}
     sets["all"] = list(chosen)
-    joint: dict[str, float] = {}
-    for i, (kind, members) in enumerate(sets.items()):
-        mask = PatchMask.of(pair.cfg, members)
-        score = patched_score(pair.cfg, pair.base, pair.expert, mask, metric)
-        joint[kind] = float((score - base_score).mean(dtype=np.float64) / gap.mean())
-        progress("joint patches", i + 1, len(sets))
-    return joint
+    progress("joint patches", 0, len(sets))
+    masks = [PatchMask.of(pair.cfg, members) for members in sets.values()]
+    joint = set_scores(pair.cfg, pair.base, pair.expert, masks, metric)
+    progress("joint patches", len(sets), len(sets))
+    share = (joint - base_score).mean(1, dtype=np.float64) / gap.mean()
+    return dict(zip(sets, share.tolist(), strict=True))

@@ -1,0 +1,69 @@
+"""Many sets at once: against the lazy patch one at a time, wide and narrow, packed and given a state."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_sweeps import make_anchor
+from wpjax.components import KINDS, enumerate_components
+from wpjax.metrics import answer_metric
+from wpjax.models.decoder import Held, Steer
+from wpjax.models.generate import Generation
+from wpjax.patching import PatchMask
+from wpjax.sweeps.joint import set_scores, touched
+from wpjax.sweeps.reference import patched_score
+
+
+def sets_of(cfg, kinds, size, n=5, seed=0):
+    rng, every = np.random.default_rng(seed), enumerate_components(cfg, kinds)
+    return [PatchMask.of(cfg, [every[i] for i in rng.permutation(len(every))[:size]]) for _ in range(n)]
+
+
+def one_by_one(pair, masks, metric):
+    return np.stack([patched_score(pair.cfg, pair.base, pair.expert, mask, metric) for mask in masks])
+
+
+@pytest.mark.parametrize(("kinds", "size"), [(tuple(KINDS), 40), (("neuron",), 3), (("head", "neuron"), 2)])
+def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
+    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    masks = [*sets_of(pair.cfg, kinds, size), PatchMask.of(pair.cfg, [])]
+    expected = one_by_one(pair, masks, metric)
+    assert np.ptp(expected, axis=0).max() > 0.02
+    for budget in (None, 1):  # all at once, and each alone
+        got = set_scores(pair.cfg, pair.base, pair.expert, masks, metric, budget=budget)
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_answers_and_given_states_too(family_pair, batch):
+    pair, prompts = family_pair, batch.with_instruction
+    rng = np.random.default_rng(3)
+    answers = Generation(rng.integers(0, pair.cfg.d_vocab, (len(batch), 3)), np.full(len(batch), 3))
+    metric = answer_metric(pair.cfg, prompts, answers)
+    v = jnp.asarray(make_anchor(pair, 0).vector)
+    held = Held(Steer(0, v, v, 0.5), jnp.asarray(prompts.last))
+    masks = sets_of(pair.cfg, tuple(KINDS), 20, n=3)
+    for one in (metric, dataclasses.replace(metric, held=held)):
+        got = set_scores(pair.cfg, pair.base, pair.expert, masks, one)
+        np.testing.assert_allclose(got, one_by_one(pair, masks, one), atol=5e-5)
+
+
+def test_channels_that_a_batch_touches_by_hand():
+    opened = np.zeros((2, 2, 16), bool)
+    opened[0, 0, [3, 9]] = opened[1, 0, 5] = opened[1, 1, 15] = True
+    few = touched(opened)
+    assert few.channels.tolist() == [[3, 5, 9, 0], [15, 0, 0, 0]]
+    assert few.slot[0, [3, 5, 9]].tolist() == [0, 1, 2]
+    assert touched(np.ones((1, 1, 16), bool)) is None  # the whole of it is wanted
+    assert touched(np.zeros((1, 1, 16), bool)) is None
+
+
+def test_channel_zero_is_open_only_where_it_is_opened(family_pair, batch):
+    """It fills up lists of touched channels, and must not be added for that."""
+    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    masks = [
+        PatchMask.of(pair.cfg, names) for names in (["L0.neuron.0"], ["L1.neuron.0", "L0.neuron.1", "L0.neuron.2"])
+    ]
+    got = set_scores(pair.cfg, pair.base, pair.expert, masks, metric)
+    np.testing.assert_allclose(got, one_by_one(pair, masks, metric), atol=2e-5)

@@ -1,0 +1,158 @@
+"""Joint patches: the metric under many sets of components in one program, the weights shared by all of them.
+
+    x W  ->  where(m, x W_E, x W_B)                         output channels (queries, keys, values, gates, inputs)
+    z W  ->  where(m, 0, z) W_B + where(m, z, 0) W_E        input channels (W_O, W_out)
+
+exactly, under `vmap` over the masks m alone (METHOD 3; ours). Where the masks of a batch together touch few channels of
+a layer, W_E holds those only, so that a set costs little more than a plain forward pass, not two. Prompts are packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from wpjax.components import LEAVES
+from wpjax.metrics import PROMPTS_AT_ONCE, Metric
+from wpjax.models.config import ModelConfig
+from wpjax.models.convert import flatten, unflatten
+from wpjax.models.decoder import Params, decoder
+from wpjax.models.leaves import Blend
+from wpjax.parts import in_parts
+from wpjax.patching import PatchedParams, PatchMask, patch
+from wpjax.sweeps.exact import bytes_per_row, memory_budget
+from wpjax.sweeps.packing import Packing, pack
+
+MOST_TOUCHED = 0.25
+"""Share of a gate's channels in a layer beyond which the whole of the donor's matrices is used."""
+
+TOKENS_AT_ONCE = 16384
+"""Prompt tokens of a program; more prompts are answered in parts."""
+
+
+class Touched(NamedTuple):
+    """The channels of one gate that any mask of a batch opens, K at most in any layer.
+
+    Attributes:
+        channels: [L, K], which; filled up with 0.
+        slot: [L, n], where in `channels` each one stands; of others, anywhere.
+    """
+
+    channels: Int[np.ndarray | Array, "L K"]
+    slot: Int[np.ndarray | Array, "L n"]
+
+
+def touched(opened: Bool[np.ndarray, "M L n"]) -> Touched | None:
+    """The channels that a batch of gates opens; None if they are too many to be worth it."""
+    union: Bool[np.ndarray, "L n"] = np.asarray(opened.any(0))
+    most = int(union.sum(1).max())
+    width = 1 << (most - 1).bit_length()  # few different shapes: few programs
+    if most == 0 or width > MOST_TOUCHED * union.shape[1]:
+        return None
+    channels, slot = np.zeros((len(union), width), np.int32), np.zeros(union.shape, np.int32)
+    for layer, is_open in enumerate(union):
+        here = np.flatnonzero(is_open)
+        channels[layer, : len(here)] = here
+        slot[layer, here] = np.arange(len(here))
+    return Touched(channels, slot)
+
+
+def _confined(params: PatchedParams, few: Mapping[str, Touched]) -> PatchedParams:
+    """Patched parameters whose donor matrices hold the touched channels only."""
+
+    def confine(path: str, leaf: Array | Blend) -> Array | Blend:
+        gate, axis = LEAVES[path]
+        if not isinstance(leaf, Blend) or gate not in few or axis is None:
+            return leaf
+        channels, slot = (jnp.asarray(a) for a in few[gate])
+        expert = jax.vmap(lambda w, i: jnp.take(w, i, axis=axis))(leaf.expert, channels)
+        return dataclasses.replace(leaf, expert=expert, index=channels, slot=slot)
+
+    return unflatten({path: confine(path, leaf) for path, leaf in flatten(params).items()})
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _set_scores(
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    gates: Mapping[str, Bool[Array, "M ..."]],
+    few: Mapping[str, Touched],
+    metric: Metric,
+    packing: Packing | None,
+) -> Float[Array, "M B"]:
+    def patched(mask: Mapping[str, Array]) -> PatchedParams:
+        return _confined(patch(host, donor, PatchMask(mask)), few)
+
+    def run(mask: Mapping[str, Array]) -> Float[Array, "B R D"]:
+        if packing is None:
+            return metric.pick(metric.run(cfg, patched(mask)).resid)
+        ids, packed = jnp.asarray(packing.ids), packing.packed
+        out = decoder(cfg, patched(mask))(ids, stop=metric.layer + 1, logits=False, packed=packed)
+        return packing.pick(out.resid)[0]
+
+    def read(mask: Mapping[str, Array], picked: Float[Array, "B R D"]) -> Float[Array, " B"]:
+        params = patched(mask)
+
+        def one(b: Array) -> Float[Array, ""]:
+            return metric.take(b[None]).read(cfg, params, picked[b][None])[0]
+
+        return jax.lax.map(one, jnp.arange(len(metric)), batch_size=PROMPTS_AT_ONCE)
+
+    picked = jax.vmap(run)(dict(gates))
+    if metric.readout.reads_logits:  # a vocabulary of logits takes its place for few of them at a time
+        return jax.lax.map(lambda at: read(*at), (dict(gates), picked))
+    return jax.vmap(lambda mask, x: metric.read(cfg, patched(mask), x))(dict(gates), picked)
+
+
+def set_scores(
+    cfg: ModelConfig,
+    host: Params,
+    donor: Params,
+    masks: Sequence[PatchMask],
+    metric: Metric,
+    *,
+    budget: int | None = None,
+) -> Float[np.ndarray, "M B"]:
+    """The metric of each prompt with each of some sets of components taken from the donor.
+
+    Args:
+        cfg: the model.
+        host: parameters that receive the patches.
+        donor: parameters that the components come from.
+        masks: boolean; gates that are absent are closed.
+        metric: what is measured.
+        budget: bytes for the activations of the sets that run at once; None to choose from the device.
+    """
+    names = dict.fromkeys(gate for mask in masks for gate in mask.gates)
+    gates: dict[str, Bool[np.ndarray, "M ..."]] = {}
+    for name in names:
+        shape = next(mask.gates[name].shape for mask in masks if name in mask.gates)
+        stacked = np.stack([np.asarray(mask.gates.get(name, np.zeros(shape, bool))) for mask in masks])
+        if stacked.any():
+            gates[name] = stacked
+    if not gates:  # nothing is patched anywhere: keep one gate, so that the sets can be counted
+        gates = {"final_norm": np.zeros(len(masks), bool)}
+
+    def run(rows: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N M"]:
+        some = metric.take(jnp.asarray(rows))
+        packing = None if metric.held is not None else pack(some)
+        room = pack(dataclasses.replace(some, held=None)) if packing is None else packing
+        most = max(1, (memory_budget() if budget is None else budget) // (2 * bytes_per_row(cfg, room)))
+
+        def score(sets: Int[np.ndarray, " N"]) -> Array:
+            here = {name: gate[sets] for name, gate in gates.items()}
+            layered = {name: touched(gate) for name, gate in here.items() if gate.ndim == 3}
+            few = {name: found for name, found in layered.items() if found is not None}
+            return _set_scores(cfg, host, donor, here, few, some, packing)
+
+        return in_parts(len(masks), most, score).T
+
+    return in_parts(len(metric), max(16, TOKENS_AT_ONCE // metric.tokens.ids.shape[1]), run).T
