@@ -51,8 +51,9 @@ def as_pair(hf_pair: HfPair) -> Pair:
 
 @pytest.fixture(scope="session")
 def batch() -> PromptBatch:
-    """Random prompts of different lengths in the vocabulary of the table's models, two a query."""
-    rng = np.random.default_rng(0)
-    tokens = Tokens(rng.integers(0, 61, (6, 12)).astype(np.int32), np.array([12, 7, 9, 12, 5, 11], np.int32))
+    """Random prompts in the vocabulary of the table's models, two a query; they begin alike, and one begins another."""
+    ids = np.random.default_rng(0).integers(0, 61, (6, 12)).astype(np.int32)
+    ids[:, :3], ids[4, :5] = ids[0, :3], [*ids[0, :3], *ids[3, 3:5]]
+    tokens = Tokens(ids, np.array([12, 7, 9, 12, 5, 11], np.int32))
     pairs = tuple(PromptPair(f"with {i}", f"without {i // 2}", i // 2) for i in range(6))
     return PromptBatch("random", "sweep", tokens, tokens, tuple(p.with_instruction for p in pairs), pairs)

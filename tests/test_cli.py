@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import xarray as xr
 
 from wpjax import cli
 from wpjax.anchors import Anchor
+from wpjax.cli.compiled import keep_programs
 from wpjax.models.checkpoint import load_checkpoint
 from wpjax.pairs import load_model
 from wpjax.results import SweepResult
@@ -108,6 +110,25 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     assert_refused(wpjax(*known), "--response-tokens is for an anchor that is fitted here", tmp_path, left)
 
 
+def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
+    for name in ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        monkeypatch.setenv(name, "1")  # left as they are
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    keep_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    keep_programs()
+    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).is_relative_to(tmp_path / "wpjax" / "compiled")
+    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "1"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("in the way")
+    keep_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
 def test_an_anchor_that_fails_its_causal_tests(wpjax, tmp_path):
     quick = ["--layer", "3", "--n-steered", "12", "--max-new-tokens", "12", "--out", "a.safetensors"]
     models = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:no_comma"]
@@ -129,8 +150,10 @@ def test_the_decision_metric_counts_what_comes_after_the_anchor(wpjax, tmp_path)
 
 
 def test_json(wpjax):
-    code, out, _ = wpjax("sweep", *SMALL, "--out", "r.nc", "--json")
+    code, out, _ = wpjax("sweep", *SMALL, "--out", "r.nc", "--json", "--profile", "profile")
     assert code == 0
+    assert list(Path("profile").rglob("*.xplane.pb"))
+    assert np.isfinite(SweepResult.from_netcdf("r.nc").values("set_score")).all()
     assert set(json.loads(out)) == {"ranked_by", "top", "coverage"}
     code, out, _ = wpjax("sweep", *UNTESTED, "--kinds", "head", "--method", "screen", "--out", "s.nc", "--json")
     assert code == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from wpjax.metrics import answer_metric
 from wpjax.models.decoder import Held, Steer
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask
-from wpjax.sweeps.joint import set_scores, touched
+from wpjax.sweeps.joint import _scores_of_sets, scores_of_sets, touched
 from wpjax.sweeps.reference import patched_score
 
 
@@ -32,7 +33,7 @@ def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
     expected = one_by_one(pair, masks, metric)
     assert np.ptp(expected, axis=0).max() > 0.02
     for budget in (None, 1):  # all at once, and each alone
-        got = set_scores(pair.cfg, pair.base, pair.expert, masks, metric, budget=budget)
+        got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric, budget=budget)
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
@@ -45,7 +46,7 @@ def test_answers_and_given_states_too(family_pair, batch):
     held = Held(Steer(0, v, v, 0.5), jnp.asarray(prompts.last))
     masks = sets_of(pair.cfg, tuple(KINDS), 20, n=3)
     for one in (metric, dataclasses.replace(metric, held=held)):
-        got = set_scores(pair.cfg, pair.base, pair.expert, masks, one)
+        got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, one)
         np.testing.assert_allclose(got, one_by_one(pair, masks, one), atol=5e-5)
 
 
@@ -56,7 +57,26 @@ def test_channels_that_a_batch_touches_by_hand():
     assert few.channels.tolist() == [[3, 5, 9, 0], [15, 0, 0, 0]]
     assert few.slot[0, [3, 5, 9]].tolist() == [0, 1, 2]
     assert touched(np.ones((1, 1, 16), bool)) is None  # the whole of it is wanted
-    assert touched(np.zeros((1, 1, 16), bool)) is None
+    assert touched(np.zeros((1, 1, 16), bool)).channels.tolist() == [[0]]  # nothing costs next to nothing
+
+
+def test_out_of_memory_sets_go_on_with_less_at_once(family_pair, batch, monkeypatch):
+    """The device is said to hold two sets at a time."""
+    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    masks = sets_of(pair.cfg, ("head",), 2)
+    sizes: list[int] = []
+
+    def small(cfg, host, donor, gates, *args):
+        sizes.append(len(gates["head"]))
+        if sizes[-1] > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+        return _scores_of_sets(cfg, host, donor, gates, *args)
+
+    monkeypatch.setattr("wpjax.sweeps.joint._scores_of_sets", small)
+    with pytest.warns(UserWarning, match="out of memory: joint patches go on 2 at a time"):
+        got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
+    np.testing.assert_allclose(got, one_by_one(pair, masks, metric), atol=2e-5)
+    assert sizes[:2] == [5, 3]
 
 
 def test_channel_zero_is_open_only_where_it_is_opened(family_pair, batch):
@@ -65,5 +85,5 @@ def test_channel_zero_is_open_only_where_it_is_opened(family_pair, batch):
     masks = [
         PatchMask.of(pair.cfg, names) for names in (["L0.neuron.0"], ["L1.neuron.0", "L0.neuron.1", "L0.neuron.2"])
     ]
-    got = set_scores(pair.cfg, pair.base, pair.expert, masks, metric)
+    got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
     np.testing.assert_allclose(got, one_by_one(pair, masks, metric), atol=2e-5)

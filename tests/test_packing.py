@@ -48,7 +48,9 @@ def test_prompts_by_hand():
 
 def test_each_position_that_is_read_sees_its_prompt_and_nothing_else():
     packing = pack(metric_of(PROMPTS))
-    for prompt, (slot,) in zip(PROMPTS, np.asarray(packing.at), strict=True):
+    visible, width = np.asarray(packing.packed.visible), packing.packed.segments.shape[1]
+    for b, (prompt, (slot,)) in enumerate(zip(PROMPTS, np.asarray(packing.at), strict=True)):
+        assert packing.seen[b, 0].tolist() == visible[divmod(int(slot) - 2, width)].tolist()
         assert seen_from(packing, int(slot)) == [(token, i) for i, token in enumerate(prompt)]
 
 

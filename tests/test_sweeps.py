@@ -1,5 +1,7 @@
 """Suffix replay against the lazy patch, the materialised patch and HF torch; its noise floor and compile counts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +152,55 @@ def test_a_sham_without_rounding_changes_nothing_and_with_it_little(family_pair,
     moved = np.abs(exact(pair, batch, anchor, components, donor=pair.base, jitter_seed=0)).max()
     effects = np.abs(exact(pair, batch, anchor, components)).max()
     assert 0 < moved < 1e-4 * effects
+
+
+def test_out_of_memory_the_sweep_goes_on_with_less_at_once(family_pair, batch, monkeypatch):
+    """The device is said to hold three heads or neurons at a time."""
+    pair, anchor = family_pair, make_anchor(family_pair, 2)
+    components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
+    expected = exact(pair, batch, anchor, components)
+    full_up = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+    sizes: list[int] = []
+
+    class Late:
+        """Scores of a program that fails when they are fetched, as on an accelerator."""
+
+        def __array__(self, *args, **kwargs):
+            raise full_up
+
+    def small(cfg, kind, *args, **options):
+        sizes.append(args[6].size)
+        if sizes[-1] > 5:
+            raise full_up
+        made = replay(cfg, kind, *args, **options)
+        return made._replace(score=Late()) if sizes[-1] > 3 else made
+
+    monkeypatch.setattr("wpjax.sweeps.exact.replay", small)
+    with pytest.warns(UserWarning, match="out of memory: neuron patches go on"):
+        got = exact(pair, batch, anchor, components)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert {size > 5 for size in sizes} == {size > 3 for size in sizes} == {False, True}
+
+    def full(*args, **options):
+        raise full_up
+
+    monkeypatch.setattr("wpjax.sweeps.exact.replay", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE"), pytest.warns(UserWarning, match="out of memory"):
+        exact(pair, batch, anchor, components)
+
+
+def test_bfloat16_effects_are_those_of_the_rounded_weights(family_pair, batch):
+    """Within bfloat16's digits; a sham, compared within one program, changes far less."""
+    pair, anchor = family_pair, make_anchor(family_pair, 2)
+    coarse = dataclasses.replace(
+        pair, **{end: jax.tree.map(lambda a: a.astype("bfloat16"), getattr(pair, end)) for end in ("base", "expert")}
+    )
+    components = enumerate_components(pair.cfg, ("head", "kv_group", "mlp"), range(3))
+    got = exact(coarse, batch, anchor, components, budget=1 << 16)
+    fine = [jax.tree.map(lambda a: a.astype("float32"), params) for params in (coarse.base, coarse.expert)]
+    expected = reference_changes(pair.cfg, *fine, components, anchor.on(batch))
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.abs(exact(coarse, batch, anchor, components, donor=coarse.base)).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_shams_are_spread_over_the_layers(family_pair, batch):

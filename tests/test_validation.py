@@ -13,13 +13,14 @@ from wpjax.behaviours import behaviour
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.curves import Curves
 from wpjax.errors import AnchorRejected, WpjaxError
-from wpjax.metrics import response_metric, scores
+from wpjax.metrics import decision_metric, response_metric, scores
 from wpjax.models.decoder import forward
 from wpjax.pairs import load_pair, planted_components
 from wpjax.patching import PatchMask, patch
 from wpjax.report.curves import write_curves
+from wpjax.results import SweepResult
 from wpjax.steering import Judge
-from wpjax.sweeps import sweep
+from wpjax.sweeps import add_set_score, sweep
 from wpjax.validation import anchor_of, log_grid, orders, steps_of, validate
 
 FINEST = ("head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm")
@@ -194,8 +195,25 @@ def test_finished_parts_are_used(planted, result, curves):
 def test_a_control_that_is_the_ranking_under_test_is_left_out(planted, result):
     for by in ("delta_norm", "effect"):
         found = orders(*planted, result, anchor_of(result), by=by, n_random=1)
-        assert list(found) == list(dict.fromkeys([by, "activation", "delta_norm", "random 1"]))
+        assert list(found) == list(dict.fromkeys([by, "effect", "activation", "delta_norm", "random 1"]))
         assert [c.name for c in found[by][:3]] == [row.name for row in result.top(3, by=by)]
+
+
+def test_sets_are_ranked_by_a_score_that_sums_to_the_decisions_gap(planted, result):
+    """Over every gate of the model once; a result that has it is validated by it."""
+    pair, task = planted
+    metric = decision_metric(pair, task.encode(pair.tokenizer, "sweep", 8), N_NEW)
+    every = SweepResult(result.dataset.isel(component=[0]))
+    names = [c.name for c in enumerate_components(pair.cfg, FINEST)]
+    every.dataset = every.dataset.isel(component=np.zeros(len(names), int)).assign_coords(name=("component", names))
+    assert add_set_score(pair, every, metric).values("set_score").sum() == pytest.approx(1, abs=1e-3)
+
+    scored = add_set_score(pair, result, metric)
+    assert (result.set_ranking, scored.ranking, scored.set_ranking) == ("effect", "effect", "set_score")
+    found = orders(*planted, scored, anchor_of(result), n_random=1)
+    assert list(found) == ["set_score", "effect", "activation", "delta_norm", "random 1"]
+    truth = set(planted_components())
+    assert np.mean([c.name in truth for c in found["set_score"][: len(truth)]]) > 0.8
 
 
 def test_finished_parts_of_another_shape_are_refused(planted, result):

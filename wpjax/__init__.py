@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from wpjax.patching import PatchMask, materialize, patch
     from wpjax.report import write_report
     from wpjax.results import SweepResult
-    from wpjax.sweeps import sweep
+    from wpjax.sweeps import add_set_score, sweep
     from wpjax.training import TrainConfig, finetune
     from wpjax.validation import validate
 
@@ -44,7 +44,7 @@ _MODULES = {
     "wpjax.patching": ("PatchMask", "materialize", "patch"),
     "wpjax.report": ("write_report",),
     "wpjax.results": ("SweepResult",),
-    "wpjax.sweeps": ("sweep",),
+    "wpjax.sweeps": ("add_set_score", "sweep"),
     "wpjax.curves": ("Curves",),
     "wpjax.validation": ("validate",),
 }
@@ -67,6 +67,7 @@ __all__ = [
     "SweepResult",
     "TrainConfig",
     "WpjaxError",
+    "add_set_score",
     "behaviour",
     "decision_metric",
     "enumerate_components",

@@ -37,6 +37,7 @@ RANKINGS = (
     "interaction",
     "knockout",
     *MASKS,
+    "set_score",
     "delta_norm",
 )
 """Variables that components can be ranked by, the most trustworthy first."""
@@ -152,7 +153,9 @@ class SweepResult:
     estimates in `FIRST_ORDER` or `attribution` where they were asked for, and `activation`, `source`, `relay`,
     `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
     those cells were measured; `beta_low`, `banzhaf` and `beta_high` (share of the gap in the company of few, half and
-    most of the others) and `redundancy` (the first minus the last), likewise. `coverage_joint[swept_kind]` and
+    most of the others) and `redundancy` (the first minus the last), likewise; `set_score`, what components are ranked
+    by to be patched together (share of the decision score's gap, see `sweeps.add_set_score`).
+    `coverage_joint[swept_kind]` and
     `coverage_sum[swept_kind]` say how much of the gap each kind recovers as one patch and as the sum of its single
     effects (first-order ones where nothing was replaced); `split_half[swept_kind]` how reliably its ranking repeats on
     other queries; `null_permuted` and `null_direction` what 95 % of effects are smaller than where there is nothing to
@@ -231,6 +234,11 @@ class SweepResult:
     def ranking(self) -> str:
         """The best ranking there is: exact effects if anything was replaced, otherwise the first-order ones."""
         return next(name for name in RANKINGS if name in self.dataset and np.isfinite(self.dataset[name].values).any())
+
+    @property
+    def set_ranking(self) -> str:
+        """The ranking whose best components are patched together: `set_score` where there is one."""
+        return "set_score" if "set_score" in self.dataset else self.ranking
 
     def to_netcdf(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the file, whole or not at all.

@@ -3,10 +3,10 @@
     restore    the base with the k best components of the expert        is the set sufficient?
     knockout   the expert with the k best components of the base        is it necessary?
 
-for k on a logarithmic grid. Beside the ranking under test stand controls with as many parameters: random components,
-those that changed most, and those that activation patching ranks first. Every patched model answers held-out prompts
-freely and is judged by the checker; beside it stand the scores that need no generation, each as a share of the way
-from base to expert, so that one can see what they promise (METHOD 8; ours).
+for k on a logarithmic grid. Beside the ranking under test stand that of single effects, and controls with as many
+parameters: random components, those that changed most, and those that activation patching ranks first. Every patched
+model answers held-out prompts freely and is judged by the checker; beside it stand the scores that need no generation,
+each as a share of the way from base to expert, so that one can see what they promise (METHOD 8; ours).
 """
 
 from __future__ import annotations
@@ -89,27 +89,29 @@ def orders(
         behaviour: its prompts.
         result: the sweep.
         anchor: for a sweep of the anchor metric.
-        by: the ranking under test; None for the result's best. A control that is the same ranking is left out.
+        by: the ranking under test; None for the result's `set_ranking`. A control that is the same ranking is left out.
         n_random: random orders.
         max_new_tokens: length of the answers that a metric reads.
         seed: of random orders.
 
     Returns:
-        the order under test first; "activation" is taken from the result if it has it, otherwise from its screen on
-        the sweep's prompts (without the state that an execution sweep was given); then "delta_norm" and "random i".
+        the order under test first, then, if it is another, the result's `ranking`; "activation" is taken from the
+        result if it has it, otherwise from its screen on the sweep's prompts (without the state that an execution sweep
+        was given); then "delta_norm" and "random i".
 
     Raises:
         WpjaxError: the result has no such ranking, or lacks its anchor.
     """
     data, rng = result.dataset, np.random.default_rng(seed)
-    by = by or result.ranking
+    by = by or result.set_ranking
     components = [parse_component(pair.cfg, str(name)) for name in data["name"].values]
-    values = {by: result.best() if by == "effect" else result.values(by)}
+    tested = dict.fromkeys((by, result.ranking))
+    values = {name: result.best() if name == "effect" else result.values(name) for name in tested}
     controls: dict[str, Callable[[], np.ndarray]] = {
         "activation": lambda: _activation(pair, behaviour, result, components, anchor, max_new_tokens),
         "delta_norm": lambda: result.values("delta_norm"),
     }
-    values |= {name: control() for name, control in controls.items() if name != by}
+    values |= {name: control() for name, control in controls.items() if name not in tested}
     values |= {f"random {i + 1}": rng.standard_normal(len(components)) for i in range(n_random)}
     return {
         name: [components[i] for i in np.argsort(-np.nan_to_num(v, nan=-np.inf), kind="stable")]
@@ -165,7 +167,7 @@ def validate(
         behaviour: its "test" prompts and its checker judge.
         result: the sweep.
         anchor: whose recovery is measured too; None for the one that was swept on, if any.
-        by: the ranking under test; None for the result's best.
+        by: the ranking under test; None for the result's `set_ranking`.
         n_prompts: held-out prompts, at most.
         n_points: sizes of sets, from one component to all of them on a logarithmic grid.
         n_random: random orders.

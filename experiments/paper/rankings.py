@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from experiments.paper.replicate import FINE
-from experiments.paper.tasks import over_tasks, pair_of, place_of
+from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
 from experiments.records import made, table
 from wpjax.anchors import Anchor
 from wpjax.behaviours import Behaviour
@@ -112,7 +112,7 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path, points: int,
 
 def markdown(report: dict[str, Any]) -> str:
     """Area of every ranking, one column a task, and the mean over tasks."""
-    tasks = report["tasks"]
+    tasks = measured(report)
     names = [name for name in next(iter(tasks.values()))["areas"] if not name.startswith("random")]
 
     def areas(name: str) -> list[list[float]]:

@@ -9,7 +9,8 @@ flow; the sweep of what executes the behaviour once the anchor's state is given;
 against their controls, judged by the checker. Finished steps are kept in the work folder, and finished tasks in the
 results, and are not repeated. The summary says of each of the paper's findings what was seen.
 
-A config names a base and an expert ("{task}" in its path stands for the task's name) and the tasks.
+A config names a base and an expert ("{task}" in its path stands for the task's name) and the tasks; a task may be an
+object with a name and settings of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper.tasks import over_tasks, pair_of, place_of
+from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
 from experiments.records import made, table, write
 from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour
@@ -35,6 +36,7 @@ from wpjax.pairs import Pair
 from wpjax.report import write_report
 from wpjax.report.curves import write_curves
 from wpjax.results import Shards, SweepResult
+from wpjax.steering import Judge, check_behaviour_differs
 from wpjax.sweeps import sweep
 from wpjax.tracing import hierarchy
 from wpjax.validation import validate
@@ -45,14 +47,17 @@ FINE = ("head", "kv_group", "neuron")
 def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str, Any]:
     """All steps of one task, and what they show."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings, known = {key: value for key, value in config.items() if key != "tasks"}, folder / "settings.json"
-    if known.exists() and json.loads(known.read_text()) != settings:
+    known = folder / "settings.json"
+    if known.exists() and json.loads(known.read_text()) != config:
         raise SystemExit(f"error: {folder} holds steps made with other settings; delete it, or name another --work")
-    write(known, settings)
+    write(known, config)
     pair = pair_of(config, task)
     places = {name: folder / name for name in ("anchor.safetensors", "sweep.nc", "execution.nc", "curves.nc")}
     new_tokens, n_prompts = int(config["max_new_tokens"]), int(config["n_prompts"])
     steered, validated = int(config["n_steered"]), int(config["n_validated"])
+    if not places["curves.nc"].exists():  # before anything long: is there a behaviour to find?
+        judge = Judge(pair, task, task.encode(pair.tokenizer, "test", validated), new_tokens)
+        check_behaviour_differs(judge, judge.answers(pair.base), judge.answers(pair.expert))
     with progress_bars() as progress:
         if not places["anchor.safetensors"].exists():
             with timed(folder, "anchor"):
@@ -76,7 +81,8 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
         if not places["curves.nc"].exists():
             with timed(folder, "validation"):
                 drawn = validate(
-                    pair, task, swept, n_prompts=validated, n_points=int(config["points"]), max_new_tokens=new_tokens,
+                    pair, task, swept, by="effect", n_prompts=validated, n_points=int(config["points"]),
+                    max_new_tokens=new_tokens,
                     done=Shards(folder / ".curves", {"task": task.name, **config}, resume=True), progress=progress,
                 )  # fmt: skip
             drawn.to_netcdf(places["curves.nc"])
@@ -145,7 +151,7 @@ def markdown(report: dict[str, Any]) -> str:
     columns = ["task", "anchor", "accepted", "sources: depth", "in neurons", "by way of: depth", "by heads",
                "passes, best set (expert)", "area: weights", "area: activation", "area: random"]  # fmt: skip
     rows = []
-    for name, r in report["tasks"].items():
+    for name, r in measured(report).items():
         areas = r["areas"]["restore"]
         first = next(iter(areas))
         random = np.mean([a[0] for ranking, a in areas.items() if ranking.startswith("random")])
@@ -168,7 +174,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def calibrations(report: dict[str, Any]) -> str:
     """How far each score's share is from the share that passes (root mean square), and their rank correlation."""
-    tasks = report["tasks"]
+    tasks = measured(report)
     measures = [c["measure"] for c in next(iter(tasks.values()))["calibration"]]
 
     def cell(task: dict[str, Any], measure: str) -> str:

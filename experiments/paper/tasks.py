@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.records import write
+from experiments.records import made, write
 from wpjax.behaviours import Behaviour, behaviour
 from wpjax.cli.console import progress_bars
+from wpjax.errors import AnchorRejected, MetricRejected
 from wpjax.models.checkpoint import save_checkpoint
 from wpjax.pairs import Pair, load_model, load_pair
 from wpjax.training import TrainConfig, finetune
@@ -18,6 +19,9 @@ from wpjax.training import TrainConfig, finetune
 def over_tasks(path: Path, out: Path | None, run: Callable[[dict[str, Any], Behaviour], Any]) -> dict[str, Any]:
     """Run something on every task of a config; what an earlier run with the same settings finished is kept.
 
+    A task is a name, or an object with a name and settings of its own in place of the config's. One whose models do not
+    differ in the behaviour is noted as refused, with the reason.
+
     Args:
         path: the config.
         out: the results, written after every task.
@@ -25,15 +29,30 @@ def over_tasks(path: Path, out: Path | None, run: Callable[[dict[str, Any], Beha
     """
     config = json.loads(path.read_text())
     report: dict[str, Any] = {"config": config, "tasks": {}}
-    if out is not None and out.exists():
-        earlier = json.loads(out.read_text())
-        if all(earlier["config"].get(key) == config[key] for key in config if key != "tasks"):
-            report["tasks"] = earlier["tasks"]
-    for name in config["tasks"]:
-        if name not in report["tasks"]:
-            report["tasks"][name] = run(config, behaviour(name))
-            write(out, report)
+    earlier = json.loads(out.read_text()) if out is not None and out.exists() else None
+    kept = {} if earlier is None else {name: earlier["tasks"].get(name) for name in settings_of(earlier["config"])}
+    for name, settings in settings_of(config).items():
+        if earlier is not None and kept.get(name) and settings_of(earlier["config"])[name] == settings:
+            report["tasks"][name] = kept[name]
+            continue
+        try:
+            report["tasks"][name] = run(settings, behaviour(name))
+        except (AnchorRejected, MetricRejected) as error:
+            report["tasks"][name] = {**made(), "refused": str(error)}
+        write(out, report)
     return report
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of every task of a config, by name."""
+    shared = {key: value for key, value in config.items() if key != "tasks"}
+    given = [{"name": task} if isinstance(task, str) else task for task in config["tasks"]]
+    return {task["name"]: shared | {key: value for key, value in task.items() if key != "name"} for task in given}
+
+
+def measured(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks of a report that were not refused."""
+    return {name: task for name, task in report["tasks"].items() if "refused" not in task}
 
 
 def place_of(work: Path, task: Behaviour) -> Path:

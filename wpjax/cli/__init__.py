@@ -12,6 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from wpjax.cli import anchor, demo, finetune, inspect, report, sweep, validate
+from wpjax.cli.compiled import keep_programs
 from wpjax.errors import WpjaxError
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ def main() -> None:
     """Run the command line: exit 0 done, 2 bad input, 130 interrupted, 1 a bug."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    keep_programs()
     try:
         code = app(standalone_mode=False)
     except SystemExit as leaving:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,11 +115,23 @@ def run(
         int, typer.Option("--stratum", min=0, help="Random others of each kind replaced too: what did the screen miss?")
     ] = 64,
     n_masks: Annotated[int, typer.Option("--n-masks", min=8, help="Random sets a share, with --method masks.")] = 256,
+    set_score: Annotated[
+        bool,
+        typer.Option(
+            "--set-score/--no-set-score",
+            help="Also rank components to be patched together, by the secant adjoint of the decision score on the way "
+            "from base to expert; `wpjax validate` takes that ranking.",
+        ),
+    ] = True,
     n_prompts: PromptsOption = 64,
     dtype: DtypeOption = Dtype.float32,
     memory: Annotated[
         float | None,
         typer.Option("--memory-mb", min=1, max=2**30, help="Memory for a chunk of patches; chosen if absent."),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", help="Folder for a JAX profile of the sweep, to open with XProf or Perfetto."),
     ] = None,
     resume: ResumeOption = False,
     seed: SeedOption = 0,
@@ -138,8 +152,8 @@ def run(
     from wpjax.anchors import Anchor, fit_anchor
     from wpjax.cli.console import on_interrupt, progress_bars
     from wpjax.components import check_kind
-    from wpjax.errors import WpjaxError
-    from wpjax.metrics import ANSWER_METRICS, Metric
+    from wpjax.errors import OutputError, WpjaxError
+    from wpjax.metrics import ANSWER_METRICS, Metric, decision_metric
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
 
@@ -152,6 +166,11 @@ def run(
         raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
     if given_anchor is not None and metric == MetricName.anchor:
         raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
+    if profile is not None:
+        try:
+            profile.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"--profile {profile}: {error.strerror}; name a folder that can be written") from error
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)
@@ -198,7 +217,8 @@ def run(
     def kept() -> str:
         return "finished parts are kept: go on with --resume" if len(shards) else "nothing was written"
 
-    with on_interrupt(kept), progress_bars() as progress:
+    profiled = contextlib.nullcontext() if profile is None else jax.profiler.trace(str(profile))
+    with on_interrupt(kept), profiled, progress_bars() as progress:
         result = sweeps.sweep(
             pair,
             batch,
@@ -216,6 +236,16 @@ def run(
         )
     result.to_netcdf(out, overwrite)
     shards.discard()
+    if set_score and given_anchor is None:
+        with on_interrupt(lambda: f"{out} is written, without a set score"), progress_bars() as progress:
+            progress("set score", 0, 1)
+            try:
+                result = sweeps.add_set_score(pair, result, decision_metric(pair, batch, max_new_tokens))
+            except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
+                print(f"no set score: {error}", file=sys.stderr)
+            else:
+                result.to_netcdf(out, overwrite=True)
+            progress("set score", 1, 1)
     print_result(result, show, as_json)
     if not as_json:
         print(f"\nwrote {out}; for the pictures: wpjax report {out} --out {out.with_suffix('.html')}")

@@ -43,7 +43,7 @@ def run(
     out: OutOption,
     checker: CheckerOption = None,
     by: Annotated[
-        str | None, typer.Option("--by", help="The ranking under test, say effect or screen; the best if absent.")
+        str | None, typer.Option("--by", help="The ranking under test, say effect or screen; the set score if absent.")
     ] = None,
     n_prompts: PromptsOption = 32,
     points: Annotated[

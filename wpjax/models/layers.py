@@ -95,8 +95,8 @@ class Norm(nnx.Module):
         if self.cfg.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.cfg.norm_eps)
-        x = x * resolve(_leaf(self.scale)).astype(jnp.float32)
-        return x + resolve(_leaf(self.bias)).astype(jnp.float32) if self.cfg.norm == "layer" else x
+        x = x * resolve(_leaf(self.scale))
+        return x + resolve(_leaf(self.bias)) if self.cfg.norm == "layer" else x
 
 
 class Attention(nnx.Module):
@@ -132,6 +132,7 @@ class Attention(nnx.Module):
             k, v = k + resolve(_leaf(self.b_K)), v + resolve(_leaf(self.b_V))
         return (rotate(self.cfg, k, positions) if self.cfg.rope else k), v
 
+    @jax.named_scope("attention")
     def mix(
         self,
         q: Float[Array, "B T H Dh"],
@@ -150,13 +151,14 @@ class Attention(nnx.Module):
         dtype = _leaf(self.W_O).dtype
         # float32 stays float32 on any device; JAX's own function needs implicit promotion for bfloat16.
         with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
+            z = jax.nn.dot_product_attention(
                 q.astype(dtype),
                 k.astype(dtype),
                 v.astype(dtype),
                 is_causal=seen is None,
                 mask=None if seen is None else seen[:, None],
             )
+        return z.astype(jnp.float32)
 
     def mix_packed(
         self, q: Float[Array, "N S H Dh"], k: Float[Array, "N S K Dh"], v: Float[Array, "N S K Dh"], packed: Packed
@@ -218,6 +220,7 @@ class Block(nnx.Module):
         self.norm_mlp = Norm(cfg)
         self.mlp = MLP(cfg, rngs=rngs)
 
+    @jax.named_scope("attend")
     def attend(
         self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
@@ -234,6 +237,7 @@ class Block(nnx.Module):
         z = self.attn.mix(q, k, v) if packed is None else self.attn.mix_packed(q, k, v, packed)
         return resid_pre + self.attn.out(z), (k, v)
 
+    @jax.named_scope("feed")
     def feed(self, resid_mid: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         """Residual stream after the MLP."""
         return resid_mid + self.mlp.out(self.mlp.neurons(self.norm_mlp(resid_mid)))

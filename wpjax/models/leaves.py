@@ -104,10 +104,10 @@ Leaf: TypeAlias = Array | Blend
 
 
 def resolve(leaf: Leaf) -> Array:
-    """The value of a small leaf (a bias, a norm's scale)."""
-    if not isinstance(leaf, Blend):
-        return leaf
-    return leaf.mix(leaf.base, leaf.expert, -1 if leaf.axis is None else leaf.axis - leaf.base.ndim)
+    """The value of a small leaf (a bias, a norm's scale), in float32."""
+    if isinstance(leaf, Blend):
+        leaf = leaf.mix(leaf.base, leaf.expert, -1 if leaf.axis is None else leaf.axis - leaf.base.ndim)
+    return leaf.astype(jnp.float32)
 
 
 def lookup(leaf: Leaf, ids: Int[Array, "*ids"], axis: int = 0) -> Float[Array, "*ids D"]:

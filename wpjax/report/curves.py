@@ -24,11 +24,18 @@ LABELS = {
     "kl": "nearness to the expert (KL)",
 }
 CONTROLS = {"activation": COLOURS["neuron"], "delta_norm": COLOURS["norm"]}
-NAMES = {"effect": "effect of the weights", "activation": "activation patching", "delta_norm": "norm of the change"}
+SINGLE = COLOURS["kv_group"]
+"""The result's own ranking, where another is tested."""
+NAMES = {
+    "set_score": "set score",
+    "effect": "effect of the weights",
+    "activation": "activation patching",
+    "delta_norm": "norm of the change",
+}
 
 
 def _colour(ranking: str, first: bool) -> str:
-    return COLOURS["head"] if first else CONTROLS.get(ranking, GREY)
+    return COLOURS["head"] if first else GREY if ranking.startswith("random") else CONTROLS.get(ranking, SINGLE)
 
 
 def draw_curve(curves: Curves, axes: Axes, measure: str, direction: str) -> None:

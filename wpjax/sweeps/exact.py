@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -51,10 +52,24 @@ class Plan(NamedTuple):
     chunks: tuple[Chunk, ...]
 
 
+def bytes_of_row(cfg: ModelConfig, n_tokens: int, n_keys: int, n_copied: int = 0) -> int:
+    """Estimate of the temporary memory of one forward pass: the widest layer's activations, float32.
+
+    Args:
+        cfg: the model.
+        n_tokens: that are computed.
+        n_keys: that each token is compared with.
+        n_copied: tokens whose keys and values are laid out again.
+    """
+    attention = cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 2 * cfg.n_heads * n_keys
+    copied = 2 * n_copied * cfg.n_kv_heads * cfg.d_head
+    return 4 * (n_tokens * (4 * cfg.d_model + max(attention, 3 * cfg.d_mlp)) + copied)
+
+
 def bytes_per_row(cfg: ModelConfig, packing: Packing) -> int:
-    """Estimate of the temporary memory of one component in a chunk: the widest layer's activations, float32."""
-    attention = cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 2 * cfg.n_heads * packing.n_keys
-    return 4 * packing.n_tokens * (4 * cfg.d_model + max(attention, 3 * cfg.d_mlp))
+    """Estimate of the temporary memory of one component in a chunk."""
+    n_copied = packing.n_keys * (len(packing.packed.segments) + len(packing.bin))
+    return bytes_of_row(cfg, packing.n_tokens, packing.n_keys, n_copied)
 
 
 def memory_budget() -> int:
@@ -128,6 +143,8 @@ def exact_changes(
 ) -> Iterator[Changes]:
     """The change of the metric by each component of a plan, chunk by chunk.
 
+    Where the device runs out of memory, the sweep goes on with half as many components at once.
+
     Args:
         cfg: the model.
         host: parameters that receive the patches.
@@ -143,27 +160,60 @@ def exact_changes(
     """
     # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program.
     with_reference = host["embed"]["W_E"].dtype == jnp.bfloat16
-    pending: list[tuple[Chunk, Replayed]] = []
+    rows = dict(plan.rows)
+    pending: list[tuple[Chunk, list[Replayed] | None]] = []
 
-    def finish() -> Changes:
-        chunk, (scores, flow) = pending.pop(0)
-        n, values = len(chunk.components), np.asarray(scores, np.float64)
-        reference = values[-1] if with_reference else np.asarray(runs[0].score, np.float64)
-        return Changes(chunk, values[:n] - reference, None if flow is None else np.asarray(flow[:n], np.float64))
+    def dispatch(chunk: Chunk) -> list[Replayed]:
+        return [part(chunk, first) for first in range(0, len(chunk.components), rows[chunk.kind])]
 
-    for chunk in plan.chunks:
-        rows = plan.rows[chunk.kind]
-        index = [c.index for c in chunk.components]
-        index += index[-1:] * (rows - len(index))
-        shape = (rows, packing.n_tokens, cfg.d_model)
+    def part(chunk: Chunk, first: int) -> Replayed:
+        size = rows[chunk.kind]
+        index = [c.index for c in chunk.components[first : first + size]]
+        index += index[-1:] * (size - len(index))
+        shape = (size, packing.n_tokens, cfg.d_model)
         step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
         # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
-        seeds = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[0].index)
+        seeds = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
         jitter = _jitter(shape, step, seeds)
         layer = jnp.asarray(max(chunk.layer, 0))
         args = (host, donor, runs, metric, packing, layer, jnp.asarray(index), jitter)
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
-        pending.append((chunk, replay(cfg, chunk.kind, *args, **options)))
+        return replay(cfg, chunk.kind, *args, **options)
+
+    def collect(chunk: Chunk, made: list[Replayed]) -> Changes:
+        values = [np.asarray(scores, np.float64) for scores, _ in made]
+        reference = np.asarray(runs[0].score, np.float64)
+        changes = [v[:-1] - v[-1] if with_reference else v - reference for v in values]
+        flow = [np.asarray(flow, np.float64) for _, flow in made if flow is not None]
+        n = len(chunk.components)
+        return Changes(chunk, np.concatenate(changes)[:n], np.concatenate(flow)[:n] if flow else None)
+
+    def finish() -> Changes:
+        chunk, made = pending.pop(0)
+        while True:
+            try:
+                return collect(chunk, dispatch(chunk) if made is None else made)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                made = None
+                _still.cache_clear()
+                if any(others is not None for _, others in pending):  # alone it may fit
+                    pending[:] = [(other, None) for other, _ in pending]
+                    continue
+                if rows[chunk.kind] == 1:
+                    raise
+                rows[chunk.kind] = (rows[chunk.kind] + 1) // 2
+                warnings.warn(f"out of memory: {chunk.kind} patches go on {rows[chunk.kind]} at a time", stacklevel=2)
+
+    for chunk in plan.chunks:
+        try:
+            waits = any(others is None for _, others in pending)  # what failed comes first
+            pending.append((chunk, None if waits else dispatch(chunk)))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            pending.append((chunk, None))  # again in its turn, when those before it are done
         if len(pending) > MAX_IN_FLIGHT:
             yield finish()
     while pending:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from wpjax.models.decoder import Params, decoder
 from wpjax.models.leaves import Blend
 from wpjax.parts import in_parts
 from wpjax.patching import PatchedParams, PatchMask, patch
-from wpjax.sweeps.exact import bytes_per_row, memory_budget
+from wpjax.sweeps.exact import bytes_of_row, bytes_per_row, memory_budget
 from wpjax.sweeps.packing import Packing, pack
 
 MOST_TOUCHED = 0.25
@@ -52,9 +53,8 @@ class Touched(NamedTuple):
 def touched(opened: Bool[np.ndarray, "M L n"]) -> Touched | None:
     """The channels that a batch of gates opens; None if they are too many to be worth it."""
     union: Bool[np.ndarray, "L n"] = np.asarray(opened.any(0))
-    most = int(union.sum(1).max())
-    width = 1 << (most - 1).bit_length()  # few different shapes: few programs
-    if most == 0 or width > MOST_TOUCHED * union.shape[1]:
+    width = 1 << (max(int(union.sum(1).max()), 1) - 1).bit_length()  # few different shapes: few programs
+    if width > MOST_TOUCHED * union.shape[1]:
         return None
     channels, slot = np.zeros((len(union), width), np.int32), np.zeros(union.shape, np.int32)
     for layer, is_open in enumerate(union):
@@ -79,7 +79,7 @@ def _confined(params: PatchedParams, few: Mapping[str, Touched]) -> PatchedParam
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _set_scores(
+def _scores_of_sets(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
@@ -112,7 +112,7 @@ def _set_scores(
     return jax.vmap(lambda mask, x: metric.read(cfg, patched(mask), x))(dict(gates), picked)
 
 
-def set_scores(
+def scores_of_sets(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
@@ -141,18 +141,29 @@ def set_scores(
     if not gates:  # nothing is patched anywhere: keep one gate, so that the sets can be counted
         gates = {"final_norm": np.zeros(len(masks), bool)}
 
+    most = len(masks)
+
     def run(rows: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N M"]:
+        nonlocal most
         some = metric.take(jnp.asarray(rows))
         packing = None if metric.held is not None else pack(some)
-        room = pack(dataclasses.replace(some, held=None)) if packing is None else packing
-        most = max(1, (memory_budget() if budget is None else budget) // (2 * bytes_per_row(cfg, room)))
+        n_tokens, n_keys = metric.tokens.ids[rows].size, metric.tokens.ids.shape[1]
+        size = bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing)
+        most = min(most, max(1, (memory_budget() if budget is None else budget) // (2 * size)))
 
         def score(sets: Int[np.ndarray, " N"]) -> Array:
             here = {name: gate[sets] for name, gate in gates.items()}
             layered = {name: touched(gate) for name, gate in here.items() if gate.ndim == 3}
             few = {name: found for name, found in layered.items() if found is not None}
-            return _set_scores(cfg, host, donor, here, few, some, packing)
+            return _scores_of_sets(cfg, host, donor, here, few, some, packing)
 
-        return in_parts(len(masks), most, score).T
+        while True:
+            try:
+                return in_parts(len(masks), most, score).T
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or most == 1:
+                    raise
+                most = (most + 1) // 2
+                warnings.warn(f"out of memory: joint patches go on {most} at a time", stacklevel=2)
 
     return in_parts(len(metric), max(16, TOKENS_AT_ONCE // metric.tokens.ids.shape[1]), run).T

@@ -30,7 +30,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.patching import PatchMask
 from wpjax.results import finished_part
-from wpjax.sweeps.joint import set_scores
+from wpjax.sweeps.joint import scores_of_sets
 from wpjax.sweeps.screens import by_component, gate_slopes
 
 SHARES = {"beta_low": 0.1, "banzhaf": 0.5, "beta_high": 0.9}
@@ -129,6 +129,7 @@ def random_masks(
     n_masks: int = 256,
     seed: int = 0,
     control: bool = True,
+    budget: int | None = None,
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, i, n: None,
 ) -> MaskEstimate:
@@ -144,6 +145,7 @@ def random_masks(
         n_masks: sets.
         seed: of the sets.
         control: whether the slope at p is used as a control variate (one forward and one backward pass).
+        budget: bytes for the activations of sets that run at once; None to choose from the device.
         done: finished parts of an earlier attempt.
         progress: called as sets are done.
 
@@ -158,7 +160,8 @@ def random_masks(
         key = f"masks-{p:g}-{first}"
         if key not in done:
             some = masks[first : first + MASKS_AT_ONCE]
-            done[key] = set_scores(cfg, host, donor, [gates.mask(m) for m in some], metric).astype(np.float64)
+            found = scores_of_sets(cfg, host, donor, [gates.mask(m) for m in some], metric, budget=budget)
+            done[key] = found.astype(np.float64)
         progress(f"random masks, p = {p:g}", min(first + MASKS_AT_ONCE, n_masks), n_masks)
     parts = []
     for first in range(0, n_masks, MASKS_AT_ONCE):

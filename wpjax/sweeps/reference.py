@@ -1,6 +1,6 @@
 """Effects by the definition: the whole model, run with `Blend` leaves, one mask at a time.
 
-This is what the fast sweep is tested against, and how any set of components is scored.
+This is what the fast sweeps are tested against.
 """
 
 from __future__ import annotations

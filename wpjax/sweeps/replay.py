@@ -79,6 +79,7 @@ class Tap(NamedTuple):
         return (along * self.weight).sum(-1)
 
 
+@jax.named_scope("suffix")
 def suffix(
     cfg: ModelConfig,
     blocks: Params,
@@ -196,7 +197,8 @@ def replay(
     else:
         patched, after = host, layer + 1
         at = layer_patch(cfg, host, donor, runs, layer, weights, inputs, packing.packed)
-        found = layer_rows(cfg, kind, at, (host, donor), layer, index)
+        with jax.named_scope(f"{kind} rows"):
+            found = layer_rows(cfg, kind, at, (host, donor), layer, index)
         rows = found.post
         unpatched = at.host.block(at.host.resid_pre, at.host.where)
     mids = found.mid if found is not None else None
@@ -208,10 +210,11 @@ def replay(
     # A vocabulary of logits takes its place for one patch at a time.
     at_once = 1 if metric.readout.reads_logits else len(index)
     n = len(index) if KINDS[kind].in_layer else 1
-    scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[:n], batch_size=at_once)
+    with jax.named_scope("read"):
+        scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[:n], batch_size=at_once)
     if with_reference:
         scores = jnp.concatenate([scores, metric.read(cfg, host, picked[-1])[None]])
-    if writes is None or run.writes is None:
+    if tap is None or writes is None or run.writes is None:
         return Replayed(scores, None)
     before = writes[-1] if with_reference else run.writes
     later = jnp.arange(metric.layer + 1)[:, None] >= after
@@ -224,11 +227,8 @@ def replay(
     return Replayed(scores, jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1))
 
 
-def _own(
-    tap: Tap | None, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]
-) -> Float[Array, " P"]:
+def _own(tap: Tap, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]) -> Float[Array, " P"]:
     """Change of the projection by a change of the stream, mean over prompts."""
-    assert tap is not None
     return tap.sum(packing.pick(rows[:, 0]) - packing.pick(host)).mean(-1)
 
 

@@ -22,7 +22,7 @@ from wpjax.results import SweepResult, finished_part
 from wpjax.sweeps.dataset import Measured, make_dataset
 from wpjax.sweeps.engine import Engine, Progress
 from wpjax.sweeps.exact import make_plan
-from wpjax.sweeps.joint import set_scores
+from wpjax.sweeps.joint import scores_of_sets
 from wpjax.sweeps.masks import SHARES, random_masks
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
 from wpjax.sweeps.secant import secant_adjoint
@@ -164,11 +164,11 @@ def sweep(
     masks = {
         name: random_masks(
             pair.cfg, pair.base, pair.expert, chosen, metric, p,
-            n_masks=n_masks, seed=seed, done=done, progress=progress,
+            n_masks=n_masks, seed=seed, budget=budget, done=done, progress=progress,
         )
         for name, p in (SHARES.items() if recipe.masks else ())
     }  # fmt: skip
-    coverage = _coverage(pair, metric, chosen, gap, base_score, progress)
+    coverage = _coverage(pair, metric, chosen, gap, budget, progress)
     measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow, nulls, sampled, masks)
     dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
     dataset.attrs |= {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
@@ -228,15 +228,15 @@ def _coverage(
     metric: Metric,
     chosen: Sequence[Component],
     gap: Float[np.ndarray, " B"],
-    base_score: Float[np.ndarray, " B"],
+    budget: int | None,
     progress: Progress,
 ) -> dict[str, float]:
     """Share of the gap recovered by all swept components of each kind together, and by all of them ("all")."""
     sets = {kind: [c for c in chosen if c.kind == kind] for kind in dict.fromkeys(c.kind for c in chosen)}
     sets["all"] = list(chosen)
     progress("joint patches", 0, len(sets))
-    masks = [PatchMask.of(pair.cfg, members) for members in sets.values()]
-    joint = set_scores(pair.cfg, pair.base, pair.expert, masks, metric)
+    masks = [PatchMask.of(pair.cfg, members) for members in (*sets.values(), [])]
+    *joint, nothing = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric, budget=budget)
     progress("joint patches", len(sets), len(sets))
-    share = (joint - base_score).mean(1, dtype=np.float64) / gap.mean()
+    share = (np.stack(joint) - nothing).mean(1, dtype=np.float64) / gap.mean()  # of one program, as rounding is
     return dict(zip(sets, share.tolist(), strict=True))

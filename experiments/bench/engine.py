@@ -1,0 +1,279 @@
+r"""What the engine costs, against what the matrix unit could do: exact sweeps, joint patches, screens, compilation.
+
+    python -m experiments.bench.engine --base work/smollm2/base --expert work/smollm2/english_capital \
+        --behaviour english_capital --n-prompts 8 --out experiments/bench/engine.json
+
+The ceiling is the best rate of one large product measured in the same run. Operations are counted by METHOD's rule: a
+patch of layer l costs what comes after it up to the layer that is read, for every packed token; in that layer keys and
+values only. Times are medians, compilation left out; what is compared runs alternately.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.records import made, table, write
+from wpjax import PatchMask, behaviour, enumerate_components, load_pair
+from wpjax.anchors import fit_anchor
+from wpjax.behaviours import Tokens
+from wpjax.components import Component
+from wpjax.metrics import Metric
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, decoder, init_params
+from wpjax.pairs import Pair
+from wpjax.readouts import Along
+from wpjax.sweeps.exact import exact_changes, make_plan
+from wpjax.sweeps.joint import scores_of_sets
+from wpjax.sweeps.packing import Packing, pack
+from wpjax.sweeps.replay import run_packed
+from wpjax.sweeps.screens import output_linearised
+
+DEPTHS = (4, 8, 16)
+PATCHES = (64, 256, 1024)
+SHARE_TOUCHED = 0.04
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long something takes, result included."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of several things that run alternately, after one run each that does not count."""
+    for run in runs.values():
+        run()
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            took[name].append(seconds(run))
+    return {name: statistics.median(times) for name, times in took.items()}
+
+
+def ceiling(dtype: Any, repeats: int = 5) -> float:
+    """Operations a second of the best of some large products."""
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST))
+    best = 0.0
+    for n in (1024, 2048, 4096):
+        a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
+        product(a, a).block_until_ready()
+        best = max(best, 2 * n**3 / min(seconds(functools.partial(product, a, a)) for _ in range(repeats)))
+    return best
+
+
+def operations(cfg: ModelConfig, packing: Packing, last: int, components: Iterable[Component]) -> float:
+    """Floating-point operations of the weights' products that the exact effects of some heads or neurons need."""
+    mlp = 2 * (3 if cfg.gated else 2) * cfg.d_model * cfg.d_mlp
+    keys = 2 * 2 * cfg.d_model * cfg.n_kv_heads * cfg.d_head
+    layer = mlp + keys + 2 * 2 * cfg.d_model * cfg.n_heads * cfg.d_head
+    total = 0.0
+    for c in components:
+        own = mlp if c.kind == "head" and c.layer < last else 0
+        total += packing.n_tokens * (own + max(0, last - c.layer - 1) * layer + (keys if c.layer < last else 0))
+    return total
+
+
+class Sweep:
+    """The exact changes of some components of one pair, metric and packing."""
+
+    def __init__(self, cfg: ModelConfig, base: Params, expert: Params, metric: Metric):
+        self.cfg, self.base, self.expert, self.metric = cfg, base, expert, metric
+        self.packing = pack(metric)
+        self.run = run_packed(cfg, base, metric, self.packing)
+
+    def __call__(self, components: list[Component]) -> np.ndarray:
+        """Changes [C, B]."""
+        plan = make_plan(self.cfg, components, self.packing)
+        args = (self.cfg, self.base, self.expert, (self.run, None), self.metric, self.packing, plan)
+        return np.concatenate([part.delta for part in exact_changes(*args)])
+
+
+def exact_rates(pair: Pair, metric: Metric, per_layer: int, repeats: int) -> dict[str, Any]:
+    """Share of the ceiling that exact sweeps of heads and of some neurons of every layer reach."""
+    sweep, layers = Sweep(pair.cfg, pair.base, pair.expert, metric), range(metric.layer + 1)
+    sets = {
+        "head": enumerate_components(pair.cfg, ["head"], layers),
+        "neuron": [c for c in enumerate_components(pair.cfg, ["neuron"], layers) if c.index < per_layer],
+    }
+    found: dict[str, Any] = {}
+    for kind, components in sets.items():
+        top = ceiling(pair.base["embed"]["W_E"].dtype)
+        took = medians({kind: functools.partial(sweep, components)}, repeats)[kind]
+        needed = operations(pair.cfg, sweep.packing, metric.layer, components)
+        found[kind] = {"components": len(components), "seconds": took, "operations": needed, "ceiling": top,
+                       "share": needed / took / top}  # fmt: skip
+    return found
+
+
+def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 4) -> dict[str, Any]:
+    """What a set costs, in plain forward passes over the same packed prompts."""
+    cfg, packing, rng = pair.cfg, pack(metric), np.random.default_rng(0)
+
+    @jax.jit
+    def forward(params: Params, packing: Packing) -> jax.Array:
+        ids = jnp.asarray(packing.ids)
+        resid = decoder(cfg, params)(ids, stop=metric.layer + 1, logits=False, packed=packing.packed).resid
+        return packing.pick(resid)
+
+    def sets(kinds: list[str], size: float, pool: float) -> list[PatchMask]:
+        every = enumerate_components(cfg, kinds)
+        some = [every[i] for i in rng.permutation(len(every))[: int(pool * len(every))]]
+        return [PatchMask.of(cfg, [some[i] for i in rng.permutation(len(some))[: int(size * len(every))]])
+                for _ in range(n_sets)]  # fmt: skip
+
+    fine = ["head", "kv_group", "neuron"]
+    runs: dict[str, Callable[[], Any]] = {"plain forward": lambda: forward(pair.base, packing)}
+    for name, masks in {
+        "arbitrary sets": sets(fine, 0.5, 1.0),
+        f"sets within {SHARE_TOUCHED:.0%} of the neurons": sets(["neuron"], SHARE_TOUCHED / 2, SHARE_TOUCHED),
+        f"sets within {SHARE_TOUCHED:.0%} of heads and neurons": sets(
+            ["head", "neuron"], SHARE_TOUCHED / 2, SHARE_TOUCHED
+        ),
+    }.items():
+        runs[name] = functools.partial(scores_of_sets, cfg, pair.base, pair.expert, masks, metric)
+    took = medians(runs, repeats)
+    each = {name: t / (1 if name == "plain forward" else n_sets) for name, t in took.items()}
+    return {"seconds": each, "forwards": {name: t / each["plain forward"] for name, t in each.items()}}
+
+
+def screen_cost(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
+    """First-order scores of every component up to the layer that is read, in plain forward passes."""
+
+    @jax.jit
+    def forward(params: Params, metric: Metric) -> jax.Array:
+        return metric(pair.cfg, params)
+
+    components = enumerate_components(pair.cfg, ["head", "kv_group", "neuron"], range(metric.layer + 1))
+    screen = functools.partial(output_linearised, pair.cfg, pair.base, pair.expert, components, metric)
+    took = medians({"forward": lambda: forward(pair.base, metric), "screen": screen}, repeats)
+    return {"components": len(components), "seconds": took, "forwards": took["screen"] / took["forward"]}
+
+
+def random_model(n_layers: int) -> tuple[ModelConfig, Params, Params, Metric]:
+    """A small pair of random weights and a metric on random prompts, to vary the depth."""
+    cfg = ModelConfig("llama", n_layers, 128, 8, 4, 16, 320, 512, 64)
+    base, expert = (init_params(cfg, jax.random.key(seed)) for seed in (0, 1))
+    ids = np.random.default_rng(0).integers(0, cfg.d_vocab, (8, 24)).astype(np.int32)
+    at, weight = jnp.full((8, 1), 23), jnp.ones((8, 1))
+    along = Along(jnp.ones(cfg.d_model) / cfg.d_model**0.5)
+    return cfg, base, expert, Metric(Tokens(ids, np.full(8, 24)), at, weight, along, n_layers - 1, "anchor")
+
+
+def compilation() -> dict[str, Any]:
+    """Programs of a whole exact sweep of three kinds, and the seconds their compilation takes, by depth."""
+    events: list[float] = []
+
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            events.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    found = {}
+    for depth in DEPTHS:
+        cfg, base, expert, metric = random_model(depth)
+        sweep = Sweep(cfg, base, expert, metric)
+        components = [c for c in enumerate_components(cfg, ["head", "kv_group", "neuron"]) if c.index < 8]
+        few = [c for c in components if c.layer == 0]
+        sweep(few)  # constants and what is compiled for any use of the host
+        jax.clear_caches()
+        sweep = Sweep(cfg, base, expert, metric)
+        events.clear()
+        sweep(components)
+        slow = [t for t in events if t > 0.1]  # the programs of the kinds; copies and the like take milliseconds
+        found[str(depth)] = {"programs": len(slow), "seconds": sum(slow)}
+    return found
+
+
+def peak(n_patches: int) -> int:
+    """Peak resident bytes of this process after an exact sweep of so many neurons."""
+    cfg, base, expert, metric = random_model(8)
+    components = enumerate_components(cfg, ["neuron"])[:n_patches]
+    Sweep(cfg, base, expert, metric)(components)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory() -> dict[str, int]:
+    """Peak memory of fresh processes by number of patches."""
+    command = [sys.executable, "-m", "experiments.bench.engine", "--peak"]
+    return {str(n): int(subprocess.check_output([*command, str(n)], text=True)) for n in PATCHES}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One line a question."""
+    rows = [
+        [f"exact sweep of {e['components']:,} {kind}s", f"{e['seconds']:.1f} s",
+         f"{e['share']:.2f} of the ceiling of {e['ceiling'] / 1e9:,.0f} · 10⁹ operations a second"]
+        for kind, e in report["exact"].items()
+    ]  # fmt: skip
+    joint = report["joint"]
+    rows += [
+        [name, f"{1000 * took:.0f} ms", f"{joint['forwards'][name]:.2f} plain forward passes"]
+        for name, took in joint["seconds"].items()
+        if name != "plain forward"
+    ]
+    screen = report["screen"]
+    rows.append([f"first-order scores of {screen['components']:,} components", f"{screen['seconds']['screen']:.1f} s",
+                 f"{screen['forwards']:.1f} plain forward passes"])  # fmt: skip
+    rows += [
+        [f"compiling a sweep of three kinds, {depth} layers", f"{c['seconds']:.1f} s", f"{c['programs']} programs"]
+        for depth, c in report["compilation"].items()
+    ]
+    rows += [[f"peak memory, {int(n):,} patches", "", f"{b / 2**20:,.0f} MiB"] for n, b in report["memory"].items()]
+    return table(["what", "time", "that is"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peak", type=int, help="print the peak memory of a sweep of so many patches, and stop")
+    parser.add_argument("--base", default="tiny:base")
+    parser.add_argument("--expert", default="tiny:expert")
+    parser.add_argument("--behaviour", default="tiny:english_capital")
+    parser.add_argument("--n-prompts", type=int, default=8)
+    parser.add_argument("--layer", type=int, help="anchor layer; chosen if absent")
+    parser.add_argument("--per-layer", type=int, default=16, help="neurons of every layer")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.peak:
+        print(peak(args.peak))
+        return
+    pair, task = load_pair(args.base, args.expert, args.dtype), behaviour(args.behaviour)
+    anchor = fit_anchor(pair, task, layer=args.layer, causal="skip")
+    metric = anchor.on(task.encode(pair.tokenizer, n_prompts=args.n_prompts))
+    screened = anchor.on(task.encode(pair.tokenizer, n_prompts=32))
+    packing = pack(metric)
+    report = {
+        "model": {"base": Path(args.base).name, "layers": pair.cfg.n_layers, "d_model": pair.cfg.d_model},
+        "anchor_layer": anchor.layer,
+        "prompts": args.n_prompts,
+        "tokens": {"padded": int(np.size(metric.tokens.ids)), "packed": packing.n_tokens},
+        "exact": exact_rates(pair, metric, args.per_layer, args.repeats),
+        "joint": joint_costs(pair, metric, args.repeats),
+        "screen": screen_cost(pair, screened, args.repeats),
+        "compilation": compilation(),
+        "memory": memory(),
+        "dtype": args.dtype,
+        **made(),
+    }
+    print(markdown(report))
+    write(args.out, report)
+
+
+if __name__ == "__main__":
+    main()
