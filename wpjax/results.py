@@ -21,8 +21,8 @@ from wpjax.files import atomic_output
 SCHEMA = 4
 """Version of the file's layout, in its attribute `schema`."""
 
-FIRST_ORDER = ("screen", "gradient", "ig", "secant")
-"""Estimates of what a component's weights do, in place of their effect where nothing was replaced."""
+FIRST_ORDER = ("race", "screen", "gradient", "ig", "secant")
+"""Estimates of what a component's weights do, in place of their effect where that was not measured on all prompts."""
 
 MASKS = ("banzhaf", "beta_low", "beta_high", "redundancy")
 """What components do in random sets."""

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.records import made, table, write
-from wpjax import PatchMask, behaviour, enumerate_components, load_pair
-from wpjax.anchors import fit_anchor
-from wpjax.behaviours import Tokens
+from wpjax import PatchMask, behaviour, enumerate_components, load_pair, sweep
+from wpjax.anchors import Anchor, fit_anchor
+from wpjax.behaviours import Behaviour, Tokens
 from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
@@ -105,7 +105,7 @@ class Sweep:
 
 def exact_rates(pair: Pair, metric: Metric, per_layer: int, repeats: int) -> dict[str, Any]:
     """Share of the ceiling that exact sweeps of heads and of some neurons of every layer reach."""
-    sweep, layers = Sweep(pair.cfg, pair.base, pair.expert, metric), range(metric.layer + 1)
+    engine, layers = Sweep(pair.cfg, pair.base, pair.expert, metric), range(metric.layer + 1)
     sets = {
         "head": enumerate_components(pair.cfg, ["head"], layers),
         "neuron": [c for c in enumerate_components(pair.cfg, ["neuron"], layers) if c.index < per_layer],
@@ -113,8 +113,8 @@ def exact_rates(pair: Pair, metric: Metric, per_layer: int, repeats: int) -> dic
     found: dict[str, Any] = {}
     for kind, components in sets.items():
         top = ceiling(pair.base["embed"]["W_E"].dtype)
-        took = medians({kind: functools.partial(sweep, components)}, repeats)[kind]
-        needed = operations(pair.cfg, sweep.packing, metric.layer, components)
+        took = medians({kind: functools.partial(engine, components)}, repeats)[kind]
+        needed = operations(pair.cfg, engine.packing, metric.layer, components)
         found[kind] = {"components": len(components), "seconds": took, "operations": needed, "ceiling": top,
                        "share": needed / took / top}  # fmt: skip
     return found
@@ -151,6 +151,24 @@ def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 4) -> di
     return {"seconds": each, "forwards": {name: t / each["plain forward"] for name, t in each.items()}}
 
 
+def race_cost(pair: Pair, task: Behaviour, anchor: Anchor, top: int = 32, n_prompts: int = 32) -> dict[str, Any]:
+    """A race for the top of each kind against the full sweep of the embedded pair: time, replacements, agreement."""
+    if not pair.base_checkpoint.source.startswith("tiny:"):
+        pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:english_capital")
+        anchor = fit_anchor(pair, task, causal="skip")
+    batch, took, found = task.encode(pair.tokenizer, n_prompts=n_prompts), {}, {}
+    for method in ("exact", "race"):
+        start = time.perf_counter()
+        found[method] = sweep(pair, batch, anchor, method=method, top=top)
+        took[method] = time.perf_counter() - start
+    kinds = [str(kind) for kind in found["exact"].dataset["swept_kind"].values]
+    tops = {m: {row.name for kind in kinds for row in r.top(top, kinds=(kind,), absolute=True)}
+            for m, r in found.items()}  # fmt: skip
+    return {"top": top, "components": found["exact"].dataset.sizes["component"], "seconds": took,
+            "share": float(found["race"].dataset.attrs["race_share"]),
+            "agreement": len(tops["exact"] & tops["race"]) / len(tops["exact"])}  # fmt: skip
+
+
 def screen_cost(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
     """First-order scores of every component up to the layer that is read, in plain forward passes."""
 
@@ -164,14 +182,36 @@ def screen_cost(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
     return {"components": len(components), "seconds": took, "forwards": took["screen"] / took["forward"]}
 
 
-def random_model(n_layers: int) -> tuple[ModelConfig, Params, Params, Metric]:
-    """A small pair of random weights and a metric on random prompts, to vary the depth."""
+def random_sweep(n_layers: int = 8, n_prompts: int = 8, n_tokens: int = 24) -> Sweep:
+    """A small pair of random weights and a metric on random prompts, to vary their sizes."""
     cfg = ModelConfig("llama", n_layers, 128, 8, 4, 16, 320, 512, 64)
     base, expert = (init_params(cfg, jax.random.key(seed)) for seed in (0, 1))
-    ids = np.random.default_rng(0).integers(0, cfg.d_vocab, (8, 24)).astype(np.int32)
-    at, weight = jnp.full((8, 1), 23), jnp.ones((8, 1))
-    along = Along(jnp.ones(cfg.d_model) / cfg.d_model**0.5)
-    return cfg, base, expert, Metric(Tokens(ids, np.full(8, 24)), at, weight, along, n_layers - 1, "anchor")
+    ids = np.random.default_rng(0).integers(0, cfg.d_vocab, (n_prompts, n_tokens)).astype(np.int32)
+    at, weight = jnp.full((n_prompts, 1), n_tokens - 1), jnp.ones((n_prompts, 1))
+    along, tokens = Along(jnp.ones(cfg.d_model) / cfg.d_model**0.5), Tokens(ids, np.full(n_prompts, n_tokens))
+    return Sweep(cfg, base, expert, Metric(tokens, at, weight, along, n_layers - 1, "anchor"))
+
+
+def spread(cfg: ModelConfig, n: int) -> list[Component]:
+    """So many neurons, the same number in every layer."""
+    return [c for c in enumerate_components(cfg, ["neuron"]) if c.index < n // cfg.n_layers]
+
+
+def scaling(repeats: int) -> dict[str, Any]:
+    """Time of an exact sweep when one thing at a time is doubled, as a ratio to the time without."""
+    cases: dict[str, tuple[dict[str, int], int]] = {
+        "as it is": ({}, 512),
+        "patches": ({}, 1024),
+        "prompts": ({"n_prompts": 16}, 512),
+        "tokens": ({"n_tokens": 48}, 512),
+        "layers": ({"n_layers": 16}, 512),
+    }
+    runs = {}
+    for name, (sizes, n) in cases.items():
+        engine = random_sweep(**sizes)
+        runs[name] = functools.partial(engine, spread(engine.cfg, n))
+    took = medians(runs, repeats)
+    return {"seconds": took, "ratio": {name: t / took["as it is"] for name, t in took.items() if name != "as it is"}}
 
 
 def compilation() -> dict[str, Any]:
@@ -185,15 +225,10 @@ def compilation() -> dict[str, Any]:
     jax.monitoring.register_event_duration_secs_listener(note)
     found = {}
     for depth in DEPTHS:
-        cfg, base, expert, metric = random_model(depth)
-        sweep = Sweep(cfg, base, expert, metric)
-        components = [c for c in enumerate_components(cfg, ["head", "kv_group", "neuron"]) if c.index < 8]
-        few = [c for c in components if c.layer == 0]
-        sweep(few)  # constants and what is compiled for any use of the host
-        jax.clear_caches()
-        sweep = Sweep(cfg, base, expert, metric)
+        engine = random_sweep(depth)
+        components = [c for c in enumerate_components(engine.cfg, ["head", "kv_group", "neuron"]) if c.index < 8]
         events.clear()
-        sweep(components)
+        engine(components)
         slow = [t for t in events if t > 0.1]  # the programs of the kinds; copies and the like take milliseconds
         found[str(depth)] = {"programs": len(slow), "seconds": sum(slow)}
     return found
@@ -201,9 +236,8 @@ def compilation() -> dict[str, Any]:
 
 def peak(n_patches: int) -> int:
     """Peak resident bytes of this process after an exact sweep of so many neurons."""
-    cfg, base, expert, metric = random_model(8)
-    components = enumerate_components(cfg, ["neuron"])[:n_patches]
-    Sweep(cfg, base, expert, metric)(components)
+    engine = random_sweep()
+    engine(spread(engine.cfg, n_patches))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -233,6 +267,15 @@ def markdown(report: dict[str, Any]) -> str:
         [f"compiling a sweep of three kinds, {depth} layers", f"{c['seconds']:.1f} s", f"{c['programs']} programs"]
         for depth, c in report["compilation"].items()
     ]
+    rows += [
+        [f"exact sweep with twice the {name}", f"{report['scaling']['seconds'][name]:.2f} s", f"{ratio:.2f} times"]
+        for name, ratio in report["scaling"]["ratio"].items()
+    ]
+    race = report["race"]
+    rows.append([f"race for the top {race['top']} of a kind, {race['components']:,} components",
+                 f"{race['seconds']['race']:.1f} s",
+                 f"{race['seconds']['race'] / race['seconds']['exact']:.2f} of the full sweep's time, "
+                 f"{race['share']:.2f} of its replacements, {race['agreement']:.0%} of its top"])  # fmt: skip
     rows += [[f"peak memory, {int(n):,} patches", "", f"{b / 2**20:,.0f} MiB"] for n, b in report["memory"].items()]
     return table(["what", "time", "that is"], rows)
 
@@ -266,6 +309,8 @@ def main() -> None:
         "exact": exact_rates(pair, metric, args.per_layer, args.repeats),
         "joint": joint_costs(pair, metric, args.repeats),
         "screen": screen_cost(pair, screened, args.repeats),
+        "race": race_cost(pair, task, anchor),
+        "scaling": scaling(args.repeats),
         "compilation": compilation(),
         "memory": memory(),
         "dtype": args.dtype,

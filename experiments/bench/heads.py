@@ -1,35 +1,41 @@
-r"""Exact head sweep against PyTorch, same prompts, same anchor, same numbers.
+r"""Exact head sweep against what a user would write instead, same prompts, same anchor, same numbers.
 
-    python -m experiments.bench.heads --base work/smollm2/base --expert work/smollm2/caps --n-prompts 4 \
-        --out experiments/bench/heads.json
+    python -m experiments.bench.heads --base work/smollm2/base --expert work/smollm2/english_capital \
+        --behaviour english_capital --n-prompts 4 --out experiments/bench/heads.json
 
-(a) copies one head's slices into the base and runs the whole HF forward; (b) does the same but starts from the cached
-residual stream of the patched layer and stops at the anchor's layer. The runs alternate within each repeat; medians
-are reported, compilation left out.
+PyTorch: (a) copies one head's slices into the base and runs the whole HF forward; (b) does the same but starts from the
+cached residual stream of the patched layer and stops at the anchor's layer; (c) runs all heads of a layer at once by
+`torch.func.functional_call` under `vmap`. JAX without this package's engine: whole patched models under `vmap`.
+TransformerLens: one hooked forward a head, from the first layer, which patches activations (another quantity, so its
+numbers are not compared). The runs alternate within each repeat; medians are reported, compilation left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import torch
 from jaxtyping import Float
 from transformers import AutoModelForCausalLM
 
 from experiments.records import made, table, write
-from wpjax import Anchor, behaviour, enumerate_components, fit_anchor, load_pair
+from wpjax import Anchor, PatchMask, behaviour, enumerate_components, fit_anchor, load_pair, materialize
 from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
+from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.sweeps.exact import exact_changes, make_plan
 from wpjax.sweeps.packing import pack
@@ -55,6 +61,7 @@ class TorchSweep:
         )
         self.ids = torch.tensor(np.asarray(batch.with_instruction.ids), dtype=torch.long)
         self.last = torch.tensor(np.asarray(batch.with_instruction.last), dtype=torch.long)
+        self.vectorised = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
         self.vector = torch.tensor(np.asarray(anchor.vector))
         self.anchor = anchor.layer
         self.dh = self.base.config.head_dim
@@ -89,6 +96,30 @@ class TorchSweep:
         return self.score(resid)
 
     @torch.no_grad()
+    def together(self, heads: list[Component]) -> Float[np.ndarray, "C B"]:
+        """(c) changes of score of all heads, those of a layer in one vectorised forward."""
+        names = [f"model.layers.{{}}.self_attn.{part}_proj.weight" for part in "qo"]
+        ours, theirs = (dict(m.named_parameters()) for m in (self.vectorised, self.expert))
+        rows = []
+        for layer, group in itertools.groupby(heads, lambda h: h.layer):
+            q_name, o_name = (name.format(layer) for name in names)
+            stacks = []
+            for h in group:
+                part = slice(h.index * self.dh, (h.index + 1) * self.dh)
+                q, o = ours[q_name].clone(), ours[o_name].clone()
+                q[part], o[:, part] = theirs[q_name][part], theirs[o_name][:, part]
+                stacks.append((q, o))
+
+            def run(q: torch.Tensor, o: torch.Tensor, q_name: str = q_name, o_name: str = o_name) -> torch.Tensor:
+                options = {"use_cache": False, "output_hidden_states": True}
+                out = torch.func.functional_call(self.vectorised, {q_name: q, o_name: o}, (self.ids,), options)
+                return self.score(out.hidden_states[self.anchor + 1])
+
+            rows.append(torch.vmap(run)(*(torch.stack(some) for some in zip(*stacks, strict=True))))
+        states = self.base(self.ids, use_cache=False, output_hidden_states=True).hidden_states
+        return (torch.cat(rows) - self.score(states[self.anchor + 1])).numpy()
+
+    @torch.no_grad()
     def sweep(self, heads: list[Component], cached: bool) -> Float[np.ndarray, "C B"]:
         """Changes of score of all heads, by (b) if `cached`, else by (a)."""
         states = self.base(self.ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -98,6 +129,54 @@ class TorchSweep:
             for h in heads
         ]
         return (torch.stack(rows) - before).numpy()
+
+
+def copied(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component]) -> Float[np.ndarray, "C B"]:
+    """Whole patched models under `vmap`, which copies the patched weights for each."""
+    metric = anchor.on(batch)
+
+    @jax.jit
+    def run(base: Params, expert: Params, masks: PatchMask) -> jax.Array:
+        return jax.vmap(lambda mask: metric(pair.cfg, materialize(base, expert, mask)))(masks)
+
+    masks = [PatchMask.of(pair.cfg, some) for some in ([], *([h] for h in heads))]
+    masks += masks[:1] * (-len(masks) % AT_ONCE)
+    rows = []
+    for first in range(0, len(masks), AT_ONCE):
+        stacked = jax.tree.map(lambda *m: jnp.stack(m), *masks[first : first + AT_ONCE])
+        rows.append(np.asarray(run(pair.base, pair.expert, stacked)))
+    scores = np.concatenate(rows)[: len(heads) + 1]
+    return scores[1:] - scores[0]
+
+
+AT_ONCE = 3
+"""Patched models that `copied` holds at a time."""
+
+
+class LensSweep:
+    """TransformerLens' head patching: the expert's head outputs in the base, one hooked forward a head."""
+
+    def __init__(self, base: str, expert: str, batch: PromptBatch):
+        from transformer_lens.model_bridge import TransformerBridge  # of the extra "bench" only
+
+        self.ids = torch.tensor(np.asarray(batch.with_instruction.ids), dtype=torch.long)
+        self.base, theirs = (
+            TransformerBridge.boot_transformers(path, device="cpu", dtype=torch.float32).eval()
+            for path in (base, expert)
+        )
+        with torch.no_grad():
+            _, self.cache = theirs.run_with_cache(self.ids, names_filter=lambda name: name.endswith("hook_z"))
+
+    @torch.no_grad()
+    def sweep(self, heads: list[Component]) -> np.ndarray:
+        """A number a head; of the logits, as that package's metrics are."""
+        from transformer_lens.patching import generic_activation_patch, layer_head_vector_patch_setter
+
+        places = pandas.DataFrame([(h.layer, h.index) for h in heads], columns=["layer", "head"])
+        return generic_activation_patch(
+            self.base, self.ids, self.cache, lambda logits: logits[:, -1, 0].mean(),
+            patch_setter=layer_head_vector_patch_setter, activation_name="z", index_df=places,
+        ).numpy()  # fmt: skip
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -131,18 +210,25 @@ def main() -> None:
     anchor = fit_anchor(pair, task, layer=args.layer, causal="skip")
     batch = task.encode(pair.tokenizer, n_prompts=args.n_prompts)
     heads = enumerate_components(pair.cfg, ["head"], range(anchor.layer + 1))
-    reference = TorchSweep(args.base, args.expert, batch, anchor)
-    ours(pair, batch, anchor, heads)  # compiles
-    seconds: dict[str, list[float]] = {"ours": [], "torch, cached prefix": [], "torch, whole forward": []}
+    reference, lens = TorchSweep(args.base, args.expert, batch, anchor), LensSweep(args.base, args.expert, batch)
+    runs: dict[str, Callable[[], np.ndarray]] = {
+        "ours": lambda: ours(pair, batch, anchor, heads),
+        "torch, cached prefix": lambda: reference.sweep(heads, cached=True),
+        "torch, whole forward": lambda: reference.sweep(heads, cached=False),
+        "torch, functional_call under vmap": lambda: reference.together(heads),
+        "JAX, weights copied under vmap": lambda: copied(pair, batch, anchor, heads),
+        "TransformerLens, hooked forwards": lambda: lens.sweep(heads),
+    }
+    runs["ours"]()  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    effects: dict[str, np.ndarray] = {}
     for _ in range(args.repeats):
-        took, effects = timed(lambda: ours(pair, batch, anchor, heads))
-        seconds["ours"].append(took)
-        took, cached = timed(lambda: reference.sweep(heads, cached=True))
-        seconds["torch, cached prefix"].append(took)
-        took, whole = timed(lambda: reference.sweep(heads, cached=False))
-        seconds["torch, whole forward"].append(took)
+        for name, run in runs.items():
+            took, effects[name] = timed(run)
+            seconds[name].append(took)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    scale = float(np.abs(whole).max())
+    scale = float(np.abs(effects["ours"]).max())
+    compared = [name for name in runs if name != "ours" and not name.startswith("TransformerLens")]
     result = {
         "what": "exact sweep of all heads up to the anchor",
         "model": {"base": Path(args.base).name, "layers": pair.cfg.n_layers, "d_model": pair.cfg.d_model},
@@ -150,16 +236,16 @@ def main() -> None:
         "heads": len(heads),
         "prompts": len(batch),
         "tokens": int(batch.with_instruction.ids.shape[1]),
+        "packed_tokens": pack(anchor.on(batch)).n_tokens,
         "seconds": seconds,
         "median_seconds": median,
         "speed_up": {name: median[name] / median["ours"] for name in median if name != "ours"},
-        "max_difference": {"torch, cached prefix": float(np.abs(effects - cached).max()),
-                           "torch, whole forward": float(np.abs(effects - whole).max())},
+        "max_difference": {name: float(np.abs(effects["ours"] - effects[name]).max()) for name in compared},
         "largest_change_of_score": scale,
         **made(),
         "device": f"{jax.devices()[0].platform}, {torch.get_num_threads()} threads",
         "machine": platform.processor() or platform.machine(),
-        "versions": {"jax": jax.__version__, "torch": torch.__version__},
+        "versions": {name: version(name) for name in ("jax", "torch", "transformer-lens")},
         "dtype": "float32",
     }  # fmt: skip
     print(markdown(result))

@@ -55,6 +55,7 @@ class Method(enum.StrEnum):
     gradient = "gradient"
     ig = "ig"
     secant = "secant"
+    race = "race"
     masks = "masks"
     activation = "activation"
     factorial = "factorial"
@@ -105,12 +106,16 @@ def run(
             "--method",
             help="exact replaces every component for real; screen scores all by first order; screen+exact then "
             "replaces the top ones; gradient is the plain weight gradient, ig its average from base to expert, "
-            "secant a two-point one whose scores sum to the gap; masks replaces random sets, to see redundancy and "
+            "secant a two-point one whose scores sum to the gap; race replaces all on a few prompts, and on more only "
+            "what can still be among the top; masks replaces random sets, to see redundancy and "
             "synergy; activation patches the expert's activations instead; "
             "factorial tells sources from relays and adds the knock-out in the expert.",
         ),
     ] = Method.screen_exact,
     top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind replaced after a screen.")] = 512,
+    confidence: Annotated[
+        float, typer.Option("--confidence", min=0.5, max=0.9999, help="Of a race: that it loses none of the true top.")
+    ] = 0.95,
     stratum: Annotated[
         int, typer.Option("--stratum", min=0, help="Random others of each kind replaced too: what did the screen miss?")
     ] = 64,
@@ -209,6 +214,7 @@ def run(
         "top": top,
         "stratum": stratum,
         "n_masks": n_masks,
+        "confidence": confidence,
         "dtype": dtype,
         "seed": seed,
     }
@@ -229,6 +235,7 @@ def run(
             top=top,
             stratum=stratum,
             n_masks=n_masks,
+            confidence=confidence,
             seed=seed,
             budget=None if memory is None else int(memory * 2**20),
             done=shards,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -24,21 +25,26 @@ from wpjax.sweeps.engine import Engine, Progress
 from wpjax.sweeps.exact import make_plan
 from wpjax.sweeps.joint import scores_of_sets
 from wpjax.sweeps.masks import SHARES, random_masks
+from wpjax.sweeps.race import race
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
 from wpjax.sweeps.secant import secant_adjoint
 
-Method = Literal["exact", "screen", "screen+exact", "gradient", "ig", "secant", "masks", "activation", "factorial"]
+Method = Literal[
+    "exact", "screen", "screen+exact", "gradient", "ig", "secant", "race", "masks", "activation", "factorial"
+]
 
 
 class Recipe(NamedTuple):
     """What a method does: which first-order estimates, which of them choose what is replaced, and how it is replaced.
 
-    With cells but nothing that chooses, everything is replaced. With `masks`, sets of components are.
+    With cells but nothing that chooses, everything is replaced. With `race`, a race chooses; with `masks`, sets of
+    components are replaced.
     """
 
     screens: tuple[str, ...] = ()
     choose: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
+    race: bool = False
     masks: bool = False
 
 
@@ -50,6 +56,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "gradient": Recipe(("gradient",)),
         "ig": Recipe(("ig",)),
         "secant": Recipe(("secant",)),
+        "race": Recipe(cells=("exact",), race=True),
         "masks": Recipe(masks=True),
         "activation": Recipe(("attribution",), ("attribution",), ("activation",)),
         "factorial": Recipe(
@@ -83,6 +90,7 @@ def sweep(
     method: Method = "exact",
     top: int = 512,
     stratum: int = 64,
+    confidence: float = 0.95,
     n_masks: int = 256,
     seed: int = 0,
     n_resamples: int = 1000,
@@ -103,12 +111,15 @@ def sweep(
         method: "exact" replaces every component for real; "screen" scores all of them by the output-linearised
             first-order effect; "screen+exact" screens, then replaces the `top` ones of each kind; "gradient" is the
             weight-gradient screen, "ig" its average on the way from base to expert, "secant" the secant adjoint, whose
-            scores sum to the gap; "masks" replaces random sets (see `sweeps.masks`): what a component does among few,
-            half or most of the others; "activation" patches the expert's activations instead of its weights, after
-            attribution patching as the screen; "factorial" measures all cells of the 2x2 (source, relay, interaction,
-            see `dataset.two_by_two`) and the knock-out in the expert, for the `top` ones of both screens.
-        top: how many of each kind are replaced after a screen, chosen by its magnitude.
+            scores sum to the gap; "race" replaces every component on a few prompts and only those that can still be
+            among the `top` of their kind on more (see `sweeps.race`); "masks" replaces random sets (see
+            `sweeps.masks`): what a component does among few, half or most of the others; "activation" patches the
+            expert's activations instead of its weights, after attribution patching as the screen; "factorial" measures
+            all cells of the 2x2 (source, relay, interaction, see `dataset.two_by_two`) and the knock-out in the expert,
+            for the `top` ones of both screens.
+        top: how many of each kind are replaced after a screen, chosen by its magnitude; k of a race.
         stratum: how many of the others of each kind are replaced too, at random, to estimate what the screen missed.
+        confidence: of a race, that none of the true `top` is lost.
         n_masks: random sets at each share of components, with method "masks".
         seed: of resampling, sign flips, shams, nulls and random sets.
         n_resamples: bootstrap samples of the intervals.
@@ -155,6 +166,15 @@ def sweep(
         best = {i for name in recipe.choose for i in _highest(chosen, first_order[name].mean(1), top)}
         sampled[_stratum(chosen, best, stratum, seed)] = True
         replaced = sorted({*best, *np.flatnonzero(sampled).tolist()})
+    attributes: dict[str, Any] = {}
+    if recipe.race:
+        found_first = race(
+            pair, metric, chosen, batch.queries,
+            top=top, confidence=confidence, seed=seed, budget=budget, done=done, progress=progress,
+        )  # fmt: skip
+        first_order["race"], replaced = found_first.mean[:, None], found_first.chosen
+        undecided = json.dumps(found_first.undecided)
+        attributes = {"race_share": found_first.share, "race_confidence": confidence, "race_undecided": undecided}
     engine = Engine(pair, metric, chosen, done, progress)
     plan = make_plan(pair.cfg, [chosen[i] for i in replaced], engine.packing, budget)
     found = {name: engine.changes(name, plan) for name in recipe.cells}
@@ -171,7 +191,7 @@ def sweep(
     coverage = _coverage(pair, metric, chosen, gap, budget, progress)
     measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow, nulls, sampled, masks)
     dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
-    dataset.attrs |= {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
+    dataset.attrs |= attributes | {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
     return SweepResult(dataset)
 
 
