@@ -206,7 +206,7 @@ def scaling(repeats: int) -> dict[str, Any]:
         "tokens": ({"n_tokens": 48}, 512),
         "layers": ({"n_layers": 16}, 512),
     }
-    runs = {}
+    runs: dict[str, Callable[[], Any]] = {}
     for name, (sizes, n) in cases.items():
         engine = random_sweep(**sizes)
         runs[name] = functools.partial(engine, spread(engine.cfg, n))

@@ -162,8 +162,11 @@ def markdown(report: dict[str, Any]) -> str:
                 "yes" if r["acceptance"] == "accepted" else "no",
                 f"{r['source_depth']:.2f}",
                 f"{r['source_kinds']['neuron']:.0%}",
-                f"{r['aggregator_depth']:.2f}",
-                f"{r['aggregated_by_heads']:.0%}",
+                *(
+                    ("", "")
+                    if not r["aggregators"]
+                    else (f"{r['aggregator_depth']:.2f}", f"{r['aggregated_by_heads']:.0%}")
+                ),
                 f"{r['passes']['best_set']:.0%} ({r['passes']['expert']:.0%})",
                 *(f"{a[0]:.2f} [{a[1]:.2f}, {a[2]:.2f}]" for a in (areas[first], areas["activation"])),
                 f"{random:.2f}",
