@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 
@@ -18,6 +19,14 @@ from wpjax.models.checkpoint import load_checkpoint
 from wpjax.pairs import Pair
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Forget a module's programs after it: all tests' together have more memory maps than Linux lets a process have."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session", params=sorted(SPECS))

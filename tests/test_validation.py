@@ -206,9 +206,12 @@ def test_sets_are_ranked_by_a_score_that_sums_to_the_decisions_gap(planted, resu
     every = SweepResult(result.dataset.isel(component=[0]))
     names = [c.name for c in enumerate_components(pair.cfg, FINEST)]
     every.dataset = every.dataset.isel(component=np.zeros(len(names), int)).assign_coords(name=("component", names))
-    assert add_set_score(pair, every, metric).values("set_score").sum() == pytest.approx(1, abs=1e-3)
+    assert add_set_score(pair, every, [metric]).values("set_score").sum() == pytest.approx(1, abs=1e-3)
 
-    scored = add_set_score(pair, result, metric)
+    anchor = anchor_of(result).metric(pair, task.encode(pair.tokenizer, "sweep", 8))
+    alone = [add_set_score(pair, result, [m]).values("set_score") for m in (anchor, metric)]
+    scored = add_set_score(pair, result, [anchor, metric])
+    np.testing.assert_allclose(scored.values("set_score"), np.mean(alone, axis=0), rtol=1e-6)
     assert (result.set_ranking, scored.ranking, scored.set_ranking) == ("effect", "effect", "set_score")
     found = orders(*planted, scored, anchor_of(result), n_random=1)
     assert list(found) == ["set_score", "effect", "activation", "delta_norm", "random 1"]

@@ -154,7 +154,7 @@ class SweepResult:
     `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
     those cells were measured; `beta_low`, `banzhaf` and `beta_high` (share of the gap in the company of few, half and
     most of the others) and `redundancy` (the first minus the last), likewise; `set_score`, what components are ranked
-    by to be patched together (share of the decision score's gap, see `sweeps.add_set_score`).
+    by to be patched together (share of the gaps of anchor and decision score, see `sweeps.add_set_score`).
     `coverage_joint[swept_kind]` and
     `coverage_sum[swept_kind]` say how much of the gap each kind recovers as one patch and as the sum of its single
     effects (first-order ones where nothing was replaced); `split_half[swept_kind]` how reliably its ranking repeats on

@@ -6,12 +6,13 @@
 Heads, KV groups and neurons of all layers are ranked on "sweep" prompts by every metric and estimator, as shares of the
 metric's gap; sums of two rankings are sums of shares. The best ones together are put into the base, for budgets of
 parameters on a logarithmic grid, and the checker judges answers to "test" prompts. Run `experiments.paper.replicate`
-first: its anchors are taken. Finished tasks are kept in the results.
+first: its anchors are taken. Finished tasks are kept in the results, and rankings that they lack are added.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,20 @@ PAIRED = (
     ("anchor, linearised", "decision, integrated"),
     ("anchor, linearised", "decision, linearised"),
     ("decision, linearised", "decision, integrated"),
+    ("anchor, secant", "decision, secant"),
 )
 """Rankings whose shares are added."""
 
+ESTIMATORS = ("linearised", "integrated", "secant")
 N_RANDOM = 2
+NAMES = (
+    *(f"{name}, linearised" for name in ("anchor", *ANSWER_METRICS)),
+    *(f"{name}, {estimator}" for name in ("anchor", "decision") for estimator in ESTIMATORS[1:]),
+    *(" + ".join(names) for names in PAIRED),
+    "norm of the change",
+    *(f"random {i + 1}" for i in range(N_RANDOM)),
+)
+"""Of all rankings, in the order of the table."""
 
 
 def rankings(
@@ -67,8 +78,10 @@ def rankings(
     return found | {f"random {i + 1}": rng.standard_normal(len(components)) for i in range(N_RANDOM)}
 
 
-def run_task(config: dict[str, Any], task: Behaviour, folder: Path, points: int, steps: int) -> dict[str, Any]:
-    """Pass rates along the curve of every ranking, and the area under it."""
+def run_task(
+    config: dict[str, Any], task: Behaviour, folder: Path, points: int, steps: int, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Pass rates along the curve of every ranking, and the area under it; only of those an earlier result lacks."""
     pair, anchor = pair_of(config, task), Anchor.load(folder / "anchor.safetensors")
     anchor.check_belongs(pair)
     new_tokens = int(config["max_new_tokens"])
@@ -82,6 +95,11 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path, points: int,
     ends = np.stack([judge.passes(judge.answers(params)) for params in (pair.base, pair.expert)])
     passes: dict[str, Bool[np.ndarray, "K B"]] = {}
     ranked = rankings(pair, metrics, components, steps)
+    assert set(ranked) == set(NAMES)
+    earlier: dict[str, Any] = {"passes": {}, "areas": {}}
+    if known is not None and (known["budgets"], known["steps"]) == ([round(b) for b in budgets], steps):
+        earlier = known
+    ranked = {name: values for name, values in ranked.items() if name not in earlier["areas"]}
     with progress_bars() as progress:
         for i, (name, values) in enumerate(ranked.items()):
             order = np.argsort(-values, kind="stable")
@@ -105,15 +123,17 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path, points: int,
         "budgets": [round(b) for b in budgets],
         "steps": steps,
         "passes": {"base": float(ends[0].mean()), "expert": float(ends[1].mean())}
-        | {name: [round(float(x), 4) for x in values.mean(1)] for name, values in passes.items()},
-        "areas": {name: area(values) for name, values in passes.items()},
+        | {name: [round(float(x), 4) for x in values.mean(1)] for name, values in passes.items()}
+        | {name: rates for name, rates in earlier["passes"].items() if name in earlier["areas"]},
+        "areas": {name: area(values) for name, values in passes.items()} | earlier["areas"],
     }
 
 
 def markdown(report: dict[str, Any]) -> str:
     """Area of every ranking, one column a task, and the mean over tasks."""
     tasks = measured(report)
-    names = [name for name in next(iter(tasks.values()))["areas"] if not name.startswith("random")]
+    shared = set.intersection(*(set(task["areas"]) for task in tasks.values()))
+    names = [name for name in NAMES if name in shared and not name.startswith("random")]
 
     def areas(name: str) -> list[list[float]]:
         if name != "random":
@@ -138,10 +158,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    def run(config: dict[str, Any], task: Behaviour) -> dict[str, Any]:
-        return run_task(config, task, place_of(args.work, task), args.points, args.steps)
+    earlier = {} if args.out is None or not args.out.exists() else json.loads(args.out.read_text())["tasks"]
 
-    report = over_tasks(args.config, args.out, run)
+    def run(config: dict[str, Any], task: Behaviour) -> dict[str, Any]:
+        known = earlier.get(task.name)
+        return run_task(config, task, place_of(args.work, task), args.points, args.steps, known)
+
+    report = over_tasks(args.config, args.out, run, lambda result: set(NAMES) <= set(result["areas"]))
     print(markdown(report))
 
 

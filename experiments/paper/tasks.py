@@ -16,7 +16,12 @@ from wpjax.pairs import Pair, load_model, load_pair
 from wpjax.training import TrainConfig, finetune
 
 
-def over_tasks(path: Path, out: Path | None, run: Callable[[dict[str, Any], Behaviour], Any]) -> dict[str, Any]:
+def over_tasks(
+    path: Path,
+    out: Path | None,
+    run: Callable[[dict[str, Any], Behaviour], Any],
+    whole: Callable[[dict[str, Any]], bool] = lambda result: True,
+) -> dict[str, Any]:
     """Run something on every task of a config; what an earlier run with the same settings finished is kept.
 
     A task is a name, or an object with a name and settings of its own in place of the config's. One whose models do not
@@ -26,15 +31,18 @@ def over_tasks(path: Path, out: Path | None, run: Callable[[dict[str, Any], Beha
         path: the config.
         out: the results, written after every task.
         run: takes config and task.
+        whole: whether an earlier result of a task needs no more.
     """
     config = json.loads(path.read_text())
     report: dict[str, Any] = {"config": config, "tasks": {}}
     earlier = json.loads(out.read_text()) if out is not None and out.exists() else None
     kept = {} if earlier is None else {name: earlier["tasks"].get(name) for name in settings_of(earlier["config"])}
     for name, settings in settings_of(config).items():
-        if earlier is not None and kept.get(name) and settings_of(earlier["config"])[name] == settings:
-            report["tasks"][name] = kept[name]
-            continue
+        known = kept.get(name)
+        if earlier is not None and known is not None and settings_of(earlier["config"])[name] == settings:
+            report["tasks"][name] = known
+            if "refused" in known or whole(known):
+                continue
         try:
             report["tasks"][name] = run(settings, behaviour(name))
         except (AnchorRejected, MetricRejected) as error:

@@ -124,8 +124,8 @@ def run(
         bool,
         typer.Option(
             "--set-score/--no-set-score",
-            help="Also rank components to be patched together, by the secant adjoint of the decision score on the way "
-            "from base to expert; `wpjax validate` takes that ranking.",
+            help="Also rank components to be patched together, by the secant adjoint of anchor and decision score on "
+            "the way from base to expert; `wpjax validate` takes that ranking.",
         ),
     ] = True,
     n_prompts: PromptsOption = 64,
@@ -247,7 +247,10 @@ def run(
         with on_interrupt(lambda: f"{out} is written, without a set score"), progress_bars() as progress:
             progress("set score", 0, 1)
             try:
-                result = sweeps.add_set_score(pair, result, decision_metric(pair, batch, max_new_tokens))
+                used = [measured] if metric in (MetricName.anchor, MetricName.decision) else []
+                if metric != MetricName.decision:
+                    used.append(decision_metric(pair, batch, max_new_tokens))
+                result = sweeps.add_set_score(pair, result, used)
             except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
                 print(f"no set score: {error}", file=sys.stderr)
             else:

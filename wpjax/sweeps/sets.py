@@ -1,40 +1,48 @@
 """A ranking for sets: which components, patched together, carry the behaviour with the fewest parameters?
 
 The effect of a component alone answers which of them is a source. A set moves the model far, and there the slope on
-the way counts for more than the slope at the base: the secant adjoint (METHOD 6) of the decision score (METHOD 8),
+the way counts for more than the slope at the base:
 
-    set score(c) = share of F_d(expert) - F_d(base) that the secant adjoint gives to c
+    set score(c) = mean over metrics of the share of F(expert) - F(base) that the secant adjoint gives to c
 
-was the best or among the best rankings of every task and pair it was tried on (`experiments/paper`; ours).
+(METHOD 6; ours). With the anchor and the decision score as metrics it rests on neither alone: the first carries more
+where an anchor is good, the second still finds the behaviour where it is not (`experiments/paper`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
-from wpjax.components import parse_component
+from wpjax.components import Component, parse_component
 from wpjax.metrics import Metric, scores
 from wpjax.pairs import Pair
 from wpjax.results import SweepResult
 from wpjax.sweeps.secant import secant_adjoint
 
 
-def add_set_score(pair: Pair, result: SweepResult, metric: Metric) -> SweepResult:
-    """The result with one more ranking, `set_score`: shares of a metric's gap by the secant adjoint.
+def add_set_score(pair: Pair, result: SweepResult, metrics: Sequence[Metric]) -> SweepResult:
+    """The result with one more ranking, `set_score`: shares of the metrics' gaps by the secant adjoint, their mean.
 
     Args:
         pair: the models that were swept.
         result: of a sweep.
-        metric: what sets are to recover, `decision_metric` say.
+        metrics: what sets are to recover, say the anchor and `decision_metric`.
 
     Returns:
-        a new result; components that the metric cannot feel have 0.
+        a new result; components that a metric cannot feel have no share of it.
     """
     components = [parse_component(pair.cfg, str(name)) for name in result.dataset["name"].values]
+    found = np.mean([_shares(pair, components, metric) for metric in metrics], axis=0)
+    return SweepResult(result.dataset.assign(set_score=("component", found)))
+
+
+def _shares(pair: Pair, components: Sequence[Component], metric: Metric) -> Float[np.ndarray, " C"]:
     felt = [i for i, c in enumerate(components) if metric.reaches(c)]
     base, expert = (scores(pair.cfg, params, metric).mean(dtype=np.float64) for params in (pair.base, pair.expert))
-    found: Float[np.ndarray, " C"] = np.zeros(len(components))
-    share = secant_adjoint(pair.cfg, pair.base, pair.expert, [components[i] for i in felt], metric)
-    found[felt] = share.mean(1) / (expert - base)
-    return SweepResult(result.dataset.assign(set_score=("component", found)))
+    found = np.zeros(len(components))
+    change = secant_adjoint(pair.cfg, pair.base, pair.expert, [components[i] for i in felt], metric)
+    found[felt] = change.mean(1) / (expert - base)
+    return found
