@@ -20,6 +20,7 @@ TABLES = [
     ("paper", "replicate", "markdown", "tiny.results.json"),
     ("paper", "replicate", "calibrations", "tiny.results.json"),
     ("paper", "rankings", "markdown", "tiny.rankings.json"),
+    ("paper", "rankings", "markdown", "smollm2.rankings.json"),
     ("paper", "positions", "markdown", "tiny.positions.json"),
     ("paper", "estimate", "markdown", "estimate.json"),
     ("bench", "heads", "markdown", "heads.json"),
