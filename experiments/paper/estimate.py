@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.paper.tasks import measured
 from experiments.records import table, write
 
 HERE = Path(__file__).parent
@@ -103,7 +104,7 @@ def report(rate: float) -> dict[str, Any]:
         steps = operations(shape, config)
         seconds = {step: n / rate for step, n in steps.items()}
         if results.exists():
-            tasks = json.loads(results.read_text())["tasks"].values()
+            tasks = measured(json.loads(results.read_text())).values()
             seconds = {step: sum(t["seconds"][step] for t in tasks) / len(tasks) for step in steps}
         elif name != UNRUN:
             continue

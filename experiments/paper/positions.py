@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from experiments.paper.tasks import over_tasks, pair_of
+from experiments.paper.tasks import measured, over_tasks, pair_of
 from experiments.records import made, table
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import Behaviour
@@ -57,7 +57,7 @@ def markdown(report: dict[str, Any]) -> str:
     places = ["last prompt token", *(f"{n} response tokens" for n in N_RESPONSE[1:])]
     rows = [
         [name.removeprefix("tiny:"), *(cell(task["readings"][str(n)]) for n in N_RESPONSE)]
-        for name, task in report["tasks"].items()
+        for name, task in measured(report).items()
     ]
     return table(["task", *places], rows)
 

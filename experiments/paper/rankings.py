@@ -31,7 +31,7 @@ from wpjax.metrics import ANSWER_METRICS, Metric, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.stats import resample
-from wpjax.steering import Judge
+from wpjax.steering import Judge, check_behaviour_differs
 from wpjax.sweeps.screens import integrated_gradients, output_linearised
 from wpjax.sweeps.secant import secant_adjoint
 from wpjax.validation import steps_of
@@ -82,17 +82,19 @@ def run_task(
     config: dict[str, Any], task: Behaviour, folder: Path, points: int, steps: int, known: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Pass rates along the curve of every ranking, and the area under it; only of those an earlier result lacks."""
-    pair, anchor = pair_of(config, task), Anchor.load(folder / "anchor.safetensors")
+    pair, new_tokens = pair_of(config, task), int(config["max_new_tokens"])
+    judge = Judge(pair, task, task.encode(pair.tokenizer, "test", int(config["n_validated"])), new_tokens)
+    said = [judge.answers(params) for params in (pair.base, pair.expert)]
+    check_behaviour_differs(judge, *said)
+    anchor = Anchor.load(folder / "anchor.safetensors")
     anchor.check_belongs(pair)
-    new_tokens = int(config["max_new_tokens"])
     batch = task.encode(pair.tokenizer, "sweep", int(config["n_prompts"]))
     metrics = {"anchor": anchor.metric(pair, batch)}
     metrics |= {name: make(pair, batch, new_tokens) for name, make in ANSWER_METRICS.items()}
     components = enumerate_components(pair.cfg, FINE)
     sizes = np.array([n_parameters(pair.cfg, c) for c in components])
     budgets = np.geomspace(0.003, 0.6, points) * sizes.sum()
-    judge = Judge(pair, task, task.encode(pair.tokenizer, "test", int(config["n_validated"])), new_tokens)
-    ends = np.stack([judge.passes(judge.answers(params)) for params in (pair.base, pair.expert)])
+    ends = np.stack([judge.passes(answers) for answers in said])
     passes: dict[str, Bool[np.ndarray, "K B"]] = {}
     ranked = rankings(pair, metrics, components, steps)
     assert set(ranked) == set(NAMES)

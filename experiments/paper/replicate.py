@@ -154,6 +154,7 @@ def markdown(report: dict[str, Any]) -> str:
     for name, r in measured(report).items():
         areas = r["areas"]["restore"]
         first = next(iter(areas))
+        by_way = (f"{r['aggregator_depth']:.2f}", f"{r['aggregated_by_heads']:.0%}") if r["aggregators"] else ("", "")
         random = np.mean([a[0] for ranking, a in areas.items() if ranking.startswith("random")])
         rows.append(
             [
@@ -162,11 +163,7 @@ def markdown(report: dict[str, Any]) -> str:
                 "yes" if r["acceptance"] == "accepted" else "no",
                 f"{r['source_depth']:.2f}",
                 f"{r['source_kinds']['neuron']:.0%}",
-                *(
-                    ("", "")
-                    if not r["aggregators"]
-                    else (f"{r['aggregator_depth']:.2f}", f"{r['aggregated_by_heads']:.0%}")
-                ),
+                *by_way,
                 f"{r['passes']['best_set']:.0%} ({r['passes']['expert']:.0%})",
                 *(f"{a[0]:.2f} [{a[1]:.2f}, {a[2]:.2f}]" for a in (areas[first], areas["activation"])),
                 f"{random:.2f}",
@@ -178,7 +175,7 @@ def markdown(report: dict[str, Any]) -> str:
 def calibrations(report: dict[str, Any]) -> str:
     """How far each score's share is from the share that passes (root mean square), and their rank correlation."""
     tasks = measured(report)
-    measures = [c["measure"] for c in next(iter(tasks.values()))["calibration"]]
+    measures = [c["measure"] for c in next(iter(tasks.values()))["calibration"]] if tasks else []
 
     def cell(task: dict[str, Any], measure: str) -> str:
         found = next(c for c in task["calibration"] if c["measure"] == measure)

@@ -112,7 +112,10 @@ def run(
             "factorial tells sources from relays and adds the knock-out in the expert.",
         ),
     ] = Method.screen_exact,
-    top: Annotated[int, typer.Option("--top", min=1, help="Components of each kind replaced after a screen.")] = 512,
+    top: Annotated[
+        int,
+        typer.Option("--top", min=1, help="Components of each kind replaced after a screen, or that a race is for."),
+    ] = 512,
     confidence: Annotated[
         float, typer.Option("--confidence", min=0.5, max=0.9999, help="Of a race: that it loses none of the true top.")
     ] = 0.95,
@@ -136,7 +139,7 @@ def run(
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option("--profile", help="Folder for a JAX profile of the sweep, to open with XProf or Perfetto."),
+        typer.Option("--profile", help="New folder for a JAX profile of the sweep, to open with XProf or Perfetto."),
     ] = None,
     resume: ResumeOption = False,
     seed: SeedOption = 0,
@@ -146,9 +149,14 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how much of the behaviour each component's weights carry, and write the result."""
+    from wpjax.errors import OutputError, WpjaxError
     from wpjax.files import check_output
 
     check_output(out, overwrite)
+    if profile is not None:
+        if profile.exists():
+            raise OutputError(f"--profile {profile} exists; name a new folder")
+        check_output(profile)
 
     import jax
 
@@ -157,7 +165,6 @@ def run(
     from wpjax.anchors import Anchor, fit_anchor
     from wpjax.cli.console import on_interrupt, progress_bars
     from wpjax.components import check_kind
-    from wpjax.errors import OutputError, WpjaxError
     from wpjax.metrics import ANSWER_METRICS, Metric, decision_metric
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
@@ -171,11 +178,6 @@ def run(
         raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
     if given_anchor is not None and metric == MetricName.anchor:
         raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
-    if profile is not None:
-        try:
-            profile.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"--profile {profile}: {error.strerror}; name a folder that can be written") from error
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)
@@ -252,7 +254,7 @@ def run(
                     used.append(decision_metric(pair, batch, max_new_tokens))
                 result = sweeps.add_set_score(pair, result, used)
             except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
-                print(f"no set score: {error}", file=sys.stderr)
+                print("no set score: " + " ".join(str(error).split()), file=sys.stderr)
             else:
                 result.to_netcdf(out, overwrite=True)
             progress("set score", 1, 1)
@@ -298,5 +300,6 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
         f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
         + (f"; noise floor {attrs['noise_floor']:.1e}" if exact else "")
+        + (f"\nthe race made {attrs['race_share']:.0%} of the replacements" if "race_share" in attrs else "")
         + (f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}" if "anchor_acceptance" in attrs else "")
     )
