@@ -14,7 +14,7 @@ from wpjax.anchors import Anchor
 from wpjax.components import KINDS, LEAVES, Component, enumerate_components, gate_shapes
 from wpjax.errors import ComponentError
 from wpjax.models.convert import flatten
-from wpjax.models.decoder import forward
+from wpjax.models.decoder import Scale, forward
 from wpjax.patching import PatchMask, materialize, patch, permuted
 
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 10))
@@ -42,6 +42,23 @@ def test_empty_is_base_and_full_is_expert_bit_for_bit(pair, dtype):
         assert_same_tree(materialize(pair.base, pair.expert, gates), model)
         lazy = logits(pair.cfg, patch(pair.base, pair.expert, gates))
         np.testing.assert_array_equal(lazy, logits(pair.cfg, model))
+
+
+def test_scaled_components_are_those_with_scaled_outputs(pair):
+    cfg, rng, ids = pair.cfg, np.random.default_rng(0), jnp.asarray(TOKENS)
+    heads, neurons = (
+        jnp.asarray(rng.uniform(0, 2, (cfg.n_layers, 1, n)), jnp.float32) for n in (cfg.n_heads, cfg.d_mlp)
+    )
+    blocks = pair.base["blocks"]
+    attn = blocks["attn"] | {"W_O": blocks["attn"]["W_O"] * heads[:, 0, :, None, None]}
+    mlp = blocks["mlp"] | {"W_out": blocks["mlp"]["W_out"] * neurons[:, 0, :, None]}
+    scaled = pair.base | {"blocks": blocks | {"attn": attn, "mlp": mlp}}
+    got = jax.jit(lambda: forward(cfg, pair.base, ids, scale=Scale(heads, neurons)).logits)()
+    np.testing.assert_allclose(got, logits(cfg, scaled), rtol=1e-5, atol=1e-5)
+    one = np.repeat(np.asarray(heads), 2, axis=1)  # prompt by prompt
+    one[:, 1] = 1
+    got = jax.jit(lambda: forward(cfg, pair.base, ids, scale=Scale(jnp.asarray(one), None)).logits)()
+    np.testing.assert_allclose(got[1], logits(cfg, pair.base)[1], rtol=1e-5, atol=1e-5)
 
 
 def test_lazy_equals_materialised(pair):

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -44,6 +47,7 @@ from wpjax.sweeps.screens import output_linearised
 
 DEPTHS = (4, 8, 16)
 PATCHES = (64, 256, 1024)
+DEVICES = (1, 2)
 SHARE_TOUCHED = 0.04
 
 
@@ -157,7 +161,7 @@ def race_cost(pair: Pair, task: Behaviour, anchor: Anchor, top: int = 32, n_prom
         pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:english_capital")
         anchor = fit_anchor(pair, task, causal="skip")
     batch, took, found = task.encode(pair.tokenizer, n_prompts=n_prompts), {}, {}
-    for method in ("exact", "race"):
+    for method in ("exact", "race") * 2:  # the first of each compiles
         start = time.perf_counter()
         found[method] = sweep(pair, batch, anchor, method=method, top=top)
         took[method] = time.perf_counter() - start
@@ -234,17 +238,28 @@ def compilation() -> dict[str, Any]:
     return found
 
 
-def peak(n_patches: int) -> int:
-    """Peak resident bytes of this process after an exact sweep of so many neurons."""
-    engine = random_sweep()
-    engine(spread(engine.cfg, n_patches))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def alone(n_patches: int, n_layers: int, repeats: int) -> dict[str, float]:
+    """Peak resident bytes of this process after exact sweeps of so many neurons, and the median of their times."""
+    engine = random_sweep(n_layers)
+    took = medians({"sweep": functools.partial(engine, spread(engine.cfg, n_patches))}, repeats)["sweep"]
+    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "seconds": took}
 
 
-def memory() -> dict[str, int]:
-    """Peak memory of fresh processes by number of patches."""
-    command = [sys.executable, "-m", "experiments.bench.engine", "--peak"]
-    return {str(n): int(subprocess.check_output([*command, str(n)], text=True)) for n in PATCHES}
+def apart(n_patches: int, n_layers: int = 8, n_devices: int = 1, repeats: int = 3) -> dict[str, float]:
+    """`alone` in a fresh process, a CPU divided into so many devices."""
+    command = [sys.executable, "-m", "experiments.bench.engine", "--repeats", str(repeats)]
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}"}
+    options = ["--alone", str(n_patches), "--layers", str(n_layers)]
+    return json.loads(subprocess.check_output([*command, *options], text=True, env=env).splitlines()[-1])
+
+
+def processes(repeats: int) -> dict[str, dict[str, Any]]:
+    """Peak memory by number of patches and by depth; time by number of devices."""
+    return {
+        "memory": {str(n): apart(n, repeats=1)["bytes"] for n in PATCHES},
+        "memory_by_depth": {str(n): apart(256, n_layers=n, repeats=1)["bytes"] for n in DEPTHS},
+        "devices": {str(n): apart(1024, n_devices=n, repeats=repeats)["seconds"] for n in DEVICES},
+    }
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -277,12 +292,17 @@ def markdown(report: dict[str, Any]) -> str:
                  f"{race['seconds']['race'] / race['seconds']['exact']:.2f} of the full sweep's time, "
                  f"{race['share']:.2f} of its replacements, {race['agreement']:.0%} of its top"])  # fmt: skip
     rows += [[f"peak memory, {int(n):,} patches", "", f"{b / 2**20:,.0f} MiB"] for n, b in report["memory"].items()]
+    rows += [[f"peak memory, 256 patches, {n} layers", "", f"{b / 2**20:,.0f} MiB"]
+             for n, b in report["memory_by_depth"].items()]  # fmt: skip
+    rows += [[f"exact sweep, {report['machine']['cores']} cores as {n} devices", f"{t:.2f} s", ""]
+             for n, t in report["devices"].items()]  # fmt: skip
     return table(["what", "time", "that is"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peak", type=int, help="print the peak memory of a sweep of so many patches, and stop")
+    parser.add_argument("--alone", type=int, help="measure a small sweep of so many patches in this process, and stop")
+    parser.add_argument("--layers", type=int, default=8, help="of that sweep's model")
     parser.add_argument("--base", default="tiny:base")
     parser.add_argument("--expert", default="tiny:expert")
     parser.add_argument("--behaviour", default="tiny:english_capital")
@@ -293,8 +313,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.peak:
-        print(peak(args.peak))
+    if args.alone:
+        print(json.dumps(alone(args.alone, args.layers, args.repeats)))
         return
     pair, task = load_pair(args.base, args.expert, args.dtype), behaviour(args.behaviour)
     anchor = fit_anchor(pair, task, layer=args.layer, causal="skip")
@@ -312,7 +332,8 @@ def main() -> None:
         "race": race_cost(pair, task, anchor),
         "scaling": scaling(args.repeats),
         "compilation": compilation(),
-        "memory": memory(),
+        **processes(args.repeats),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "dtype": args.dtype,
         **made(),
     }

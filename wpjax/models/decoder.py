@@ -41,6 +41,18 @@ class Output(NamedTuple):
     sites: dict[Site, Array]
 
 
+class Scale(NamedTuple):
+    """Factors of what single components write, one array a kind over the layers that run; None for 1.
+
+    Attributes:
+        heads: of each head before W_O.
+        neurons: of each neuron before W_out.
+    """
+
+    heads: Float[Array, "L #B H"] | None
+    neurons: Float[Array, "L #B F"] | None
+
+
 class Steer(NamedTuple):
     """Holds one coordinate of the residual stream after one layer: h += (target - <h, read>) write.
 
@@ -126,6 +138,7 @@ class Decoder(nnx.Module):
         stop: int | None = None,
         logits: bool = True,
         add: dict[Site, Array] | None = None,
+        scale: Scale | None = None,
         held: Held | None = None,
         packed: Packed | None = None,
     ) -> Output:
@@ -135,20 +148,22 @@ class Decoder(nnx.Module):
         positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.positions
         add = add or {}
 
-        def body(x: Array, layer: tuple[Any, Array, dict[Site, Array]]) -> tuple[Array, dict[Site, Array]]:
-            at, number, extra = layer
+        def body(x: Array, layer: tuple[Any, Array, dict[Site, Array], Scale]) -> tuple[Array, dict[Site, Array]]:
+            at, number, extra, (heads, neurons) = layer
             block = nnx.merge(graphdef, at if stop is None else take_layer(blocks, at))
             here = {Site.RESID_PRE: x + extra.get(Site.RESID_PRE, 0.0)}
-            mid, _ = block.attend(here[Site.RESID_PRE], positions if packed is None else packed)
+            mid, _ = block.attend(here[Site.RESID_PRE], positions if packed is None else packed, heads)
             here[Site.RESID_MID] = mid + extra.get(Site.RESID_MID, 0.0)
-            post = block.feed(here[Site.RESID_MID]) + extra.get(Site.RESID_POST, 0.0)
+            fed = block.feed(here[Site.RESID_MID], None if neurons is None else neurons[:, None])
+            post = fed + extra.get(Site.RESID_POST, 0.0)
             here[Site.RESID_POST] = post if held is None else held(post, number)
             return here[Site.RESID_POST], {site: here[site] for site in sites}
 
         # A prefix of the layers is taken by index: slicing the stack would copy it.
         numbers = jnp.arange(n_layers)
         layers = blocks if stop is None else numbers
-        resid, read = jax.lax.scan(body, self.embed(tokens, positions), (layers, numbers, add), length=n_layers)
+        per_layer = layers, numbers, add, scale or Scale(None, None)
+        resid, read = jax.lax.scan(body, self.embed(tokens, positions), per_layer, length=n_layers)
         return Output(resid, self.logits(resid) if logits else None, read)
 
 
@@ -181,6 +196,7 @@ def forward(
     stop: int | None = None,
     logits: bool = True,
     add: dict[Site, Float[Array, "L #B #T D"]] | None = None,
+    scale: Scale | None = None,
     held: Held | None = None,
 ) -> Output:
     """Run the decoder; pure, so it composes with `jit`, `vmap` and `grad`. Token ids are not checked.
@@ -193,6 +209,7 @@ def forward(
         stop: number of layers to run (static); None for all. Combine with `logits=False`.
         logits: whether to compute logits.
         add: arrays to add to the residual stream at sites, one a layer that runs.
+        scale: factors of what heads and neurons write.
         held: a state that the model is given on the way.
 
     Raises:
@@ -202,7 +219,7 @@ def forward(
         raise WpjaxError(f"stop={stop}: the model has {cfg.n_layers} layers; stop is how many of them to run")
     if tokens.shape[-1] > cfg.n_ctx:
         raise WpjaxError(f"{tokens.shape[-1]} tokens exceed the context of {cfg.n_ctx}; shorten the prompts")
-    return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, add=add, held=held)
+    return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, add=add, scale=scale, held=held)
 
 
 def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:

@@ -222,25 +222,28 @@ class Block(nnx.Module):
 
     @jax.named_scope("attend")
     def attend(
-        self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed
+        self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed, scale: Array | None = None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Residual stream after attention, and this layer's keys and values.
 
         Args:
             resid_pre: the stream.
             where: positions of the tokens, or how they are packed.
+            scale: [#B, H], factors of what each head writes.
         """
         packed = where if isinstance(where, Packed) else None
         positions = where.positions if isinstance(where, Packed) else where
         x = self.norm_attn(resid_pre)
         q, (k, v) = self.attn.queries(x, positions), self.attn.keys_values(x, positions)
         z = self.attn.mix(q, k, v) if packed is None else self.attn.mix_packed(q, k, v, packed)
+        z = z if scale is None else z * scale[:, None, :, None]
         return resid_pre + self.attn.out(z), (k, v)
 
     @jax.named_scope("feed")
-    def feed(self, resid_mid: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        """Residual stream after the MLP."""
-        return resid_mid + self.mlp.out(self.mlp.neurons(self.norm_mlp(resid_mid)))
+    def feed(self, resid_mid: Float[Array, "*n D"], scale: Array | None = None) -> Float[Array, "*n D"]:
+        """Residual stream after the MLP; `scale` [*n, F] holds factors of what each neuron writes."""
+        a = self.mlp.neurons(self.norm_mlp(resid_mid))
+        return resid_mid + self.mlp.out(a if scale is None else a * scale)
 
     def __call__(self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed) -> Float[Array, "B T D"]:
         """Residual stream after the layer; arguments as `attend`."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.components import KINDS, Component
+from wpjax.distributed import Spread
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -73,7 +74,7 @@ def bytes_per_row(cfg: ModelConfig, packing: Packing) -> int:
 
 
 def memory_budget() -> int:
-    """Bytes a chunk may take: a third of what the device has free; little on a CPU, where caches matter more."""
+    """Bytes a chunk may take on a device: a third of what it has free; little on a CPU, where caches matter more."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return CPU_BUDGET
@@ -83,23 +84,26 @@ def memory_budget() -> int:
 def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packing, budget: int | None = None) -> Plan:
     """Group components by kind and layer, and choose the rows of each kind's program.
 
-    The rows are the number that wastes least on filling up, among those that fit the budget.
+    The rows are the number that wastes least on filling up, among those that fit the budget and divide evenly among
+    the devices of this process.
 
     Args:
         cfg: the model.
         components: what to sweep; the order within a kind is kept.
         packing: of the prompts.
-        budget: bytes for a chunk's activations; None for `memory_budget()`.
+        budget: bytes for a chunk's activations on a device; None for `memory_budget()`.
     """
     most = max(1, (memory_budget() if budget is None else budget) // bytes_per_row(cfg, packing))
+    n_devices = Spread.local().n_devices
     rows: dict[str, int] = {}
     chunks: list[Chunk] = []
     for kind, members in _grouped(components, lambda c: c.kind):
         layers = [(layer, list(some)) for layer, some in _grouped(members, lambda c: c.layer)]
         counts = [len(some) for _, some in layers]
         # A chunk costs its rows, filled or not, and about two rows' worth of what is not shared between chunks.
-        cost = {p: sum(math.ceil(n / p) for n in counts) * (p + 2) for p in range(1, min(most, max(counts)) + 1)}
-        rows[kind] = min(cost, key=lambda p: (cost[p], p))
+        shares = range(1, min(most, math.ceil(max(counts) / n_devices)) + 1)  # of a device
+        cost = {p: sum(math.ceil(n / (p * n_devices)) for n in counts) * (p + 2) for p in shares}
+        rows[kind] = n_devices * min(cost, key=lambda p: (cost[p], p))
         for layer, some in layers:
             size = rows[kind]
             chunks += [Chunk(kind, layer, tuple(some[i : i + size])) for i in range(0, len(some), size)]
@@ -160,6 +164,9 @@ def exact_changes(
     """
     # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program.
     with_reference = host["embed"]["W_E"].dtype == jnp.bfloat16
+    reference = np.asarray(runs[0].score, np.float64)
+    spread = Spread.local()
+    shared = spread.whole((host, donor, runs, metric, packing))
     rows = dict(plan.rows)
     pending: list[tuple[Chunk, list[Replayed] | None]] = []
 
@@ -174,15 +181,13 @@ def exact_changes(
         step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
         # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
         seeds = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
-        jitter = _jitter(shape, step, seeds)
-        layer = jnp.asarray(max(chunk.layer, 0))
-        args = (host, donor, runs, metric, packing, layer, jnp.asarray(index), jitter)
+        split = spread.split(jnp.asarray(index)), _jitter(spread, shape, step, seeds)
+        layer = spread.whole(jnp.asarray(max(chunk.layer, 0)))
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
-        return replay(cfg, chunk.kind, *args, **options)
+        return replay(cfg, chunk.kind, *shared, layer, *split, **options)
 
     def collect(chunk: Chunk, made: list[Replayed]) -> Changes:
         values = [np.asarray(scores, np.float64) for scores, _ in made]
-        reference = np.asarray(runs[0].score, np.float64)
         changes = [v[:-1] - v[-1] if with_reference else v - reference for v in values]
         flow = [np.asarray(flow, np.float64) for _, flow in made if flow is not None]
         n = len(chunk.components)
@@ -201,9 +206,10 @@ def exact_changes(
                 if any(others is not None for _, others in pending):  # alone it may fit
                     pending[:] = [(other, None) for other, _ in pending]
                     continue
-                if rows[chunk.kind] == 1:
+                share = rows[chunk.kind] // spread.n_devices
+                if share == 1:
                     raise
-                rows[chunk.kind] = (rows[chunk.kind] + 1) // 2
+                rows[chunk.kind] = (share + 1) // 2 * spread.n_devices
                 warnings.warn(f"out of memory: {chunk.kind} patches go on {rows[chunk.kind]} at a time", stacklevel=2)
 
     for chunk in plan.chunks:
@@ -221,16 +227,16 @@ def exact_changes(
 
 
 @functools.lru_cache(maxsize=8)
-def _still(shape: tuple[int, ...]) -> Float[Array, "P T D"]:
-    return jnp.zeros(shape, jnp.float32)
+def _still(spread: Spread, shape: tuple[int, ...]) -> Float[Array, "P T D"]:
+    return spread.split(jnp.zeros(shape, jnp.float32))
 
 
-def _jitter(shape: tuple[int, ...], step: float, seeds: tuple[int, ...]) -> Float[Array, "P T D"]:
+def _jitter(spread: Spread, shape: tuple[int, ...], step: float, seeds: tuple[int, ...]) -> Float[Array, "P T D"]:
     """No change, or a relative step up or down at random."""
     if not step:
-        return _still(shape)
+        return _still(spread, shape)
     signs = np.random.default_rng(seeds).integers(0, 2, shape, np.int8)
-    return jnp.asarray((step * (2 * signs - 1)).astype(np.float32))
+    return spread.split(jnp.asarray((step * (2 * signs - 1)).astype(np.float32)))
 
 
 def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from wpjax.components import KINDS, MODEL_LAYER, Component, count, gates_of
 from wpjax.metrics import Metric, over_prompts
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Site, decoder
+from wpjax.models.decoder import Params, Scale, Site, decoder
 from wpjax.models.layers import Block
 from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch
@@ -38,40 +38,35 @@ from wpjax.sweeps.rows import LayerPatch, Run, Side, kv_patch, layer_patch, laye
 
 
 class Slopes(NamedTuple):
-    """Gradient of the metric with respect to one layer's residual stream, [B, T, D] each."""
+    """Gradient of the metric in one layer: of the residual stream, and of factors of what heads and neurons write.
+
+    As each of those enters linearly, its factor's slope is <gradient, what the host's own component writes>.
+    """
 
     mid: Float[Array, "B T D"]
     post: Float[Array, "B T D"]
+    heads: Float[Array, "B H"]
+    neurons: Float[Array, "B F"]
 
 
 def _head_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "H B"]:
-    z = query_patch(at)
-    return _through_outputs(at, slopes.mid, z.patched, z.host, at.weights.attn.W_O.get_value())
+    return (_through(slopes.mid, query_patch(at).patched, at.weights) - slopes.heads).T
 
 
 def _kv_group_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "K B"]:
-    z, attn = kv_patch(at), at.host.block.attn
-    by_head = _through_outputs(at, slopes.mid, z.patched, z.host, attn.W_O.get_value())
-    return by_head.reshape(-1, attn.cfg.n_rep, by_head.shape[-1]).sum(1)
+    by_head = _through(slopes.mid, kv_patch(at).patched, at.host.block) - slopes.heads
+    return by_head.reshape(len(by_head), -1, at.host.block.attn.cfg.n_rep).sum(-1).T
 
 
-def _through_outputs(
-    at: LayerPatch, slope: Array, z_patched: Array, z_host: Array, w_patched: Array
-) -> Float[Array, "H B"]:
-    """<slope, z_patched W_patched - z_host W_host> of each head, summed over tokens."""
-
-    def pull(w_o: Array) -> Float[Array, "B T H Dh"]:
-        return project(slope, jnp.moveaxis(w_o, -1, 0))
-
-    after, before = z_patched * pull(w_patched), z_host * pull(at.host.block.attn.W_O.get_value())
-    return (after - before).sum((1, 3)).T
+def _through(slope: Float[Array, "B T D"], z: Float[Array, "B T H Dh"], b: Block) -> Float[Array, "B H"]:
+    """<slope, z W_O> of each head."""
+    return (z * project(slope, jnp.moveaxis(b.attn.W_O.get_value(), -1, 0))).sum((1, 3))
 
 
 def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
-    def pull(b: Block, x: Array) -> Float[Array, "B T F"]:
-        return b.mlp.neurons(x) * project(slopes.post, b.mlp.W_out.get_value().T)
-
-    return (pull(at.weights, at.source.mlp_input) - pull(at.host.block, at.host.mlp_input)).sum(1).T
+    mlp = at.weights.mlp
+    new = mlp.neurons(at.source.mlp_input) * project(slopes.post, mlp.W_out.get_value().T)
+    return (new.sum(1) - slopes.neurons).T
 
 
 CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
@@ -93,19 +88,20 @@ def _output_linearised(
     n_layers = metric.layer + 1
     ids = jnp.asarray(metric.tokens.ids)
     zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model), jnp.float32)
+    ones = Scale(*(jnp.ones((n_layers, len(ids), n), jnp.float32) for n in (cfg.n_heads, cfg.d_mlp)))
 
-    def score(add: dict[Site, Array]) -> tuple[Array, tuple[Run, Array]]:
-        out = metric.run(cfg, host, sites=(Site.RESID_PRE,), add=add)
+    def score(add: dict[Site, Array], scale: Scale) -> tuple[Array, tuple[Run, Array]]:
+        out = metric.run(cfg, host, sites=(Site.RESID_PRE,), add=add, scale=scale)
         picked = metric.pick(out.resid)
         scores = metric.read(cfg, host, picked)
         return scores.sum(), (Run(out.sites[Site.RESID_PRE], scores), picked)
 
-    slopes, (run, picked) = jax.grad(score, has_aux=True)(dict.fromkeys(Site, zeros))
+    (slopes, scale), (run, picked) = jax.grad(score, argnums=(0, 1), has_aux=True)(dict.fromkeys(Site, zeros), ones)
     runs = run, run_model(cfg, donor, metric) if inputs == "donor" else None
 
     def layer_changes(_: None, i: Array) -> tuple[None, dict[str, Array]]:
         at = layer_patch(cfg, host, donor, runs, i, weights, inputs)
-        here = Slopes(slopes[Site.RESID_MID][i], slopes[Site.RESID_POST][i])
+        here = Slopes(*(of[i] for of in (slopes[Site.RESID_MID], slopes[Site.RESID_POST], *scale)))
 
         def change(kind: str) -> Array:
             if kind in CHANGES:
