@@ -16,7 +16,6 @@ TABLES = [
     ("smollm2", "summary", "markdown", "english_capital.json"),
     ("smollm2", "summary", "highest", "english_capital.json"),
     ("smollm2", "evaluate", "markdown", "evaluation.json"),
-    ("smollm2", "rankings", "markdown", "rankings.json"),
     ("paper", "replicate", "markdown", "tiny.results.json"),
     ("paper", "replicate", "calibrations", "tiny.results.json"),
     ("paper", "rankings", "markdown", "tiny.rankings.json"),
@@ -24,6 +23,8 @@ TABLES = [
     ("paper", "positions", "markdown", "tiny.positions.json"),
     ("paper", "estimate", "markdown", "estimate.json"),
     ("bench", "heads", "markdown", "heads.json"),
+    ("bench", "engine", "markdown", "engine.tiny.json"),
+    ("bench", "engine", "markdown", "engine.smollm2.json"),
     ("bench", "startup", "markdown", "startup.json"),
 ]
 

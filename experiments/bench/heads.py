@@ -203,13 +203,14 @@ def main() -> None:
     parser.add_argument("--behaviour", default="english_capital")
     parser.add_argument("--n-prompts", type=int, default=8)
     parser.add_argument("--layer", type=int, help="anchor layer; chosen if absent")
+    parser.add_argument("--every", type=int, default=1, help="take the heads of every so many layers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     pair, task = load_pair(args.base, args.expert), behaviour(args.behaviour)
     anchor = fit_anchor(pair, task, layer=args.layer, causal="skip")
     batch = task.encode(pair.tokenizer, n_prompts=args.n_prompts)
-    heads = enumerate_components(pair.cfg, ["head"], range(anchor.layer + 1))
+    heads = enumerate_components(pair.cfg, ["head"], range(anchor.layer, -1, -args.every))
     reference, lens = TorchSweep(args.base, args.expert, batch, anchor), LensSweep(args.base, args.expert, batch)
     runs: dict[str, Callable[[], np.ndarray]] = {
         "ours": lambda: ours(pair, batch, anchor, heads),
@@ -230,7 +231,7 @@ def main() -> None:
     scale = float(np.abs(effects["ours"]).max())
     compared = [name for name in runs if name != "ours" and not name.startswith("TransformerLens")]
     result = {
-        "what": "exact sweep of all heads up to the anchor",
+        "what": f"exact sweep of the heads of every {args.every} layers up to the anchor",
         "model": {"base": Path(args.base).name, "layers": pair.cfg.n_layers, "d_model": pair.cfg.d_model},
         "anchor_layer": anchor.layer,
         "heads": len(heads),
