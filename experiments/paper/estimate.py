@@ -3,9 +3,8 @@
     python -m experiments.paper.estimate --out experiments/paper/estimate.json
 
 Counted from the shapes alone, by METHOD's count: a patch of layer l costs the layers from there to what is read, for
-every prompt and token. Beside the model that was never run here (Llama-3.1-8B) stands one that was, with the seconds
-that its steps took, so that one sees what the count leaves out: compilation, the host, decoding, which waits for memory
-and not for the matrix unit.
+every prompt and token. The count leaves out compilation, the host, and that decoding waits for memory and not for the
+matrix unit.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.paper.tasks import measured
 from experiments.records import table, write
 
 HERE = Path(__file__).parent
@@ -49,13 +47,8 @@ class Shape(NamedTuple):
         return self.layers * self.layer + (1 if self.tied else 2) * self.vocab * self.d_model
 
 
-MODELS = {
-    "SmolLM2-135M": Shape(30, 576, 9, 3, 64, 1536, 49152, True, 24),
-    "Llama-3.1-8B": Shape(32, 4096, 32, 8, 128, 14336, 128256, False, 24),
-}
-"""Anchors at the layer that SmolLM2 takes, and at three quarters of Llama's depth."""
-
-UNRUN = "Llama-3.1-8B"
+MODELS = {"Llama-3.1-8B": ("llama-3.1-8b", Shape(32, 4096, 32, 8, 128, 14336, 128256, False, 24))}
+"""Configs and shapes; anchors at three quarters of the depth."""
 
 
 def operations(shape: Shape, config: dict[str, Any]) -> dict[str, float]:
@@ -97,21 +90,14 @@ def memory(shape: Shape, config: dict[str, Any]) -> float:
 
 
 def report(rate: float) -> dict[str, Any]:
-    """Models that were run with the seconds a task took, others with what it would take at the rate."""
+    """What one task of each model would take at the rate."""
     found: dict[str, Any] = {"rate": rate, "prompt_tokens": PROMPT_TOKENS, "models": {}}
-    for (name, shape), file in zip(MODELS.items(), ("smollm2", "llama-3.1-8b"), strict=True):
-        config, results = json.loads((HERE / f"{file}.json").read_text()), HERE / f"{file}.results.json"
+    for name, (file, shape) in MODELS.items():
+        config = json.loads((HERE / f"{file}.json").read_text())
         steps = operations(shape, config)
-        seconds = {step: n / rate for step, n in steps.items()}
-        if results.exists():
-            tasks = measured(json.loads(results.read_text())).values()
-            seconds = {step: sum(t["seconds"][step] for t in tasks) / len(tasks) for step in steps}
-        elif name != UNRUN:
-            continue
         found["models"][name] = {
             "operations": steps,
-            "seconds": seconds,
-            "measured": results.exists(),
+            "seconds": {step: n / rate for step, n in steps.items()},
             "bytes": memory(shape, config),
             "dtype": config["dtype"],
         }
@@ -123,11 +109,9 @@ def markdown(found: dict[str, Any]) -> str:
     rows = []
     for name, model in found["models"].items():
         for step, operations in model["operations"].items():
-            seconds = model["seconds"][step]
-            rate = f"{operations / seconds / 1e9:,.0f}" + ("" if model["measured"] else " (assumed)")
-            rows.append([f"{name}: {step}", f"{operations / 1e12:,.0f}", f"{seconds / 60:.1f}", rate])
-        rows.append([f"{name}: memory", f"{model['bytes'] / 2**30:.0f} GiB, {model['dtype']}", "", ""])
-    return table(["one task", "10¹² operations", "minutes", "10⁹ operations a second"], rows)
+            rows.append([f"{name}: {step}", f"{operations / 1e12:,.0f}", f"{model['seconds'][step] / 60:.1f}"])
+        rows.append([f"{name}: memory", f"{model['bytes'] / 2**30:.0f} GiB, {model['dtype']}", ""])
+    return table(["one task", "10¹² operations", f"minutes at {found['rate'] / 1e12:,.0f} · 10¹² a second"], rows)
 
 
 def main() -> None:

@@ -16,10 +16,7 @@ object with a name and settings of its own.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,49 +57,32 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
         check_behaviour_differs(judge, judge.answers(pair.base), judge.answers(pair.expert))
     with progress_bars() as progress:
         if not places["anchor.safetensors"].exists():
-            with timed(folder, "anchor"):
-                fitted = fit_anchor(
-                    pair, task, causal="report", n_steered=steered, max_new_tokens=new_tokens, progress=progress
-                )
+            fitted = fit_anchor(
+                pair, task, causal="report", n_steered=steered, max_new_tokens=new_tokens, progress=progress
+            )
             fitted.save(places["anchor.safetensors"])
         anchor = Anchor.load(places["anchor.safetensors"])
         batch = task.encode(pair.tokenizer, "sweep", n_prompts)
         options: dict[str, Any] = {"method": "screen+exact", "top": int(config["top"]), "progress": progress}
         if not places["sweep.nc"].exists():
-            with timed(folder, "sweep"):
-                found = sweep(pair, batch, anchor, **options)
+            found = sweep(pair, batch, anchor, **options)
             found.to_netcdf(places["sweep.nc"])
         if not places["execution.nc"].exists():
-            with timed(folder, "execution"):
-                given = anchor.give(pair, batch, kl_metric(pair, batch, new_tokens))
-                found = sweep(pair, batch, given, **options)
+            given = anchor.give(pair, batch, kl_metric(pair, batch, new_tokens))
+            found = sweep(pair, batch, given, **options)
             found.to_netcdf(places["execution.nc"])
         swept, executed = (SweepResult.from_netcdf(places[name]) for name in ("sweep.nc", "execution.nc"))
         if not places["curves.nc"].exists():
-            with timed(folder, "validation"):
-                drawn = validate(
-                    pair, task, swept, by="effect", n_prompts=validated, n_points=int(config["points"]),
-                    max_new_tokens=new_tokens,
-                    done=Shards(folder / ".curves", {"task": task.name, **config}, resume=True), progress=progress,
-                )  # fmt: skip
+            drawn = validate(
+                pair, task, swept, by="effect", n_prompts=validated, n_points=int(config["points"]),
+                max_new_tokens=new_tokens,
+                done=Shards(folder / ".curves", {"task": task.name, **config}, resume=True), progress=progress,
+            )  # fmt: skip
             drawn.to_netcdf(places["curves.nc"])
         curves = Curves.from_netcdf(places["curves.nc"])
     write_report(swept, folder / "report.html", execution=executed, overwrite=True)
     write_curves(curves, places["curves.nc"], overwrite=True)
-    seconds = json.loads((folder / SECONDS).read_text())
-    return summary(pair, anchor, swept, executed, curves) | {"seconds": seconds}
-
-
-SECONDS = "seconds.json"
-
-
-@contextlib.contextmanager
-def timed(folder: Path, step: str) -> Iterator[None]:
-    """Note how long a step took beside its result."""
-    started, place = time.perf_counter(), folder / SECONDS
-    yield
-    earlier = json.loads(place.read_text()) if place.exists() else {}
-    write(place, earlier | {step: round(time.perf_counter() - started)})
+    return summary(pair, anchor, swept, executed, curves)
 
 
 def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResult, curves: Curves) -> dict[str, Any]:
