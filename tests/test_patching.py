@@ -44,7 +44,8 @@ def test_empty_is_base_and_full_is_expert_bit_for_bit(pair, dtype):
         np.testing.assert_array_equal(lazy, logits(pair.cfg, model))
 
 
-def test_scaled_components_are_those_with_scaled_outputs(pair):
+def test_scaled_components_are_those_with_scaled_outputs(family_pair):
+    pair = family_pair
     cfg, rng, ids = pair.cfg, np.random.default_rng(0), jnp.asarray(TOKENS)
     heads, neurons = (
         jnp.asarray(rng.uniform(0, 2, (cfg.n_layers, 1, n)), jnp.float32) for n in (cfg.n_heads, cfg.d_mlp)

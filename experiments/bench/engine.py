@@ -27,6 +27,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from experiments.records import made, table, write
 from wpjax import PatchMask, behaviour, enumerate_components, load_pair, sweep
@@ -172,6 +173,21 @@ def race_cost(pair: Pair, task: Behaviour, anchor: Anchor, top: int = 32, n_prom
             "agreement": len(tops["exact"] & tops["race"]) / len(tops["exact"])}  # fmt: skip
 
 
+def rounding(pair: Pair, metric: Metric, per_layer: int = 4) -> dict[str, float]:
+    """How far exact effects of heads and some neurons in bfloat16 are from those of the same weights in float32."""
+    every = enumerate_components(pair.cfg, ["head", "neuron"], range(metric.layer + 1))
+    components = [c for c in every if c.kind == "head" or c.index < per_layer]
+    effects = []
+    models = [jax.tree.map(lambda a: a.astype(jnp.bfloat16), model) for model in (pair.base, pair.expert)]
+    for dtype in (jnp.float32, jnp.bfloat16):
+        host, donor = (jax.tree.map(lambda a, to=dtype: a.astype(to), model) for model in models)
+        effects.append(Sweep(pair.cfg, host, donor, metric)(components).mean(1))
+    exact, coarse = effects
+    error = np.abs(coarse - exact) / np.abs(exact).max()
+    return {"components": len(components), "spearman": float(scipy.stats.spearmanr(exact, coarse)[0]),
+            "median_error": float(np.median(error)), "largest_error": float(error.max())}  # fmt: skip
+
+
 def screen_cost(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
     """First-order scores of every component up to the layer that is read, in plain forward passes."""
 
@@ -185,14 +201,21 @@ def screen_cost(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
     return {"components": len(components), "seconds": took, "forwards": took["screen"] / took["forward"]}
 
 
-def random_sweep(n_layers: int = 8, n_prompts: int = 8, n_tokens: int = 24) -> Sweep:
-    """A small pair of random weights and a metric on random prompts, to vary their sizes."""
-    cfg = ModelConfig("llama", n_layers, 128, 8, 4, 16, 320, 512, 64)
-    base, expert = (init_params(cfg, jax.random.key(seed)) for seed in (0, 1))
+def random_sweep(
+    cfg: ModelConfig, n_prompts: int = 8, n_tokens: int = 24, last: int | None = None, dtype: Any = jnp.float32
+) -> Sweep:
+    """A pair of random weights, and a direction after layer `last` (or the last one) on random prompts."""
+    base, expert = (init_params(cfg, jax.random.key(seed), dtype) for seed in (0, 1))
     ids = np.random.default_rng(0).integers(0, cfg.d_vocab, (n_prompts, n_tokens)).astype(np.int32)
     at, weight = jnp.full((n_prompts, 1), n_tokens - 1), jnp.ones((n_prompts, 1))
     along, tokens = Along(jnp.ones(cfg.d_model) / cfg.d_model**0.5), Tokens(ids, np.full(n_prompts, n_tokens))
-    return Sweep(cfg, base, expert, Metric(tokens, at, weight, along, n_layers - 1, "anchor"))
+    last = cfg.n_layers - 1 if last is None else last
+    return Sweep(cfg, base, expert, Metric(tokens, at, weight, along, last, "anchor"))
+
+
+def small(n_layers: int = 8) -> ModelConfig:
+    """The shape of the embedded models, at any depth."""
+    return ModelConfig("llama", n_layers, 128, 8, 4, 16, 320, 1408, 64)
 
 
 def spread(cfg: ModelConfig, n: int) -> list[Component]:
@@ -202,16 +225,16 @@ def spread(cfg: ModelConfig, n: int) -> list[Component]:
 
 def scaling(repeats: int) -> dict[str, Any]:
     """Time of an exact sweep when one thing at a time is doubled, as a ratio to the time without."""
-    cases: dict[str, tuple[dict[str, int], int]] = {
-        "as it is": ({}, 512),
-        "patches": ({}, 1024),
-        "prompts": ({"n_prompts": 16}, 512),
-        "tokens": ({"n_tokens": 48}, 512),
-        "layers": ({"n_layers": 16}, 512),
+    cases: dict[str, tuple[int, dict[str, int], int]] = {
+        "as it is": (8, {}, 512),
+        "patches": (8, {}, 1024),
+        "prompts": (8, {"n_prompts": 16}, 512),
+        "tokens": (8, {"n_tokens": 48}, 512),
+        "layers": (16, {}, 512),
     }
     runs: dict[str, Callable[[], Any]] = {}
-    for name, (sizes, n) in cases.items():
-        engine = random_sweep(**sizes)
+    for name, (depth, sizes, n) in cases.items():
+        engine = random_sweep(small(depth), **sizes)
         runs[name] = functools.partial(engine, spread(engine.cfg, n))
     took = medians(runs, repeats)
     return {"seconds": took, "ratio": {name: t / took["as it is"] for name, t in took.items() if name != "as it is"}}
@@ -228,7 +251,7 @@ def compilation() -> dict[str, Any]:
     jax.monitoring.register_event_duration_secs_listener(note)
     found = {}
     for depth in DEPTHS:
-        engine = random_sweep(depth)
+        engine = random_sweep(small(depth))
         components = [c for c in enumerate_components(engine.cfg, ["head", "kv_group", "neuron"]) if c.index < 8]
         events.clear()
         engine(components)
@@ -239,7 +262,7 @@ def compilation() -> dict[str, Any]:
 
 def alone(n_patches: int, n_layers: int, repeats: int) -> dict[str, float]:
     """Peak resident bytes of this process after exact sweeps of so many neurons, and the median of their times."""
-    engine = random_sweep(n_layers)
+    engine = random_sweep(small(n_layers))
     took = medians({"sweep": functools.partial(engine, spread(engine.cfg, n_patches))}, repeats)["sweep"]
     status = Path("/proc/self/status").read_text()  # of this program; getrusage counts what started it as well
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
@@ -279,6 +302,10 @@ def markdown(report: dict[str, Any]) -> str:
     screen = report["screen"]
     rows.append([f"first-order scores of {screen['components']:,} components", f"{screen['seconds']['screen']:.1f} s",
                  f"{screen['forwards']:.1f} plain forward passes"])  # fmt: skip
+    coarse = report["rounding"]
+    rows.append([f"effects of {coarse['components']:,} heads and neurons in bfloat16", "",
+                 f"wrong by {coarse['median_error']:.1e} (median) to {coarse['largest_error']:.1e} of the largest; "
+                 f"Spearman {coarse['spearman']:.4f}"])  # fmt: skip
     if "race" not in report:
         return table(["what", "time", "that is"], rows)
     rows += [
@@ -333,6 +360,7 @@ def main() -> None:
         "exact": exact_rates(pair, metric, args.per_layer, args.repeats),
         "joint": joint_costs(pair, metric, args.repeats),
         "screen": screen_cost(pair, screened, args.repeats),
+        "rounding": rounding(pair, metric),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "dtype": args.dtype,
         **made(),
