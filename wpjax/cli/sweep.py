@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -295,11 +296,12 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
             for r in rows
         ],
     )
+    at_once = ", ".join(f"{kind} {n}" for kind, n in json.loads(attrs["rows_per_program"]).items())
     parts = ", ".join(f"{kind} {share:.0%}" for kind, share in coverage.items())
     print(
         f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
         f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
-        + (f"; noise floor {attrs['noise_floor']:.1e}" if exact else "")
+        + (f"; noise floor {attrs['noise_floor']:.1e}; patches at once: {at_once}" if exact else "")
         + (f"\nthe race made {attrs['race_share']:.0%} of the replacements" if "race_share" in attrs else "")
         + (f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}" if "anchor_acceptance" in attrs else "")
     )

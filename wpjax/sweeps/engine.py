@@ -97,6 +97,7 @@ class Engine:
 
         waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if not finished(key, chunk)))
         n_done = len(keys) - len(waiting.chunks)
+        doing = f"{label} patches, up to {max(plan.rows.values(), default=0)} at once"
         runs = self.run(cell.host), self.run(cell.donor) if cell.inputs == "donor" else None
         host, donor = self.models[cell.host], self.models[cell.donor]
         parts = exact_changes(
@@ -109,7 +110,7 @@ class Engine:
                 self.done[part_key("flow", chunk)] = flow
             self.done[part_key(label, chunk)] = delta
             n_done += 1
-            self.progress(f"{label} patches", n_done, len(keys))
+            self.progress(doing, n_done, len(keys))
         n_targets = len(flow_targets(self.pair.cfg, self.metric.layer))
         for key, chunk in keys.items():
             n = len(chunk.components)
