@@ -8,51 +8,74 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wpjax.anchors import Anchor
-from wpjax.behaviours import PromptBatch, Tokens
+from wpjax.behaviours import Tokens
 from wpjax.components import enumerate_components
-from wpjax.distributed import Spread
+from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import init_params
-from wpjax.sweeps.exact import exact_changes, make_plan
+from wpjax.readouts import Along, LogProb
+from wpjax.sweeps import exact
 from wpjax.sweeps.packing import pack
 from wpjax.sweeps.reference import reference_changes
 from wpjax.sweeps.replay import run_packed
 
 CFG = ModelConfig("llama", 3, 24, 6, 2, 8, 40, 61, 64)
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
 def test_three_devices():
-    code = "from tests.test_distributed import *; sweep_over_three('float32'); sweep_over_three('bfloat16')"
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    code = "from tests.test_distributed import *; sweep_over_three()"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=3"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def sweep_over_three(dtype):
-    """Heads and neurons of a random pair; what is split is a third on each device."""
+def sweep_over_three():
+    """Every device runs a third of each chunk, and asks nothing of the others."""
     assert len(jax.local_devices()) == 3
-    base, expert = (init_params(CFG, jax.random.key(seed), jnp.dtype(dtype)) for seed in (0, 1))
+    divided, checked = exact._divided, []
+
+    def watched(spread, cfg, kind, **options):
+        program = divided(spread, cfg, kind, **options)
+
+        def run(*args):
+            if kind == "head":
+                text = program.lower(*args).compile().as_text()
+                checked.append([word for word in COLLECTIVES if word in text])
+            made = program(*args)
+            assert [s.data.shape[0] for s in made.change.addressable_shards] == [len(made.change) // 3] * 3
+            return made
+
+        return run
+
+    exact._divided = watched
     rng = np.random.default_rng(0)
-    tokens = Tokens(rng.integers(0, 61, (4, 9)).astype(np.int32), np.array([9, 5, 7, 9], np.int32))
-    vector = rng.standard_normal(CFG.d_model).astype(np.float32)
-    anchor = Anchor(jnp.asarray(vector / np.linalg.norm(vector)), 2)
-    metric = anchor.on(PromptBatch("random", "sweep", tokens, tokens, (), ()))
+    vector = jnp.asarray(rng.standard_normal(CFG.d_model), jnp.float32)
+    said = jnp.asarray(rng.integers(0, 61, (4, 1)))
+    for readout, dtype, kinds in (
+        (Along(vector / jnp.linalg.norm(vector)), "float32", ("head", "neuron", "embed")),
+        (LogProb(said), "bfloat16", ("head",)),
+    ):
+        compare(readout, jnp.dtype(dtype), kinds)
+    assert len(checked) >= 2
+    assert not any(checked), checked
 
-    packing = pack(metric)
-    components = enumerate_components(CFG, ["head", "neuron"])
-    plan = make_plan(CFG, components, packing)
+
+def compare(readout, dtype, kinds):
+    """With the lazy patch, in float32."""
+    base, expert = (init_params(CFG, jax.random.key(seed), dtype) for seed in (0, 1))
+    ids, lengths = np.random.default_rng(0).integers(0, 61, (4, 9)), np.array([9, 5, 7, 9], np.int32)
+    at, weight = jnp.asarray(lengths[:, None] - 1), jnp.ones((4, 1))
+    metric = Metric(Tokens(ids.astype(np.int32), lengths), at, weight, readout, 2, "random")
+    packing, components = pack(metric), enumerate_components(CFG, kinds)
+    plan = exact.make_plan(CFG, components, packing)
     assert all(rows % 3 == 0 for rows in plan.rows.values())
-    part = Spread.local().split(jnp.zeros((plan.rows["head"], 2)))
-    assert [s.data.shape[0] for s in part.addressable_shards] == [plan.rows["head"] // 3] * 3
-
     runs = run_packed(CFG, base, metric, packing), None
-    args = (CFG, base, expert, runs, metric, packing, plan)
-    found = {c: d for chunk, delta, _ in exact_changes(*args) for c, d in zip(chunk.components, delta, strict=True)}
+    parts = exact.exact_changes(CFG, base, expert, runs, metric, packing, plan)
+    found = {c: d for chunk, delta, _ in parts for c, d in zip(chunk.components, delta, strict=True)}
     got = np.stack([found[c] for c in components])
-    if dtype == "float32":
-        np.testing.assert_allclose(got, reference_changes(CFG, base, expert, components, metric), atol=2e-5)
-    else:  # against the same weights in float32: as near as their products' rounding
-        base, expert = (jax.tree.map(lambda a: a.astype(jnp.float32), tree) for tree in (base, expert))
-        exact = reference_changes(CFG, base, expert, components, metric)
-        assert np.abs(got - exact).max() < 0.05 * np.abs(exact).max()
+    fine = [jax.tree.map(lambda a: a.astype(jnp.float32), model) for model in (base, expert)]
+    expected = reference_changes(CFG, *fine, components, metric)
+    near = 2e-5 if dtype == jnp.float32 else 0.05 * np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=near)

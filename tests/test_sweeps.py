@@ -1,6 +1,7 @@
 """Suffix replay against the lazy patch, the materialised patch and HF torch; its noise floor and compile counts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +174,7 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(family_pair, batch, m
         if sizes[-1] > 5:
             raise full_up
         made = replay(cfg, kind, *args, **options)
-        return made._replace(score=Late()) if sizes[-1] > 3 else made
+        return made._replace(change=Late()) if sizes[-1] > 3 else made
 
     monkeypatch.setattr("wpjax.sweeps.exact.replay", small)
     with pytest.warns(UserWarning, match="out of memory: neuron patches go on"):
@@ -201,6 +202,22 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(family_pair, batch):
     expected = reference_changes(pair.cfg, *fine, components, anchor.on(batch))
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
     assert np.abs(exact(coarse, batch, anchor, components, donor=coarse.base)).max() < 1e-3 * np.abs(expected).max()
+
+
+@jax.numpy_dtype_promotion("strict")
+def test_bfloat16_screens_are_those_of_the_rounded_weights(family_pair, batch):
+    """Of a small change; with the host as its own donor nothing is left, though each half is rounded."""
+    anchor = make_anchor(family_pair, 2)
+    base, near = (
+        jax.tree.map(lambda b, e, far=far: (b + far * (e - b)).astype("bfloat16"), family_pair.base, family_pair.expert)
+        for far in (0, 0.05)
+    )
+    fine = [jax.tree.map(lambda a: a.astype("float32"), params) for params in (base, near)]
+    components = enumerate_components(family_pair.cfg, ("head", "kv_group", "neuron"), range(3))
+    screen = functools.partial(output_linearised, family_pair.cfg, components=components, metric=anchor.on(batch))
+    exact = screen(*fine)
+    assert np.abs(screen(base, near) - exact).max() < 0.05 * np.abs(exact).max()
+    assert np.abs(screen(base, base)).max() < 1e-5 * np.abs(exact).max()
 
 
 def test_shams_are_spread_over_the_layers(family_pair, batch):

@@ -1,21 +1,25 @@
-"""Patches over the devices of a process: each device holds both models and takes an equal share of every chunk.
+"""Patches over the devices of a process: each device holds both models and runs an equal share of every chunk.
 
-Nothing is exchanged on the way: a patch is independent of all others, so only scores come back. A model that does not
-fit one device is not served by this.
+Nothing is exchanged on the way: a patch is independent of all others, so only its changes come back. A model that does
+not fit one device is not served by this.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec("patch")
+
 
 class Spread(NamedTuple):
-    """Where arrays of a sweep stand; leaves everything as it is where there is one device.
+    """Where the arrays of a sweep stand; with one device, where they are.
 
     Attributes:
         mesh: the devices of this process along one axis.
@@ -34,12 +38,24 @@ class Spread(NamedTuple):
         return int(self.mesh.size)
 
     def whole(self, tree: T) -> T:
-        """A copy of every array on each device."""
-        return self._put(tree, PartitionSpec())
+        """A copy of every array on each device; one copy of an array that stands in several places."""
+        if self.n_devices == 1:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        placed = {id(leaf): jax.device_put(leaf, NamedSharding(self.mesh, WHOLE)) for leaf in leaves}
+        return jax.tree.unflatten(structure, [placed[id(leaf)] for leaf in leaves])
 
-    def split(self, tree: T) -> T:
-        """The leading axis of every array divided among the devices."""
-        return self._put(tree, PartitionSpec("patch"))
+    def split(self, array: Any) -> jax.Array:
+        """The leading axis of an array divided among the devices."""
+        return jnp.asarray(array) if self.n_devices == 1 else jax.device_put(array, NamedSharding(self.mesh, SPLIT))
 
-    def _put(self, tree: T, spec: PartitionSpec) -> T:
-        return tree if self.n_devices == 1 else jax.device_put(tree, NamedSharding(self.mesh, spec))
+    def divide(self, run: Callable[..., T], n_whole: int, n_split: int) -> Callable[..., T]:
+        """A function that each device runs on its share; what it returns is put together along the leading axis.
+
+        Args:
+            run: a function of arrays, first the whole ones.
+            n_whole: how many arguments each device has a copy of.
+            n_split: how many arguments are divided.
+        """
+        specs = (WHOLE,) * n_whole + (SPLIT,) * n_split
+        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)

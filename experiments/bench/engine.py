@@ -73,7 +73,7 @@ def ceiling(dtype: Any, repeats: int = 5) -> float:
     """Operations a second of the best of some large products."""
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST))
     best = 0.0
-    for n in (1024, 2048, 4096):
+    for n in (1024, 2048, 4096, *(() if jax.default_backend() == "cpu" else (8192, 16384))):
         a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
         product(a, a).block_until_ready()
         best = max(best, 2 * n**3 / min(seconds(functools.partial(product, a, a)) for _ in range(repeats)))
@@ -175,7 +175,7 @@ def race_cost(pair: Pair, task: Behaviour, anchor: Anchor, top: int = 32, n_prom
 
 def rounding(pair: Pair, metric: Metric, per_layer: int = 4) -> dict[str, float]:
     """How far exact effects of heads and some neurons in bfloat16 are from those of the same weights in float32."""
-    every = enumerate_components(pair.cfg, ["head", "neuron"], range(metric.layer + 1))
+    every = enumerate_components(pair.cfg, ["head", "neuron"], range(metric.layer, -1, -4))
     components = [c for c in every if c.kind == "head" or c.index < per_layer]
     effects = []
     models = [jax.tree.map(lambda a: a.astype(jnp.bfloat16), model) for model in (pair.base, pair.expert)]
@@ -272,7 +272,8 @@ def alone(n_patches: int, n_layers: int, repeats: int) -> dict[str, float]:
 def apart(n_patches: int, n_layers: int = 8, n_devices: int = 1, repeats: int = 3) -> dict[str, float]:
     """`alone` in a fresh process, a CPU divided into so many devices."""
     command = [sys.executable, "-m", "experiments.bench.engine", "--repeats", str(repeats)]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n_devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     options = ["--alone", str(n_patches), "--layers", str(n_layers)]
     return json.loads(subprocess.check_output([*command, *options], text=True, env=env).splitlines()[-1])
 
@@ -324,7 +325,7 @@ def markdown(report: dict[str, Any]) -> str:
     rows += [[f"peak memory, {int(n):,} patches", "", f"{b / 2**20:,.0f} MiB"] for n, b in report["memory"].items()]
     rows += [[f"peak memory, 256 patches, {n} layers", "", f"{b / 2**20:,.0f} MiB"]
              for n, b in report["memory_by_depth"].items()]  # fmt: skip
-    rows += [[f"exact sweep, {report['machine']['cores']} cores as {n} devices", f"{t:.2f} s", ""]
+    rows += [[f"exact sweep, the CPU's {report['machine']['cores']} cores as {n} devices", f"{t:.2f} s", ""]
              for n, t in report["devices"].items()]  # fmt: skip
     return table(["what", "time", "that is"], rows)
 

@@ -35,6 +35,8 @@ from experiments.records import made, table, write
 from wpjax import Anchor, PatchMask, behaviour, enumerate_components, fit_anchor, load_pair, materialize
 from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
+from wpjax.metrics import Metric
+from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.sweeps.exact import exact_changes, make_plan
@@ -131,20 +133,21 @@ class TorchSweep:
         return (torch.stack(rows) - before).numpy()
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
+def scores_of_copies(cfg: ModelConfig, base: Params, expert: Params, masks: PatchMask, metric: Metric) -> jax.Array:
+    """The metric of several patched models, whose weights are copied."""
+    return jax.vmap(lambda mask: metric(cfg, materialize(base, expert, mask)))(masks)
+
+
 def copied(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component]) -> Float[np.ndarray, "C B"]:
     """Whole patched models under `vmap`, which copies the patched weights for each."""
     metric = anchor.on(batch)
-
-    @jax.jit
-    def run(base: Params, expert: Params, masks: PatchMask) -> jax.Array:
-        return jax.vmap(lambda mask: metric(pair.cfg, materialize(base, expert, mask)))(masks)
-
     masks = [PatchMask.of(pair.cfg, some) for some in ([], *([h] for h in heads))]
     masks += masks[:1] * (-len(masks) % AT_ONCE)
     rows = []
     for first in range(0, len(masks), AT_ONCE):
         stacked = jax.tree.map(lambda *m: jnp.stack(m), *masks[first : first + AT_ONCE])
-        rows.append(np.asarray(run(pair.base, pair.expert, stacked)))
+        rows.append(np.asarray(scores_of_copies(pair.cfg, pair.base, pair.expert, stacked, metric)))
     scores = np.concatenate(rows)[: len(heads) + 1]
     return scores[1:] - scores[0]
 
@@ -221,6 +224,7 @@ def main() -> None:
         "TransformerLens, hooked forwards": lambda: lens.sweep(heads),
     }
     runs["ours"]()  # compiles
+    copied(pair, batch, anchor, heads[:1])
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     effects: dict[str, np.ndarray] = {}
     for _ in range(args.repeats):

@@ -207,7 +207,7 @@ def run(
             what = given.give(pair, batch, what)
     measured = what.metric(pair, batch) if isinstance(what, Anchor) else what
     settings = {
-        "versions": [wpjax.__version__, jax.__version__, str(jax.devices()[0])],
+        "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
         "pair": pair.fingerprints,
         "prompts": batch.texts,
         "metric": measured.digest,

@@ -241,7 +241,7 @@ class Block(nnx.Module):
 
     @jax.named_scope("feed")
     def feed(self, resid_mid: Float[Array, "*n D"], scale: Array | None = None) -> Float[Array, "*n D"]:
-        """Residual stream after the MLP; `scale` [*n, F] holds factors of what each neuron writes."""
+        """Residual stream after the MLP; `scale`, [..., F], holds factors of what each neuron writes."""
         a = self.mlp.neurons(self.norm_mlp(resid_mid))
         return resid_mid + self.mlp.out(a if scale is None else a * scale)
 

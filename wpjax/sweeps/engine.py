@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from wpjax.components import KINDS, Component
+from wpjax.distributed import Spread
 from wpjax.errors import WpjaxError
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
@@ -72,8 +73,9 @@ class Engine:
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
     ):
-        self.pair, self.metric, self.done, self.progress = pair, metric, done, progress
-        self.models = {"base": pair.base, "expert": pair.expert}
+        self.pair, self.done, self.progress = pair, done, progress
+        models = {"base": pair.base, "expert": pair.expert}
+        self.models, self.metric = Spread.local().whole((models, metric))  # together: a metric may hold a model too
         self.position = {c: i for i, c in enumerate(chosen)}
         self.packing = pack(metric)
         self.runs: dict[str, Run] = {}

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,10 +75,9 @@ def bytes_per_row(cfg: ModelConfig, packing: Packing) -> int:
 
 def memory_budget() -> int:
     """Bytes a chunk may take on a device: a third of what it has free; little on a CPU, where caches matter more."""
-    stats = jax.local_devices()[0].memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return CPU_BUDGET
-    return int(stats["bytes_limit"] - stats["bytes_in_use"]) // 3
+    found = [device.memory_stats() for device in jax.local_devices()]
+    free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if stats and "bytes_limit" in stats]
+    return int(min(free)) // 3 if free else CPU_BUDGET
 
 
 def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packing, budget: int | None = None) -> Plan:
@@ -164,7 +163,8 @@ def exact_changes(
     """
     # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program.
     with_reference = host["embed"]["W_E"].dtype == jnp.bfloat16
-    reference = np.asarray(runs[0].score, np.float64)
+    if not plan.chunks:
+        return
     spread = Spread.local()
     shared = spread.whole((host, donor, runs, metric, packing))
     rows = dict(plan.rows)
@@ -181,14 +181,15 @@ def exact_changes(
         step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
         # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
         seeds = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
-        split = spread.split(jnp.asarray(index)), _jitter(spread, shape, step, seeds)
+        split = spread.split(np.asarray(index, np.int32)), _jitter(spread, shape, step, seeds)
         layer = spread.whole(jnp.asarray(max(chunk.layer, 0)))
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
-        return replay(cfg, chunk.kind, *shared, layer, *split, **options)
+        if spread.n_devices == 1:
+            return replay(cfg, chunk.kind, *shared, layer, *split, **options)
+        return _divided(spread, cfg, chunk.kind, **options)(*shared, layer, *split)
 
     def collect(chunk: Chunk, made: list[Replayed]) -> Changes:
-        values = [np.asarray(scores, np.float64) for scores, _ in made]
-        changes = [v[:-1] - v[-1] if with_reference else v - reference for v in values]
+        changes = [np.asarray(change, np.float64) for change, _ in made]
         flow = [np.asarray(flow, np.float64) for _, flow in made if flow is not None]
         n = len(chunk.components)
         return Changes(chunk, np.concatenate(changes)[:n], np.concatenate(flow)[:n] if flow else None)
@@ -226,9 +227,15 @@ def exact_changes(
         yield finish()
 
 
+@functools.cache
+def _divided(spread: Spread, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
+    """`replay` with the patches divided among devices."""
+    return jax.jit(spread.divide(functools.partial(replay, cfg, kind, **options), 6, 2))
+
+
 @functools.lru_cache(maxsize=8)
 def _still(spread: Spread, shape: tuple[int, ...]) -> Float[Array, "P T D"]:
-    return spread.split(jnp.zeros(shape, jnp.float32))
+    return spread.split(np.zeros(shape, np.float32))
 
 
 def _jitter(spread: Spread, shape: tuple[int, ...], step: float, seeds: tuple[int, ...]) -> Float[Array, "P T D"]:
@@ -236,7 +243,7 @@ def _jitter(spread: Spread, shape: tuple[int, ...], step: float, seeds: tuple[in
     if not step:
         return _still(spread, shape)
     signs = np.random.default_rng(seeds).integers(0, 2, shape, np.int8)
-    return spread.split(jnp.asarray((step * (2 * signs - 1)).astype(np.float32)))
+    return spread.split((step * (2 * signs - 1)).astype(np.float32))
 
 
 def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -141,15 +140,12 @@ def scores_of_sets(
     if not gates:  # nothing is patched anywhere: keep one gate, so that the sets can be counted
         gates = {"final_norm": np.zeros(len(masks), bool)}
 
-    most = len(masks)
-
     def run(rows: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N M"]:
-        nonlocal most
         some = metric.take(jnp.asarray(rows))
         packing = None if metric.held is not None else pack(some)
         n_tokens, n_keys = metric.tokens.ids[rows].size, metric.tokens.ids.shape[1]
         size = bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing)
-        most = min(most, max(1, (memory_budget() if budget is None else budget) // (2 * size)))
+        most = max(1, (memory_budget() if budget is None else budget) // (2 * size))
 
         def score(sets: Int[np.ndarray, " N"]) -> Array:
             here = {name: gate[sets] for name, gate in gates.items()}
@@ -157,13 +153,6 @@ def scores_of_sets(
             few = {name: found for name, found in layered.items() if found is not None}
             return _scores_of_sets(cfg, host, donor, here, few, some, packing)
 
-        while True:
-            try:
-                return in_parts(len(masks), most, score).T
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or most == 1:
-                    raise
-                most = (most + 1) // 2
-                warnings.warn(f"out of memory: joint patches go on {most} at a time", stacklevel=2)
+        return in_parts(len(masks), most, score, what="joint patches").T
 
     return in_parts(len(metric), max(16, TOKENS_AT_ONCE // metric.tokens.ids.shape[1]), run).T

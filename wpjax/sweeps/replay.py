@@ -139,12 +139,12 @@ class Replayed(NamedTuple):
     """What a program of patches returns.
 
     Attributes:
-        score: [P, B], the metric; [P + 1, B] with a reference, which is the last row.
+        change: [P, B], of the metric.
         flow: [P, 1 + L (H + 1)], mean over prompts of the change of the metric by way of each target: what the
             component adds itself, then the heads and the MLP of each layer; None where the metric is no projection.
     """
 
-    score: Float[Array, "P B"]
+    change: Float[Array, "P B"]
     flow: Float[Array, "P U"] | None
 
 
@@ -165,7 +165,7 @@ def replay(
     inputs: Side = "host",
     with_reference: bool = False,
 ) -> Replayed:
-    """The metric of the host with one component's output at a time replaced.
+    """The change of the host's metric by one component's output at a time replaced.
 
     Args:
         cfg: static.
@@ -180,8 +180,8 @@ def replay(
         jitter: relative change of the patched residual stream; 0 for a patch, one rounding step for a sham.
         weights: whose weights the component takes, static.
         inputs: whose input it sees, static.
-        with_reference: append a row for the host itself, so that rounding that depends on the batch's shape can be
-            subtracted.
+        with_reference: run a row for the host itself too and take the change from it, since rounding depends on the
+            batch's shape.
     """
     run = runs[0]
     found: Rows | None = None
@@ -212,10 +212,9 @@ def replay(
     n = len(index) if KINDS[kind].in_layer else 1
     with jax.named_scope("read"):
         scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[:n], batch_size=at_once)
-    if with_reference:
-        scores = jnp.concatenate([scores, metric.read(cfg, host, picked[-1])[None]])
+        change = scores - (metric.read(cfg, host, picked[-1]) if with_reference else run.score)
     if tap is None or writes is None or run.writes is None:
-        return Replayed(scores, None)
+        return Replayed(change, None)
     before = writes[-1] if with_reference else run.writes
     later = jnp.arange(metric.layer + 1)[:, None] >= after
     through = jnp.where(later, writes[:n] - before, 0.0).mean(1)  # [P, L, H + 1]
@@ -224,7 +223,7 @@ def replay(
         direct = _own(tap, packing, mids, at.host.resid_mid)
         through = through.at[:, layer, -1].set(own - direct)
         own = direct
-    return Replayed(scores, jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1))
+    return Replayed(change, jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1))
 
 
 def _own(tap: Tap, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]) -> Float[Array, " P"]:

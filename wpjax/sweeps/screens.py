@@ -40,21 +40,27 @@ from wpjax.sweeps.rows import LayerPatch, Run, Side, kv_patch, layer_patch, laye
 class Slopes(NamedTuple):
     """Gradient of the metric in one layer: of the residual stream, and of factors of what heads and neurons write.
 
-    As each of those enters linearly, its factor's slope is <gradient, what the host's own component writes>.
+    As each of those enters linearly, its factor's slope is <gradient, what the host's own component writes>, which the
+    backward pass has at hand. In bfloat16 that product is rounded otherwise than a donor's, and their difference would
+    be rounding: None there, and both are made the same way.
     """
 
     mid: Float[Array, "B T D"]
     post: Float[Array, "B T D"]
-    heads: Float[Array, "B H"]
-    neurons: Float[Array, "B F"]
+    heads: Float[Array, "B H"] | None
+    neurons: Float[Array, "B F"] | None
 
 
 def _head_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "H B"]:
-    return (_through(slopes.mid, query_patch(at).patched, at.weights) - slopes.heads).T
+    z = query_patch(at)
+    own = _through(slopes.mid, z.host, at.host.block) if slopes.heads is None else slopes.heads
+    return (_through(slopes.mid, z.patched, at.weights) - own).T
 
 
 def _kv_group_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "K B"]:
-    by_head = _through(slopes.mid, kv_patch(at).patched, at.host.block) - slopes.heads
+    z = kv_patch(at)
+    own = _through(slopes.mid, z.host, at.host.block) if slopes.heads is None else slopes.heads
+    by_head = _through(slopes.mid, z.patched, at.host.block) - own
     return by_head.reshape(len(by_head), -1, at.host.block.attn.cfg.n_rep).sum(-1).T
 
 
@@ -64,9 +70,11 @@ def _through(slope: Float[Array, "B T D"], z: Float[Array, "B T H Dh"], b: Block
 
 
 def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
-    mlp = at.weights.mlp
-    new = mlp.neurons(at.source.mlp_input) * project(slopes.post, mlp.W_out.get_value().T)
-    return (new.sum(1) - slopes.neurons).T
+    def through(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "B F"]:
+        return (b.mlp.neurons(x) * project(slopes.post, b.mlp.W_out.get_value().T)).sum(1)
+
+    own = through(at.host.block, at.host.mlp_input) if slopes.neurons is None else slopes.neurons
+    return (through(at.weights, at.source.mlp_input) - own).T
 
 
 CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
@@ -75,6 +83,7 @@ CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
 """Kinds whose linearised change needs no row per component; the others take their rows."""
 
 
+@jax.numpy_dtype_promotion("standard")  # JAX's own attention relies on it for the gradient of bfloat16
 @functools.partial(jax.jit, static_argnames=("cfg", "kinds", "weights", "inputs"))
 def _output_linearised(
     cfg: ModelConfig,
@@ -88,7 +97,8 @@ def _output_linearised(
     n_layers = metric.layer + 1
     ids = jnp.asarray(metric.tokens.ids)
     zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model), jnp.float32)
-    ones = Scale(*(jnp.ones((n_layers, len(ids), n), jnp.float32) for n in (cfg.n_heads, cfg.d_mlp)))
+    is_exact = host["embed"]["W_E"].dtype == jnp.float32
+    ones = Scale(*(jnp.ones((n_layers, len(ids), n)) if is_exact else None for n in (cfg.n_heads, cfg.d_mlp)))
 
     def score(add: dict[Site, Array], scale: Scale) -> tuple[Array, tuple[Run, Array]]:
         out = metric.run(cfg, host, sites=(Site.RESID_PRE,), add=add, scale=scale)
@@ -101,7 +111,7 @@ def _output_linearised(
 
     def layer_changes(_: None, i: Array) -> tuple[None, dict[str, Array]]:
         at = layer_patch(cfg, host, donor, runs, i, weights, inputs)
-        here = Slopes(*(of[i] for of in (slopes[Site.RESID_MID], slopes[Site.RESID_POST], *scale)))
+        here = Slopes(*jax.tree.map(lambda a: a[i], (slopes[Site.RESID_MID], slopes[Site.RESID_POST], *scale)))
 
         def change(kind: str) -> Array:
             if kind in CHANGES:
@@ -122,6 +132,7 @@ def _output_linearised(
     return changes
 
 
+@jax.numpy_dtype_promotion("standard")  # as above
 @functools.partial(jax.jit, static_argnames="cfg")
 def _weight_gradient(
     cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: PatchMask
