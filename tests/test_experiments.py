@@ -18,6 +18,8 @@ TABLES = [
     ("smollm2", "evaluate", "markdown", "evaluation.json"),
     ("paper", "replicate", "markdown", "tiny.results.json"),
     ("paper", "replicate", "calibrations", "tiny.results.json"),
+    ("paper", "replicate", "markdown", "smollm2.results.json"),
+    ("paper", "replicate", "calibrations", "smollm2.results.json"),
     ("paper", "rankings", "markdown", "tiny.rankings.json"),
     ("paper", "rankings", "markdown", "smollm2.rankings.json"),
     ("paper", "positions", "markdown", "tiny.positions.json"),
