@@ -52,6 +52,10 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
     places = {name: folder / name for name in ("anchor.safetensors", "sweep.nc", "execution.nc", "curves.nc")}
     new_tokens, n_prompts = int(config["max_new_tokens"]), int(config["n_prompts"])
     steered, validated = int(config["n_steered"]), int(config["n_validated"])
+
+    def parts(step: str) -> Shards:
+        return Shards(folder / f".{step}", {"task": task.name, **config}, resume=True)
+
     if not places["curves.nc"].exists():  # before anything long: is there a behaviour to find?
         judge = Judge(pair, task, task.encode(pair.tokenizer, "test", validated), new_tokens)
         check_behaviour_differs(judge, judge.answers(pair.base), judge.answers(pair.expert))
@@ -65,18 +69,18 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
         batch = task.encode(pair.tokenizer, "sweep", n_prompts)
         options: dict[str, Any] = {"method": "screen+exact", "top": int(config["top"]), "progress": progress}
         if not places["sweep.nc"].exists():
-            found = sweep(pair, batch, anchor, **options)
+            found = sweep(pair, batch, anchor, done=parts("sweep"), **options)
             found.to_netcdf(places["sweep.nc"])
         if not places["execution.nc"].exists():
             given = anchor.give(pair, batch, kl_metric(pair, batch, new_tokens))
-            found = sweep(pair, batch, given, **options)
+            found = sweep(pair, batch, given, done=parts("execution"), **options)
             found.to_netcdf(places["execution.nc"])
         swept, executed = (SweepResult.from_netcdf(places[name]) for name in ("sweep.nc", "execution.nc"))
         if not places["curves.nc"].exists():
             drawn = validate(
                 pair, task, swept, by="effect", n_prompts=validated, n_points=int(config["points"]),
                 max_new_tokens=new_tokens,
-                done=Shards(folder / ".curves", {"task": task.name, **config}, resume=True), progress=progress,
+                done=parts("curves"), progress=progress,
             )  # fmt: skip
             drawn.to_netcdf(places["curves.nc"])
         curves = Curves.from_netcdf(places["curves.nc"])
