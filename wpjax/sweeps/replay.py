@@ -47,11 +47,15 @@ def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packin
     packed = Run(packing.gather(run.resid_pre), run.score)
     if not isinstance(metric.readout, Along):
         return packed
-    start = jnp.asarray(0 if metric.held is None else metric.held.layer + 1)  # what is held replaces what came before
-    resid, tap = take_layer(packed.resid_pre, start), Tap(metric.readout, jnp.asarray(metric.weight))
-    _, writes = suffix(cfg, params["blocks"], resid, start, metric.layer, packing, tap)
-    assert writes is not None
-    return packed._replace(writes=writes[0])
+    start = 0 if metric.held is None else metric.held.layer + 1  # what is held replaces what came before
+    tap = Tap(metric.readout, jnp.asarray(metric.weight))
+
+    def written(layer: Array) -> Float[Array, "B G"]:
+        b = block(cfg, take_layer(params["blocks"], layer))
+        z, mid, post = layer_where_read(b, take_layer(packed.resid_pre, layer), packing)
+        return jnp.where(layer >= start, tap(b, z, post - mid)[0], 0.0)
+
+    return packed._replace(writes=jnp.moveaxis(jax.lax.map(written, jnp.arange(metric.layer + 1)), 0, 1))
 
 
 class Tap(NamedTuple):
@@ -77,6 +81,24 @@ class Tap(NamedTuple):
         """The projection of a change of the stream."""
         along = jnp.matmul(x, self.along.vector, precision=jax.lax.Precision.HIGHEST)
         return (along * self.weight).sum(-1)
+
+
+def layer_where_read(
+    b: Block, x: Float[Array, "N S D"], packing: Packing
+) -> tuple[Float[Array, "N B R H Dh"], Float[Array, "N B R D"], Float[Array, "N B R D"]]:
+    """A layer at the positions that are read: its heads (before W_O), `resid_mid` and `resid_post`.
+
+    Keys and values are computed for every token, everything else for those positions only.
+    """
+    normed, pick = b.norm_attn(x), packing.pick
+    read = jnp.tile(packing.read_positions, (len(x), 1))
+    q = b.attn.queries(pick(normed).reshape(*read.shape, -1), read)
+    kv = b.attn.keys_values(normed, packing.packed.positions)
+    k, v = (packing.keys_read(y).reshape(len(read), packing.n_keys, *y.shape[2:]) for y in kv)
+    z = b.attn.mix(q, k, v, jnp.tile(packing.seen, (len(x), 1, 1)))
+    z = z.reshape(len(x), *packing.at.shape, *z.shape[2:])
+    mid = pick(x) + b.attn.out(z)
+    return z, mid, b.feed(mid)
 
 
 @jax.named_scope("suffix")
@@ -116,18 +138,10 @@ def suffix(
         return post, tapped(writes, layer, b, pick(z), pick(mid), pick(post)) if tap else None
 
     def final(carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-        """The last layer: keys and values of every token, everything else at the positions that are read only."""
+        """The last layer."""
         x, writes = carry
         b = block(cfg, take_layer(blocks, last))
-        normed = b.norm_attn(x)
-        read = jnp.tile(packing.read_positions, (len(x), 1))
-        q = b.attn.queries(pick(normed).reshape(*read.shape, -1), read)
-        kv = b.attn.keys_values(normed, packed.positions)
-        k, v = (packing.keys_read(y).reshape(len(read), packing.n_keys, *y.shape[2:]) for y in kv)
-        z = b.attn.mix(q, k, v, jnp.tile(packing.seen, (len(x), 1, 1)))
-        z = z.reshape(len(x), *packing.at.shape, *z.shape[2:])
-        mid = pick(x) + b.attn.out(z)
-        post = b.feed(mid)
+        z, mid, post = layer_where_read(b, x, packing)
         return post, tapped(writes, last, b, z, mid, post)
 
     writes = None if tap is None else jnp.zeros((len(resid), len(packing.at), last + 1, cfg.n_heads + 1), jnp.float32)
