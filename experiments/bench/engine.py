@@ -5,7 +5,8 @@ r"""What the engine costs, against what the matrix unit could do: exact sweeps, 
 
 The ceiling is the best rate of one large product measured in the same run. Operations are counted by METHOD's rule: a
 patch of layer l costs what comes after it up to the layer that is read, for every packed token; in that layer keys and
-values only. Times are medians, compilation left out; what is compared runs alternately.
+values only. Times are medians, compilation left out; what is compared runs alternately. Peak memory is read from /proc:
+elsewhere than on Linux, pass --pair-only.
 """
 
 from __future__ import annotations
@@ -325,7 +326,7 @@ def markdown(report: dict[str, Any]) -> str:
     rows += [[f"peak memory, {int(n):,} patches", "", f"{b / 2**20:,.0f} MiB"] for n, b in report["memory"].items()]
     rows += [[f"peak memory, 256 patches, {n} layers", "", f"{b / 2**20:,.0f} MiB"]
              for n, b in report["memory_by_depth"].items()]  # fmt: skip
-    rows += [[f"exact sweep, the CPU's {report['machine']['cores']} cores as {n} devices", f"{t:.2f} s", ""]
+    rows += [[f"exact sweep, the CPU's {report['machine']['cores']} cores; devices: {n}", f"{t:.2f} s", ""]
              for n, t in report["devices"].items()]  # fmt: skip
     return table(["what", "time", "that is"], rows)
 
