@@ -14,7 +14,7 @@ from wpjax.components import KINDS, enumerate_components
 from wpjax.metrics import decision_metric, response_metric, scores
 from wpjax.patching import PatchMask
 from wpjax.sweeps.screens import gate_slopes, integrated_gradients, weight_gradient
-from wpjax.sweeps.secant import _gate_scores, secant_adjoint, secant_change
+from wpjax.sweeps.secant import _gate_scores, _log_mean, secant_adjoint, secant_change
 
 
 @pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied"])
@@ -35,6 +35,13 @@ def gap(pair, metric):
 
 def total(by_gate):
     return sum(np.asarray(v, np.float64).reshape(len(v), -1).sum(1) for v in by_gate.values())
+
+
+def test_the_logarithmic_mean_of_probabilities_far_apart():
+    """(b - a) / (log b - log a), symmetric; e^-120 and e^-1, equal ones, and nearly equal ones."""
+    a, b = jnp.array([-120.0, -1.0, -2.0, -2.0]), jnp.array([-1.0, -120.0, -2.0, -2.00001])
+    expected = [np.exp(-1) / 119, np.exp(-1) / 119, np.exp(-2), np.exp(-2.000005)]
+    np.testing.assert_allclose(_log_mean(a, b), expected, rtol=1e-5)
 
 
 def test_secant_scores_of_all_gates_sum_to_the_gap_of_each_prompt(pair, batch):

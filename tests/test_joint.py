@@ -37,6 +37,17 @@ def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+def test_prompts_in_parts_score_as_together(family_pair, batch, monkeypatch):
+    """20 prompts, of which a program takes 16: the second part is filled up, and packed in its own way."""
+    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    many = metric.take(jnp.arange(20) % len(batch))
+    masks = sets_of(pair.cfg, ("head", "neuron"), 6, n=3)
+    expected = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
+    monkeypatch.setattr("wpjax.sweeps.joint.TOKENS_AT_ONCE", 1)
+    got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, many)
+    np.testing.assert_allclose(got, expected[:, np.arange(20) % len(batch)], atol=2e-5)
+
+
 def test_answers_and_given_states_too(family_pair, batch):
     pair, prompts = family_pair, batch.with_instruction
     rng = np.random.default_rng(3)

@@ -46,6 +46,14 @@ def test_all_masks_once_give_the_banzhaf_value():
     np.testing.assert_allclose(got.beta[:, 0], [0.5, 0.5, 1, 1, 0.5, 0], atol=1e-12)
 
 
+def test_what_no_mask_tells_apart_is_unknown():
+    """A component in every mask, one in none, one in a single mask, on a metric far from zero."""
+    masks = np.array([[1, 0, 0, 1], [1, 0, 0, 0], [1, 0, 1, 1], [1, 0, 0, 0]], bool)
+    got = estimate(masks, np.array([[-30.0], [-31.0], [-29.0], [-31.0]]))
+    np.testing.assert_allclose(got.beta[:, 0], [np.nan, np.nan, 5 / 3, 1.5])
+    np.testing.assert_allclose(got.se, [np.nan, np.nan, np.nan, 0.5])
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_random_masks_meet_the_definition_within_their_error(p):
     masks = draw(20_000, 6, p, seed=3)

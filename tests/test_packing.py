@@ -12,7 +12,7 @@ from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Held, Steer, block, init_params, take_layer
 from wpjax.readouts import Along
-from wpjax.sweeps.packing import pack
+from wpjax.sweeps.packing import first_fit, pack
 
 PROMPTS = ([7, 7, 3, 1, 2], [7, 7, 4], [7, 7, 3, 5, 6, 8, 9], [7, 7, 4, 4], [7, 7, 5, 1])
 
@@ -38,12 +38,14 @@ def seen_from(packing, slot) -> list[tuple[int, int]]:
 
 
 def test_prompts_by_hand():
-    """Two shared tokens; the longest rest has 5, so rests of 3 and 2, and of 2 and 1, share bins."""
+    """Two shared tokens; rests of 5, 3, 2, 2 and 1 take three bins of 5 or 6 tokens, two of 7 with one left over."""
     packing = pack(metric_of(PROMPTS))
     assert packing.packed.n_shared == 2
-    assert packing.packed.segments.tolist() == [[2, 2, 2, 2, 2], [0, 0, 0, 3, 3], [4, 4, 1, -1, -1]]
-    assert packing.ids[0].tolist() == [7, 7, 3, 5, 6, 8, 9, 3, 1, 2, 4, 4, 5, 1, 4, 7, 7]
-    assert packing.n_tokens == 17
+    assert packing.packed.segments.tolist() == [[2, 2, 2, 2, 2, 3, 3], [0, 0, 0, 4, 4, 1, -1]]
+    assert packing.ids[0].tolist() == [7, 7, 3, 5, 6, 8, 9, 4, 4, 3, 1, 2, 5, 1, 4, 7]
+    assert (packing.n_tokens, packing.n_empty) == (16, 1)
+    where = first_fit(np.array([3, 1, 5, 2, 2]), 5)
+    assert where.tolist() == [[1, 0], [2, 2], [0, 0], [1, 3], [2, 0]]
 
 
 def test_each_position_that_is_read_sees_its_prompt_and_nothing_else():

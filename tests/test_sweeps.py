@@ -13,8 +13,10 @@ from tests.tiny import patched_torch
 from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch, Tokens, behaviour
 from wpjax.components import KINDS, enumerate_components
+from wpjax.errors import WpjaxError
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
+from wpjax.sweeps import sweep
 from wpjax.sweeps.exact import exact_changes, make_plan, sham_plan
 from wpjax.sweeps.packing import pack
 from wpjax.sweeps.reference import reference_changes
@@ -144,6 +146,16 @@ def test_one_program_a_kind_and_none_the_second_time(family_pair, batch):
     assert not [name for name in compiled if "backend_compile" in name]
 
 
+def test_a_whole_sweep_runs_in_one_program_a_kind(family_pair, batch):
+    """Its shams and nulls too; and another of the same shape compiles nothing that replaces components."""
+    pair, anchor = family_pair, make_anchor(family_pair, 2)
+    components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
+    replay.clear_cache()
+    for seed in (0, 1):
+        sweep(pair, batch, anchor, components=components, seed=seed)
+        assert replay._cache_size() == 2
+
+
 def test_a_sham_without_rounding_changes_nothing_and_with_it_little(family_pair, batch):
     pair = family_pair
     anchor = make_anchor(pair, 2)
@@ -186,7 +198,8 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(family_pair, batch, m
         raise full_up
 
     monkeypatch.setattr("wpjax.sweeps.exact.replay", full)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE"), pytest.warns(UserWarning, match="out of memory"):
+    says = pytest.raises(WpjaxError, match=f"out of memory with one head patch on {len(batch)} prompts at once")
+    with says, pytest.warns(UserWarning, match="out of memory"):
         exact(pair, batch, anchor, components)
 
 

@@ -19,7 +19,7 @@ WHOLE, SPLIT = PartitionSpec(), PartitionSpec("patch")
 
 
 class Spread(NamedTuple):
-    """Where the arrays of a sweep stand; with one device, where they are.
+    """Places a sweep's arrays: copied to every device of this process, or divided among them; one device keeps them.
 
     Attributes:
         mesh: the devices of this process along one axis.

@@ -149,7 +149,8 @@ class Attention(nnx.Module):
             seen: which of the S keys each query sees; None for causal attention with T = S.
         """
         dtype = _leaf(self.W_O).dtype
-        # float32 stays float32 on any device; JAX's own function needs implicit promotion for bfloat16.
+        # float32 stays float32 on any device; JAX's own function needs implicit promotion for bfloat16. The kernel is
+        # what JAX chooses, XLA's: cuDNN's takes bfloat16 only, and at a prompt's length this is little of a layer.
         with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
             z = jax.nn.dot_product_attention(
                 q.astype(dtype),

@@ -16,6 +16,7 @@ from wpjax.components import KINDS, Component
 from wpjax.distributed import Spread
 from wpjax.errors import WpjaxError
 from wpjax.metrics import Metric
+from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patching import permuted
 from wpjax.readouts import Along
@@ -63,6 +64,7 @@ class Engine:
         chosen: every component that is swept; changes come in its order.
         done: finished parts, extended.
         progress: called after every chunk.
+        models: of another engine of this pair, which has placed them on the devices.
     """
 
     def __init__(
@@ -72,10 +74,11 @@ class Engine:
         chosen: Sequence[Component],
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
+        models: Mapping[str, Params] | None = None,
     ):
         self.pair, self.done, self.progress = pair, done, progress
-        models = {"base": pair.base, "expert": pair.expert}
-        self.models, self.metric = Spread.local().whole((models, metric))  # together: a metric may hold a model too
+        used = {"base": pair.base, "expert": pair.expert} if models is None else dict(models)
+        self.models, self.metric = Spread.local().whole((used, metric))  # together: a metric may hold a model too
         self.position = {c: i for i, c in enumerate(chosen)}
         self.packing = pack(metric)
         self.runs: dict[str, Run] = {}
@@ -165,7 +168,7 @@ class Engine:
                 vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
                 readout = Along(jnp.asarray(vector / np.linalg.norm(vector)))
                 metric = dataclasses.replace(self.metric, readout=readout)
-                other = Engine(self.pair, metric, list(self.position), self.done, self.progress)
+                other = Engine(self.pair, metric, list(self.position), self.done, self.progress, self.models)
                 found["direction"] += other.perform("exact", few, label=f"direction-{i}")
 
         def quantile(parts: Sequence[Changes], kind: str) -> float:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from wpjax.components import KINDS, Component
 from wpjax.distributed import Spread
+from wpjax.errors import WpjaxError
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -26,11 +27,10 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 MAX_IN_FLIGHT = 3
-"""Chunks dispatched before the oldest is waited for."""
-
+"""Chunks that run, or have run, and wait for their results to be fetched while the next one is dispatched."""
 
 CPU_BUDGET = 64 * 2**20
-"""Bytes of a chunk on a CPU: a few thousand tokens of a small model; products gain nothing from more (measured)."""
+"""Bytes of a chunk on a CPU: a few thousand tokens of a small model, whose products gain nothing from more."""
 
 
 class Chunk(NamedTuple):
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     """How a sweep is cut up.
 
     Attributes:
-        rows: components a program of each kind takes at once.
+        rows: components a program of each kind takes at once; lowered where the device runs out of memory.
         chunks: all chunks in order.
     """
 
@@ -146,7 +146,8 @@ def exact_changes(
 ) -> Iterator[Changes]:
     """The change of the metric by each component of a plan, chunk by chunk.
 
-    Where the device runs out of memory, the sweep goes on with half as many components at once.
+    Where the device runs out of memory, the sweep goes on with half as many components at once. No buffer is donated: a
+    chunk returns a few numbers a patch, and everything it takes is taken again by the next.
 
     Args:
         cfg: the model.
@@ -167,7 +168,8 @@ def exact_changes(
         return
     spread = Spread.local()
     shared = spread.whole((host, donor, runs, metric, packing))
-    rows = dict(plan.rows)
+    rows = plan.rows
+    step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
     pending: list[tuple[Chunk, list[Replayed] | None]] = []
 
     def dispatch(chunk: Chunk) -> list[Replayed]:
@@ -177,16 +179,15 @@ def exact_changes(
         size = rows[chunk.kind]
         index = [c.index for c in chunk.components[first : first + size]]
         index += index[-1:] * (size - len(index))
-        shape = (size, packing.n_tokens, cfg.d_model)
-        step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
         # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
-        seeds = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
-        split = spread.split(np.asarray(index, np.int32)), _jitter(spread, shape, step, seeds)
-        layer = spread.whole(jnp.asarray(max(chunk.layer, 0)))
+        seed = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
+        seeds = np.random.SeedSequence(seed).generate_state(size)
+        split = [spread.split(a) for a in (np.asarray(index, np.int32), seeds)]
+        where, moved = spread.whole((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
         if spread.n_devices == 1:
-            return replay(cfg, chunk.kind, *shared, layer, *split, **options)
-        return _divided(spread, cfg, chunk.kind, **options)(*shared, layer, *split)
+            return replay(cfg, chunk.kind, *shared, where, *split, moved, **options)
+        return _divided(spread, cfg, chunk.kind, **options)(*shared, where, moved, *split)
 
     def collect(chunk: Chunk, made: list[Replayed]) -> Changes:
         changes = [np.asarray(change, np.float64) for change, _ in made]
@@ -203,13 +204,15 @@ def exact_changes(
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 made = None
-                _still.cache_clear()
                 if any(others is not None for _, others in pending):  # alone it may fit
                     pending[:] = [(other, None) for other, _ in pending]
                     continue
                 share = rows[chunk.kind] // spread.n_devices
                 if share == 1:
-                    raise
+                    raise WpjaxError(
+                        f"out of memory with one {chunk.kind} patch on {len(metric)} prompts at once; use fewer or "
+                        "shorter prompts, or bfloat16"
+                    ) from error
                 rows[chunk.kind] = (share + 1) // 2 * spread.n_devices
                 warnings.warn(f"out of memory: {chunk.kind} patches go on {rows[chunk.kind]} at a time", stacklevel=2)
 
@@ -229,21 +232,13 @@ def exact_changes(
 
 @functools.cache
 def _divided(spread: Spread, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
-    """`replay` with the patches divided among devices."""
-    return jax.jit(spread.divide(functools.partial(replay, cfg, kind, **options), 6, 2))
+    """`replay` with the patches divided among devices; what is divided comes last."""
 
+    def share(*args: Any) -> Replayed:
+        *whole, step, index, seeds = args
+        return replay(cfg, kind, *whole, index, seeds, step, **options)
 
-@functools.lru_cache(maxsize=8)
-def _still(spread: Spread, shape: tuple[int, ...]) -> Float[Array, "P T D"]:
-    return spread.split(np.zeros(shape, np.float32))
-
-
-def _jitter(spread: Spread, shape: tuple[int, ...], step: float, seeds: tuple[int, ...]) -> Float[Array, "P T D"]:
-    """No change, or a relative step up or down at random."""
-    if not step:
-        return _still(spread, shape)
-    signs = np.random.default_rng(seeds).integers(0, 2, shape, np.int8)
-    return spread.split((step * (2 * signs - 1)).astype(np.float32))
+    return jax.jit(spread.divide(share, 7, 2))
 
 
 def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:

@@ -4,7 +4,8 @@
     z W  ->  where(m, 0, z) W_B + where(m, z, 0) W_E        input channels (W_O, W_out)
 
 exactly, under `vmap` over the masks m alone (METHOD 3; ours). Where the masks of a batch together touch few channels of
-a layer, W_E holds those only, so that a set costs little more than a plain forward pass, not two. Prompts are packed.
+every layer, W_E holds those only, so that a set costs little more than a plain forward pass, not two: layers are of one
+shape, so it is the layer with most of them that counts. Prompts are packed.
 """
 
 from __future__ import annotations

@@ -96,23 +96,27 @@ def estimate(
         masks: which components each mask holds.
         values: the metric of each prompt under each mask.
         slopes: of a control variate; None for none.
+
+    Returns:
+        NaN for a component that all masks hold, or none; its error is NaN where one mask only does, or does not.
     """
     z = masks.astype(np.float64)
     rest = values if slopes is None else values - z @ slopes
-    n_with = np.maximum(z.sum(0), 1)
-    n_without = np.maximum(len(z) - z.sum(0), 1)
+    rest = rest - rest.mean(0)  # a constant does not matter, its square's rounding would
+    n_with, n_without = z.sum(0), len(z) - z.sum(0)
 
     def sides(x: Float[np.ndarray, "T k"]) -> tuple[np.ndarray, np.ndarray]:
+        """Means over the masks that hold each component, and over the others; NaN where there are none."""
         with_it = z.T @ x
-        return with_it / n_with[:, None], (x.sum(0) - with_it) / n_without[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return with_it / n_with[:, None], (x.sum(0) - with_it) / n_without[:, None]
 
     inside, outside = sides(rest)
     beta = inside - outside + (0.0 if slopes is None else slopes)
     mean = rest.mean(1, keepdims=True)
-    mean = mean - mean.mean()  # a constant does not matter, its square's rounding would
     (first_in, first_out), (second_in, second_out) = sides(mean), sides(np.square(mean))
-    spread = [
-        np.maximum(second - np.square(first), 0)[:, 0] / np.maximum(n - 1, 1)
+    spread = [  # unknown of one mask
+        np.maximum(second - np.square(first), 0)[:, 0] / np.where(n > 1, n - 1, np.nan)
         for first, second, n in ((first_in, second_in, n_with), (first_out, second_out, n_without))
     ]
     return MaskEstimate(beta, np.sqrt(spread[0] + spread[1]))

@@ -37,7 +37,8 @@ class Race(NamedTuple):
     Attributes:
         chosen: positions of the k largest of each kind, in order of position.
         mean: [C], change of the metric over the prompts that each component was replaced on.
-        share: replacements that were made, of those that a full sweep makes.
+        share: replacements that were made, with those of the chosen ones on all prompts, of those that a full sweep
+            makes.
         undecided: by kind, how many beside the chosen ones were not out after all prompts.
     """
 
@@ -53,14 +54,14 @@ def still_in(
     """Which components may still be among the k of largest mean magnitude, and their means.
 
     Args:
-        values: a value a query.
+        values: a value a query; of one query nothing is out.
         top: k.
         confidence: 1 - a.
         n_tests: C R, intervals that must hold together.
     """
     n = values.shape[1]
     mean, size = values.mean(1), np.abs(values.mean(1))
-    if len(values) <= top:
+    if len(values) <= top or n < 2:  # of one query there is no spread
         return np.ones(len(values), bool), mean
     width = student.ppf(1 - (1 - confidence) / (2 * n_tests), n - 1) * values.std(1, ddof=1) / np.sqrt(n)
     reached = np.sort(size - width)[-top]
@@ -100,11 +101,12 @@ def race(
     alive = np.ones(len(components), bool)
     delta = np.full((len(components), len(queries)), np.nan)
     mean = np.zeros(len(components))
-    seen = np.zeros(0, order.dtype)
+    seen, models = np.zeros(0, order.dtype), None
     for number, some in enumerate(np.array_split(order, n_rounds)):
         rows, here = np.flatnonzero(np.isin(queries, some)), np.flatnonzero(alive)
         running = [c for c, runs in zip(components, alive, strict=True) if runs]
-        engine = Engine(pair, metric.take(jnp.asarray(rows)), running, done, progress)
+        engine = Engine(pair, metric.take(jnp.asarray(rows)), running, done, progress, models)
+        models = engine.models
         plan = make_plan(pair.cfg, running, engine.packing, budget)
         for chunk, changes, _ in engine.perform("exact", plan, label=f"race-{number + 1}"):
             delta[np.ix_([here[engine.position[c]] for c in chunk.components], rows)] = changes
@@ -121,4 +123,5 @@ def race(
         mine = np.flatnonzero(alive & (kinds == kind))
         chosen += mine[np.argsort(-np.abs(mean[mine]), kind="stable")][:top].tolist()
         undecided[kind] = max(0, len(mine) - top)
-    return Race(sorted(chosen), mean, float(np.isfinite(delta).mean()), undecided)
+    share = float(np.isfinite(delta).mean()) + len(chosen) / len(components)
+    return Race(sorted(chosen), mean, share, undecided)

@@ -3,7 +3,7 @@
 A component of layer l changes nothing before layer l. So the host runs once and its residual stream is kept; a
 patch recomputes only the component's own contribution inside layer l (see `sweeps.rows`), and the layers after it run
 with the host's weights, for all patches x tokens in one matmul, up to the layer that the metric reads. There, only the
-positions that are read are computed; no token is computed twice, and no padding (see `sweeps.packing`). One compiled
+positions that are read are computed; no token is computed twice (see `sweeps.packing`). One compiled
 program a kind serves every layer: the layer index is traced. Swap host and donor for knock-out, a component of the
 base in the expert.
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from wpjax.components import KINDS
 from wpjax.metrics import Metric
@@ -173,7 +173,8 @@ def replay(
     packing: Packing,
     layer: Int[Array, ""],
     index: Int[Array, " P"],
-    jitter: Float[Array, "P S D"],
+    seeds: UInt32[Array, " P"],
+    step: Float[Array, ""],
     *,
     weights: Side = "donor",
     inputs: Side = "host",
@@ -191,7 +192,8 @@ def replay(
         packing: of its prompts.
         layer: their layer, traced.
         index: which of the layer's components.
-        jitter: relative change of the patched residual stream; 0 for a patch, one rounding step for a sham.
+        seeds: of shams, one a patch.
+        step: for a sham, the relative change, up or down at random, of the patched residual stream; 0 for a patch.
         weights: whose weights the component takes, static.
         inputs: whose input it sees, static.
         with_reference: run a row for the host itself too and take the change from it, since rounding depends on the
@@ -216,7 +218,7 @@ def replay(
         rows = found.post
         unpatched = at.host.block(at.host.resid_pre, at.host.where)
     mids = found.mid if found is not None else None
-    rows = rows * (1 + jitter[:, None])
+    rows = jax.lax.cond(step > 0, functools.partial(_jittered, seeds, step), lambda rows: rows, rows)
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
     tap = Tap(metric.readout, jnp.asarray(metric.weight)) if isinstance(metric.readout, Along) else None
@@ -238,6 +240,11 @@ def replay(
         through = through.at[:, layer, -1].set(own - direct)
         own = direct
     return Replayed(change, jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1))
+
+
+def _jittered(seeds: Array, step: Array, rows: Float[Array, "N 1 S D"]) -> Float[Array, "N 1 S D"]:
+    signs = jax.vmap(lambda seed: jax.random.rademacher(jax.random.key(seed), rows.shape[1:], jnp.float32))(seeds)
+    return rows * (1 + step * signs)
 
 
 def _own(tap: Tap, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]) -> Float[Array, " P"]:

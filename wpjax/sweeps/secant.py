@@ -112,9 +112,9 @@ def _activation(cfg: ModelConfig, x: Two) -> Two:
 
 def _log_mean(log_a: Array, log_b: Array) -> Array:
     """(b - a) / (log b - log a), from logarithms."""
-    d = log_b - log_a
-    small = jnp.abs(d) < 1e-4
-    return jnp.exp(log_a) * jnp.where(small, 1 + d / 2, jnp.expm1(d) / jnp.where(small, 1.0, d))
+    d = -jnp.abs(log_b - log_a)  # from the larger down, which cannot overflow
+    small = d > -1e-4
+    return jnp.exp(jnp.maximum(log_a, log_b)) * jnp.where(small, 1 + d / 2, jnp.expm1(d) / jnp.where(small, 1.0, d))
 
 
 def _log_softmax(x: Two) -> tuple[Two, Array]:
