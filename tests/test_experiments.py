@@ -12,6 +12,7 @@ TABLES = [
     ("tiny_pair", "evaluate", "markdown", "evaluation.json"),
     ("tiny_pair", "planted", "markdown", "planted.json"),
     ("planted", "score", "markdown", "results.json"),
+    ("planted", "masks", "markdown", "masks.json"),
     ("smollm2", "anchor", "markdown", "anchor.json"),
     ("smollm2", "summary", "markdown", "english_capital.json"),
     ("smollm2", "summary", "highest", "english_capital.json"),
