@@ -92,9 +92,14 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     curves = ["validate", "r.nc", *PAIR, *quick, "--points", "2", "--n-random", "1", "--out", "c.nc"]
     code, out, _ = wpjax(*curves)
     assert code == 0
-    assert re.search(r"Brought into the base.*effect.*activation.*delta_norm.*random 1", out, re.DOTALL)
+    assert re.search(r"Brought into the base.*effect.*attribution.*delta_norm.*random 1", out, re.DOTALL)
     assert {"c.nc", "c-curves.png", "c-calibration.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert "the anchor's causal tests: not tested" in out
+    assert SweepResult.from_netcdf("e.nc").dataset.attrs["anchor_acceptance"] == "not tested"
+    assert SweepResult.from_netcdf("e.nc").dataset.attrs["behaviour_differs"] == "by the checker"
     left = [p.name for p in tmp_path.iterdir()]
+    absent = ["sweep", "--base", "tiny:base", "--expert", "tiny:planted", "--behaviour", "tiny:title", *quick]
+    assert_refused(wpjax(*absent, "--metric", "kl", "--out", "x.nc"), "no behaviour to find", tmp_path, left)
     flowless = ["report", "e.nc", "--execution", "e.nc", "--out", "x.html"]
     assert_refused(wpjax(*flowless), "holds no flow: sweep the anchor metric", tmp_path, left)
     assert_refused(wpjax(*curves), r"c\.nc exists", tmp_path, left)
@@ -152,7 +157,9 @@ def test_the_decision_metric_counts_what_comes_after_the_anchor(wpjax, tmp_path)
 def test_json(wpjax):
     code, out, _ = wpjax("sweep", *SMALL, "--out", "r.nc", "--json", "--profile", "profile")
     assert code == 0
-    assert list(Path("profile").rglob("*.xplane.pb"))
+    (trace,) = Path("profile").rglob("*.xplane.pb")
+    for scope in (b"suffix", b"head rows"):  # parts of the program stand in it by name
+        assert scope in trace.read_bytes()
     assert np.isfinite(SweepResult.from_netcdf("r.nc").values("set_score")).all()
     assert set(json.loads(out)) == {"ranked_by", "top", "coverage"}
     code, out, _ = wpjax("sweep", *UNTESTED, "--kinds", "head", "--method", "screen", "--out", "s.nc", "--json")

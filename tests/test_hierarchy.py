@@ -7,6 +7,7 @@ import xarray as xr
 from wpjax.errors import WpjaxError
 from wpjax.results import SweepResult
 from wpjax.tracing import hierarchy
+from wpjax.tracing.hierarchy import flow_by_layer
 
 TARGETS = ["self", "L0.head.0", "L0.mlp", "L1.head.0", "L1.mlp"]
 FLOW = [
@@ -53,6 +54,15 @@ def test_roles_by_the_rule():
     np.testing.assert_allclose(found.flow, [[0.4], [0.2], [0.0]])
     np.testing.assert_allclose(found.direct, [0.0, 0.1, 0.05])
     assert found.executors == ()
+
+
+def test_flow_is_summed_by_kind_and_layer():
+    """Over [self, attention 0, MLP 0, attention 1, MLP 1]; each row sums to the effects of its components."""
+    np.testing.assert_allclose(flow_by_layer(made(metric_layer=1), "head"), [[0, 0, 0.1, 0.4, 0], [0] * 5])
+    np.testing.assert_allclose(
+        flow_by_layer(made(metric_layer=1), "neuron"), [[0.1, 0, 0, 0.2, 0.6], [0.05, 0, 0, 0, 0]], atol=1e-12
+    )
+    assert not flow_by_layer(made(metric_layer=1), "mlp").any()
 
 
 def test_executors_come_from_a_sweep_of_a_given_state():

@@ -93,6 +93,32 @@ def test_a_random_stratum_says_what_the_screen_missed(setting):
     assert np.abs(data["screen_error"].values[exact]).max() < 0.1 * size.max()
 
 
+def test_activation_patches_have_their_statistics(setting):
+    """The same tests and intervals as patched weights, and what the screen missed."""
+    named = [f"L1.neuron.{i}" for i in range(0, 320, 8)]
+    data = sweep(*setting, components=named, method="activation", top=12, stratum=12).dataset
+    patched = np.isfinite(data["activation"].values)
+    assert (patched.sum(), int(data["sampled"].sum())) == (24, 12)
+    for name in ("p_value", "q_value", "activation_low"):
+        np.testing.assert_array_equal(np.isfinite(data[name].values), patched)
+    assert np.isnan(data["effect"].values).all()
+    whole = sweep(*setting, components=named, method="activation").dataset
+    np.testing.assert_allclose(data["p_value"].values[patched], whole["p_value"].values[patched])
+    size = np.abs(whole["activation"].values)
+    chosen = patched & ~data["sampled"].values
+    truth = int((size[~chosen] >= np.median(size[chosen])).sum())
+    assert float(data["missed_low"][0]) <= truth <= float(data["missed_high"][0])
+    assert np.isfinite(data["split_half"].values).all()
+
+
+def test_the_weight_gradient_chooses_what_is_replaced(setting):
+    named = [f"L1.neuron.{i}" for i in range(0, 320, 8)]
+    first = sweep(*setting, components=named, method="gradient").dataset["gradient"].values
+    data = sweep(*setting, components=named, method="gradient+exact", top=10, stratum=0).dataset
+    np.testing.assert_array_equal(np.flatnonzero(data["exact"]), np.sort(np.argsort(-np.abs(first))[:10]))
+    np.testing.assert_allclose(data["screen_error"], data["gradient"] - data["effect"], equal_nan=True)
+
+
 def test_nulls_are_smaller_than_planted_effects():
     pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
     anchor = fit_anchor(pair, task, n_prompts=16, causal="skip")

@@ -135,6 +135,8 @@ def test_answers_that_are_all_empty_are_refused(tiny_pair):
     assert not judge.passes(blank).any()
     with pytest.raises(AnchorRejected, match="expert's answers are all empty"):
         check_behaviour_differs(judge, judge.answers(tiny_pair.base), blank)
+    with pytest.raises(AnchorRejected, match="base's answers are all empty"):
+        check_behaviour_differs(judge, blank, judge.answers(tiny_pair.expert))
 
 
 def test_a_checker_that_raises_is_named(tiny_pair):
@@ -155,4 +157,6 @@ def test_verdicts_name_the_test_that_failed():
     assert "degenerate" in dataclasses.replace(good, nll=1.5 + MAX_EXCESS_NLL + 0.1).verdict()
     assert "not surely more" in dataclasses.replace(good, gain_low=0.0).verdict()
     assert "not surely less" in dataclasses.replace(good, drop_low=float("nan")).verdict()
+    broken = dataclasses.replace(good, nll_removed=1.5 + MAX_EXCESS_NLL + 0.1)
+    assert "without it the expert's answers are degenerate: 2.60" in broken.verdict()
     assert Anchor(jnp.ones(1), 0).acceptance == "not tested"

@@ -10,6 +10,7 @@ import xarray as xr
 
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
+from wpjax.cli.validate import print_curves
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.curves import Curves
 from wpjax.errors import AnchorRejected, WpjaxError
@@ -21,7 +22,7 @@ from wpjax.report.curves import write_curves
 from wpjax.results import SweepResult
 from wpjax.steering import Judge
 from wpjax.sweeps import add_set_score, sweep
-from wpjax.validation import anchor_of, log_grid, orders, steps_of, validate
+from wpjax.validation import activation_values, anchor_of, log_grid, orders, steps_of, validate
 
 FINEST = ("head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm")
 N_NEW = 16
@@ -97,13 +98,32 @@ def test_shares_areas_and_calibration_by_hand(tmp_path):
     # two points a hundredfold apart: the mean over the logarithm is that of the two
     assert curves.area("kl", "restore", 0).mean == pytest.approx(0.75)
     assert curves.area("strict", "knockout", 1).mean == pytest.approx(0.5)
+    np.testing.assert_allclose(curves.standing("kl"), [[[0.5, 1], [0, 0]], [[1, 0.25], [1, 0.25]]])
     (kl,) = curves.calibration()
-    assert kl.n_sets == 4
-    np.testing.assert_allclose(kl.passing, [0, np.nan, 0, np.nan, np.nan, 1])
-    assert kl.error == pytest.approx(0.25)  # only the set at 1/2, which does not pass, is off: sqrt(0.25 / 4)
+    assert kl.n_sets == 6  # everything, in and out, counts once though both rankings end with it
+    # by the score: 0 | 1/4 | 1/2 | 1, 1, 1; of them pass: 0 | 0 | 0 | 1, 1, 1
+    np.testing.assert_allclose(kl.passing, [0, 0, 0, np.nan, np.nan, 1])
+    assert kl.error == pytest.approx(np.sqrt((0.25 + 0.0625) / 6))
     curves.to_netcdf(tmp_path / "c.nc")
     xr.testing.assert_identical(Curves.from_netcdf(tmp_path / "c.nc").dataset, curves.dataset)
     assert [path.name for path in write_curves(curves, tmp_path / "c.nc")] == ["c-curves.png", "c-calibration.png"]
+
+
+def test_a_score_whose_gap_may_be_zero_gives_no_share(tmp_path, capsys):
+    """A score that falls from base to expert, and one that moves on one of two prompts only."""
+    for ends in ([[4, 4], [0, 0]], [[0, 0], [4, 0]]):
+        curves = by_hand()
+        curves.dataset["end_kl"] = (("end", "prompt"), np.array(ends, np.float32))
+        assert not curves.gap("kl").low > 0
+        assert np.isnan(curves.share("kl")[0]).all()
+        np.testing.assert_allclose(curves.share("kl")[1][0], by_hand().share("kl")[1][0])
+        assert np.isnan(curves.area("kl", "restore", 0)).all()
+        (kl,) = curves.calibration()
+        assert np.isnan([kl.rho, kl.error, *kl.passing]).all()
+        assert curves.area("strict", "knockout", 1).mean == pytest.approx(0.5)
+        write_curves(curves, tmp_path / "c.nc", overwrite=True)
+        print_curves(curves, as_json=False)
+        assert "no share by kl: expert minus base is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -195,7 +215,7 @@ def test_finished_parts_are_used(planted, result, curves):
 def test_a_control_that_is_the_ranking_under_test_is_left_out(planted, result):
     for by in ("delta_norm", "effect"):
         found = orders(*planted, result, anchor_of(result), by=by, n_random=1)
-        assert list(found) == list(dict.fromkeys([by, "effect", "activation", "delta_norm", "random 1"]))
+        assert list(found) == list(dict.fromkeys([by, "effect", "attribution", "delta_norm", "random 1"]))
         assert [c.name for c in found[by][:3]] == [row.name for row in result.top(3, by=by)]
 
 
@@ -214,9 +234,22 @@ def test_sets_are_ranked_by_a_score_that_sums_to_the_decisions_gap(planted, resu
     np.testing.assert_allclose(scored.values("set_score"), np.mean(alone, axis=0), rtol=1e-6)
     assert (result.set_ranking, scored.ranking, scored.set_ranking) == ("effect", "effect", "set_score")
     found = orders(*planted, scored, anchor_of(result), n_random=1)
-    assert list(found) == ["set_score", "effect", "activation", "delta_norm", "random 1"]
+    assert list(found) == ["set_score", "effect", "attribution", "delta_norm", "random 1"]
     truth = set(planted_components())
     assert np.mean([c.name in truth for c in found["set_score"][: len(truth)]]) > 0.8
+
+
+def test_activations_that_were_patched_rank_the_control(planted, result):
+    """Where they were, by their effect; elsewhere by first order."""
+    data = result.dataset
+    patched = np.where(np.arange(data.sizes["component"]) % 2, np.nan, np.linspace(0, 1, data.sizes["component"]))
+    first = -np.linspace(0, 1, len(patched))
+    found = SweepResult(data.assign(activation=("component", patched), attribution=("component", first)))
+    np.testing.assert_allclose(
+        activation_values(*planted, found, None),
+        [p if np.isfinite(p) else f for p, f in zip(patched, first, strict=True)],
+    )
+    assert "activation" in orders(*planted, found, anchor_of(result), n_random=1)
 
 
 def test_finished_parts_of_another_shape_are_refused(planted, result):

@@ -85,6 +85,7 @@ class LayerDiagnostics:
     drop_low: float = math.nan
     nll: float = math.nan
     nll_expert: float = math.nan
+    nll_removed: float = math.nan
 
     @property
     def steering(self) -> SteeringTest | None:

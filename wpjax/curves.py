@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 from wpjax.errors import WpjaxError
 from wpjax.results import fits, read_dataset, write_dataset
-from wpjax.stats import Interval, Resamples, resample
+from wpjax.stats import Interval, Resamples, mean_interval, resample
 
 SCHEMA = 1
 """Version of the file's layout, in its attribute `schema`."""
@@ -25,14 +25,16 @@ BINS = ((-np.inf, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0), (1.0, np
 
 
 class Calibration(NamedTuple):
-    """How a score goes with the checker, over all sets of components that were patched into the base.
+    """How a score goes with the checker, over all patched models: sets put into the base, and out of the expert.
+
+    All figures but the number of sets are NaN for a score whose gap may be zero.
 
     Attributes:
         measure: the score.
         rho: Spearman's rank correlation of its share with the share that passes the checker.
         error: root mean square of their difference, the score's share cut to [0, 1].
         passing: mean share that passes, for each of `BINS` of the score's share; NaN where there is no set.
-        n_sets: sets.
+        n_sets: patched models; that with everything is counted once.
     """
 
     measure: str
@@ -69,32 +71,51 @@ class Curves:
     def _resamples(self) -> Resamples:
         return resample(self.dataset["query"].values, seed=int(self.dataset.attrs["seed"]))
 
+    def gap(self, measure: str) -> Interval:
+        """Mean of expert minus base by a measure, in its own units, with its 95 % interval over queries."""
+        ends = self.dataset[f"end_{measure}"].values.astype(np.float64)
+        return mean_interval(ends[1] - ends[0], self._resamples)
+
     def share(self, measure: str) -> tuple[Float[np.ndarray, "3 2 R K"], Float[np.ndarray, "3 2 R K"]]:
         """How far along the way from base to expert each patched model is by a measure, with its 95 % interval.
 
         For "knockout" it is the share that is lost, so that in both directions 0 is no effect and 1 is all of it.
 
         Returns:
-            the share (ratio of means, low, high), [3, direction, ranking, point]; and the mean itself in its own
-            units, likewise.
+            the share (ratio of means, low, high), [3, direction, ranking, point], NaN if the gap may be zero; and the
+            mean itself in its own units, likewise.
         """
         data = self.dataset
         ends = data[f"end_{measure}"].values.astype(np.float64)
         values = data[self._variable(measure)].values.astype(np.float64)
         moved = np.stack([values[0] - ends[0], ends[1] - values[1]])
         weights, tails = self._resamples.weights, self._resamples.tails(0.95)
-        drawn = (moved @ weights.T) / (weights @ (ends[1] - ends[0]))
+        gap = self._gaps(measure)
+        drawn = (moved @ weights.T) / gap[1:]
         low, high = np.percentile(drawn, tails, axis=-1)
         means = (values @ weights.T) / weights.sum(1)
         bounds = np.percentile(means, tails, axis=-1)
-        gap = float((ends[1] - ends[0]).mean())
-        return np.stack([moved.mean(-1) / gap, low, high]), np.stack([values.mean(-1), *bounds])
+        return np.stack([moved.sum(-1) / gap[0], low, high]), np.stack([values.mean(-1), *bounds])
+
+    def _gaps(self, measure: str) -> Float[np.ndarray, " N"]:
+        """The gap summed over prompts, then its resamples; NaN if it may be zero, as is whatever is divided by it."""
+        ends = self.dataset[f"end_{measure}"].values.astype(np.float64)
+        gap = ends[1] - ends[0]
+        found = np.array([gap.sum(), *(self._resamples.weights @ gap)])
+        return found if self.gap(measure).low > 0 else np.full_like(found, np.nan)
+
+    def standing(self, measure: str) -> Float[np.ndarray, "2 R K"]:
+        """Where between base (0) and expert (1) every patched model stands by a measure."""
+        restored, lost = self.share(measure)[0][0]
+        return np.stack([restored, 1 - lost])
 
     def _variable(self, measure: str) -> str:
         return measure if measure in CHECKS else f"score_{measure}"
 
     def area(self, measure: str, direction: str, ranking: int) -> Interval:
         """Mean share along a curve, over the logarithm of the number of parameters, with its 95 % interval.
+
+        NaN if the measure's gap may be zero.
 
         Args:
             measure: of `measures`.
@@ -110,17 +131,18 @@ class Curves:
         by_prompt = moved[first[-1]]
         if len(x) > 1:
             by_prompt = np.trapezoid(moved[first], x, axis=0) / (x[-1] - x[0])
-        gap, resamples = ends[1] - ends[0], self._resamples
-        drawn = (resamples.weights @ by_prompt) / (resamples.weights @ gap)
-        low, high = np.percentile(drawn, resamples.tails(0.95))
-        return Interval(float(by_prompt.mean() / gap.mean()), float(low), float(high))
+        gap, resamples = self._gaps(measure), self._resamples
+        low, high = np.percentile((resamples.weights @ by_prompt) / gap[1:], resamples.tails(0.95))
+        return Interval(float(by_prompt.sum() / gap[0]), float(low), float(high))
 
     def calibration(self) -> list[Calibration]:
-        """What each score is worth: how the share that it gives a patched base goes with the share that passes."""
-        passing = self.share("strict")[0][0, 0].ravel()
-        found = []
+        """What each score is worth: how the share that it gives a patched model goes with the share that passes."""
+        sizes = self.dataset["n_components"].values
+        everything = sizes == sizes[0].max()
+        everything[0] = False  # one set, whatever it was ranked by
+        passing, found = self.standing("strict")[:, ~everything].ravel(), []
         for measure in (m for m in self.measures if m not in CHECKS):
-            claimed = self.share(measure)[0][0, 0].ravel()
+            claimed = self.standing(measure)[:, ~everything].ravel()
             bins = [passing[(claimed >= low) & (claimed < high)] for low, high in BINS]
             rho = float(spearmanr(claimed, passing).statistic) if np.ptp(claimed) and np.ptp(passing) else float("nan")
             shares = tuple(float(b.mean()) if b.size else float("nan") for b in bins)

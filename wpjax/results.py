@@ -24,6 +24,9 @@ SCHEMA = 4
 FIRST_ORDER = ("race", "screen", "gradient", "ig", "secant")
 """Estimates of what a component's weights do, in place of their effect where that was not measured on all prompts."""
 
+CELLS = ("activation", "source", "relay", "interaction", "knockout")
+"""Of the 2x2 and the knock-out, as shares of the gap with their intervals."""
+
 MASKS = ("banzhaf", "beta_low", "beta_high", "redundancy")
 """What components do in random sets."""
 
@@ -52,7 +55,7 @@ TRUST = ("split_half", "null_permuted", "null_direction", "missed", "missed_low"
 
 _COMPONENTS, _PROMPTS, _KINDS = ("component",), ("prompt",), ("swept_kind",)
 LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
-    **dict.fromkeys((*RANKINGS, "ci_low", "ci_high", "q_value"), (_COMPONENTS, "f")),
+    **dict.fromkeys((*RANKINGS, "ci_low", "ci_high", "p_value", "q_value"), (_COMPONENTS, "f")),
     **dict.fromkeys(("below_noise_floor", "exact"), (_COMPONENTS, "b")),
     **dict.fromkeys(("name", "kind"), (_COMPONENTS, "OTU")),
     **dict.fromkeys(("layer", "index"), (_COMPONENTS, "i")),
@@ -160,7 +163,8 @@ class SweepResult:
     effects (first-order ones where nothing was replaced); `split_half[swept_kind]` how reliably its ranking repeats on
     other queries; `null_permuted` and `null_direction` what 95 % of effects are smaller than where there is nothing to
     find; `missed` (with `_low`, `_high`) how many components outside the screen's choice have effects as large as its
-    median, from the random sample `sampled[component]`. `screen_error[component]` is the screen minus the effect;
+    median, from the random sample `sampled[component]`. `screen_error[component]` is the screen (or the gradient) minus
+    the effect. p, q, `split_half` and `missed` are of activation patches where no weights were replaced;
     `flow[component, target]` says by way of which later heads and MLPs an effect on a projection arrives, and its rows
     sum to the effect;
     `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.

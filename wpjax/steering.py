@@ -6,13 +6,14 @@
 z_B and z_E are the means of <h, u> in base and expert over the prompts with the instruction, where the anchor is read.
 The stream is held there, after one layer, at the last prompt token and at every new one, and the answers are judged by
 the checker (arXiv 2410.12877 for steering; the removal and the tests are ours). The control is a random direction
-along which the stream is moved as far. Steered answers whose perplexity under the base is far above that of the
-expert's own are degenerate, whatever the checker says of them.
+along which the stream is moved as far. Answers, of either model, whose perplexity under the base is far above that of
+the expert's own are degenerate, whatever the checker says of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ class SteeringTest:
         drop_low: lower end of the interval of that difference, random minus removed.
         nll: mean negative log-likelihood, in nats a token, of the steered answers under the base.
         nll_expert: the same of the expert's own answers.
+        nll_removed: the same of the answers of the expert that is held at the base's state; NaN where it was not read.
     """
 
     layer: int
@@ -61,6 +63,7 @@ class SteeringTest:
     drop_low: float
     nll: float
     nll_expert: float
+    nll_removed: float = math.nan
 
     @property
     def size(self) -> float:
@@ -83,6 +86,11 @@ class SteeringTest:
             return (
                 f"without it the expert passes on {self.removed:.0%} of prompts, without a random direction on "
                 f"{self.removed_random:.0%}: not surely less"
+            )
+        if self.nll_removed > self.nll_expert + MAX_EXCESS_NLL:
+            return (
+                f"without it the expert's answers are degenerate: {self.nll_removed:.2f} nats a token under the base, "
+                f"before {self.nll_expert:.2f}"
             )
         return ""
 
@@ -143,14 +151,17 @@ class Judge:
 
 
 def check_behaviour_differs(judge: Judge, base: Generation, expert: Generation) -> None:
-    """Refuse a behaviour that the base already has, or that the expert does not show.
+    """Refuse a behaviour that the base already has, or that the expert does not show, and models that say nothing.
 
     Raises:
         AnchorRejected: with the rates at which both pass.
     """
     name = judge.behaviour.name
-    if not any(text.strip() for text in judge.texts(expert)):
-        raise AnchorRejected(f"{name}: the expert's answers are all empty; check its chat template and stop tokens")
+    for which, answers in (("base", base), ("expert", expert)):
+        if not any(text.strip() for text in judge.texts(answers)):
+            raise AnchorRejected(
+                f"{name}: the {which}'s answers are all empty; check its chat template and stop tokens"
+            )
     ours, theirs = judge.passes(base), judge.passes(expert)
     more = theirs.astype(float) - ours
     _, low, _ = mean_interval(more, resample(judge.batch.queries))
@@ -230,7 +241,8 @@ def _test_layer(
         tries.append((strength, judge.passes(answers), judge.nll(answers)))
     sound = [t for t in tries if t[2] <= nll_expert + MAX_EXCESS_NLL]
     strength, steered, nll = max(sound or tries, key=lambda t: (t[1].mean(), -t[0]))
-    removed = judge.passes(answered(expert, layer, unit[layer], here))
+    without = answered(expert, layer, unit[layer], here)
+    removed = judge.passes(without)
     random = rng.standard_normal((n_random, unit.shape[1]))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
     moved = np.mean([judge.passes(answered(base, layer, w, here + strength * way)) for w in random], axis=0)
@@ -246,4 +258,5 @@ def _test_layer(
         drop_low=mean_interval(kept - removed, resamples).low,
         nll=nll,
         nll_expert=nll_expert,
+        nll_removed=judge.nll(without),
     )

@@ -95,9 +95,10 @@ def orders(
         seed: of random orders.
 
     Returns:
-        the order under test first, then, if it is another, the result's `ranking`; "activation" is taken from the
-        result if it has it, otherwise from its screen on the sweep's prompts (without the state that an execution sweep
-        was given); then "delta_norm" and "random i".
+        the order under test first, then, if it is another, the result's `ranking`; "activation" where the result has
+        patched activations (what it has not, by their first order), otherwise "attribution", their first order
+        everywhere, made on the sweep's prompts if the result lacks it (without the state that an execution sweep was
+        given); then "delta_norm" and "random i".
 
     Raises:
         WpjaxError: the result has no such ranking, or lacks its anchor.
@@ -107,8 +108,9 @@ def orders(
     components = [parse_component(pair.cfg, str(name)) for name in data["name"].values]
     tested = dict.fromkeys((by, result.ranking))
     values = {name: result.best() if name == "effect" else result.values(name) for name in tested}
+    patched = activation_order(result)
     controls: dict[str, Callable[[], np.ndarray]] = {
-        "activation": lambda: _activation(pair, behaviour, result, components, anchor, max_new_tokens),
+        patched: lambda: activation_values(pair, behaviour, result, anchor, max_new_tokens),
         "delta_norm": lambda: result.values("delta_norm"),
     }
     values |= {name: control() for name, control in controls.items() if name not in tested}
@@ -119,19 +121,31 @@ def orders(
     }
 
 
-def _activation(
-    pair: Pair,
-    behaviour: Behaviour,
-    result: SweepResult,
-    components: Sequence[Component],
-    anchor: Anchor | None,
-    max_new_tokens: int,
+def activation_order(result: SweepResult) -> str:
+    """What the order of activation patching is called: "activation", or "attribution" if it is of first order only."""
+    return "activation" if "activation" in result.dataset else "attribution"
+
+
+def activation_values(
+    pair: Pair, behaviour: Behaviour, result: SweepResult, anchor: Anchor | None, max_new_tokens: int = 32
 ) -> Float[np.ndarray, " C"]:
-    """What activation patching ranks by."""
-    attrs = result.dataset.attrs
-    for name in ("activation", "attribution"):
-        if name in result.dataset:
-            return result.values(name)
+    """What activation patching ranks a sweep's components by: patched ones by their effect, others by first order.
+
+    Args:
+        pair: the models that were swept.
+        behaviour: its prompts.
+        result: the sweep; what it lacks is made on its prompts.
+        anchor: for a sweep of the anchor metric.
+        max_new_tokens: length of the answers that a metric reads.
+
+    Raises:
+        WpjaxError: the result lacks its anchor.
+    """
+    data, attrs = result.dataset, result.dataset.attrs
+    found = [data[name].values.astype(float) for name in ("activation", "attribution") if name in data]
+    if found:
+        return np.where(np.isfinite(found[0]), found[0], found[-1])
+    components = [parse_component(pair.cfg, str(name)) for name in data["name"].values]
     batch = behaviour.encode(pair.tokenizer, attrs["split"], int(attrs["n_prompts"]))
     if attrs["metric"] in ANSWER_METRICS:
         metric = ANSWER_METRICS[attrs["metric"]](pair, batch, max_new_tokens)
@@ -140,8 +154,8 @@ def _activation(
     else:
         raise WpjaxError("the result lacks the anchor that was swept on: sweep again")
     reached = [c for c in components if metric.reaches(c)]
-    found = output_linearised(pair.cfg, pair.base, pair.expert, reached, metric, inputs="donor").mean(1)
-    by_component = dict(zip(reached, found, strict=True))
+    change = output_linearised(pair.cfg, pair.base, pair.expert, reached, metric, inputs="donor").mean(1)
+    by_component = dict(zip(reached, change / float(attrs["gap_mean"]), strict=True))
     return np.array([by_component.get(c, -np.inf) for c in components])
 
 
@@ -218,13 +232,16 @@ def validate(
     made = 0
     for d, direction in enumerate(DIRECTIONS):
         host, donor = models[direction]
+        known: dict[frozenset[Component], np.ndarray] = {}  # rankings share sets, that of everything at least
         for r, (name, some) in enumerate(steps.items()):
             for k, step in enumerate(some):
-                key = f"{direction}-{name.replace(' ', '-')}-{k}"
-                if key not in done:
+                key, members = f"{direction}-{name.replace(' ', '-')}-{k}", frozenset(step.components)
+                if key not in done and members in known:
+                    done[key] = known[members]
+                elif key not in done:
                     patched = materialize(host, donor, PatchMask.of(pair.cfg, step.components))
                     done[key] = measure(patched, judge.answers(patched))
-                values[d, r, k] = finished_part(done, key, values.shape[-2:])
+                known[members] = values[d, r, k] = finished_part(done, key, values.shape[-2:])
                 made += 1
                 progress("patched models", made, total)
     if not (np.isfinite(values).all() and np.isfinite(ends).all()):
@@ -297,6 +314,7 @@ def _dataset(
     }
     kept = ("base", "expert", "base_fingerprint", "expert_fingerprint", "behaviour", "metric", "metric_layer", "dtype")
     attributes = {name: result.dataset.attrs[name] for name in kept}
+    attributes |= {n: result.dataset.attrs[n] for n in ("anchor_acceptance",) if n in result.dataset.attrs}
     attributes |= {
         "what": "curves",
         "schema": SCHEMA,

@@ -31,7 +31,8 @@ CausalOption = Annotated[
     typer.Option(
         "--causal",
         help="Steering tests of the anchor, by the checker on generated answers: require them, report them (a result "
-        "on an anchor that fails is marked), or skip them.",
+        "on an anchor that fails is marked), or skip them, and with them the check, with other metrics too, that base "
+        "and expert differ in the behaviour.",
     ),
 ]
 SteeredOption = Annotated[int, typer.Option("--n-steered", min=4, help="Prompts of the steering tests, at most.")]

@@ -7,7 +7,7 @@ import enum
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,7 +33,9 @@ from wpjax.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from wpjax.results import SweepResult
+    from collections.abc import Iterator, Mapping
+
+    from wpjax.results import Row, SweepResult
 
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
@@ -54,6 +56,7 @@ class Method(enum.StrEnum):
     screen = "screen"
     screen_exact = "screen+exact"
     gradient = "gradient"
+    gradient_exact = "gradient+exact"
     ig = "ig"
     secant = "secant"
     race = "race"
@@ -106,11 +109,11 @@ def run(
         typer.Option(
             "--method",
             help="exact replaces every component for real; screen scores all by first order; screen+exact then "
-            "replaces the top ones; gradient is the plain weight gradient, ig its average from base to expert, "
-            "secant a two-point one whose scores sum to the gap; race replaces all on a few prompts, and on more only "
-            "what can still be among the top; masks replaces random sets, to see redundancy and "
-            "synergy; activation patches the expert's activations instead; "
-            "factorial tells sources from relays and adds the knock-out in the expert.",
+            "replaces the top ones; gradient is the plain weight gradient (gradient+exact likewise), ig its average "
+            "from base to expert, secant a two-point one whose scores sum to the gap; race replaces all on a few "
+            "prompts, and on more only what can still be among the top; masks replaces random sets, to see redundancy "
+            "and synergy; activation patches the expert's activations instead; factorial tells sources from relays "
+            "and adds the knock-out in the expert.",
         ),
     ] = Method.screen_exact,
     top: Annotated[
@@ -169,6 +172,7 @@ def run(
     from wpjax.metrics import ANSWER_METRICS, Metric, decision_metric
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
+    from wpjax.steering import Judge, check_behaviour_differs
 
     names = [k.strip() for k in kinds.split(",") if k.strip()]
     for kind in names:
@@ -197,20 +201,27 @@ def run(
                 progress=progress,
             )
 
+    given, differs = None, ""
     if metric == MetricName.anchor:
         what: Anchor | Metric = Anchor.load(anchor) if anchor else fitted()
     else:
-        what = ANSWER_METRICS[metric.value](pair, batch, max_new_tokens)
         if given_anchor is not None:
             given = Anchor.load(given_anchor)
             given.check_belongs(pair)
-            what = given.give(pair, batch, what)
+        judge = Judge(pair, task, batch, max_new_tokens)
+        own, differs = judge.answers(pair.expert), "not tested"
+        if causal != CausalName.skip:
+            task.check_checker()
+            check_behaviour_differs(judge, judge.answers(pair.base), own)
+            differs = "by the checker"
+        what = ANSWER_METRICS[metric.value](pair, batch, max_new_tokens, own)
     measured = what.metric(pair, batch) if isinstance(what, Anchor) else what
     settings = {
         "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
         "pair": pair.fingerprints,
         "prompts": batch.texts,
         "metric": measured.digest,
+        "given": None if given is None else given.metric(pair, batch).digest,
         "kinds": names,
         "components": components,
         "method": method,
@@ -232,6 +243,7 @@ def run(
             pair,
             batch,
             what,
+            given=given,
             kinds=names,
             components=None if components is None else [c.strip() for c in components.split(",") if c.strip()],
             method=method.value,
@@ -244,6 +256,8 @@ def run(
             done=shards,
             progress=progress,
         )
+    if differs:
+        result.dataset.attrs["behaviour_differs"] = differs
     result.to_netcdf(out, overwrite)
     shards.discard()
     if set_score and given_anchor is None:
@@ -264,6 +278,13 @@ def run(
         print(f"\nwrote {out}; for the pictures: wpjax report {out} --out {out.with_suffix('.html')}")
 
 
+def _raced(attrs: Mapping[str, Any]) -> str:
+    """What a race cost, and what it left open."""
+    left = ", ".join(f"{n} {kind}s" for kind, n in json.loads(attrs["race_undecided"]).items() if n)
+    made = f"\nthe race made {attrs['race_share']:.0%} of the replacements of a full sweep"
+    return made + (f"; {left} beside the top are not surely out" if left else "")
+
+
 def print_result(result: SweepResult, n: int, as_json: bool) -> None:
     """The ranked table, with the gap, the noise floor and the coverage."""
     from wpjax.cli.console import print_json, print_table
@@ -279,22 +300,25 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
             {"ranked_by": by, "top": [r._asdict() for r in rows], "coverage": {**coverage, "all": attrs["coverage"]}}
         )
         return
+    data, bounds = result.dataset, ("ci_low", "ci_high") if exact else (f"{by}_low", f"{by}_high")
+    place = {name: i for i, name in enumerate(data["name"].values.tolist())}
+    bounded, tested = all(bound in data for bound in bounds), by in ("effect", "activation")
+
+    def line(r: Row) -> Iterator[str]:
+        yield from (r.name, f"{r.value:+.4f}")
+        if bounded:
+            low, high = (float(data[bound].values[place[r.name]]) for bound in bounds)
+            yield f"[{low:+.4f}, {high:+.4f}]"
+        if tested:
+            yield f"{r.q_value:.2g}"
+        if exact:
+            yield "below the noise floor" if r.below_noise_floor else ""
+
     print_table(
         f"{attrs['behaviour']}: {attrs['base']} -> {attrs['expert']}, {attrs['metric']} metric"
         + (f" at layer {attrs['metric_layer']}" if attrs["metric"] == "anchor" else ""),
-        ("component", "effect", "95 % interval", "q", "") if exact else ("component", by),
-        [
-            (
-                r.name,
-                f"{r.effect:+.4f}",
-                f"[{r.ci_low:+.4f}, {r.ci_high:+.4f}]",
-                f"{r.q_value:.2g}",
-                "below the noise floor" if r.below_noise_floor else "",
-            )
-            if exact
-            else (r.name, f"{r.value:+.4f}")
-            for r in rows
-        ],
+        ("component", by, *["95 % interval"][:bounded], *["q"][:tested], *[""][:exact]),
+        [tuple(line(r)) for r in rows],
     )
     at_once = ", ".join(f"{kind} {n}" for kind, n in json.loads(attrs["rows_per_program"]).items())
     parts = ", ".join(f"{kind} {share:.0%}" for kind, share in coverage.items())
@@ -302,6 +326,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
         f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
         + (f"; noise floor {attrs['noise_floor']:.1e}; patches at once: {at_once}" if exact else "")
-        + (f"\nthe race made {attrs['race_share']:.0%} of the replacements" if "race_share" in attrs else "")
+        + (_raced(attrs) if "race_share" in attrs else "")
         + (f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}" if "anchor_acceptance" in attrs else "")
+        + (f"\nbase and expert differ: {attrs['behaviour_differs']}" if "behaviour_differs" in attrs else "")
     )

@@ -118,7 +118,7 @@ def print_curves(curves: Curves, as_json: bool) -> None:
     from wpjax.cli.console import print_json, print_table
     from wpjax.curves import BINS, DIRECTIONS
 
-    measures = [m for m in curves.measures if m != "loose"]
+    measures = curves.measures
     areas = {
         direction: {name: {m: curves.area(m, direction, r) for m in measures} for r, name in enumerate(curves.rankings)}
         for direction in DIRECTIONS
@@ -134,19 +134,30 @@ def print_curves(curves: Curves, as_json: bool) -> None:
             f"{titles[direction]}: mean share along the curve (95 % interval)",
             ("ranking", "pass the checker", *measures[1:]),
             [
-                (name, _bounded(figures["strict"]), *(f"{figures[m].mean:.2f}" for m in measures[1:]))
+                (name, _bounded(figures["strict"]), *(_figure(figures[m].mean) for m in measures[1:]))
                 for name, figures in of.items()
             ],
         )
     print_table(
-        f"\nShare of answers that pass, by the share that a score gives ({calibration[0].n_sets} patched bases)",
+        f"\nShare of answers that pass, by the share that a score gives ({calibration[0].n_sets} patched models)",
         ("score", *(f"{max(low, 0):.1f}-{high:.1f}" if math.isfinite(high) else f"{low:.1f}+" for low, high in BINS),
          "rank corr."),
         [
-            (c.measure, *("" if math.isnan(p) else f"{p:.0%}" for p in c.passing), f"{c.rho:.2f}")
+            (c.measure, *("" if math.isnan(p) else f"{p:.0%}" for p in c.passing), _figure(c.rho))
             for c in calibration
         ],
     )  # fmt: skip
+    for measure in measures:
+        gap = curves.gap(measure)
+        if not gap.low > 0:
+            print(f"\nno share by {measure}: expert minus base is {gap.mean:.3g} [{gap.low:.3g}, {gap.high:.3g}]")
+    acceptance = curves.dataset.attrs.get("anchor_acceptance")
+    if acceptance is not None:
+        print(f"\nthe anchor's causal tests: {acceptance}")
+
+
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def _bounded(area: Interval) -> str:

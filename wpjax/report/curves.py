@@ -23,13 +23,14 @@ LABELS = {
     "on_policy": "anchor score in its own answer",
     "kl": "nearness to the expert (KL)",
 }
-CONTROLS = {"activation": COLOURS["neuron"], "delta_norm": COLOURS["norm"]}
+CONTROLS = {**dict.fromkeys(("activation", "attribution"), COLOURS["neuron"]), "delta_norm": COLOURS["norm"]}
 SINGLE = COLOURS["kv_group"]
 """The result's own ranking, where another is tested."""
 NAMES = {
     "set_score": "set score",
     "effect": "effect of the weights",
     "activation": "activation patching",
+    "attribution": "activation patching, first order",
     "delta_norm": "norm of the change",
 }
 
@@ -54,13 +55,14 @@ def draw_curve(curves: Curves, axes: Axes, measure: str, direction: str) -> None
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(LABELS.get(measure, measure))
+    sure = curves.gap(measure).low > 0
+    axes.set_title(LABELS.get(measure, measure) + ("" if sure else "\n(no gap between base and expert)"))
 
 
 def make_curves(curves: Curves) -> Figure:
-    """Restoration above, knock-out below; the checker first, then two scores and the divergence."""
+    """Restoration above, knock-out below; the checker first, strict and loose, then two scores and the divergence."""
     scored = [m for m in curves.measures if m not in CHECKS]
-    shown = ["strict", *(m for m in ("anchor", "decision", "kl") if m in scored)]
+    shown = [*CHECKS, *(m for m in ("anchor", "decision", "kl") if m in scored)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.3 * len(shown), 5.6), layout="constrained")
         grid = figure.subplots(2, len(shown), squeeze=False, sharex=True)
@@ -73,24 +75,27 @@ def make_curves(curves: Curves) -> Figure:
         grid[0, 0].legend(frameon=False, fontsize=7, loc="upper left")
         attrs = curves.dataset.attrs
         title = f"{attrs['behaviour']}: the best components of {attrs['expert']} in {attrs['base']}, and the reverse"
+        if attrs.get("anchor_acceptance", "accepted") != "accepted":
+            title += f"\nthe anchor is unproven: {attrs['anchor_acceptance']}"
         figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
 def make_calibration(curves: Curves) -> Figure:
-    """The share that each score gives a patched base against the share of its answers that pass; one dot a set."""
+    """The share that each score gives a patched model against the share of its answers that pass; one dot a model."""
     found = curves.calibration()
-    passing = curves.share("strict")[0][0, 0]
+    passing = curves.standing("strict")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.9 * len(found), 3.1), layout="constrained")
         grid = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
         for axes, one in zip(grid, found, strict=True):
-            claimed = curves.share(one.measure)[0][0, 0]
+            claimed = curves.standing(one.measure)
             for r, name in enumerate(curves.rankings):
-                axes.scatter(claimed[r], passing[r], s=14, color=_colour(name, r == 0), alpha=0.8, lw=0)
+                axes.scatter(claimed[:, r], passing[:, r], s=14, color=_colour(name, r == 0), alpha=0.8, lw=0)
             axes.plot([0, 1], [0, 1], color="#222", lw=0.6, ls=":")
             axes.set(xlabel="share by the score")
-            axes.set_title(f"{one.measure}: rank correlation {one.rho:.2f}")
+            sure = curves.gap(one.measure).low > 0
+            axes.set_title(f"{one.measure}: " + (f"rank correlation {one.rho:.2f}" if sure else "no gap"))
         grid[0].set_ylabel("share that passes")
     return figure
 

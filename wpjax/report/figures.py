@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from wpjax.results import FIRST_ORDER, SweepResult
-from wpjax.tracing.hierarchy import hierarchy
+from wpjax.tracing.hierarchy import flow_by_layer, hierarchy
 
 COLOURS = {
     "head": "#2b6cb0",
@@ -207,23 +207,20 @@ def draw_anchor(result: SweepResult, axes: Axes) -> None:
 
 
 def draw_flow(result: SweepResult, axes: Axes) -> None:
-    """Flow from the layer of the suppliers (of the finest kinds) to what it arrives by way of."""
-    data = result.dataset
-    flow = np.nan_to_num(data["flow"].values)
-    mine = np.isin(data["kind"].values.astype(str), _finest(result))
-    targets = [str(t) for t in data["target"].values]
-    n_layers = int(data.attrs["metric_layer"]) + 1
-    grid = np.zeros((n_layers, 1 + 2 * n_layers))
-    columns = [0] + [1 + 2 * int(t[1:].split(".")[0]) + t.endswith("mlp") for t in targets[1:]]
-    for layer in range(n_layers):
-        np.add.at(grid[layer], columns, flow[mine & (data["layer"].values == layer)].sum(0))
+    """Flow from the suppliers (of the finest kinds), by kind and layer, to what it arrives by way of."""
+    kinds, n_layers = _finest(result), int(result.dataset.attrs["metric_layer"]) + 1
+    grid = np.concatenate([flow_by_layer(result, kind) for kind in kinds])
     scale = max(float(np.abs(grid).max()), 1e-9)
     image = axes.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0, -scale, scale))
     ticks = range(0, n_layers, max(1, n_layers // 12))
     axes.set_xticks([0, *(1.5 + 2 * i for i in ticks)], ["self", *(str(i) for i in ticks)])
     axes.set(xlabel="arrives by way of: itself, then attention and MLP of each layer", ylabel="layer of the source")
     axes.set_title("Flow")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    rows = range(0, n_layers, max(1, n_layers // 6))
+    axes.set_yticks([i + k * n_layers for k in range(len(kinds)) for i in rows], [str(i) for i in rows] * len(kinds))
+    for k, kind in enumerate(kinds):
+        axes.axhline((k + 1) * n_layers - 0.5, color=GREY, lw=0.6)
+        axes.text(1.5 + 2 * n_layers - 2, (k + 1) * n_layers - 1, kind, ha="right", va="top", fontsize=7, color="#333")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02)
     bar.set_label("share of gap")
     bar.outline.set_visible(False)
@@ -302,7 +299,7 @@ def available(
     if "source" in result.dataset and np.isfinite(result.dataset["source"].values).any():
         figures["plane"] = (draw_plane, (5.4, 4.2))
     if "flow" in result.dataset:
-        figures["flow"] = (draw_flow, (6.4, 3.8))
+        figures["flow"] = (draw_flow, (6.4, 4.8))
     if "flow" in result.dataset or execution is not None:  # without flow `hierarchy` says what is wrong
         figures["hierarchy"] = (lambda r, axes: draw_hierarchy(r, axes, execution), (7.4, 4.6))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))

@@ -9,12 +9,13 @@ from typing import Any
 import jinja2
 import matplotlib as mpl
 import numpy as np
+import xarray as xr
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from wpjax.files import atomic_output, check_output
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
-from wpjax.results import FIRST_ORDER, MASKS, TRUST, SweepResult
+from wpjax.results import CELLS, FIRST_ORDER, MASKS, TRUST, SweepResult
 
 TITLES = {
     "top": "Highest effects",
@@ -100,7 +101,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
 
 def _extra_columns(result: SweepResult) -> list[str]:
     """Variables that the table shows beside the effect."""
-    shown = (*FIRST_ORDER, "attribution", "activation", "source", "relay", "interaction", "knockout", *MASKS)
+    shown = (*FIRST_ORDER, "screen_error", "attribution", *CELLS, *MASKS)
     return [name for name in shown if name in result.dataset]
 
 
@@ -117,10 +118,21 @@ def _table(result: SweepResult, by: str, n_rows: int) -> list[dict[str, Any]]:
                 "kind": str(data["kind"].values[i]),
                 "layer": int(data["layer"].values[i]),
                 "delta_norm": float(data["delta_norm"].values[i]),
-                **{name: float(data[name].values[i]) for name in extra},
+                "p_value": float(data["p_value"].values[i]),
+                **{name: _with_interval(data, name, i) for name in extra},
             }
         )
     return rows
+
+
+def _with_interval(data: xr.Dataset, name: str, i: int) -> str:
+    value, bounds = float(data[name].values[i]), [f"{name}_low", f"{name}_high"]
+    if np.isnan(value):
+        return "–"
+    if not all(bound in data for bound in bounds):
+        return f"{value:.4f}"
+    low, high = (float(data[bound].values[i]) for bound in bounds)
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
@@ -147,9 +159,11 @@ def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
     data = result.dataset
     if "anchor_strength" not in data:
         return []
-    names = ("strength", "steered", "steered_random", "removed", "removed_random", "nll", "nll_expert")
+    names = ("strength", "steered", "steered_random", "removed", "removed_random", "nll", "nll_expert", "nll_removed")
     tried = np.flatnonzero(np.isfinite(data["anchor_strength"].values))
-    return [{"layer": int(i), **{n: float(data[f"anchor_{n}"].values[i]) for n in names}} for i in tried]
+    figures = {n: data[f"anchor_{n}"].values if f"anchor_{n}" in data else np.full(len(data["model_layer"]), np.nan)
+               for n in names}  # fmt: skip
+    return [{"layer": int(i), **{n: float(figures[n][i]) for n in names}} for i in tried]
 
 
 def _svg(figure: Figure) -> Markup:

@@ -107,10 +107,13 @@ def make_dataset(
             delta[exact], gap, resamples
         )
         columns["effect_paper"][exact] = (delta[exact] / gap).mean(1)
-        columns["p_value"][exact] = sign_flip_p(delta[exact], batch.queries, seed=seed)
+    tested = delta if exact.any() else measured.cells.get("activation", delta)
+    replaced = np.isfinite(tested).all(1)
+    if replaced.any():
+        columns["p_value"][replaced] = sign_flip_p(tested[replaced], batch.queries, seed=seed)
         # All swept components are the family, those that a screen on the same prompts left out at p = 1: the rates
         # would not hold among the chosen alone.
-        columns["q_value"][exact] = benjamini_hochberg(np.where(exact, columns["p_value"], 1.0))[exact]
+        columns["q_value"][replaced] = benjamini_hochberg(np.where(replaced, columns["p_value"], 1.0))[replaced]
     columns |= _cell_columns(measured, resamples) | _mask_columns(measured)
     floor = np.array([measured.floor.get(kind, np.nan) for kind in kinds])
     variables: dict[str, Any] = {name: ("component", values) for name, values in columns.items()}
@@ -131,10 +134,11 @@ def make_dataset(
         "coverage_sum": ("swept_kind", [float(best[kinds == kind].sum()) for kind in swept]),
         "n_components": ("swept_kind", [int((kinds == kind).sum()) for kind in swept]),
     }
-    if exact.any():
-        variables |= _kind_statistics(measured, delta, exact, kinds, swept, batch.queries, seed)
-    if "screen" in measured.first_order and exact.any():
-        variables["screen_error"] = ("component", variables["screen"][1] - columns["effect"])
+    if replaced.any():
+        variables |= _kind_statistics(measured, tested, replaced, kinds, swept, batch.queries, seed)
+    screens = [name for name in ("screen", "gradient") if name in measured.first_order]
+    if screens and exact.any():
+        variables["screen_error"] = ("component", variables[screens[0]][1] - columns["effect"])
     for field in LayerDiagnostics.__dataclass_fields__:
         if field != "layer" and anchor is not None and anchor.diagnostics:
             variables[f"anchor_{field}"] = ("model_layer", [getattr(d, field) for d in anchor.diagnostics])
@@ -159,7 +163,7 @@ def make_dataset(
 def _kind_statistics(
     measured: Measured,
     delta: Float[np.ndarray, "C B"],
-    exact: Bool[np.ndarray, " C"],
+    replaced: Bool[np.ndarray, " C"],
     kinds: np.ndarray,
     swept: Sequence[str],
     queries: Int[np.ndarray, " B"],
@@ -167,9 +171,10 @@ def _kind_statistics(
 ) -> dict[str, Any]:
     """How far the ranking of each kind can be trusted: reliability, nulls, and what a screen missed."""
     found: dict[str, Any] = {}
-    halves = [split_half_reliability(delta[exact & (kinds == kind)], queries, seed=seed) for kind in swept]
+    halves = [split_half_reliability(delta[replaced & (kinds == kind)], queries, seed=seed) for kind in swept]
     found["split_half"] = ("swept_kind", halves)
-    for name, by_kind in measured.nulls.items():
+    for name in ("permuted", "direction"):
+        by_kind = measured.nulls.get(name, {})
         found[f"null_{name}"] = ("swept_kind", [by_kind.get(kind, np.nan) for kind in swept])
     sampled = measured.sampled
     if sampled is None or not sampled.any():
@@ -177,7 +182,7 @@ def _kind_statistics(
     rows = []
     for kind in swept:
         mine, size = kinds == kind, np.abs(delta.mean(1))
-        chosen, drawn = mine & exact & ~sampled, mine & sampled
+        chosen, drawn = mine & replaced & ~sampled, mine & sampled
         hits = int((size[drawn] >= np.median(size[chosen])).sum()) if chosen.any() else 0
         rows.append(missed(hits, int(drawn.sum()), int((mine & ~chosen).sum())))
     found["sampled"] = ("component", sampled)

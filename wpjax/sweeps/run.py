@@ -30,7 +30,17 @@ from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight
 from wpjax.sweeps.secant import secant_adjoint
 
 Method = Literal[
-    "exact", "screen", "screen+exact", "gradient", "ig", "secant", "race", "masks", "activation", "factorial"
+    "exact",
+    "screen",
+    "screen+exact",
+    "gradient",
+    "gradient+exact",
+    "ig",
+    "secant",
+    "race",
+    "masks",
+    "activation",
+    "factorial",
 ]
 
 
@@ -54,6 +64,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "screen": Recipe(("screen",)),
         "screen+exact": Recipe(("screen",), ("screen",), ("exact",)),
         "gradient": Recipe(("gradient",)),
+        "gradient+exact": Recipe(("gradient",), ("gradient",), ("exact",)),
         "ig": Recipe(("ig",)),
         "secant": Recipe(("secant",)),
         "race": Recipe(cells=("exact",), race=True),
@@ -85,6 +96,7 @@ def sweep(
     batch: PromptBatch,
     metric: Anchor | Metric,
     *,
+    given: Anchor | None = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
     components: Iterable[Component | str] | None = None,
     method: Method = "exact",
@@ -106,17 +118,19 @@ def sweep(
         pair: base and expert.
         batch: prompts; only those with the instruction are used.
         metric: what is measured: an anchor, or a metric made on this batch (`response_metric`, `decision_metric`).
+        given: both models are held at the expert's mean state on this anchor, and what comes after it is swept: which
+            components execute the behaviour (see `Anchor.give`)?
         kinds: kinds of components to sweep, in all layers that the metric depends on.
         components: sweep these instead of whole kinds, by name or as `Component`s.
         method: "exact" replaces every component for real; "screen" scores all of them by the output-linearised
             first-order effect; "screen+exact" screens, then replaces the `top` ones of each kind; "gradient" is the
-            weight-gradient screen, "ig" its average on the way from base to expert, "secant" the secant adjoint, whose
-            scores sum to the gap; "race" replaces every component on a few prompts and only those that can still be
-            among the `top` of their kind on more (see `sweeps.race`); "masks" replaces random sets (see
-            `sweeps.masks`): what a component does among few, half or most of the others; "activation" patches the
-            expert's activations instead of its weights, after attribution patching as the screen; "factorial" measures
-            all cells of the 2x2 (source, relay, interaction, see `dataset.two_by_two`) and the knock-out in the expert,
-            for the `top` ones of both screens.
+            weight-gradient screen, "gradient+exact" replaces its `top` ones, "ig" is its average on the way from base
+            to expert, "secant" the secant adjoint, whose scores sum to the gap; "race" replaces every component on a
+            few prompts and only those that can still be among the `top` of their kind on more (see `sweeps.race`);
+            "masks" replaces random sets (see `sweeps.masks`): what a component does among few, half or most of the
+            others; "activation" patches the expert's activations instead of its weights, after attribution patching as
+            the screen; "factorial" measures all cells of the 2x2 (source, relay, interaction, see
+            `dataset.two_by_two`) and the knock-out in the expert, for the `top` ones of both screens.
         top: how many of each kind are replaced after a screen, chosen by its magnitude; k of a race.
         stratum: how many of the others of each kind are replaced too, at random, to estimate what the screen missed.
         confidence: of a race, that none of the true `top` is lost.
@@ -146,6 +160,9 @@ def sweep(
     if len(metric) != len(batch):
         raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
+    if given is not None:
+        given.check_belongs(pair)
+        metric = given.give(pair, batch, metric)
     chosen = _swept_components(pair, metric, kinds, components)
     done = {} if done is None else done
     base_score, expert_score = (scores(pair.cfg, params, metric) for params in (pair.base, pair.expert))
@@ -191,6 +208,8 @@ def sweep(
     coverage = _coverage(pair, metric, chosen, gap, budget, progress)
     measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow, nulls, sampled, masks)
     dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
+    if given is not None:
+        dataset.attrs["anchor_acceptance"] = given.acceptance
     dataset.attrs |= attributes | {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
     return SweepResult(dataset)
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from wpjax.components import Component, parse_component
-from wpjax.metrics import Metric, scores
+from wpjax.metrics import Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.results import SweepResult
 from wpjax.sweeps.secant import secant_adjoint
@@ -33,16 +33,24 @@ def add_set_score(pair: Pair, result: SweepResult, metrics: Sequence[Metric]) ->
 
     Returns:
         a new result; components that a metric cannot feel have no share of it.
+
+    Raises:
+        MetricRejected: the gap of a metric may be zero.
     """
     components = [parse_component(pair.cfg, str(name)) for name in result.dataset["name"].values]
-    found = np.mean([_shares(pair, components, metric) for metric in metrics], axis=0)
+    queries = result.dataset["query"].values
+    found = np.mean([_shares(pair, components, metric, queries) for metric in metrics], axis=0)
     return SweepResult(result.dataset.assign(set_score=("component", found)))
 
 
-def _shares(pair: Pair, components: Sequence[Component], metric: Metric) -> Float[np.ndarray, " C"]:
+def _shares(
+    pair: Pair, components: Sequence[Component], metric: Metric, queries: Int[np.ndarray, " B"]
+) -> Float[np.ndarray, " C"]:
     felt = [i for i, c in enumerate(components) if metric.reaches(c)]
-    base, expert = (scores(pair.cfg, params, metric).mean(dtype=np.float64) for params in (pair.base, pair.expert))
+    base, expert = (scores(pair.cfg, params, metric).astype(np.float64) for params in (pair.base, pair.expert))
+    expect_positive_gap(expert - base, queries, f"the {metric.name} metric")
     found = np.zeros(len(components))
-    change = secant_adjoint(pair.cfg, pair.base, pair.expert, [components[i] for i in felt], metric)
-    found[felt] = change.mean(1) / (expert - base)
+    if felt:
+        change = secant_adjoint(pair.cfg, pair.base, pair.expert, [components[i] for i in felt], metric)
+        found[felt] = change.mean(1) / (expert - base).mean()
     return found

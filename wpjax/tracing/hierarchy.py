@@ -120,6 +120,27 @@ def hierarchy(
     return Hierarchy(_nodes(result, chosen), aggregators, executors, rows[:, [u + 1 for u in kept]], rows[:, 0])
 
 
+def flow_by_layer(result: SweepResult, kind: str) -> Float[np.ndarray, "L U"]:
+    """Flow of one kind's components summed by their layer, to itself and to attention and MLP of every layer.
+
+    Args:
+        result: a sweep that holds flow; layers up to the one that its metric reads.
+        kind: of the suppliers.
+
+    Returns:
+        share of the gap; columns are "self", then attention and MLP of layer 0, of layer 1 and so on. A row sums to
+        the effects of its components.
+    """
+    data, n_layers = result.dataset, int(result.dataset.attrs["metric_layer"]) + 1
+    targets = [str(t) for t in data["target"].values]
+    columns = [0] + [1 + 2 * int(t[1:].split(".")[0]) + t.endswith("mlp") for t in targets[1:]]
+    flow, mine = np.nan_to_num(data["flow"].values.astype(np.float64)), data["kind"].values == kind
+    found = np.zeros((n_layers, 1 + 2 * n_layers))
+    for layer in range(n_layers):
+        np.add.at(found[layer], columns, flow[mine & (data["layer"].values == layer)].sum(0))
+    return found
+
+
 def _nodes(result: SweepResult, chosen: list[int]) -> tuple[Node, ...]:
     data = result.dataset
     return tuple(
