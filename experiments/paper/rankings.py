@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from experiments.paper.replicate import FINE
 from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
@@ -27,7 +27,7 @@ from wpjax.anchors import Anchor
 from wpjax.behaviours import Behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.components import Component, enumerate_components, n_parameters
-from wpjax.metrics import ANSWER_METRICS, Metric, scores
+from wpjax.metrics import ANSWER_METRICS, Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.stats import resample
@@ -57,13 +57,15 @@ NAMES = (
 
 
 def rankings(
-    pair: Pair, metrics: dict[str, Metric], components: list[Component], steps: int
+    pair: Pair, metrics: dict[str, Metric], components: list[Component], queries: Int[np.ndarray, " B"], steps: int
 ) -> dict[str, Float[np.ndarray, " C"]]:
     """Share of the gap that each component has, by each ranking; 0 where a metric cannot feel it."""
 
     def shares(run: Callable[..., np.ndarray], metric: Metric, **options: Any) -> Float[np.ndarray, " C"]:
         felt = np.array([metric.reaches(c) for c in components])
-        gap = (scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)).mean()
+        gaps = (scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)).astype(np.float64)
+        expect_positive_gap(gaps, queries, f"the {metric.name} metric")
+        gap = gaps.mean()
         values, some = np.zeros(len(components)), [c for c, f in zip(components, felt, strict=True) if f]
         values[felt] = run(pair.cfg, pair.base, pair.expert, some, metric, **options).mean(1) / gap
         return values
@@ -96,7 +98,7 @@ def run_task(
     budgets = np.geomspace(0.003, 0.6, points) * sizes.sum()
     ends = np.stack([judge.passes(answers) for answers in said])
     passes: dict[str, Bool[np.ndarray, "K B"]] = {}
-    ranked = rankings(pair, metrics, components, steps)
+    ranked = rankings(pair, metrics, components, batch.queries, steps)
     assert set(ranked) == set(NAMES)
     earlier: dict[str, Any] = {"passes": {}, "areas": {}}
     if known is not None and (known["budgets"], known["steps"]) == ([round(b) for b in budgets], steps):

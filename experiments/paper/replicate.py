@@ -17,17 +17,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
 from experiments.records import made, table, write
 from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour
 from wpjax.cli.console import progress_bars
-from wpjax.curves import Curves
+from wpjax.curves import CHECKS, Curves
 from wpjax.metrics import kl_metric
 from wpjax.pairs import Pair
 from wpjax.report import write_report
@@ -36,9 +38,12 @@ from wpjax.results import Shards, SweepResult
 from wpjax.steering import Judge, check_behaviour_differs
 from wpjax.sweeps import sweep
 from wpjax.tracing import hierarchy
-from wpjax.validation import validate
+from wpjax.validation import activation_values, validate
 
 FINE = ("head", "kv_group", "neuron")
+FORMS = {"error": "{:.2f}", "rho": "({:.2f})"}
+N_TOP = 64
+"""Highest components by weights and by activations that are compared."""
 
 
 def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str, Any]:
@@ -67,13 +72,16 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
             fitted.save(places["anchor.safetensors"])
         anchor = Anchor.load(places["anchor.safetensors"])
         batch = task.encode(pair.tokenizer, "sweep", n_prompts)
-        options: dict[str, Any] = {"method": "screen+exact", "top": int(config["top"]), "progress": progress}
+        options: dict[str, Any] = {"top": int(config["top"]), "progress": progress}
         if not places["sweep.nc"].exists():
-            found = sweep(pair, batch, anchor, done=parts("sweep"), **options)
+            method = config.get("method", "screen+exact")
+            found = sweep(pair, batch, anchor, method=method, done=parts("sweep"), **options)
             found.to_netcdf(places["sweep.nc"])
         if not places["execution.nc"].exists():
-            given = anchor.give(pair, batch, kl_metric(pair, batch, new_tokens))
-            found = sweep(pair, batch, given, done=parts("execution"), **options)
+            metric = kl_metric(pair, batch, new_tokens)
+            found = sweep(
+                pair, batch, metric, given=anchor, method="screen+exact", done=parts("execution"), **options
+            )  # fmt: skip
             found.to_netcdf(places["execution.nc"])
         swept, executed = (SweepResult.from_netcdf(places[name]) for name in ("sweep.nc", "execution.nc"))
         if not places["curves.nc"].exists():
@@ -86,10 +94,18 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
         curves = Curves.from_netcdf(places["curves.nc"])
     write_report(swept, folder / "report.html", execution=executed, overwrite=True)
     write_curves(curves, places["curves.nc"], overwrite=True)
-    return summary(pair, anchor, swept, executed, curves)
+    activation = activation_values(pair, task, swept, anchor, new_tokens)
+    return summary(pair, anchor, swept, activation, executed, curves)
 
 
-def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResult, curves: Curves) -> dict[str, Any]:
+def summary(
+    pair: Pair,
+    anchor: Anchor,
+    swept: SweepResult,
+    activation: Float[np.ndarray, " C"],
+    executed: SweepResult,
+    curves: Curves,
+) -> dict[str, Any]:
     """Figures of one task."""
     found, data = hierarchy(swept, executed), swept.dataset
     n_layers = pair.cfg.n_layers
@@ -97,11 +113,13 @@ def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResul
     kinds = data["kind"].values.astype(str)
     inflow = np.array([a.value for a in found.aggregators])
     heads = np.array([".head." in a.name for a in found.aggregators])
-    strict = curves.share("strict")[1][0]
-    ends = curves.dataset["end_strict"].values.mean(1)
+    layers = np.array([a.layer for a in found.aggregators])
     areas = {
-        side: {name: [round(x, 3) for x in curves.area("strict", side, r)] for r, name in enumerate(curves.rankings)}
-        for side in ("restore", "knockout")
+        check: {
+            side: {name: [_rounded(x) for x in curves.area(check, side, r)] for r, name in enumerate(curves.rankings)}
+            for side in ("restore", "knockout")
+        }
+        for check in CHECKS
     }
     return {
         **made(),
@@ -111,35 +129,73 @@ def summary(pair: Pair, anchor: Anchor, swept: SweepResult, executed: SweepResul
         "coverage": round(float(data.attrs["coverage"]), 3),
         "sources": [n._asdict() for n in found.sources[:8]],
         "source_depth": _mean(data["layer"].values, positive) / n_layers,
+        "activation_depth": _mean(data["layer"].values, np.clip(activation, 0, None)) / n_layers,
+        "two_by_two": _two_by_two(swept),
         "anchor_depth": anchor.layer / n_layers,
         "source_kinds": {k: float(positive[kinds == k].sum() / positive.sum()) for k in FINE},
         "aggregators": [n._asdict() for n in found.aggregators],
-        "aggregator_depth": _mean(np.array([a.layer for a in found.aggregators]), inflow) / n_layers,
-        "aggregated_by_heads": float(inflow[heads].sum() / inflow.sum()) if inflow.size else float("nan"),
+        "aggregator_depth": _mean(layers, inflow) / n_layers if inflow.size else None,
+        "aggregated_by_heads": float(inflow[heads].sum() / inflow.sum()) if inflow.size else None,
         "executors": [n._asdict() for n in found.executors[:8]],
         "execution_coverage": round(float(executed.dataset.attrs["coverage"]), 3),
-        "passes": {"base": float(ends[0]), "expert": float(ends[1]), "best_set": float(strict[0, 0].max())},
+        "passes": {check: _passes(curves, check) for check in CHECKS},
         "n_components": curves.dataset["n_components"].values[0].tolist(),
-        "passes_by_size": [round(float(x), 3) for x in strict[0, 0]],
+        "passes_by_size": [round(float(x), 3) for x in curves.share("strict")[1][0, 0, 0]],
         "areas": areas,
-        "calibration": [c._asdict() for c in curves.calibration()],
+        "calibration": [{k: _rounded(v) for k, v in c._asdict().items()} for c in curves.calibration()],
     }
 
 
+def _passes(curves: Curves, check: str) -> dict[str, float]:
+    base, expert = (float(x) for x in curves.dataset[f"end_{check}"].values.mean(1))
+    return {"base": base, "expert": expert, "best_set": float(curves.share(check)[1][0, 0, 0].max())}
+
+
+def _two_by_two(swept: SweepResult) -> dict[str, Any] | None:
+    """Where sources and relays lie, of the components that were measured in all cells; None if none were."""
+    data = swept.dataset
+    if "source" not in data:
+        return None
+    known = np.isfinite(data["source"].values)
+    source, relay = (np.clip(data[name].values[known], 0, None) for name in ("source", "relay"))
+    layers, n_layers = data["layer"].values[known], int(data.attrs["n_layers"])
+    effect, patched = (data[name].values[known] for name in ("effect", "activation"))
+    best = [set(np.argsort(-values)[:N_TOP].tolist()) for values in (effect, patched)]
+    return {
+        "components": int(known.sum()),
+        "source_depth": _mean(layers, source) / n_layers,
+        "relay_depth": _mean(layers, relay) / n_layers,
+        "relay_of_activation_top": float(relay[list(best[1])].sum() / (source + relay)[list(best[1])].sum()),
+        "shared_of_top": len(best[0] & best[1]) / N_TOP,
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Figures to three digits, None in place of NaN, which JSON has not."""
+    if isinstance(value, tuple):
+        return [_rounded(v) for v in value]
+    return value if not isinstance(value, float) else None if math.isnan(value) else round(value, 3)
+
+
 def _mean(values: np.ndarray, weights: np.ndarray) -> float:
+    known = np.isfinite(weights)
+    values, weights = values[known], weights[known]
     return float((values * weights).sum() / weights.sum()) if weights.sum() > 0 else float("nan")
 
 
 def markdown(report: dict[str, Any]) -> str:
     """One line a task: anchor, depth of sources and aggregators, and the areas under the restoration curves."""
-    columns = ["task", "anchor", "accepted", "sources: depth", "in neurons", "by way of: depth", "by heads",
-               "passes, best set (expert)", "area: weights", "area: activation", "area: random"]  # fmt: skip
+    columns = ["task", "anchor", "accepted", "sources: depth", "in neurons", "activation: depth", "by way of: depth",
+               "by heads", "passes, best set (expert)", "loose", "area: weights", "area: activation",
+               "area: random"]  # fmt: skip
     rows = []
     for name, r in measured(report).items():
-        areas = r["areas"]["restore"]
+        areas = r["areas"]["strict"]["restore"]
         first = next(iter(areas))
         by_way = (f"{r['aggregator_depth']:.2f}", f"{r['aggregated_by_heads']:.0%}") if r["aggregators"] else ("", "")
         random = np.mean([a[0] for ranking, a in areas.items() if ranking.startswith("random")])
+        patched = next(a for ranking, a in areas.items() if ranking in ("activation", "attribution"))
+        passes = (f"{r['passes'][c]['best_set']:.0%} ({r['passes'][c]['expert']:.0%})" for c in CHECKS)
         rows.append(
             [
                 name.removeprefix("tiny:"),
@@ -147,9 +203,10 @@ def markdown(report: dict[str, Any]) -> str:
                 "yes" if r["acceptance"] == "accepted" else "no",
                 f"{r['source_depth']:.2f}",
                 f"{r['source_kinds']['neuron']:.0%}",
+                f"{r['activation_depth']:.2f}",
                 *by_way,
-                f"{r['passes']['best_set']:.0%} ({r['passes']['expert']:.0%})",
-                *(f"{a[0]:.2f} [{a[1]:.2f}, {a[2]:.2f}]" for a in (areas[first], areas["activation"])),
+                *passes,
+                *(f"{a[0]:.2f} [{a[1]:.2f}, {a[2]:.2f}]" for a in (areas[first], patched)),
                 f"{random:.2f}",
             ]
         )
@@ -163,7 +220,7 @@ def calibrations(report: dict[str, Any]) -> str:
 
     def cell(task: dict[str, Any], measure: str) -> str:
         found = next(c for c in task["calibration"] if c["measure"] == measure)
-        return f"{found['error']:.2f} ({found['rho']:.2f})"
+        return " ".join(form.format(found[k]) for k, form in FORMS.items() if found[k] is not None) or "no gap"
 
     rows = [[name.removeprefix("tiny:"), *(cell(task, m) for m in measures)] for name, task in tasks.items()]
     return table(["task", *measures], rows)
