@@ -13,7 +13,7 @@ from wpjax.behaviours import behaviour
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.pairs import load_pair
 from wpjax.report import write_report
-from wpjax.report.figures import make_figure
+from wpjax.report.figures import available, make_figure
 from wpjax.results import SweepResult
 from wpjax.sweeps import sweep
 
@@ -66,6 +66,16 @@ class Page(html.parser.HTMLParser):
         self.shown.append(data)
         if self.rows and self.lasttag in ("td", "code") and data.strip():
             self.rows[-1].append(data.strip())
+
+
+def test_what_stands_in_no_layer_flows_without_a_picture(tmp_path):
+    """The embedding's effect arrives by way of every layer, but it has no row of its own."""
+    pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
+    batch = task.encode(pair.tokenizer, n_prompts=4)
+    found = sweep(pair, batch, fit_anchor(pair, task, causal="skip"), kinds="embed")
+    assert "flow" in found.dataset
+    assert "flow" not in available(found)
+    write_report(found, tmp_path / "r.html")
 
 
 def test_the_table_holds_the_numbers_of_the_result(result, tmp_path):

@@ -31,11 +31,11 @@ def make_anchor(pair, layer) -> Anchor:
     return Anchor(jnp.asarray(v / np.linalg.norm(v)), layer)
 
 
-def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=None):
+def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=None, plan=None):
     """Changes [C, B] by suffix replay."""
     metric = anchor.on(batch) if isinstance(anchor, Anchor) else anchor
     packing = pack(metric)
-    plan = make_plan(pair.cfg, components, packing, budget)
+    plan = make_plan(pair.cfg, components, packing, budget) if plan is None else plan
     runs = run_packed(pair.cfg, pair.base, metric, packing), None
     donor = pair.expert if donor is None else donor
     found = {}
@@ -193,6 +193,12 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(family_pair, batch, m
         got = exact(pair, batch, anchor, components)
     np.testing.assert_allclose(got, expected, atol=2e-5)
     assert {size > 5 for size in sizes} == {size > 3 for size in sizes} == {False, True}
+
+    plan = make_plan(pair.cfg, components, pack(anchor.on(batch)))
+    before = dict(plan.rows)
+    with pytest.warns(UserWarning, match="out of memory"):
+        exact(pair, batch, anchor, components, plan=plan)
+    assert all(plan.rows[kind] <= 3 < before[kind] for kind in before)  # what comes next starts with what fits
 
     def full(*args, **options):
         raise full_up

@@ -1,6 +1,7 @@
 """Behavioural curves: hand-worked cases, and the embedded planted pair, whose truth is known."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from wpjax.pairs import load_pair, planted_components
 from wpjax.patching import PatchMask, patch
 from wpjax.report.curves import write_curves
 from wpjax.results import SweepResult
+from wpjax.stats import resample
 from wpjax.steering import Judge
 from wpjax.sweeps import add_set_score, sweep
 from wpjax.validation import activation_values, anchor_of, log_grid, orders, steps_of, validate
@@ -124,6 +126,24 @@ def test_a_score_whose_gap_may_be_zero_gives_no_share(tmp_path, capsys):
         write_curves(curves, tmp_path / "c.nc", overwrite=True)
         print_curves(curves, as_json=False)
         assert "no share by kl: expert minus base is" in capsys.readouterr().out
+        print_curves(curves, as_json=True)
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["areas"]["restore"]["effect"]["kl"] == {"mean": None, "low": None, "high": None}
+        assert printed["gaps"]["kl"]["low"] <= 0
+
+
+def test_resamples_without_any_prompt_that_differs_are_left_out():
+    """The expert passes on 4 of 16: a sure gap, though some resamples hold none of the four."""
+    data = by_hand().dataset.isel(prompt=[0] * 16).assign(query=("prompt", np.arange(16)))
+    passing = np.arange(16) < 4
+    data["end_strict"] = (("end", "prompt"), np.stack([np.zeros(16, bool), passing]))
+    data["strict"] = data["strict"] & xr.DataArray(passing, dims="prompt")
+    curves = Curves(data)
+    drawn = resample(data["query"].values, seed=0).weights @ passing
+    assert (drawn == 0).any()
+    assert curves.gap("strict").low > 0
+    np.testing.assert_allclose(curves.share("strict")[0][:, 0, 0], [[0, 1]] * 3)
+    np.testing.assert_allclose(curves.area("strict", "restore", 0), [0.5] * 3)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +270,11 @@ def test_activations_that_were_patched_rank_the_control(planted, result):
         [p if np.isfinite(p) else f for p, f in zip(patched, first, strict=True)],
     )
     assert "activation" in orders(*planted, found, anchor_of(result), n_random=1)
+    alone = SweepResult(found.dataset.assign(effect=found.dataset["effect"] * np.nan))  # of a sweep of activations
+    order = orders(*planted, alone, None, n_random=1)
+    assert list(order) == ["activation", "delta_norm", "random 1"]
+    expected = np.where(np.isfinite(patched), patched, first)
+    assert [c.name for c in order["activation"]] == data["name"].values[np.argsort(-expected, kind="stable")].tolist()
 
 
 def test_finished_parts_of_another_shape_are_refused(planted, result):

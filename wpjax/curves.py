@@ -91,8 +91,7 @@ class Curves:
         moved = np.stack([values[0] - ends[0], ends[1] - values[1]])
         weights, tails = self._resamples.weights, self._resamples.tails(0.95)
         gap = self._gaps(measure)
-        drawn = (moved @ weights.T) / gap[1:]
-        low, high = np.percentile(drawn, tails, axis=-1)
+        low, high = _share_bounds(moved @ weights.T, gap[1:], tails)
         means = (values @ weights.T) / weights.sum(1)
         bounds = np.percentile(means, tails, axis=-1)
         return np.stack([moved.sum(-1) / gap[0], low, high]), np.stack([values.mean(-1), *bounds])
@@ -132,7 +131,7 @@ class Curves:
         if len(x) > 1:
             by_prompt = np.trapezoid(moved[first], x, axis=0) / (x[-1] - x[0])
         gap, resamples = self._gaps(measure), self._resamples
-        low, high = np.percentile((resamples.weights @ by_prompt) / gap[1:], resamples.tails(0.95))
+        low, high = _share_bounds(resamples.weights @ by_prompt, gap[1:], resamples.tails(0.95))
         return Interval(float(by_prompt.sum() / gap[0]), float(low), float(high))
 
     def calibration(self) -> list[Calibration]:
@@ -170,6 +169,16 @@ class Curves:
         if wrong:
             raise WpjaxError(f"{path}: lacks a usable {', '.join(wrong)}; it is damaged, validate again")
         return cls(dataset)
+
+
+def _share_bounds(
+    moved: Float[np.ndarray, "*n N"], gaps: Float[np.ndarray, " N"], tails: tuple[float, float]
+) -> Float[np.ndarray, "2 *n"]:
+    """Interval of a share from resamples; those that hold no prompt which tells base from expert have none."""
+    some = gaps > 0
+    if not some.any():
+        return np.full((2, *moved.shape[:-1]), np.nan)
+    return np.percentile(moved[..., some] / gaps[some], tails, axis=-1)
 
 
 DIMS = ("direction", "ranking", "point", "prompt")

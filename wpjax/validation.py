@@ -106,24 +106,18 @@ def orders(
     data, rng = result.dataset, np.random.default_rng(seed)
     by = by or result.set_ranking
     components = [parse_component(pair.cfg, str(name)) for name in data["name"].values]
-    tested = dict.fromkeys((by, result.ranking))
-    values = {name: result.best() if name == "effect" else result.values(name) for name in tested}
-    patched = activation_order(result)
-    controls: dict[str, Callable[[], np.ndarray]] = {
+    patched = "activation" if "activation" in result.dataset else "attribution"
+    made: dict[str, Callable[[], np.ndarray]] = {  # rankings that fall back on another where nothing was replaced
+        "effect": result.best,
         patched: lambda: activation_values(pair, behaviour, result, anchor, max_new_tokens),
-        "delta_norm": lambda: result.values("delta_norm"),
     }
-    values |= {name: control() for name, control in controls.items() if name not in tested}
+    names = dict.fromkeys((by, result.ranking, patched, "delta_norm"))
+    values = {name: made[name]() if name in made else result.values(name) for name in names}
     values |= {f"random {i + 1}": rng.standard_normal(len(components)) for i in range(n_random)}
     return {
         name: [components[i] for i in np.argsort(-np.nan_to_num(v, nan=-np.inf), kind="stable")]
         for name, v in values.items()
     }
-
-
-def activation_order(result: SweepResult) -> str:
-    """What the order of activation patching is called: "activation", or "attribution" if it is of first order only."""
-    return "activation" if "activation" in result.dataset else "attribution"
 
 
 def activation_values(
@@ -197,6 +191,7 @@ def validate(
     """
     check_same_pair(pair, result)
     behaviour.check_checker()
+    acceptance = result.dataset.attrs.get("anchor_acceptance") if anchor is None else anchor.acceptance
     anchor = anchor_of(result) if anchor is None else anchor
     if anchor is not None:
         anchor.check_belongs(pair)
@@ -246,7 +241,8 @@ def validate(
                 progress("patched models", made, total)
     if not (np.isfinite(values).all() and np.isfinite(ends).all()):
         raise WpjaxError("a patched model gives scores that are not finite; check the checkpoints for NaN")
-    return Curves(_dataset(pair, result, batch.queries, steps, names, values, ends, seed, n_prompts, max_new_tokens))
+    made_of = _dataset(pair, result, batch.queries, steps, names, values, ends, seed, n_prompts, max_new_tokens)
+    return Curves(made_of.assign_attrs({} if acceptance is None else {"anchor_acceptance": acceptance}))
 
 
 def anchor_of(result: SweepResult) -> Anchor | None:
@@ -314,7 +310,6 @@ def _dataset(
     }
     kept = ("base", "expert", "base_fingerprint", "expert_fingerprint", "behaviour", "metric", "metric_layer", "dtype")
     attributes = {name: result.dataset.attrs[name] for name in kept}
-    attributes |= {n: result.dataset.attrs[n] for n in ("anchor_acceptance",) if n in result.dataset.attrs}
     attributes |= {
         "what": "curves",
         "schema": SCHEMA,

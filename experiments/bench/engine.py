@@ -4,7 +4,7 @@ r"""What the engine costs, against what the matrix unit could do: exact sweeps, 
         --behaviour english_capital --n-prompts 8 --out experiments/bench/engine.json
 
 The ceiling is the best rate of one large product measured in the same run. Operations are counted by METHOD's rule: a
-patch of layer l costs what comes after it up to the layer that is read, for every packed token; in that layer keys and
+patch of layer l costs what comes after it up to the layer that is read, for every token once; in that layer keys and
 values only. Times are medians, compilation left out; what is compared runs alternately. Peak memory is read from /proc:
 elsewhere than on Linux, pass --pair-only.
 """

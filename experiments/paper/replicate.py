@@ -4,10 +4,11 @@
         --out experiments/paper/tiny.results.json
 
 For each task: the expert, if its folder is not there (fine-tuned on the base's own rewritten answers); the anchor with
-its causal tests; the sweep of heads, KV groups and neurons up to it (screen, then exact, with a random stratum) and the
-flow; the sweep of what executes the behaviour once the anchor's state is given; restoration and knock-out curves
-against their controls, judged by the checker. Finished steps are kept in the work folder, and finished tasks in the
-results, and are not repeated. The summary says of each of the paper's findings what was seen.
+its causal tests; the sweep of heads, KV groups and neurons up to it (screen, then exact, with a random stratum; with
+"method": "factorial" in the config, of activations and knock-outs too) and the flow; the sweep of what executes the
+behaviour once the anchor's state is given; restoration and knock-out curves against their controls, judged by the
+checker. Finished steps are kept in the work folder, and finished tasks in the results, and are not repeated. The
+summary says of each of the paper's findings what was seen.
 
 A config names a base and an expert ("{task}" in its path stands for the task's name) and the tasks; a task may be an
 object with a name and settings of its own.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
 from experiments.records import made, table, write
 from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour
-from wpjax.cli.console import progress_bars
+from wpjax.cli.console import progress_bars, without_nan
 from wpjax.curves import CHECKS, Curves
 from wpjax.metrics import kl_metric
 from wpjax.pairs import Pair
@@ -41,7 +41,6 @@ from wpjax.tracing import hierarchy
 from wpjax.validation import activation_values, validate
 
 FINE = ("head", "kv_group", "neuron")
-FORMS = {"error": "{:.2f}", "rho": "({:.2f})"}
 N_TOP = 64
 """Highest components by weights and by activations that are compared."""
 
@@ -95,7 +94,7 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
     write_report(swept, folder / "report.html", execution=executed, overwrite=True)
     write_curves(curves, places["curves.nc"], overwrite=True)
     activation = activation_values(pair, task, swept, anchor, new_tokens)
-    return summary(pair, anchor, swept, activation, executed, curves)
+    return without_nan(summary(pair, anchor, swept, activation, executed, curves))
 
 
 def summary(
@@ -116,7 +115,7 @@ def summary(
     layers = np.array([a.layer for a in found.aggregators])
     areas = {
         check: {
-            side: {name: [_rounded(x) for x in curves.area(check, side, r)] for r, name in enumerate(curves.rankings)}
+            side: {name: [round(x, 3) for x in curves.area(check, side, r)] for r, name in enumerate(curves.rankings)}
             for side in ("restore", "knockout")
         }
         for check in CHECKS
@@ -134,15 +133,15 @@ def summary(
         "anchor_depth": anchor.layer / n_layers,
         "source_kinds": {k: float(positive[kinds == k].sum() / positive.sum()) for k in FINE},
         "aggregators": [n._asdict() for n in found.aggregators],
-        "aggregator_depth": _mean(layers, inflow) / n_layers if inflow.size else None,
-        "aggregated_by_heads": float(inflow[heads].sum() / inflow.sum()) if inflow.size else None,
+        "aggregator_depth": _mean(layers, inflow) / n_layers,
+        "aggregated_by_heads": _mean(heads, inflow),
         "executors": [n._asdict() for n in found.executors[:8]],
         "execution_coverage": round(float(executed.dataset.attrs["coverage"]), 3),
         "passes": {check: _passes(curves, check) for check in CHECKS},
         "n_components": curves.dataset["n_components"].values[0].tolist(),
         "passes_by_size": [round(float(x), 3) for x in curves.share("strict")[1][0, 0, 0]],
         "areas": areas,
-        "calibration": [{k: _rounded(v) for k, v in c._asdict().items()} for c in curves.calibration()],
+        "calibration": [c._asdict() for c in curves.calibration()],
     }
 
 
@@ -170,13 +169,6 @@ def _two_by_two(swept: SweepResult) -> dict[str, Any] | None:
     }
 
 
-def _rounded(value: Any) -> Any:
-    """Figures to three digits, None in place of NaN, which JSON has not."""
-    if isinstance(value, tuple):
-        return [_rounded(v) for v in value]
-    return value if not isinstance(value, float) else None if math.isnan(value) else round(value, 3)
-
-
 def _mean(values: np.ndarray, weights: np.ndarray) -> float:
     known = np.isfinite(weights)
     values, weights = values[known], weights[known]
@@ -192,7 +184,6 @@ def markdown(report: dict[str, Any]) -> str:
     for name, r in measured(report).items():
         areas = r["areas"]["strict"]["restore"]
         first = next(iter(areas))
-        by_way = (f"{r['aggregator_depth']:.2f}", f"{r['aggregated_by_heads']:.0%}") if r["aggregators"] else ("", "")
         random = np.mean([a[0] for ranking, a in areas.items() if ranking.startswith("random")])
         patched = next(a for ranking, a in areas.items() if ranking in ("activation", "attribution"))
         passes = (f"{r['passes'][c]['best_set']:.0%} ({r['passes'][c]['expert']:.0%})" for c in CHECKS)
@@ -201,16 +192,21 @@ def markdown(report: dict[str, Any]) -> str:
                 name.removeprefix("tiny:"),
                 f"{r['anchor_layer']} of {r['n_layers']}",
                 "yes" if r["acceptance"] == "accepted" else "no",
-                f"{r['source_depth']:.2f}",
-                f"{r['source_kinds']['neuron']:.0%}",
-                f"{r['activation_depth']:.2f}",
-                *by_way,
+                _figure(r["source_depth"], ".2f"),
+                _figure(r["source_kinds"]["neuron"], ".0%"),
+                _figure(r["activation_depth"], ".2f"),
+                _figure(r["aggregator_depth"], ".2f"),
+                _figure(r["aggregated_by_heads"], ".0%"),
                 *passes,
-                *(f"{a[0]:.2f} [{a[1]:.2f}, {a[2]:.2f}]" for a in (areas[first], patched)),
+                *(f"{a[0]:.2f} [{_figure(a[1], '.2f')}, {_figure(a[2], '.2f')}]" for a in (areas[first], patched)),
                 f"{random:.2f}",
             ]
         )
     return table(columns, rows)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def calibrations(report: dict[str, Any]) -> str:
@@ -220,7 +216,9 @@ def calibrations(report: dict[str, Any]) -> str:
 
     def cell(task: dict[str, Any], measure: str) -> str:
         found = next(c for c in task["calibration"] if c["measure"] == measure)
-        return " ".join(form.format(found[k]) for k, form in FORMS.items() if found[k] is not None) or "no gap"
+        if found["error"] is None:
+            return "no gap"
+        return f"{found['error']:.2f}" + ("" if found["rho"] is None else f" ({found['rho']:.2f})")
 
     rows = [[name.removeprefix("tiny:"), *(cell(task, m) for m in measures)] for name, task in tasks.items()]
     return table(["task", *measures], rows)

@@ -141,7 +141,7 @@ def show_steering(anchor: Anchor) -> None:
                 f"{t.strength:g}",
                 f"{t.removed:.0%}",
                 f"{t.removed_random:.0%}",
-                f"{t.nll:.2f} ({t.nll_expert:.2f})",
+                f"{t.nll:.2f}, {t.nll_removed:.2f} ({t.nll_expert:.2f})",
                 "rejected" if t.verdict() else "accepted",
             )
             for t in tests

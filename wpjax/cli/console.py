@@ -21,14 +21,15 @@ err = Console(stderr=True, highlight=False)
 
 def print_json(value: Any) -> None:
     """Machine-readable output; numbers that do not exist are null."""
-    print(json.dumps(_without_nan(value), indent=1, default=str, allow_nan=False))
+    print(json.dumps(without_nan(value), indent=1, default=str, allow_nan=False))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """A tree of JSON values with None in place of numbers that do not exist."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

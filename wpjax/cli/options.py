@@ -30,9 +30,9 @@ CausalOption = Annotated[
     CausalName,
     typer.Option(
         "--causal",
-        help="Steering tests of the anchor, by the checker on generated answers: require them, report them (a result "
-        "on an anchor that fails is marked), or skip them, and with them the check, with other metrics too, that base "
-        "and expert differ in the behaviour.",
+        help="Steering tests of the anchor, by the checker on generated answers (of other metrics: whether base and "
+        "expert differ in the behaviour): require them, report them (the result of one that fails is marked), or skip "
+        "them.",
     ),
 ]
 SteeredOption = Annotated[int, typer.Option("--n-steered", min=4, help="Prompts of the steering tests, at most.")]
@@ -50,7 +50,7 @@ NewTokensOption = Annotated[
     typer.Option(
         "--max-new-tokens",
         min=1,
-        help="Length of generated answers: in the steering tests, and what response and decision read.",
+        help="Length of generated answers: for the checker, and what response, decision and kl read.",
     ),
 ]
 

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
 
+MARKS = ("anchor_acceptance", "behaviour_differs", "race_share", "race_undecided")
+"""Attributes of a result that its ranking must not be read without."""
+
+
 class MetricName(enum.StrEnum):
     """What effects are measured on."""
 
@@ -153,7 +157,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how much of the behaviour each component's weights carry, and write the result."""
-    from wpjax.errors import OutputError, WpjaxError
+    from wpjax.errors import AnchorRejected, OutputError, WpjaxError
     from wpjax.files import check_output
 
     check_output(out, overwrite)
@@ -212,8 +216,14 @@ def run(
         own, differs = judge.answers(pair.expert), "not tested"
         if causal != CausalName.skip:
             task.check_checker()
-            check_behaviour_differs(judge, judge.answers(pair.base), own)
-            differs = "by the checker"
+            try:
+                check_behaviour_differs(judge, judge.answers(pair.base), own)
+            except AnchorRejected as error:
+                if causal == CausalName.require:
+                    raise AnchorRejected(f"{error} (--causal report goes on and marks the result)") from error
+                differs = str(error)
+            else:
+                differs = "by the checker"
         what = ANSWER_METRICS[metric.value](pair, batch, max_new_tokens, own)
     measured = what.metric(pair, batch) if isinstance(what, Anchor) else what
     settings = {
@@ -298,6 +308,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
     if as_json:
         print_json(
             {"ranked_by": by, "top": [r._asdict() for r in rows], "coverage": {**coverage, "all": attrs["coverage"]}}
+            | {name: attrs[name] for name in MARKS if name in attrs}
         )
         return
     data, bounds = result.dataset, ("ci_low", "ci_high") if exact else (f"{by}_low", f"{by}_high")
@@ -328,5 +339,5 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         + (f"; noise floor {attrs['noise_floor']:.1e}; patches at once: {at_once}" if exact else "")
         + (_raced(attrs) if "race_share" in attrs else "")
         + (f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}" if "anchor_acceptance" in attrs else "")
-        + (f"\nbase and expert differ: {attrs['behaviour_differs']}" if "behaviour_differs" in attrs else "")
+        + (f"\ndo base and expert differ: {attrs['behaviour_differs']}" if "behaviour_differs" in attrs else "")
     )

@@ -126,7 +126,14 @@ def print_curves(curves: Curves, as_json: bool) -> None:
     calibration = curves.calibration()
     if as_json:
         tree = {d: {n: {m: a._asdict() for m, a in f.items()} for n, f in of.items()} for d, of in areas.items()}
-        print_json({"areas": tree, "calibration": [c._asdict() for c in calibration]})
+        print_json(
+            {
+                "areas": tree,
+                "calibration": [c._asdict() for c in calibration],
+                "gaps": {m: curves.gap(m)._asdict() for m in measures},
+                "anchor_acceptance": curves.dataset.attrs.get("anchor_acceptance"),
+            }
+        )
         return
     titles = {"restore": "Brought into the base", "knockout": "\nTaken out of the expert"}
     for direction, of in areas.items():
@@ -161,4 +168,4 @@ def _figure(value: float) -> str:
 
 
 def _bounded(area: Interval) -> str:
-    return f"{area.mean:.2f} [{area.low:.2f}, {area.high:.2f}]"
+    return "" if math.isnan(area.mean) else f"{area.mean:.2f} [{area.low:.2f}, {area.high:.2f}]"

@@ -94,8 +94,9 @@ def make_calibration(curves: Curves) -> Figure:
                 axes.scatter(claimed[:, r], passing[:, r], s=14, color=_colour(name, r == 0), alpha=0.8, lw=0)
             axes.plot([0, 1], [0, 1], color="#222", lw=0.6, ls=":")
             axes.set(xlabel="share by the score")
-            sure = curves.gap(one.measure).low > 0
-            axes.set_title(f"{one.measure}: " + (f"rank correlation {one.rho:.2f}" if sure else "no gap"))
+            sure, known = curves.gap(one.measure).low > 0, not np.isnan(one.rho)
+            says = f"rank correlation {one.rho:.2f}" if known else "all alike" if sure else "no gap"
+            axes.set_title(f"{one.measure}: {says}")
         grid[0].set_ylabel("share that passes")
     return figure
 

@@ -298,7 +298,7 @@ def available(
         figures["depth"] = (draw_depth, (5.4, 3.2))
     if "source" in result.dataset and np.isfinite(result.dataset["source"].values).any():
         figures["plane"] = (draw_plane, (5.4, 4.2))
-    if "flow" in result.dataset:
+    if "flow" in result.dataset and _finest(result):
         figures["flow"] = (draw_flow, (6.4, 4.8))
     if "flow" in result.dataset or execution is not None:  # without flow `hierarchy` says what is wrong
         figures["hierarchy"] = (lambda r, axes: draw_hierarchy(r, axes, execution), (7.4, 4.6))

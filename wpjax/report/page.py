@@ -144,7 +144,7 @@ def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
             {
                 "kind": kind,
                 "n": int(mine.sum()),
-                "n_exact": int((mine & data["exact"].values).sum()),
+                "n_exact": int((mine & np.isfinite(data["p_value"].values)).sum()),  # or activations were patched
                 "joint": float(data["coverage_joint"].values[i]),
                 "sum": float(data["coverage_sum"].values[i]),
                 "floor": float(floors.get(kind, np.nan)),

@@ -64,7 +64,7 @@ class Engine:
         chosen: every component that is swept; changes come in its order.
         done: finished parts, extended.
         progress: called after every chunk.
-        models: of another engine of this pair, which has placed them on the devices.
+        models: base and expert where they stand on the devices, if `placed` has put them and the metric there.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Engine:
         models: Mapping[str, Params] | None = None,
     ):
         self.pair, self.done, self.progress = pair, done, progress
-        used = {"base": pair.base, "expert": pair.expert} if models is None else dict(models)
-        self.models, self.metric = Spread.local().whole((used, metric))  # together: a metric may hold a model too
+        models, self.metric = placed(pair, metric) if models is None else (models, metric)
+        self.models = dict(models)
         self.position = {c: i for i, c in enumerate(chosen)}
         self.packing = pack(metric)
         self.runs: dict[str, Run] = {}
@@ -176,6 +176,11 @@ class Engine:
             return float(np.quantile(np.concatenate(sizes), 0.95)) if sizes else float("nan")
 
         return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in found.items()}
+
+
+def placed(pair: Pair, metric: Metric) -> tuple[dict[str, Params], Metric]:
+    """Base and expert, and a metric, on every device of this process; together, as a metric may hold a model too."""
+    return Spread.local().whole(({"base": pair.base, "expert": pair.expert}, metric))
 
 
 def part_key(prefix: str, chunk: Chunk) -> str:

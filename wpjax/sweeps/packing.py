@@ -110,7 +110,7 @@ def pack(metric: Metric) -> Packing:
     shared = 0 if len(ids) == 1 else int(np.argmin(same)) if not same.all() else limit
 
     rest, longest = length - shared, int((length - shared).max())
-    fits = {width: first_fit(rest, width) for width in range(longest, 2 * longest + 1, -(-longest // N_WIDTHS))}
+    fits = {width: first_fit(rest, width) for width in range(longest, 2 * longest, -(-longest // N_WIDTHS))}
 
     def cost(width: int) -> float:
         return (shared + width * (1 + fits[width][:, 0].max())) * (1 + COST_OF_KEY * (shared + width))

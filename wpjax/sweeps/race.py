@@ -23,7 +23,7 @@ from scipy.stats import t as student
 from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
-from wpjax.sweeps.engine import Engine
+from wpjax.sweeps.engine import Engine, placed
 from wpjax.sweeps.exact import make_plan
 
 ROUNDS = 4
@@ -101,12 +101,12 @@ def race(
     alive = np.ones(len(components), bool)
     delta = np.full((len(components), len(queries)), np.nan)
     mean = np.zeros(len(components))
-    seen, models = np.zeros(0, order.dtype), None
+    seen = np.zeros(0, order.dtype)
+    models, metric = placed(pair, metric)
     for number, some in enumerate(np.array_split(order, n_rounds)):
         rows, here = np.flatnonzero(np.isin(queries, some)), np.flatnonzero(alive)
         running = [c for c, runs in zip(components, alive, strict=True) if runs]
         engine = Engine(pair, metric.take(jnp.asarray(rows)), running, done, progress, models)
-        models = engine.models
         plan = make_plan(pair.cfg, running, engine.packing, budget)
         for chunk, changes, _ in engine.perform("exact", plan, label=f"race-{number + 1}"):
             delta[np.ix_([here[engine.position[c]] for c in chunk.components], rows)] = changes

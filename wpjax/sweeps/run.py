@@ -117,7 +117,8 @@ def sweep(
     Args:
         pair: base and expert.
         batch: prompts; only those with the instruction are used.
-        metric: what is measured: an anchor, or a metric made on this batch (`response_metric`, `decision_metric`).
+        metric: what is measured: an anchor, or a metric made on this batch (`response_metric`, `decision_metric`,
+            `kl_metric`).
         given: both models are held at the expert's mean state on this anchor, and what comes after it is swept: which
             components execute the behaviour (see `Anchor.give`)?
         kinds: kinds of components to sweep, in all layers that the metric depends on.
