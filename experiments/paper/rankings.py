@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from experiments.paper.replicate import FINE
-from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
+from experiments.paper.tasks import measured, over_tasks, pair_of, place_of, settings_of
 from experiments.records import made, table
 from wpjax.anchors import Anchor
 from wpjax.behaviours import Behaviour
@@ -46,6 +46,8 @@ PAIRED = (
 
 ESTIMATORS = ("linearised", "integrated", "secant")
 N_RANDOM = 2
+SETTINGS = ("base", "expert", "n_prompts", "n_validated", "max_new_tokens", "dtype")
+"""Of a config, what rankings depend on."""
 NAMES = (
     *(f"{name}, linearised" for name in ("anchor", *ANSWER_METRICS)),
     *(f"{name}, {estimator}" for name in ("anchor", "decision") for estimator in ESTIMATORS[1:]),
@@ -162,10 +164,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    earlier = {} if args.out is None or not args.out.exists() else json.loads(args.out.read_text())["tasks"]
+    earlier = (
+        {"config": {"tasks": []}} if args.out is None or not args.out.exists() else json.loads(args.out.read_text())
+    )
+    before = settings_of(earlier["config"])
 
     def run(config: dict[str, Any], task: Behaviour) -> dict[str, Any]:
-        known = earlier.get(task.name)
+        same = task.name in before and all(before[task.name].get(key) == config.get(key) for key in SETTINGS)
+        known = earlier["tasks"].get(task.name) if same else None
         return run_task(config, task, place_of(args.work, task), args.points, args.steps, known)
 
     report = over_tasks(args.config, args.out, run, lambda result: set(NAMES) <= set(result["areas"]))
