@@ -161,7 +161,7 @@ def test_json(wpjax):
     for scope in (b"suffix", b"head rows"):  # parts of the program stand in it by name
         assert scope in trace.read_bytes()
     assert np.isfinite(SweepResult.from_netcdf("r.nc").values("set_score")).all()
-    assert set(json.loads(out)) == {"ranked_by", "top", "coverage"}
+    assert set(json.loads(out)) == {"ranked_by", "top", "coverage", "anchor_acceptance"}
     code, out, _ = wpjax("sweep", *UNTESTED, "--kinds", "head", "--method", "screen", "--out", "s.nc", "--json")
     assert code == 0
     top = json.loads(out, parse_constant=pytest.fail)["top"]  # NaN is no JSON
