@@ -182,7 +182,7 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(family_pair, batch, m
             raise full_up
 
     def small(cfg, kind, *args, **options):
-        sizes.append(args[6].size)
+        sizes.append(args[7].size)
         if sizes[-1] > 5:
             raise full_up
         made = replay(cfg, kind, *args, **options)

@@ -45,7 +45,7 @@ RANKINGS = (
 )
 """Variables that components can be ranked by, the most trustworthy first."""
 
-JSON_ATTRIBUTES = ("noise_floor_by_kind", "rows_per_program")
+JSON_ATTRIBUTES = ("noise_floor_by_kind", "rows_per_program", "race_undecided")
 ANCHOR = (
     "anchor_stability",
     *(f"anchor_{gap}{end}" for gap in ("gap", "specific") for end in ("", "_low", "_high", "_sd")),

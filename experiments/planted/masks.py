@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=16)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if not (args.expert / TRUTH).exists():
+        parser.error(f"{args.expert} holds no {TRUTH}; make planted experts with `python -m experiments.planted.make`")
     truth = json.loads((args.expert / TRUTH).read_text())
     pair, task = load_pair("tiny:base", args.expert), behaviour(f"tiny:{BEHAVIOUR}")
     anchor = fit_anchor(pair, task, n_prompts=32, causal="skip")

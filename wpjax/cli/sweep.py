@@ -7,7 +7,7 @@ import enum
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,7 +33,7 @@ from wpjax.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from wpjax.results import Row, SweepResult
 
@@ -288,10 +288,10 @@ def run(
         print(f"\nwrote {out}; for the pictures: wpjax report {out} --out {out.with_suffix('.html')}")
 
 
-def _raced(attrs: Mapping[str, Any]) -> str:
+def _raced(result: SweepResult) -> str:
     """What a race cost, and what it left open."""
-    left = ", ".join(f"{n} {kind}s" for kind, n in json.loads(attrs["race_undecided"]).items() if n)
-    made = f"\nthe race made {attrs['race_share']:.0%} of the replacements of a full sweep"
+    left = ", ".join(f"{n} {kind}s" for kind, n in result.attribute("race_undecided").items() if n)
+    made = f"\nthe race made {result.attribute('race_share'):.0%} of the replacements of a full sweep"
     return made + (f"; {left} beside the top are not surely out" if left else "")
 
 
@@ -308,7 +308,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
     if as_json:
         print_json(
             {"ranked_by": by, "top": [r._asdict() for r in rows], "coverage": {**coverage, "all": attrs["coverage"]}}
-            | {name: attrs[name] for name in MARKS if name in attrs}
+            | {name: result.attribute(name) for name in MARKS if name in attrs}
         )
         return
     data, bounds = result.dataset, ("ci_low", "ci_high") if exact else (f"{by}_low", f"{by}_high")
@@ -337,7 +337,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
         f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
         + (f"; noise floor {attrs['noise_floor']:.1e}; patches at once: {at_once}" if exact else "")
-        + (_raced(attrs) if "race_share" in attrs else "")
+        + (_raced(result) if "race_share" in attrs else "")
         + (f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}" if "anchor_acceptance" in attrs else "")
         + (f"\ndo base and expert differ: {attrs['behaviour_differs']}" if "behaviour_differs" in attrs else "")
     )

@@ -186,7 +186,7 @@ def exact_changes(
         where, moved = spread.whole((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
         if spread.n_devices == 1:
-            return replay(cfg, chunk.kind, *shared, where, *split, moved, **options)
+            return replay(cfg, chunk.kind, *shared, where, moved, *split, **options)
         return _divided(spread, cfg, chunk.kind, **options)(*shared, where, moved, *split)
 
     def collect(chunk: Chunk, made: list[Replayed]) -> Changes:
@@ -232,13 +232,8 @@ def exact_changes(
 
 @functools.cache
 def _divided(spread: Spread, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
-    """`replay` with the patches divided among devices; what is divided comes last."""
-
-    def share(*args: Any) -> Replayed:
-        *whole, step, index, seeds = args
-        return replay(cfg, kind, *whole, index, seeds, step, **options)
-
-    return jax.jit(spread.divide(share, 7, 2))
+    """`replay` with the patches divided among devices."""
+    return jax.jit(spread.divide(functools.partial(replay, cfg, kind, **options), 7, 2))
 
 
 def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:

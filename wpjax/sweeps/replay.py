@@ -3,9 +3,8 @@
 A component of layer l changes nothing before layer l. So the host runs once and its residual stream is kept; a
 patch recomputes only the component's own contribution inside layer l (see `sweeps.rows`), and the layers after it run
 with the host's weights, for all patches x tokens in one matmul, up to the layer that the metric reads. There, only the
-positions that are read are computed; no token is computed twice (see `sweeps.packing`). One compiled
-program a kind serves every layer: the layer index is traced. Swap host and donor for knock-out, a component of the
-base in the expert.
+positions that are read are computed; no token is computed twice (see `sweeps.packing`). One compiled program a kind
+serves every layer: the layer index is traced. Swap host and donor for knock-out, a component of the base in the expert.
 
 Where the metric is a projection <r, v> of the stream, a sum of what everything has written, its change is followed from
 the supplier c through every later head and MLP u on the way (METHOD 4; ours):
@@ -172,9 +171,9 @@ def replay(
     metric: Metric,
     packing: Packing,
     layer: Int[Array, ""],
+    step: Float[Array, ""],
     index: Int[Array, " P"],
     seeds: UInt32[Array, " P"],
-    step: Float[Array, ""],
     *,
     weights: Side = "donor",
     inputs: Side = "host",
@@ -191,9 +190,9 @@ def replay(
         metric: what is measured.
         packing: of its prompts.
         layer: their layer, traced.
+        step: for a sham, the relative change, up or down at random, of the patched residual stream; 0 for a patch.
         index: which of the layer's components.
         seeds: of shams, one a patch.
-        step: for a sham, the relative change, up or down at random, of the patched residual stream; 0 for a patch.
         weights: whose weights the component takes, static.
         inputs: whose input it sees, static.
         with_reference: run a row for the host itself too and take the change from it, since rounding depends on the
