@@ -165,8 +165,9 @@ class SweepResult:
     find; `missed` (with `_low`, `_high`) how many components outside the screen's choice have effects as large as its
     median, from the random sample `sampled[component]`. `screen_error[component]` is the screen (or the gradient) minus
     the effect. p, q, `split_half` and `missed` are of activation patches where no weights were replaced;
-    `flow[component, target]` says by way of which later heads and MLPs an effect on a projection arrives, and its rows
-    sum to the effect;
+    `flow[component, target]` says by way of which later heads and MLPs an effect arrives, along the metric's slope at
+    the base, and its rows sum to the effect (the target `rest`, of metrics that read logits, is what the slope does not
+    tell);
     `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.
     """
 
@@ -278,7 +279,8 @@ def fits(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str) -> bool
 
 def _are_targets(values: np.ndarray, last: float) -> bool:
     names = [str(value) for value in values]
-    found = [re.fullmatch(r"L(\d{1,6})\.(head\.\d+|mlp)", name) for name in names[1:]]
+    inner = names[1:-1] if names[-1] == "rest" else names[1:]
+    found = [re.fullmatch(r"L(\d{1,6})\.(head\.\d+|mlp)", name) for name in inner]
     return names[0] == "self" and all(m is not None and int(m[1]) <= last for m in found)
 
 

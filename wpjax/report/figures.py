@@ -256,7 +256,8 @@ def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | Non
             box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": GREY, "lw": 0.6}
             axes.text(x, y, f"{node.name}  {node.value:+.1%}", ha="center", va="center", fontsize=6.5, bbox=box)
     box = {"boxstyle": "round,pad=0.5", "fc": "#fdf3e7", "ec": COLOURS["neuron"]}
-    label = f"anchor\nlayer {result.dataset.attrs['metric_layer']}"
+    attrs = result.dataset.attrs
+    label = f"anchor\nlayer {attrs['metric_layer']}" if attrs["metric"] == "anchor" else str(attrs["metric"])
     axes.text(*anchor, label, ha="center", va="center", fontsize=8, bbox=box)
     titles = [("sources", 0.0), ("aggregators", 1.0)] + ([("executors", 3.0)] if found.executors else [])
     for title, x in titles:

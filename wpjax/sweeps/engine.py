@@ -65,6 +65,7 @@ class Engine:
         done: finished parts, extended.
         progress: called after every chunk.
         models: base and expert where they stand on the devices, if `placed` has put them and the metric there.
+        with_flow: follow by way of what effects arrive.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class Engine:
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
         models: Mapping[str, Params] | None = None,
+        with_flow: bool = True,
     ):
-        self.pair, self.done, self.progress = pair, done, progress
+        self.pair, self.done, self.progress, self.with_flow = pair, done, progress, with_flow
         models, self.metric = placed(pair, metric) if models is None else (models, metric)
         self.models = dict(models)
         self.position = {c: i for i, c in enumerate(chosen)}
@@ -86,7 +88,8 @@ class Engine:
     def run(self, model: str) -> Run:
         """The model's own forward pass, once."""
         if model not in self.runs:
-            self.runs[model] = run_packed(self.pair.cfg, self.models[model], self.metric, self.packing)
+            run = run_packed(self.pair.cfg, self.models[model], self.metric, self.packing, self.with_flow)
+            self.runs[model] = run
         return self.runs[model]
 
     def perform(
@@ -95,7 +98,7 @@ class Engine:
         """The chunks of a plan with their changes, in one cell; parts are kept under a label, the cell's name."""
         cell, label = CELLS[name], label or name
         keys = {part_key(label, chunk): chunk for chunk in plan.chunks}
-        with_flow = label == "exact" and isinstance(self.metric.readout, Along)
+        with_flow = label == "exact" and self.with_flow
 
         def finished(key: str, chunk: Chunk) -> bool:
             return key in self.done and (not with_flow or part_key("flow", chunk) in self.done)
@@ -116,7 +119,7 @@ class Engine:
             self.done[part_key(label, chunk)] = delta
             n_done += 1
             self.progress(doing, n_done, len(keys))
-        n_targets = len(flow_targets(self.pair.cfg, self.metric.layer))
+        n_targets = len(flow_targets(self.pair.cfg, self.metric))
         for key, chunk in keys.items():
             n = len(chunk.components)
             flow = finished_part(self.done, part_key("flow", chunk), (n, n_targets)) if with_flow else None

@@ -122,8 +122,7 @@ class Changes(NamedTuple):
     Attributes:
         chunk: which components.
         delta: [n, B], change of the metric.
-        flow: [n, U], by way of which target, mean over prompts (see `replay.Replayed`); None if the metric is no
-            projection.
+        flow: [n, U], by way of which target, mean over prompts (see `replay.Replayed`); None if it is not followed.
     """
 
     chunk: Chunk

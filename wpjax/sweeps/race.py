@@ -106,7 +106,7 @@ def race(
     for number, some in enumerate(np.array_split(order, n_rounds)):
         rows, here = np.flatnonzero(np.isin(queries, some)), np.flatnonzero(alive)
         running = [c for c, runs in zip(components, alive, strict=True) if runs]
-        engine = Engine(pair, metric.take(jnp.asarray(rows)), running, done, progress, models)
+        engine = Engine(pair, metric.take(jnp.asarray(rows)), running, done, progress, models, with_flow=False)
         plan = make_plan(pair.cfg, running, engine.packing, budget)
         for chunk, changes, _ in engine.perform("exact", plan, label=f"race-{number + 1}"):
             delta[np.ix_([here[engine.position[c]] for c in chunk.components], rows)] = changes

@@ -6,10 +6,13 @@ with the host's weights, for all patches x tokens in one matmul, up to the layer
 positions that are read are computed; no token is computed twice (see `sweeps.packing`). One compiled program a kind
 serves every layer: the layer index is traced. Swap host and donor for knock-out, a component of the base in the expert.
 
-Where the metric is a projection <r, v> of the stream, a sum of what everything has written, its change is followed from
-the supplier c through every later head and MLP u on the way (METHOD 4; ours):
+The stream is the sum of what everything has written, so the change of a metric is followed from the supplier c through
+every later head and MLP u on the way (METHOD 4; ours):
 
-    dF_c = d_cc + sum_u d_cu,    d_cu = <v, o_u(host with c) - o_u(host)> at the positions that are read
+    dF_c = d_cc + sum_u d_cu + rest_c,    d_cu = <v, o_u(host with c) - o_u(host)>,    v = dF / dr at the host
+
+at the positions that are read. Of a projection v is its direction and nothing is left; of a metric that reads logits
+the rest is what its slope does not tell: the curve of the readout, and weights of the readout itself.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, decoder, take_layer
 from wpjax.models.layers import Block
 from wpjax.patching import PatchMask, patch
-from wpjax.readouts import Along
 from wpjax.sweeps.packing import Packing
 from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
 
@@ -39,47 +41,57 @@ def run_model(cfg: ModelConfig, params: Params, metric: Metric) -> Run:
     return Run(out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid)))
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing) -> Run:
-    """The same as `replay` takes it: packed, and with what heads and MLPs write."""
-    run = run_model(cfg, params, metric)
-    packed = Run(packing.gather(run.resid_pre), run.score)
-    if not isinstance(metric.readout, Along):
+@functools.partial(jax.jit, static_argnames=("cfg", "with_flow"))
+def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, with_flow: bool = True) -> Run:
+    """The same as `replay` takes it: packed, and, to follow the flow, with the metric's slope and what is written along
+    it.
+    """
+    out = metric.run(cfg, params, sites=(Site.RESID_PRE,))
+    picked = metric.pick(out.resid)
+    packed = Run(packing.gather(out.sites[Site.RESID_PRE]), metric.read(cfg, params, picked))
+    if not with_flow:
         return packed
     start = 0 if metric.held is None else metric.held.layer + 1  # what is held replaces what came before
-    tap = Tap(metric.readout, jnp.asarray(metric.weight))
+    slope = slope_of(cfg, params, metric, picked)
+    tap = Tap(slope)
 
     def written(layer: Array) -> Float[Array, "B G"]:
         b = block(cfg, take_layer(params["blocks"], layer))
         z, mid, post = layer_where_read(b, take_layer(packed.resid_pre, layer), packing)
         return jnp.where(layer >= start, tap(b, z, post - mid)[0], 0.0)
 
-    return packed._replace(writes=jnp.moveaxis(jax.lax.map(written, jnp.arange(metric.layer + 1)), 0, 1))
+    return packed._replace(slope=slope, writes=jnp.moveaxis(jax.lax.map(written, jnp.arange(metric.layer + 1)), 0, 1))
+
+
+def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
+    """Gradient of the metric by the residual stream where it is read; of a projection, its direction."""
+
+    def one(b: Array) -> Float[Array, "R D"]:  # a vocabulary of logits takes its place for one prompt at a time
+        some = metric.take(b[None])
+        return jax.grad(lambda x: some.read(cfg, params, x[None])[0])(picked[b])
+
+    return jax.lax.map(one, jnp.arange(len(metric)))
 
 
 class Tap(NamedTuple):
-    """Reads what heads and MLPs add to a projection of the stream.
+    """Reads what heads and MLPs add to the stream along a slope.
 
     Attributes:
-        along: the direction.
-        weight: [B, R], how much each position counts.
+        slope: [B, R, D], of each prompt at the positions that are read.
     """
 
-    along: Along
-    weight: Float[Array, "B R"]
+    slope: Float[Array, "B R D"]
 
     def __call__(self, b: Block, z: Float[Array, "N B R H Dh"], fed: Float[Array, "N B R D"]) -> Float[Array, "N B G"]:
         """Of one layer: its heads (before W_O) and what its MLP adds, at the positions that are read."""
-        w_o = jnp.matmul(
-            b.attn.W_O.get_value().astype(jnp.float32), self.along.vector, precision=jax.lax.Precision.HIGHEST
-        )
-        heads = jnp.einsum("nbrhd,hd,br->nbh", z, w_o, self.weight, precision=jax.lax.Precision.HIGHEST)
+        w_o, highest = b.attn.W_O.get_value().astype(jnp.float32), jax.lax.Precision.HIGHEST
+        along = jnp.einsum("hkd,brd->brhk", w_o, self.slope, precision=highest)
+        heads = jnp.einsum("nbrhk,brhk->nbh", z, along, precision=highest)
         return jnp.concatenate([heads, self.sum(fed)[..., None]], axis=-1)
 
     def sum(self, x: Float[Array, "N B R D"]) -> Float[Array, "N B"]:
-        """The projection of a change of the stream."""
-        along = jnp.matmul(x, self.along.vector, precision=jax.lax.Precision.HIGHEST)
-        return (along * self.weight).sum(-1)
+        """What a change of the stream does to the metric, to first order."""
+        return jnp.einsum("nbrd,brd->nb", x, self.slope, precision=jax.lax.Precision.HIGHEST)
 
 
 def layer_where_read(
@@ -153,8 +165,8 @@ class Replayed(NamedTuple):
 
     Attributes:
         change: [P, B], of the metric.
-        flow: [P, 1 + L (H + 1)], mean over prompts of the change of the metric by way of each target: what the
-            component adds itself, then the heads and the MLP of each layer; None where the metric is no projection.
+        flow: [P, U], mean over prompts of the change of the metric by way of each of `flow_targets`; None where the
+            host's run does not follow it.
     """
 
     change: Float[Array, "P B"]
@@ -220,7 +232,7 @@ def replay(
     rows = jax.lax.cond(step > 0, functools.partial(_jittered, seeds, step), lambda rows: rows, rows)
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
-    tap = Tap(metric.readout, jnp.asarray(metric.weight)) if isinstance(metric.readout, Along) else None
+    tap = None if run.slope is None else Tap(run.slope)
     picked, writes = suffix(cfg, host["blocks"], rows[:, 0], after, metric.layer, packing, tap)
     # A vocabulary of logits takes its place for one patch at a time.
     at_once = 1 if metric.readout.reads_logits else len(index)
@@ -238,7 +250,10 @@ def replay(
         direct = _own(tap, packing, mids, at.host.resid_mid)
         through = through.at[:, layer, -1].set(own - direct)
         own = direct
-    return Replayed(change, jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1))
+    flow = jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1)
+    if metric.readout.reads_logits:
+        flow = jnp.concatenate([flow, change.mean(1, keepdims=True) - flow.sum(1, keepdims=True)], axis=1)
+    return Replayed(change, flow)
 
 
 def _jittered(seeds: Array, step: Array, rows: Float[Array, "N 1 S D"]) -> Float[Array, "N 1 S D"]:
@@ -247,11 +262,14 @@ def _jittered(seeds: Array, step: Array, rows: Float[Array, "N 1 S D"]) -> Float
 
 
 def _own(tap: Tap, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]) -> Float[Array, " P"]:
-    """Change of the projection by a change of the stream, mean over prompts."""
+    """What a change of the stream does to the metric, to first order, mean over prompts."""
     return tap.sum(packing.pick(rows[:, 0]) - packing.pick(host)).mean(-1)
 
 
-def flow_targets(cfg: ModelConfig, last: int) -> list[str]:
-    """Names of the columns of `Replayed.flow`: `self`, then `L0.head.0` ... `L0.mlp` ... of layers up to `last`."""
-    heads = [f"head.{h}" for h in range(cfg.n_heads)]
-    return ["self", *(f"L{layer}.{part}" for layer in range(last + 1) for part in (*heads, "mlp"))]
+def flow_targets(cfg: ModelConfig, metric: Metric) -> list[str]:
+    """Names of the columns of `Replayed.flow`: `self`, `L0.head.0` ... `L0.mlp` ... of layers up to the one that is
+    read, and `rest` where the metric is no projection.
+    """
+    parts = [*(f"head.{h}" for h in range(cfg.n_heads)), "mlp"]
+    layers = (f"L{layer}.{part}" for layer in range(metric.layer + 1) for part in parts)
+    return ["self", *layers, *["rest"][: metric.readout.reads_logits]]

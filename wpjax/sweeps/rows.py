@@ -44,12 +44,13 @@ class Run(NamedTuple):
         resid_pre: [l + 1, B, T, D], the residual stream before each layer up to the one that the metric reads;
             [l + 1, 1, S, D] packed.
         score: [B], the metric.
-        writes: [B, L, H + 1], what every head and, last, the MLP of each layer adds to it; None where the metric is
-            no projection.
+        slope: [B, R, D], its gradient by the stream where it is read; None where flow is not followed.
+        writes: [B, L, H + 1], what every head and, last, the MLP of each layer adds along the slope.
     """
 
     resid_pre: Float[Array, "A B T D"]
     score: Float[Array, " B"]
+    slope: Float[Array, "B R D"] | None = None
     writes: Float[Array, "B L G"] | None = None
 
 

@@ -1,7 +1,8 @@
 """Sources, aggregators and executors: three roles, told apart by a stated rule (the paper's is not known; ours).
 
-    source       a component whose weights alone move the anchor: effect above 0 with q < 0.05, above the noise floor
-                 and at least `LEAST` of the largest; the `n_sources` largest of the finest kinds that were swept
+    source       a component whose weights alone move the metric, the anchor say: effect above 0 with q < 0.05, above
+                 the noise floor and at least `LEAST` of the largest; the `n_sources` largest of the finest kinds that
+                 were swept
     aggregator   a head or an MLP by way of which the sources' effects arrive: with inflow T_u, the sum over sources of
                  T_cu without what they write themselves, the fewest targets that together hold `SHARE` of all positive
                  inflow, at most `n_aggregators`
@@ -9,7 +10,7 @@
                  `Anchor.give`): as a source, of that sweep
 
 T is the supplier -> target matrix (METHOD 4): its entries are total effects by way of what a target writes, not single
-edges, and a row sums to its supplier's effect.
+edges, and a row sums to its supplier's effect, but for what the slope of a metric that reads logits does not tell.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def hierarchy(
     """The three roles.
 
     Args:
-        result: a sweep of an anchor metric, components replaced for real.
+        result: a sweep, of an anchor say, components replaced for real.
         execution: a sweep of what follows the anchor, given its state.
         n_sources: of sources and of executors, at most.
         n_aggregators: at most.
@@ -95,13 +96,14 @@ def hierarchy(
     data = result.dataset
     if "flow" not in data:
         raise WpjaxError(
-            "this result holds no flow: sweep the anchor metric (--metric anchor) with a method that replaces "
-            "components (exact, screen+exact, factorial)"
+            "this result holds no flow: sweep with a method that replaces components (exact, screen+exact, "
+            "gradient+exact, race, factorial)"
         )
     flow, names = data["flow"].values.astype(np.float64), [str(t) for t in data["target"].values]
     chosen = significant(result, n_sources)
     rows = flow[chosen] if chosen else np.zeros((0, len(names)))
-    inflow = rows[:, 1:].sum(0)
+    parts = slice(1, len(names) - ("rest" in names))
+    inflow = rows[:, parts].sum(0)
     order = [int(u) for u in np.argsort(-inflow, kind="stable") if inflow[u] > 0]
     total = inflow[order].sum() if order else 0.0
     held = np.cumsum(inflow[order]) if order else np.zeros(0)
@@ -129,12 +131,13 @@ def flow_by_layer(result: SweepResult, kind: str) -> Float[np.ndarray, "L U"]:
 
     Returns:
         share of the gap; columns are "self", then attention and MLP of layer 0, of layer 1 and so on. A row sums to
-        the effects of its components.
+        the effects of its components, but for the `rest` of a metric that reads logits.
     """
     data, n_layers = result.dataset, int(result.dataset.attrs["metric_layer"]) + 1
-    targets = [str(t) for t in data["target"].values]
+    targets = [str(t) for t in data["target"].values if t != "rest"]
     columns = [0] + [1 + 2 * int(t[1:].split(".")[0]) + t.endswith("mlp") for t in targets[1:]]
-    flow, mine = np.nan_to_num(data["flow"].values.astype(np.float64)), data["kind"].values == kind
+    flow = np.nan_to_num(data["flow"].values[:, : len(targets)].astype(np.float64))
+    mine = data["kind"].values == kind
     found = np.zeros((n_layers, 1 + 2 * n_layers))
     for layer in range(n_layers):
         np.add.at(found[layer], columns, flow[mine & (data["layer"].values == layer)].sum(0))
