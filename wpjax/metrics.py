@@ -8,9 +8,9 @@
     kl          readout = -KL(p_E(. | x, y_<t) || p_M)      along the same answer y, mean over t
 
 The last three are ours (METHOD 8): they reach past the anchor to the output, so that components after it count too.
-All are differentiable, and every sweep and screen takes any of them. The anchor read along a model's own answer is not
-one of them: what is said depends on the patch, and has no gradient, so it is measured on sets (`validation.on_policy`);
-along given answers it is `Anchor.on(batch, answers)`. A metric that agrees is not yet a behaviour: only a checker on
+All are differentiable, and every sweep and screen takes any of them. The anchor read along a model's own answer is
+one of them along given answers only, `Anchor.on(batch, answers)`: what is said depends on the patch. `sweeps.on_policy`
+measures that. A metric that agrees is not yet a behaviour: only a checker on
 generated text says that.
 """
 

@@ -5,6 +5,7 @@ adjoint, a rule in `sweeps.secant`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -110,6 +111,36 @@ class LogOdds:
     def take(self, rows: Int[Array, " N"]) -> LogOdds:
         """The tokens of some prompts."""
         return LogOdds(self.tokens[rows], self.foils[rows])
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens"], meta_fields=["margin"])
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Whether a token is surely the first choice; without a slope.
+
+    Attributes:
+        tokens: [B, S], the token that follows each position.
+        margin: by how much, in nats, its logit must exceed every other (static).
+    """
+
+    tokens: Int[Array, "B S"]
+    margin: float
+
+    @property
+    def reads_logits(self) -> bool:
+        """Yes."""
+        return True
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """1 or 0."""
+        logits = decoder(cfg, params).logits(resid)
+        mine = jnp.arange(logits.shape[-1]) == self.tokens[..., None]
+        best, other = (jnp.where(some, logits, -jnp.inf).max(-1) for some in (mine, ~mine))
+        return (best > other + self.margin).astype(jnp.float32)
+
+    def take(self, rows: Int[Array, " N"]) -> Kept:
+        """The tokens of some prompts."""
+        return Kept(self.tokens[rows], self.margin)
 
 
 @jax.tree_util.register_dataclass

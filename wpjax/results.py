@@ -66,7 +66,7 @@ LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
     "n_components": (_KINDS, "i"),
     **dict.fromkeys(TRUST, (_KINDS, "f")),
     "sampled": (_COMPONENTS, "b"),
-    "screen_error": (_COMPONENTS, "f"),
+    **dict.fromkeys(("screen_error", "words_changed"), (_COMPONENTS, "f")),
     "swept_kind": (_KINDS, "OTU"),
     **dict.fromkeys(ANCHOR, (("model_layer",), "f")),
     "anchor_vector": (("d_model",), "f"),
@@ -78,6 +78,7 @@ LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
 OPTIONAL = (
     *(name for name in RANKINGS if name not in ("effect", "delta_norm")),
     "screen_error",
+    "words_changed",
 )
 TEXTS = ("behaviour", "metric", "base", "expert", "base_fingerprint", "expert_fingerprint", "split", "date",
          "noise_floor_by_kind")  # fmt: skip
@@ -167,7 +168,8 @@ class SweepResult:
     the effect. p, q, `split_half` and `missed` are of activation patches where no weights were replaced;
     `flow[component, target]` says by way of which later heads and MLPs an effect arrives, along the metric's slope at
     the base, and its rows sum to the effect (the target `rest`, of metrics that read logits, is what the slope does not
-    tell);
+    tell, on-policy what the patched model does by saying something else); `words_changed[component]`, on-policy, the
+    share of prompts on which it does;
     `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.
     """
 

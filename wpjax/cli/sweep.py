@@ -51,6 +51,7 @@ class MetricName(enum.StrEnum):
     response = "response"
     decision = "decision"
     kl = "kl"
+    on_policy = "on_policy"
 
 
 class Method(enum.StrEnum):
@@ -82,7 +83,8 @@ def run(
             "--metric",
             help="anchor: has the control state formed? response: log-probability of the expert's own answer. "
             "decision: log-odds where base and expert first part ways. kl: divergence from the expert along its "
-            "answer. These count components after the anchor too.",
+            "answer. These count components after the anchor too. on_policy: the anchor along each patched model's own "
+            "answer.",
         ),
     ] = MetricName.anchor,
     given_anchor: Annotated[
@@ -177,15 +179,21 @@ def run(
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
     from wpjax.steering import Judge, check_behaviour_differs
+    from wpjax.sweeps.on_policy import OnPolicy
+    from wpjax.sweeps.run import check_method
 
     names = [k.strip() for k in kinds.split(",") if k.strip()]
     for kind in names:
         check_kind(kind)
-    if anchor is not None and metric != MetricName.anchor:
-        raise WpjaxError(f"--anchor {anchor} goes with --metric anchor, not with --metric {metric.value}; drop one")
-    if n_response and (anchor is not None or metric != MetricName.anchor):
+    check_method(method.value, metric == MetricName.on_policy)
+    reads_anchor = metric in (MetricName.anchor, MetricName.on_policy)
+    if anchor is not None and not reads_anchor:
+        raise WpjaxError(
+            f"--anchor {anchor} goes with --metric anchor or on_policy, not with --metric {metric.value}; drop one"
+        )
+    if n_response and (anchor is not None or not reads_anchor):
         raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
-    if given_anchor is not None and metric == MetricName.anchor:
+    if given_anchor is not None and reads_anchor:
         raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
@@ -206,8 +214,12 @@ def run(
             )
 
     given, differs = None, ""
-    if metric == MetricName.anchor:
-        what: Anchor | Metric = Anchor.load(anchor) if anchor else fitted()
+    what: Anchor | Metric | OnPolicy
+    if reads_anchor:
+        read = Anchor.load(anchor) if anchor else fitted()
+        read.check_belongs(pair)
+        measured = read.metric(pair, batch)
+        what = read if metric == MetricName.anchor else OnPolicy(read, max_new_tokens)
     else:
         if given_anchor is not None:
             given = Anchor.load(given_anchor)
@@ -224,13 +236,12 @@ def run(
                 differs = str(error)
             else:
                 differs = "by the checker"
-        what = ANSWER_METRICS[metric.value](pair, batch, max_new_tokens, own)
-    measured = what.metric(pair, batch) if isinstance(what, Anchor) else what
+        what = measured = ANSWER_METRICS[metric.value](pair, batch, max_new_tokens, own)
     settings = {
         "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
         "pair": pair.fingerprints,
         "prompts": batch.texts,
-        "metric": measured.digest,
+        "metric": [metric.value, measured.digest, max_new_tokens],
         "given": None if given is None else given.metric(pair, batch).digest,
         "kinds": names,
         "components": components,
@@ -274,7 +285,7 @@ def run(
         with on_interrupt(lambda: f"{out} is written, without a set score"), progress_bars() as progress:
             progress("set score", 0, 1)
             try:
-                used = [measured] if metric in (MetricName.anchor, MetricName.decision) else []
+                used = [measured] if reads_anchor or metric == MetricName.decision else []
                 if metric != MetricName.decision:
                     used.append(decision_metric(pair, batch, max_new_tokens))
                 result = sweeps.add_set_score(pair, result, used)

@@ -101,7 +101,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
 
 def _extra_columns(result: SweepResult) -> list[str]:
     """Variables that the table shows beside the effect."""
-    shown = (*FIRST_ORDER, "screen_error", "attribution", *CELLS, *MASKS)
+    shown = (*FIRST_ORDER, "screen_error", "words_changed", "attribution", *CELLS, *MASKS)
     return [name for name in shown if name in result.dataset]
 
 

@@ -33,7 +33,6 @@ from wpjax.stats import (
     split_half_reliability,
 )
 from wpjax.sweeps.masks import MaskEstimate
-from wpjax.sweeps.replay import flow_targets
 
 
 class Measured(NamedTuple):
@@ -46,8 +45,8 @@ class Measured(NamedTuple):
         coverage: share of the gap recovered by each kind as one joint patch, and by all of them ("all").
         floor: noise floor of each kind that was replaced.
         rows: components that a program of each kind took at once.
-        flow: changes of the metric by way of each of `replay.flow_targets`, mean over prompts; None where it was not
-            followed.
+        flow: changes of the metric by way of each target, mean over prompts; None where it was not followed.
+        targets: names of the columns of `flow`.
         nulls: by name and kind, what 95 % of effects are smaller than where there is nothing to find.
         sampled: which components were replaced as a random sample of those that a screen left out.
         masks: what each component does in random sets, by name of `masks.SHARES`.
@@ -60,6 +59,7 @@ class Measured(NamedTuple):
     floor: Mapping[str, float]
     rows: Mapping[str, int]
     flow: Float[np.ndarray, "C U"] | None = None
+    targets: Sequence[str] = ()
     nulls: Mapping[str, Mapping[str, float]] = MappingProxyType({})
     sampled: Bool[np.ndarray, " C"] | None = None
     masks: Mapping[str, MaskEstimate] = MappingProxyType({})
@@ -152,7 +152,7 @@ def make_dataset(
     }
     if measured.flow is not None:
         variables["flow"] = (("component", "target"), (measured.flow / gap.mean()).astype(np.float32))
-        coords["target"] = ("target", np.array(flow_targets(pair.cfg, metric), dtype=object))
+        coords["target"] = ("target", np.array(measured.targets, dtype=object))
     attributes = _attributes(pair, batch, metric, measured, resamples, seed)
     if anchor is not None:
         attributes |= {"anchor_acceptance": anchor.acceptance, "anchor_n_response": anchor.n_response}

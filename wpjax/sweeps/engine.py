@@ -18,10 +18,11 @@ from wpjax.errors import WpjaxError
 from wpjax.metrics import Metric
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
-from wpjax.patching import permuted
+from wpjax.patching import PatchMask, permuted
 from wpjax.readouts import Along
 from wpjax.results import finished_part
 from wpjax.sweeps.exact import Changes, Chunk, Plan, exact_changes, sham_plan
+from wpjax.sweeps.joint import scores_of_sets
 from wpjax.sweeps.packing import pack
 from wpjax.sweeps.replay import flow_targets, run_packed
 from wpjax.sweeps.rows import Run, Side
@@ -84,6 +85,24 @@ class Engine:
         self.position = {c: i for i, c in enumerate(chosen)}
         self.packing = pack(metric)
         self.runs: dict[str, Run] = {}
+
+    def beside(self, metric: Metric) -> Engine:
+        """An engine of the same components on another metric of the same prompts."""
+        return Engine(self.pair, metric, list(self.position), self.done, self.progress, self.models)
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the columns of the flow."""
+        return flow_targets(self.pair.cfg, self.metric)
+
+    def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
+        """The base's metric with each of some sets of components of the expert.
+
+        Args:
+            masks: the sets.
+            budget: bytes for the activations of the sets that run at once; None to choose from the device.
+        """
+        return scores_of_sets(self.pair.cfg, self.pair.base, self.pair.expert, masks, self.metric, budget=budget)
 
     def run(self, model: str) -> Run:
         """The model's own forward pass, once."""
@@ -171,8 +190,7 @@ class Engine:
                 vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
                 readout = Along(jnp.asarray(vector / np.linalg.norm(vector)))
                 metric = dataclasses.replace(self.metric, readout=readout)
-                other = Engine(self.pair, metric, list(self.position), self.done, self.progress, self.models)
-                found["direction"] += other.perform("exact", few, label=f"direction-{i}")
+                found["direction"] += self.beside(metric).perform("exact", few, label=f"direction-{i}")
 
         def quantile(parts: Sequence[Changes], kind: str) -> float:
             sizes = [np.abs(part.delta.mean(1)) / gap.mean() for part in parts if part.chunk.kind == kind]

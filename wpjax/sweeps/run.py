@@ -16,15 +16,15 @@ from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
 from wpjax.errors import ComponentError, WpjaxError
-from wpjax.metrics import Metric, expect_positive_gap, scores
+from wpjax.metrics import Metric, decision_metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results import SweepResult, finished_part
 from wpjax.sweeps.dataset import Measured, make_dataset
 from wpjax.sweeps.engine import Engine, Progress
 from wpjax.sweeps.exact import make_plan
-from wpjax.sweeps.joint import scores_of_sets
 from wpjax.sweeps.masks import SHARES, random_masks
+from wpjax.sweeps.on_policy import OnPolicy, OnPolicyEngine, Speech
 from wpjax.sweeps.race import race
 from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
 from wpjax.sweeps.secant import secant_adjoint
@@ -76,11 +76,16 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     }
 )
 METHODS: tuple[str, ...] = tuple(RECIPES)
+ON_POLICY_METHODS = ("exact", "screen", "screen+exact", "gradient", "gradient+exact")
+"""Methods for a score that depends on what is said: those that take one component at a time, or the slope."""
 DEFAULT_KINDS = ("head", "kv_group", "neuron")
 
 
 def _screen(name: str, pair: Pair, components: Sequence[Component], metric: Metric) -> Float[np.ndarray, "C B"]:
-    args = (pair.cfg, pair.base, pair.expert, components, metric)
+    """First-order changes; 0 where the metric cannot feel a component."""
+    felt = [i for i, c in enumerate(components) if metric.reaches(c)]
+    found = np.zeros((len(components), len(metric)))
+    args = (pair.cfg, pair.base, pair.expert, [components[i] for i in felt], metric)
     screens: dict[str, Callable[..., np.ndarray]] = {
         "screen": output_linearised,
         "gradient": weight_gradient,
@@ -88,13 +93,30 @@ def _screen(name: str, pair: Pair, components: Sequence[Component], metric: Metr
         "secant": secant_adjoint,
         "attribution": functools.partial(output_linearised, inputs="donor"),
     }
-    return screens[name](*args)
+    if felt:
+        found[felt] = screens[name](*args)
+    return found
+
+
+def check_method(method: str, on_policy: bool = False) -> None:
+    """Refuse a method that there is not, or not for the on-policy score.
+
+    Raises:
+        WpjaxError: with the methods that there are.
+    """
+    if method not in METHODS:
+        raise WpjaxError(f"unknown method {method!r}; methods: {', '.join(METHODS)}")
+    if on_policy and method not in ON_POLICY_METHODS:
+        raise WpjaxError(
+            f"method {method} needs fixed words, and on-policy they change with every patch; take one of "
+            f"{', '.join(ON_POLICY_METHODS)}"
+        )
 
 
 def sweep(
     pair: Pair,
     batch: PromptBatch,
-    metric: Anchor | Metric,
+    metric: Anchor | Metric | OnPolicy,
     *,
     given: Anchor | None = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
@@ -118,7 +140,7 @@ def sweep(
         pair: base and expert.
         batch: prompts; only those with the instruction are used.
         metric: what is measured: an anchor, or a metric made on this batch (`response_metric`, `decision_metric`,
-            `kl_metric`).
+            `kl_metric`), or an anchor along each model's own answer (`OnPolicy`, see `sweeps.on_policy`).
         given: both models are held at the expert's mean state on this anchor, and what comes after it is swept: which
             components execute the behaviour (see `Anchor.give`)?
         kinds: kinds of components to sweep, in all layers that the metric depends on.
@@ -152,21 +174,28 @@ def sweep(
         BehaviourError: prompts that the model cannot take.
     """
     started = time.perf_counter()
-    if method not in METHODS:
-        raise WpjaxError(f"unknown method {method!r}; methods: {', '.join(METHODS)}")
-    anchor = metric if isinstance(metric, Anchor) else None
-    if isinstance(metric, Anchor):
-        metric.check_belongs(pair)
+    check_method(method, isinstance(metric, OnPolicy))
+    batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
+    anchor = metric.anchor if isinstance(metric, OnPolicy) else metric if isinstance(metric, Anchor) else None
+    if anchor is not None:
+        anchor.check_belongs(pair)
+    speech: Speech | None = None
+    if isinstance(metric, OnPolicy):
+        if given is not None:
+            raise WpjaxError("the on-policy score reads the anchor, so its state cannot be given; drop one of them")
+        speech = metric.speech(pair, batch)
+        metric = speech.metric
+    elif isinstance(metric, Anchor):
         metric = metric.metric(pair, batch)
     if len(metric) != len(batch):
         raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
-    batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
     if given is not None:
         given.check_belongs(pair)
         metric = given.give(pair, batch, metric)
-    chosen = _swept_components(pair, metric, kinds, components)
+    chosen = _swept_components(pair, metric if speech is None else speech.kept, kinds, components)
     done = {} if done is None else done
-    base_score, expert_score = (scores(pair.cfg, params, metric) for params in (pair.base, pair.expert))
+    read = functools.partial(scores, pair.cfg, metric=metric) if speech is None else speech.score
+    base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
     gap = (expert_score - base_score).astype(np.float64)
     name = f"the {metric.name} metric of {batch.behaviour}"
     expect_positive_gap(gap, batch.queries, name, seed)
@@ -181,7 +210,11 @@ def sweep(
         progress(f"{name} of {len(chosen)} components", 1, 1)
     replaced, sampled = list(range(len(chosen))) if recipe.cells else [], np.zeros(len(chosen), bool)
     if recipe.choose:
-        best = {i for name in recipe.choose for i in _highest(chosen, first_order[name].mean(1), top)}
+        choosing = [first_order[name] for name in recipe.choose]
+        if speech is not None:  # words have no slope; where base and expert part ways, one may tip
+            where = decision_metric(pair, batch, speech.max_new_tokens)
+            choosing.append(_screen("screen", pair, chosen, where))
+        best = {i for values in choosing for i in _highest(chosen, values.mean(1), top)}
         sampled[_stratum(chosen, best, stratum, seed)] = True
         replaced = sorted({*best, *np.flatnonzero(sampled).tolist()})
     attributes: dict[str, Any] = {}
@@ -193,7 +226,11 @@ def sweep(
         first_order["race"], replaced = found_first.mean[:, None], found_first.chosen
         undecided = json.dumps(found_first.undecided)
         attributes = {"race_share": found_first.share, "race_confidence": confidence, "race_undecided": undecided}
-    engine = Engine(pair, metric, chosen, done, progress)
+    engine = (
+        Engine(pair, metric, chosen, done, progress)
+        if speech is None
+        else OnPolicyEngine(speech, chosen, done, progress)
+    )
     plan = make_plan(pair.cfg, [chosen[i] for i in replaced], engine.packing, budget)
     found = {name: engine.changes(name, plan) for name in recipe.cells}
     cells, flow = {name: delta for name, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
@@ -206,9 +243,13 @@ def sweep(
         )
         for name, p in (SHARES.items() if recipe.masks else ())
     }  # fmt: skip
-    coverage = _coverage(pair, metric, chosen, gap, budget, progress)
-    measured = Measured(cells, first_order, gap, coverage, floor, plan.rows, flow, nulls, sampled, masks)
+    coverage = _coverage(engine, chosen, gap, budget, progress)
+    measured = Measured(
+        cells, first_order, gap, coverage, floor, plan.rows, flow, engine.targets, nulls, sampled, masks
+    )
     dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
+    if isinstance(engine, OnPolicyEngine) and cells:
+        dataset["words_changed"] = ("component", engine.changed)
     if given is not None:
         dataset.attrs["anchor_acceptance"] = given.acceptance
     dataset.attrs |= attributes | {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
@@ -264,8 +305,7 @@ def _stratum(components: Sequence[Component], best: set[int], n: int, seed: int)
 
 
 def _coverage(
-    pair: Pair,
-    metric: Metric,
+    engine: Engine,
     chosen: Sequence[Component],
     gap: Float[np.ndarray, " B"],
     budget: int | None,
@@ -275,8 +315,8 @@ def _coverage(
     sets = {kind: [c for c in chosen if c.kind == kind] for kind in dict.fromkeys(c.kind for c in chosen)}
     sets["all"] = list(chosen)
     progress("joint patches", 0, len(sets))
-    masks = [PatchMask.of(pair.cfg, members) for members in (*sets.values(), [])]
-    *joint, nothing = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric, budget=budget)
+    masks = [PatchMask.of(engine.pair.cfg, members) for members in (*sets.values(), [])]
+    *joint, nothing = engine.joint(masks, budget)
     progress("joint patches", len(sets), len(sets))
     share = (np.stack(joint) - nothing).mean(1, dtype=np.float64) / gap.mean()  # of one program, as rounding is
     return dict(zip(sets, share.tolist(), strict=True))
