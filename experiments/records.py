@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,18 @@ from wpjax.files import atomic_output
 def made() -> dict[str, str]:
     """Where and when a result is made."""
     return {"device": jax.devices()[0].platform, "date": datetime.date.today().isoformat()}
+
+
+def machine() -> str:
+    """Processor, cores and memory, as far as the system says; a Linux one says most."""
+    found = {name: Path("/proc", name) for name in ("cpuinfo", "meminfo")}
+    text = {name: path.read_text() if path.exists() else "" for name, path in found.items()}
+    processor, memory = (
+        re.search(pattern, text[name], re.MULTILINE)
+        for name, pattern in (("cpuinfo", r"^model name\s*: (.*)$"), ("meminfo", r"^MemTotal:\s*(\d+) kB$"))
+    )
+    parts = [processor[1] if processor else platform.processor() or platform.machine(), f"{os.cpu_count()} cores"]
+    return ", ".join([*parts, *([f"{int(memory[1]) / 2**20:.0f} GiB"] if memory else [])])
 
 
 def write(out: Path | None, report: Any) -> None:

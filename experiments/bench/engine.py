@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from experiments.records import made, table, write
+from experiments.records import machine, made, table, write
 from wpjax import PatchMask, behaviour, enumerate_components, load_pair, sweep
 from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour, Tokens
@@ -47,6 +46,7 @@ from wpjax.sweeps.replay import run_packed
 from wpjax.sweeps.screens import output_linearised
 
 DEPTHS = (4, 8, 16)
+WIDTHS = (128, 256, 512)
 PATCHES = (64, 256, 1024)
 DEVICES = (1, 2)
 SHARE_TOUCHED = 0.04
@@ -117,8 +117,10 @@ def exact_rates(pair: Pair, metric: Metric, per_layer: int, repeats: int) -> dic
     }
     found: dict[str, Any] = {}
     for kind, components in sets.items():
-        top = ceiling(pair.base["embed"]["W_E"].dtype)
+        dtype = pair.base["embed"]["W_E"].dtype
+        top = ceiling(dtype)
         took = medians({kind: functools.partial(engine, components)}, repeats)[kind]
+        top = max(top, ceiling(dtype))  # before and after: the machine may be slower at either time
         needed = operations(pair.cfg, engine.packing, metric.layer, components)
         found[kind] = {"components": len(components), "seconds": took, "operations": needed, "ceiling": top,
                        "share": needed / took / top}  # fmt: skip
@@ -142,6 +144,8 @@ def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 4) -> di
                 for _ in range(n_sets)]  # fmt: skip
 
     fine = ["head", "kv_group", "neuron"]
+    layer = enumerate_components(cfg, ["neuron"], [metric.layer // 2])
+    halves = [[layer[i] for i in rng.permutation(len(layer))[: len(layer) // 2]] for _ in range(n_sets)]
     runs: dict[str, Callable[[], Any]] = {"plain forward": lambda: forward(pair.base, packing)}
     for name, masks in {
         "arbitrary sets": sets(fine, 0.5, 1.0),
@@ -149,6 +153,7 @@ def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 4) -> di
         f"sets within {SHARE_TOUCHED:.0%} of heads and neurons": sets(
             ["head", "neuron"], SHARE_TOUCHED / 2, SHARE_TOUCHED
         ),
+        "sets within one layer": [PatchMask.of(cfg, some) for some in halves],
     }.items():
         runs[name] = functools.partial(scores_of_sets, cfg, pair.base, pair.expert, masks, metric)
     took = medians(runs, repeats)
@@ -174,19 +179,25 @@ def race_cost(pair: Pair, task: Behaviour, anchor: Anchor, top: int = 32, n_prom
             "agreement": len(tops["exact"] & tops["race"]) / len(tops["exact"])}  # fmt: skip
 
 
-def rounding(pair: Pair, metric: Metric, per_layer: int = 4) -> dict[str, float]:
-    """How far exact effects of heads and some neurons in bfloat16 are from those of the same weights in float32."""
+def rounding(pair: Pair, metric: Metric, per_layer: int = 4) -> dict[str, Any]:
+    """How far exact effects of heads and some neurons in bfloat16 are from those in float32.
+
+    "products": of the same weights, which bfloat16 holds; "weights and products": of the pair's own.
+    """
     every = enumerate_components(pair.cfg, ["head", "neuron"], range(metric.layer, -1, -4))
     components = [c for c in every if c.kind == "head" or c.index < per_layer]
-    effects = []
-    models = [jax.tree.map(lambda a: a.astype(jnp.bfloat16), model) for model in (pair.base, pair.expert)]
-    for dtype in (jnp.float32, jnp.bfloat16):
-        host, donor = (jax.tree.map(lambda a, to=dtype: a.astype(to), model) for model in models)
-        effects.append(Sweep(pair.cfg, host, donor, metric)(components).mean(1))
-    exact, coarse = effects
-    error = np.abs(coarse - exact) / np.abs(exact).max()
-    return {"components": len(components), "spearman": float(scipy.stats.spearmanr(exact, coarse)[0]),
-            "median_error": float(np.median(error)), "largest_error": float(error.max())}  # fmt: skip
+    rounded = [jax.tree.map(lambda a: a.astype(jnp.bfloat16), model) for model in (pair.base, pair.expert)]
+    again = [jax.tree.map(lambda a: a.astype(jnp.float32), model) for model in rounded]
+    effects = [
+        Sweep(pair.cfg, host, donor, metric)(components).mean(1)
+        for host, donor in (rounded, again, (pair.base, pair.expert))
+    ]
+    found: dict[str, Any] = {"components": len(components)}
+    for name, exact in (("products", effects[1]), ("weights and products", effects[2])):
+        error = np.abs(effects[0] - exact) / np.abs(exact).max()
+        found[name] = {"spearman": float(scipy.stats.spearmanr(exact, effects[0])[0]),
+                       "median_error": float(np.median(error)), "largest_error": float(error.max())}  # fmt: skip
+    return found
 
 
 def screen_cost(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
@@ -214,9 +225,9 @@ def random_sweep(
     return Sweep(cfg, base, expert, Metric(tokens, at, weight, along, last, "anchor"))
 
 
-def small(n_layers: int = 8) -> ModelConfig:
-    """The shape of the embedded models, at any depth."""
-    return ModelConfig("llama", n_layers, 128, 8, 4, 16, 320, 1408, 64)
+def small(n_layers: int = 8, width: int = 128) -> ModelConfig:
+    """The shape of the embedded models, at any depth and width."""
+    return ModelConfig("llama", n_layers, width, width // 16, width // 32, 16, width * 5 // 2, 1408, 64)
 
 
 def spread(cfg: ModelConfig, n: int) -> list[Component]:
@@ -261,30 +272,35 @@ def compilation() -> dict[str, Any]:
     return found
 
 
-def alone(n_patches: int, n_layers: int, repeats: int) -> dict[str, float]:
+def alone(n_patches: int, n_layers: int, width: int, repeats: int) -> dict[str, float]:
     """Peak resident bytes of this process after exact sweeps of so many neurons, and the median of their times."""
-    engine = random_sweep(small(n_layers))
+    engine = random_sweep(small(n_layers, width))
     took = medians({"sweep": functools.partial(engine, spread(engine.cfg, n_patches))}, repeats)["sweep"]
     status = Path("/proc/self/status").read_text()  # of this program; getrusage counts what started it as well
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"bytes": peak * 1024, "seconds": took}
+    weights = sum(leaf.nbytes for model in (engine.base, engine.expert) for leaf in jax.tree.leaves(model))
+    return {"bytes": peak * 1024, "weights": weights, "seconds": took}
 
 
-def apart(n_patches: int, n_layers: int = 8, n_devices: int = 1, repeats: int = 3) -> dict[str, float]:
+def apart(
+    n_patches: int, n_layers: int = 8, width: int = 128, n_devices: int = 1, repeats: int = 1
+) -> dict[str, float]:
     """`alone` in a fresh process, a CPU divided into so many devices."""
     command = [sys.executable, "-m", "experiments.bench.engine", "--repeats", str(repeats)]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n_devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    options = ["--alone", str(n_patches), "--layers", str(n_layers)]
+    options = ["--alone", str(n_patches), "--layers", str(n_layers), "--width", str(width)]
     return json.loads(subprocess.check_output([*command, *options], text=True, env=env).splitlines()[-1])
 
 
 def processes(repeats: int) -> dict[str, dict[str, Any]]:
-    """Peak memory by number of patches and by depth; time by number of devices."""
+    """Peak memory by number of patches, depth and width; time by number of devices, which take turns."""
+    times = [{n: apart(1024, n_devices=n, repeats=repeats)["seconds"] for n in DEVICES} for _ in range(repeats)]
     return {
-        "memory": {str(n): apart(n, repeats=1)["bytes"] for n in PATCHES},
-        "memory_by_depth": {str(n): apart(256, n_layers=n, repeats=1)["bytes"] for n in DEPTHS},
-        "devices": {str(n): apart(1024, n_devices=n, repeats=repeats)["seconds"] for n in DEVICES},
+        "memory": {str(n): apart(n) for n in PATCHES},
+        "memory_by_depth": {str(n): apart(256, n_layers=n) for n in DEPTHS},
+        "memory_by_width": {str(n): apart(256, width=n) for n in WIDTHS},
+        "devices": {str(n): statistics.median(took[n] for took in times) for n in DEVICES},
     }
 
 
@@ -304,10 +320,11 @@ def markdown(report: dict[str, Any]) -> str:
     screen = report["screen"]
     rows.append([f"first-order scores of {screen['components']:,} components", f"{screen['seconds']['screen']:.1f} s",
                  f"{screen['forwards']:.1f} plain forward passes"])  # fmt: skip
-    coarse = report["rounding"]
-    rows.append([f"effects of {coarse['components']:,} heads and neurons in bfloat16", "",
-                 f"wrong by {coarse['median_error']:.1e} (median) to {coarse['largest_error']:.1e} of the largest; "
-                 f"Spearman {coarse['spearman']:.4f}"])  # fmt: skip
+    for name in ("products", "weights and products"):
+        coarse = report["rounding"][name]
+        rows.append([f"effects of {report['rounding']['components']:,} heads and neurons, {name} in bfloat16", "",
+                     f"wrong by {coarse['median_error']:.1e} (median) to {coarse['largest_error']:.1e} of the largest; "
+                     f"Spearman {coarse['spearman']:.4f}"])  # fmt: skip
     if "race" not in report:
         return table(["what", "time", "that is"], rows)
     rows += [
@@ -323,10 +340,12 @@ def markdown(report: dict[str, Any]) -> str:
                  f"{race['seconds']['race']:.1f} s",
                  f"{race['seconds']['race'] / race['seconds']['exact']:.2f} of the full sweep's time, "
                  f"{race['share']:.2f} of its replacements, {race['agreement']:.0%} of its top"])  # fmt: skip
-    rows += [[f"peak memory, {int(n):,} patches", "", f"{b / 2**20:,.0f} MiB"] for n, b in report["memory"].items()]
-    rows += [[f"peak memory, 256 patches, {n} layers", "", f"{b / 2**20:,.0f} MiB"]
-             for n, b in report["memory_by_depth"].items()]  # fmt: skip
-    rows += [[f"exact sweep, the CPU's {report['machine']['cores']} cores; devices: {n}", f"{t:.2f} s", ""]
+    for key, of in (("memory", "{:,} patches"), ("memory_by_depth", "256 patches, {} layers"),
+                    ("memory_by_width", "256 patches, width {}")):  # fmt: skip
+        rows += [["peak memory, " + of.format(int(n)), "",
+                  f"{m['bytes'] / 2**20:,.0f} MiB, of which the two models {m['weights'] / 2**20:,.0f}"]
+                 for n, m in report[key].items()]  # fmt: skip
+    rows += [[f"exact sweep, the CPU's cores as {n} device{'s' * (n != '1')}", f"{t:.2f} s", ""]
              for n, t in report["devices"].items()]  # fmt: skip
     return table(["what", "time", "that is"], rows)
 
@@ -335,6 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alone", type=int, help="measure a small sweep of so many patches in this process, and stop")
     parser.add_argument("--layers", type=int, default=8, help="of that sweep's model")
+    parser.add_argument("--width", type=int, default=128, help="of that sweep's model")
     parser.add_argument("--base", default="tiny:base")
     parser.add_argument("--expert", default="tiny:expert")
     parser.add_argument("--behaviour", default="tiny:english_capital")
@@ -347,7 +367,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.alone:
-        print(json.dumps(alone(args.alone, args.layers, args.repeats)))
+        print(json.dumps(alone(args.alone, args.layers, args.width, args.repeats)))
         return
     pair, task = load_pair(args.base, args.expert, args.dtype), behaviour(args.behaviour)
     anchor = fit_anchor(pair, task, layer=args.layer, causal="skip")
@@ -358,12 +378,12 @@ def main() -> None:
         "model": {"base": Path(args.base).name, "layers": pair.cfg.n_layers, "d_model": pair.cfg.d_model},
         "anchor_layer": anchor.layer,
         "prompts": args.n_prompts,
-        "tokens": {"padded": int(np.size(metric.tokens.ids)), "packed": packing.n_tokens},
+        "tokens": {"padded": int(np.size(metric.tokens.ids)), "packed": packing.n_tokens, "empty": packing.n_empty},
         "exact": exact_rates(pair, metric, args.per_layer, args.repeats),
         "joint": joint_costs(pair, metric, args.repeats),
         "screen": screen_cost(pair, screened, args.repeats),
         "rounding": rounding(pair, metric),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": machine(),
         "dtype": args.dtype,
         **made(),
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ import torch
 from jaxtyping import Float
 from transformers import AutoModelForCausalLM
 
-from experiments.records import made, table, write
+from experiments.records import machine, made, table, write
 from wpjax import Anchor, PatchMask, behaviour, enumerate_components, fit_anchor, load_pair, materialize
 from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
@@ -249,7 +248,7 @@ def main() -> None:
         "largest_change_of_score": scale,
         **made(),
         "device": f"{jax.devices()[0].platform}, {torch.get_num_threads()} threads",
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "versions": {name: version(name) for name in ("jax", "torch", "transformer-lens")},
         "dtype": "float32",
     }  # fmt: skip

@@ -15,9 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from experiments.records import made, table, write
+from experiments.records import machine, made, table, write
 
 COMMANDS = {
     "`wpjax --help`": (5, ["-m", "wpjax", "--help"]),
@@ -50,7 +48,7 @@ def main() -> None:
     for name, (repeats, arguments) in COMMANDS.items():
         runs = [round(seconds(arguments), 2) for _ in range(repeats)]
         measured[name] = {"median": statistics.median(runs), "runs": runs}
-    report = {"seconds": measured, **made(), "device": f"{jax.devices()[0].platform}, {os.cpu_count()} cores"}
+    report = {"seconds": measured, **made(), "machine": machine()}
     print(markdown(report))
     write(args.out, report)
 
