@@ -100,8 +100,17 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     left = [p.name for p in tmp_path.iterdir()]
     absent = ["sweep", "--base", "tiny:base", "--expert", "tiny:planted", "--behaviour", "tiny:title", *quick]
     assert_refused(wpjax(*absent, "--metric", "kl", "--out", "x.nc"), "no behaviour to find", tmp_path, left)
-    flowless = ["report", "e.nc", "--execution", "e.nc", "--out", "x.html"]
-    assert_refused(wpjax(*flowless), "holds no flow: sweep the anchor metric", tmp_path, left)
+    on_policy = ["sweep", *SMALL[:-2], *quick, "--metric", "on_policy", "--anchor", "a.safetensors"]
+    assert_refused(wpjax(*on_policy, "--method", "masks", "--out", "x.nc"), "masks needs fixed words", tmp_path, left)
+    assert wpjax(*on_policy, "--components", "L2.head.0,L7.mlp", "--out", "o.nc")[0] == 0
+    data = SweepResult.from_netcdf("o.nc").dataset
+    assert (data.attrs["metric"], data.attrs["metric_layer"], data["target"].values[-1]) == ("on_policy", 5, "rest")
+    assert wpjax("report", "o.nc", "--out", "o.html")[0] == 0
+    assert "averaged over the tokens of each model's own answer" in (tmp_path / "o.html").read_text()
+    SweepResult(data.drop_dims("target")).to_netcdf("n.nc")
+    left = [p.name for p in tmp_path.iterdir()]
+    flowless = ["report", "n.nc", "--execution", "e.nc", "--out", "x.html"]
+    assert_refused(wpjax(*flowless), "holds no flow: sweep with a method", tmp_path, left)
     assert_refused(wpjax(*curves), r"c\.nc exists", tmp_path, left)
     assert_refused(wpjax("report", "c.nc", "--out", "x.html"), "holds curves, not sweep", tmp_path, left)
     assert_refused(wpjax("validate", "e.nc", *curves[2:-1], "f.nc", "--by", "ig"), "no ranking 'ig'", tmp_path, left)

@@ -56,6 +56,15 @@ def test_roles_by_the_rule():
     assert found.executors == ()
 
 
+def test_what_the_slope_does_not_tell_is_no_target():
+    data = made(metric_layer=1).dataset
+    rest = xr.DataArray([[9.0]] * data.sizes["component"], dims=("component", "target"), coords={"target": ["rest"]})
+    flow = xr.concat([data["flow"], rest], "target")
+    found = SweepResult(data.drop_dims("target").assign(flow=flow))
+    assert hierarchy(found).aggregators == hierarchy(SweepResult(data)).aggregators
+    np.testing.assert_array_equal(flow_by_layer(found, "head"), flow_by_layer(SweepResult(data), "head"))
+
+
 def test_flow_is_summed_by_kind_and_layer():
     """Over [self, attention 0, MLP 0, attention 1, MLP 1]; each row sums to the effects of its components."""
     np.testing.assert_allclose(flow_by_layer(made(metric_layer=1), "head"), [[0, 0, 0.1, 0.4, 0], [0] * 5])

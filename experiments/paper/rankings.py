@@ -117,9 +117,11 @@ def run_task(
     weights = resample(judge.batch.queries).weights
     gap = (ends[1].astype(float) - ends[0]) @ np.vstack([np.ones(ends.shape[1]), weights]).T
 
+    some = gap > 0  # a resample of few prompts may hold none on which the models differ
+
     def area(values: Bool[np.ndarray, "K B"]) -> list[float]:
         moved = (values.astype(float) - ends[0]).mean(0)  # budgets are evenly spaced on the logarithmic scale
-        share = moved @ np.vstack([np.ones(len(moved)), weights]).T / gap
+        share = (moved @ np.vstack([np.ones(len(moved)), weights]).T)[some] / gap[some]
         return [round(float(x), 4) for x in (share[0], *np.quantile(share[1:], [0.025, 0.975]))]
 
     return {

@@ -338,7 +338,9 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
 
     print_table(
         f"{attrs['behaviour']}: {attrs['base']} -> {attrs['expert']}, {attrs['metric']} metric"
-        + (f" at layer {attrs['metric_layer']}" if attrs["metric"] == "anchor" else ""),
+        + (
+            f" at layer {attrs['metric_layer']}" if attrs["metric"] in (MetricName.anchor, MetricName.on_policy) else ""
+        ),
         ("component", by, *["95 % interval"][:bounded], *["q"][:tested], *[""][:exact]),
         [tuple(line(r)) for r in rows],
     )

@@ -189,7 +189,7 @@ class OnPolicyEngine(Engine):
         if jitter_seed is None:  # the words' replay depends on the cell alone, whatever direction is read
             kept = {c.chunk: c.delta for c in self.words.perform(name, plan, label=f"{name}-words")}
         n_targets = len(self.targets)
-        for chunk in plan.chunks:
+        for i, chunk in enumerate(plan.chunks):
             shape = len(chunk.components), len(self.metric)
             delta, flow = np.zeros(shape), None
             if chunk in given:
@@ -200,7 +200,7 @@ class OnPolicyEngine(Engine):
             key = part_key(f"{label}-anew", chunk)
             if key not in self.done:
                 self.done[key] = np.stack(self._corrected(name, chunk, delta, kept[chunk]))
-                self.progress(f"{label} answers", 1, 1)
+                self.progress(f"{label} patches that change words", i + 1, len(plan.chunks))
             spoken, changed = finished_part(self.done, key, (2, *shape))
             if label == "exact":
                 self.changed[[self.position[c] for c in chunk.components]] = changed.mean(1)

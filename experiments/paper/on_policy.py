@@ -1,0 +1,118 @@
+"""What single components do to the anchor along a model's own answer, beside what they do at the last prompt token.
+
+    python -m experiments.paper.on_policy experiments/paper/tiny.json --work work/paper/tiny \
+        --out experiments/paper/tiny.on_policy.json
+
+Heads, KV groups and neurons of all layers are screened, and the highest replaced for real: read along the base's own
+answer where every word of it stays, along the patched model's own answer elsewhere. Run `experiments.paper.replicate`
+first: its anchors are taken, and its sweeps at the last prompt token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from experiments.paper.replicate import FINE
+from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
+from experiments.records import made, table
+from wpjax.anchors import Anchor
+from wpjax.behaviours import Behaviour
+from wpjax.cli.console import progress_bars
+from wpjax.results import Shards, SweepResult
+from wpjax.sweeps import sweep
+from wpjax.sweeps.on_policy import OnPolicy
+from wpjax.tracing import hierarchy
+
+TOP, STRATUM = 48, 16
+"""Of each kind, replaced by rank and at random."""
+
+N_HIGHEST = 32
+"""Components that are compared with those at the last prompt token."""
+
+
+def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str, Any]:
+    """One sweep, and how it compares."""
+    pair = pair_of(config, task)
+    anchor = Anchor.load(folder / "anchor.safetensors")
+    batch = task.encode(pair.tokenizer, "sweep", int(config["n_prompts"]))
+    place = folder / "on_policy.nc"
+    if not place.exists():
+        done = Shards(folder / ".on_policy", {"config": config, "task": task.name}, resume=True)
+        with progress_bars() as progress:
+            swept = sweep(
+                pair, batch, OnPolicy(anchor, int(config["max_new_tokens"])), kinds=FINE, method="screen+exact",
+                top=TOP, stratum=STRATUM, done=done, progress=progress,
+            )  # fmt: skip
+        swept.to_netcdf(place)
+        done.discard()
+    data = SweepResult.from_netcdf(place).dataset
+    told = SweepResult.from_netcdf(folder / "sweep.nc").dataset
+    replaced, late = data["exact"].values, data["layer"].values > anchor.layer
+    effect, changed = data["effect"].values[replaced], data["words_changed"].values[replaced]
+    there = dict(zip(told["name"].values.tolist(), told["effect"].values.tolist(), strict=True))
+    names = data["name"].values[replaced].tolist()
+    both = np.array([[e, there[n]] for n, e in zip(names, effect, strict=True) if np.isfinite(there.get(n, np.nan))])
+    highest = {names[i] for i in np.argsort(-effect)[:N_HIGHEST]}
+    others = sorted((n for n, e in there.items() if np.isfinite(e)), key=lambda n: -there[n])[:N_HIGHEST]
+    flow = data["flow"].values[replaced]
+    return {
+        **made(),
+        "acceptance": anchor.acceptance,
+        "anchor_layer": anchor.layer,
+        "gap": [float(data.attrs[f"gap_{end}"]) for end in ("mean", "low", "high")],
+        "coverage": float(data.attrs["coverage"]),
+        "replaced": int(replaced.sum()),
+        "late": int((replaced & late).sum()),
+        "words_changed": float(changed.mean()),
+        "never_changed": float((changed == 0).mean()),
+        "by_words": float(np.abs(flow[:, -1]).sum() / np.abs(effect).sum()),
+        "largest_late": float(np.abs(effect[late[replaced]]).max(initial=0.0)),
+        "significant_late": int((data["q_value"].values[replaced & late] < 0.05).sum()),
+        "screen_spearman": float(spearmanr(data["screen"].values[replaced], effect)[0]),
+        "last_token_spearman": float(spearmanr(both[:, 0], both[:, 1])[0]),
+        "shared_highest": len(highest & set(others)) / N_HIGHEST,
+        "aggregators": [node.name for node in hierarchy(SweepResult(data)).aggregators],
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One line a task."""
+    rows = [
+        [
+            name.removeprefix("tiny:"),
+            f"{task['gap'][0]:.3g} [{task['gap'][1]:.3g}, {task['gap'][2]:.3g}]",
+            f"{task['coverage']:.0%}",
+            f"{task['replaced']} ({task['late']})",
+            f"{task['words_changed']:.0%}",
+            f"{task['never_changed']:.0%}",
+            f"{task['by_words']:.0%}",
+            f"{task['screen_spearman']:.2f}",
+            f"{task['last_token_spearman']:.2f}",
+            f"{task['shared_highest']:.0%}",
+        ]
+        for name, task in measured(report).items()
+    ]
+    head = ["task", "gap", "recovered jointly", "replaced (after the anchor)", "answers changed",
+            "patches that change none", "of the effects by words", "rank correlation with the screen",
+            "with the last prompt token",
+            f"of the {N_HIGHEST} highest shared"]  # fmt: skip
+    return table(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="that of the replication")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    report = over_tasks(args.config, args.out, lambda config, task: run_task(config, task, place_of(args.work, task)))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
