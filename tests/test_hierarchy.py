@@ -40,7 +40,9 @@ def made(**attrs):
                 "layer": ("component", [0, 0, 1, 0, 0, 0]),
                 "target": ("target", TARGETS),
             },
-            {"base_fingerprint": "b", "expert_fingerprint": "e", "behaviour": "x"} | attrs,
+            {"base_fingerprint": "b", "expert_fingerprint": "e", "behaviour": "x"}
+            | {"metric": "anchor", "metric_layer": 1, "given_layer": -1}
+            | attrs,
         )
     )
 
@@ -81,6 +83,16 @@ def test_executors_come_from_a_sweep_of_a_given_state():
         hierarchy(made(), made(given_layer=-1))
     with pytest.raises(WpjaxError, match="another pair or behaviour"):
         hierarchy(made(), made(given_layer=1, behaviour="y"))
+    with pytest.raises(WpjaxError, match="from a given state, of executors"):
+        hierarchy(made(given_layer=1))
+    with pytest.raises(WpjaxError, match="executors follow an anchor"):
+        hierarchy(made(metric="kl"), made(given_layer=1))
+
+
+def test_a_source_does_not_stand_after_what_is_read():
+    """On-policy, what comes after the anchor acts by words alone."""
+    found = hierarchy(made(metric="on_policy", metric_layer=0))
+    assert [n.name for n in found.sources] == ["L0.head.0", "L0.neuron.0"]
 
 
 def test_without_flow_there_are_no_roles():

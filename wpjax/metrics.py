@@ -55,7 +55,7 @@ class Metric:
         weight: [B, S], how much each counts; 0 fills up.
         readout: what is read there.
         layer: 0-based block whose `resid_post` is read; later ones are not run (static).
-        name: "anchor", "response", "decision" or "kl" (static).
+        name: "anchor", "response", "decision" or "kl", or what an on-policy sweep reads (static).
         held: a state that every model is given on the way, so that only what executes it counts; None for none.
     """
 

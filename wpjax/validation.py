@@ -27,7 +27,7 @@ from wpjax.behaviours import Behaviour, loose, strict
 from wpjax.components import Component, n_parameters, parse_component
 from wpjax.curves import CHECKS, DIMS, DIRECTIONS, SCHEMA, Curves
 from wpjax.errors import WpjaxError
-from wpjax.metrics import ANSWER_METRICS, joint_scores, scores
+from wpjax.metrics import ANSWER_METRICS, answer_of, joint_scores, scores
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
@@ -143,6 +143,8 @@ def activation_values(
     batch = behaviour.encode(pair.tokenizer, attrs["split"], int(attrs["n_prompts"]))
     if attrs["metric"] in ANSWER_METRICS:
         metric = ANSWER_METRICS[attrs["metric"]](pair, batch, max_new_tokens)
+    elif anchor is not None and attrs["metric"] == "on_policy":
+        metric = along(anchor, batch, answer_of(pair, pair.base, batch.with_instruction, max_new_tokens))
     elif anchor is not None:
         metric = anchor.metric(pair, batch)
     else:

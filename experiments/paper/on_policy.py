@@ -11,6 +11,8 @@ first: its anchors are taken, and its sweeps at the last prompt token.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from wpjax.anchors import Anchor
 from wpjax.behaviours import Behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.results import Shards, SweepResult
+from wpjax.steering import Judge, check_behaviour_differs
 from wpjax.sweeps import sweep
 from wpjax.sweeps.on_policy import OnPolicy
 from wpjax.tracing import hierarchy
@@ -37,15 +40,20 @@ N_HIGHEST = 32
 
 def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str, Any]:
     """One sweep, and how it compares."""
-    pair = pair_of(config, task)
-    anchor = Anchor.load(folder / "anchor.safetensors")
+    pair, new_tokens = pair_of(config, task), int(config["max_new_tokens"])
     batch = task.encode(pair.tokenizer, "sweep", int(config["n_prompts"]))
-    place = folder / "on_policy.nc"
+    judge = Judge(pair, task, batch, new_tokens)
+    check_behaviour_differs(judge, judge.answers(pair.base), judge.answers(pair.expert))
+    anchor = Anchor.load(folder / "anchor.safetensors")
+    settings = {name: config[name] for name in ("n_prompts", "max_new_tokens", "dtype")}
+    settings |= {"pair": pair.fingerprints, "anchor": anchor.metric(pair, batch).digest, "size": [TOP, STRATUM, FINE]}
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+    place = folder / f"on_policy-{digest}.nc"
     if not place.exists():
-        done = Shards(folder / ".on_policy", {"config": config, "task": task.name}, resume=True)
+        done = Shards(place.with_suffix(".parts"), settings, resume=True)
         with progress_bars() as progress:
             swept = sweep(
-                pair, batch, OnPolicy(anchor, int(config["max_new_tokens"])), kinds=FINE, method="screen+exact",
+                pair, batch, OnPolicy(anchor, new_tokens), kinds=FINE, method="screen+exact",
                 top=TOP, stratum=STRATUM, done=done, progress=progress,
             )  # fmt: skip
         swept.to_netcdf(place)
@@ -73,7 +81,7 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
         "by_words": float(np.abs(flow[:, -1]).sum() / np.abs(effect).sum()),
         "largest_late": float(np.abs(effect[late[replaced]]).max(initial=0.0)),
         "significant_late": int((data["q_value"].values[replaced & late] < 0.05).sum()),
-        "screen_spearman": float(spearmanr(data["screen"].values[replaced], effect)[0]),
+        "screen_spearman": float(spearmanr(*(data[n].values[replaced & ~late] for n in ("screen", "effect")))[0]),
         "last_token_spearman": float(spearmanr(both[:, 0], both[:, 1])[0]),
         "shared_highest": len(highest & set(others)) / N_HIGHEST,
         "aggregators": [node.name for node in hierarchy(SweepResult(data)).aggregators],

@@ -83,8 +83,8 @@ def run(
             "--metric",
             help="anchor: has the control state formed? response: log-probability of the expert's own answer. "
             "decision: log-odds where base and expert first part ways. kl: divergence from the expert along its "
-            "answer. These count components after the anchor too. on_policy: the anchor along each patched model's own "
-            "answer.",
+            "answer. on_policy: the anchor along each patched model's own answer. All but the first count components "
+            "after the anchor too.",
         ),
     ] = MetricName.anchor,
     given_anchor: Annotated[
@@ -104,7 +104,7 @@ def run(
         typer.Option(
             "--kinds",
             help="Comma-separated: head,kv_group,neuron,attn,mlp,layer,norm,embed,unembed,final_norm (the last two act "
-            "on response and decision only).",
+            "on what is said: not on the anchor).",
         ),
     ] = "head,kv_group,neuron",
     components: Annotated[
@@ -241,7 +241,7 @@ def run(
         "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
         "pair": pair.fingerprints,
         "prompts": batch.texts,
-        "metric": [metric.value, measured.digest, max_new_tokens],
+        "metric": [metric.value, measured.digest, max_new_tokens if metric == MetricName.on_policy else None],
         "given": None if given is None else given.metric(pair, batch).digest,
         "kinds": names,
         "components": components,

@@ -301,7 +301,8 @@ def available(
         figures["plane"] = (draw_plane, (5.4, 4.2))
     if "flow" in result.dataset and _finest(result):
         figures["flow"] = (draw_flow, (6.4, 4.8))
-    if "flow" in result.dataset or execution is not None:  # without flow `hierarchy` says what is wrong
+    sources = "flow" in result.dataset and int(result.dataset.attrs["given_layer"]) < 0
+    if sources or execution is not None:  # `hierarchy` says what is wrong
         figures["hierarchy"] = (lambda r, axes: draw_hierarchy(r, axes, execution), (7.4, 4.6))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))
     if "anchor_gap" in result.dataset:

@@ -115,6 +115,8 @@ class Engine:
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
     ) -> Iterator[Changes]:
         """The chunks of a plan with their changes, in one cell; parts are kept under a label, the cell's name."""
+        if not plan.chunks:
+            return
         cell, label = CELLS[name], label or name
         keys = {part_key(label, chunk): chunk for chunk in plan.chunks}
         with_flow = label == "exact" and self.with_flow
@@ -125,7 +127,9 @@ class Engine:
         waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if not finished(key, chunk)))
         n_done = len(keys) - len(waiting.chunks)
         doing = f"{label} patches, up to {max(plan.rows.values(), default=0)} at once"
-        runs = self.run(cell.host), self.run(cell.donor) if cell.inputs == "donor" else None
+        runs = self.run(cell.host), None
+        if cell.inputs == "donor":  # a program of its own, of which no flow is asked
+            runs = runs[0]._replace(slope=None, writes=None), self.run(cell.donor)._replace(slope=None, writes=None)
         host, donor = self.models[cell.host], self.models[cell.donor]
         parts = exact_changes(
             self.pair.cfg, host, donor, runs, self.metric, self.packing, waiting,

@@ -4,8 +4,9 @@
 
 A component acts on it twice: on the state along given words, and by changing the words. Few single components change
 any word, so every patch is replayed along the base's own answer, which gives the score there and tells whether each
-word stays the first choice. Only where one does not surely stay, the patched model answers anew and is read along that
-answer: exact, for the price of two replays and a few answers.
+word stays the first choice, by a margin above what rounding does. Only where one does not surely stay, the patched
+model answers anew and is read along that answer: exact, for the price of two replays and a few answers. (Those are not
+divided among devices.)
 
 Greedy words are piecewise constant in the weights. So the slope of F_o is that along the base's own words, which every
 first-order screen takes; what comes after the anchor acts by words alone, and only a real replacement shows it.
@@ -24,9 +25,9 @@ from jaxtyping import Array, Float, Int
 
 from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch, Tokens
-from wpjax.components import Component
+from wpjax.components import Component, open_gates
 from wpjax.distributed import Spread
-from wpjax.metrics import Metric, answer_of, answer_positions, scores, with_answers
+from wpjax.metrics import Metric, answer_of, answer_positions, scores, trimmed, with_answers
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation, generate
@@ -65,7 +66,7 @@ class Speech:
 
     def __init__(self, pair: Pair, batch: PromptBatch, anchor: Anchor, max_new_tokens: int):
         self.pair, self.batch, self.anchor, self.max_new_tokens = pair, batch, anchor, max_new_tokens
-        self.answers = self.of(pair.base)
+        self.answers = trimmed(self.of(pair.base))
         self.metric = along(anchor, batch, self.answers)
 
     def of(self, params: Params) -> Generation:
@@ -147,6 +148,7 @@ class OnPolicyEngine(Engine):
         progress: called after every chunk.
         metric: along the base's words; None for that of `speech`.
         models: base and expert where they stand on the devices.
+        words: the engine of the words; None for a new one.
     """
 
     def __init__(
@@ -157,17 +159,20 @@ class OnPolicyEngine(Engine):
         progress: Progress,
         metric: Metric | None = None,
         models: Mapping[str, Params] | None = None,
+        words: Engine | None = None,
     ):
         whole = Spread.local().whole
         super().__init__(speech.pair, whole(metric or speech.metric), chosen, done, progress, models)
         self.speech, self.chosen = speech, chosen
-        self.words = Engine(speech.pair, whole(speech.kept), chosen, done, progress, self.models, with_flow=False)
-        self.words.models = self.models
+        if words is None:
+            words = Engine(speech.pair, whole(speech.kept), chosen, done, progress, self.models, with_flow=False)
+            words.models = self.models  # that of a null comes and goes
+        self.words = words
         self.changed = np.full(len(chosen), np.nan)
 
     def beside(self, metric: Metric) -> Engine:
         """Along the same words."""
-        return OnPolicyEngine(self.speech, self.chosen, self.done, self.progress, metric, self.models)
+        return OnPolicyEngine(self.speech, self.chosen, self.done, self.progress, metric, self.models, self.words)
 
     @property
     def targets(self) -> list[str]:
@@ -175,28 +180,25 @@ class OnPolicyEngine(Engine):
         return [*super().targets, "rest"]
 
     def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
-        """Each set's model answers for itself."""
+        """Each set's model answers for itself, one model after the other."""
         pair = self.pair
         return np.stack([self.speech.score(materialize(pair.base, pair.expert, mask)) for mask in masks])
 
     def perform(
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
     ) -> Iterator[Changes]:
-        """Changes along each patched model's own words; shams are read along the base's."""
+        """Changes along each patched model's own words."""
         label = label or name
         felt = Plan(plan.rows, tuple(c for c in plan.chunks if self.metric.reaches(c.components[0])))
         given = {c.chunk: c for c in super().perform(name, felt, jitter_seed, label)}
-        if jitter_seed is None:  # the words' replay depends on the cell alone, whatever direction is read
-            kept = {c.chunk: c.delta for c in self.words.perform(name, plan, label=f"{name}-words")}
+        # The words' replay depends on the cell alone, whatever direction is read.
+        kept = {c.chunk: c.delta for c in self.words.perform(name, plan, jitter_seed, f"{name}-words")}
         n_targets = len(self.targets)
         for i, chunk in enumerate(plan.chunks):
             shape = len(chunk.components), len(self.metric)
             delta, flow = np.zeros(shape), None
             if chunk in given:
                 delta, flow = given[chunk].delta, given[chunk].flow
-            if jitter_seed is not None:
-                yield Changes(chunk, delta, None)
-                continue
             key = part_key(f"{label}-anew", chunk)
             if key not in self.done:
                 self.done[key] = np.stack(self._corrected(name, chunk, delta, kept[chunk]))
@@ -221,11 +223,12 @@ class OnPolicyEngine(Engine):
             return spoken, changed
         prompts, cell = self.speech.batch.with_instruction, CELLS[name]
         host, donor = self.models[cell.host], self.models[cell.donor]
-        masks = [PatchMask.of(cfg, [c]).gates for c in chunk.components]
-        gates = {gate: np.stack([np.asarray(mask[gate]) for mask in masks]) for gate in masks[0]}
+        some, mine = np.unique(where[:, 0], return_inverse=True)
+        masks = [open_gates(cfg, [chunk.components[c]]) for c in some]
+        gates = {gate: np.stack([mask[gate] for mask in masks]) for gate in masks[0] if masks[0][gate].any()}
 
         def run(rows: Int[np.ndarray, " N"]) -> tuple[Array, Generation]:
-            c, b = where[rows].T
+            c, b = mine[rows], where[rows, 1]
             return _anew(
                 cfg,
                 host,

@@ -64,7 +64,7 @@ def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packin
 
 
 def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
-    """Gradient of the metric by the residual stream where it is read; of a projection, its direction."""
+    """Gradient of the metric by the residual stream where it is read; of a projection, its direction times weight."""
 
     def one(b: Array) -> Float[Array, "R D"]:  # a vocabulary of logits takes its place for one prompt at a time
         some = metric.take(b[None])

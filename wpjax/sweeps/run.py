@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
-from wpjax.errors import ComponentError, WpjaxError
+from wpjax.errors import ComponentError, MetricRejected, WpjaxError
 from wpjax.metrics import Metric, decision_metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
@@ -154,7 +155,8 @@ def sweep(
             others; "activation" patches the expert's activations instead of its weights, after attribution patching as
             the screen; "factorial" measures all cells of the 2x2 (source, relay, interaction, see
             `dataset.two_by_two`) and the knock-out in the expert, for the `top` ones of both screens.
-        top: how many of each kind are replaced after a screen, chosen by its magnitude; k of a race.
+        top: how many of each kind are replaced after a screen, chosen by its magnitude (on-policy, as many again by
+            that of the decision score's, where words may change); k of a race.
         stratum: how many of the others of each kind are replaced too, at random, to estimate what the screen missed.
         confidence: of a race, that none of the true `top` is lost.
         n_masks: random sets at each share of components, with method "masks".
@@ -212,8 +214,9 @@ def sweep(
     if recipe.choose:
         choosing = [first_order[name] for name in recipe.choose]
         if speech is not None:  # words have no slope; where base and expert part ways, one may tip
-            where = decision_metric(pair, batch, speech.max_new_tokens)
-            choosing.append(_screen("screen", pair, chosen, where))
+            with contextlib.suppress(MetricRejected):  # they hardly part
+                where = decision_metric(pair, batch, speech.max_new_tokens)
+                choosing.append(_screen("screen", pair, chosen, where))
         best = {i for values in choosing for i in _highest(chosen, values.mean(1), top)}
         sampled[_stratum(chosen, best, stratum, seed)] = True
         replaced = sorted({*best, *np.flatnonzero(sampled).tolist()})

@@ -74,7 +74,7 @@ def significant(result: SweepResult, n: int) -> list[int]:
     kinds = data["kind"].values.astype(str)
     fine = np.isin(kinds, FINEST)
     sure = (effect > 0) & (np.nan_to_num(data["q_value"].values, nan=1.0) < 0.05) & ~data["below_noise_floor"].values
-    usable = sure & (fine if fine.any() else True)
+    usable = sure & (fine if fine.any() else True) & (data["layer"].values <= data.attrs["metric_layer"])
     usable &= effect >= LEAST * max(float(effect[usable].max(initial=0.0)), 0.0)
     return [int(i) for i in np.argsort(-effect, kind="stable") if usable[i]][:n]
 
@@ -91,13 +91,23 @@ def hierarchy(
         n_aggregators: at most.
 
     Raises:
-        WpjaxError: the result holds no flow, or the second is no sweep from a given state, or of something else.
+        WpjaxError: the result holds no flow or is itself from a given state, or the second is no sweep from a given
+            state, or of something else.
     """
     data = result.dataset
     if "flow" not in data:
         raise WpjaxError(
             "this result holds no flow: sweep with a method that replaces components (exact, screen+exact, "
             "gradient+exact, race, factorial)"
+        )
+    if int(data.attrs["given_layer"]) >= 0:
+        raise WpjaxError(
+            "this result is a sweep from a given state, of executors: give it beside the sweep of its anchor"
+        )
+    if execution is not None and data.attrs["metric"] not in ("anchor", "on_policy"):
+        raise WpjaxError(
+            f"executors follow an anchor, and the first result is of the {data.attrs['metric']} metric: give the sweep "
+            "of the anchor"
         )
     flow, names = data["flow"].values.astype(np.float64), [str(t) for t in data["target"].values]
     chosen = significant(result, n_sources)
@@ -131,7 +141,7 @@ def flow_by_layer(result: SweepResult, kind: str) -> Float[np.ndarray, "L U"]:
 
     Returns:
         share of the gap; columns are "self", then attention and MLP of layer 0, of layer 1 and so on. A row sums to
-        the effects of its components, but for the `rest` of a metric that reads logits.
+        the effects of its components, but for the `rest` of a metric that reads logits, or on-policy of other words.
     """
     data, n_layers = result.dataset, int(result.dataset.attrs["metric_layer"]) + 1
     targets = [str(t) for t in data["target"].values if t != "rest"]
