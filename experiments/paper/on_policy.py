@@ -31,22 +31,19 @@ from wpjax.sweeps import sweep
 from wpjax.sweeps.on_policy import OnPolicy
 from wpjax.tracing import hierarchy
 
-TOP, STRATUM = 48, 16
-"""Of each kind, replaced by rank and at random."""
-
 N_HIGHEST = 32
 """Components that are compared with those at the last prompt token."""
 
 
-def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str, Any]:
+def run_task(config: dict[str, Any], task: Behaviour, folder: Path, size: dict[str, int]) -> dict[str, Any]:
     """One sweep, and how it compares."""
     pair, new_tokens = pair_of(config, task), int(config["max_new_tokens"])
-    batch = task.encode(pair.tokenizer, "sweep", int(config["n_prompts"]))
+    batch = task.encode(pair.tokenizer, "sweep", size["prompts"])
     judge = Judge(pair, task, batch, new_tokens)
     check_behaviour_differs(judge, judge.answers(pair.base), judge.answers(pair.expert))
     anchor = Anchor.load(folder / "anchor.safetensors")
-    settings = {name: config[name] for name in ("n_prompts", "max_new_tokens", "dtype")}
-    settings |= {"pair": pair.fingerprints, "anchor": anchor.metric(pair, batch).digest, "size": [TOP, STRATUM, FINE]}
+    settings = {name: config[name] for name in ("max_new_tokens", "dtype")} | {"size": size, "kinds": FINE}
+    settings |= {"pair": pair.fingerprints, "anchor": anchor.metric(pair, batch).digest}
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     place = folder / f"on_policy-{digest}.nc"
     if not place.exists():
@@ -54,7 +51,7 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
         with progress_bars() as progress:
             swept = sweep(
                 pair, batch, OnPolicy(anchor, new_tokens), kinds=FINE, method="screen+exact",
-                top=TOP, stratum=STRATUM, done=done, progress=progress,
+                top=size["top"], stratum=size["stratum"], done=done, progress=progress,
             )  # fmt: skip
         swept.to_netcdf(place)
         done.discard()
@@ -70,6 +67,7 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
     flow = data["flow"].values[replaced]
     return {
         **made(),
+        "size": size,
         "acceptance": anchor.acceptance,
         "anchor_layer": anchor.layer,
         "gap": [float(data.attrs[f"gap_{end}"]) for end in ("mean", "low", "high")],
@@ -116,9 +114,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="that of the replication")
+    parser.add_argument("--n-prompts", type=int, default=16)
+    parser.add_argument("--top", type=int, default=48, help="of each kind, replaced by rank")
+    parser.add_argument("--stratum", type=int, default=16, help="of each kind, replaced at random")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    report = over_tasks(args.config, args.out, lambda config, task: run_task(config, task, place_of(args.work, task)))
+    size = {"prompts": args.n_prompts, "top": args.top, "stratum": args.stratum}
+
+    def run(config: dict[str, Any], task: Behaviour) -> dict[str, Any]:
+        return run_task(config, task, place_of(args.work, task), size)
+
+    report = over_tasks(args.config, args.out, run, lambda result: result["size"] == size)
     print(markdown(report))
 
 

@@ -127,7 +127,7 @@ class Engine:
         waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if not finished(key, chunk)))
         n_done = len(keys) - len(waiting.chunks)
         doing = f"{label} patches, up to {max(plan.rows.values(), default=0)} at once"
-        runs = self.run(cell.host), None
+        runs: tuple[Run, Run | None] = (self.run(cell.host), None)
         if cell.inputs == "donor":  # a program of its own, of which no flow is asked
             runs = runs[0]._replace(slope=None, writes=None), self.run(cell.donor)._replace(slope=None, writes=None)
         host, donor = self.models[cell.host], self.models[cell.donor]

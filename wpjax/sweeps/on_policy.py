@@ -223,12 +223,12 @@ class OnPolicyEngine(Engine):
             return spoken, changed
         prompts, cell = self.speech.batch.with_instruction, CELLS[name]
         host, donor = self.models[cell.host], self.models[cell.donor]
-        some, mine = np.unique(where[:, 0], return_inverse=True)
-        masks = [open_gates(cfg, [chunk.components[c]]) for c in some]
-        gates = {gate: np.stack([mask[gate] for mask in masks]) for gate in masks[0] if masks[0][gate].any()}
+        masks = [open_gates(cfg, [c]) for c in chunk.components]
+        stacked = {gate: np.stack([mask[gate] for mask in masks]) for gate in masks[0]}
+        gates = {gate: value for gate, value in stacked.items() if value.any()}  # what is closed costs nothing
 
         def run(rows: Int[np.ndarray, " N"]) -> tuple[Array, Generation]:
-            c, b = mine[rows], where[rows, 1]
+            c, b = where[rows].T
             return _anew(
                 cfg,
                 host,
