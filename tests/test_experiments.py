@@ -23,11 +23,14 @@ TABLES = [
     ("paper", "replicate", "calibrations", "smollm2.results.json"),
     ("paper", "rankings", "markdown", "tiny.rankings.json"),
     ("paper", "rankings", "markdown", "smollm2.rankings.json"),
+    ("paper", "on_policy", "markdown", "tiny.on_policy.json"),
     ("paper", "positions", "markdown", "tiny.positions.json"),
     ("paper", "estimate", "markdown", "estimate.json"),
     ("bench", "heads", "markdown", "heads.json"),
     ("bench", "engine", "markdown", "engine.tiny.json"),
     ("bench", "engine", "markdown", "engine.smollm2.json"),
+    ("bench", "profile", "markdown", "profile.tiny.json"),
+    ("bench", "profile", "markdown", "profile.smollm2.json"),
     ("bench", "startup", "markdown", "startup.json"),
 ]
 
