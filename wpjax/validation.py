@@ -150,8 +150,10 @@ def activation_values(
     else:
         raise WpjaxError("the result lacks the anchor that was swept on: sweep again")
     reached = [c for c in components if metric.reaches(c)]
-    change = output_linearised(pair.cfg, pair.base, pair.expert, reached, metric, inputs="donor").mean(1)
-    by_component = dict(zip(reached, change / float(attrs["gap_mean"]), strict=True))
+    by_component: dict[Component, float] = {}
+    if reached:
+        change = output_linearised(pair.cfg, pair.base, pair.expert, reached, metric, inputs="donor").mean(1)
+        by_component = dict(zip(reached, change / float(attrs["gap_mean"]), strict=True))
     return np.array([by_component.get(c, -np.inf) for c in components])
 
 

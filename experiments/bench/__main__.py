@@ -1,4 +1,4 @@
-r"""All benchmarks, one after the other, each in a process of its own, and their tables.
+r"""All benchmarks but that of the large shape, one after the other, each in a process of its own, and their tables.
 
     python -m experiments.smollm2.fetch --out work/smollm2
     python -m experiments.bench --base work/smollm2/base --expert work/smollm2/english_capital --out experiments/bench
@@ -28,6 +28,8 @@ def main() -> None:
         "heads": ["heads", *pair, "--n-prompts", "4", "--every", "2"],
         "engine.smollm2": ["engine", *pair, "--n-prompts", "8", "--per-layer", "8", "--pair-only"],
         "engine.tiny": ["engine", "--n-prompts", "16", "--per-layer", "100000"],
+        "profile.smollm2": ["profile", *pair, "--n-prompts", "8", "--per-layer", "8", "--layers", "2,12"],
+        "profile.tiny": ["profile", "--n-prompts", "16"],
     }
     for name, (module, *options) in runs.items():
         print(f"\n{name}\n", flush=True)

@@ -38,11 +38,11 @@ N_HIGHEST = 32
 def run_task(config: dict[str, Any], task: Behaviour, folder: Path, size: dict[str, int]) -> dict[str, Any]:
     """One sweep, and how it compares."""
     pair, new_tokens = pair_of(config, task), int(config["max_new_tokens"])
-    batch = task.encode(pair.tokenizer, "sweep", size["prompts"])
+    batch = task.encode(pair.tokenizer, "sweep", int(config["n_prompts"]))
     judge = Judge(pair, task, batch, new_tokens)
     check_behaviour_differs(judge, judge.answers(pair.base), judge.answers(pair.expert))
     anchor = Anchor.load(folder / "anchor.safetensors")
-    settings = {name: config[name] for name in ("max_new_tokens", "dtype")} | {"size": size, "kinds": FINE}
+    settings = {name: config[name] for name in ("n_prompts", "max_new_tokens", "dtype")} | {"size": size, "kinds": FINE}
     settings |= {"pair": pair.fingerprints, "anchor": anchor.metric(pair, batch).digest}
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     place = folder / f"on_policy-{digest}.nc"
@@ -114,12 +114,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="that of the replication")
-    parser.add_argument("--n-prompts", type=int, default=16)
     parser.add_argument("--top", type=int, default=48, help="of each kind, replaced by rank")
     parser.add_argument("--stratum", type=int, default=16, help="of each kind, replaced at random")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    size = {"prompts": args.n_prompts, "top": args.top, "stratum": args.stratum}
+    size = {"top": args.top, "stratum": args.stratum}
 
     def run(config: dict[str, Any], task: Behaviour) -> dict[str, Any]:
         return run_task(config, task, place_of(args.work, task), size)

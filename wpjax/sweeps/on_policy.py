@@ -187,7 +187,7 @@ class OnPolicyEngine(Engine):
     def perform(
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
     ) -> Iterator[Changes]:
-        """Changes along each patched model's own words."""
+        """Changes along each patched model's own words; a sham answers without its step."""
         label = label or name
         felt = Plan(plan.rows, tuple(c for c in plan.chunks if self.metric.reaches(c.components[0])))
         given = {c.chunk: c for c in super().perform(name, felt, jitter_seed, label)}

@@ -74,7 +74,9 @@ def significant(result: SweepResult, n: int) -> list[int]:
     kinds = data["kind"].values.astype(str)
     fine = np.isin(kinds, FINEST)
     sure = (effect > 0) & (np.nan_to_num(data["q_value"].values, nan=1.0) < 0.05) & ~data["below_noise_floor"].values
-    usable = sure & (fine if fine.any() else True) & (data["layer"].values <= data.attrs["metric_layer"])
+    usable = sure & (fine if fine.any() else True)
+    if data.attrs["metric"] == "on_policy":  # what comes after the anchor acts by words alone
+        usable &= (data["layer"].values <= data.attrs["metric_layer"]) & ~np.isin(kinds, ("final_norm", "unembed"))
     usable &= effect >= LEAST * max(float(effect[usable].max(initial=0.0)), 0.0)
     return [int(i) for i in np.argsort(-effect, kind="stable") if usable[i]][:n]
 
