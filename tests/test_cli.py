@@ -23,6 +23,7 @@ from wpjax.results import SweepResult
 
 PAIR = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:title"]
 UNTESTED = [*PAIR, "--causal", "skip"]
+CAPITAL = [*PAIR[:-1], "tiny:english_capital", "--causal", "skip"]
 SMALL = [*UNTESTED, "--kinds", "head", "--method", "exact", "--n-prompts", "4"]
 
 
@@ -100,14 +101,7 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     left = [p.name for p in tmp_path.iterdir()]
     absent = ["sweep", "--base", "tiny:base", "--expert", "tiny:planted", "--behaviour", "tiny:title", *quick]
     assert_refused(wpjax(*absent, "--metric", "kl", "--out", "x.nc"), "no behaviour to find", tmp_path, left)
-    on_policy = ["sweep", *SMALL[:-2], *quick, "--metric", "on_policy", "--anchor", "a.safetensors"]
-    assert_refused(wpjax(*on_policy, "--method", "masks", "--out", "x.nc"), "masks needs fixed words", tmp_path, left)
-    assert wpjax(*on_policy, "--components", "L2.head.0,L7.mlp", "--out", "o.nc")[0] == 0
-    data = SweepResult.from_netcdf("o.nc").dataset
-    assert (data.attrs["metric"], data.attrs["metric_layer"], data["target"].values[-1]) == ("on_policy", 5, "rest")
-    assert wpjax("report", "o.nc", "--out", "o.html")[0] == 0
-    assert "averaged over the tokens of each model's own answer" in (tmp_path / "o.html").read_text()
-    SweepResult(data.drop_dims("target")).to_netcdf("n.nc")
+    SweepResult(SweepResult.from_netcdf("e.nc").dataset.drop_dims("target")).to_netcdf("n.nc")
     left = [p.name for p in tmp_path.iterdir()]
     flowless = ["report", "n.nc", "--execution", "e.nc", "--out", "x.html"]
     assert_refused(wpjax(*flowless), "holds no flow: sweep with a method", tmp_path, left)
@@ -122,6 +116,31 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     assert_refused(wpjax(*alone), "--given-anchor needs --metric", tmp_path, left)
     known = ["sweep", *PAIR, "--anchor", "a.safetensors", "--response-tokens", "4", "--out", "f.nc"]
     assert_refused(wpjax(*known), "--response-tokens is for an anchor that is fitted here", tmp_path, left)
+
+
+def test_the_anchor_along_the_model_s_own_words(wpjax, tmp_path):
+    """On one behaviour the expert stands above the base by it, on another below."""
+    assert wpjax("anchor", *CAPITAL, "--layer", "4", "--out", "a.safetensors", "--n-prompts", "16")[0] == 0
+    on_policy = [
+        "--metric",
+        "on_policy",
+        "--max-new-tokens",
+        "24",
+        "--n-prompts",
+        "16",
+        "--components",
+        "L2.head.0,L7.mlp",
+    ]
+    left = ["a.safetensors"]
+    masks = ["sweep", *CAPITAL, *on_policy, "--method", "masks", "--out", "x.nc"]
+    assert_refused(wpjax(*masks), "masks needs fixed words", tmp_path, left)
+    assert_refused(wpjax("sweep", *UNTESTED, *on_policy, "--out", "x.nc"), "not positive", tmp_path, left)
+    anchored = ["sweep", *CAPITAL, *on_policy, "--method", "exact", "--anchor", "a.safetensors", "--out", "o.nc"]
+    assert wpjax(*anchored)[0] == 0
+    data = SweepResult.from_netcdf("o.nc").dataset
+    assert (data.attrs["metric"], data.attrs["metric_layer"], data["target"].values[-1]) == ("on_policy", 4, "rest")
+    assert wpjax("report", "o.nc", "--out", "o.html")[0] == 0
+    assert "averaged over the tokens of each model's own answer" in (tmp_path / "o.html").read_text()
 
 
 def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
