@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.paper import together
+
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 TABLES = [
@@ -33,6 +35,11 @@ TABLES = [
     ("bench", "profile", "markdown", "profile.smollm2.json"),
     ("bench", "startup", "markdown", "startup.json"),
 ]
+
+
+def test_rankings_of_both_pairs_together():
+    made = together.markdown(EXPERIMENTS / "paper")
+    assert made in (EXPERIMENTS / "paper" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("experiment", "module", "function", "result"), TABLES)
