@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from wpjax.patching import PatchMask, materialize, patch
     from wpjax.report import write_report
     from wpjax.results import SweepResult
-    from wpjax.sweeps import add_set_score, sweep
+    from wpjax.sweeps import OnPolicy, add_set_score, sweep
     from wpjax.training import TrainConfig, finetune
     from wpjax.validation import validate
 
@@ -44,7 +44,7 @@ _MODULES = {
     "wpjax.patching": ("PatchMask", "materialize", "patch"),
     "wpjax.report": ("write_report",),
     "wpjax.results": ("SweepResult",),
-    "wpjax.sweeps": ("add_set_score", "sweep"),
+    "wpjax.sweeps": ("OnPolicy", "add_set_score", "sweep"),
     "wpjax.curves": ("Curves",),
     "wpjax.validation": ("validate",),
 }
@@ -60,6 +60,7 @@ __all__ = [
     "Metric",
     "MetricRejected",
     "ModelConfig",
+    "OnPolicy",
     "Pair",
     "PatchMask",
     "PromptBatch",

@@ -179,7 +179,6 @@ def run(
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
     from wpjax.steering import Judge, check_behaviour_differs
-    from wpjax.sweeps.on_policy import OnPolicy
     from wpjax.sweeps.run import check_method
 
     names = [k.strip() for k in kinds.split(",") if k.strip()]
@@ -214,12 +213,12 @@ def run(
             )
 
     given, differs = None, ""
-    what: Anchor | Metric | OnPolicy
+    what: Anchor | Metric | sweeps.OnPolicy
     if reads_anchor:
         read = Anchor.load(anchor) if anchor else fitted()
         read.check_belongs(pair)
         measured = read.metric(pair, batch)
-        what = read if metric == MetricName.anchor else OnPolicy(read, max_new_tokens)
+        what = read if metric == MetricName.anchor else sweeps.OnPolicy(read, max_new_tokens)
     else:
         if given_anchor is not None:
             given = Anchor.load(given_anchor)
