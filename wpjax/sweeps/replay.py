@@ -30,6 +30,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, decoder, take_layer
 from wpjax.models.layers import Block
 from wpjax.patching import PatchMask, patch
+from wpjax.readouts import Along
 from wpjax.sweeps.packing import Packing
 from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
 
@@ -65,6 +66,8 @@ def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packin
 
 def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
     """Gradient of the metric by the residual stream where it is read; of a projection, its direction times weight."""
+    if isinstance(metric.readout, Along):
+        return jnp.asarray(metric.weight)[..., None] * metric.readout.vector
 
     def one(b: Array) -> Float[Array, "R D"]:  # a vocabulary of logits takes its place for one prompt at a time
         some = metric.take(b[None])
