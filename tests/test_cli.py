@@ -139,6 +139,7 @@ def test_the_anchor_along_the_model_s_own_words(wpjax, tmp_path):
     assert wpjax(*anchored)[0] == 0
     data = SweepResult.from_netcdf("o.nc").dataset
     assert (data.attrs["metric"], data.attrs["metric_layer"], data["target"].values[-1]) == ("on_policy", 4, "rest")
+    assert data.attrs["behaviour_differs"] == "not tested"
     assert wpjax("report", "o.nc", "--out", "o.html")[0] == 0
     assert "averaged over the tokens of each model's own answer" in (tmp_path / "o.html").read_text()
 

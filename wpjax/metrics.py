@@ -10,8 +10,7 @@
 The last three are ours (METHOD 8): they reach past the anchor to the output, so that components after it count too.
 All are differentiable, and every sweep and screen takes any of them. The anchor read along a model's own answer is
 one of them along given answers only, `Anchor.on(batch, answers)`: what is said depends on the patch. `sweeps.on_policy`
-measures that. A metric that agrees is not yet a behaviour: only a checker on
-generated text says that.
+measures that. A metric that agrees is not yet a behaviour: only a checker on generated text says that.
 """
 
 from __future__ import annotations

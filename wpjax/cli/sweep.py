@@ -212,17 +212,8 @@ def run(
                 progress=progress,
             )
 
-    given, differs = None, ""
-    what: Anchor | Metric | sweeps.OnPolicy
-    if reads_anchor:
-        read = Anchor.load(anchor) if anchor else fitted()
-        read.check_belongs(pair)
-        measured = read.metric(pair, batch)
-        what = read if metric == MetricName.anchor else sweeps.OnPolicy(read, max_new_tokens)
-    else:
-        if given_anchor is not None:
-            given = Anchor.load(given_anchor)
-            given.check_belongs(pair)
+    given, differs, own = None, "", None
+    if metric != MetricName.anchor:  # an anchor has causal tests of its own
         judge = Judge(pair, task, batch, max_new_tokens)
         own, differs = judge.answers(pair.expert), "not tested"
         if causal != CausalName.skip:
@@ -235,6 +226,16 @@ def run(
                 differs = str(error)
             else:
                 differs = "by the checker"
+    what: Anchor | Metric | sweeps.OnPolicy
+    if reads_anchor:
+        read = Anchor.load(anchor) if anchor else fitted()
+        read.check_belongs(pair)
+        measured = read.metric(pair, batch)
+        what = read if metric == MetricName.anchor else sweeps.OnPolicy(read, max_new_tokens)
+    else:
+        if given_anchor is not None:
+            given = Anchor.load(given_anchor)
+            given.check_belongs(pair)
         what = measured = ANSWER_METRICS[metric.value](pair, batch, max_new_tokens, own)
     settings = {
         "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
