@@ -4,9 +4,9 @@
 
 A component acts on it twice: on the state along given words, and by changing the words. Few single components change
 any word, so every patch is replayed along the base's own answer, which gives the score there and tells whether each
-word stays the first choice, by a margin for what rounding does (in bfloat16 a guess). Only where one does not surely stay, the patched
-model answers anew and is read along that answer: exact, for the price of two replays and a few answers. (Those are not
-divided among devices.)
+word stays the first choice, by a margin for what rounding does (in bfloat16 a guess). Only where one does not surely
+stay, the patched model answers anew and is read along that answer: exact, for the price of two replays and a few
+answers. (Those are not divided among devices.)
 
 Greedy words are piecewise constant in the weights. So the slope of F_o is that along the base's own words, which every
 first-order screen takes; what comes after the anchor acts by words alone, and only a real replacement shows it.
