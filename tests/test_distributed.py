@@ -73,7 +73,15 @@ def compare(readout, dtype, kinds):
     assert all(rows % 3 == 0 for rows in plan.rows.values())
     runs = run_packed(CFG, base, metric, packing), None
     parts = exact.exact_changes(CFG, base, expert, runs, metric, packing, plan)
-    found = {c: d for chunk, delta, _ in parts for c, d in zip(chunk.components, delta, strict=True)}
+    found = {}
+    for chunk, delta, flow in parts:
+        found |= dict(zip(chunk.components, delta, strict=True))
+        index = jnp.asarray([c.index for c in chunk.components])
+        where = jnp.asarray(max(chunk.layer, 0)), jnp.asarray(0.0, jnp.float32)
+        models = CFG, chunk.kind, base, expert, runs, metric, packing
+        alone = exact.replay(*models, *where, index, jnp.zeros(len(index), jnp.uint32), with_reference=True)
+        near = (1e-5 if dtype == jnp.float32 else 0.05) * float(jnp.abs(alone.flow).max())
+        np.testing.assert_allclose(flow, alone.flow, rtol=0, atol=near)
     got = np.stack([found[c] for c in components])
     fine = [jax.tree.map(lambda a: a.astype(jnp.float32), model) for model in (base, expert)]
     expected = reference_changes(CFG, *fine, components, metric)

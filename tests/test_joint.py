@@ -26,7 +26,9 @@ def one_by_one(pair, masks, metric):
     return np.stack([patched_score(pair.cfg, pair.base, pair.expert, mask, metric) for mask in masks])
 
 
-@pytest.mark.parametrize(("kinds", "size"), [(tuple(KINDS), 40), (("neuron",), 3), (("head", "neuron"), 2)])
+@pytest.mark.parametrize(
+    ("kinds", "size"), [(tuple(KINDS), 40), (("neuron",), 3), (("head", "neuron"), 2), (("kv_group",), 1)]
+)
 def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
     pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
     masks = [*sets_of(pair.cfg, kinds, size), PatchMask.of(pair.cfg, [])]
@@ -35,6 +37,27 @@ def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
     for budget in (None, 1):  # all at once, and each alone
         got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric, budget=budget)
         np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_sets_of_one_layer_score_as_one_at_a_time(family_pair, batch):
+    """They open most of its neurons, so the whole of the donor's matrices is used there and nothing elsewhere."""
+    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    rng, layer = np.random.default_rng(0), enumerate_components(pair.cfg, ["neuron"], [1])
+    masks = [PatchMask.of(pair.cfg, [layer[i] for i in rng.permutation(len(layer))[: len(layer) // 2]]) for _ in "ab"]
+    got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
+    np.testing.assert_allclose(got, one_by_one(pair, masks, metric), atol=2e-5)
+
+
+def test_bfloat16_sets_score_as_the_rounded_weights_do(family_pair, batch):
+    """Within bfloat16's digits of what the sets change."""
+    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    coarse = [jax.tree.map(lambda a: a.astype("bfloat16"), model) for model in (pair.base, pair.expert)]
+    fine = [jax.tree.map(lambda a: a.astype("float32"), model) for model in coarse]
+    masks = [*sets_of(pair.cfg, tuple(KINDS), 40, n=2), *sets_of(pair.cfg, ("neuron",), 3, n=2)]
+    masks = [*masks, PatchMask.of(pair.cfg, [])]
+    got = scores_of_sets(pair.cfg, *coarse, masks, metric)
+    expected = np.stack([patched_score(pair.cfg, *fine, mask, metric) for mask in masks])
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected - expected[-1]).max()
 
 
 def test_prompts_in_parts_score_as_together(family_pair, batch, monkeypatch):

@@ -14,10 +14,12 @@ from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch, Tokens, behaviour
 from wpjax.components import KINDS, enumerate_components
 from wpjax.errors import WpjaxError
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import init_params
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.sweeps import sweep
-from wpjax.sweeps.exact import exact_changes, make_plan, sham_plan
+from wpjax.sweeps.exact import bytes_per_row, exact_changes, make_plan, sham_plan
 from wpjax.sweeps.packing import pack
 from wpjax.sweeps.reference import reference_changes
 from wpjax.sweeps.replay import replay, run_packed
@@ -27,7 +29,11 @@ SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
 
 
 def make_anchor(pair, layer) -> Anchor:
-    v = np.random.default_rng(0).standard_normal(pair.cfg.d_model).astype(np.float32)
+    return make_anchor_of(pair.cfg, layer)
+
+
+def make_anchor_of(cfg, layer) -> Anchor:
+    v = np.random.default_rng(0).standard_normal(cfg.d_model).astype(np.float32)
     return Anchor(jnp.asarray(v / np.linalg.norm(v)), layer)
 
 
@@ -209,13 +215,66 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(family_pair, batch, m
         exact(pair, batch, anchor, components)
 
 
+def test_what_does_not_fit_beside_others_goes_on_alone(family_pair, batch, monkeypatch):
+    """The device is said to hold two chunks: no patch is run with fewer others, and none is lost."""
+    pair, anchor = family_pair, make_anchor(family_pair, 2)
+    components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
+    expected = exact(pair, batch, anchor, components)
+    running: list[object] = []
+
+    class Fetched:
+        def __init__(self, change):
+            self.change = change
+            running.append(self)
+
+        def __array__(self, *args, **kwargs):
+            if len(running) > 2:
+                running.clear()
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+            running.remove(self)
+            return np.asarray(self.change)
+
+    def small(*args, **options):
+        made = replay(*args, **options)
+        return made._replace(change=Fetched(made.change))
+
+    monkeypatch.setattr("wpjax.sweeps.exact.replay", small)
+    plan = make_plan(pair.cfg, components, pack(anchor.on(batch)), budget=1 << 16)
+    before = dict(plan.rows)
+    with pytest.warns(UserWarning, match="out of memory: chunks go on 2 at a time"):
+        got = exact(pair, batch, anchor, components, plan=plan)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert plan.rows == before
+
+
+@pytest.mark.parametrize(("width", "n_prompts"), [(64, 24), (256, 4)])
+def test_the_estimate_of_memory_is_what_the_program_takes(width, n_prompts):
+    """Against XLA's own count of its temporaries, for chunks of 8 and of 32; what does not grow with them is apart."""
+    cfg = ModelConfig("llama", 3, width, 4, 2, width // 4, 3 * width, 61, 64)
+    params = init_params(cfg, jax.random.key(0))
+    ids = np.random.default_rng(0).integers(0, 61, (n_prompts, 24)).astype(np.int32)
+    metric = make_anchor_of(cfg, 2).on(Tokens(ids, np.full(n_prompts, 24, np.int32)))
+    packing = pack(metric)
+    run = run_packed(cfg, params, metric, packing)
+
+    def temporary(n: int) -> int:
+        index, seeds = jnp.zeros(n, jnp.int32), jnp.zeros(n, jnp.uint32)
+        where = jnp.asarray(0), jnp.asarray(0.0, jnp.float32)
+        leaves, tree = jax.tree.flatten((params, params, (run, None), metric, packing, *where, index, seeds))
+        program = jax.jit(lambda leaves: replay(cfg, "neuron", *jax.tree.unflatten(tree, leaves)))
+        return program.lower(leaves).compile().memory_analysis().temp_size_in_bytes
+
+    of_a_row = (temporary(32) - temporary(8)) / 24
+    assert 0.5 < bytes_per_row(cfg, packing) / of_a_row < 2, (bytes_per_row(cfg, packing), of_a_row)
+
+
 def test_bfloat16_effects_are_those_of_the_rounded_weights(family_pair, batch):
     """Within bfloat16's digits; a sham, compared within one program, changes far less."""
     pair, anchor = family_pair, make_anchor(family_pair, 2)
     coarse = dataclasses.replace(
         pair, **{end: jax.tree.map(lambda a: a.astype("bfloat16"), getattr(pair, end)) for end in ("base", "expert")}
     )
-    components = enumerate_components(pair.cfg, ("head", "kv_group", "mlp"), range(3))
+    components = [c for c in enumerate_components(pair.cfg, SWEPT, range(3)) if c.kind != "neuron" or c.index < 8]
     got = exact(coarse, batch, anchor, components, budget=1 << 16)
     fine = [jax.tree.map(lambda a: a.astype("float32"), params) for params in (coarse.base, coarse.expert)]
     expected = reference_changes(pair.cfg, *fine, components, anchor.on(batch))
@@ -265,6 +324,8 @@ def test_screens_approach_the_exact_effect_of_a_small_change(family_pair, batch)
     effect = exact(pair, batch, anchor, components, donor=near)
     for screen in (output_linearised, weight_gradient):
         got = screen(pair.cfg, pair.base, near, components, anchor.on(batch))
+        early = screen(pair.cfg, pair.base, near, components, make_anchor(pair, 0).on(batch))
+        assert not early[[c.layer > 0 for c in components]].any()  # a metric of layer 0 cannot feel them
         for kind in SWEPT:
             mine = [i for i, c in enumerate(components) if c.kind == kind]
             error = np.abs(got[mine] - effect[mine]).max() / np.abs(effect[mine]).max()

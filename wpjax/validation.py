@@ -149,12 +149,8 @@ def activation_values(
         metric = anchor.metric(pair, batch)
     else:
         raise WpjaxError("the result lacks the anchor that was swept on: sweep again")
-    reached = [c for c in components if metric.reaches(c)]
-    by_component: dict[Component, float] = {}
-    if reached:
-        change = output_linearised(pair.cfg, pair.base, pair.expert, reached, metric, inputs="donor").mean(1)
-        by_component = dict(zip(reached, change / float(attrs["gap_mean"]), strict=True))
-    return np.array([by_component.get(c, -np.inf) for c in components])
+    change = output_linearised(pair.cfg, pair.base, pair.expert, components, metric, inputs="donor").mean(1)
+    return np.where([metric.reaches(c) for c in components], change / float(attrs["gap_mean"]), -np.inf)
 
 
 def validate(

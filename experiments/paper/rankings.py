@@ -64,13 +64,9 @@ def rankings(
     """Share of the gap that each component has, by each ranking; 0 where a metric cannot feel it."""
 
     def shares(run: Callable[..., np.ndarray], metric: Metric, **options: Any) -> Float[np.ndarray, " C"]:
-        felt = np.array([metric.reaches(c) for c in components])
         gaps = (scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)).astype(np.float64)
         expect_positive_gap(gaps, queries, f"the {metric.name} metric")
-        gap = gaps.mean()
-        values, some = np.zeros(len(components)), [c for c, f in zip(components, felt, strict=True) if f]
-        values[felt] = run(pair.cfg, pair.base, pair.expert, some, metric, **options).mean(1) / gap
-        return values
+        return run(pair.cfg, pair.base, pair.expert, components, metric, **options).mean(1) / gaps.mean()
 
     found = {f"{name}, linearised": shares(output_linearised, metric) for name, metric in metrics.items()}
     for name in ("anchor", "decision"):

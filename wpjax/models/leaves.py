@@ -36,6 +36,7 @@ class Blend:
         axis: axis of one layer's weight that the gate runs along (static); None where the gate is a scalar.
         index: [K], if `expert` holds these channels only: the gate must be closed at all others. None for all.
         slot: [n], where in `index` each channel stands, with `index`.
+        used: [], whether the gate is open anywhere: where it is not, `expert` costs nothing. None where it may be.
     """
 
     base: Array
@@ -44,6 +45,7 @@ class Blend:
     axis: int | None = dataclasses.field(metadata={"static": True})
     index: Int[Array, "..."] | None = None
     slot: Int[Array, "..."] | None = None
+    used: Bool[Array, "..."] | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -135,6 +137,12 @@ def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1) -> Float[Array, "
     """
     if not isinstance(leaf, Blend):
         return _matmul(x, leaf, n_in)
+    if leaf.used is None:
+        return _blended(x, leaf, n_in)
+    return jax.lax.cond(leaf.used, lambda: _blended(x, leaf, n_in), lambda: _matmul(x, leaf.base, n_in))
+
+
+def _blended(x: Array, leaf: Blend, n_in: int) -> Array:
     if leaf.axis is None or leaf.axis >= n_in:  # gated outputs: both products, then choose
         axis = -1 if leaf.axis is None else leaf.axis - leaf.base.ndim
         return leaf.mix(_matmul(x, leaf.base, n_in), _matmul(x, leaf.expert, n_in), axis)

@@ -124,9 +124,9 @@ class Engine:
         def finished(key: str, chunk: Chunk) -> bool:
             return key in self.done and (not with_flow or part_key("flow", chunk) in self.done)
 
-        waiting = Plan(plan.rows, tuple(chunk for key, chunk in keys.items() if not finished(key, chunk)))
+        waiting = plan.with_chunks(chunk for key, chunk in keys.items() if not finished(key, chunk))
         n_done = len(keys) - len(waiting.chunks)
-        doing = f"{label} patches, up to {max(plan.rows.values(), default=0)} at once"
+        doing = f"{label} patches, {plan}"
         runs: tuple[Run, Run | None] = (self.run(cell.host), None)
         if cell.inputs == "donor":  # a program of its own, of which no flow is asked
             runs = runs[0]._replace(slope=None, writes=None), self.run(cell.donor)._replace(slope=None, writes=None)
@@ -182,7 +182,7 @@ class Engine:
         """
         few = sham_plan(plan)
         channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind != "norm"]
-        dealt = Plan(few.rows, tuple(chunk for chunk in few.chunks if chunk.kind in channels))
+        dealt = few.with_chunks(chunk for chunk in few.chunks if chunk.kind in channels)
         found: dict[str, list[Changes]] = {"permuted": [], "direction": []}
         if dealt.chunks:
             self.models["permuted"] = permuted(self.pair.base, self.pair.expert, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,8 +28,8 @@ from wpjax.sweeps.rows import Run, Side
 K = TypeVar("K")
 T = TypeVar("T")
 
-MAX_IN_FLIGHT = 3
-"""Chunks that run, or have run, and wait for their results to be fetched while the next one is dispatched."""
+MAX_IN_FLIGHT = 4
+"""Chunks that run, or have run and wait for their results to be fetched."""
 
 CPU_BUDGET = 64 * 2**20
 """Bytes of a chunk on a CPU: a few thousand tokens of a small model, whose products gain nothing from more."""
@@ -48,10 +49,23 @@ class Plan(NamedTuple):
     Attributes:
         rows: components a program of each kind takes at once; lowered where the device runs out of memory.
         chunks: all chunks in order.
+        row_bytes: estimate of what one of a chunk's components takes.
+        budget: bytes a chunk may take on a device.
     """
 
     rows: dict[str, int]
     chunks: tuple[Chunk, ...]
+    row_bytes: int
+    budget: int
+
+    def with_chunks(self, chunks: Iterable[Chunk]) -> Plan:
+        """Other chunks at the same size; `rows` stays one and the same."""
+        return self._replace(chunks=tuple(chunks))
+
+    def __str__(self) -> str:
+        n = max(self.rows.values(), default=0)
+        used = -(-n // Spread.local().n_devices) * self.row_bytes
+        return f"up to {n} at once (about {used / 2**20:,.0f} of {self.budget / 2**20:,.0f} MiB a device)"
 
 
 def bytes_of_row(cfg: ModelConfig, n_tokens: int, n_keys: int, n_copied: int = 0) -> int:
@@ -93,7 +107,8 @@ def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packin
         packing: of the prompts.
         budget: bytes for a chunk's activations on a device; None for `memory_budget()`.
     """
-    most = max(1, (memory_budget() if budget is None else budget) // bytes_per_row(cfg, packing))
+    budget, row_bytes = memory_budget() if budget is None else budget, bytes_per_row(cfg, packing)
+    most = max(1, budget // row_bytes)
     n_devices = Spread.local().n_devices
     rows: dict[str, int] = {}
     chunks: list[Chunk] = []
@@ -107,7 +122,7 @@ def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packin
         for layer, some in layers:
             size = rows[kind]
             chunks += [Chunk(kind, layer, tuple(some[i : i + size])) for i in range(0, len(some), size)]
-    return Plan(rows, tuple(chunks))
+    return Plan(rows, tuple(chunks), row_bytes, budget)
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:
@@ -162,16 +177,16 @@ def exact_changes(
         jitter_seed: for a sham, the seed of the rounding steps (of the weights' dtype, in which products are taken)
             by which the residual stream is moved; None for patches.
     """
-    # bfloat16 results depend on the batch's shape far more than float32 ones: compare within one program. Counts are
-    # compared with the host's own.
-    with_reference = host["embed"]["W_E"].dtype == jnp.bfloat16 and not isinstance(metric.readout, Kept)
+    # Rounding depends on the batch's shape, in bfloat16 and on an accelerator far more than in float32 on a CPU:
+    # compare within one program. Counts are compared with the host's own.
+    is_rounded = host["embed"]["W_E"].dtype == jnp.bfloat16 or jax.default_backend() != "cpu"
+    with_reference = is_rounded and not isinstance(metric.readout, Kept)
     if not plan.chunks:
         return
     spread = Spread.local()
     shared = spread.whole((host, donor, runs, metric, packing))
     rows = plan.rows
     step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
-    pending: list[tuple[Chunk, list[Replayed] | None]] = []
 
     def dispatch(chunk: Chunk) -> list[Replayed]:
         return [part(chunk, first) for first in range(0, len(chunk.components), rows[chunk.kind])]
@@ -196,39 +211,40 @@ def exact_changes(
         n = len(chunk.components)
         return Changes(chunk, np.concatenate(changes)[:n], np.concatenate(flow)[:n] if flow else None)
 
-    def finish() -> Changes:
-        chunk, made = pending.pop(0)
-        while True:
-            try:
-                return collect(chunk, dispatch(chunk) if made is None else made)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                made = None
-                if any(others is not None for _, others in pending):  # alone it may fit
-                    pending[:] = [(other, None) for other, _ in pending]
-                    continue
-                share = rows[chunk.kind] // spread.n_devices
-                if share == 1:
-                    raise WpjaxError(
-                        f"out of memory with one {chunk.kind} patch on {len(metric)} prompts at once; use fewer or "
-                        "shorter prompts, or bfloat16"
-                    ) from error
-                rows[chunk.kind] = (share + 1) // 2 * spread.n_devices
-                warnings.warn(f"out of memory: {chunk.kind} patches go on {rows[chunk.kind]} at a time", stacklevel=2)
+    def halve(kind: str, error: Exception) -> None:
+        share = rows[kind] // spread.n_devices
+        if share == 1:
+            raise WpjaxError(
+                f"out of memory with one {kind} patch on {len(metric)} prompts at once; use fewer or shorter prompts, "
+                "or bfloat16"
+            ) from error
+        rows[kind] = (share + 1) // 2 * spread.n_devices
+        warnings.warn(f"out of memory: {kind} patches go on {rows[kind]} at a time", stacklevel=3)
 
-    for chunk in plan.chunks:
+    waiting, flying = deque(plan.chunks), deque[tuple[Chunk, list[Replayed]]]()
+    most, alone = MAX_IN_FLIGHT, False
+    while waiting or flying:
+        more = bool(waiting) and len(flying) < (1 if alone else most)
         try:
-            waits = any(others is None for _, others in pending)  # what failed comes first
-            pending.append((chunk, None if waits else dispatch(chunk)))
+            if more:
+                flying.append((waiting[0], dispatch(waiting[0])))
+                waiting.popleft()
+                continue
+            changes = collect(*flying[0])
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            pending.append((chunk, None))  # again in its turn, when those before it are done
-        if len(pending) > MAX_IN_FLIGHT:
-            yield finish()
-    while pending:
-        yield finish()
+            alone = len(flying) + more > 1
+            if not alone:
+                halve((flying[0][0] if flying else waiting[0]).kind, error)
+            waiting.extendleft(chunk for chunk, _ in reversed(flying))
+            flying.clear()
+            continue
+        if alone:  # it fits, but not beside others
+            most, alone = max(1, most // 2), False
+            warnings.warn(f"out of memory: chunks go on {most} at a time", stacklevel=2)
+        flying.popleft()
+        yield changes
 
 
 @functools.cache
@@ -244,4 +260,4 @@ def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:
         firsts = list({chunk.layer: chunk for chunk in reversed(chunks)}.values())[::-1]
         at = np.unique(np.linspace(0, len(firsts) - 1, layers_per_kind).round().astype(int))
         chosen += [firsts[i] for i in at]
-    return Plan(plan.rows, tuple(chosen))
+    return plan.with_chunks(chosen)

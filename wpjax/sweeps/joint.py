@@ -3,9 +3,10 @@
     x W  ->  where(m, x W_E, x W_B)                         output channels (queries, keys, values, gates, inputs)
     z W  ->  where(m, 0, z) W_B + where(m, z, 0) W_E        input channels (W_O, W_out)
 
-exactly, under `vmap` over the masks m alone (METHOD 3; ours). Where the masks of a batch together touch few channels of
-every layer, W_E holds those only, so that a set costs little more than a plain forward pass, not two: layers are of one
-shape, so it is the layer with most of them that counts. Prompts are packed.
+exactly, under `vmap` over the masks m alone (METHOD 3; ours). A matrix that no mask of a batch opens in some layer
+costs nothing there. Where the masks together touch few channels of every layer, W_E holds those only, so that a set
+costs little more than a plain forward pass, not two: layers are of one shape, so it is the layer with most of them that
+counts. Prompts are packed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def touched(opened: Bool[np.ndarray, "M L n"]) -> Touched | None:
     """The channels that a batch of gates opens; None if they are too many to be worth it."""
     union: Bool[np.ndarray, "L n"] = np.asarray(opened.any(0))
     width = 1 << (max(int(union.sum(1).max()), 1) - 1).bit_length()  # few different shapes: few programs
-    if width > MOST_TOUCHED * union.shape[1]:
+    if width > max(1, MOST_TOUCHED * union.shape[1]):
         return None
     channels, slot = np.zeros((len(union), width), np.int32), np.zeros(union.shape, np.int32)
     for layer, is_open in enumerate(union):
@@ -64,12 +65,17 @@ def touched(opened: Bool[np.ndarray, "M L n"]) -> Touched | None:
     return Touched(channels, slot)
 
 
-def _confined(params: PatchedParams, few: Mapping[str, Touched]) -> PatchedParams:
-    """Patched parameters whose donor matrices hold the touched channels only."""
+def _confined(
+    params: PatchedParams, few: Mapping[str, Touched], used: Mapping[str, Bool[Array, " L"]]
+) -> PatchedParams:
+    """Patched parameters whose donor matrices hold the touched channels only, and count only where one is."""
 
     def confine(path: str, leaf: Array | Blend) -> Array | Blend:
         gate, axis = LEAVES[path]
-        if not isinstance(leaf, Blend) or gate not in few or axis is None:
+        if not isinstance(leaf, Blend) or gate not in used or axis is None:
+            return leaf
+        leaf = dataclasses.replace(leaf, used=used[gate])
+        if gate not in few:
             return leaf
         channels, slot = (jnp.asarray(a) for a in few[gate])
         expert = jax.vmap(lambda w, i: jnp.take(w, i, axis=axis))(leaf.expert, channels)
@@ -85,11 +91,12 @@ def _scores_of_sets(
     donor: Params,
     gates: Mapping[str, Bool[Array, "M ..."]],
     few: Mapping[str, Touched],
+    used: Mapping[str, Bool[Array, " L"]],
     metric: Metric,
     packing: Packing | None,
 ) -> Float[Array, "M B"]:
     def patched(mask: Mapping[str, Array]) -> PatchedParams:
-        return _confined(patch(host, donor, PatchMask(mask)), few)
+        return _confined(patch(host, donor, PatchMask(mask)), few, used)
 
     def run(mask: Mapping[str, Array]) -> Float[Array, "B R D"]:
         if packing is None:
@@ -150,9 +157,10 @@ def scores_of_sets(
 
         def score(sets: Int[np.ndarray, " N"]) -> Array:
             here = {name: gate[sets] for name, gate in gates.items()}
-            layered = {name: touched(gate) for name, gate in here.items() if gate.ndim == 3}
-            few = {name: found for name, found in layered.items() if found is not None}
-            return _scores_of_sets(cfg, host, donor, here, few, some, packing)
+            layered = {name: gate for name, gate in here.items() if gate.ndim == 3}
+            few = {name: found for name, gate in layered.items() if (found := touched(gate)) is not None}
+            used = {name: gate.any((0, 2)) for name, gate in layered.items()}
+            return _scores_of_sets(cfg, host, donor, here, few, used, some, packing)
 
         return in_parts(len(masks), most, score, what="joint patches").T
 

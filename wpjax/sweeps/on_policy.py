@@ -189,7 +189,7 @@ class OnPolicyEngine(Engine):
     ) -> Iterator[Changes]:
         """Changes along each patched model's own words; a sham answers without its step."""
         label = label or name
-        felt = Plan(plan.rows, tuple(c for c in plan.chunks if self.metric.reaches(c.components[0])))
+        felt = plan.with_chunks(c for c in plan.chunks if self.metric.reaches(c.components[0]))
         given = {c.chunk: c for c in super().perform(name, felt, jitter_seed, label)}
         # The words' replay depends on the cell alone, whatever direction is read.
         kept = {c.chunk: c.delta for c in self.words.perform(name, plan, jitter_seed, f"{name}-words")}

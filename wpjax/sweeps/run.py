@@ -82,21 +82,16 @@ ON_POLICY_METHODS = ("exact", "screen", "screen+exact", "gradient", "gradient+ex
 DEFAULT_KINDS = ("head", "kv_group", "neuron")
 
 
-def _screen(name: str, pair: Pair, components: Sequence[Component], metric: Metric) -> Float[np.ndarray, "C B"]:
-    """First-order changes; 0 where the metric cannot feel a component."""
-    felt = [i for i, c in enumerate(components) if metric.reaches(c)]
-    found = np.zeros((len(components), len(metric)))
-    args = (pair.cfg, pair.base, pair.expert, [components[i] for i in felt], metric)
-    screens: dict[str, Callable[..., np.ndarray]] = {
+SCREENS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
+    {
         "screen": output_linearised,
         "gradient": weight_gradient,
         "ig": integrated_gradients,
         "secant": secant_adjoint,
         "attribution": functools.partial(output_linearised, inputs="donor"),
     }
-    if felt:
-        found[felt] = screens[name](*args)
-    return found
+)
+"""First-order estimates by name."""
 
 
 def check_method(method: str, on_policy: bool = False) -> None:
@@ -207,7 +202,7 @@ def sweep(
     for name in recipe.screens:
         progress(f"{name} of {len(chosen)} components", 0, 1)
         if name not in done:
-            done[name] = _screen(name, pair, chosen, metric)
+            done[name] = SCREENS[name](pair.cfg, pair.base, pair.expert, chosen, metric)
         first_order[name] = finished_part(done, name, (len(chosen), len(batch)))
         progress(f"{name} of {len(chosen)} components", 1, 1)
     replaced, sampled = list(range(len(chosen))) if recipe.cells else [], np.zeros(len(chosen), bool)
@@ -216,7 +211,7 @@ def sweep(
         if speech is not None:  # words have no slope; where base and expert part ways, one may tip
             with contextlib.suppress(MetricRejected):  # they hardly part
                 where = decision_metric(pair, batch, speech.max_new_tokens)
-                choosing.append(_screen("screen", pair, chosen, where))
+                choosing.append(output_linearised(pair.cfg, pair.base, pair.expert, chosen, where))
         best = {i for values in choosing for i in _highest(chosen, values.mean(1), top)}
         sampled[_stratum(chosen, best, stratum, seed)] = True
         replaced = sorted({*best, *np.flatnonzero(sampled).tolist()})

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,29 @@ from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch
 from wpjax.sweeps.replay import run_model
 from wpjax.sweeps.rows import LayerPatch, Run, Side, kv_patch, layer_patch, layer_rows, query_patch
+
+Screen = TypeVar("Screen", bound=Callable[..., np.ndarray])
+
+
+def zero_where_unfelt(screen: Screen) -> Screen:
+    """A screen of any components: [C, B], 0 for those that the metric cannot feel."""
+
+    @functools.wraps(screen)
+    def whole(
+        cfg: ModelConfig,
+        host: Params,
+        donor: Params,
+        components: Sequence[Component],
+        metric: Metric,
+        **options: Any,
+    ) -> Float[np.ndarray, "C B"]:
+        felt = [i for i, c in enumerate(components) if metric.reaches(c)]
+        found = np.zeros((len(components), len(metric)))
+        if felt:
+            found[felt] = screen(cfg, host, donor, [components[i] for i in felt], metric, **options)
+        return found
+
+    return cast(Screen, whole)
 
 
 class Slopes(NamedTuple):
@@ -146,6 +169,7 @@ def _weight_gradient(
     return dict(slopes.gates)
 
 
+@zero_where_unfelt
 def output_linearised(
     cfg: ModelConfig,
     host: Params,
@@ -162,7 +186,7 @@ def output_linearised(
         cfg: the model.
         host: parameters that receive the patches.
         donor: parameters that the components come from.
-        components: of layers up to the one that the metric reads.
+        components: any; 0 is the change by those that the metric cannot feel.
         metric: what is measured.
         weights: whose weights a component takes.
         inputs: whose input it sees; "donor" for attribution patching.
@@ -176,6 +200,7 @@ def output_linearised(
     return np.stack([by_kind[c.kind][max(c.layer, 0), c.index] for c in components])
 
 
+@zero_where_unfelt
 def weight_gradient(
     cfg: ModelConfig, host: Params, donor: Params, components: Sequence[Component], metric: Metric
 ) -> Float[np.ndarray, "C B"]:
@@ -201,6 +226,7 @@ def gate_slopes(
     return over_prompts(metric, lambda part: _weight_gradient(cfg, host, donor, part, at), axis=0)
 
 
+@zero_where_unfelt
 def integrated_gradients(
     cfg: ModelConfig,
     host: Params,

@@ -34,7 +34,7 @@ from wpjax.models.leaves import Blend, project
 from wpjax.models.rotary import rotate
 from wpjax.patching import PatchMask, patch
 from wpjax.readouts import Along, LogOdds, LogProb
-from wpjax.sweeps.screens import by_component
+from wpjax.sweeps.screens import by_component, zero_where_unfelt
 
 
 class Two(NamedTuple):
@@ -227,6 +227,7 @@ def _gate_scores(cfg: ModelConfig, host: Params, donor: Params, metric: Metric) 
     return dict(slopes.gates)
 
 
+@zero_where_unfelt
 def secant_adjoint(
     cfg: ModelConfig, host: Params, donor: Params, components: Sequence[Component], metric: Metric
 ) -> Float[np.ndarray, "C B"]:

@@ -46,11 +46,7 @@ def add_set_score(pair: Pair, result: SweepResult, metrics: Sequence[Metric]) ->
 def _shares(
     pair: Pair, components: Sequence[Component], metric: Metric, queries: Int[np.ndarray, " B"]
 ) -> Float[np.ndarray, " C"]:
-    felt = [i for i, c in enumerate(components) if metric.reaches(c)]
     base, expert = (scores(pair.cfg, params, metric).astype(np.float64) for params in (pair.base, pair.expert))
     expect_positive_gap(expert - base, queries, f"the {metric.name} metric")
-    found = np.zeros(len(components))
-    if felt:
-        change = secant_adjoint(pair.cfg, pair.base, pair.expert, [components[i] for i in felt], metric)
-        found[felt] = change.mean(1) / (expert - base).mean()
-    return found
+    change = secant_adjoint(pair.cfg, pair.base, pair.expert, components, metric)
+    return change.mean(1) / (expert - base).mean()
