@@ -282,6 +282,15 @@ def test_bfloat16(llama):
     assert coarse.dtype == jnp.float32
     assert 0 < np.abs(coarse - fine).max() < 0.05 * np.abs(fine).max()
 
+    twice = load_checkpoint(str(llama.folder), dtype="bfloat16x2")
+    assert twice.cfg.terms == 2
+    assert fingerprint(twice.cfg, twice.params) == fingerprint(model.cfg, model.params)
+    exact = forward(whole.cfg, jax.tree.map(lambda a: a.astype("float32"), model.params), jnp.asarray(TOKENS)).logits
+    close = forward(twice.cfg, twice.params, jnp.asarray(TOKENS)).logits
+    assert 0 < np.abs(close - exact).max() < 1e-4 * np.abs(exact).max()
+    with pytest.raises(CheckpointError, match="unknown dtype 'float16'; there are float32, bfloat16, bfloat16x2"):
+        load_checkpoint(str(llama.folder), dtype="float16")
+
 
 def test_a_fingerprint_sees_one_changed_number(llama):
     cfg, params = _loaded(llama.folder)

@@ -67,6 +67,12 @@ class Pair:
         """Ids that end a generation of either model."""
         return tuple(sorted({*self.base_checkpoint.stop_tokens, *self.expert_checkpoint.stop_tokens}))
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights, and of products with them: one of `checkpoint.PRECISIONS`."""
+        weights = str(self.base["embed"]["W_E"].dtype)
+        return weights if self.cfg.terms == 1 else f"{weights}x{self.cfg.terms}"
+
     @functools.cached_property
     def fingerprints(self) -> tuple[str, str]:
         """Hashes of base and expert."""
@@ -153,7 +159,7 @@ def load_pair(
     Args:
         base: folder, `.gguf` file, hub id or embedded model.
         expert: likewise.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json known not to matter.
 
     Raises:

@@ -85,7 +85,7 @@ def operations(shape: Shape, config: dict[str, Any]) -> dict[str, float]:
 
 def memory(shape: Shape, config: dict[str, Any]) -> float:
     """Bytes at the peak: base, expert and one patched model, and a third of as much to work in."""
-    width = 2 if config["dtype"] == "bfloat16" else 4
+    width = 4 if config["dtype"] == "float32" else 2
     return 3 * width * shape.parameters * 4 / 3
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -119,19 +120,28 @@ class SafetensorsFolder:
             raise CheckpointError(f"{self.where}: tensor {name} cannot be read as floats ({error})") from error
 
 
+PRECISIONS: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {"float32": ("float32", 1), "bfloat16": ("bfloat16", 1), "bfloat16x2": ("bfloat16", 2)}
+)
+"""By name: the weights' dtype, and in how many numbers of it activations meet them (`ModelConfig.terms`)."""
+
+
 def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
     """Load a model.
 
     Args:
         source: a folder with config.json and safetensors, a `.gguf` file, or a hub id ("org/name" or
             "org/name@revision").
-        dtype: "float32" or "bfloat16".
+        dtype: one of `PRECISIONS`: "float32"; "bfloat16", of weights and of the operands of products; or "bfloat16x2",
+            where each activation meets those weights as the sum of two bfloat16 numbers, for twice the operations.
         ignore_config: attributes of config.json that the caller knows not to matter.
 
     Raises:
         CheckpointError: with the file, the tensor or the attribute that is wrong.
     """
     source = str(source)
+    if dtype not in PRECISIONS:
+        raise CheckpointError(f"unknown dtype {dtype!r}; there are {', '.join(PRECISIONS)}")
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -144,8 +154,9 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
             raise CheckpointError(f"{source}: a model is a folder, a .gguf file or a hub id; name the folder")
         file = GgufFile(path)
         raw = file.hf_config()
-        cfg = parse_config(raw, source, ignore_config)
-        return Checkpoint(cfg, params_from_hf(cfg, file, dtype), file.tokenizer(), raw, None, source)
+        weights, terms = PRECISIONS[dtype]
+        cfg = dataclasses.replace(parse_config(raw, source, ignore_config), terms=terms)
+        return Checkpoint(cfg, params_from_hf(cfg, file, weights), file.tokenizer(), raw, None, source)
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like org/name")
     return _load_folder(_download(source), source, dtype, ignore_config)
@@ -189,8 +200,9 @@ def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str
     if not config.is_file():
         raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
     raw = _read_json(config)
-    cfg = parse_config(raw, str(config), ignore_config)
-    params = params_from_hf(cfg, SafetensorsFolder(folder), dtype)
+    weights, terms = PRECISIONS[dtype]
+    cfg = dataclasses.replace(parse_config(raw, str(config), ignore_config), terms=terms)
+    params = params_from_hf(cfg, SafetensorsFolder(folder), weights)
     path = folder / "generation_config.json"
     generation = _read_json(path) if path.exists() else None
     for file, content in ((config, raw), (path, generation or {})):

@@ -122,7 +122,7 @@ class Decoder(nnx.Module):
         if not self.cfg.tied:
             return self.unembed(x)
         transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())  # a tied gate is a scalar
-        return project(x, transposed)
+        return project(x, transposed, terms=self.cfg.terms)
 
     def unembedding(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
         """The direction of the normed residual stream whose projection is each token's logit."""

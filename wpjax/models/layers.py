@@ -118,7 +118,7 @@ class Attention(nnx.Module):
 
     def queries(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T H Dh"]:
         """Rotated queries of every head."""
-        q = project(x, _leaf(self.W_Q))
+        q = project(x, _leaf(self.W_Q), terms=self.cfg.terms)
         if self.cfg.qkv_bias:
             q = q + resolve(_leaf(self.b_Q))
         return rotate(self.cfg, q, positions) if self.cfg.rope else q
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
     ) -> tuple[Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
         """Rotated keys, and values, of every KV head."""
-        k, v = project(x, _leaf(self.W_K)), project(x, _leaf(self.W_V))
+        k, v = project(x, _leaf(self.W_K), terms=self.cfg.terms), project(x, _leaf(self.W_V), terms=self.cfg.terms)
         if self.cfg.qkv_bias:
             k, v = k + resolve(_leaf(self.b_K)), v + resolve(_leaf(self.b_V))
         return (rotate(self.cfg, k, positions) if self.cfg.rope else k), v
@@ -148,7 +148,7 @@ class Attention(nnx.Module):
             v: values.
             seen: which of the S keys each query sees; None for causal attention with T = S.
         """
-        dtype = _leaf(self.W_O).dtype
+        dtype = jnp.float32 if self.cfg.terms > 1 else _leaf(self.W_O).dtype
         # float32 stays float32 on any device; JAX's own function needs implicit promotion for bfloat16. The kernel is
         # what JAX chooses, XLA's: cuDNN's takes half precision only, and over a prompt this is little of a layer.
         with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
@@ -173,7 +173,7 @@ class Attention(nnx.Module):
 
     def out(self, z: Float[Array, "*n H Dh"]) -> Float[Array, "*n D"]:
         """What the heads write together, bias included."""
-        o = project(z, _leaf(self.W_O), n_in=2)
+        o = project(z, _leaf(self.W_O), n_in=2, terms=self.cfg.terms)
         return o + resolve(_leaf(self.b_O)) if self.cfg.out_bias else o
 
 
@@ -196,19 +196,19 @@ class MLP(nnx.Module):
     def neurons(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
         """Activations: act(x W_gate) * (x W_in), or act(x W_in)."""
         act = activation(self.cfg)
-        inner = project(x, _leaf(self.W_in))
+        inner = project(x, _leaf(self.W_in), terms=self.cfg.terms)
         if self.cfg.mlp_bias:
             inner = inner + resolve(_leaf(self.b_in))
         if not self.cfg.gated:
             return act(inner)
-        gate = project(x, _leaf(self.W_gate))
+        gate = project(x, _leaf(self.W_gate), terms=self.cfg.terms)
         if self.cfg.mlp_bias:
             gate = gate + resolve(_leaf(self.b_gate))
         return act(gate) * inner
 
     def out(self, a: Float[Array, "*n F"]) -> Float[Array, "*n D"]:
         """What the neurons write together, bias included."""
-        o = project(a, _leaf(self.W_out))
+        o = project(a, _leaf(self.W_out), terms=self.cfg.terms)
         return o + resolve(_leaf(self.b_out)) if self.cfg.mlp_bias else o
 
 
@@ -270,8 +270,9 @@ class Unembed(nnx.Module):
     """Projection to the vocabulary, where it is not the embedding transposed."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
         self.W_U = _weight(rngs, (cfg.d_model, cfg.d_vocab), cfg.d_model**-0.5)
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Logits of a normed residual stream."""
-        return project(x, _leaf(self.W_U))
+        return project(x, _leaf(self.W_U), terms=self.cfg.terms)

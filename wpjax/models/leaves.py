@@ -122,41 +122,49 @@ def lookup(leaf: Leaf, ids: Int[Array, "*ids"], axis: int = 0) -> Float[Array, "
     return leaf.mix(take(leaf.base), take(leaf.expert), -1) if isinstance(leaf, Blend) else take(leaf)
 
 
-def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1) -> Float[Array, "..."]:
+def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1, terms: int = 1) -> Float[Array, "..."]:
     """Contract the last `n_in` axes of x with the first `n_in` axes of a weight.
 
-    Operands are in the weight's dtype, the sum and the result in float32.
+    Operands are in the weight's dtype (x as the sum of `terms` numbers of it), the sum and the result in float32.
 
     Args:
         x: [..., *in].
         leaf: [*in, *out], or a `Blend` of two such arrays gated along one of its axes.
         n_in: how many leading axes of the weight are inputs.
+        terms: 1, or 2 (see `ModelConfig.terms`).
 
     Returns:
         [..., *out], float32.
     """
     if not isinstance(leaf, Blend):
-        return _matmul(x, leaf, n_in)
+        return _matmul(x, leaf, n_in, terms)
     if leaf.used is None:
-        return _blended(x, leaf, n_in)
-    return jax.lax.cond(leaf.used, lambda: _blended(x, leaf, n_in), lambda: _matmul(x, leaf.base, n_in))
+        return _blended(x, leaf, n_in, terms)
+    return jax.lax.cond(leaf.used, lambda: _blended(x, leaf, n_in, terms), lambda: _matmul(x, leaf.base, n_in, terms))
 
 
-def _blended(x: Array, leaf: Blend, n_in: int) -> Array:
+def _blended(x: Array, leaf: Blend, n_in: int, terms: int) -> Array:
     if leaf.axis is None or leaf.axis >= n_in:  # gated outputs: both products, then choose
         axis = -1 if leaf.axis is None else leaf.axis - leaf.base.ndim
-        return leaf.mix(_matmul(x, leaf.base, n_in), _matmul(x, leaf.expert, n_in), axis)
+        return leaf.mix(_matmul(x, leaf.base, n_in, terms), _matmul(x, leaf.expert, n_in, terms), axis)
     axis = leaf.axis - n_in  # gated inputs: each channel of x goes through one of the two weights
-    return _matmul(leaf.closed(x, axis), leaf.base, n_in) + _matmul(leaf.opened(x, axis), leaf.expert, n_in)
+    ours, theirs = leaf.closed(x, axis), leaf.opened(x, axis)
+    return _matmul(ours, leaf.base, n_in, terms) + _matmul(theirs, leaf.expert, n_in, terms)
 
 
-def _matmul(x: Array, w: Array, n_in: int) -> Array:
-    lead = x.shape[: x.ndim - n_in]
-    out = w.shape[n_in:]
-    flat = jnp.matmul(
-        x.reshape(*lead, -1).astype(w.dtype),
-        w.reshape(-1, math.prod(out)),
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST,  # float32 stays float32 on GPU and TPU; no effect on bfloat16
-    )
-    return flat.reshape(*lead, *out)
+def _matmul(x: Array, w: Array, n_in: int, terms: int) -> Array:
+    lead, out = x.shape[: x.ndim - n_in], w.shape[n_in:]
+    flat, matrix = x.reshape(*lead, -1), w.reshape(-1, math.prod(out))
+
+    def times(part: Array) -> Array:
+        return jnp.matmul(
+            part.astype(w.dtype),
+            matrix,
+            preferred_element_type=jnp.float32,
+            precision=jax.lax.Precision.HIGHEST,  # float32 stays float32 on GPU and TPU; no effect on bfloat16
+        )
+
+    if terms == 1 or w.dtype != jnp.bfloat16:
+        return times(flat).reshape(*lead, *out)
+    coarse = jax.lax.reduce_precision(flat, 8, 7)  # a cast there and back XLA may take for nothing
+    return (times(coarse) + times(flat - coarse)).reshape(*lead, *out)

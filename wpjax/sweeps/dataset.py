@@ -259,7 +259,7 @@ def _attributes(
         "noise_floor": max(measured.floor.values(), default=float("nan")),
         "noise_floor_by_kind": json.dumps(dict(measured.floor)),
         "rows_per_program": json.dumps(dict(measured.rows)),
-        "dtype": str(pair.base["embed"]["W_E"].dtype),
+        "dtype": pair.dtype,
         "device": f"{device.platform} {device.device_kind}",
         "machine": platform.machine(),
         "seed": seed,

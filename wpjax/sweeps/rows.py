@@ -147,9 +147,9 @@ def kv_patch(at: LayerPatch) -> HeadValues:
     return HeadValues(at.host.mix(q, *kv), at.host.mix(q, *new))
 
 
-def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"]) -> Float[Array, "n B T D"]:
+def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], terms: int) -> Float[Array, "n B T D"]:
     """What each of some heads writes on its own."""
-    return jax.vmap(project, in_axes=(2, 0))(z, w_o)
+    return jax.vmap(functools.partial(project, terms=terms), in_axes=(2, 0))(z, w_o)
 
 
 def _attention_rows(at: LayerPatch, mid: Float[Array, "P B T D"]) -> Rows:
@@ -159,7 +159,8 @@ def _attention_rows(at: LayerPatch, mid: Float[Array, "P B T D"]) -> Rows:
 def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     z, attn = query_patch(at), at.host.block.attn
     w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
-    delta = _write(z.patched[:, :, index], w_new[index]) - _write(z.host[:, :, index], w_host[index])
+    terms = attn.cfg.terms
+    delta = _write(z.patched[:, :, index], w_new[index], terms) - _write(z.host[:, :, index], w_host[index], terms)
     return _attention_rows(at, at.host.resid_pre + attn.out(z.host) + delta)
 
 
@@ -167,7 +168,7 @@ def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     z, attn = kv_patch(at), at.host.block.attn
     heads = index[:, None] * attn.cfg.n_rep + jnp.arange(attn.cfg.n_rep)  # [P, n_rep]
     w_o, change = attn.W_O.get_value(), z.patched - z.host
-    delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2))(heads)
+    delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2, terms=attn.cfg.terms))(heads)
     return _attention_rows(at, at.host.resid_pre + attn.out(z.host) + delta)
 
 

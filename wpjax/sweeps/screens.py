@@ -89,12 +89,13 @@ def _kv_group_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "K B"]:
 
 def _through(slope: Float[Array, "B T D"], z: Float[Array, "B T H Dh"], b: Block) -> Float[Array, "B H"]:
     """<slope, z W_O> of each head."""
-    return (z * project(slope, jnp.moveaxis(b.attn.W_O.get_value(), -1, 0))).sum((1, 3))
+    return (z * project(slope, jnp.moveaxis(b.attn.W_O.get_value(), -1, 0), terms=b.attn.cfg.terms)).sum((1, 3))
 
 
 def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
     def through(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "B F"]:
-        return (b.mlp.neurons(x) * project(slopes.post, b.mlp.W_out.get_value().T)).sum(1)
+        written = project(slopes.post, b.mlp.W_out.get_value().T, terms=b.mlp.cfg.terms)
+        return (b.mlp.neurons(x) * written).sum(1)
 
     own = through(at.host.block, at.host.mlp_input) if slopes.neurons is None else slopes.neurons
     return (through(at.weights, at.source.mlp_input) - own).T
