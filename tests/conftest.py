@@ -53,6 +53,12 @@ def family_pair(request, tmp_path_factory) -> Pair:
     return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))
 
 
+@pytest.fixture(scope="session")
+def one_pair(tmp_path_factory) -> Pair:
+    """One pair, for what does not depend on an architecture at all."""
+    return as_pair(build_pair("llama-gqa3", tmp_path_factory.mktemp("one")))
+
+
 def as_pair(hf_pair: HfPair) -> Pair:
     base, expert = (load_checkpoint(str(m.folder)) for m in (hf_pair.base, hf_pair.expert))
     return Pair(base.cfg, base.params, expert.params, None, base, expert)

@@ -366,7 +366,7 @@ def wait_for_shards(folder, n):
         time.sleep(0.02)
 
 
-LONG = [*UNTESTED, "--kinds=head,neuron", "--method=exact", "--n-prompts=8", "--memory-mb=8", "--out=r.nc"]
+LONG = [*UNTESTED, "--kinds=head,neuron", "--method=exact", "--n-prompts=4", "--memory-mb=4", "--out=r.nc"]
 
 
 def test_interrupted_and_killed_sweeps_resume_to_the_same_result(wpjax, tmp_path):

@@ -39,9 +39,9 @@ def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_sets_of_one_layer_score_as_one_at_a_time(family_pair, batch):
+def test_sets_of_one_layer_score_as_one_at_a_time(one_pair, batch):
     """They open most of its neurons, so the whole of the donor's matrices is used there and nothing elsewhere."""
-    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     rng, layer = np.random.default_rng(0), enumerate_components(pair.cfg, ["neuron"], [1])
     masks = [PatchMask.of(pair.cfg, [layer[i] for i in rng.permutation(len(layer))[: len(layer) // 2]]) for _ in "ab"]
     got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
@@ -60,9 +60,9 @@ def test_bfloat16_sets_score_as_the_rounded_weights_do(family_pair, batch):
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected - expected[-1]).max()
 
 
-def test_prompts_in_parts_score_as_together(family_pair, batch, monkeypatch):
+def test_prompts_in_parts_score_as_together(one_pair, batch, monkeypatch):
     """20 prompts, of which a program takes 16: the second part is filled up, and packed in its own way."""
-    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     many = metric.take(jnp.arange(20) % len(batch))
     masks = sets_of(pair.cfg, ("head", "neuron"), 6, n=3)
     expected = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
@@ -94,9 +94,9 @@ def test_channels_that_a_batch_touches_by_hand():
     assert touched(np.zeros((1, 1, 16), bool)).channels.tolist() == [[0]]  # nothing costs next to nothing
 
 
-def test_out_of_memory_sets_go_on_with_less_at_once(family_pair, batch, monkeypatch):
+def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch):
     """The device is said to hold two sets at a time."""
-    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     masks = sets_of(pair.cfg, ("head",), 2)
     sizes: list[int] = []
 
@@ -113,9 +113,9 @@ def test_out_of_memory_sets_go_on_with_less_at_once(family_pair, batch, monkeypa
     assert sizes[:2] == [5, 3]
 
 
-def test_channel_zero_is_open_only_where_it_is_opened(family_pair, batch):
+def test_channel_zero_is_open_only_where_it_is_opened(one_pair, batch):
     """It fills up lists of touched channels, and must not be added for that."""
-    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     masks = [
         PatchMask.of(pair.cfg, names) for names in (["L0.neuron.0"], ["L1.neuron.0", "L0.neuron.1", "L0.neuron.2"])
     ]

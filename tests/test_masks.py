@@ -82,8 +82,8 @@ def test_of_a_linear_game_the_control_variate_leaves_nothing_to_chance():
     assert estimate(masks, masks @ slopes).se.min() > 0.1
 
 
-def test_masks_of_sets_are_their_unions(family_pair):
-    cfg, rng = family_pair.cfg, np.random.default_rng(1)
+def test_masks_of_sets_are_their_unions(one_pair):
+    cfg, rng = one_pair.cfg, np.random.default_rng(1)
     components = enumerate_components(cfg, KINDS)
     gates = Gates(cfg, components)
     for share in (0.02, 0.5):
@@ -99,8 +99,8 @@ def test_masks_of_sets_are_their_unions(family_pair):
     assert float(half.gates["norm_attn"].max()) == 0
 
 
-def test_random_masks_of_a_model_meet_every_subset(family_pair, batch):
-    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+def test_random_masks_of_a_model_meet_every_subset(one_pair, batch):
+    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     components = [Component("attn", 0), Component("mlp", 0), Component("head", 1, 1), Component("mlp", 1)]
     gates = Gates(pair.cfg, components)
     subsets = EVERY[:16, 2:]

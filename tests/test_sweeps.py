@@ -116,8 +116,8 @@ def test_effects_equal_hf_torch_with_slices_copied(hf_pair, pair, batch, swept):
             np.testing.assert_allclose(change, after - before, atol=1e-4, err_msg=c.name)
 
 
-def test_chunk_size_does_not_matter(family_pair, batch):
-    pair = family_pair
+def test_chunk_size_does_not_matter(one_pair, batch):
+    pair = one_pair
     anchor = make_anchor(pair, 2)
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     whole = exact(pair, batch, anchor, components)
@@ -125,8 +125,8 @@ def test_chunk_size_does_not_matter(family_pair, batch):
     np.testing.assert_allclose(exact(pair, batch, anchor, components[::5], budget=10**6), whole[::5], atol=1e-5)
 
 
-def test_a_padded_batch_equals_single_prompts(family_pair, batch):
-    pair = family_pair
+def test_a_padded_batch_equals_single_prompts(one_pair, batch):
+    pair = one_pair
     anchor = make_anchor(pair, 2)
     components = enumerate_components(pair.cfg, ("head",), range(3))[::3]
     together = exact(pair, batch, anchor, components)
@@ -138,8 +138,8 @@ def test_a_padded_batch_equals_single_prompts(family_pair, batch):
         np.testing.assert_allclose(exact(pair, single, anchor, components)[:, 0], together[:, i], atol=2e-5)
 
 
-def test_one_program_a_kind_and_none_the_second_time(family_pair, batch):
-    pair = family_pair
+def test_one_program_a_kind_and_none_the_second_time(one_pair, batch):
+    pair = one_pair
     anchor = make_anchor(pair, 2)
     components = enumerate_components(pair.cfg, SWEPT, range(3))
     replay.clear_cache()
@@ -152,9 +152,9 @@ def test_one_program_a_kind_and_none_the_second_time(family_pair, batch):
     assert not [name for name in compiled if "backend_compile" in name]
 
 
-def test_a_whole_sweep_runs_in_one_program_a_kind(family_pair, batch):
+def test_a_whole_sweep_runs_in_one_program_a_kind(one_pair, batch):
     """Its shams and nulls too; and another of the same shape compiles nothing that replaces components."""
-    pair, anchor = family_pair, make_anchor(family_pair, 2)
+    pair, anchor = one_pair, make_anchor(one_pair, 2)
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     replay.clear_cache()
     for seed in (0, 1):
@@ -162,8 +162,8 @@ def test_a_whole_sweep_runs_in_one_program_a_kind(family_pair, batch):
         assert replay._cache_size() == 2
 
 
-def test_a_sham_without_rounding_changes_nothing_and_with_it_little(family_pair, batch):
-    pair = family_pair
+def test_a_sham_without_rounding_changes_nothing_and_with_it_little(one_pair, batch):
+    pair = one_pair
     anchor = make_anchor(pair, 2)
     components = enumerate_components(pair.cfg, ("head", "neuron", "attn"), range(3))
     still = exact(pair, batch, anchor, components, donor=pair.base)
@@ -173,9 +173,9 @@ def test_a_sham_without_rounding_changes_nothing_and_with_it_little(family_pair,
     assert 0 < moved < 1e-4 * effects
 
 
-def test_out_of_memory_the_sweep_goes_on_with_less_at_once(family_pair, batch, monkeypatch):
+def test_out_of_memory_the_sweep_goes_on_with_less_at_once(one_pair, batch, monkeypatch):
     """The device is said to hold three heads or neurons at a time."""
-    pair, anchor = family_pair, make_anchor(family_pair, 2)
+    pair, anchor = one_pair, make_anchor(one_pair, 2)
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     expected = exact(pair, batch, anchor, components)
     full_up = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
@@ -215,9 +215,9 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(family_pair, batch, m
         exact(pair, batch, anchor, components)
 
 
-def test_what_does_not_fit_beside_others_goes_on_alone(family_pair, batch, monkeypatch):
+def test_what_does_not_fit_beside_others_goes_on_alone(one_pair, batch, monkeypatch):
     """The device is said to hold two chunks: no patch is run with fewer others, and none is lost."""
-    pair, anchor = family_pair, make_anchor(family_pair, 2)
+    pair, anchor = one_pair, make_anchor(one_pair, 2)
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     expected = exact(pair, batch, anchor, components)
     running: list[object] = []
@@ -304,8 +304,8 @@ def test_bfloat16_screens_are_those_of_the_rounded_weights(family_pair, batch):
     assert np.abs(screen(base, base)).max() < 1e-5 * np.abs(exact).max()
 
 
-def test_shams_are_spread_over_the_layers(family_pair, batch):
-    pair = family_pair
+def test_shams_are_spread_over_the_layers(one_pair, batch):
+    pair = one_pair
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     plan = make_plan(pair.cfg, components, pack(make_anchor(pair, 2).on(batch)))
     shams = sham_plan(plan, layers_per_kind=2)
@@ -339,8 +339,8 @@ def test_screens_approach_the_exact_effect_of_a_small_change(family_pair, batch)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k in SWEPT])
-def test_an_expert_that_differs_in_one_component_is_found_first(family_pair, batch, kind):
-    pair = family_pair
+def test_an_expert_that_differs_in_one_component_is_found_first(one_pair, batch, kind):
+    pair = one_pair
     anchor = make_anchor(pair, 2)
     planted = enumerate_components(pair.cfg, [kind], range(2))[-1]
     expert = materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, [planted]))
