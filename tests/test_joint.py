@@ -14,6 +14,7 @@ from wpjax.models.decoder import Held, Steer
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask
 from wpjax.sweeps.joint import _scores_of_sets, scores_of_sets, touched
+from wpjax.sweeps.masks import random_masks
 from wpjax.sweeps.reference import patched_score
 
 
@@ -95,7 +96,7 @@ def test_channels_that_a_batch_touches_by_hand():
 
 
 def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch):
-    """The device is said to hold two sets at a time."""
+    """The device is said to hold two sets at a time; after the first batch of random ones, no more are tried."""
     pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     masks = sets_of(pair.cfg, ("head",), 2)
     sizes: list[int] = []
@@ -111,6 +112,12 @@ def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch
         got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
     np.testing.assert_allclose(got, one_by_one(pair, masks, metric), atol=2e-5)
     assert sizes[:2] == [5, 3]
+    sizes.clear()
+    heads = enumerate_components(pair.cfg, ["head"])
+    with pytest.warns(UserWarning, match="out of memory"):
+        random_masks(pair.cfg, pair.base, pair.expert, heads, metric, 0.5, n_masks=96, control=False)
+    tried = [size for size in sizes if size > 2]
+    assert sizes[: len(tried)] == tried == [32, 16, 8, 4]
 
 
 def test_channel_zero_is_open_only_where_it_is_opened(one_pair, batch):

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import jax
 import numpy as np
 
 
-def in_parts(n: int, at_once: int, run: Callable[[np.ndarray], Any], axis: int = 0, what: str = "prompts") -> Any:
+def in_parts(
+    n: int,
+    at_once: int,
+    run: Callable[[np.ndarray], Any],
+    axis: int = 0,
+    what: str = "prompts",
+    fits: MutableMapping[str, int] | None = None,
+) -> Any:
     """Run something on rows 0 to n - 1 in equal parts, the last filled up, so that one program serves all.
 
-    Where the device runs out of memory, it starts again with half as many rows at once.
+    Where the device runs out of memory, the rows that are left go on, half as many at once.
 
     Args:
         n: rows, at least 1.
@@ -21,19 +28,25 @@ def in_parts(n: int, at_once: int, run: Callable[[np.ndarray], Any], axis: int =
         run: takes row numbers, returns a tree of arrays with a row axis.
         axis: of the rows in what is returned.
         what: the rows are, for a warning.
+        fits: how many rows go on after running out of memory, by what they are; extended, for the next call to heed.
 
     Returns:
         the parts put together, on the host.
     """
-    while True:
-        size = -(-n // -(-n // at_once))
-        rows = [np.minimum(np.arange(first, first + size), n - 1) for first in range(0, n, size)]
+    fits = {} if fits is None else fits
+    parts: list[Any] = []
+    first = size = 0
+    while first < n:
+        if not size:
+            rest, at_most = n - first, min(at_once, fits.get(what, at_once))
+            size = -(-rest // -(-rest // at_most))
         try:
-            parts = [jax.tree.map(np.asarray, run(some)) for some in rows]
+            parts.append(jax.tree.map(np.asarray, run(np.minimum(np.arange(first, first + size), n - 1))))
+            first += size
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
                 raise
-            at_once = (size + 1) // 2
-            warnings.warn(f"out of memory: {what} go on {at_once} at a time", stacklevel=2)
-        else:
-            return jax.tree.map(lambda *some: np.concatenate(some, axis).take(range(n), axis), *parts)
+            fits[what] = (size + 1) // 2
+            warnings.warn(f"out of memory: {what} go on {fits[what]} at a time", stacklevel=2)
+            size = 0
+    return jax.tree.map(lambda *some: np.concatenate(some, axis).take(range(n), axis), *parts)

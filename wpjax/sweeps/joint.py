@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -127,6 +127,7 @@ def scores_of_sets(
     metric: Metric,
     *,
     budget: int | None = None,
+    fits: MutableMapping[str, int] | None = None,
 ) -> Float[np.ndarray, "M B"]:
     """The metric of each prompt with each of some sets of components taken from the donor.
 
@@ -137,7 +138,9 @@ def scores_of_sets(
         masks: boolean; gates that are absent are closed.
         metric: what is measured.
         budget: bytes for the activations of the sets that run at once; None to choose from the device.
+        fits: what fitted where that was too much, as `in_parts` keeps it; for one call after another.
     """
+    fits = {} if fits is None else fits
     names = dict.fromkeys(gate for mask in masks for gate in mask.gates)
     gates: dict[str, Bool[np.ndarray, "M ..."]] = {}
     for name in names:
@@ -162,6 +165,6 @@ def scores_of_sets(
             used = {name: gate.any((0, 2)) for name, gate in layered.items()}
             return _scores_of_sets(cfg, host, donor, here, few, used, some, packing)
 
-        return in_parts(len(masks), most, score, what="joint patches").T
+        return in_parts(len(masks), most, score, what="joint patches", fits=fits).T
 
-    return in_parts(len(metric), max(16, TOKENS_AT_ONCE // metric.tokens.ids.shape[1]), run).T
+    return in_parts(len(metric), max(16, TOKENS_AT_ONCE // metric.tokens.ids.shape[1]), run, fits=fits).T

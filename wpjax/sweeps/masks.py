@@ -160,11 +160,13 @@ def random_masks(
         raise WpjaxError(f"p={p}, n_masks={n_masks}: p lies between 0 and 1, and it takes at least 2 sets")
     done = {} if done is None else done
     gates, masks = Gates(cfg, components), draw(n_masks, len(components), p, seed)
+    fits: dict[str, int] = {}
     for first in range(0, n_masks, MASKS_AT_ONCE):
         key = f"masks-{p:g}-{first}"
         if key not in done:
             some = masks[first : first + MASKS_AT_ONCE]
-            found = scores_of_sets(cfg, host, donor, [gates.mask(m) for m in some], metric, budget=budget)
+            sets = [gates.mask(m) for m in some]
+            found = scores_of_sets(cfg, host, donor, sets, metric, budget=budget, fits=fits)
             done[key] = found.astype(np.float64)
         progress(f"random masks, p = {p:g}", min(first + MASKS_AT_ONCE, n_masks), n_masks)
     parts = []

@@ -164,6 +164,7 @@ class OnPolicyEngine(Engine):
         whole = Spread.local().whole
         super().__init__(speech.pair, whole(metric or speech.metric), chosen, done, progress, models)
         self.speech, self.chosen = speech, chosen
+        self.fits: dict[str, int] = {}
         if words is None:
             words = Engine(speech.pair, whole(speech.kept), chosen, done, progress, self.models, with_flow=False)
             words.models = self.models  # that of a null comes and goes
@@ -243,7 +244,7 @@ class OnPolicyEngine(Engine):
             )
 
         rows = np.arange(-(-len(where) // ANSWERS_AT_ONCE) * ANSWERS_AT_ONCE) % len(where)  # one shape
-        score, said = in_parts(len(rows), ANSWERS_AT_ONCE, lambda some: run(rows[some]), what="answers")
+        score, said = in_parts(len(rows), ANSWERS_AT_ONCE, lambda some: run(rows[some]), what="answers", fits=self.fits)
         own = np.asarray(self.run(cell.host).score)
         for (c, b), f, tokens, n in zip(where, score, said.tokens, said.lengths, strict=False):
             if n != lengths[b] or (tokens[:n] != np.asarray(answers.tokens)[b, :n]).any():
