@@ -12,7 +12,7 @@ from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Held, Steer, block, init_params, take_layer
 from wpjax.readouts import Along
-from wpjax.sweeps.packing import first_fit, pack
+from wpjax.sweeps.packing import Shape, common_shape, first_fit, pack
 
 PROMPTS = ([7, 7, 3, 1, 2], [7, 7, 4], [7, 7, 3, 5, 6, 8, 9], [7, 7, 4, 4], [7, 7, 5, 1])
 
@@ -77,6 +77,22 @@ def test_how_many_tokens_are_shared(prompts, shared):
     assert packing.packed.n_shared == shared
     for prompt, (slot,) in zip(prompts, np.asarray(packing.at), strict=True):
         assert seen_from(packing, int(slot)) == [(token, i) for i, token in enumerate(prompt)]
+
+
+def test_different_prompts_fit_one_shape():
+    """The first two share two tokens, the others one; the bins that the first two do not need stay empty."""
+    few, more = metric_of([[7, 7, 3, 1], [7, 7, 4]]), metric_of([[7, 5, 1, 1, 1], [7, 6], [7, 1, 1, 2]])
+    assert [pack(metric).packed.n_shared for metric in (few, more)] == [2, 1]
+    shape = common_shape(few, more)
+    assert shape == Shape(1, 4, 2)
+    for metric in (few, more):
+        packing = pack(metric, shape)
+        assert packing.packed.segments.shape == (2, 4)
+        assert packing.n_tokens == 9
+        for ids, n, (slot,) in zip(metric.tokens.ids, metric.tokens.lengths, np.asarray(packing.at), strict=True):
+            assert seen_from(packing, int(slot)) == [(int(ids[i]), i) for i in range(n)]
+    roomy = pack(few, Shape(1, 5, 3))
+    assert roomy.packed.segments.tolist() == [[0, 0, 0, 1, 1], [-1] * 5, [-1] * 5]
 
 
 def test_tokens_that_a_state_is_given_at_are_not_shared():

@@ -23,7 +23,7 @@ from wpjax.readouts import Along
 from wpjax.results import finished_part
 from wpjax.sweeps.exact import Changes, Chunk, Plan, exact_changes, sham_plan
 from wpjax.sweeps.joint import scores_of_sets
-from wpjax.sweeps.packing import pack
+from wpjax.sweeps.packing import Shape, pack
 from wpjax.sweeps.replay import flow_targets, run_packed
 from wpjax.sweeps.rows import Run, Side
 
@@ -67,6 +67,7 @@ class Engine:
         progress: called after every chunk.
         models: base and expert where they stand on the devices, if `placed` has put them and the metric there.
         with_flow: follow by way of what effects arrive.
+        shape: to pack prompts into; None for what they need.
     """
 
     def __init__(
@@ -78,12 +79,13 @@ class Engine:
         progress: Progress,
         models: Mapping[str, Params] | None = None,
         with_flow: bool = True,
+        shape: Shape | None = None,
     ):
         self.pair, self.done, self.progress, self.with_flow = pair, done, progress, with_flow
         models, self.metric = placed(pair, metric) if models is None else (models, metric)
         self.models = dict(models)
         self.position = {c: i for i, c in enumerate(chosen)}
-        self.packing = pack(metric)
+        self.packing = pack(metric, shape)
         self.runs: dict[str, Run] = {}
 
     def beside(self, metric: Metric) -> Engine:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from wpjax.metrics import Metric
 from wpjax.models.layers import Packed
@@ -100,24 +100,60 @@ def first_fit(sizes: Int[np.ndarray, " B"], width: int) -> Int[np.ndarray, "B 2"
     return where
 
 
-def pack(metric: Metric) -> Packing:
-    """Pack the prompts of a metric."""
-    ids, at, counts = (np.asarray(a) for a in (metric.tokens.ids, metric.at, np.asarray(metric.weight) > 0))
-    counts = counts | ~counts.any(1, keepdims=True)
+class Shape(NamedTuple):
+    """Of packed prompts: of one shape, different prompts run in one program.
+
+    Attributes:
+        shared: tokens that stand once, before all bins.
+        width: tokens of a bin.
+        n_bins: bins; some may be empty.
+    """
+
+    shared: int
+    width: int
+    n_bins: int
+
+    @property
+    def cost(self) -> float:
+        """Tokens, those that fill up included, with what each is compared with."""
+        return (self.shared + self.width * self.n_bins) * (1 + COST_OF_KEY * (self.shared + self.width))
+
+
+def common_shape(*metrics: Metric) -> Shape:
+    """The cheapest shape that the prompts of each of some metrics fit in."""
+    spans = [_span(metric) for metric in metrics]
+    shared = min(n for n, _, _ in spans)
+    rests = [length - shared for _, _, length in spans]
+    longest = max(int(rest.max()) for rest in rests)
+
+    def shape(width: int) -> Shape:
+        return Shape(shared, width, 1 + max(int(first_fit(rest, width)[:, 0].max()) for rest in rests))
+
+    return min(map(shape, range(longest, 2 * longest, -(-longest // N_WIDTHS))), key=lambda found: found.cost)
+
+
+def _counts(metric: Metric) -> Bool[np.ndarray, "B S"]:
+    """Which positions count; all where none does, as the prompt must stand somewhere."""
+    counts = np.asarray(metric.weight) > 0
+    return counts | ~counts.any(1, keepdims=True)
+
+
+def _span(metric: Metric) -> tuple[int, Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+    """How many tokens all prompts begin with, where each is read first, and where its last token that counts ends."""
+    ids, at, counts = np.asarray(metric.tokens.ids), np.asarray(metric.at), _counts(metric)
     first, length = np.where(counts, at, ids.shape[1]).min(1), np.where(counts, at, -1).max(1) + 1
     limit = int(first.min()) if metric.held is None else int(min(first.min(), np.asarray(metric.held.start).min()))
     same = (ids == ids[:1]).all(0)[:limit]
-    shared = 0 if len(ids) == 1 else int(np.argmin(same)) if not same.all() else limit
+    return 0 if len(ids) == 1 else int(np.argmin(same)) if not same.all() else limit, first, length
 
-    rest, longest = length - shared, int((length - shared).max())
-    fits = {width: first_fit(rest, width) for width in range(longest, 2 * longest, -(-longest // N_WIDTHS))}
 
-    def cost(width: int) -> float:
-        return (shared + width * (1 + fits[width][:, 0].max())) * (1 + COST_OF_KEY * (shared + width))
-
-    width = min(fits, key=cost)
-    where = fits[width]
-    segments = np.full((1 + where[:, 0].max(), width), -1, np.int32)
+def pack(metric: Metric, shape: Shape | None = None) -> Packing:
+    """Pack the prompts of a metric, into a shape if one is given (see `common_shape`)."""
+    shared, width, n_bins = common_shape(metric) if shape is None else shape
+    ids, at, (_, first, length) = np.asarray(metric.tokens.ids), np.asarray(metric.at), _span(metric)
+    rest = length - shared
+    where = first_fit(rest, width)
+    segments = np.full((n_bins, width), -1, np.int32)
     prompt, token = np.zeros((2, shared + segments.size), int)
     token[:shared] = np.arange(shared)
     start = shared + where[:, 0] * width + where[:, 1]  # of each prompt's own tokens
@@ -125,7 +161,7 @@ def pack(metric: Metric) -> Packing:
         segments[bin_, offset : offset + rest[b]] = b
         here = slice(start[b], start[b] + rest[b])
         prompt[here], token[here] = b, shared + np.arange(rest[b])
-    read = start[:, None] + np.where(counts, at, first[:, None]) - shared
+    read = start[:, None] + np.where(_counts(metric), at, first[:, None]) - shared
     packed = Packed(jnp.asarray(token[None], jnp.int32), jnp.asarray(segments))
     arrays = (ids[prompt, token][None], prompt, token, where[:, 0], read)
     return Packing(packed, *(jnp.asarray(a, jnp.int32) for a in arrays))

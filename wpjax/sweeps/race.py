@@ -7,7 +7,7 @@ Prompts come in rounds. After each, a component is out if its effect cannot reac
 for C components, R rounds, n queries so far and their standard deviation s_c. By the union bound no component of the
 true top k is lost with probability 1 - a, as far as means over queries are normal. A successive elimination
 (Even-Dar et al., JMLR 2006) with Student's intervals in place of Hoeffding's, which take no notice of how little
-effects vary.
+effects vary. Rounds are of one shape, as many prompts in as many packed tokens, so that they run in one program a kind.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
 from wpjax.sweeps.engine import Engine, placed
-from wpjax.sweeps.exact import make_plan
+from wpjax.sweeps.exact import Chunk, Plan, bytes_per_row, make_plan, memory_budget
+from wpjax.sweeps.packing import common_shape
 
 ROUNDS = 4
 MIN_QUERIES = 3
 """Fewest queries of a round: from two, no interval means anything."""
+ROWS = 64
+"""Most rows of a program on a device: later rounds have few components a layer, and cost all rows, filled or not."""
 
 
 class Race(NamedTuple):
@@ -68,6 +71,63 @@ def still_in(
     return size + width >= reached, mean
 
 
+def eliminated(
+    kinds: Sequence[str],
+    n_rounds: int,
+    measure: Callable[[int, Int[np.ndarray, " n"]], Float[np.ndarray, "n q"]],
+    top: int,
+    confidence: float,
+) -> tuple[Bool[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """Which components are left after the rounds, and means over the queries that each was measured on.
+
+    Args:
+        kinds: of each component.
+        n_rounds: R; those after the one in which the k of every kind are known are left out.
+        measure: takes the number of a round and which components are left, returns a value for each of its queries.
+        top: k, of each kind.
+        confidence: 1 - a, of all kinds together.
+    """
+    members = [np.array([kind == k for k in kinds]) for kind in dict.fromkeys(kinds)]
+    left, mean, values = np.ones(len(kinds), bool), np.zeros(len(kinds)), np.zeros((len(kinds), 0))
+    for number in range(n_rounds):
+        here = np.flatnonzero(left)
+        found = measure(number, here)
+        new = np.full((len(kinds), found.shape[1]), np.nan)
+        new[here] = found
+        values = np.concatenate([values, new], axis=1)
+        for some in members:
+            mine = np.flatnonzero(left & some)
+            left[mine], mean[mine] = still_in(values[mine], top, confidence, len(kinds) * n_rounds)
+        if all((left & some).sum() <= top for some in members):
+            break
+    return left, mean
+
+
+def rounds_of(queries: Int[np.ndarray, " B"], seed: int = 0) -> list[Int[np.ndarray, " q"]]:
+    """The queries of each round: all in random order, in as many rounds as they make."""
+    order = np.random.default_rng(seed).permutation(np.unique(queries))
+    return np.array_split(order, max(1, min(ROUNDS, len(order) // MIN_QUERIES)))
+
+
+def filled_up(rounds: Sequence[Int[np.ndarray, " n"]]) -> Int[np.ndarray, "R N"]:
+    """Prompts of rounds, each filled up to the largest with its last one, so that one program serves all."""
+    size = max(len(rows) for rows in rounds)
+    return np.stack([rows[np.minimum(np.arange(size), len(rows) - 1)] for rows in rounds])
+
+
+def cut(components: Sequence[Component], rows: dict[str, int]) -> Plan:
+    """A plan for programs of given rows."""
+    layers: dict[tuple[str, int], list[Component]] = {}
+    for c in components:
+        layers.setdefault((c.kind, c.layer), []).append(c)
+    chunks = (
+        Chunk(kind, layer, tuple(some[i : i + rows[kind]]))
+        for (kind, layer), some in layers.items()
+        for i in range(0, len(some), rows[kind])
+    )
+    return Plan(rows, tuple(chunks))
+
+
 def race(
     pair: Pair,
     metric: Metric,
@@ -95,32 +155,28 @@ def race(
         done: finished parts, extended.
         progress: called after every chunk.
     """
-    kinds = np.array([c.kind for c in components])
-    order = np.random.default_rng(seed).permutation(np.unique(queries))
-    n_rounds = max(1, min(ROUNDS, len(order) // MIN_QUERIES))
-    alive = np.ones(len(components), bool)
-    delta = np.full((len(components), len(queries)), np.nan)
-    mean = np.zeros(len(components))
-    seen = np.zeros(0, order.dtype)
+    kinds, rounds = [c.kind for c in components], rounds_of(queries, seed)
     models, metric = placed(pair, metric)
-    for number, some in enumerate(np.array_split(order, n_rounds)):
-        rows, here = np.flatnonzero(np.isin(queries, some)), np.flatnonzero(alive)
-        running = [c for c, runs in zip(components, alive, strict=True) if runs]
-        engine = Engine(pair, metric.take(jnp.asarray(rows)), running, done, progress, models, with_flow=False)
-        plan = make_plan(pair.cfg, running, engine.packing, budget)
-        for chunk, changes, _ in engine.perform("exact", plan, label=f"race-{number + 1}"):
-            delta[np.ix_([here[engine.position[c]] for c in chunk.components], rows)] = changes
-        seen = np.concatenate([seen, some])
-        by_query = np.stack([delta[:, queries == q].mean(1) for q in seen], axis=1)
-        for kind in dict.fromkeys(kinds[here].tolist()):
-            mine = np.flatnonzero(alive & (kinds == kind))
-            stays, mean[mine] = still_in(by_query[mine], top, confidence, len(components) * n_rounds)
-            alive[mine] = stays
-        if all(alive[kinds == kind].sum() <= top for kind in dict.fromkeys(kinds.tolist())):
-            break
+    prompts = [np.flatnonzero(np.isin(queries, some)) for some in rounds]
+    metrics = [metric.take(jnp.asarray(rows)) for rows in filled_up(prompts)]
+    shape = common_shape(*metrics)
+    delta = np.full((len(components), len(queries)), np.nan)
+    rows: dict[str, int] = {}  # of the first round, for all
+
+    def measure(number: int, here: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n q"]:
+        running, some = [components[i] for i in here], prompts[number]
+        engine = Engine(pair, metrics[number], running, done, progress, models, with_flow=False, shape=shape)
+        if not rows:
+            most = min(ROWS * bytes_per_row(pair.cfg, engine.packing), memory_budget() if budget is None else budget)
+            rows.update(make_plan(pair.cfg, running, engine.packing, most).rows)
+        for chunk, changes, _ in engine.perform("exact", cut(running, rows), label=f"race-{number + 1}"):
+            delta[np.ix_([here[engine.position[c]] for c in chunk.components], some)] = changes[:, : len(some)]
+        return np.stack([delta[np.ix_(here, queries == q)].mean(1) for q in rounds[number]], axis=1)
+
+    left, mean = eliminated(kinds, len(rounds), measure, top, confidence)
     chosen, undecided = [], {}
-    for kind in dict.fromkeys(kinds.tolist()):
-        mine = np.flatnonzero(alive & (kinds == kind))
+    for kind in dict.fromkeys(kinds):
+        mine = np.flatnonzero(left & np.array([k == kind for k in kinds]))
         chosen += mine[np.argsort(-np.abs(mean[mine]), kind="stable")][:top].tolist()
         undecided[kind] = max(0, len(mine) - top)
     share = float(np.isfinite(delta).mean()) + len(chosen) / len(components)
