@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -113,18 +113,24 @@ def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packin
     most = max(1, budget // row_bytes)
     n_devices = Spread.local().n_devices
     rows: dict[str, int] = {}
-    chunks: list[Chunk] = []
+    components = list(components)
     for kind, members in _grouped(components, lambda c: c.kind):
-        layers = [(layer, list(some)) for layer, some in _grouped(members, lambda c: c.layer)]
-        counts = [len(some) for _, some in layers]
+        counts = [len(some) for _, some in _grouped(members, lambda c: c.layer)]
         # A chunk costs its rows, filled or not, and about two rows' worth of what is not shared between chunks.
         shares = range(1, min(most, math.ceil(max(counts) / n_devices)) + 1)  # of a device
         cost = {p: sum(math.ceil(n / (p * n_devices)) for n in counts) * (p + 2) for p in shares}
         rows[kind] = n_devices * min(cost, key=lambda p: (cost[p], p))
-        for layer, some in layers:
-            size = rows[kind]
-            chunks += [Chunk(kind, layer, tuple(some[i : i + size])) for i in range(0, len(some), size)]
-    return Plan(rows, tuple(chunks), row_bytes, budget)
+    return Plan(rows, cut(components, rows), row_bytes, budget)
+
+
+def cut(components: Iterable[Component], rows: Mapping[str, int]) -> tuple[Chunk, ...]:
+    """Chunks of components, in the order of their kinds and layers, for programs of given rows."""
+    return tuple(
+        Chunk(kind, layer, tuple(some[i : i + rows[kind]]))
+        for kind, members in _grouped(components, lambda c: c.kind)
+        for layer, some in _grouped(members, lambda c: c.layer)
+        for i in range(0, len(some), rows[kind])
+    )
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:

@@ -24,8 +24,8 @@ from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
 from wpjax.sweeps.engine import Engine, placed
-from wpjax.sweeps.exact import Chunk, Plan, bytes_per_row, make_plan, memory_budget
-from wpjax.sweeps.packing import common_shape
+from wpjax.sweeps.exact import bytes_per_row, cut, make_plan, memory_budget
+from wpjax.sweeps.packing import common_shape, pack
 
 ROUNDS = 4
 MIN_QUERIES = 3
@@ -109,23 +109,10 @@ def rounds_of(queries: Int[np.ndarray, " B"], seed: int = 0) -> list[Int[np.ndar
     return np.array_split(order, max(1, min(ROUNDS, len(order) // MIN_QUERIES)))
 
 
-def filled_up(rounds: Sequence[Int[np.ndarray, " n"]]) -> Int[np.ndarray, "R N"]:
+def filled_up(rounds: Sequence[Int[np.ndarray, " _"]]) -> Int[np.ndarray, "R N"]:
     """Prompts of rounds, each filled up to the largest with its last one, so that one program serves all."""
     size = max(len(rows) for rows in rounds)
     return np.stack([rows[np.minimum(np.arange(size), len(rows) - 1)] for rows in rounds])
-
-
-def cut(components: Sequence[Component], rows: dict[str, int]) -> Plan:
-    """A plan for programs of given rows."""
-    layers: dict[tuple[str, int], list[Component]] = {}
-    for c in components:
-        layers.setdefault((c.kind, c.layer), []).append(c)
-    chunks = (
-        Chunk(kind, layer, tuple(some[i : i + rows[kind]]))
-        for (kind, layer), some in layers.items()
-        for i in range(0, len(some), rows[kind])
-    )
-    return Plan(rows, tuple(chunks))
 
 
 def race(
@@ -161,15 +148,15 @@ def race(
     metrics = [metric.take(jnp.asarray(rows)) for rows in filled_up(prompts)]
     shape = common_shape(*metrics)
     delta = np.full((len(components), len(queries)), np.nan)
-    rows: dict[str, int] = {}  # of the first round, for all
+    packing = pack(metrics[0], shape)
+    most = min(ROWS * bytes_per_row(pair.cfg, packing), memory_budget() if budget is None else budget)
+    plan = make_plan(pair.cfg, components, packing, most)  # of the first round; all take its rows
 
     def measure(number: int, here: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n q"]:
         running, some = [components[i] for i in here], prompts[number]
         engine = Engine(pair, metrics[number], running, done, progress, models, with_flow=False, shape=shape)
-        if not rows:
-            most = min(ROWS * bytes_per_row(pair.cfg, engine.packing), memory_budget() if budget is None else budget)
-            rows.update(make_plan(pair.cfg, running, engine.packing, most).rows)
-        for chunk, changes, _ in engine.perform("exact", cut(running, rows), label=f"race-{number + 1}"):
+        waiting = plan.with_chunks(cut(running, plan.rows))
+        for chunk, changes, _ in engine.perform("exact", waiting, label=f"race-{number + 1}"):
             delta[np.ix_([here[engine.position[c]] for c in chunk.components], some)] = changes[:, : len(some)]
         return np.stack([delta[np.ix_(here, queries == q)].mean(1) for q in rounds[number]], axis=1)
 
