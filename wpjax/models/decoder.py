@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -163,13 +164,21 @@ class Decoder(nnx.Module):
         numbers = jnp.arange(n_layers)
         layers = blocks if stop is None else numbers
         per_layer = layers, numbers, add, scale or Scale(None, None)
-        resid, read = jax.lax.scan(body, self.embed(tokens, positions), per_layer, length=n_layers)
+        resid, read = jax.lax.scan(keep_products(body), self.embed(tokens, positions), per_layer, length=n_layers)
         return Output(resid, self.logits(resid) if logits else None, read)
 
 
 def take_layer(blocks: Any, layer: Int[Array, ""] | int) -> Any:
     """One layer of a tree of stacked leaves; `layer` may be traced."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), blocks)
+
+
+def keep_products(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """A scan's layer that keeps its products for the backward pass, which makes everything else again.
+
+    Weights taken by index would else be kept, too: over the layers, a second copy of them. No product is made twice.
+    """
+    return jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from wpjax.components import Component
 from wpjax.errors import WpjaxError
 from wpjax.metrics import Metric, over_prompts
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Held, Params
+from wpjax.models.decoder import Held, Params, keep_products, take_layer
 from wpjax.models.layers import activation
 from wpjax.models.leaves import Blend, project
 from wpjax.models.rotary import rotate
@@ -207,14 +207,13 @@ def secant_change(cfg: ModelConfig, host: Params, donor: Params, mask: PatchMask
     if "W_pos" in params["embed"]:
         resid = resid + _rows(params["embed"]["W_pos"], jnp.arange(ids.shape[1])[None])
 
-    def layer(x: Two, at: tuple[Params, Array]) -> tuple[Two, None]:
-        here, number = at
+    def layer(x: Two, number: Array) -> tuple[Two, None]:
+        here = take_layer(params["blocks"], number)
         x = x + _attention(cfg, _norm(cfg, x, here["norm_attn"]), here["attn"])
         x = x + _mlp(cfg, _norm(cfg, x, here["norm_mlp"]), here["mlp"])
         return x if metric.held is None else _held(x, metric.held, number), None
 
-    blocks = jax.tree.map(lambda a: a[: metric.layer + 1], params["blocks"])
-    resid, _ = jax.lax.scan(layer, resid, (blocks, jnp.arange(metric.layer + 1)))
+    resid, _ = jax.lax.scan(keep_products(layer), resid, jnp.arange(metric.layer + 1))
     return (_readout(cfg, params, resid.each(metric.pick), metric) * metric.weight).sum(-1)
 
 

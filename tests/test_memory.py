@@ -1,0 +1,57 @@
+"""What programs hold besides their arguments and results, by the compiler's own account: no copy of the weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wpjax.behaviours import Tokens
+from wpjax.metrics import Metric
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import abstract_params
+from wpjax.patching import PatchMask
+from wpjax.readouts import Along
+from wpjax.sweeps.screens import _output_linearised, _weight_gradient
+from wpjax.sweeps.secant import _gate_scores
+from wpjax.training import loss_fn
+
+
+def wide(n_layers):
+    """Much larger weights than activations."""
+    return ModelConfig("llama", n_layers, 256, 4, 2, 64, 1024, 61, 64)
+
+
+def temporary(function, static, *args):
+    """Bytes of a function of something static and arrays."""
+    program = jax.jit(function, static_argnums=0).lower(static, *args).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def read_last(cfg):
+    """Two prompts of four tokens, the last one read after the last layer."""
+    tokens, at = Tokens(np.zeros((2, 4), np.int32), np.full(2, 4, np.int32)), jnp.full((2, 1), 3)
+    return Metric(tokens, at, jnp.ones((2, 1)), Along(jnp.ones(cfg.d_model) / 16), cfg.n_layers - 1, "anchor")
+
+
+def screen(cfg, params):
+    return _output_linearised(cfg, params, params, read_last(cfg), ("head", "kv_group", "neuron"), "donor", "host")
+
+
+def gradient(cfg, params):
+    return _weight_gradient(cfg, params, params, read_last(cfg), PatchMask.empty(cfg, jnp.float32))
+
+
+def secant(cfg, params):
+    return _gate_scores(cfg, params, params, read_last(cfg))
+
+
+def training(cfg, params):
+    return jax.grad(loss_fn, argnums=1)(cfg, params, jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("program", [screen, gradient, secant, training])
+def test_gradients_keep_no_layer_of_weights(program):
+    """Of twelve layers' weights, a program holds what it works on, less than three layers' worth at any depth."""
+    params = abstract_params(wide(12))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params["blocks"]))
+    assert temporary(program, wide(12), params) < weights / 4
