@@ -10,9 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import CheckpointError, PairError
@@ -109,10 +110,16 @@ class Pair:
             keep = {0} if stacked else set()
             keep |= {axis + stacked} if axis is not None else set()
             rest = tuple(i for i in range(leaf.ndim) if i not in keep)
-            square = jnp.square(theirs[path].astype(jnp.float32) - leaf.astype(jnp.float32)).sum(rest)
+            square = _squared_change(leaf, theirs[path], rest)
             squares[gate] = np.asarray(squares.get(gate, 0.0) + np.asarray(square, np.float64))
         by_kind = {kind: _component_sums(squares, kind) for kind in {c.kind for c in components}}
         return np.sqrt([by_kind[c.kind][max(c.layer, 0)][c.index] for c in components])
+
+
+@functools.partial(jax.jit, static_argnames="over")
+def _squared_change(base: Array, expert: Array, over: tuple[int, ...]) -> Array:
+    """Sum of squares of a leaf's change over some of its axes, in one step: nothing is kept in float32."""
+    return jnp.square(expert.astype(jnp.float32) - base.astype(jnp.float32)).sum(over)
 
 
 def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarray, "L n"]:

@@ -10,13 +10,14 @@ float mask works. Swap the first two arguments for the reverse patch, base slice
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from wpjax.components import LEAVES, Component, gate_names, gate_shapes, open_gates
 from wpjax.errors import ComponentError
@@ -210,8 +211,18 @@ def permuted(base: Params, expert: Params, seed: int = 0) -> Params:
         shape = (host.shape[0], host.shape[axis + 1])
         if gate not in orders:  # one order for all leaves of a gate: a change stays whole
             orders[gate] = jnp.asarray(np.stack([rng.permutation(shape[1]) for _ in range(shape[0])]))
-        change = (donor - host).astype(jnp.float32)
-        dealt = jax.vmap(lambda d, order: jnp.take(d, order, axis=axis))(change, orders[gate])
-        return (host + dealt).astype(host.dtype)
+        return _dealt(host, donor, orders[gate], axis)
 
     return unflatten({path: deal(path, leaf, theirs[path]) for path, leaf in ours.items()})
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _dealt(host: Array, donor: Array, order: Int[Array, "L n"], axis: int) -> Array:
+    """One stacked leaf with the changes of its channels in another order, in one step: nothing is kept in float32."""
+
+    def dealt(leaf: Array) -> Array:
+        return jax.vmap(lambda a, to: jnp.take(a, to, axis=axis))(leaf, order).astype(jnp.float32)
+
+    kept = jnp.finfo(host.dtype)  # a change is rounded as the weights are
+    change = jax.lax.reduce_precision(dealt(donor) - dealt(host), kept.nexp, kept.nmant)
+    return (host.astype(jnp.float32) + change).astype(host.dtype)
