@@ -103,7 +103,7 @@ def eliminated(
     return left, mean
 
 
-def rounds_of(queries: Int[np.ndarray, " B"], seed: int = 0) -> list[Int[np.ndarray, " q"]]:
+def rounds_of(queries: Int[np.ndarray, " B"], seed: int = 0) -> list[Int[np.ndarray, " _"]]:
     """The queries of each round: all in random order, in as many rounds as they make."""
     order = np.random.default_rng(seed).permutation(np.unique(queries))
     return np.array_split(order, max(1, min(ROUNDS, len(order) // MIN_QUERIES)))
