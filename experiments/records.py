@@ -10,18 +10,38 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 
 from wpjax.files import atomic_output
 
 
-def made() -> dict[str, str]:
-    """Where and when a result is made."""
-    return {"device": jax.devices()[0].platform, "date": datetime.date.today().isoformat()}
+def made() -> dict[str, Any]:
+    """Where, with what and when a result is made."""
+    devices = jax.devices()
+    return {
+        "device": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "n_devices": len(devices),
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        **commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit() -> dict[str, str]:
+    """The commit that this code was checked out at; nothing where it was not."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": found.stdout.strip()}
 
 
 def machine() -> str:
