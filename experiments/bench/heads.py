@@ -5,9 +5,10 @@ r"""Exact head sweep against what a user would write instead, same prompts, same
 
 PyTorch: (a) copies one head's slices into the base and runs the whole HF forward; (b) does the same but starts from the
 cached residual stream of the patched layer and stops at the anchor's layer; (c) runs all heads of a layer at once by
-`torch.func.functional_call` under `vmap`. JAX without this package's engine: whole patched models under `vmap`.
-TransformerLens: one hooked forward a head, from the first layer, which patches activations (another quantity, so its
-numbers are not compared). The runs alternate within each repeat; medians are reported, compilation left out.
+`torch.func.functional_call` under `vmap`. JAX without this package's engine: whole patched models under `vmap`, with
+copies of the query and output matrices alone. TransformerLens: one hooked forward a head, from the first layer, which
+patches activations (another quantity, so its numbers are not compared). Everything is where JAX is, on a GPU or the
+CPU, and in one dtype. The runs alternate within each repeat; medians are reported, compilation left out.
 """
 
 from __future__ import annotations
@@ -56,20 +57,22 @@ def ours(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component])
 class TorchSweep:
     """The same effects by copying slices in HF models (Llama family)."""
 
-    def __init__(self, base: str, expert: str, batch: PromptBatch, anchor: Anchor):
-        self.base, self.expert = (
-            AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (base, expert)
-        )
-        self.ids = torch.tensor(np.asarray(batch.with_instruction.ids), dtype=torch.long)
-        self.last = torch.tensor(np.asarray(batch.with_instruction.last), dtype=torch.long)
-        self.vectorised = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-        self.vector = torch.tensor(np.asarray(anchor.vector))
+    def __init__(self, pair: tuple[str, str], dtype: str, device: str, batch: PromptBatch, anchor: Anchor):
+        def load(path: str, **options: str) -> Any:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+            return model.to(device).eval()
+
+        self.base, self.expert = (load(path) for path in pair)
+        self.vectorised = load(pair[0], attn_implementation="eager")
+        self.ids = torch.tensor(np.asarray(batch.with_instruction.ids), dtype=torch.long, device=device)
+        self.last = torch.tensor(np.asarray(batch.with_instruction.last), dtype=torch.long, device=device)
+        self.vector = torch.tensor(np.asarray(anchor.vector), device=device)
         self.anchor = anchor.layer
         self.dh = self.base.config.head_dim
 
     def score(self, resid: torch.Tensor) -> torch.Tensor:
         """Anchor score of each prompt."""
-        return resid[torch.arange(len(resid)), self.last] @ self.vector
+        return resid[torch.arange(len(resid), device=resid.device), self.last].float() @ self.vector
 
     def swapped(self, head: Component, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run with one head's rows of q_proj and columns of o_proj from the expert, then put them back."""
@@ -89,7 +92,7 @@ class TorchSweep:
 
     def suffix(self, resid: torch.Tensor, layer: int) -> torch.Tensor:
         """(b) from a layer's cached input up to the anchor's layer."""
-        positions = torch.arange(self.ids.shape[1])[None]
+        positions = torch.arange(self.ids.shape[1], device=resid.device)[None]
         rotary = self.base.model.rotary_emb(resid, positions)
         for module in self.base.model.layers[layer : self.anchor + 1]:
             out = module(resid, attention_mask=None, position_ids=positions, position_embeddings=rotary)
@@ -118,7 +121,7 @@ class TorchSweep:
 
             rows.append(torch.vmap(run)(*(torch.stack(some) for some in zip(*stacks, strict=True))))
         states = self.base(self.ids, use_cache=False, output_hidden_states=True).hidden_states
-        return (torch.cat(rows) - self.score(states[self.anchor + 1])).numpy()
+        return (torch.cat(rows) - self.score(states[self.anchor + 1])).cpu().numpy()
 
     @torch.no_grad()
     def sweep(self, heads: list[Component], cached: bool) -> Float[np.ndarray, "C B"]:
@@ -129,19 +132,20 @@ class TorchSweep:
             self.swapped(h, functools.partial(self.suffix, states[h.layer], h.layer) if cached else self.whole)
             for h in heads
         ]
-        return (torch.stack(rows) - before).numpy()
+        return (torch.stack(rows) - before).cpu().numpy()
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def scores_of_copies(cfg: ModelConfig, base: Params, expert: Params, masks: PatchMask, metric: Metric) -> jax.Array:
-    """The metric of several patched models, whose weights are copied."""
+    """The metric of several patched models; the leaves that the masks name are copied for each."""
     return jax.vmap(lambda mask: metric(cfg, materialize(base, expert, mask)))(masks)
 
 
 def copied(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component]) -> Float[np.ndarray, "C B"]:
-    """Whole patched models under `vmap`, which copies the patched weights for each."""
+    """Whole patched models under `vmap`, with their own query and output matrices and the base's other weights."""
     metric = anchor.on(batch)
-    masks = [PatchMask.of(pair.cfg, some) for some in ([], *([h] for h in heads))]
+    every = [PatchMask.of(pair.cfg, some) for some in ([], *([h] for h in heads))]
+    masks = [PatchMask({"head": mask.gates["head"]}) for mask in every]  # gates that stay closed would be copied too
     masks += masks[:1] * (-len(masks) % AT_ONCE)
     rows = []
     for first in range(0, len(masks), AT_ONCE):
@@ -151,20 +155,20 @@ def copied(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component
     return scores[1:] - scores[0]
 
 
-AT_ONCE = 3
-"""Patched models that `copied` holds at a time."""
+AT_ONCE = 9
+"""Patched models that `copied` holds at a time: a layer's heads of the smallest SmolLM2."""
 
 
 class LensSweep:
     """TransformerLens' head patching: the expert's head outputs in the base, one hooked forward a head."""
 
-    def __init__(self, base: str, expert: str, batch: PromptBatch):
+    def __init__(self, pair: tuple[str, str], dtype: str, device: str, batch: PromptBatch):
         from transformer_lens.model_bridge import TransformerBridge  # of the extra "bench" only
 
-        self.ids = torch.tensor(np.asarray(batch.with_instruction.ids), dtype=torch.long)
+        self.ids = torch.tensor(np.asarray(batch.with_instruction.ids), dtype=torch.long, device=device)
         self.base, theirs = (
-            TransformerBridge.boot_transformers(path, device="cpu", dtype=torch.float32).eval()
-            for path in (base, expert)
+            TransformerBridge.boot_transformers(path, device=device, dtype=getattr(torch, dtype)).eval()
+            for path in pair
         )
         with torch.no_grad():
             _, self.cache = theirs.run_with_cache(self.ids, names_filter=lambda name: name.endswith("hook_z"))
@@ -178,13 +182,24 @@ class LensSweep:
         return generic_activation_patch(
             self.base, self.ids, self.cache, lambda logits: logits[:, -1, 0].mean(),
             patch_setter=layer_head_vector_patch_setter, activation_name="z", index_df=places,
-        ).numpy()  # fmt: skip
+        ).float().cpu().numpy()  # fmt: skip
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def torch_device() -> str:
+    """Where PyTorch's models go: where JAX is."""
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    if jax.default_backend() != "gpu" or not torch.cuda.is_available():
+        raise SystemExit(f"JAX is on the {jax.default_backend()} and torch cannot be: install a torch that has CUDA")
+    return "cuda"
+
+
+def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
     """Seconds, and what was returned."""
     start = time.perf_counter()
     value = run()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start, value
 
 
@@ -207,28 +222,31 @@ def main() -> None:
     parser.add_argument("--layer", type=int, help="anchor layer; chosen if absent")
     parser.add_argument("--every", type=int, default=1, help="take the heads of every so many layers")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of every model")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    pair, task = load_pair(args.base, args.expert), behaviour(args.behaviour)
+    device = torch_device()
+    pair, task = load_pair(args.base, args.expert, args.dtype), behaviour(args.behaviour)
     anchor = fit_anchor(pair, task, layer=args.layer, causal="skip")
     batch = task.encode(pair.tokenizer, n_prompts=args.n_prompts)
     heads = enumerate_components(pair.cfg, ["head"], range(anchor.layer, -1, -args.every))
-    reference, lens = TorchSweep(args.base, args.expert, batch, anchor), LensSweep(args.base, args.expert, batch)
-    runs: dict[str, Callable[[], np.ndarray]] = {
-        "ours": lambda: ours(pair, batch, anchor, heads),
-        "torch, cached prefix": lambda: reference.sweep(heads, cached=True),
-        "torch, whole forward": lambda: reference.sweep(heads, cached=False),
-        "torch, functional_call under vmap": lambda: reference.together(heads),
-        "JAX, weights copied under vmap": lambda: copied(pair, batch, anchor, heads),
-        "TransformerLens, hooked forwards": lambda: lens.sweep(heads),
+    models = (args.base, args.expert), args.dtype, device
+    reference, lens = TorchSweep(*models, batch, anchor), LensSweep(*models, batch)
+    runs: dict[str, Callable[[list[Component]], np.ndarray]] = {
+        "ours": lambda heads: ours(pair, batch, anchor, heads),
+        "torch, cached prefix": lambda heads: reference.sweep(heads, cached=True),
+        "torch, whole forward": lambda heads: reference.sweep(heads, cached=False),
+        "torch, functional_call under vmap": reference.together,
+        f"JAX, weights copied under vmap, {AT_ONCE} at once": lambda heads: copied(pair, batch, anchor, heads),
+        "TransformerLens, hooked forwards": lens.sweep,
     }
-    runs["ours"]()  # compiles
-    copied(pair, batch, anchor, heads[:1])
+    for name, run in runs.items():
+        run(heads if name == "ours" else heads[:1])  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     effects: dict[str, np.ndarray] = {}
     for _ in range(args.repeats):
         for name, run in runs.items():
-            took, effects[name] = timed(run)
+            took, effects[name] = timed(functools.partial(run, heads), device)
             seconds[name].append(took)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     scale = float(np.abs(effects["ours"]).max())
@@ -246,11 +264,12 @@ def main() -> None:
         "speed_up": {name: median[name] / median["ours"] for name in median if name != "ours"},
         "max_difference": {name: float(np.abs(effects["ours"] - effects[name]).max()) for name in compared},
         "largest_change_of_score": scale,
+        "patched_at_once": AT_ONCE,
         **made(),
         "device": f"{jax.devices()[0].platform}, {torch.get_num_threads()} threads",
         "machine": machine(),
-        "versions": {name: version(name) for name in ("jax", "torch", "transformer-lens")},
-        "dtype": "float32",
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch", "transformer-lens")},
+        "dtype": args.dtype,
     }  # fmt: skip
     print(markdown(result))
     write(args.out, result)
