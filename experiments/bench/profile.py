@@ -2,12 +2,13 @@ r"""What keeps an exact sweep of neurons from the ceiling: where its time goes, 
 
     python -m experiments.bench.profile --n-prompts 16 --out experiments/bench/profile.tiny.json
     python -m experiments.bench.profile --base work/smollm2/base --expert work/smollm2/english_capital \
-        --behaviour english_capital --n-prompts 8 --per-layer 8 --layers 2,12 \
-        --out experiments/bench/profile.smollm2.json
+        --behaviour english_capital --n-prompts 8 --per-layer 8 --out experiments/bench/profile.smollm2.json
 
-One sweep runs under JAX's profiler, and every moment of it counts once: for the products with weights if one runs on
-any core, otherwise for attention, otherwise for anything else that runs, otherwise for nothing. The share of the
-ceiling is then the share of the time in products, times the rate at which these run.
+The sweep is the one of neurons that `experiments.bench.engine` times with the same options. It runs under JAX's
+profiler, and every moment of it counts once: for the products with weights if one runs on any core, otherwise for
+attention, otherwise for anything else that runs, otherwise for nothing. The share of the ceiling is then the share of
+the time in products, times the rate at which these run. Times are medians of runs with and without the profiler, which
+alternate.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,25 +26,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.profiler import ProfileData
 
-from experiments.bench.engine import Sweep, ceiling, operations, seconds
+from experiments.bench.measure import Sweep, ceiling, operations, seconds
 from experiments.records import machine, made, table, write
 from wpjax import behaviour, enumerate_components, load_pair
 from wpjax.anchors import fit_anchor
 from wpjax.components import Component
-from wpjax.sweeps.exact import make_plan
-from wpjax.sweeps.replay import replay
 
 CLASSES = ("products with weights", "attention", "everything else", "nothing")
 
 
 def classes_of(engine: Sweep, components: list[Component]) -> dict[str, str]:
     """Which of `CLASSES` each operation of the sweep's program belongs to, by its name."""
-    (kind,) = {c.kind for c in components}
-    size = make_plan(engine.cfg, components, engine.packing).rows[kind]
-    index, seeds = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.uint32)
-    models = engine.cfg, kind, engine.base, engine.expert, (engine.run, None), engine.metric, engine.packing
-    text = replay.lower(*models, jnp.asarray(0), jnp.asarray(0.0, jnp.float32), index, seeds).compile().as_text() or ""
-    found = {}
+    text, found = engine.program(components).as_text() or "", {}
     for name, scope in re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", text):
         product = scope.endswith("dot_general")
         found[name] = CLASSES[1] if "attention" in scope else CLASSES[0] if product else CLASSES[2]
@@ -90,6 +85,7 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=16)
     parser.add_argument("--per-layer", type=int, default=100000, help="neurons of every layer")
     parser.add_argument("--layers", help="comma-separated; all up to the anchor's if absent")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     pair, task = load_pair(args.base, args.expert), behaviour(args.behaviour)
@@ -100,16 +96,20 @@ def main() -> None:
     engine = Sweep(pair.cfg, pair.base, pair.expert, metric)
     run = functools.partial(engine, components)
     run()
-    top, unprofiled = ceiling(jnp.float32), min(seconds(run) for _ in range(3))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        found = times(Path(folder), classes_of(engine, components))
+    names, top = classes_of(engine, components), ceiling(jnp.float32)
+    unprofiled: list[float] = []
+    profiled: list[dict[str, float]] = []
+    for _ in range(args.repeats):
+        unprofiled.append(seconds(run))
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                run()
+            profiled.append(times(Path(folder), names))
     report = {
         "components": len(components),
-        "rows": make_plan(pair.cfg, components, engine.packing).rows["neuron"],
-        "seconds": found,
-        "unprofiled": unprofiled,
+        "rows": engine.plan(components).rows["neuron"],
+        "seconds": {name: statistics.median(some[name] for some in profiled) for name in CLASSES},
+        "unprofiled": statistics.median(unprofiled),
         "operations": operations(pair.cfg, engine.packing, metric.layer, components),
         "ceiling": max(top, ceiling(jnp.float32)),
         "machine": machine(),
