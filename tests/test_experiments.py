@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench import goals
 from experiments.paper import together
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -40,6 +41,12 @@ TABLES = [
 def test_rankings_of_both_pairs_together():
     made = together.markdown(EXPERIMENTS / "paper")
     assert made in (EXPERIMENTS / "paper" / "README.md").read_text(encoding="utf-8")
+
+
+def test_goals_that_no_result_is_about_are_not_measured(tmp_path):
+    _, _, *rows = goals.markdown(tmp_path).splitlines()
+    assert len(rows) == len(goals.GOALS)
+    assert all(row.endswith(" |  | not measured |") for row in rows)
 
 
 @pytest.mark.parametrize(("experiment", "module", "function", "result"), TABLES)

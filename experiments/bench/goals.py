@@ -1,0 +1,138 @@
+"""What the engine is meant to reach, beside what the results of a folder say: met, missed or not measured.
+
+python -m experiments.bench.goals experiments/bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.records import table
+
+WHOLE, CACHED = "torch, whole forward", "torch, cached prefix"
+
+Report = dict[str, Any]
+
+
+class Goal(NamedTuple):
+    """One figure that is wanted.
+
+    Attributes:
+        what: it is of.
+        of: names of the results that have it; of several, the worst counts.
+        on: "cpu" or "gpu".
+        figure: from a result; None where that one does not have it.
+        limit: what is wanted.
+        at_least: whether more is better.
+        unit: of figure and limit.
+    """
+
+    what: str
+    of: tuple[str, ...]
+    on: str
+    figure: Callable[[Report], float | None]
+    limit: float
+    at_least: bool
+    unit: str
+
+
+def speed_up(rival: str) -> Callable[[Report], float | None]:
+    """How many times as long a rival's sweep of heads takes, in float32."""
+    return lambda r: r["speed_up"][rival] if r["dtype"] == "float32" else None
+
+
+def share(dtype: str) -> Callable[[Report], float | None]:
+    """Of the ceiling, in a sweep of neurons."""
+    return lambda r: r["exact"]["neuron"]["share"] if r["dtype"] == dtype else None
+
+
+def all_neurons(n_prompts: int) -> Callable[[Report], float | None]:
+    """Seconds of a sweep of every neuron up to the anchor."""
+
+    def figure(report: Report) -> float | None:
+        swept = report["exact"]["neuron"]
+        is_whole = swept["components"] == swept["of"] and report["prompts"] >= n_prompts
+        return swept["seconds"] if is_whole else None
+
+    return figure
+
+
+def screens(report: Report) -> float:
+    """Of components of every kind, in forward passes."""
+    return report["screen"]["forwards"]["components of every kind"]
+
+
+def programs(report: Report) -> float:
+    """Compiled for a kind, at most, whatever the depth."""
+    return max(c["programs"] / c["kinds"] for c in report["compilation"].values())
+
+
+def sets(begins: tuple[str, ...]) -> Callable[[Report], float | None]:
+    """The most forward passes that a set costs, of some rows."""
+    return lambda r: max(n for name, n in r["joint"]["forwards"].items() if name.startswith(begins))
+
+
+ENGINES = ("engine.smollm2", "engine.tiny")
+GOALS = (
+    Goal("heads, against whole forwards in torch", ("heads",), "cpu", speed_up(WHOLE), 6, True, "times"),
+    Goal("heads, against a cached prefix in torch", ("heads",), "cpu", speed_up(CACHED), 1.7, True, "times"),
+    Goal("neurons of SmolLM2, share of the ceiling", ENGINES[:1], "cpu", share("float32"), 0.75, True, ""),
+    Goal("all neurons of the embedded pair", ENGINES[1:], "cpu", all_neurons(16), 20, False, "s"),
+    Goal("first-order scores of everything, SmolLM2", ENGINES[:1], "cpu", screens, 5, False, "forward passes"),
+    Goal("programs a kind, at any depth", ENGINES[1:], "cpu", programs, 1, False, ""),
+    Goal("a set, whichever", ENGINES, "cpu", sets(("arbitrary", "sets within")), 2.2, False, "forward passes"),
+    Goal("a set that touches few channels", ENGINES, "cpu", sets(("sets within 4%",)), 1.2, False, "forward passes"),
+    Goal("heads, against whole forwards in torch", ("heads",), "gpu", speed_up(WHOLE), 30, True, "times"),
+    Goal("heads, against a cached prefix in torch", ("heads",), "gpu", speed_up(CACHED), 15, True, "times"),
+    Goal("neurons of SmolLM2, share of the ceiling in bfloat16", ENGINES[:1], "gpu", share("bfloat16"), 0.5, True, ""),
+    Goal("all neurons of SmolLM2, 16 prompts", ENGINES[:1], "gpu", all_neurons(16), 60, False, "s"),
+    Goal("all neurons at the shape of Llama-3.1-8B", ("shape.llama-3.1-8b",), "gpu",
+         lambda r: r["every_seconds"] / 60, 30, False, "min"),
+)  # fmt: skip
+
+
+def load(folder: Path) -> dict[str, Report]:
+    """Every result of a folder by its name: `heads`, and `heads.gpu` of an accelerator."""
+    return {path.name.removesuffix(".json"): json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob("*.json"))}  # fmt: skip
+
+
+def judge(goal: Goal, results: dict[str, Report]) -> tuple[str, str]:
+    """The figure, and whether it is what is wanted."""
+    found = []
+    for name in goal.of:
+        report = results.get(name if goal.on == "cpu" else f"{name}.{goal.on}")
+        if report is not None and report["device"].startswith(goal.on):
+            found.append((goal.figure(report), report))
+    measured = [(figure, report) for figure, report in found if figure is not None]
+    if len(measured) < len(goal.of):
+        return "", "not measured"
+    figure, report = (min if goal.at_least else max)(measured, key=lambda pair: pair[0])
+    on = f" ({report['device_kind']})" if goal.on == "gpu" else ""
+    met = figure >= goal.limit if goal.at_least else figure <= goal.limit
+    return f"{figure:.2f}{on}", "met" if met else "missed"
+
+
+def markdown(folder: Path) -> str:
+    """One line a goal."""
+    results = load(folder)
+    rows = [
+        [f"{goal.what}, {'one H100' if goal.on == 'gpu' else 'CPU'}",
+         f"{'≥' if goal.at_least else '≤'} {goal.limit:g} {goal.unit}".rstrip(), *judge(goal, results)]
+        for goal in GOALS
+    ]  # fmt: skip
+    return table(["goal", "wanted", "measured", ""], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the results")
+    print(markdown(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()
