@@ -12,6 +12,7 @@ program says that it needs; on an accelerator the peak that the device saw is th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import time
@@ -32,6 +33,7 @@ from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour
 from wpjax.components import KINDS, Component
 from wpjax.metrics import Metric
+from wpjax.models.checkpoint import PRECISIONS
 from wpjax.models.decoder import Params, decoder
 from wpjax.pairs import Pair
 from wpjax.sweeps.joint import scores_of_sets
@@ -120,23 +122,30 @@ def race_cost(
 
 
 def rounding(pair: Pair, metric: Metric, per_layer: int = 4) -> dict[str, Any]:
-    """How far exact effects of heads and some neurons in bfloat16 are from those in float32.
+    """How far exact effects of heads and some neurons in bfloat16, or bfloat16x2, are from those in float32.
 
     "products": of the same weights, which bfloat16 holds; "weights and products": of the pair's own.
     """
+
+    def effects(terms: int, host: Params, donor: Params) -> np.ndarray:
+        cfg = dataclasses.replace(pair.cfg, terms=terms)
+        return Sweep(cfg, host, donor, metric)(components).mean(1)
+
     every = enumerate_components(pair.cfg, ["head", "neuron"], range(metric.layer, -1, -4))
     components = [c for c in every if c.kind == "head" or c.index < per_layer]
     rounded = [jax.tree.map(lambda a: a.astype(jnp.bfloat16), model) for model in (pair.base, pair.expert)]
     again = [jax.tree.map(lambda a: a.astype(jnp.float32), model) for model in rounded]
-    effects = [
-        Sweep(pair.cfg, host, donor, metric)(components).mean(1)
-        for host, donor in (rounded, again, (pair.base, pair.expert))
-    ]
+    exact = {"products": effects(1, *again), "weights and products": effects(1, pair.base, pair.expert)}
     found: dict[str, Any] = {"components": len(components)}
-    for name, exact in (("products", effects[1]), ("weights and products", effects[2])):
-        error = np.abs(effects[0] - exact) / np.abs(exact).max()
-        found[name] = {"spearman": float(scipy.stats.spearmanr(exact, effects[0])[0]),
-                       "median_error": float(np.median(error)), "largest_error": float(error.max())}  # fmt: skip
+    for dtype, (weights, terms) in PRECISIONS.items():
+        if weights == "float32":
+            continue
+        got, found[dtype] = effects(terms, *rounded), {}
+        for name, true in exact.items():
+            error = np.abs(got - true) / np.abs(true).max()
+            found[dtype][name] = {"spearman": float(scipy.stats.spearmanr(true, got)[0]),
+                                  "median_error": float(np.median(error)),
+                                  "largest_error": float(error.max())}  # fmt: skip
     return found
 
 
@@ -178,11 +187,14 @@ def markdown(report: dict[str, Any]) -> str:
          f"{forwards:.1f} plain forward passes"]
         for name, forwards in screen["forwards"].items()
     ]  # fmt: skip
-    for name in ("products", "weights and products") if "rounding" in report else ():
-        coarse = report["rounding"][name]
-        rows.append([f"effects of {report['rounding']['components']:,} heads and neurons, {name} in bfloat16", "",
-                     f"wrong by {coarse['median_error']:.1e} (median) to {coarse['largest_error']:.1e} of the largest; "
-                     f"Spearman {coarse['spearman']:.4f}"])  # fmt: skip
+    rounded = report.get("rounding", {})
+    rows += [
+        [f"effects of {rounded['components']:,} heads and neurons, {name} in {dtype}", "",
+         f"wrong by {coarse['median_error']:.1e} (median) to {coarse['largest_error']:.1e} of the largest; "
+         f"Spearman {coarse['spearman']:.4f}"]
+        for dtype in PRECISIONS if dtype in rounded
+        for name, coarse in rounded[dtype].items()
+    ]  # fmt: skip
     if "race" in report:
         rows += race_rows(report["race"]) + scaling.rows(report)
     return table(["what", "time", "that is"], rows)

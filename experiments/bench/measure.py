@@ -18,7 +18,7 @@ from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.sweeps.exact import Plan, bytes_per_row, exact_changes, make_plan
+from wpjax.sweeps.exact import Plan, beside_the_host, bytes_per_row, exact_changes, make_plan
 from wpjax.sweeps.packing import Packing, pack
 from wpjax.sweeps.replay import replay, run_packed
 
@@ -87,8 +87,7 @@ class Sweep:
         rows = self.plan(components).rows[kind]
         models = self.cfg, kind, self.base, self.expert, (self.run, None), self.metric, self.packing
         patches = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.uint32)
-        with_reference = self.base["embed"]["W_E"].dtype == jnp.bfloat16  # as `exact_changes` has it
-        step = jnp.asarray(0.0, jnp.float32)
+        with_reference, step = beside_the_host(self.base, self.metric), jnp.asarray(0.0, jnp.float32)
         return replay.lower(*models, jnp.asarray(0), step, *patches, with_reference=with_reference).compile()
 
     def memory(self, components: list[Component]) -> dict[str, int]:

@@ -154,6 +154,16 @@ class Changes(NamedTuple):
     flow: Float[np.ndarray, "n U"] | None
 
 
+def beside_the_host(host: Params, metric: Metric) -> bool:
+    """Whether patches are compared with the host in their own program, not with its own run.
+
+    Rounding depends on a batch's shape, in bfloat16 and on an accelerator far more than in float32 on a CPU. Counts are
+    compared with the host's own.
+    """
+    is_rounded = host["embed"]["W_E"].dtype == jnp.bfloat16 or jax.default_backend() != "cpu"
+    return is_rounded and not isinstance(metric.readout, Kept)
+
+
 def exact_changes(
     cfg: ModelConfig,
     host: Params,
@@ -185,10 +195,7 @@ def exact_changes(
         jitter_seed: for a sham, the seed of the rounding steps (of the weights' dtype, in which products are taken)
             by which the residual stream is moved; None for patches.
     """
-    # Rounding depends on the batch's shape, in bfloat16 and on an accelerator far more than in float32 on a CPU:
-    # compare within one program. Counts are compared with the host's own.
-    is_rounded = host["embed"]["W_E"].dtype == jnp.bfloat16 or jax.default_backend() != "cpu"
-    with_reference = is_rounded and not isinstance(metric.readout, Kept)
+    with_reference = beside_the_host(host, metric)
     if not plan.chunks:
         return
     spread = Spread.local()
