@@ -65,17 +65,21 @@ def test_intervals_that_need_not_hold_together_lose_more(monkeypatch):
     assert planted_races(100)[0] > 1 - CONFIDENCE
 
 
-def test_a_round_is_not_run_once_all_is_decided():
-    asked = []
+def test_a_kind_is_measured_until_it_is_decided():
+    """Of three heads two are best at once, three KV groups are alike, and one MLP is in by itself."""
+    asked, truth = [], np.array([5.0, 0.1, 4.0, 1.0, 1.0, 1.0, 3.0])
 
     def measure(number, here):
-        asked.append((number, here.tolist()))
-        return np.array([5.0, 0.1, 4.0, 3.0])[here, None] + 1e-3 * np.arange(3)
+        asked.append(here.tolist())
+        return truth[here, None] + 1e-3 * np.arange(3)
 
-    left, mean = eliminated(["head"] * 3 + ["neuron"], 4, measure, 2, 0.95)
-    assert left.tolist() == [True, False, True, True]
-    np.testing.assert_allclose(mean, [5.001, 0.101, 4.001, 3.001])
-    assert asked == [(0, [0, 1, 2, 3])]
+    kinds = ["head"] * 3 + ["kv_group"] * 3 + ["mlp"]
+    left, mean = eliminated(kinds, 3, measure, 2, 0.95)
+    assert left.tolist() == [True, False, *[True] * 5]
+    assert asked == [[0, 1, 2, 3, 4, 5], [3, 4, 5], [3, 4, 5]]
+    np.testing.assert_allclose(mean, [5.001, 0.101, 4.001, 1.001, 1.001, 1.001, np.nan])
+    assert eliminated(kinds, 3, measure, 3, 0.95)[0].all()
+    assert len(asked) == 3  # nothing to decide
 
 
 def test_rounds_share_queries_out_and_are_filled_up():

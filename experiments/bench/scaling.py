@@ -48,7 +48,8 @@ def random_sweep(
 
     All prompts begin with the same `n_shared` tokens.
     """
-    base, expert = (init_params(cfg, jax.random.key(seed), dtype) for seed in (0, 1))
+    make = jax.jit(lambda key: init_params(cfg, key, dtype))  # compiled once for both
+    base, expert = (make(jax.random.key(seed)) for seed in (0, 1))
     ids = np.random.default_rng(0).integers(0, cfg.d_vocab, (n_prompts, n_tokens)).astype(np.int32)
     ids[:, :n_shared] = ids[0, :n_shared]
     at, weight = jnp.full((n_prompts, 1), n_tokens - 1), jnp.ones((n_prompts, 1))
@@ -169,7 +170,7 @@ def _needs(needed: dict[str, int]) -> str:
     size = {name: f"{n / 2**20:,.1f}" for name, n in needed.items()}
     return (
         f"temporaries {size['temporaries']} MiB, planned {size['planned']} for {needed['rows']} at once; arguments "
-        f"{size['arguments']}, output {size['output']}; both models {size['weights']}"
+        f"{size['arguments']}; output {needed['output'] / 2**10:,.0f} KiB; both models {size['weights']} MiB"
     )
 
 

@@ -1,6 +1,6 @@
 r"""An exact sweep of neurons at the shape of a model too large to come by here, with random weights made on the device.
 
-    python -m experiments.bench.shape llama-3.1-8b --dtype bfloat16 --out experiments/bench/shape.llama-3.1-8b.json
+    python -m experiments.bench.shape llama-3.1-8b --dtype bfloat16 --out experiments/bench/shape.llama-3.1-8b.gpu.json
 
 Half of every prompt is the same for all. Neurons of some layers are swept, layer by layer, since a patch costs what
 comes after it; the time of all neurons up to the layer that is read follows from the operations that they need

@@ -39,7 +39,8 @@ class Race(NamedTuple):
 
     Attributes:
         chosen: positions of the k largest of each kind, in order of position.
-        mean: [C], change of the metric over the prompts that each component was replaced on.
+        mean: [C], change of the metric over the prompts that each component was replaced on; NaN of kinds without a
+            race, that are no more than k.
         share: replacements that were made, with those of the chosen ones on all prompts, of those that a full sweep
             makes.
         undecided: by kind, how many beside the chosen ones were not out after all prompts.
@@ -80,17 +81,22 @@ def eliminated(
 ) -> tuple[Bool[np.ndarray, " C"], Float[np.ndarray, " C"]]:
     """Which components are left after the rounds, and means over the queries that each was measured on.
 
+    A kind is measured until k of it are left; one with no more than that from the start is not, and its means are NaN.
+
     Args:
         kinds: of each component.
-        n_rounds: R; those after the one in which the k of every kind are known are left out.
-        measure: takes the number of a round and which components are left, returns a value for each of its queries.
+        n_rounds: R.
+        measure: takes the number of a round and which components it is about, returns a value for each of its queries.
         top: k, of each kind.
         confidence: 1 - a, of all kinds together.
     """
     members = [np.array([kind == k for k in kinds]) for kind in dict.fromkeys(kinds)]
-    left, mean, values = np.ones(len(kinds), bool), np.zeros(len(kinds)), np.zeros((len(kinds), 0))
+    left, mean, values = np.ones(len(kinds), bool), np.full(len(kinds), np.nan), np.zeros((len(kinds), 0))
     for number in range(n_rounds):
-        here = np.flatnonzero(left)
+        members = [some for some in members if (left & some).sum() > top]
+        if not members:
+            break
+        here = np.flatnonzero(left & np.any(members, axis=0))
         found = measure(number, here)
         new = np.full((len(kinds), found.shape[1]), np.nan)
         new[here] = found
@@ -98,8 +104,6 @@ def eliminated(
         for some in members:
             mine = np.flatnonzero(left & some)
             left[mine], mean[mine] = still_in(values[mine], top, confidence, len(kinds) * n_rounds)
-        if all((left & some).sum() <= top for some in members):
-            break
     return left, mean
 
 
