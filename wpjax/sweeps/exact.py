@@ -31,9 +31,9 @@ T = TypeVar("T")
 MAX_IN_FLIGHT = 4
 """Chunks that run, or have run and wait for their results to be fetched."""
 
-CPU_BUDGET = 32 * 2**20
-"""Bytes of a chunk on a CPU: a few thousand tokens of a small model. Products gain nothing from more, and what no
-longer fits a cache slows down all between them (a quarter of the speed at 80 MiB, on the machine of the benchmarks).
+CPU_BUDGET, CPU_TOKENS = 32 * 2**20, 2048
+"""Bytes of a chunk on a CPU, or its tokens if these are more: so many fill a product. Beyond, what no longer fits a
+cache slows down all between the products (by a quarter at 80 MiB of a small model).
 """
 
 
@@ -90,11 +90,16 @@ def bytes_per_row(cfg: ModelConfig, packing: Packing) -> int:
     return bytes_of_row(cfg, packing.n_tokens, packing.n_keys, n_copied)
 
 
-def memory_budget() -> int:
-    """Bytes a chunk may take on a device: a third of what it has free; little on a CPU, where caches matter more."""
+def memory_budget(row_bytes: int, n_tokens: int) -> int:
+    """Bytes a chunk may take on a device: a third of what it has free; little on a CPU, where caches matter more.
+
+    Args:
+        row_bytes: what one of its rows takes.
+        n_tokens: tokens of a row.
+    """
     found = [device.memory_stats() for device in jax.local_devices()]
     free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if stats and "bytes_limit" in stats]
-    return int(min(free)) // 3 if free else CPU_BUDGET
+    return int(min(free)) // 3 if free else max(CPU_BUDGET, row_bytes * (CPU_TOKENS // n_tokens))
 
 
 def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packing, budget: int | None = None) -> Plan:
@@ -107,9 +112,10 @@ def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packin
         cfg: the model.
         components: what to sweep; the order within a kind is kept.
         packing: of the prompts.
-        budget: bytes for a chunk's activations on a device; None for `memory_budget()`.
+        budget: bytes for a chunk's activations on a device; None to choose from the device.
     """
-    budget, row_bytes = memory_budget() if budget is None else budget, bytes_per_row(cfg, packing)
+    row_bytes = bytes_per_row(cfg, packing)
+    budget = memory_budget(row_bytes, packing.n_tokens) if budget is None else budget
     most = max(1, budget // row_bytes)
     n_devices = Spread.local().n_devices
     rows: dict[str, int] = {}

@@ -155,8 +155,9 @@ def scores_of_sets(
         some = metric.take(jnp.asarray(rows))
         packing = None if metric.held is not None else pack(some)
         n_tokens, n_keys = metric.tokens.ids[rows].size, metric.tokens.ids.shape[1]
-        size = bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing)
-        most = max(1, (memory_budget() if budget is None else budget) // (2 * size))
+        size = 2 * (bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing))
+        tokens = n_tokens if packing is None else packing.n_tokens
+        most = max(1, (memory_budget(size, tokens) if budget is None else budget) // size)
 
         def score(sets: Int[np.ndarray, " N"]) -> Array:
             here = {name: gate[sets] for name, gate in gates.items()}

@@ -30,7 +30,7 @@ from wpjax.sweeps.packing import common_shape, pack
 ROUNDS = 4
 MIN_QUERIES = 3
 """Fewest queries of a round: from two, no interval means anything."""
-ROWS = 64
+ROWS = 16
 """Most rows of a program on a device: later rounds have few components a layer, and cost all rows, filled or not."""
 
 
@@ -153,8 +153,9 @@ def race(
     shape = common_shape(*metrics)
     delta = np.full((len(components), len(queries)), np.nan)
     packing = pack(metrics[0], shape)
-    most = min(ROWS * bytes_per_row(pair.cfg, packing), memory_budget() if budget is None else budget)
-    plan = make_plan(pair.cfg, components, packing, most)  # of the first round; all take its rows
+    row = bytes_per_row(pair.cfg, packing)
+    budget = memory_budget(row, packing.n_tokens) if budget is None else budget
+    plan = make_plan(pair.cfg, components, packing, min(ROWS * row, budget))  # of the first round; all take its rows
 
     def measure(number: int, here: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n q"]:
         running, some = [components[i] for i in here], prompts[number]

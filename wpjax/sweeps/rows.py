@@ -184,14 +184,14 @@ def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     return Rows(None, mid + mlp.out(a_host) + (write(a_new, w_new) - write(a_host, w_host)))
 
 
-def _attend(weights: Block, x: Array, at: Stream) -> Float[Array, "B T D"]:
+def attend(weights: Block, x: Array, at: Stream) -> Float[Array, "B T D"]:
     """What an attention module adds to the stream."""
     q, kv = weights.attn.queries(x, at.positions), weights.attn.keys_values(x, at.positions)
     return weights.attn.out(at.mix(q, *kv))
 
 
 def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    new = _attend(at.weights, at.source.attn_input, at.source)
+    new = attend(at.weights, at.source.attn_input, at.source)
     return _attention_rows(at, (at.host.resid_pre + new)[None].repeat(index.size, 0))
 
 
@@ -208,7 +208,7 @@ def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     host, mlp = at.host.block, at.host.block.mlp
     mid_host = at.host.resid_mid
-    mid = at.host.resid_pre + _attend(host, at.weights.norm_attn(at.source.resid_pre), at.host)
+    mid = at.host.resid_pre + attend(host, at.weights.norm_attn(at.source.resid_pre), at.host)
     post = mid_host + mlp.out(mlp.neurons(at.weights.norm_mlp(at.source.resid_mid)))
     mids, posts = jnp.stack([mid, mid_host]), jnp.stack([host.feed(mid), post])
     return Rows(mids[index], posts[index])

@@ -34,7 +34,7 @@ from wpjax.models.layers import Block
 from wpjax.models.leaves import project
 from wpjax.patching import PatchMask, patch
 from wpjax.sweeps.replay import run_model
-from wpjax.sweeps.rows import LayerPatch, Run, Side, kv_patch, layer_patch, layer_rows, query_patch
+from wpjax.sweeps.rows import LayerPatch, Run, Side, attend, kv_patch, layer_patch, layer_rows, query_patch
 
 Screen = TypeVar("Screen", bound=Callable[..., np.ndarray])
 
@@ -101,8 +101,37 @@ def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
     return (through(at.weights, at.source.mlp_input) - own).T
 
 
+def _attn_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
+    new = attend(at.weights, at.source.attn_input, at.source)
+    return ((new - attend(at.host.block, at.host.attn_input, at.host)) * slopes.mid).sum((1, 2))[None]
+
+
+def _mlp_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
+    new = _fed(at.weights, at.source.mlp_input)
+    return ((new - _fed(at.host.block, at.host.mlp_input)) * slopes.post).sum((1, 2))[None]
+
+
+def _norm_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "2 B"]:
+    host, norms, source = at.host.block, at.weights, at.source
+    before_attn = attend(host, norms.norm_attn(source.resid_pre), at.host) - attend(host, at.host.attn_input, at.host)
+    before_mlp = _fed(host, norms.norm_mlp(source.resid_mid)) - _fed(host, at.host.mlp_input)
+    return jnp.stack([(before_attn * slopes.mid).sum((1, 2)), (before_mlp * slopes.post).sum((1, 2))])
+
+
+def _fed(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """What an MLP adds to the stream."""
+    return b.mlp.out(b.mlp.neurons(x))
+
+
 CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
-    {"head": _head_change, "kv_group": _kv_group_change, "neuron": _neuron_change}
+    {
+        "head": _head_change,
+        "kv_group": _kv_group_change,
+        "neuron": _neuron_change,
+        "attn": _attn_change,
+        "mlp": _mlp_change,
+        "norm": _norm_change,
+    }
 )
 """Kinds whose linearised change needs no row per component; the others take their rows."""
 
