@@ -34,6 +34,8 @@ TABLES = [
     ("bench", "engine", "markdown", "engine.smollm2.json"),
     ("bench", "profile", "markdown", "profile.tiny.json"),
     ("bench", "profile", "markdown", "profile.smollm2.json"),
+    ("bench", "shape", "markdown", "shape.tiny.json"),
+    ("bench", "shape", "markdown", "shape.smollm2-135m.json"),
     ("bench", "startup", "markdown", "startup.json"),
 ]
 
@@ -41,6 +43,10 @@ TABLES = [
 def test_rankings_of_both_pairs_together():
     made = together.markdown(EXPERIMENTS / "paper")
     assert made in (EXPERIMENTS / "paper" / "README.md").read_text(encoding="utf-8")
+
+
+def test_goals_are_those_of_the_committed_results():
+    assert goals.markdown(EXPERIMENTS / "bench") in (EXPERIMENTS / "bench" / "README.md").read_text(encoding="utf-8")
 
 
 def test_goals_that_no_result_is_about_are_not_measured(tmp_path):

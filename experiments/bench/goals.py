@@ -114,7 +114,7 @@ def judge(goal: Goal, results: dict[str, Report]) -> tuple[str, str]:
         return "", "not measured"
     on = f" ({report['device_kind']})" if goal.on == "gpu" else ""
     met = figure >= goal.limit if goal.at_least else figure <= goal.limit
-    return f"{figure:.2f}{on}", "met" if met else "missed"
+    return f"{figure:.3g}{on}", "met" if met else "missed"
 
 
 def markdown(folder: Path) -> str:

@@ -150,7 +150,7 @@ class Attention(nnx.Module):
         """
         dtype = jnp.float32 if self.cfg.terms > 1 else _leaf(self.W_O).dtype
         # float32 stays float32 on any device; JAX's own function needs implicit promotion for bfloat16. The kernel is
-        # what JAX chooses, XLA's: cuDNN's takes half precision only, and over a prompt this is little of a layer.
+        # what JAX chooses, XLA's: cuDNN's takes plain half precision only, in which small effects drown.
         with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
             z = jax.nn.dot_product_attention(
                 q.astype(dtype),
