@@ -269,9 +269,9 @@ def test_the_estimate_of_memory_is_what_the_program_takes():
     assert 0.5 < bytes_per_row(cfg, packing) / of_a_row < 2, (bytes_per_row(cfg, packing), of_a_row)
 
 
-def test_bfloat16_effects_are_those_of_the_rounded_weights(family_pair, batch):
+def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
     """Within bfloat16's digits; a sham, compared within one program, changes far less."""
-    pair, anchor = family_pair, make_anchor(family_pair, 2)
+    pair, anchor = one_pair, make_anchor(one_pair, 2)
     coarse = dataclasses.replace(
         pair, **{end: jax.tree.map(lambda a: a.astype("bfloat16"), getattr(pair, end)) for end in ("base", "expert")}
     )
