@@ -286,6 +286,10 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
     error = np.abs(exact(twice, batch, anchor, components, budget=1 << 16) - expected).max()
     assert error < 1e-3 * np.abs(expected).max()
     assert error < 0.1 * np.abs(got - expected).max()
+    floors = [
+        np.abs(exact(one, batch, anchor, components, donor=one.base, jitter_seed=0)).max() for one in (coarse, twice)
+    ]
+    assert 0 < floors[1] < 0.1 * floors[0]
 
 
 @jax.numpy_dtype_promotion("strict")

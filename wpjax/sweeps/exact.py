@@ -160,6 +160,12 @@ class Changes(NamedTuple):
     flow: Float[np.ndarray, "n U"] | None
 
 
+def rounding_step(cfg: ModelConfig, params: Params) -> float:
+    """The relative step in which activations meet the weights: of their dtype, or of so many numbers of it."""
+    dtype = params["embed"]["W_E"].dtype
+    return float(jnp.finfo(dtype).eps) ** (cfg.terms if dtype == jnp.bfloat16 else 1)
+
+
 def beside_the_host(host: Params, metric: Metric) -> bool:
     """Whether patches are compared with the host in their own program, not with its own run.
 
@@ -198,8 +204,7 @@ def exact_changes(
         plan: from `make_plan`.
         weights: whose weights a component takes.
         inputs: whose input it sees.
-        jitter_seed: for a sham, the seed of the rounding steps (of the weights' dtype, in which products are taken)
-            by which the residual stream is moved; None for patches.
+        jitter_seed: for a sham, the seed of the rounding steps by which the residual stream is moved; None for patches.
     """
     with_reference = beside_the_host(host, metric)
     if not plan.chunks:
@@ -207,7 +212,7 @@ def exact_changes(
     spread = Spread.local()
     shared = spread.whole((host, donor, runs, metric, packing))
     rows = plan.rows
-    step = 0.0 if jitter_seed is None else float(jnp.finfo(host["embed"]["W_E"].dtype).eps)
+    step = 0.0 if jitter_seed is None else rounding_step(cfg, host)
 
     def dispatch(chunk: Chunk) -> list[Replayed]:
         return [part(chunk, first) for first in range(0, len(chunk.components), rows[chunk.kind])]
