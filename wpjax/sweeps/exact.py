@@ -33,7 +33,7 @@ MAX_IN_FLIGHT = 4
 
 CPU_BUDGET, CPU_TOKENS = 32 * 2**20, 2048
 """Bytes of a chunk on a CPU, or its tokens if these are more: so many fill a product. Beyond, what no longer fits a
-cache slows down all between the products (by a quarter at 80 MiB of a small model).
+cache slows down all between the products.
 """
 
 
@@ -242,7 +242,7 @@ def exact_changes(
         if share == 1:
             raise WpjaxError(
                 f"out of memory with one {kind} patch on {len(metric)} prompts at once; use fewer or shorter prompts, "
-                "or bfloat16"
+                "or bfloat16x2"
             ) from error
         rows[kind] = (share + 1) // 2 * spread.n_devices
         warnings.warn(f"out of memory: {kind} patches go on {rows[kind]} at a time", stacklevel=3)
