@@ -35,7 +35,7 @@ def read_last(cfg):
 
 
 def screen(cfg, params):
-    return _output_linearised(cfg, params, params, read_last(cfg), ("head", "kv_group", "neuron"), "donor", "host")
+    return _output_linearised(cfg, params, params, read_last(cfg), ("head", "kv_group", "neuron"), "donor", "host", 2)
 
 
 def gradient(cfg, params):

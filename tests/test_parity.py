@@ -17,17 +17,20 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (3, 24))
 
 def hf_sites(model, tokens):
     """Residual streams of HF's decoder layers by forward hooks: before, after attention, after the MLP."""
-    pre, mid, post = [], [], []
+    pre, mid, post, attn_input, mlp_input = [], [], [], [], []
     llama = model.config.model_type == "llama"
     layers = model.model.layers if llama else model.transformer.h
     hooks = []
     for layer in layers:
+        attn_norm = layer.input_layernorm if llama else layer.ln_1
         mlp_norm = layer.post_attention_layernorm if llama else layer.ln_2
         hooks += [
             layer.register_forward_pre_hook(
                 lambda m, a, k: pre.append(a[0] if a else k["hidden_states"]), with_kwargs=True
             ),
+            attn_norm.register_forward_hook(lambda m, a, out: attn_input.append(out)),
             mlp_norm.register_forward_pre_hook(lambda m, a: mid.append(a[0])),
+            mlp_norm.register_forward_hook(lambda m, a, out: mlp_input.append(out)),
             layer.register_forward_hook(lambda m, a, out: post.append(out[0] if isinstance(out, tuple) else out)),
         ]
     with torch.no_grad():
@@ -35,9 +38,8 @@ def hf_sites(model, tokens):
     for hook in hooks:
         hook.remove()
     return logits.numpy(), {
-        Site.RESID_PRE: torch.stack(pre).numpy(),
-        Site.RESID_MID: torch.stack(mid).numpy(),
-        Site.RESID_POST: torch.stack(post).numpy(),
+        site: torch.stack(found).numpy()
+        for site, found in zip(Site, (pre, attn_input, mid, mlp_input, post), strict=True)
     }
 
 

@@ -366,13 +366,14 @@ def test_an_expert_that_differs_in_one_component_is_found_first(one_pair, batch,
     assert others.size == 0 or others.max() < 1e-5
 
 
-def test_the_gradient_of_many_prompts_is_that_of_each_alone():
-    """XLA's CPU compiler once returned uninitialised memory here: see `wpjax.models.leaves`."""
+@pytest.mark.parametrize("screen", [weight_gradient, output_linearised])
+def test_the_slopes_of_many_prompts_are_those_of_each_alone(screen):
+    """Alone, a prompt shares no token. XLA once returned uninitialised memory here: see `wpjax.models.leaves`."""
     pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
     anchor, tokens = make_anchor(pair, 6), task.encode(pair.tokenizer, n_prompts=16).with_instruction
-    components = enumerate_components(pair.cfg, ("head", "kv_group", "neuron", "norm"), range(7))
-    together = weight_gradient(pair.cfg, pair.base, pair.expert, components, anchor.on(tokens))
+    components = enumerate_components(pair.cfg, SWEPT, range(7))
+    together = screen(pair.cfg, pair.base, pair.expert, components, anchor.on(tokens))
     for i in (0, 9):
         alone = Tokens(tokens.ids[i : i + 1], tokens.lengths[i : i + 1])
-        one = weight_gradient(pair.cfg, pair.base, pair.expert, components, anchor.on(alone))[:, 0]
+        one = screen(pair.cfg, pair.base, pair.expert, components, anchor.on(alone))[:, 0]
         np.testing.assert_allclose(together[:, i], one, atol=1e-4)

@@ -21,10 +21,16 @@ Params: TypeAlias = dict[str, Any]
 
 
 class Site(enum.StrEnum):
-    """Where a forward pass can be read or added to; each is [L, B, T, D] over the layers that ran."""
+    """Where a forward pass can be read or added to; each is [L, B, T, D] over the layers that ran.
+
+    The residual stream before a layer, after its attention and after the layer, and the normed stream that each module
+    reads.
+    """
 
     RESID_PRE = "resid_pre"
+    ATTN_INPUT = "attn_input"
     RESID_MID = "resid_mid"
+    MLP_INPUT = "mlp_input"
     RESID_POST = "resid_post"
 
 
@@ -147,16 +153,22 @@ class Decoder(nnx.Module):
         graphdef, blocks = nnx.split(self.blocks)
         n_layers = self.cfg.n_layers if stop is None else stop
         positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.positions
+        where = positions if packed is None else packed
         add = add or {}
 
         def body(x: Array, layer: tuple[Any, Array, dict[Site, Array], Scale]) -> tuple[Array, dict[Site, Array]]:
             at, number, extra, (heads, neurons) = layer
             block = nnx.merge(graphdef, at if stop is None else take_layer(blocks, at))
-            here = {Site.RESID_PRE: x + extra.get(Site.RESID_PRE, 0.0)}
-            mid, _ = block.attend(here[Site.RESID_PRE], positions if packed is None else packed, heads)
-            here[Site.RESID_MID] = mid + extra.get(Site.RESID_MID, 0.0)
-            fed = block.feed(here[Site.RESID_MID], None if neurons is None else neurons[:, None])
-            post = fed + extra.get(Site.RESID_POST, 0.0)
+            here: dict[Site, Array] = {}
+
+            def at_site(site: Site, value: Array) -> Array:
+                here[site] = value + extra[site] if site in extra else value
+                return here[site]
+
+            pre = at_site(Site.RESID_PRE, x)
+            attended, _ = block.attn(at_site(Site.ATTN_INPUT, block.norm_attn(pre)), where, heads)
+            mid = at_site(Site.RESID_MID, pre + attended)
+            post = at_site(Site.RESID_POST, mid + block.mlp(at_site(Site.MLP_INPUT, block.norm_mlp(mid)), neurons))
             here[Site.RESID_POST] = post if held is None else held(post, number)
             return here[Site.RESID_POST], {site: here[site] for site in sites}
 

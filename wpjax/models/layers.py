@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from wpjax.models.config import ModelConfig
 from wpjax.models.leaves import Leaf, lookup, project, resolve
@@ -58,6 +58,18 @@ class Packed(NamedTuple):
     positions: Int[Array, "1 S"]
     segments: Int[Array, "G W"]
 
+    @classmethod
+    def side_by_side(cls, n_prompts: int, n_tokens: int, n_shared: int) -> Packed:
+        """Prompts padded to one length, of which all begin with the same tokens, each in a bin of its own."""
+        own = jnp.broadcast_to(jnp.arange(n_prompts)[:, None], (n_prompts, n_tokens - n_shared))
+        rest = jnp.tile(jnp.arange(n_shared, n_tokens), n_prompts)
+        return cls(jnp.concatenate([jnp.arange(n_shared), rest])[None], own)
+
+    def lay(self, x: Shaped[Array, "G T *n"]) -> Shaped[Array, "1 S *n"]:
+        """What belongs to prompts that stand side by side, packed; `keys` takes it apart again."""
+        own = x[:, self.n_shared :]
+        return jnp.concatenate([x[0, : self.n_shared], own.reshape(-1, *x.shape[2:])])[None]
+
     @property
     def n_shared(self) -> int:
         """How many tokens all prompts share."""
@@ -74,8 +86,8 @@ class Packed(NamedTuple):
         """What belongs to the tokens that are not shared."""
         return x[:, self.n_shared :].reshape(len(x), *self.segments.shape, *x.shape[2:])
 
-    def keys(self, x: Float[Array, "N S K Dh"]) -> Float[Array, "N G C K Dh"]:
-        """Of each bin: keys (or values) of the shared tokens, then of its own."""
+    def keys(self, x: Float[Array, "N S *n"]) -> Float[Array, "N G C *n"]:
+        """Of each bin: what belongs to the shared tokens, as keys and values do, then to its own."""
         own = self.bins(x)
         shared = jnp.broadcast_to(x[:, None, : self.n_shared], (*own.shape[:2], self.n_shared, *own.shape[3:]))
         return jnp.concatenate([shared, own], axis=2)
@@ -176,6 +188,23 @@ class Attention(nnx.Module):
         o = project(z, _leaf(self.W_O), n_in=2, terms=self.cfg.terms)
         return o + resolve(_leaf(self.b_O)) if self.cfg.out_bias else o
 
+    @jax.named_scope("attend")
+    def __call__(
+        self, x: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed, scale: Float[Array, "#B H"] | None = None
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        """What the module adds to the stream, and its keys and values.
+
+        Args:
+            x: the normed stream.
+            where: positions of the tokens, or how they are packed.
+            scale: factors of what each head writes.
+        """
+        packed = where if isinstance(where, Packed) else None
+        positions = where.positions if isinstance(where, Packed) else where
+        q, (k, v) = self.queries(x, positions), self.keys_values(x, positions)
+        z = self.mix(q, k, v) if packed is None else self.mix_packed(q, k, v, packed)
+        return self.out(z if scale is None else z * scale[:, None, :, None]), (k, v)
+
 
 class MLP(nnx.Module):
     """Gated or plain MLP, split at its neurons."""
@@ -211,6 +240,12 @@ class MLP(nnx.Module):
         o = project(a, _leaf(self.W_out), terms=self.cfg.terms)
         return o + resolve(_leaf(self.b_out)) if self.cfg.mlp_bias else o
 
+    @jax.named_scope("feed")
+    def __call__(self, x: Float[Array, "*n T D"], scale: Float[Array, "#*n F"] | None = None) -> Float[Array, "*n T D"]:
+        """What the module adds to the stream, from the normed stream; `scale`: factors of what each neuron writes."""
+        a = self.neurons(x)
+        return self.out(a if scale is None else a * scale[..., None, :])
+
 
 class Block(nnx.Module):
     """One layer: attention, then the MLP, each on a normed copy of the residual stream."""
@@ -221,30 +256,16 @@ class Block(nnx.Module):
         self.norm_mlp = Norm(cfg)
         self.mlp = MLP(cfg, rngs=rngs)
 
-    @jax.named_scope("attend")
     def attend(
-        self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed, scale: Array | None = None
+        self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Residual stream after attention, and this layer's keys and values.
+        """Residual stream after attention, and this layer's keys and values; arguments as `Attention` takes them."""
+        added, kv = self.attn(self.norm_attn(resid_pre), where)
+        return resid_pre + added, kv
 
-        Args:
-            resid_pre: the stream.
-            where: positions of the tokens, or how they are packed.
-            scale: [#B, H], factors of what each head writes.
-        """
-        packed = where if isinstance(where, Packed) else None
-        positions = where.positions if isinstance(where, Packed) else where
-        x = self.norm_attn(resid_pre)
-        q, (k, v) = self.attn.queries(x, positions), self.attn.keys_values(x, positions)
-        z = self.attn.mix(q, k, v) if packed is None else self.attn.mix_packed(q, k, v, packed)
-        z = z if scale is None else z * scale[:, None, :, None]
-        return resid_pre + self.attn.out(z), (k, v)
-
-    @jax.named_scope("feed")
-    def feed(self, resid_mid: Float[Array, "*n D"], scale: Array | None = None) -> Float[Array, "*n D"]:
-        """Residual stream after the MLP; `scale`, [..., F], holds factors of what each neuron writes."""
-        a = self.mlp.neurons(self.norm_mlp(resid_mid))
-        return resid_mid + self.mlp.out(a if scale is None else a * scale)
+    def feed(self, resid_mid: Float[Array, "*n T D"]) -> Float[Array, "*n T D"]:
+        """Residual stream after the MLP."""
+        return resid_mid + self.mlp(self.norm_mlp(resid_mid))
 
     def __call__(self, resid_pre: Float[Array, "B T D"], where: Int[Array, "#B T"] | Packed) -> Float[Array, "B T D"]:
         """Residual stream after the layer; arguments as `attend`."""

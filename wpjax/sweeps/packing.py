@@ -132,6 +132,11 @@ def common_shape(*metrics: Metric) -> Shape:
     return min(map(shape, range(longest, 2 * longest, -(-longest // N_WIDTHS))), key=lambda found: found.cost)
 
 
+def shared_tokens(metric: Metric) -> int:
+    """How many tokens all prompts of a metric begin with, of those before any that counts."""
+    return _span(metric)[0]
+
+
 def _counts(metric: Metric) -> Bool[np.ndarray, "B S"]:
     """Which positions count; all where none does, as the prompt must stand somewhere."""
     counts = np.asarray(metric.weight) > 0

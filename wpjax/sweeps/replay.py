@@ -35,17 +35,10 @@ from wpjax.sweeps.packing import Packing
 from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def run_model(cfg: ModelConfig, params: Params, metric: Metric) -> Run:
-    """Run a model once up to the layer that the metric reads."""
-    out = metric.run(cfg, params, sites=(Site.RESID_PRE,))
-    return Run(out.sites[Site.RESID_PRE], metric.read(cfg, params, metric.pick(out.resid)))
-
-
 @functools.partial(jax.jit, static_argnames=("cfg", "with_flow"))
 def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, with_flow: bool = True) -> Run:
-    """The same as `replay` takes it: packed, and, to follow the flow, with the metric's slope and what is written along
-    it.
+    """Run a model once up to the layer that the metric reads, packed as `replay` takes it; to follow the flow, with the
+    metric's slope and what is written along it.
     """
     out = metric.run(cfg, params, sites=(Site.RESID_PRE,))
     picked = metric.pick(out.resid)

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from wpjax.components import LEAVES, Component, count, gate_shapes, open_gates
 from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, block, take_layer
+from wpjax.models.decoder import Params, Site, block, take_layer
 from wpjax.models.layers import Block, Packed
 from wpjax.models.leaves import project
 from wpjax.patching import patch_layer
@@ -46,20 +46,33 @@ class Run(NamedTuple):
         score: [B], the metric.
         slope: [B, R, D], its gradient by the stream where it is read; None where flow is not followed.
         writes: [B, L, H + 1], what every head and, last, the MLP of each layer adds along the slope.
+        kept: other sites, each as `resid_pre`, which are made again where they are not there.
     """
 
     resid_pre: Float[Array, "A B T D"]
     score: Float[Array, " B"]
     slope: Float[Array, "B R D"] | None = None
     writes: Float[Array, "B L G"] | None = None
+    kept: dict[Site, Float[Array, "A B T D"]] | None = None
 
 
 class Stream(NamedTuple):
-    """One layer of a model, the residual stream that enters it there, and how its tokens are packed, if they are."""
+    """One layer of a model and the residual stream that enters it there.
+
+    Attributes:
+        block: the layer.
+        resid_pre: the stream.
+        packed: how its tokens are packed, if they are.
+        kept: what is known of this layer's other sites.
+    """
 
     block: Block
     resid_pre: Float[Array, "B T D"]
     packed: Packed | None = None
+    kept: dict[Site, Float[Array, "B T D"]] | None = None
+
+    def _site(self, site: Site, make: Callable[[], Array]) -> Float[Array, "B T D"]:
+        return self.kept[site] if self.kept and site in self.kept else make()
 
     @property
     def positions(self) -> Int[Array, "1 T"]:
@@ -79,17 +92,22 @@ class Stream(NamedTuple):
     @property
     def attn_input(self) -> Float[Array, "B T D"]:
         """The normed stream that attention reads."""
-        return self.block.norm_attn(self.resid_pre)
+        return self._site(Site.ATTN_INPUT, lambda: self.block.norm_attn(self.resid_pre))
 
     @property
     def resid_mid(self) -> Float[Array, "B T D"]:
         """The stream after attention."""
-        return self.block.attend(self.resid_pre, self.where)[0]
+        return self._site(Site.RESID_MID, lambda: self.block.attend(self.resid_pre, self.where)[0])
 
     @property
     def mlp_input(self) -> Float[Array, "B T D"]:
         """The normed stream that the MLP reads."""
-        return self.block.norm_mlp(self.resid_mid)
+        return self._site(Site.MLP_INPUT, lambda: self.block.norm_mlp(self.resid_mid))
+
+    @property
+    def resid_post(self) -> Float[Array, "B T D"]:
+        """The stream after the layer."""
+        return self._site(Site.RESID_POST, lambda: self.block.feed(self.resid_mid))
 
 
 class LayerPatch(NamedTuple):
@@ -138,6 +156,13 @@ def query_patch(at: LayerPatch) -> HeadValues:
     return HeadValues(_heads(at.host.block, at.host), _heads(at.weights, at.source))
 
 
+def module_patch(at: LayerPatch) -> HeadValues:
+    """Attention as one component: queries, keys and values are its own, the normed stream is input."""
+    x, b = at.source.attn_input, at.weights
+    q, kv = b.attn.queries(x, at.source.positions), b.attn.keys_values(x, at.source.positions)
+    return HeadValues(_heads(at.host.block, at.host), at.source.mix(q, *kv))
+
+
 def kv_patch(at: LayerPatch) -> HeadValues:
     """Every KV group as a component: the host's queries on its keys and values."""
     attn = at.host.block.attn
@@ -184,20 +209,13 @@ def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     return Rows(None, mid + mlp.out(a_host) + (write(a_new, w_new) - write(a_host, w_host)))
 
 
-def attend(weights: Block, x: Array, at: Stream) -> Float[Array, "B T D"]:
-    """What an attention module adds to the stream."""
-    q, kv = weights.attn.queries(x, at.positions), weights.attn.keys_values(x, at.positions)
-    return weights.attn.out(at.mix(q, *kv))
-
-
 def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    new = attend(at.weights, at.source.attn_input, at.source)
+    new, _ = at.weights.attn(at.source.attn_input, at.source.where)
     return _attention_rows(at, (at.host.resid_pre + new)[None].repeat(index.size, 0))
 
 
 def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    mlp = at.weights.mlp
-    return Rows(None, (at.host.resid_mid + mlp.out(mlp.neurons(at.source.mlp_input)))[None].repeat(index.size, 0))
+    return Rows(None, (at.host.resid_mid + at.weights.mlp(at.source.mlp_input))[None].repeat(index.size, 0))
 
 
 def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
@@ -206,10 +224,9 @@ def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 
 
 def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    host, mlp = at.host.block, at.host.block.mlp
-    mid_host = at.host.resid_mid
-    mid = at.host.resid_pre + attend(host, at.weights.norm_attn(at.source.resid_pre), at.host)
-    post = mid_host + mlp.out(mlp.neurons(at.weights.norm_mlp(at.source.resid_mid)))
+    host, mid_host = at.host.block, at.host.resid_mid
+    mid = at.host.resid_pre + host.attn(at.weights.norm_attn(at.source.resid_pre), at.host.where)[0]
+    post = mid_host + host.mlp(at.weights.norm_mlp(at.source.resid_mid))
     mids, posts = jnp.stack([mid, mid_host]), jnp.stack([host.feed(mid), post])
     return Rows(mids[index], posts[index])
 
@@ -259,11 +276,15 @@ def layer_patch(
     """The layer of host and donor, with weights and input taken from one or the other."""
     blocks = {"host": block(cfg, take_layer(host["blocks"], layer)),
               "donor": block(cfg, take_layer(donor["blocks"], layer))}  # fmt: skip
-    here = Stream(blocks["host"], take_layer(runs[0].resid_pre, layer), packed)
+
+    def stream(side: Side, run: Run) -> Stream:
+        return Stream(blocks[side], take_layer(run.resid_pre, layer), packed, take_layer(run.kept, layer))
+
+    here = stream("host", runs[0])
     if inputs == "host":
         return LayerPatch(here, blocks[weights], here)
     assert runs[1] is not None
-    return LayerPatch(here, blocks[weights], Stream(blocks["donor"], take_layer(runs[1].resid_pre, layer), packed))
+    return LayerPatch(here, blocks[weights], stream("donor", runs[1]))
 
 
 def layer_rows(

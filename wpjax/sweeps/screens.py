@@ -3,8 +3,8 @@
     output-linearised   <grad_o F at base, o_c(theta_E, h_B) - o_c(theta_B, h_B)>      (ours: METHOD 6)
     weight gradient     dF/dm_c at m = 0 for theta_B + sum_c m_c (theta_E - theta_B)_c  (first order, arXiv 2604.13694)
 
-The first recomputes each component's own output with the expert's weights and linearises only what comes after it;
-the second linearises in the weights as well. With the expert's output o_c(theta_E, h_E) in place of o_c(theta_E, h_B)
+The first recomputes each component's own output with the expert's weights and linearises only what comes after it (a
+norm writes what a module reads); the second linearises in the weights as well. With the expert's output o_c(theta_E, h_E) in place of o_c(theta_E, h_B)
 the first is attribution patching (AtP, arXiv 2403.00745), the screen of activation patching. Gradients screen; what
 matters is then replaced for real.
 
@@ -24,17 +24,28 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from wpjax.components import KINDS, MODEL_LAYER, Component, count, gates_of
 from wpjax.metrics import Metric, over_prompts
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Scale, Site, decoder
-from wpjax.models.layers import Block
-from wpjax.models.leaves import project
+from wpjax.models.layers import Block, Packed
+from wpjax.models.leaves import project, resolve
 from wpjax.patching import PatchMask, patch
-from wpjax.sweeps.replay import run_model
-from wpjax.sweeps.rows import LayerPatch, Run, Side, attend, kv_patch, layer_patch, layer_rows, query_patch
+from wpjax.sweeps.packing import shared_tokens
+from wpjax.sweeps.rows import (
+    HeadValues,
+    LayerPatch,
+    Run,
+    Side,
+    kv_patch,
+    layer_patch,
+    layer_rows,
+    module_patch,
+    query_patch,
+)
 
 Screen = TypeVar("Screen", bound=Callable[..., np.ndarray])
 
@@ -61,66 +72,96 @@ def zero_where_unfelt(screen: Screen) -> Screen:
 
 
 class Slopes(NamedTuple):
-    """Gradient of the metric in one layer: of the residual stream, and of factors of what heads and neurons write.
+    """Gradient of the metric in one layer, by what its components write, and by factors of what they write.
 
-    As each of those enters linearly, its factor's slope is <gradient, what the host's own component writes>, which the
+    As each head and neuron enters linearly, its factor's slope is <gradient, what the host's own writes>, which the
     backward pass has at hand. In bfloat16 that product is rounded otherwise than a donor's, and their difference would
     be rounding: None there, and both are made the same way.
+
+    What a layer computes is the same for all prompts at the tokens that they share, and packed; slopes are not.
+
+    Attributes:
+        at: the gradient by the stream after attention and after the layer, and by what modules read.
+        heads: of the factors of heads.
+        neurons: of the factors of neurons.
+        packed: how what the layer computes is laid out.
     """
 
-    mid: Float[Array, "B T D"]
-    post: Float[Array, "B T D"]
+    at: dict[Site, Float[Array, "B T D"]]
     heads: Float[Array, "B H"] | None
     neurons: Float[Array, "B F"] | None
+    packed: Packed
+
+    def along(self, site: Site, change: Float[Array, "1 S D"]) -> Float[Array, " B"]:
+        """What a change of what passes there does to the metric."""
+        return (self.spread(change) * self.at[site]).sum((1, 2))
+
+    def spread(self, x: Float[Array, "1 S *n"]) -> Float[Array, "B T *n"]:
+        """What the layer computes, prompt by prompt."""
+        return self.packed.keys(x)[0]
 
 
 def _head_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "H B"]:
-    z = query_patch(at)
-    own = _through(slopes.mid, z.host, at.host.block) if slopes.heads is None else slopes.heads
-    return (_through(slopes.mid, z.patched, at.weights) - own).T
+    return _by_head(query_patch(at), at, at.weights, slopes)
+
+
+def _by_head(z: HeadValues, at: LayerPatch, weights: Block, slopes: Slopes) -> Float[Array, "H B"]:
+    """What each head's new output does, through some weights' W_O."""
+
+    def through(z: Float[Array, "1 S H Dh"], b: Block) -> Float[Array, "B H"]:
+        w_o, terms = jnp.moveaxis(b.attn.W_O.get_value(), -1, 0), b.attn.cfg.terms
+        return (slopes.spread(z) * project(slopes.at[Site.RESID_MID], w_o, terms=terms)).sum((1, 3))
+
+    own = through(z.host, at.host.block) if slopes.heads is None else slopes.heads
+    return (through(z.patched, weights) - own).T
 
 
 def _kv_group_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "K B"]:
-    z = kv_patch(at)
-    own = _through(slopes.mid, z.host, at.host.block) if slopes.heads is None else slopes.heads
-    by_head = _through(slopes.mid, z.patched, at.host.block) - own
-    return by_head.reshape(len(by_head), -1, at.host.block.attn.cfg.n_rep).sum(-1).T
-
-
-def _through(slope: Float[Array, "B T D"], z: Float[Array, "B T H Dh"], b: Block) -> Float[Array, "B H"]:
-    """<slope, z W_O> of each head."""
-    return (z * project(slope, jnp.moveaxis(b.attn.W_O.get_value(), -1, 0), terms=b.attn.cfg.terms)).sum((1, 3))
+    by_head = _by_head(kv_patch(at), at, at.host.block, slopes)
+    return by_head.reshape(-1, at.host.block.attn.cfg.n_rep, by_head.shape[1]).sum(1)
 
 
 def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
-    def through(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "B F"]:
-        written = project(slopes.post, b.mlp.W_out.get_value().T, terms=b.mlp.cfg.terms)
-        return (b.mlp.neurons(x) * written).sum(1)
+    def through(b: Block, x: Float[Array, "1 S D"]) -> Float[Array, "B F"]:
+        written = project(slopes.at[Site.RESID_POST], b.mlp.W_out.get_value().T, terms=b.mlp.cfg.terms)
+        return (slopes.spread(b.mlp.neurons(x)) * written).sum(1)
 
     own = through(at.host.block, at.host.mlp_input) if slopes.neurons is None else slopes.neurons
     return (through(at.weights, at.source.mlp_input) - own).T
 
 
 def _attn_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
-    new = attend(at.weights, at.source.attn_input, at.source)
-    return ((new - attend(at.host.block, at.host.attn_input, at.host)) * slopes.mid).sum((1, 2))[None]
+    """All its heads at once, and the output bias."""
+    change = _by_head(module_patch(at), at, at.weights, slopes).sum(0)
+    if at.weights.attn.cfg.out_bias:
+        change += _shifted(slopes.at[Site.RESID_MID], at.weights.attn.b_O, at.host.block.attn.b_O)
+    return change[None]
 
 
 def _mlp_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
-    new = _fed(at.weights, at.source.mlp_input)
-    return ((new - _fed(at.host.block, at.host.mlp_input)) * slopes.post).sum((1, 2))[None]
+    """All its neurons, which is exactly their sum, and the output bias."""
+    change = _neuron_change(at, slopes).sum(0)
+    if at.weights.mlp.cfg.mlp_bias:
+        change += _shifted(slopes.at[Site.RESID_POST], at.weights.mlp.b_out, at.host.block.mlp.b_out)
+    return change[None]
+
+
+def _shifted(slope: Float[Array, "B T D"], new: nnx.Param, own: nnx.Param) -> Float[Array, " B"]:
+    """What another bias does at every token."""
+    return (slope * (resolve(new.get_value()) - resolve(own.get_value()))).sum((1, 2))
 
 
 def _norm_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "2 B"]:
-    host, norms, source = at.host.block, at.weights, at.source
-    before_attn = attend(host, norms.norm_attn(source.resid_pre), at.host) - attend(host, at.host.attn_input, at.host)
-    before_mlp = _fed(host, norms.norm_mlp(source.resid_mid)) - _fed(host, at.host.mlp_input)
-    return jnp.stack([(before_attn * slopes.mid).sum((1, 2)), (before_mlp * slopes.post).sum((1, 2))])
+    new = {Site.ATTN_INPUT: at.weights.norm_attn(at.source.resid_pre),
+           Site.MLP_INPUT: at.weights.norm_mlp(at.source.resid_mid)}  # fmt: skip
+    own = {Site.ATTN_INPUT: at.host.attn_input, Site.MLP_INPUT: at.host.mlp_input}
+    return jnp.stack([slopes.along(site, new[site] - own[site]) for site in new])
 
 
-def _fed(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """What an MLP adds to the stream."""
-    return b.mlp.out(b.mlp.neurons(x))
+def _layer_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
+    x = at.source.resid_pre
+    new = at.weights(x, at.source.where) - x
+    return slopes.along(Site.RESID_POST, new - (at.host.resid_post - at.host.resid_pre))[None]
 
 
 CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
@@ -131,13 +172,19 @@ CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
         "attn": _attn_change,
         "mlp": _mlp_change,
         "norm": _norm_change,
+        "layer": _layer_change,
     }
 )
 """Kinds whose linearised change needs no row per component; the others take their rows."""
 
+READS: Mapping[str, tuple[Site, ...]] = MappingProxyType(
+    {"norm": (Site.ATTN_INPUT, Site.MLP_INPUT), "embed": (Site.RESID_PRE,)}
+)
+"""Where the slope is needed besides, of some kinds."""
+
 
 @jax.numpy_dtype_promotion("standard")  # JAX's own attention relies on it for the gradient of bfloat16
-@functools.partial(jax.jit, static_argnames=("cfg", "kinds", "weights", "inputs"))
+@functools.partial(jax.jit, static_argnames=("cfg", "kinds", "weights", "inputs", "n_shared"))
 def _output_linearised(
     cfg: ModelConfig,
     host: Params,
@@ -146,31 +193,40 @@ def _output_linearised(
     kinds: tuple[str, ...],
     weights: Side,
     inputs: Side,
+    n_shared: int,
 ) -> dict[str, Float[Array, "A n B"]]:
     n_layers = metric.layer + 1
     ids = jnp.asarray(metric.tokens.ids)
+    packed = Packed.side_by_side(len(ids), ids.shape[1], n_shared)
     zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model), jnp.float32)
+    sites = (Site.RESID_MID, Site.RESID_POST, *(site for kind in kinds for site in READS.get(kind, ())))
     is_exact = host["embed"]["W_E"].dtype == jnp.float32
     ones = Scale(*(jnp.ones((n_layers, len(ids), n)) if is_exact else None for n in (cfg.n_heads, cfg.d_mlp)))
 
-    def score(add: dict[Site, Array], scale: Scale) -> tuple[Array, tuple[Run, Array]]:
-        out = metric.run(cfg, host, sites=(Site.RESID_PRE,), add=add, scale=scale)
+    def run(model: Params, **options: Any) -> tuple[Run, Array]:
+        out = metric.run(cfg, model, sites=(Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST), **options)
         picked = metric.pick(out.resid)
-        scores = metric.read(cfg, host, picked)
-        return scores.sum(), (Run(out.sites[Site.RESID_PRE], scores), picked)
+        sites = jax.tree.map(jax.vmap(packed.lay), out.sites)
+        return Run(sites.pop(Site.RESID_PRE), metric.read(cfg, model, picked), kept=sites), picked
 
-    (slopes, scale), (run, picked) = jax.grad(score, argnums=(0, 1), has_aux=True)(dict.fromkeys(Site, zeros), ones)
-    runs = run, run_model(cfg, donor, metric) if inputs == "donor" else None
+    def score(add: dict[Site, Array], scale: Scale) -> tuple[Array, tuple[Run, Array]]:
+        found = run(host, add=add, scale=scale)
+        return found[0].score.sum(), found
+
+    by_site, by_factor = dict.fromkeys(sites, zeros), ones
+    (by_site, by_factor), (own, picked) = jax.grad(score, argnums=(0, 1), has_aux=True)(by_site, by_factor)
+    runs = own, run(donor)[0] if inputs == "donor" else None
 
     def layer_changes(_: None, i: Array) -> tuple[None, dict[str, Array]]:
-        at = layer_patch(cfg, host, donor, runs, i, weights, inputs)
-        here = Slopes(*jax.tree.map(lambda a: a[i], (slopes[Site.RESID_MID], slopes[Site.RESID_POST], *scale)))
+        at = layer_patch(cfg, host, donor, runs, i, weights, inputs, packed)
+        slope, (heads, neurons) = jax.tree.map(lambda a: a[i], (by_site, by_factor))
+        here = Slopes(slope, heads, neurons, packed)
 
         def change(kind: str) -> Array:
             if kind in CHANGES:
                 return CHANGES[kind](at, here)
             rows = layer_rows(cfg, kind, at, (host, donor), i, jnp.arange(count(cfg, kind))).post
-            return ((rows - at.host.block(at.host.resid_pre, at.host.positions)) * here.post).sum((2, 3))
+            return jax.vmap(lambda row: here.along(Site.RESID_POST, row - at.host.resid_post))(rows)
 
         return None, {kind: change(kind) for kind in kinds if KINDS[kind].in_layer}
 
@@ -179,9 +235,10 @@ def _output_linearised(
     for kind in (kind for kind in kinds if not KINDS[kind].in_layer):
         # What a component of the model adds to the stream is linearised; what it does to the readout is exact.
         patched = patch(host, giver, PatchMask.of(cfg, kind))
-        added = decoder(cfg, patched).embed(ids, jnp.arange(ids.shape[1])[None]) - run.resid_pre[0]
-        through = (added * slopes[Site.RESID_PRE][0]).sum((1, 2))
-        changes[kind] = (through + metric.read(cfg, patched, picked) - run.score)[None, None]
+        added = decoder(cfg, patched).embed(packed.lay(ids), packed.positions) - own.resid_pre[0]
+        first = Slopes(jax.tree.map(lambda a: a[0], by_site), None, None, packed)
+        through = first.along(Site.RESID_PRE, added) if kind in READS else 0.0
+        changes[kind] = (through + metric.read(cfg, patched, picked) - own.score)[None, None]
     return changes
 
 
@@ -221,10 +278,10 @@ def output_linearised(
         weights: whose weights a component takes.
         inputs: whose input it sees; "donor" for attribution patching.
     """
-    kinds = tuple(dict.fromkeys(c.kind for c in components))
+    kinds, n_shared = tuple(dict.fromkeys(c.kind for c in components)), shared_tokens(metric)
 
     def run(part: Metric) -> dict[str, Array]:
-        return _output_linearised(cfg, host, donor, part, kinds, weights, inputs)
+        return _output_linearised(cfg, host, donor, part, kinds, weights, inputs, n_shared)
 
     by_kind = over_prompts(metric, run, axis=2)
     return np.stack([by_kind[c.kind][max(c.layer, 0), c.index] for c in components])
