@@ -4,9 +4,9 @@
     weight gradient     dF/dm_c at m = 0 for theta_B + sum_c m_c (theta_E - theta_B)_c  (first order, arXiv 2604.13694)
 
 The first recomputes each component's own output with the expert's weights and linearises only what comes after it (a
-norm writes what a module reads); the second linearises in the weights as well. With the expert's output o_c(theta_E, h_E) in place of o_c(theta_E, h_B)
-the first is attribution patching (AtP, arXiv 2403.00745), the screen of activation patching. Gradients screen; what
-matters is then replaced for real.
+norm writes what a module reads); the second linearises in the weights as well. With the expert's output
+o_c(theta_E, h_E) in place of o_c(theta_E, h_B) the first is attribution patching (AtP, arXiv 2403.00745), the screen of
+activation patching. Gradients screen; what matters is then replaced for real.
 
     integrated          int_0^1 dF/dm_c at m = alpha (1, ..., 1) d alpha               (arXiv 1703.01365)
 
