@@ -61,7 +61,7 @@ def exact_rates(pair: Pair, metric: Metric, per_layer: int, repeats: int) -> dic
     return found
 
 
-def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 4) -> dict[str, Any]:
+def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 8) -> dict[str, Any]:
     """What a set costs, in plain forward passes over the same packed prompts, as many at once."""
     cfg, packing, rng = pair.cfg, pack(metric), np.random.default_rng(0)
 

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from wpjax.models.config import ModelConfig
-from wpjax.models.leaves import Leaf, lookup, project, resolve
+from wpjax.models.leaves import Blend, Leaf, base_of, expert_of, lookup, project, project_both, resolve
 from wpjax.models.rotary import rotate
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -222,27 +222,38 @@ class MLP(nnx.Module):
             self.b_in = nnx.Param(jnp.zeros(f))
             self.b_out = nnx.Param(jnp.zeros(d))
 
-    def neurons(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
-        """Activations: act(x W_gate) * (x W_in), or act(x W_in)."""
+    def neurons(self, x: Float[Array, "*n D"], of: Callable[[Leaf], Leaf] = lambda leaf: leaf) -> Float[Array, "*n F"]:
+        """Activations: act(x W_gate) * (x W_in), or act(x W_in); `of` picks what each weight is taken to be."""
         act = activation(self.cfg)
-        inner = project(x, _leaf(self.W_in), terms=self.cfg.terms)
+        inner = project(x, of(_leaf(self.W_in)), terms=self.cfg.terms)
         if self.cfg.mlp_bias:
-            inner = inner + resolve(_leaf(self.b_in))
+            inner = inner + resolve(of(_leaf(self.b_in)))
         if not self.cfg.gated:
             return act(inner)
-        gate = project(x, _leaf(self.W_gate), terms=self.cfg.terms)
+        gate = project(x, of(_leaf(self.W_gate)), terms=self.cfg.terms)
         if self.cfg.mlp_bias:
-            gate = gate + resolve(_leaf(self.b_gate))
+            gate = gate + resolve(of(_leaf(self.b_gate)))
         return act(gate) * inner
 
     def out(self, a: Float[Array, "*n F"]) -> Float[Array, "*n D"]:
         """What the neurons write together, bias included."""
-        o = project(a, _leaf(self.W_out), terms=self.cfg.terms)
+        return self._biased(project(a, _leaf(self.W_out), terms=self.cfg.terms))
+
+    def _biased(self, o: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         return o + resolve(_leaf(self.b_out)) if self.cfg.mlp_bias else o
 
     @jax.named_scope("feed")
     def __call__(self, x: Float[Array, "*n T D"], scale: Float[Array, "#*n F"] | None = None) -> Float[Array, "*n T D"]:
         """What the module adds to the stream, from the normed stream; `scale`: factors of what each neuron writes."""
+        w, terms = _leaf(self.W_out), self.cfg.terms
+        if scale is None and isinstance(w, Blend) and w.gate.dtype == jnp.bool_:
+            # All weights of a neuron are the host's or the donor's, so that nothing is chosen before it writes.
+            ours = self.neurons(x, base_of)
+            o = w.if_used(
+                lambda: project_both(ours, self.neurons(x, expert_of), w, terms=terms),
+                lambda: project(ours, w.base, terms=terms),
+            )
+            return self._biased(o)
         a = self.neurons(x)
         return self.out(a if scale is None else a * scale[..., None, :])
 

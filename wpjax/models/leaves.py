@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -52,6 +53,10 @@ class Blend:
         """Of the weights, not of the gate."""
         return self.base.dtype
 
+    def if_used(self, blended: Callable[[], Array], plain: Callable[[], Array]) -> Array:
+        """What is made of both weights or, where the gate is closed everywhere, of `base` alone."""
+        return blended() if self.used is None else jax.lax.cond(self.used, blended, plain)
+
     def mix(self, base: Array, expert: Array, axis: int) -> Array:
         """Combine two results whose axis `axis` (negative: counted from the end) is the gated one."""
         if self.slot is not None:
@@ -63,12 +68,12 @@ class Blend:
         return _blend(self._along(self.gate, axis), x, jnp.zeros_like(x))
 
     def opened(self, x: Array, axis: int) -> Array:
-        """The part of an input that goes through `expert`."""
+        """The part of an input, of the channels that `expert` holds, that goes through it."""
         gate = self.gate
         if self.index is not None:
             assert self.slot is not None
             is_held = self.slot[self.index] == jnp.arange(self.index.size)  # what fills `index` up is not
-            gate, x = jnp.where(is_held, gate[self.index], jnp.zeros_like(gate[:1])), jnp.take(x, self.index, axis=axis)
+            gate = jnp.where(is_held, gate[self.index], jnp.zeros_like(gate[:1]))
         return _blend(self._along(gate, axis), jnp.zeros_like(x), x)
 
     def _along(self, gate: Gate, axis: int) -> Gate:
@@ -138,18 +143,44 @@ def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1, terms: int = 1) -
     """
     if not isinstance(leaf, Blend):
         return _matmul(x, leaf, n_in, terms)
-    if leaf.used is None:
-        return _blended(x, leaf, n_in, terms)
-    return jax.lax.cond(leaf.used, lambda: _blended(x, leaf, n_in, terms), lambda: _matmul(x, leaf.base, n_in, terms))
+    return leaf.if_used(lambda: _blended(x, leaf, n_in, terms), lambda: _matmul(x, leaf.base, n_in, terms))
 
 
 def _blended(x: Array, leaf: Blend, n_in: int, terms: int) -> Array:
     if leaf.axis is None or leaf.axis >= n_in:  # gated outputs: both products, then choose
         axis = -1 if leaf.axis is None else leaf.axis - leaf.base.ndim
         return leaf.mix(_matmul(x, leaf.base, n_in, terms), _matmul(x, leaf.expert, n_in, terms), axis)
-    axis = leaf.axis - n_in  # gated inputs: each channel of x goes through one of the two weights
-    ours, theirs = leaf.closed(x, axis), leaf.opened(x, axis)
-    return _matmul(ours, leaf.base, n_in, terms) + _matmul(theirs, leaf.expert, n_in, terms)
+    return project_both(
+        x, x if leaf.index is None else jnp.take(x, leaf.index, axis=leaf.axis - n_in), leaf, n_in, terms
+    )
+
+
+def project_both(
+    ours: Float[Array, "..."], theirs: Float[Array, "..."], leaf: Blend, n_in: int = 1, terms: int = 1
+) -> Float[Array, "..."]:
+    """`project` through a leaf gated along an input: each channel of it goes through one of the two weights.
+
+    Args:
+        ours: the input, where it goes through `base`.
+        theirs: the input at the channels that `expert` holds, where it goes through that.
+        leaf: gated along one of its first `n_in` axes.
+        n_in: as above.
+        terms: as above.
+    """
+    assert leaf.axis is not None
+    axis = leaf.axis - n_in
+    closed, opened = leaf.closed(ours, axis), leaf.opened(theirs, axis)
+    return _matmul(closed, leaf.base, n_in, terms) + _matmul(opened, leaf.expert, n_in, terms)
+
+
+def base_of(leaf: Leaf) -> Array:
+    """A weight with its gate closed."""
+    return leaf.base if isinstance(leaf, Blend) else leaf
+
+
+def expert_of(leaf: Leaf) -> Array:
+    """A weight with its gate open, at the channels that are held."""
+    return leaf.expert if isinstance(leaf, Blend) else leaf
 
 
 def _matmul(x: Array, w: Array, n_in: int, terms: int) -> Array:

@@ -54,7 +54,9 @@ class Touched(NamedTuple):
 def touched(opened: Bool[np.ndarray, "M L n"]) -> Touched | None:
     """The channels that a batch of gates opens; None if they are too many to be worth it."""
     union: Bool[np.ndarray, "L n"] = np.asarray(opened.any(0))
-    width = 1 << (max(int(union.sum(1).max()), 1) - 1).bit_length()  # few different shapes: few programs
+    width = max(int(union.sum(1).max()), 1)
+    step = max(1, (1 << (width - 1).bit_length()) // 8)
+    width = -(-width // step) * step  # few different shapes: few programs
     if width > max(1, MOST_TOUCHED * union.shape[1]):
         return None
     channels, slot = np.zeros((len(union), width), np.int32), np.zeros(union.shape, np.int32)
@@ -152,7 +154,7 @@ def scores_of_sets(
         gates = {"final_norm": np.zeros(len(masks), bool)}
 
     def run(rows: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N M"]:
-        some = metric.take(jnp.asarray(rows))
+        some = metric if len(rows) == len(metric) else metric.take(jnp.asarray(rows))
         packing = None if metric.held is not None else pack(some)
         n_tokens, n_keys = metric.tokens.ids[rows].size, metric.tokens.ids.shape[1]
         size = 2 * (bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing))

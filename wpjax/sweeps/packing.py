@@ -11,6 +11,7 @@ as wide as the longest rest, or up to twice that where fewer slots stay empty.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -123,11 +124,15 @@ def common_shape(*metrics: Metric) -> Shape:
     """The cheapest shape that the prompts of each of some metrics fit in."""
     spans = [_span(metric) for metric in metrics]
     shared = min(n for n, _, _ in spans)
-    rests = [length - shared for _, _, length in spans]
-    longest = max(int(rest.max()) for rest in rests)
+    return _cheapest(shared, tuple(tuple((length - shared).tolist()) for _, _, length in spans))
+
+
+@functools.lru_cache(maxsize=256)  # sets are scored batch after batch on the same prompts
+def _cheapest(shared: int, rests: tuple[tuple[int, ...], ...]) -> Shape:
+    longest = max(max(rest) for rest in rests)
 
     def shape(width: int) -> Shape:
-        return Shape(shared, width, 1 + max(int(first_fit(rest, width)[:, 0].max()) for rest in rests))
+        return Shape(shared, width, 1 + max(int(first_fit(np.array(rest), width)[:, 0].max()) for rest in rests))
 
     return min(map(shape, range(longest, 2 * longest, -(-longest // N_WIDTHS))), key=lambda found: found.cost)
 
