@@ -32,7 +32,7 @@ MAX_IN_FLIGHT = 4
 """Chunks that run, or have run and wait for their results to be fetched."""
 
 CPU_BUDGET, CPU_TOKENS = 32 * 2**20, 2048
-"""Bytes of a chunk on a CPU, or its tokens if these are more: so many fill a product. Beyond, what no longer fits a
+"""Bytes of a chunk on a CPU, or at least so many tokens if these are more: they fill a product. Beyond, what no longer fits a
 cache slows down all between the products.
 """
 
@@ -99,7 +99,7 @@ def memory_budget(row_bytes: int, n_tokens: int) -> int:
     """
     found = [device.memory_stats() for device in jax.local_devices()]
     free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if stats and "bytes_limit" in stats]
-    return int(min(free)) // 3 if free else max(CPU_BUDGET, row_bytes * (CPU_TOKENS // n_tokens))
+    return int(min(free)) // 3 if free else max(CPU_BUDGET, row_bytes * math.ceil(CPU_TOKENS / n_tokens))
 
 
 def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packing, budget: int | None = None) -> Plan:
