@@ -4,6 +4,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests compile far longer than they run: XLA's own passes as ever, LLVM's expensive ones left out.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers, and the processes that tests start, compile the same programs: one cache for the run, gone with it.
     _compiled = tempfile.TemporaryDirectory(prefix="wpjax-tests-")

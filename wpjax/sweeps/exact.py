@@ -32,8 +32,8 @@ MAX_IN_FLIGHT = 4
 """Chunks that run, or have run and wait for their results to be fetched."""
 
 CPU_BUDGET, CPU_TOKENS = 32 * 2**20, 2048
-"""Bytes of a chunk on a CPU, or at least so many tokens if these are more: they fill a product. Beyond, what no longer fits a
-cache slows down all between the products.
+"""Bytes of a chunk on a CPU, or so many tokens at least if these are more: they fill a product. Beyond, what no longer
+fits a cache slows down all between the products.
 """
 
 

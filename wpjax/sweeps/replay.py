@@ -40,9 +40,9 @@ def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packin
     """Run a model once up to the layer that the metric reads, packed as `replay` takes it; to follow the flow, with the
     metric's slope and what is written along it.
     """
-    out = metric.run(cfg, params, sites=(Site.RESID_PRE,))
-    picked = metric.pick(out.resid)
-    packed = Run(packing.gather(out.sites[Site.RESID_PRE]), metric.read(cfg, params, picked))
+    out = metric.run(cfg, params, sites=(Site.RESID_PRE, Site.RESID_POST))
+    picked, sites = metric.pick(out.resid), {site: packing.gather(x) for site, x in out.sites.items()}
+    packed = Run(sites.pop(Site.RESID_PRE), metric.read(cfg, params, picked), kept=sites)
     if not with_flow:
         return packed
     start = 0 if metric.held is None else metric.held.layer + 1  # what is held replaces what came before
@@ -223,7 +223,7 @@ def replay(
         with jax.named_scope(f"{kind} rows"):
             found = layer_rows(cfg, kind, at, (host, donor), layer, index)
         rows = found.post
-        unpatched = at.host.block(at.host.resid_pre, at.host.where)
+        unpatched = at.host.resid_post
     mids = found.mid if found is not None else None
     rows = jax.lax.cond(step > 0, functools.partial(_jittered, seeds, step), lambda rows: rows, rows)
     if with_reference:

@@ -31,7 +31,7 @@ from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, take_layer
 from wpjax.models.layers import Block, Packed
-from wpjax.models.leaves import project
+from wpjax.models.leaves import base_of, project
 from wpjax.patching import patch_layer
 
 Side: TypeAlias = Literal["host", "donor"]
@@ -46,7 +46,7 @@ class Run(NamedTuple):
         score: [B], the metric.
         slope: [B, R, D], its gradient by the stream where it is read; None where flow is not followed.
         writes: [B, L, H + 1], what every head and, last, the MLP of each layer adds along the slope.
-        kept: other sites, each as `resid_pre`, which are made again where they are not there.
+        kept: `resid_mid` and `resid_post` likewise; where they are not there, they are made again.
     """
 
     resid_pre: Float[Array, "A B T D"]
@@ -63,7 +63,7 @@ class Stream(NamedTuple):
         block: the layer.
         resid_pre: the stream.
         packed: how its tokens are packed, if they are.
-        kept: what is known of this layer's other sites.
+        kept: `resid_mid` and `resid_post`, where they are known already.
     """
 
     block: Block
@@ -92,7 +92,7 @@ class Stream(NamedTuple):
     @property
     def attn_input(self) -> Float[Array, "B T D"]:
         """The normed stream that attention reads."""
-        return self._site(Site.ATTN_INPUT, lambda: self.block.norm_attn(self.resid_pre))
+        return self.block.norm_attn(self.resid_pre)
 
     @property
     def resid_mid(self) -> Float[Array, "B T D"]:
@@ -102,7 +102,7 @@ class Stream(NamedTuple):
     @property
     def mlp_input(self) -> Float[Array, "B T D"]:
         """The normed stream that the MLP reads."""
-        return self._site(Site.MLP_INPUT, lambda: self.block.norm_mlp(self.resid_mid))
+        return self.block.norm_mlp(self.resid_mid)
 
     @property
     def resid_post(self) -> Float[Array, "B T D"]:
@@ -198,15 +198,13 @@ def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 
 
 def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    mid, mlp = at.host.resid_mid, at.host.block.mlp
-    a_host, a_new = mlp.neurons(at.host.mlp_input), at.weights.mlp.neurons(at.source.mlp_input)
-    w_host, w_new = (b.mlp.W_out.get_value() for b in (at.host.block, at.weights))
+    def write(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "P B T D"]:
+        a = b.mlp.neurons(x, lambda leaf: base_of(leaf)[..., index])  # those alone
+        w = b.mlp.W_out.get_value()[index].astype(jnp.float32)
+        return jnp.moveaxis(a, 2, 0)[..., None] * w[:, None, None, :]
 
-    def write(a: Array, w: Array) -> Array:
-        chosen = jnp.moveaxis(a[:, :, index], 2, 0)  # [P, B, T]
-        return chosen[..., None] * w[index][:, None, None, :].astype(jnp.float32)
-
-    return Rows(None, mid + mlp.out(a_host) + (write(a_new, w_new) - write(a_host, w_host)))
+    change = write(at.weights, at.source.mlp_input) - write(at.host.block, at.host.mlp_input)
+    return Rows(None, at.host.resid_post + change)
 
 
 def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
