@@ -3,6 +3,7 @@
 import copy
 import subprocess
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +41,14 @@ def theirs(gguf):
 @pytest.fixture(scope="module")
 def prompt(ours):
     return render(ours.tokenizer, "Why is the sky blue? Answer in all capital letters. 123")
+
+
+@pytest.fixture(autouse=True)
+def _as_users_compile():
+    """Digits are compared: LLVM's passes add in another order."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_logits_and_every_residual_site_equal_hf(ours, theirs, prompt):
