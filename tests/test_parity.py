@@ -16,7 +16,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (3, 24))
 
 
 def hf_sites(model, tokens):
-    """Residual streams of HF's decoder layers by forward hooks: before, after attention, after the MLP."""
+    """Every site of HF's decoder layers by forward hooks: the stream and what the two modules read of it."""
     pre, mid, post, attn_input, mlp_input = [], [], [], [], []
     llama = model.config.model_type == "llama"
     layers = model.model.layers if llama else model.transformer.h

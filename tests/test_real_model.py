@@ -46,9 +46,10 @@ def prompt(ours):
 @pytest.fixture(autouse=True)
 def _as_users_compile():
     """Digits are compared: LLVM's passes add in another order."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_logits_and_every_residual_site_equal_hf(ours, theirs, prompt):

@@ -20,7 +20,7 @@ from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.sweeps import sweep
 from wpjax.sweeps.exact import bytes_per_row, exact_changes, make_plan, sham_plan
-from wpjax.sweeps.packing import pack
+from wpjax.sweeps.packing import pack, shared_tokens
 from wpjax.sweeps.reference import reference_changes
 from wpjax.sweeps.replay import replay, run_packed
 from wpjax.sweeps.screens import output_linearised, weight_gradient, zero_where_unfelt
@@ -372,6 +372,7 @@ def test_the_slopes_of_many_prompts_are_those_of_each_alone(screen):
     pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
     anchor, tokens = make_anchor(pair, 6), task.encode(pair.tokenizer, n_prompts=16).with_instruction
     components = enumerate_components(pair.cfg, SWEPT, range(7))
+    assert shared_tokens(anchor.on(tokens)) > 0
     together = screen(pair.cfg, pair.base, pair.expert, components, anchor.on(tokens))
     for i in (0, 9):
         alone = Tokens(tokens.ids[i : i + 1], tokens.lengths[i : i + 1])

@@ -177,10 +177,10 @@ CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
 )
 """Kinds whose linearised change needs no row per component; the others take their rows."""
 
-READS: Mapping[str, tuple[Site, ...]] = MappingProxyType(
+SLOPES_AT: Mapping[str, tuple[Site, ...]] = MappingProxyType(
     {"norm": (Site.ATTN_INPUT, Site.MLP_INPUT), "embed": (Site.RESID_PRE,)}
 )
-"""Where the slope is needed besides, of some kinds."""
+"""Sites whose slope some kinds need, besides the stream after attention and after the layer."""
 
 
 @jax.numpy_dtype_promotion("standard")  # JAX's own attention relies on it for the gradient of bfloat16
@@ -199,7 +199,7 @@ def _output_linearised(
     ids = jnp.asarray(metric.tokens.ids)
     packed = Packed.side_by_side(len(ids), ids.shape[1], n_shared)
     zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model), jnp.float32)
-    sites = (Site.RESID_MID, Site.RESID_POST, *(site for kind in kinds for site in READS.get(kind, ())))
+    sites = (Site.RESID_MID, Site.RESID_POST, *(site for kind in kinds for site in SLOPES_AT.get(kind, ())))
     is_exact = host["embed"]["W_E"].dtype == jnp.float32
     ones = Scale(*(jnp.ones((n_layers, len(ids), n)) if is_exact else None for n in (cfg.n_heads, cfg.d_mlp)))
 
@@ -237,7 +237,7 @@ def _output_linearised(
         patched = patch(host, giver, PatchMask.of(cfg, kind))
         added = decoder(cfg, patched).embed(packed.lay(ids), packed.positions) - own.resid_pre[0]
         first = Slopes(jax.tree.map(lambda a: a[0], by_site), None, None, packed)
-        through = first.along(Site.RESID_PRE, added) if kind in READS else 0.0
+        through = first.along(Site.RESID_PRE, added) if kind in SLOPES_AT else 0.0
         changes[kind] = (through + metric.read(cfg, patched, picked) - own.score)[None, None]
     return changes
 
