@@ -46,7 +46,7 @@ def prompt(ours):
 @pytest.fixture(autouse=True)
 def _as_users_compile():
     """Digits are compared: LLVM's passes add in another order."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
