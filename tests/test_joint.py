@@ -58,7 +58,10 @@ def test_bfloat16_sets_score_as_the_rounded_weights_do(family_pair, batch):
     masks = [*masks, PatchMask.of(pair.cfg, [])]
     got = scores_of_sets(pair.cfg, *coarse, masks, metric)
     expected = np.stack([patched_score(pair.cfg, *fine, mask, metric) for mask in masks])
-    assert np.abs(got - expected).max() < 0.05 * np.abs(expected - expected[-1]).max()
+    largest = np.abs(expected - expected[-1]).max()
+    assert np.abs(got - expected).max() < 0.05 * largest
+    twice = scores_of_sets(dataclasses.replace(pair.cfg, terms=2), *coarse, masks, metric)
+    assert np.abs(twice - expected).max() < 1e-3 * largest
 
 
 def test_prompts_in_parts_score_as_together(one_pair, batch, monkeypatch):
@@ -89,10 +92,31 @@ def test_channels_that_a_batch_touches_by_hand():
     opened = np.zeros((2, 2, 16), bool)
     opened[0, 0, [3, 9]] = opened[1, 0, 5] = opened[1, 1, 15] = True
     few = touched(opened)
+    assert few.fits is None
     assert few.channels.tolist() == [[3, 5, 9], [15, 0, 0]]
     assert few.slot[0, [3, 5, 9]].tolist() == [0, 1, 2]
     assert touched(np.ones((1, 1, 16), bool)) is None  # the whole of it is wanted
     assert touched(np.zeros((1, 1, 16), bool)).channels.tolist() == [[0]]  # nothing costs next to nothing
+    opened[0, 1, 2:12] = True  # eleven of a layer: all of it there, few elsewhere
+    few = touched(opened)
+    assert few.fits.tolist() == [True, False]
+    assert few.channels.tolist() == [[3, 5, 9], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("crowded", [0, 2])
+def test_sets_of_few_channels_but_for_one_layer_score_as_one_at_a_time(family_pair, batch, crowded):
+    """All forms in one program: a layer that takes all of the donor's, one a few channels, one none."""
+    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    rng, kinds = np.random.default_rng(0), ("neuron", "head", "kv_group")
+    layer = enumerate_components(pair.cfg, kinds, [crowded])
+    few = [c for c in enumerate_components(pair.cfg, ("neuron",), [1]) if c.index < 3]
+    masks = [PatchMask.of(pair.cfg, [layer[i] for i in rng.permutation(len(layer))[:30]] + few[n:]) for n in range(3)]
+    opened = np.stack([mask.gates["neuron"] for mask in masks])
+    few_there = touched(opened)
+    assert few_there is not None
+    assert few_there.fits.tolist() == [layer != crowded for layer in range(3)]
+    got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
+    np.testing.assert_allclose(got, one_by_one(pair, masks, metric), atol=2e-5)
 
 
 def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch):

@@ -125,6 +125,19 @@ def test_chunk_size_does_not_matter(one_pair, batch):
     np.testing.assert_allclose(exact(pair, batch, anchor, components[::5], budget=10**6), whole[::5], atol=1e-5)
 
 
+def test_positions_may_count_against_each_other(one_pair, batch):
+    """A contrast of two positions: the change at one of them less that at the other."""
+    whole = make_anchor(one_pair, 2).on(batch)
+    last = np.asarray(whole.at)[:, :1]
+    at = np.concatenate([last, last - 2], axis=1)
+    metric = dataclasses.replace(whole, at=jnp.asarray(at), weight=jnp.broadcast_to(jnp.array([1.0, -1.0]), at.shape))
+    components = enumerate_components(one_pair.cfg, ("head", "neuron"), [0])[:8]
+    changes = exact(one_pair, batch, metric, components)
+    expected = reference_changes(one_pair.cfg, one_pair.base, one_pair.expert, components, metric)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(changes, expected, atol=2e-5)
+
+
 def test_a_padded_batch_equals_single_prompts(one_pair, batch):
     pair = one_pair
     anchor = make_anchor(pair, 2)

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def exact_rates(pair: Pair, metric: Metric, per_layer: int, repeats: int) -> dic
     return found
 
 
-def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 8) -> dict[str, Any]:
-    """What a set costs, in plain forward passes over the same packed prompts, as many at once."""
+def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 32, n_copies: int = 8) -> dict[str, Any]:
+    """What a set costs, in plain forward passes over the same packed prompts, several copies of them at once."""
     cfg, packing, rng = pair.cfg, pack(metric), np.random.default_rng(0)
 
     @jax.jit
@@ -70,23 +70,30 @@ def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 8) -> di
         resid = decoder(cfg, params)(ids, stop=metric.layer + 1, logits=False, packed=packing.packed).resid
         return packing.pick(resid)
 
-    def drawn(some: list[Component], share: float) -> list[Component]:
-        return [some[i] for i in rng.permutation(len(some))[: math.ceil(share * len(some))]]
+    def drawn(some: list[Component], n: int) -> list[Component]:
+        return [some[i] for i in rng.permutation(len(some))[:n]]
 
-    def sets(pools: Iterable[list[Component]], share: float) -> list[PatchMask]:
-        """Halves of the same share of each pool."""
-        within = [c for pool in pools for c in drawn(pool, share)]
-        return [PatchMask.of(cfg, drawn(within, 0.5)) for _ in range(n_sets)]
+    def sets(within: list[Component]) -> list[PatchMask]:
+        return [PatchMask.of(cfg, drawn(within, math.ceil(len(within) / 2))) for _ in range(n_sets)]
+
+    def share_of_each(share: float) -> list[Component]:
+        return [c for some in kinds.values() for c in drawn(some, math.ceil(share * len(some)))]
 
     kinds = {kind: enumerate_components(cfg, [kind]) for kind in FINE}
+    layer = enumerate_components(cfg, ["neuron"], [metric.layer // 2])
+    few_neurons = drawn(kinds["neuron"], math.ceil(SHARE_TOUCHED * len(kinds["neuron"])))
+    n_half = len(few_neurons) // 2
     few = f"sets within {SHARE_TOUCHED:.0%} of"
-    copies = jnp.tile(jnp.asarray(packing.ids), (n_sets, 1))
-    runs: dict[str, Callable[[], Any]] = {"plain forward": lambda: forward(pair.base, copies, packing)}
+    copies = jnp.tile(jnp.asarray(packing.ids), (n_copies, 1))
+    runs: dict[str, Callable[[], Any]] = {
+        "plain forward": lambda: [forward(pair.base, copies, packing) for _ in range(n_sets // n_copies)]
+    }
     for name, masks in {
-        "arbitrary sets": sets(kinds.values(), 1.0),
-        f"{few} the neurons": sets([kinds["neuron"]], SHARE_TOUCHED),
-        f"{few} heads, KV groups and neurons": sets(kinds.values(), SHARE_TOUCHED),
-        "sets within one layer": sets([enumerate_components(cfg, ["neuron"], [metric.layer // 2])], 1.0),
+        "arbitrary sets": sets(share_of_each(1.0)),
+        f"{few} the neurons": sets(few_neurons),
+        f"{few} the neurons, half of them of one layer": sets(few_neurons[n_half:] + drawn(layer, n_half)),
+        f"{few} heads, KV groups and neurons": sets(share_of_each(SHARE_TOUCHED)),
+        "sets within one layer": sets(layer),
     }.items():
         runs[name] = functools.partial(scores_of_sets, cfg, pair.base, pair.expert, masks, metric)
     each = {name: took / n_sets for name, took in medians(runs, repeats).items()}

@@ -249,9 +249,9 @@ class MLP(nnx.Module):
         if scale is None and isinstance(w, Blend) and w.gate.dtype == jnp.bool_:
             # All weights of a neuron are the host's or the donor's, so that nothing is chosen before it writes.
             ours = self.neurons(x, base_of)
-            o = w.if_used(
-                lambda: project_both(ours, self.neurons(x, expert_of), w, terms=terms),
+            o = w.by_extent(
                 lambda: project(ours, w.base, terms=terms),
+                lambda form: project_both(ours, self.neurons(x, lambda w: expert_of(form(w))), form(w), terms=terms),
             )
             return self._biased(o)
         a = self.neurons(x)

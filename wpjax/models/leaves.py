@@ -8,6 +8,7 @@ weights shared.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -18,6 +19,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 Gate: TypeAlias = Bool[Array, "..."] | Float[Array, "..."]
+Leaf: TypeAlias = "Array | Blend"
+Form: TypeAlias = Callable[[Leaf], Leaf]
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +40,9 @@ class Blend:
         axis: axis of one layer's weight that the gate runs along (static); None where the gate is a scalar.
         index: [K], if `expert` holds these channels only: the gate must be closed at all others. None for all.
         slot: [n], where in `index` each channel stands, with `index`.
-        used: [], whether the gate is open anywhere: where it is not, `expert` costs nothing. None where it may be.
+        confined: this leaf, with an `expert` of few channels, for layers where the gate is open at no others.
+        extent: [], what a layer needs: 0 where the gate is closed everywhere, so that `expert` costs nothing; 1 what
+            `confined` holds; after that all of it. None where it may be anything.
     """
 
     base: Array
@@ -46,16 +51,25 @@ class Blend:
     axis: int | None = dataclasses.field(metadata={"static": True})
     index: Int[Array, "..."] | None = None
     slot: Int[Array, "..."] | None = None
-    used: Bool[Array, "..."] | None = None
+    confined: Blend | None = None
+    extent: Int[Array, "..."] | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the weights, not of the gate."""
         return self.base.dtype
 
-    def if_used(self, blended: Callable[[], Array], plain: Callable[[], Array]) -> Array:
-        """What is made of both weights or, where the gate is closed everywhere, of `base` alone."""
-        return blended() if self.used is None else jax.lax.cond(self.used, blended, plain)
+    def by_extent(self, plain: Callable[[], Array], blended: Callable[[Form], Array]) -> Array:
+        """What is made of `base` alone or, where the gate is open somewhere, of both weights.
+
+        Args:
+            plain: makes it of `base`.
+            blended: makes it of both; takes which form is to be used of each leaf with this gate.
+        """
+        if self.extent is None:
+            return blended(_all_channels)
+        forms = [_all_channels] if self.confined is None else [_few_channels, _all_channels]
+        return jax.lax.switch(self.extent, [plain, *(functools.partial(blended, form) for form in forms)])
 
     def mix(self, base: Array, expert: Array, axis: int) -> Array:
         """Combine two results whose axis `axis` (negative: counted from the end) is the gated one."""
@@ -78,6 +92,16 @@ class Blend:
 
     def _along(self, gate: Gate, axis: int) -> Gate:
         return gate if self.axis is None else gate.reshape(gate.shape + (1,) * (-axis - 1))
+
+
+def _all_channels(leaf: Leaf) -> Leaf:
+    return leaf
+
+
+def _few_channels(leaf: Leaf) -> Leaf:
+    assert isinstance(leaf, Blend)
+    assert leaf.confined is not None
+    return leaf.confined
 
 
 def _blend(gate: Gate, base: Array, expert: Array) -> Array:
@@ -106,8 +130,6 @@ def _interpolate_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> t
 
 
 _interpolate.defjvp(_interpolate_jvp, symbolic_zeros=True)
-
-Leaf: TypeAlias = Array | Blend
 
 
 def resolve(leaf: Leaf) -> Array:
@@ -143,10 +165,11 @@ def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1, terms: int = 1) -
     """
     if not isinstance(leaf, Blend):
         return _matmul(x, leaf, n_in, terms)
-    return leaf.if_used(lambda: _blended(x, leaf, n_in, terms), lambda: _matmul(x, leaf.base, n_in, terms))
+    return leaf.by_extent(lambda: _matmul(x, leaf.base, n_in, terms), lambda form: _blended(x, form(leaf), n_in, terms))
 
 
-def _blended(x: Array, leaf: Blend, n_in: int, terms: int) -> Array:
+def _blended(x: Array, leaf: Leaf, n_in: int, terms: int) -> Array:
+    assert isinstance(leaf, Blend)
     if leaf.axis is None or leaf.axis >= n_in:  # gated outputs: both products, then choose
         axis = -1 if leaf.axis is None else leaf.axis - leaf.base.ndim
         return leaf.mix(_matmul(x, leaf.base, n_in, terms), _matmul(x, leaf.expert, n_in, terms), axis)
@@ -156,7 +179,7 @@ def _blended(x: Array, leaf: Blend, n_in: int, terms: int) -> Array:
 
 
 def project_both(
-    ours: Float[Array, "..."], theirs: Float[Array, "..."], leaf: Blend, n_in: int = 1, terms: int = 1
+    ours: Float[Array, "..."], theirs: Float[Array, "..."], leaf: Leaf, n_in: int = 1, terms: int = 1
 ) -> Float[Array, "..."]:
     """`project` through a leaf gated along an input: each channel of it goes through one of the two weights.
 
@@ -167,6 +190,7 @@ def project_both(
         n_in: as above.
         terms: as above.
     """
+    assert isinstance(leaf, Blend)
     assert leaf.axis is not None
     axis = leaf.axis - n_in
     closed, opened = leaf.closed(ours, axis), leaf.opened(theirs, axis)

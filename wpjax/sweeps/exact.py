@@ -31,9 +31,9 @@ T = TypeVar("T")
 MAX_IN_FLIGHT = 4
 """Chunks that run, or have run and wait for their results to be fetched."""
 
-CPU_BUDGET, CPU_TOKENS = 32 * 2**20, 2048
-"""Bytes of a chunk on a CPU, or so many tokens at least if these are more: they fill a product. Beyond, what no longer
-fits a cache slows down all between the products.
+CPU_BUDGET, CPU_TOKENS = 32 * 2**20, 2560
+"""Bytes of a chunk on a CPU, or so many tokens if these are more, rounded up to whole rows: these fill a product.
+Beyond that, what no longer fits a cache slows down all between the products.
 """
 
 
@@ -99,7 +99,9 @@ def memory_budget(row_bytes: int, n_tokens: int) -> int:
     """
     found = [device.memory_stats() for device in jax.local_devices()]
     free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if stats and "bytes_limit" in stats]
-    return int(min(free)) // 3 if free else max(CPU_BUDGET, row_bytes * math.ceil(CPU_TOKENS / n_tokens))
+    if free:
+        return int(min(free)) // 3
+    return row_bytes * math.ceil(max(CPU_BUDGET / row_bytes, CPU_TOKENS / n_tokens))
 
 
 def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packing, budget: int | None = None) -> Plan:

@@ -4,9 +4,8 @@
     z W  ->  where(m, 0, z) W_B + where(m, z, 0) W_E        input channels (W_O, W_out)
 
 exactly, under `vmap` over the masks m alone (METHOD 3; ours). A matrix that no mask of a batch opens in some layer
-costs nothing there. Where the masks together touch few channels of every layer, W_E holds those only, so that a set
-costs little more than a plain forward pass, not two: layers are of one shape, so it is the layer with most of them that
-counts. Prompts are packed.
+costs nothing there. Where the masks together touch few channels of a layer, W_E holds those only, so that a set costs
+little more there than a plain forward pass, not two; layers where they touch more take all of it. Prompts are packed.
 """
 
 from __future__ import annotations
@@ -33,55 +32,73 @@ from wpjax.sweeps.exact import bytes_of_row, bytes_per_row, memory_budget
 from wpjax.sweeps.packing import Packing, pack
 
 MOST_TOUCHED = 0.25
-"""Share of a gate's channels in a layer beyond which the whole of the donor's matrices is used."""
+"""Share of a gate's channels in a layer beyond which all of the donor's are used there."""
 
 TOKENS_AT_ONCE = 16384
 """Prompt tokens of a program; more prompts are answered in parts."""
 
 
 class Touched(NamedTuple):
-    """The channels of one gate that any mask of a batch opens, K at most in any layer.
+    """The channels of one gate that any mask of a batch opens, in layers where they are K at most.
 
     Attributes:
         channels: [L, K], which; filled up with 0.
         slot: [L, n], where in `channels` each one stands; of others, anywhere.
+        fits: [L], where they are no more than K; None where that is in every layer.
     """
 
     channels: Int[np.ndarray | Array, "L K"]
     slot: Int[np.ndarray | Array, "L n"]
+    fits: Bool[np.ndarray | Array, " L"] | None
 
 
 def touched(opened: Bool[np.ndarray, "M L n"]) -> Touched | None:
-    """The channels that a batch of gates opens; None if they are too many to be worth it."""
+    """The channels that a batch of gates opens; None if they are too many in every layer to be worth it.
+
+    K is what costs least: each layer takes K channels, or, if it needs more, all of its n.
+    """
     union: Bool[np.ndarray, "L n"] = np.asarray(opened.any(0))
-    width = max(int(union.sum(1).max()), 1)
-    step = max(1, (1 << (width - 1).bit_length()) // 8)
-    width = -(-width // step) * step  # few different shapes: few programs
-    if width > max(1, MOST_TOUCHED * union.shape[1]):
+    n = union.shape[1]
+    counts: Int[np.ndarray, " L"] = np.asarray(np.count_nonzero(union, axis=1))
+    widths = {w for w in map(_rounded, counts.tolist()) if w <= max(1, MOST_TOUCHED * n)}
+    if not widths:
         return None
+    width = min(widths, key=lambda w: (sum(n if count > w else w for count in counts), w))
+    fits: Bool[np.ndarray, " L"] = np.asarray(counts <= width)
     channels, slot = np.zeros((len(union), width), np.int32), np.zeros(union.shape, np.int32)
-    for layer, is_open in enumerate(union):
-        here = np.flatnonzero(is_open)
+    for layer in np.flatnonzero(fits):
+        here = np.flatnonzero(union[layer])
         channels[layer, : len(here)] = here
         slot[layer, here] = np.arange(len(here))
-    return Touched(channels, slot)
+    return Touched(channels, slot, None if fits.all() else fits)
+
+
+def _rounded(count: int) -> int:
+    """Up, by an eighth at most: few different shapes are few programs."""
+    step = max(1, (1 << (max(count, 1) - 1).bit_length()) // 8)
+    return max(-(-count // step) * step, 1)
 
 
 def _confined(
     params: PatchedParams, few: Mapping[str, Touched], used: Mapping[str, Bool[Array, " L"]]
 ) -> PatchedParams:
-    """Patched parameters whose donor matrices hold the touched channels only, and count only where one is."""
+    """Patched parameters whose donor matrices hold the touched channels only where these are few, and cost nothing
+    where there are none.
+    """
 
     def confine(path: str, leaf: Array | Blend) -> Array | Blend:
         gate, axis = LEAVES[path]
         if not isinstance(leaf, Blend) or gate not in used or axis is None:
             return leaf
-        leaf = dataclasses.replace(leaf, used=used[gate])
+        extent = jnp.asarray(used[gate], jnp.int32)
         if gate not in few:
-            return leaf
-        channels, slot = (jnp.asarray(a) for a in few[gate])
-        expert = jax.vmap(lambda w, i: jnp.take(w, i, axis=axis))(leaf.expert, channels)
-        return dataclasses.replace(leaf, expert=expert, index=channels, slot=slot)
+            return dataclasses.replace(leaf, extent=extent)
+        channels, slot, fits = few[gate]
+        expert = jax.vmap(lambda w, i: jnp.take(w, i, axis=axis))(leaf.expert, jnp.asarray(channels))
+        held = dataclasses.replace(leaf, expert=expert, index=jnp.asarray(channels), slot=jnp.asarray(slot))
+        if fits is None:
+            return dataclasses.replace(held, extent=extent)
+        return dataclasses.replace(leaf, confined=held, extent=jnp.where(fits, extent, 2 * extent))
 
     return unflatten({path: confine(path, leaf) for path, leaf in flatten(params).items()})
 
@@ -153,19 +170,23 @@ def scores_of_sets(
     if not gates:  # nothing is patched anywhere: keep one gate, so that the sets can be counted
         gates = {"final_norm": np.zeros(len(masks), bool)}
 
+    layered = [name for name, gate in gates.items() if gate.ndim == 3]
+    found = [touched(gates[name]) for name in layered]
+    donor_share = MOST_TOUCHED if all(few is not None and few.fits is None for few in found) else 1.0
+
     def run(rows: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N M"]:
         some = metric if len(rows) == len(metric) else metric.take(jnp.asarray(rows))
         packing = None if metric.held is not None else pack(some)
         n_tokens, n_keys = metric.tokens.ids[rows].size, metric.tokens.ids.shape[1]
-        size = 2 * (bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing))
+        plain = bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing)
+        size = int((1 + donor_share) * plain)
         tokens = n_tokens if packing is None else packing.n_tokens
         most = max(1, (memory_budget(size, tokens) if budget is None else budget) // size)
 
         def score(sets: Int[np.ndarray, " N"]) -> Array:
             here = {name: gate[sets] for name, gate in gates.items()}
-            layered = {name: gate for name, gate in here.items() if gate.ndim == 3}
-            few = {name: found for name, gate in layered.items() if (found := touched(gate)) is not None}
-            used = {name: gate.any((0, 2)) for name, gate in layered.items()}
+            few = {name: opened for name in layered if (opened := touched(here[name])) is not None}
+            used = {name: here[name].any((0, 2)) for name in layered}
             return _scores_of_sets(cfg, host, donor, here, few, used, some, packing)
 
         return in_parts(len(masks), most, score, what="joint patches", fits=fits).T

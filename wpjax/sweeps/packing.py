@@ -144,7 +144,7 @@ def shared_tokens(metric: Metric) -> int:
 
 def _counts(metric: Metric) -> Bool[np.ndarray, "B S"]:
     """Which positions count; all where none does, as the prompt must stand somewhere."""
-    counts = np.asarray(metric.weight) > 0
+    counts = np.asarray(metric.weight) != 0
     return counts | ~counts.any(1, keepdims=True)
 
 
