@@ -18,7 +18,8 @@ from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.sweeps.exact import Plan, beside_the_host, bytes_per_row, exact_changes, make_plan
+from wpjax.sweeps.exact import Plan, beside_the_host, exact_changes, make_plan
+from wpjax.sweeps.memory import bytes_of_rows
 from wpjax.sweeps.packing import Packing, pack
 from wpjax.sweeps.replay import replay, run_packed
 
@@ -102,7 +103,7 @@ class Sweep:
             "arguments": needs.argument_size_in_bytes,
             "temporaries": needs.temp_size_in_bytes,
             "output": needs.output_size_in_bytes,
-            "planned": rows * bytes_per_row(self.cfg, self.packing),
+            "planned": bytes_of_rows(self.cfg, self.packing, rows),
             "weights": sum(leaf.nbytes for model in (self.base, self.expert) for leaf in jax.tree.leaves(model)),
         }
 

@@ -21,6 +21,7 @@ from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.readouts import Kept
+from wpjax.sweeps.memory import bytes_of_rows, bytes_per_row, device_budget, groups, rows_together
 from wpjax.sweeps.packing import Packing
 from wpjax.sweeps.replay import Replayed, replay
 from wpjax.sweeps.rows import Run, Side
@@ -31,10 +32,8 @@ T = TypeVar("T")
 MAX_IN_FLIGHT = 4
 """Chunks that run, or have run and wait for their results to be fetched."""
 
-CPU_BUDGET, CPU_TOKENS = 32 * 2**20, 2560
-"""Bytes of a chunk on a CPU, or so many tokens if these are more, rounded up to whole rows: these fill a product.
-Beyond that, what no longer fits a cache slows down all between the products.
-"""
+MOST_GROUPS = 8
+"""Groups of rows (`memory.groups`) of a chunk on a CPU: a layer's weights are fetched once for all of them."""
 
 
 class Chunk(NamedTuple):
@@ -51,13 +50,13 @@ class Plan(NamedTuple):
     Attributes:
         rows: components a program of each kind takes at once; lowered where the device runs out of memory.
         chunks: all chunks in order.
-        row_bytes: estimate of what one of a chunk's components takes.
-        budget: bytes a chunk may take on a device.
+        takes: estimate of the bytes that a chunk of so many components takes on a device.
+        budget: bytes a chunk may take there.
     """
 
     rows: dict[str, int]
     chunks: tuple[Chunk, ...]
-    row_bytes: int
+    takes: Callable[[int], int]
     budget: int
 
     def with_chunks(self, chunks: Iterable[Chunk]) -> Plan:
@@ -66,45 +65,17 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         n = max(self.rows.values(), default=0)
-        used = -(-n // Spread.local().n_devices) * self.row_bytes
+        used = self.takes(math.ceil(n / Spread.local().n_devices)) if n else 0
         return f"up to {n} at once (about {used / 2**20:,.0f} of {self.budget / 2**20:,.0f} MiB a device)"
 
 
-def bytes_of_row(cfg: ModelConfig, n_tokens: int, n_keys: int, n_copied: int = 0) -> int:
-    """Estimate of the temporary memory of one forward pass: the widest layer's activations, float32.
-
-    Args:
-        cfg: the model.
-        n_tokens: that are computed.
-        n_keys: that each token is compared with.
-        n_copied: tokens whose keys and values are laid out again.
-    """
-    attention = cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 2 * cfg.n_heads * n_keys
-    copied = 2 * n_copied * cfg.n_kv_heads * cfg.d_head
-    return 4 * (n_tokens * (4 * cfg.d_model + max(attention, 3 * cfg.d_mlp)) + copied)
-
-
-def bytes_per_row(cfg: ModelConfig, packing: Packing) -> int:
-    """Estimate of the temporary memory of one component in a chunk."""
-    n_copied = packing.n_keys * (len(packing.packed.segments) + len(packing.bin))
-    return bytes_of_row(cfg, packing.n_tokens, packing.n_keys, n_copied)
-
-
-def memory_budget(row_bytes: int, n_tokens: int) -> int:
-    """Bytes a chunk may take on a device: a third of what it has free; little on a CPU, where caches matter more.
-
-    Args:
-        row_bytes: what one of its rows takes.
-        n_tokens: tokens of a row.
-    """
-    found = [device.memory_stats() for device in jax.local_devices()]
-    free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if stats and "bytes_limit" in stats]
-    if free:
-        return int(min(free)) // 3
-    return row_bytes * math.ceil(max(CPU_BUDGET / row_bytes, CPU_TOKENS / n_tokens))
-
-
-def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packing, budget: int | None = None) -> Plan:
+def make_plan(
+    cfg: ModelConfig,
+    components: Iterable[Component],
+    packing: Packing,
+    budget: int | None = None,
+    most_rows: int | None = None,
+) -> Plan:
     """Group components by kind and layer, and choose the rows of each kind's program.
 
     The rows are the number that wastes least on filling up, among those that fit the budget and divide evenly among
@@ -115,20 +86,27 @@ def make_plan(cfg: ModelConfig, components: Iterable[Component], packing: Packin
         components: what to sweep; the order within a kind is kept.
         packing: of the prompts.
         budget: bytes for a chunk's activations on a device; None to choose from the device.
+        most_rows: of a chunk on a device, at most.
     """
-    row_bytes = bytes_per_row(cfg, packing)
-    budget = memory_budget(row_bytes, packing.n_tokens) if budget is None else budget
-    most = max(1, budget // row_bytes)
+    takes = functools.partial(bytes_of_rows, cfg, packing)
+    together = rows_together(bytes_per_row(cfg, packing), packing.n_tokens)
+    if together is not None:
+        most_rows = min(MOST_GROUPS * together, most_rows or MOST_GROUPS * together)
+    budget = budget or device_budget() or takes(MOST_GROUPS * (together or 1))
     n_devices = Spread.local().n_devices
     rows: dict[str, int] = {}
     components = list(components)
     for kind, members in _grouped(components, lambda c: c.kind):
         counts = [len(some) for _, some in _grouped(members, lambda c: c.layer)]
+        largest = math.ceil(max(counts) / n_devices)
+        shares = [p for p in range(1, min(largest, most_rows or largest) + 1) if takes(p) <= budget] or [1]
         # A chunk costs its rows, filled or not, and about two rows' worth of what is not shared between chunks.
-        shares = range(1, min(most, math.ceil(max(counts) / n_devices)) + 1)  # of a device
-        cost = {p: sum(math.ceil(n / (p * n_devices)) for n in counts) * (p + 2) for p in shares}
+        cost = {
+            p: sum(math.ceil(n / (p * n_devices)) for n in counts) * (math.prod(groups(cfg, packing, p)) + 2)
+            for p in shares
+        }
         rows[kind] = n_devices * min(cost, key=lambda p: (cost[p], p))
-    return Plan(rows, cut(components, rows), row_bytes, budget)
+    return Plan(rows, cut(components, rows), takes, budget)
 
 
 def cut(components: Iterable[Component], rows: Mapping[str, int]) -> tuple[Chunk, ...]:

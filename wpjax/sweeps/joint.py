@@ -28,7 +28,7 @@ from wpjax.models.decoder import Params, decoder
 from wpjax.models.leaves import Blend
 from wpjax.parts import in_parts
 from wpjax.patching import PatchedParams, PatchMask, patch
-from wpjax.sweeps.exact import bytes_of_row, bytes_per_row, memory_budget
+from wpjax.sweeps.memory import bytes_of_row, bytes_per_row, device_budget, rows_together
 from wpjax.sweeps.packing import Packing, pack
 
 MOST_TOUCHED = 0.25
@@ -181,7 +181,8 @@ def scores_of_sets(
         plain = bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing)
         size = int((1 + donor_share) * plain)
         tokens = n_tokens if packing is None else packing.n_tokens
-        most = max(1, (memory_budget(size, tokens) if budget is None else budget) // size)
+        fitting = budget or device_budget()
+        most = max(1, fitting // size) if fitting else rows_together(size, tokens) or 1
 
         def score(sets: Int[np.ndarray, " N"]) -> Array:
             here = {name: gate[sets] for name, gate in gates.items()}

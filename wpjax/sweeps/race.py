@@ -24,7 +24,7 @@ from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
 from wpjax.sweeps.engine import Engine, placed
-from wpjax.sweeps.exact import bytes_per_row, cut, make_plan, memory_budget
+from wpjax.sweeps.exact import cut, make_plan
 from wpjax.sweeps.packing import common_shape, pack
 
 ROUNDS = 4
@@ -153,9 +153,7 @@ def race(
     shape = common_shape(*metrics)
     delta = np.full((len(components), len(queries)), np.nan)
     packing = pack(metrics[0], shape)
-    row = bytes_per_row(pair.cfg, packing)
-    budget = memory_budget(row, packing.n_tokens) if budget is None else budget
-    plan = make_plan(pair.cfg, components, packing, min(ROWS * row, budget))  # of the first round; all take its rows
+    plan = make_plan(pair.cfg, components, packing, budget, ROWS)  # of the first round; all take its rows
 
     def measure(number: int, here: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n q"]:
         running, some = [components[i] for i in here], prompts[number]

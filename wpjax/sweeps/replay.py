@@ -18,7 +18,8 @@ the rest is what its slope does not tell: the curve of the readout, and weights 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from wpjax.models.decoder import Params, Site, block, decoder, take_layer
 from wpjax.models.layers import Block
 from wpjax.patching import PatchMask, patch
 from wpjax.readouts import Along
+from wpjax.sweeps.memory import groups
 from wpjax.sweeps.packing import Packing
 from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
 
@@ -108,6 +110,10 @@ def layer_where_read(
     return z, mid, b.feed(mid)
 
 
+Carry: TypeAlias = tuple[Array, Array | None]
+"""Groups of rows of the residual stream, and what was tapped on their way."""
+
+
 @jax.named_scope("suffix")
 def suffix(
     cfg: ModelConfig,
@@ -130,30 +136,41 @@ def suffix(
         tap: read there what every head and MLP of the layers adds, too; of layers before `start`, 0.
     """
     packed, pick = packing.packed, packing.pick
+    n_groups, size = groups(cfg, packing, len(resid))
+    filled = jnp.minimum(jnp.arange(n_groups * size), len(resid) - 1).reshape(n_groups, size)
 
-    def tapped(writes: Array | None, layer: Array | int, b: Block, z: Array, mid: Array, post: Array) -> Array | None:
-        return None if tap is None else writes.at[:, :, layer].set(tap(b, z, post - mid))  # type: ignore[union-attr]
-
-    def run(layer: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-        x, writes = carry
-        b = block(cfg, take_layer(blocks, layer))
+    def whole(b: Block, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
+        """A layer's `resid_post`, and what its parts add along the slope."""
         normed = b.norm_attn(x)
         q, kv = b.attn.queries(normed, packed.positions), b.attn.keys_values(normed, packed.positions)
         z = b.attn.mix_packed(q, *kv, packed)
         mid = x + b.attn.out(z)
         post = b.feed(mid)
-        return post, tapped(writes, layer, b, pick(z), pick(mid), pick(post)) if tap else None
+        return post, tap(b, pick(z), pick(post) - pick(mid)) if tap else None
 
-    def final(carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-        """The last layer."""
-        x, writes = carry
-        b = block(cfg, take_layer(blocks, last))
+    def where_read(b: Block, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
+        """The same at the positions that are read."""
         z, mid, post = layer_where_read(b, x, packing)
-        return post, tapped(writes, last, b, z, mid, post)
+        return post, tap(b, z, post - mid) if tap else None
 
-    writes = None if tap is None else jnp.zeros((len(resid), len(packing.at), last + 1, cfg.n_heads + 1), jnp.float32)
-    carry = jax.lax.fori_loop(start, last, run, (resid, writes))
-    return jax.lax.cond(start <= last, final, lambda carry: (pick(carry[0]), carry[1]), carry)
+    def through(run: Callable[[Block, Array], tuple[Array, Array | None]], layer: Array | int, carry: Carry) -> Carry:
+        """One layer, group by group; its weights are fetched once for all of them."""
+        x, writes = carry
+        one = functools.partial(run, block(cfg, take_layer(blocks, layer)))
+        out, added = jax.tree.map(lambda a: a[None], one(x[0])) if n_groups == 1 else jax.lax.map(one, x)
+        return out, None if writes is None else writes.at[..., layer, :].set(added)
+
+    def flat(x: Float[Array, "G g *n"]) -> Float[Array, "N *n"]:
+        return x.reshape(-1, *x.shape[2:])[: len(resid)]
+
+    writes = None
+    if tap is not None:
+        writes = jnp.zeros((n_groups, size, len(packing.at), last + 1, cfg.n_heads + 1), jnp.float32)
+    x = resid[None] if n_groups == 1 else resid[filled]
+    carry = jax.lax.fori_loop(start, last, functools.partial(through, whole), (x, writes))
+    final, none_left = functools.partial(through, where_read, last), lambda carry: (jax.vmap(pick)(carry[0]), carry[1])
+    picked, writes = jax.lax.cond(start <= last, final, none_left, carry)
+    return flat(picked), None if writes is None else flat(writes)
 
 
 class Replayed(NamedTuple):
