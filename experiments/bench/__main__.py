@@ -51,12 +51,12 @@ def on_cpu(pair: list[str]) -> dict[str, list[str]]:
     return {
         "startup": ["startup"],
         "heads": ["heads", *pair, "--n-prompts", "4", "--every", "2"],
-        "engine.smollm2": ["engine", *pair, "--n-prompts", "8", "--per-layer", "8", "--pair-only"],
+        "engine.smollm2": ["engine", *pair, "--n-prompts", "8", "--per-layer", "24", "--pair-only"],
         "engine.tiny": ["engine", "--n-prompts", "16", "--per-layer", "100000"],
-        "profile.smollm2": ["profile", *pair, "--n-prompts", "8", "--per-layer", "8"],
+        "profile.smollm2": ["profile", *pair, "--n-prompts", "8", "--per-layer", "24"],
         "profile.tiny": ["profile", "--n-prompts", "16"],
         "shape.tiny": ["shape", "tiny", "--neurons", "128"],
-        "shape.smollm2-135m": ["shape", "smollm2-135m", "--neurons", "16"],
+        "shape.smollm2-135m": ["shape", "smollm2-135m", "--neurons", "48"],
     }
 
 

@@ -2,7 +2,7 @@ r"""What keeps an exact sweep of neurons from the ceiling: where its time goes, 
 
     python -m experiments.bench.profile --n-prompts 16 --out experiments/bench/profile.tiny.json
     python -m experiments.bench.profile --base work/smollm2/base --expert work/smollm2/english_capital \
-        --behaviour english_capital --n-prompts 8 --per-layer 8 --out experiments/bench/profile.smollm2.json
+        --behaviour english_capital --n-prompts 8 --per-layer 24 --out experiments/bench/profile.smollm2.json
 
 The sweep is the one of neurons that `experiments.bench.engine` times with the same options. It runs under JAX's
 profiler, and every moment of it counts once: for the products with weights if one runs on any core, otherwise for

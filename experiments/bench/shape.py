@@ -77,7 +77,7 @@ def markdown(found: dict[str, Any]) -> str:
     whole = f"all {found['every']:,} neurons of layers 0 to {found['read_after']}, at that rate"
     rows += [
         [whole, f"{found['every_seconds'] / 60:,.1f} min", rate],
-        [f"memory, {memory['rows']:,} neurons at once", "",
+        [f"memory, {memory['rows']:,} neurons in a program", "",
          f"{found['peak_bytes'] / 2**20:,.0f} MiB, by the {found['peak_of']}; both models are "
          f"{memory['weights'] / 2**20:,.0f}"],
     ]  # fmt: skip

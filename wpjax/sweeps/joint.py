@@ -182,7 +182,7 @@ def scores_of_sets(
         size = int((1 + donor_share) * plain)
         tokens = n_tokens if packing is None else packing.n_tokens
         fitting = budget or device_budget()
-        most = max(1, fitting // size) if fitting else rows_together(size, tokens) or 1
+        most = max(1, fitting // size) if fitting else 2 * (rows_together(size, tokens) or 1)
 
         def score(sets: Int[np.ndarray, " N"]) -> Array:
             here = {name: gate[sets] for name, gate in gates.items()}

@@ -9,9 +9,9 @@ import jax
 from wpjax.models.config import ModelConfig
 from wpjax.sweeps.packing import Packing
 
-CPU_BUDGET, CPU_TOKENS = 32 * 2**20, 2048
-"""Bytes of the rows that run together on a CPU, or so many tokens if these are more: these fill a product. Beyond that,
-what no longer fits a cache slows down all between the products.
+CPU_BUDGET, CPU_TOKENS = 16 * 2**20, 1280
+"""Bytes of the rows that run together on a CPU, or so many tokens if these are more: these fill a product. Beyond twice
+that, what no longer fits a cache slows down all between the products.
 """
 
 STREAMS = 3
@@ -39,7 +39,9 @@ def bytes_per_row(cfg: ModelConfig, packing: Packing) -> int:
 
 
 def rows_together(row_bytes: int, n_tokens: int) -> int | None:
-    """How many rows of so many bytes and tokens a CPU takes through a layer together; None on an accelerator: all."""
+    """How many rows of so many bytes and tokens a CPU should take through a layer together, up to twice as many at
+    most; None on an accelerator, where more are better.
+    """
     if jax.default_backend() != "cpu":
         return None
     return math.ceil(max(CPU_BUDGET / row_bytes, CPU_TOKENS / n_tokens))
@@ -47,7 +49,7 @@ def rows_together(row_bytes: int, n_tokens: int) -> int | None:
 
 def groups(cfg: ModelConfig, packing: Packing, n_rows: int) -> tuple[int, int]:
     """Into how many groups the rows of a program are divided, and how many run together; the last may be filled up."""
-    n = math.ceil(n_rows / (rows_together(bytes_per_row(cfg, packing), packing.n_tokens) or n_rows))
+    n = max(1, n_rows // (rows_together(bytes_per_row(cfg, packing), packing.n_tokens) or n_rows))
     return n, math.ceil(n_rows / n)
 
 
