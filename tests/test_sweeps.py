@@ -300,7 +300,7 @@ def test_the_estimate_of_memory_is_what_the_program_takes():
         assert analysis is not None
         return analysis.temp_size_in_bytes
 
-    assert [groups(cfg, packing, n) for n in (2, 8, 32)] == [(1, 2), (1, 8), (3, 11)]
+    assert [groups(cfg, packing, n) for n in (2, 8, 32)] == [(1, 2), (1, 8), (4, 8)]
     takes = [temporary(n) for n in (2, 8, 32)]
     planned = [bytes_of_rows(cfg, packing, n) for n in (2, 8, 32)]
     ratio = np.diff(planned) / np.diff(takes)
