@@ -34,6 +34,8 @@ TABLES = [
     ("bench", "engine", "markdown", "engine.smollm2.json"),
     ("bench", "profile", "markdown", "profile.tiny.json"),
     ("bench", "profile", "markdown", "profile.smollm2.json"),
+    ("bench", "profile", "beside", "profile.sets.json"),
+    ("bench", "profile", "beside", "profile.screens.json"),
     ("bench", "shape", "markdown", "shape.tiny.json"),
     ("bench", "shape", "markdown", "shape.smollm2-135m.json"),
     ("bench", "startup", "markdown", "startup.json"),

@@ -141,21 +141,31 @@ def test_positions_may_count_against_each_other(one_pair, batch):
 
 @pytest.mark.parametrize("terms", [1, 2])
 def test_rows_in_groups_are_those_of_one(one_pair, batch, monkeypatch, terms):
-    """In groups of five, the last filled up; in bfloat16 one of the rows is the host itself."""
-    pair, anchor = one_pair, make_anchor(one_pair, 2)
+    """Changes and flow, in groups of five to nine, the last filled up; in bfloat16 one of the rows is the host's."""
+    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     if terms == 2:
         models = {end: jax.tree.map(lambda a: a.astype("bfloat16"), getattr(pair, end)) for end in ("base", "expert")}
         pair = dataclasses.replace(pair, cfg=dataclasses.replace(pair.cfg, terms=2), **models)
-    components = enumerate_components(pair.cfg, ("neuron",), range(3))
-    together = exact(pair, batch, anchor, components)
+    packing, components = pack(metric), enumerate_components(pair.cfg, ("neuron",), range(3))
+    runs = run_packed(pair.cfg, pair.base, metric, packing), None
+
+    def swept():
+        plan = make_plan(pair.cfg, components, packing)
+        parts = list(exact_changes(pair.cfg, pair.base, pair.expert, runs, metric, packing, plan))
+        n_groups, _ = groups(pair.cfg, packing, plan.rows["neuron"])
+        return n_groups, *(np.concatenate([getattr(part, name) for part in parts]) for name in ("delta", "flow"))
+
+    n_groups, *together = swept()
+    assert n_groups == 1
     monkeypatch.setattr("wpjax.sweeps.memory.CPU_BUDGET", 1)
-    monkeypatch.setattr("wpjax.sweeps.memory.CPU_TOKENS", 4.5 * pack(anchor.on(batch)).n_tokens)
+    monkeypatch.setattr("wpjax.sweeps.memory.CPU_TOKENS", 4.5 * packing.n_tokens)
     jax.clear_caches()
-    plan = make_plan(pair.cfg, components, pack(anchor.on(batch)))
-    assert groups(pair.cfg, pack(anchor.on(batch)), plan.rows["neuron"])[0] > 1
-    in_groups = exact(pair, batch, anchor, components)
+    n_groups, *in_groups = swept()
     jax.clear_caches()
-    np.testing.assert_allclose(in_groups, together, atol=2e-5 if terms == 1 else 1e-3 * np.abs(together).max())
+    assert n_groups > 1
+    for got, expected in zip(in_groups, together, strict=True):
+        tolerance = 2e-5 if terms == 1 else 1e-3 * np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, atol=tolerance)
 
 
 def test_a_padded_batch_equals_single_prompts(one_pair, batch):

@@ -55,6 +55,8 @@ def on_cpu(pair: list[str]) -> dict[str, list[str]]:
         "engine.tiny": ["engine", "--n-prompts", "16", "--per-layer", "100000"],
         "profile.smollm2": ["profile", *pair, "--n-prompts", "8", "--per-layer", "24"],
         "profile.tiny": ["profile", "--n-prompts", "16"],
+        "profile.sets": ["profile", "--of", "sets", "--n-prompts", "16"],
+        "profile.screens": ["profile", "--of", "screens", *pair, "--n-prompts", "32"],
         "shape.tiny": ["shape", "tiny", "--neurons", "128"],
         "shape.smollm2-135m": ["shape", "smollm2-135m", "--neurons", "48"],
     }

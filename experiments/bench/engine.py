@@ -34,6 +34,7 @@ from wpjax.behaviours import Behaviour
 from wpjax.components import KINDS, Component
 from wpjax.metrics import Metric
 from wpjax.models.checkpoint import PRECISIONS
+from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder
 from wpjax.pairs import Pair
 from wpjax.sweeps.joint import scores_of_sets
@@ -61,14 +62,21 @@ def exact_rates(pair: Pair, metric: Metric, per_layer: int, repeats: int) -> dic
     return found
 
 
-def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 32, n_copies: int = 8) -> dict[str, Any]:
-    """What a set costs, in plain forward passes over the same packed prompts, several copies of them at once."""
-    cfg, packing, rng = pair.cfg, pack(metric), np.random.default_rng(0)
+@functools.partial(jax.jit, static_argnames=("cfg", "stop"))
+def plain_forward(cfg: ModelConfig, params: Params, ids: jax.Array, packing: Packing, stop: int) -> jax.Array:
+    """A model's own forward pass over packed prompts, up to a layer, where they are read."""
+    return packing.pick(decoder(cfg, params)(ids, stop=stop, logits=False, packed=packing.packed).resid)
 
-    @jax.jit
-    def forward(params: Params, ids: jax.Array, packing: Packing) -> jax.Array:
-        resid = decoder(cfg, params)(ids, stop=metric.layer + 1, logits=False, packed=packing.packed).resid
-        return packing.pick(resid)
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def plain_score(cfg: ModelConfig, params: Params, metric: Metric) -> jax.Array:
+    """A model's own forward pass over padded prompts, up to where they are read."""
+    return metric(cfg, params)
+
+
+def batches_of_sets(pair: Pair, metric: Metric, n_sets: int) -> dict[str, list[PatchMask]]:
+    """Batches of sets that touch all channels, few of all layers, or one layer's."""
+    cfg, rng = pair.cfg, np.random.default_rng(0)
 
     def drawn(some: list[Component], n: int) -> list[Component]:
         return [some[i] for i in rng.permutation(len(some))[:n]]
@@ -84,17 +92,25 @@ def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 32, n_co
     few_neurons = drawn(kinds["neuron"], math.ceil(SHARE_TOUCHED * len(kinds["neuron"])))
     n_half = len(few_neurons) // 2
     few = f"sets within {SHARE_TOUCHED:.0%} of"
-    copies = jnp.tile(jnp.asarray(packing.ids), (n_copies, 1))
-    runs: dict[str, Callable[[], Any]] = {
-        "plain forward": lambda: [forward(pair.base, copies, packing) for _ in range(n_sets // n_copies)]
-    }
-    for name, masks in {
+    return {
         "arbitrary sets": sets(share_of_each(1.0)),
         f"{few} the neurons": sets(few_neurons),
         f"{few} the neurons, half of them of one layer": sets(few_neurons[n_half:] + drawn(layer, n_half)),
         f"{few} heads, KV groups and neurons": sets(share_of_each(SHARE_TOUCHED)),
         "sets within one layer": sets(layer),
-    }.items():
+    }
+
+
+def joint_costs(pair: Pair, metric: Metric, repeats: int, n_sets: int = 32, n_copies: int = 8) -> dict[str, Any]:
+    """What a set costs, in plain forward passes over the same packed prompts, several copies of them at once."""
+    cfg, packing = pair.cfg, pack(metric)
+    copies = jnp.tile(jnp.asarray(packing.ids), (n_copies, 1))
+
+    def plain() -> list[jax.Array]:
+        return [plain_forward(cfg, pair.base, copies, packing, metric.layer + 1) for _ in range(n_sets // n_copies)]
+
+    runs: dict[str, Callable[[], Any]] = {"plain forward": plain}
+    for name, masks in batches_of_sets(pair, metric, n_sets).items():
         runs[name] = functools.partial(scores_of_sets, cfg, pair.base, pair.expert, masks, metric)
     each = {name: took / n_sets for name, took in medians(runs, repeats).items()}
     return {"sets": n_sets, "seconds": each, "forwards": {name: t / each["plain forward"] for name, t in each.items()}}
@@ -158,12 +174,7 @@ def rounding(pair: Pair, metric: Metric, per_layer: int = 4) -> dict[str, Any]:
 
 def screen_cost(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
     """First-order scores of the components up to the layer that is read, in plain forward passes."""
-
-    @jax.jit
-    def forward(params: Params, metric: Metric) -> jax.Array:
-        return metric(pair.cfg, params)
-
-    runs: dict[str, Callable[[], Any]] = {"plain forward": lambda: forward(pair.base, metric)}
+    runs: dict[str, Callable[[], Any]] = {"plain forward": lambda: plain_score(pair.cfg, pair.base, metric)}
     counts = {}
     for name, kinds in {"heads, KV groups and neurons": FINE, "components of every kind": tuple(KINDS)}.items():
         every = enumerate_components(pair.cfg, kinds, range(metric.layer + 1))

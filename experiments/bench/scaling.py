@@ -31,7 +31,7 @@ from wpjax.sweeps.replay import replay
 
 DEPTHS = (4, 8, 16)
 WIDTHS = (128, 256, 512)
-PATCHES = (64, 256, 1024)
+PATCHES = (512, 1024, 2048)
 DEVICES = (1, 2)
 KINDS = ("head", "kv_group", "neuron")
 
@@ -115,8 +115,8 @@ def memory() -> dict[str, dict[str, Any]]:
 
     return {
         "memory": {str(n): needs(n) for n in PATCHES},
-        "memory_by_depth": {str(n): needs(256, n_layers=n) for n in DEPTHS},
-        "memory_by_width": {str(n): needs(256, width=n) for n in WIDTHS},
+        "memory_by_depth": {str(n): needs(64 * n, n_layers=n) for n in DEPTHS},
+        "memory_by_width": {str(n): needs(512, width=n) for n in WIDTHS},
     }
 
 
@@ -158,8 +158,8 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
          f"{ratio:.2f} times, for {scaling['operations_ratio'][name]:.2f} times the operations"]
         for name, ratio in scaling["ratio"].items()
     ]  # fmt: skip
-    for key, of in (("memory", "{:,} patches"), ("memory_by_depth", "256 patches, {} layers"),
-                    ("memory_by_width", "256 patches, width {}")):  # fmt: skip
+    for key, of in (("memory", "{:,} patches"), ("memory_by_depth", "64 patches a layer, {} layers"),
+                    ("memory_by_width", "512 patches, width {}")):  # fmt: skip
         found += [["memory of the program, " + of.format(int(n)), "", _needs(m)] for n, m in report[key].items()]
     found += [[f"exact sweep, the CPU's cores as {n} device{'s' * (n != '1')}", f"{t:.2f} s", ""]
               for n, t in report["devices"].items()]  # fmt: skip

@@ -41,8 +41,8 @@ class Blend:
         index: [K], if `expert` holds these channels only: the gate must be closed at all others. None for all.
         slot: [n], where in `index` each channel stands, with `index`.
         confined: this leaf, with an `expert` of few channels, for layers where the gate is open at no others.
-        extent: [], what a layer needs: 0 where the gate is closed everywhere, so that `expert` costs nothing; 1 what
-            `confined` holds; after that all of it. None where it may be anything.
+        extent: [], how much of `expert` a layer needs: 0 nothing, where the gate is closed everywhere and it costs
+            nothing; then, one by one, what `confined` holds, if that is there, and all of it. None for all of it.
     """
 
     base: Array

@@ -33,7 +33,7 @@ MAX_IN_FLIGHT = 4
 """Chunks that run, or have run and wait for their results to be fetched."""
 
 MOST_GROUPS = 8
-"""Groups of rows (`memory.groups`) of a chunk on a CPU: a layer's weights are fetched once for all of them."""
+"""Groups of rows (`memory.groups`) of a chunk on a CPU, at most: a layer's weights are fetched once for all of them."""
 
 
 class Chunk(NamedTuple):

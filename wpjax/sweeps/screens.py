@@ -284,7 +284,14 @@ def output_linearised(
         return _output_linearised(cfg, host, donor, part, kinds, weights, inputs, n_shared)
 
     by_kind = over_prompts(metric, run, axis=2)
-    return np.stack([by_kind[c.kind][max(c.layer, 0), c.index] for c in components])
+    places: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in kinds}
+    for i, c in enumerate(components):
+        places[c.kind].append((i, max(c.layer, 0), c.index))
+    found = np.empty((len(components), len(metric)))
+    for kind, some in places.items():
+        i, layer, index = np.array(some).T
+        found[i] = by_kind[kind][layer, index]
+    return found
 
 
 @zero_where_unfelt
