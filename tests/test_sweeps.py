@@ -141,7 +141,7 @@ def test_positions_may_count_against_each_other(one_pair, batch):
 
 @pytest.mark.parametrize("terms", [1, 2])
 def test_rows_in_groups_are_those_of_one(one_pair, batch, monkeypatch, terms):
-    """Changes and flow, in groups of five to nine, the last filled up; in bfloat16 one of the rows is the host's."""
+    """Changes and flow; in bfloat16 there is one more row, the host's, so that the last group is filled up."""
     pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     if terms == 2:
         models = {end: jax.tree.map(lambda a: a.astype("bfloat16"), getattr(pair, end)) for end in ("base", "expert")}
