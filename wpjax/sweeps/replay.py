@@ -1,9 +1,10 @@
 """Suffix replay: the exact effect of single components, with the host's weights shared by all patches.
 
 A component of layer l changes nothing before layer l. So the host runs once and its residual stream is kept; a
-patch recomputes only the component's own contribution inside layer l (see `sweeps.rows`), and the layers after it run
-with the host's weights, for all patches x tokens in one matmul, up to the layer that the metric reads. There, only the
-positions that are read are computed; no token is computed twice (see `sweeps.packing`). One compiled program a kind
+patch recomputes only the component's own contribution inside layer l (see `sweeps.rows`), and what comes after it, in
+that layer and the later ones, runs with the host's weights, for all patches x tokens in one matmul, up to the layer
+that the metric reads. There, only the positions that are read are computed; no token is computed twice (see
+`sweeps.packing`). One compiled program a kind
 serves every layer: the layer index is traced. Swap host and donor for knock-out, a component of the base in the expert.
 
 The stream is the sum of what everything has written, so the change of a metric is followed from the supplier c through
@@ -87,6 +88,10 @@ class Tap(NamedTuple):
         heads = jnp.einsum("nbrhk,brhk->nbh", z, along, precision=highest)
         return jnp.concatenate([heads, self.sum(fed)[..., None]], axis=-1)
 
+    def mlp(self, b: Block, fed: Float[Array, "N B R D"]) -> Float[Array, "N B G"]:
+        """Of a layer whose MLP alone runs; 0 for its heads."""
+        return jnp.pad(self.sum(fed)[..., None], ((0, 0), (0, 0), (b.attn.cfg.n_heads, 0)))
+
     def sum(self, x: Float[Array, "N B R D"]) -> Float[Array, "N B"]:
         """What a change of the stream does to the metric, to first order."""
         return jnp.einsum("nbrd,brd->nb", x, self.slope, precision=jax.lax.Precision.HIGHEST)
@@ -123,6 +128,8 @@ def suffix(
     last: int,
     packing: Packing,
     tap: Tap | None = None,
+    *,
+    mlp_first: bool = False,
 ) -> tuple[Float[Array, "N B R D"], Float[Array, "N B L G"] | None]:
     """The residual stream at each prompt's positions after layer `last`, having entered at layer `start`.
 
@@ -133,7 +140,8 @@ def suffix(
         start: traced; `last + 1` if nothing is left to run.
         last: the layer whose `resid_post` is read, static.
         packing: of the prompts.
-        tap: read there what every head and MLP of the layers adds, too; of layers before `start`, 0.
+        tap: read there what every head and MLP that runs adds, too; 0 of those that do not.
+        mlp_first: enter halfway in the layer before, static: `resid` is its `resid_mid`, which its MLP reads first.
     """
     packed, pick = packing.packed, packing.pick
     n_groups, size = groups(cfg, packing, len(resid))
@@ -153,6 +161,17 @@ def suffix(
         z, mid, post = layer_where_read(b, x, packing)
         return post, tap(b, z, post - mid) if tap else None
 
+    def mlp(b: Block, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
+        """A layer from `resid_mid` on."""
+        post = b.feed(x)
+        return post, tap.mlp(b, pick(post) - pick(x)) if tap else None
+
+    def mlp_where_read(b: Block, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
+        """The same at the positions that are read."""
+        mid = pick(x)
+        post = b.feed(mid)
+        return post, tap.mlp(b, post - mid) if tap else None
+
     def through(run: Callable[[Block, Array], tuple[Array, Array | None]], layer: Array | int, carry: Carry) -> Carry:
         """One layer, group by group; its weights are fetched once for all of them."""
         x, writes = carry
@@ -167,9 +186,18 @@ def suffix(
     if tap is not None:
         writes = jnp.zeros((n_groups, size, len(packing.at), last + 1, cfg.n_heads + 1), jnp.float32)
     x = resid[None] if n_groups == 1 else resid[filled]
-    carry = jax.lax.fori_loop(start, last, functools.partial(through, whole), (x, writes))
-    final, none_left = functools.partial(through, where_read, last), lambda carry: (jax.vmap(pick)(carry[0]), carry[1])
-    picked, writes = jax.lax.cond(start <= last, final, none_left, carry)
+
+    def layers_left(carry: Carry) -> Carry:
+        if mlp_first:
+            carry = through(mlp, start - 1, carry)
+        return through(where_read, last, jax.lax.fori_loop(start, last, functools.partial(through, whole), carry))
+
+    def none_left(carry: Carry) -> Carry:
+        if mlp_first:
+            return through(mlp_where_read, last, carry)
+        return jax.vmap(pick)(carry[0]), carry[1]
+
+    picked, writes = jax.lax.cond(start <= last, layers_left, none_left, (x, writes))
     return flat(picked), None if writes is None else flat(writes)
 
 
@@ -224,7 +252,7 @@ def replay(
             batch's shape.
     """
     run = runs[0]
-    found: Rows | None = None
+    found, site = Rows(), Site.RESID_POST
     if not KINDS[kind].in_layer:
         giver = donor if weights == "donor" else host
         patched = patch(host, giver, PatchMask.of(cfg, kind))
@@ -239,14 +267,13 @@ def replay(
         at = layer_patch(cfg, host, donor, runs, layer, weights, inputs, packing.packed)
         with jax.named_scope(f"{kind} rows"):
             found = layer_rows(cfg, kind, at, (host, donor), layer, index)
-        rows = found.post
-        unpatched = at.host.resid_post
-    mids = found.mid if found is not None else None
+        site, rows, unpatched = found.handed_over(at)
     rows = jax.lax.cond(step > 0, functools.partial(_jittered, seeds, step), lambda rows: rows, rows)
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
     tap = None if run.slope is None else Tap(run.slope)
-    picked, writes = suffix(cfg, host["blocks"], rows[:, 0], after, metric.layer, packing, tap)
+    entered = cfg, host["blocks"], rows[:, 0], after, metric.layer, packing
+    picked, writes = suffix(*entered, tap, mlp_first=site is Site.RESID_MID)
     # A vocabulary of logits takes its place for one patch at a time.
     at_once = 1 if metric.readout.reads_logits else len(index)
     n = len(index) if KINDS[kind].in_layer else 1
@@ -257,10 +284,12 @@ def replay(
         return Replayed(change, None)
     before = writes[-1] if with_reference else run.writes
     later = jnp.arange(metric.layer + 1)[:, None] >= after
+    if site is Site.RESID_MID:
+        later = later.repeat(cfg.n_heads + 1, 1).at[layer, -1].set(True)
     through = jnp.where(later, writes[:n] - before, 0.0).mean(1)  # [P, L, H + 1]
     own = _own(tap, packing, rows[:n], unpatched)
-    if mids is not None:  # what the layer's own MLP makes of a change before it is not the supplier's own
-        direct = _own(tap, packing, mids, at.host.resid_mid)
+    if found.mid is not None and found.post is not None:  # what its MLP makes of a change is not the supplier's own
+        direct = _own(tap, packing, found.mid, at.host.resid_mid)
         through = through.at[:, layer, -1].set(own - direct)
         own = direct
     flow = jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1)

@@ -128,13 +128,19 @@ class Rows(NamedTuple):
     """The residual stream of a layer with one component at a time patched.
 
     Attributes:
-        mid: after attention, where the host's own MLP then reads it; None where the component reaches no further
-            than its own output.
-        post: after the layer.
+        mid: after attention; None where the component changes nothing there.
+        post: after the layer; None where the host's own MLP is to read `mid`, as it reads any stream.
     """
 
-    mid: Float[Array, "P B T D"] | None
-    post: Float[Array, "P B T D"]
+    mid: Float[Array, "P B T D"] | None = None
+    post: Float[Array, "P B T D"] | None = None
+
+    def handed_over(self, at: LayerPatch) -> tuple[Site, Float[Array, "P B T D"], Float[Array, "B T D"]]:
+        """Where the host alone goes on: the site, these rows and the host's own stream there."""
+        if self.post is not None:
+            return Site.RESID_POST, self.post, at.host.resid_post
+        assert self.mid is not None
+        return Site.RESID_MID, self.mid, at.host.resid_mid
 
 
 class HeadValues(NamedTuple):
@@ -177,16 +183,12 @@ def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], terms: int)
     return jax.vmap(functools.partial(project, terms=terms), in_axes=(2, 0))(z, w_o)
 
 
-def _attention_rows(at: LayerPatch, mid: Float[Array, "P B T D"]) -> Rows:
-    return Rows(mid, at.host.block.feed(mid))
-
-
 def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     z, attn = query_patch(at), at.host.block.attn
     w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
     terms = attn.cfg.terms
     delta = _write(z.patched[:, :, index], w_new[index], terms) - _write(z.host[:, :, index], w_host[index], terms)
-    return _attention_rows(at, at.host.resid_pre + attn.out(z.host) + delta)
+    return Rows(mid=at.host.resid_pre + attn.out(z.host) + delta)
 
 
 def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
@@ -194,7 +196,7 @@ def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     heads = index[:, None] * attn.cfg.n_rep + jnp.arange(attn.cfg.n_rep)  # [P, n_rep]
     w_o, change = attn.W_O.get_value(), z.patched - z.host
     delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2, terms=attn.cfg.terms))(heads)
-    return _attention_rows(at, at.host.resid_pre + attn.out(z.host) + delta)
+    return Rows(mid=at.host.resid_pre + attn.out(z.host) + delta)
 
 
 def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
@@ -204,21 +206,21 @@ def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
         return jnp.moveaxis(a, 2, 0)[..., None] * w[:, None, None, :]
 
     change = write(at.weights, at.source.mlp_input) - write(at.host.block, at.host.mlp_input)
-    return Rows(None, at.host.resid_post + change)
+    return Rows(post=at.host.resid_post + change)
 
 
 def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     new, _ = at.weights.attn(at.source.attn_input, at.source.where)
-    return _attention_rows(at, (at.host.resid_pre + new)[None].repeat(index.size, 0))
+    return Rows(mid=(at.host.resid_pre + new)[None].repeat(index.size, 0))
 
 
 def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    return Rows(None, (at.host.resid_mid + at.weights.mlp(at.source.mlp_input))[None].repeat(index.size, 0))
+    return Rows(post=(at.host.resid_mid + at.weights.mlp(at.source.mlp_input))[None].repeat(index.size, 0))
 
 
 def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     x = at.source.resid_pre
-    return Rows(None, (at.host.resid_pre + (at.weights(x, at.source.where) - x))[None].repeat(index.size, 0))
+    return Rows(post=(at.host.resid_pre + (at.weights(x, at.source.where) - x))[None].repeat(index.size, 0))
 
 
 def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
@@ -296,4 +298,4 @@ def layer_rows(
             f"no rule says what the output of {kind} is, so only its weights can be patched; add one to ROWS"
         )
     ours, theirs = (take_layer(model["blocks"], layer) for model in models)
-    return Rows(None, blend_rows(cfg, kind, ours, theirs, at.host, index))
+    return Rows(post=blend_rows(cfg, kind, ours, theirs, at.host, index))

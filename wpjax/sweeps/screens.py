@@ -225,8 +225,9 @@ def _output_linearised(
         def change(kind: str) -> Array:
             if kind in CHANGES:
                 return CHANGES[kind](at, here)
-            rows = layer_rows(cfg, kind, at, (host, donor), i, jnp.arange(count(cfg, kind))).post
-            return jax.vmap(lambda row: here.along(Site.RESID_POST, row - at.host.resid_post))(rows)
+            found = layer_rows(cfg, kind, at, (host, donor), i, jnp.arange(count(cfg, kind)))
+            site, rows, own = found.handed_over(at)
+            return jax.vmap(lambda row: here.along(site, row - own))(rows)
 
         return None, {kind: change(kind) for kind in kinds if KINDS[kind].in_layer}
 
