@@ -62,9 +62,9 @@ class Packing(NamedTuple):
         """How many keys a token is compared with."""
         return self.packed.n_shared + self.packed.segments.shape[1]
 
-    def gather(self, x: Float[Array, "A B T D"]) -> Float[Array, "A 1 S D"]:
+    def gather(self, x: Float[np.ndarray | Array, "A B T D"]) -> Float[np.ndarray | Array, "A 1 S D"]:
         """A stack of prompts' streams, packed."""
-        return x[:, self.prompt, self.token][:, None]
+        return x[:, np.asarray(self.prompt), np.asarray(self.token)][:, None]
 
     def pick(self, x: Float[Array, "N S *n"]) -> Float[Array, "N B R *n"]:
         """What belongs to the positions that are read."""

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from wpjax.components import KINDS
-from wpjax.metrics import Metric
+from wpjax.metrics import Metric, over_prompts
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, Site, block, decoder, take_layer
 from wpjax.models.layers import Block
@@ -38,26 +38,38 @@ from wpjax.sweeps.packing import Packing
 from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "with_flow"))
 def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, with_flow: bool = True) -> Run:
-    """Run a model once up to the layer that the metric reads, packed as `replay` takes it; to follow the flow, with the
-    metric's slope and what is written along it.
+    """Run a model once up to the layer that the metric reads, a few prompts at a time, and pack what `replay` takes of
+    it; to follow the flow, with the metric's slope and what is written along it.
     """
+    sites, score = over_prompts(metric, functools.partial(_streams, cfg, params), axis=1)
+    packed = {site: jnp.asarray(packing.gather(x)) for site, x in sites.items()}
+    run = Run(packed.pop(Site.RESID_PRE), jnp.asarray(score[0]), kept=packed)
+    return _followed(cfg, params, metric, packing, run) if with_flow else run
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _streams(
+    cfg: ModelConfig, params: Params, metric: Metric
+) -> tuple[dict[Site, Float[Array, "A B T D"]], Float[Array, "1 B"]]:
     out = metric.run(cfg, params, sites=(Site.RESID_PRE, Site.RESID_POST))
-    picked, sites = metric.pick(out.resid), {site: packing.gather(x) for site, x in out.sites.items()}
-    packed = Run(sites.pop(Site.RESID_PRE), metric.read(cfg, params, picked), kept=sites)
-    if not with_flow:
-        return packed
+    return dict(out.sites), metric.read(cfg, params, metric.pick(out.resid))[None]
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _followed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, run: Run) -> Run:
+    """With the metric's slope, and what the model's own heads and MLPs write along it."""
+    assert run.kept is not None
     start = 0 if metric.held is None else metric.held.layer + 1  # what is held replaces what came before
-    slope = slope_of(cfg, params, metric, picked)
+    slope = slope_of(cfg, params, metric, packing.pick(run.kept[Site.RESID_POST][-1])[0])
     tap = Tap(slope)
 
     def written(layer: Array) -> Float[Array, "B G"]:
         b = block(cfg, take_layer(params["blocks"], layer))
-        z, mid, post = layer_where_read(b, take_layer(packed.resid_pre, layer), packing)
+        z, mid, post = layer_where_read(b, take_layer(run.resid_pre, layer), packing)
         return jnp.where(layer >= start, tap(b, z, post - mid)[0], 0.0)
 
-    return packed._replace(slope=slope, writes=jnp.moveaxis(jax.lax.map(written, jnp.arange(metric.layer + 1)), 0, 1))
+    return run._replace(slope=slope, writes=jnp.moveaxis(jax.lax.map(written, jnp.arange(metric.layer + 1)), 0, 1))
 
 
 def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
