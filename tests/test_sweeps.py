@@ -1,7 +1,6 @@
 """Suffix replay against the lazy patch, the materialised patch and HF torch; its noise floor and compile counts."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +219,7 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
     coarse = dataclasses.replace(
         pair, **{end: jax.tree.map(lambda a: a.astype("bfloat16"), getattr(pair, end)) for end in ("base", "expert")}
     )
-    components = enumerate_components(pair.cfg, ("head", "kv_group", "mlp"), range(3))
+    components = enumerate_components(pair.cfg, [kind for kind in SWEPT if kind != "neuron"], range(3))
     components += [c for c in enumerate_components(pair.cfg, ("neuron",), range(3)) if c.index < 4]
     got = exact(coarse, batch, anchor, components, budget=1 << 16)
     fine = [jax.tree.map(lambda a: a.astype("float32"), params) for params in (coarse.base, coarse.expert)]
@@ -238,19 +237,30 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
 
 
 @jax.numpy_dtype_promotion("strict")
-def test_bfloat16_screens_are_those_of_the_rounded_weights(family_pair, batch):
-    """To their digits; with the host as its own donor nothing is left, though each half is rounded."""
-    anchor = make_anchor(family_pair, 2)
+@pytest.mark.parametrize(
+    ("screen", "terms", "most"),
+    [
+        (output_linearised, 1, 0.05),
+        (output_linearised, 2, 0.005),
+        (weight_gradient, 1, 0.05),
+        (weight_gradient, 2, 0.03),
+    ],
+)
+def test_bfloat16_screens_are_those_of_the_rounded_weights(family_pair, batch, screen, terms, most):
+    """To their digits, kind by kind; with the host as its own donor nothing is left, though each half is rounded."""
+    metric, cfg = make_anchor(family_pair, 2).on(batch), dataclasses.replace(family_pair.cfg, terms=terms)
     base, near = (
         jax.tree.map(lambda b, e, far=far: (b + far * (e - b)).astype("bfloat16"), family_pair.base, family_pair.expert)
         for far in (0, 0.2)
     )
     fine = [jax.tree.map(lambda a: a.astype("float32"), params) for params in (base, near)]
-    components = enumerate_components(family_pair.cfg, ("head", "kv_group", "neuron"), range(3))
-    screen = functools.partial(output_linearised, family_pair.cfg, components=components, metric=anchor.on(batch))
-    exact = screen(*fine)
-    assert np.linalg.norm(screen(base, near) - exact) < 0.1 * np.linalg.norm(exact)
-    assert np.abs(screen(base, base)).max() < 1e-5 * np.abs(exact).max()
+    components = enumerate_components(cfg, SWEPT, range(3))
+    exact = screen(family_pair.cfg, *fine, components, metric)
+    got, nothing = (screen(cfg, base, donor, components, metric) for donor in (near, base))
+    for kind in SWEPT:
+        mine = [i for i, c in enumerate(components) if c.kind == kind]
+        assert np.linalg.norm(got[mine] - exact[mine]) < most * np.linalg.norm(exact[mine]), kind
+        assert np.abs(nothing[mine]).max() < 1e-4 * np.abs(exact[mine]).max(), kind
 
 
 def test_shams_are_spread_over_the_layers(one_pair, batch):
