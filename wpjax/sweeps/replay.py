@@ -4,8 +4,8 @@ A component of layer l changes nothing before layer l. So the host runs once and
 patch recomputes only the component's own contribution inside layer l (see `sweeps.rows`), and what comes after it, in
 that layer and the later ones, runs with the host's weights, for all patches x tokens in one matmul, up to the layer
 that the metric reads. There, only the positions that are read are computed; no token is computed twice (see
-`sweeps.packing`). One compiled program a kind
-serves every layer: the layer index is traced. Swap host and donor for knock-out, a component of the base in the expert.
+`sweeps.packing`). One compiled program a kind serves every layer: the layer index is traced. Swap host and donor for
+knock-out, a component of the base in the expert.
 
 The stream is the sum of what everything has written, so the change of a metric is followed from the supplier c through
 every later head and MLP u on the way (METHOD 4; ours):
