@@ -284,8 +284,9 @@ def replay(
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
     tap = None if run.slope is None else Tap(run.slope)
-    entered = cfg, host["blocks"], rows[:, 0], after, metric.layer, packing
-    picked, writes = suffix(*entered, tap, mlp_first=site is Site.RESID_MID)
+    picked, writes = suffix(
+        cfg, host["blocks"], rows[:, 0], after, metric.layer, packing, tap, mlp_first=site is Site.RESID_MID
+    )
     # A vocabulary of logits takes its place for one patch at a time.
     at_once = 1 if metric.readout.reads_logits else len(index)
     n = len(index) if KINDS[kind].in_layer else 1

@@ -8,7 +8,8 @@ norm writes what a module reads); the second linearises in the weights as well. 
 o_c(theta_E, h_E) in place of o_c(theta_E, h_B) the first is attribution patching (AtP, arXiv 2403.00745), the screen of
 activation patching. Gradients screen; what matters is then replaced for real. In bfloat16, and in bfloat16x2 too, a
 gradient is rounded to bfloat16 on its way back through each matrix: in bfloat16x2 output-linearised effects of a kind
-are then within 0.5 % of those of the rounded weights, and weight gradients, each the difference of two, within 3 %.
+are then within 0.5 % of those of the rounded weights, and weight gradients, each the difference of two, within 3 %, on
+the small models of the tests.
 
     integrated          int_0^1 dF/dm_c at m = alpha (1, ..., 1) d alpha               (arXiv 1703.01365)
 
