@@ -12,6 +12,7 @@ from tests.tiny import patched_torch
 from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch, Tokens, behaviour
 from wpjax.components import KINDS, enumerate_components
+from wpjax.models.decoder import block, take_layer
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.sweeps import sweep
@@ -19,7 +20,7 @@ from wpjax.sweeps.exact import exact_changes, make_plan, sham_plan
 from wpjax.sweeps.memory import groups
 from wpjax.sweeps.packing import pack, shared_tokens
 from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.replay import replay, run_packed
+from wpjax.sweeps.replay import replay, run_packed, suffix
 from wpjax.sweeps.screens import output_linearised, weight_gradient, zero_where_unfelt
 
 SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
@@ -200,6 +201,19 @@ def test_a_whole_sweep_runs_in_one_program_a_kind(one_pair, batch):
     for seed in (0, 1):
         sweep(pair, batch, anchor, components=components, seed=seed)
         assert replay._cache_size() == 2
+
+
+def test_at_the_last_layer_only_the_positions_that_are_read_are_computed(one_pair, batch):
+    """By XLA's own count of operations: the MLP after a patched head there, against that MLP at every token."""
+    cfg, blocks, packing = one_pair.cfg, one_pair.base["blocks"], pack(make_anchor(one_pair, 2).on(batch))
+    mid = jnp.zeros((4, packing.n_tokens, cfg.d_model))
+
+    def operations(function):
+        return jax.jit(function).lower(mid).compile().cost_analysis()["flops"]
+
+    read = operations(lambda x: suffix(cfg, blocks, x, jnp.asarray(3), 2, packing, mlp_first=True)[0])
+    everywhere = operations(block(cfg, take_layer(blocks, 2)).feed)
+    assert read < 1.2 * everywhere * packing.at.size / packing.n_tokens < everywhere / 2
 
 
 def test_a_sham_without_rounding_changes_nothing_and_with_it_little(one_pair, batch):
