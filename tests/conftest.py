@@ -15,10 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import PAIR_SPECS, SPECS, HfModel, HfPair, build, build_pair
+from tests.tiny import PAIR_SPECS, SPECS, HfModel, HfPair, as_pair, build, build_pair
 from wpjax.behaviours import PromptBatch, PromptPair, Tokens
-from wpjax.models.checkpoint import load_checkpoint
-from wpjax.pairs import Pair
+from wpjax.pairs import Pair, load_pair
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -43,9 +42,9 @@ def hf_pair(request, tmp_path_factory) -> HfPair:
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pair(hf_pair) -> Pair:
-    """The same two models as ours (without a tokenizer: these tests bring their own tokens)."""
+    """The same two models as ours; where a test file has an `hf_pair` of its own, that one's."""
     return as_pair(hf_pair)
 
 
@@ -61,9 +60,10 @@ def one_pair(tmp_path_factory) -> Pair:
     return as_pair(build_pair("llama-gqa3", tmp_path_factory.mktemp("one")))
 
 
-def as_pair(hf_pair: HfPair) -> Pair:
-    base, expert = (load_checkpoint(str(m.folder)) for m in (hf_pair.base, hf_pair.expert))
-    return Pair(base.cfg, base.params, expert.params, None, base, expert)
+@pytest.fixture(scope="session")
+def tiny_pair() -> Pair:
+    """The embedded base and its expert, which have a tokenizer and speak."""
+    return load_pair("tiny:base", "tiny:expert")
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,6 @@ from wpjax.pairs import load_pair, make_pair
 from wpjax.patching import PatchMask, materialize
 
 
-@pytest.fixture(scope="module")
-def tiny_pair():
-    return load_pair("tiny:base", "tiny:expert")
-
-
 @torch.no_grad()
 def hf_states(model, tokens, speaker, n_response):
     """Hidden state after every block, [L, B, D], one unpadded prompt at a time: at the last prompt token, or the mean

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import as_pair
-from tests.test_sweeps import make_anchor
-from tests.tiny import build_pair
+from tests.helpers import make_anchor
+from tests.tiny import as_pair, build_pair
 from wpjax.components import KINDS, enumerate_components
 from wpjax.metrics import decision_metric, response_metric, scores
 from wpjax.patching import PatchMask
@@ -18,8 +17,8 @@ from wpjax.sweeps.secant import _gate_scores, _log_mean, secant_adjoint, secant_
 
 
 @pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied"])
-def pair(request, tmp_path_factory):
-    return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))
+def hf_pair(request, tmp_path_factory):
+    return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def metrics(pair, batch):

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import as_pair
-from tests.test_metrics import hf_answer, hf_log_p
-from tests.test_sweeps import exact, make_anchor
+from tests.helpers import exact, make_anchor
+from tests.oracles import hf_answer, hf_layers, hf_log_p
 from tests.tiny import build_pair
 from wpjax.components import KINDS, enumerate_components
 from wpjax.errors import ComponentError, WpjaxError
@@ -28,18 +27,12 @@ def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="module")
-def pair(hf_pair):
-    return as_pair(hf_pair)
-
-
 def given(pair, batch, make=response_metric):
     return make_anchor(pair, ANCHOR_LAYER).give(pair, batch, make(pair, batch, N_NEW))
 
 
 def hf_held(model, prompt, answer, vector, target):
     """Log-probabilities of a model whose stream is held along a vector from the last prompt token on."""
-    layers = model.model.layers if hasattr(model, "model") else model.transformer.h
 
     def hook(module, args, out):
         resid = (out[0] if isinstance(out, tuple) else out).clone()
@@ -47,7 +40,7 @@ def hf_held(model, prompt, answer, vector, target):
         resid[:, len(prompt) - 1 :] += (target - late @ vector)[..., None] * vector
         return (resid, *out[1:]) if isinstance(out, tuple) else resid
 
-    handle = layers[ANCHOR_LAYER].register_forward_hook(hook)
+    handle = hf_layers(model)[ANCHOR_LAYER].register_forward_hook(hook)
     log_p = hf_log_p(model, [*prompt, *answer])
     handle.remove()
     return log_p
@@ -61,7 +54,7 @@ def test_a_given_state_equals_hf_torch_with_a_hook(hf_pair, pair, batch):
     expected = []
     for ids, n in zip(tokens.ids, tokens.lengths, strict=True):
         prompt = ids[:n].tolist()
-        answer = hf_answer(hf_pair.expert.model, prompt, pair.stop_tokens)
+        answer = hf_answer(hf_pair.expert.model, prompt, pair.stop_tokens, N_NEW)
         log_p = hf_held(hf_pair.base.model, prompt, answer, vector, target)
         expected.append(np.mean([float(log_p[n - 1 + t, y]) for t, y in enumerate(answer)]))
     got = scores(pair.cfg, pair.base, metric)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import as_pair
-from tests.test_sweeps import make_anchor
+from tests.helpers import make_anchor
+from tests.oracles import hf_layers
 from tests.tiny import build_pair
 from wpjax.components import Component, enumerate_components
 from wpjax.patching import PatchMask, materialize
@@ -24,11 +24,6 @@ LAYER = 1
 @pytest.fixture(scope="module", params=["llama-gqa3", "gpt2-untied"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def pair(hf_pair):
-    return as_pair(hf_pair)
 
 
 def cell(pair, metric, components, weights, inputs, host=None, donor=None):
@@ -68,7 +63,7 @@ class Hooked:
 
     def __init__(self, model):
         self.model = model
-        self.layer, self.next = (model.model.layers if hasattr(model, "model") else model.transformer.h)[LAYER:]
+        self.layer, self.next = hf_layers(model)[LAYER:]
         self.attn = self.layer.self_attn if hasattr(self.layer, "self_attn") else self.layer.attn
         self.out = self.attn.o_proj if hasattr(self.attn, "o_proj") else self.attn.c_proj
 

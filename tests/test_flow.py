@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import as_pair
-from tests.test_sweeps import make_anchor
-from tests.tiny import build_pair, patched_torch
+from tests.helpers import make_anchor
+from tests.oracles import hf_layers
+from tests.tiny import as_pair, build_pair, patched_torch
 from wpjax.components import Component, enumerate_components
 from wpjax.metrics import Metric, decision_metric, kl_metric
 from wpjax.readouts import LogProb
@@ -26,11 +26,6 @@ KINDS = ("head", "kv_group", "neuron", "mlp", "layer", "norm", "embed")
 @pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def pair(hf_pair):
-    return as_pair(hf_pair)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +58,7 @@ def test_rows_sum_to_the_effects(pair, batch, swept):
 def hf_writes(model, batch, vectors):
     """<v, what each head and MLP writes> at the last prompt token, a v a prompt, mean over prompts, by name."""
     llama = hasattr(model, "model")
-    layers = model.model.layers if llama else model.transformer.h
+    layers = hf_layers(model)
     seen: dict[str, torch.Tensor] = {}
     handles = []
     for i, layer in enumerate(layers):

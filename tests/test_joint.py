@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_sweeps import make_anchor
+from tests.helpers import make_anchor
 from wpjax.components import KINDS, enumerate_components
 from wpjax.metrics import answer_metric
 from wpjax.models.decoder import Held, Steer

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.test_sweeps import make_anchor
+from tests.helpers import make_anchor
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.components import KINDS, Component, enumerate_components

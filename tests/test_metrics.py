@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
-from tests.conftest import as_pair
-from tests.test_sweeps import exact, make_anchor
+from tests.helpers import exact, make_anchor
+from tests.oracles import hf_answer, hf_log_p
 from tests.tiny import build_pair, patched_torch
 from wpjax.components import KINDS, MODEL_LAYER, Component, enumerate_components
 from wpjax.errors import MetricRejected, WpjaxError
@@ -27,40 +26,20 @@ def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="module")
-def pair(hf_pair):
-    return as_pair(hf_pair)
-
-
 def all_components(pair):
     """Every component of the model; of neurons, some."""
     every = {kind: enumerate_components(pair.cfg, [kind]) for kind in KINDS}
     return [c for kind, members in every.items() for c in members[:: 7 if kind == "neuron" else 1]]
 
 
-def hf_answer(model, prompt, stop_tokens):
-    """Greedy answer, one whole forward a token."""
-    ids = list(prompt)
-    for _ in range(N_NEW):
-        ids.append(int(hf_log_p(model, ids)[-1].argmax()))
-        if ids[-1] in stop_tokens:
-            break
-    return ids[len(prompt) :]
-
-
-@torch.no_grad()
-def hf_log_p(model, ids):
-    return model(torch.tensor([list(map(int, ids))])).logits[0].log_softmax(-1)
-
-
 def hf_response(hf_pair, model, prompt, stop_tokens):
-    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens)
+    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens, N_NEW)
     log_p = hf_log_p(model, [*prompt, *answer])
     return np.mean([float(log_p[len(prompt) - 1 + t, y]) for t, y in enumerate(answer)])
 
 
 def hf_decision(hf_pair, model, prompt, stop_tokens):
-    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens)
+    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens, N_NEW)
     for t, y in enumerate(answer):
         so_far = [*prompt, *answer[:t]]
         b = int(hf_log_p(hf_pair.base.model, so_far)[-1].argmax())
@@ -71,7 +50,7 @@ def hf_decision(hf_pair, model, prompt, stop_tokens):
 
 
 def hf_kl(hf_pair, model, prompt, stop_tokens):
-    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens)
+    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens, N_NEW)
     log_p, log_q = (hf_log_p(m, [*prompt, *answer[:-1]])[len(prompt) - 1 :] for m in (hf_pair.expert.model, model))
     return -float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import as_pair
-from tests.test_metrics import N_NEW, hf_answer, hf_log_p
-from tests.test_sweeps import make_anchor
+from tests.helpers import make_anchor
+from tests.oracles import hf_answer, hf_log_p
 from tests.tiny import build_pair, patched_torch
 from wpjax.anchors import Anchor, mean_states, read_at
 from wpjax.components import Component, enumerate_components
@@ -22,6 +21,7 @@ from wpjax.sweeps.on_policy import OnPolicy, OnPolicyEngine, Speech
 from wpjax.sweeps.packing import pack
 from wpjax.sweeps.screens import output_linearised
 
+N_NEW = 5
 ANCHOR_LAYER = 1
 KINDS = ("head", "kv_group", "neuron", "norm", "final_norm")
 
@@ -29,11 +29,6 @@ KINDS = ("head", "kv_group", "neuron", "norm", "final_norm")
 @pytest.fixture(scope="module")
 def hf_pair(tmp_path_factory):
     return build_pair("llama-gqa3", tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module")
-def pair(hf_pair):
-    return as_pair(hf_pair)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +60,7 @@ def hf_score(model, batch, vector, stop_tokens):
     """The stream along the anchor at every token of the model's own answer, and the answers."""
     values, answers = [], []
     for ids, n in zip(batch.with_instruction.ids, batch.with_instruction.lengths, strict=True):
-        answer = hf_answer(model, ids[:n].tolist(), stop_tokens)
+        answer = hf_answer(model, ids[:n].tolist(), stop_tokens, N_NEW)
         full = torch.tensor([[*map(int, ids[:n]), *answer]])
         states = model(full, output_hidden_states=True).hidden_states[ANCHOR_LAYER + 1]
         values.append(float((states[0, n:] @ vector).mean()))

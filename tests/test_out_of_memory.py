@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_sweeps import exact, make_anchor, make_anchor_of
+from tests.helpers import exact, make_anchor, make_anchor_of
 from wpjax.behaviours import Tokens
 from wpjax.components import enumerate_components
 from wpjax.errors import WpjaxError

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from tests.oracles import hf_sites
 from tests.tiny import build
 from wpjax.errors import WpjaxError
 from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
@@ -13,34 +14,6 @@ from wpjax.models.decoder import Site, forward
 from wpjax.models.generate import generate
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 24))
-
-
-def hf_sites(model, tokens):
-    """Every site of HF's decoder layers by forward hooks: the stream and what the two modules read of it."""
-    pre, mid, post, attn_input, mlp_input = [], [], [], [], []
-    llama = model.config.model_type == "llama"
-    layers = model.model.layers if llama else model.transformer.h
-    hooks = []
-    for layer in layers:
-        attn_norm = layer.input_layernorm if llama else layer.ln_1
-        mlp_norm = layer.post_attention_layernorm if llama else layer.ln_2
-        hooks += [
-            layer.register_forward_pre_hook(
-                lambda m, a, k: pre.append(a[0] if a else k["hidden_states"]), with_kwargs=True
-            ),
-            attn_norm.register_forward_hook(lambda m, a, out: attn_input.append(out)),
-            mlp_norm.register_forward_pre_hook(lambda m, a: mid.append(a[0])),
-            mlp_norm.register_forward_hook(lambda m, a, out: mlp_input.append(out)),
-            layer.register_forward_hook(lambda m, a, out: post.append(out[0] if isinstance(out, tuple) else out)),
-        ]
-    with torch.no_grad():
-        logits = model(torch.tensor(tokens)).logits
-    for hook in hooks:
-        hook.remove()
-    return logits.numpy(), {
-        site: torch.stack(found).numpy()
-        for site, found in zip(Site, (pre, attn_input, mid, mlp_input, post), strict=True)
-    }
 
 
 def test_logits_and_every_residual_site_equal_hf(hf_model):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import make_anchor
 from tests.tiny import patched_torch
 from wpjax.anchors import Anchor
 from wpjax.components import KINDS, LEAVES, Component, enumerate_components, gate_shapes
@@ -134,13 +135,8 @@ def scored(pair, anchor, batch):
     return lambda mask: anchor.score(pair.cfg, patch(pair.base, pair.expert, mask), batch)
 
 
-def anchor_at(pair, layer):
-    v = np.random.default_rng(0).standard_normal(pair.cfg.d_model).astype(np.float32)
-    return Anchor(jnp.asarray(v / np.linalg.norm(v)), layer)
-
-
 def test_vmap_over_masks_equals_one_at_a_time_and_shares_the_weights(pair, batch):
-    anchor = anchor_at(pair, 2)
+    anchor = make_anchor(pair, 2)
     masks = [random_mask(pair.cfg, seed) for seed in range(16)]
     stacked = jax.tree.map(lambda *gates: jnp.stack(gates), *masks)
     score = scored(pair, anchor, batch)
@@ -169,7 +165,7 @@ def test_vmap_over_masks_takes_no_memory_for_weights(batch):
 
 def test_gradient_equals_finite_differences(family_pair, batch):
     pair = family_pair
-    anchor = anchor_at(pair, 2)
+    anchor = make_anchor(pair, 2)
     total = jax.jit(lambda mask: scored(pair, anchor, batch)(mask).sum())
     mask = random_mask(pair.cfg, 3).astype(jnp.float32)
     mask = jax.tree.map(lambda gate: 0.25 + 0.5 * gate, mask)
@@ -190,7 +186,7 @@ def test_gradient_equals_the_exact_effect_where_the_model_is_linear_in_the_patch
     """Output weights of the anchor's own layer enter the score linearly: slope and difference are one number."""
     pair = family_pair
     layer = 1
-    anchor = anchor_at(pair, layer)
+    anchor = make_anchor(pair, layer)
     only_out = dict(flatten(pair.base))
     only_out["blocks/mlp/W_out"] = flatten(pair.expert)["blocks/mlp/W_out"]
     from wpjax.models.convert import unflatten

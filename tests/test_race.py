@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.test_sweeps import make_anchor
+from tests.helpers import make_anchor
 from wpjax.behaviours import behaviour
 from wpjax.components import enumerate_components
 from wpjax.pairs import load_pair, planted_components

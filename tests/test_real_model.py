@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.smollm2.fetch import fetch
-from tests.test_parity import hf_sites
+from tests.oracles import hf_sites
 from wpjax.behaviours import behaviour, render
 from wpjax.models.checkpoint import load_checkpoint
 from wpjax.models.decoder import Site, forward

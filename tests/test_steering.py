@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.oracles import hf_layers
 from tests.tiny import build
 from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import behaviour
@@ -15,21 +16,14 @@ from wpjax.metrics import answer_metric, scores
 from wpjax.models.checkpoint import load_checkpoint
 from wpjax.models.decoder import Steer
 from wpjax.models.generate import Generation, generate
-from wpjax.pairs import load_pair
 from wpjax.steering import MAX_EXCESS_NLL, Judge, SteeringTest, check_behaviour_differs
 
 N_NEW = 6
 
 
-@pytest.fixture(scope="module")
-def tiny_pair():
-    return load_pair("tiny:base", "tiny:expert")
-
-
 @torch.no_grad()
 def hf_steered(model, prompt, layer, read, write, target):
     """Greedy tokens, one whole forward each, a hook moving the stream from the last prompt token on."""
-    layers = model.model.layers if hasattr(model, "model") else model.transformer.h
 
     def hook(module, args, out):
         resid = out[0] if isinstance(out, tuple) else out
@@ -38,7 +32,7 @@ def hf_steered(model, prompt, layer, read, write, target):
         moved[:, len(prompt) - 1 :] += (target - late @ read)[..., None] * write
         return (moved, *out[1:]) if isinstance(out, tuple) else moved
 
-    handle = layers[layer].register_forward_hook(hook)
+    handle = hf_layers(model)[layer].register_forward_hook(hook)
     ids = list(prompt)
     for _ in range(N_NEW):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import exact, make_anchor
+from tests.oracles import hf_layers
 from tests.tiny import patched_torch
-from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch, Tokens, behaviour
 from wpjax.components import KINDS, enumerate_components
 from wpjax.models.decoder import block, take_layer
@@ -24,30 +25,6 @@ from wpjax.sweeps.replay import replay, run_packed, suffix
 from wpjax.sweeps.screens import output_linearised, weight_gradient, zero_where_unfelt
 
 SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
-
-
-def make_anchor(pair, layer) -> Anchor:
-    return make_anchor_of(pair.cfg, layer)
-
-
-def make_anchor_of(cfg, layer) -> Anchor:
-    v = np.random.default_rng(0).standard_normal(cfg.d_model).astype(np.float32)
-    return Anchor(jnp.asarray(v / np.linalg.norm(v)), layer)
-
-
-def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=None, plan=None):
-    """Changes [C, B] by suffix replay."""
-    metric = anchor.on(batch) if isinstance(anchor, Anchor) else anchor
-    packing = pack(metric)
-    plan = make_plan(pair.cfg, components, packing, budget) if plan is None else plan
-    runs = run_packed(pair.cfg, pair.base, metric, packing), None
-    donor = pair.expert if donor is None else donor
-    found = {}
-    args = (pair.cfg, pair.base, donor, runs, metric, packing, plan)
-    for chunk, delta, _ in exact_changes(*args, jitter_seed=jitter_seed):
-        found |= dict(zip(chunk.components, delta, strict=True))
-    return np.stack([found[c] for c in components])
-
 
 ATTENTION_DIFFERS = ("llama-mha", "llama-mqa", "llama-tied", "gpt2-untied")
 """Architectures that others of the table cover but for their heads and embeddings."""
@@ -90,8 +67,8 @@ def test_suffix_replay_equals_the_materialised_patch(pair, batch, swept):
 @torch.no_grad()
 def hf_resid_post(model, prompt, layer):
     """By a hook: the last of HF's own hidden states is normed."""
-    layers, kept = model.model.layers if hasattr(model, "model") else model.transformer.h, []
-    handle = layers[layer].register_forward_hook(lambda module, args, out: kept.append(out))
+    kept = []
+    handle = hf_layers(model)[layer].register_forward_hook(lambda module, args, out: kept.append(out))
     model(prompt)
     handle.remove()
     return kept[0][0] if isinstance(kept[0], tuple) else kept[0]

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import transformers
 
+from wpjax.models.checkpoint import load_checkpoint
+from wpjax.pairs import Pair
+
 LLAMA = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -124,6 +127,12 @@ def build_pair(name: str, folder: Path, strength: float = 0.3) -> HfPair:
             p.add_(strength * (q - p))
     expert.save_pretrained(folder / "expert")
     return HfPair(name, base, HfModel(name, expert, folder / "expert"))
+
+
+def as_pair(hf_pair: HfPair) -> Pair:
+    """The two models as ours, without a tokenizer: tests of random models bring their own tokens."""
+    base, expert = (load_checkpoint(str(m.folder)) for m in (hf_pair.base, hf_pair.expert))
+    return Pair(base.cfg, base.params, expert.params, None, base, expert)
 
 
 def slices(model: Any, component: Any) -> dict[str, Any]:

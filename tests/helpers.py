@@ -1,0 +1,34 @@
+"""Anchors, and effects by suffix replay, that several test files need."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from wpjax.anchors import Anchor
+from wpjax.sweeps.exact import exact_changes, make_plan
+from wpjax.sweeps.packing import pack
+from wpjax.sweeps.replay import run_packed
+
+
+def make_anchor(pair, layer) -> Anchor:
+    """A random unit direction in the stream after a layer of the pair's models; the same one every time."""
+    return make_anchor_of(pair.cfg, layer)
+
+
+def make_anchor_of(cfg, layer) -> Anchor:
+    """As `make_anchor`, for models of which there is only the configuration."""
+    v = np.random.default_rng(0).standard_normal(cfg.d_model).astype(np.float32)
+    return Anchor(jnp.asarray(v / np.linalg.norm(v)), layer)
+
+
+def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=None, plan=None):
+    """Changes [C, B] by suffix replay, in the order of `components`; `anchor` may be any metric."""
+    metric = anchor.on(batch) if isinstance(anchor, Anchor) else anchor
+    packing = pack(metric)
+    plan = make_plan(pair.cfg, components, packing, budget) if plan is None else plan
+    runs = run_packed(pair.cfg, pair.base, metric, packing), None
+    donor = pair.expert if donor is None else donor
+    found = {}
+    args = (pair.cfg, pair.base, donor, runs, metric, packing, plan)
+    for chunk, delta, _ in exact_changes(*args, jitter_seed=jitter_seed):
+        found |= dict(zip(chunk.components, delta, strict=True))
+    return np.stack([found[c] for c in components])
