@@ -34,7 +34,7 @@ def test_three_devices():
 def sweep_over_three():
     """Every device runs a third of each chunk, and asks nothing of the others."""
     assert len(jax.local_devices()) == 3
-    divided, checked = exact._divided, []
+    divided, checked = exact.divided_replay, []
 
     def watched(spread, cfg, kind, **options):
         program = divided(spread, cfg, kind, **options)
@@ -49,7 +49,7 @@ def sweep_over_three():
 
         return run
 
-    exact._divided = watched
+    exact.divided_replay = watched
     rng = np.random.default_rng(0)
     vector = jnp.asarray(rng.standard_normal(CFG.d_model), jnp.float32)
     said = jnp.asarray(rng.integers(0, 61, (4, 1)))

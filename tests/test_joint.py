@@ -13,7 +13,7 @@ from wpjax.metrics import answer_metric
 from wpjax.models.decoder import Held, Steer
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask
-from wpjax.sweeps.joint import _scores_of_sets, scores_of_sets, touched
+from wpjax.sweeps.joint import scores_at_once, scores_of_sets, touched
 from wpjax.sweeps.masks import random_masks
 from wpjax.sweeps.reference import patched_score
 
@@ -129,9 +129,9 @@ def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch
         sizes.append(len(gates["head"]))
         if sizes[-1] > 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
-        return _scores_of_sets(cfg, host, donor, gates, *args)
+        return scores_at_once(cfg, host, donor, gates, *args)
 
-    monkeypatch.setattr("wpjax.sweeps.joint._scores_of_sets", small)
+    monkeypatch.setattr("wpjax.sweeps.joint.scores_at_once", small)
     with pytest.warns(UserWarning, match="out of memory: joint patches go on 2 at a time"):
         got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
     np.testing.assert_allclose(got, one_by_one(pair, masks, metric), atol=2e-5)

@@ -9,8 +9,8 @@ from wpjax.behaviours import Tokens
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import abstract_params
-from wpjax.pairs import _squared_change
-from wpjax.patching import PatchMask, _dealt
+from wpjax.pairs import squared_change
+from wpjax.patching import PatchMask, deal_out
 from wpjax.readouts import Along
 from wpjax.sweeps.screens import _output_linearised, _weight_gradient
 from wpjax.sweeps.secant import _gate_scores
@@ -61,10 +61,10 @@ def test_gradients_keep_no_layer_of_weights(program):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_null_model_is_dealt_out_without_copies(axis):
     leaf, order = jax.ShapeDtypeStruct((3, 256, 256), jnp.bfloat16), jax.ShapeDtypeStruct((3, 256), jnp.int32)
-    assert temporary(lambda axis, *leaves: _dealt(*leaves, axis), axis, leaf, leaf, order) < leaf.size / 10
+    assert temporary(lambda axis, *leaves: deal_out(*leaves, axis), axis, leaf, leaf, order) < leaf.size / 10
 
 
 @pytest.mark.parametrize("over", [(), (1,), (2,), (1, 2)])
 def test_changes_are_summed_without_copies(over):
     leaf = jax.ShapeDtypeStruct((3, 256, 256), jnp.bfloat16)
-    assert temporary(lambda over, *leaves: _squared_change(*leaves, over), over, leaf, leaf) < leaf.size / 10
+    assert temporary(lambda over, *leaves: squared_change(*leaves, over), over, leaf, leaf) < leaf.size / 10

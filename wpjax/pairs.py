@@ -110,15 +110,24 @@ class Pair:
             keep = {0} if stacked else set()
             keep |= {axis + stacked} if axis is not None else set()
             rest = tuple(i for i in range(leaf.ndim) if i not in keep)
-            square = _squared_change(leaf, theirs[path], rest)
+            square = squared_change(leaf, theirs[path], rest)
             squares[gate] = np.asarray(squares.get(gate, 0.0) + np.asarray(square, np.float64))
         by_kind = {kind: _component_sums(squares, kind) for kind in {c.kind for c in components}}
         return np.sqrt([by_kind[c.kind][max(c.layer, 0)][c.index] for c in components])
 
 
 @functools.partial(jax.jit, static_argnames="over")
-def _squared_change(base: Array, expert: Array, over: tuple[int, ...]) -> Array:
-    """Sum of squares of a leaf's change over some of its axes, in one step: nothing is kept in float32."""
+def squared_change(base: Array, expert: Array, over: tuple[int, ...]) -> Array:
+    """Sum of squares of a leaf's change over some of its axes, in one program: no copy of it is kept in float32.
+
+    Args:
+        base: a leaf of the base.
+        expert: the same leaf of the expert.
+        over: axes that are summed over.
+
+    Returns:
+        float32, of the axes that are left.
+    """
     return jnp.square(expert.astype(jnp.float32) - base.astype(jnp.float32)).sum(over)
 
 

@@ -211,14 +211,21 @@ def permuted(base: Params, expert: Params, seed: int = 0) -> Params:
         shape = (host.shape[0], host.shape[axis + 1])
         if gate not in orders:  # one order for all leaves of a gate: a change stays whole
             orders[gate] = jnp.asarray(np.stack([rng.permutation(shape[1]) for _ in range(shape[0])]))
-        return _dealt(host, donor, orders[gate], axis)
+        return deal_out(host, donor, orders[gate], axis)
 
     return unflatten({path: deal(path, leaf, theirs[path]) for path, leaf in ours.items()})
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def _dealt(host: Array, donor: Array, order: Int[Array, "L n"], axis: int) -> Array:
-    """One stacked leaf with the changes of its channels in another order, in one step: nothing is kept in float32."""
+def deal_out(host: Array, donor: Array, order: Int[Array, "L n"], axis: int) -> Array:
+    """One stacked leaf with the changes of its channels in another order, in one program: no copy is kept in float32.
+
+    Args:
+        host: the base's leaf, layers first.
+        donor: the expert's.
+        order: layer by layer, whose change each channel gets.
+        axis: of the channels, in one layer's leaf.
+    """
 
     def dealt(leaf: Array) -> Array:
         return jax.vmap(lambda a, to: jnp.take(a, to, axis=axis))(leaf, order).astype(jnp.float32)

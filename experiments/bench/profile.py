@@ -119,11 +119,11 @@ def of_sets(pair: Pair, metric: Metric, repeats: int, n_sets: int = 32) -> dict[
     """A batch of sets of few channels, and as many plain forward passes."""
     packing, masks = pack(metric), batches_of_sets(pair, metric, n_sets)[SETS]
     run = functools.partial(scores_of_sets, pair.cfg, pair.base, pair.expert, masks, metric)
-    calls = called(joint, "_scores_of_sets", run)
+    calls = called(joint, "scores_at_once", run)
     together = len(next(iter(calls[0][3].values())))
     args = (pair.cfg, pair.base, jnp.tile(jnp.asarray(packing.ids), (together, 1)), packing, metric.layer + 1)
     plain = plain_forward.lower(*args).compile()
-    program = joint._scores_of_sets.lower(*calls[0]).compile()
+    program = joint.scores_at_once.lower(*calls[0]).compile()
     return {
         "what": f"{n_sets} of them, {together} at once",
         "plain forward passes": profiled(lambda: [plain_forward(*args) for _ in calls], plain, repeats),

@@ -209,7 +209,7 @@ def exact_changes(
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
         if spread.n_devices == 1:
             return replay(cfg, chunk.kind, *shared, where, moved, *split, **options)
-        return _divided(spread, cfg, chunk.kind, **options)(*shared, where, moved, *split)
+        return divided_replay(spread, cfg, chunk.kind, **options)(*shared, where, moved, *split)
 
     def collect(chunk: Chunk, made: list[Replayed]) -> Changes:
         changes = [np.asarray(change, np.float64) for change, _ in made]
@@ -254,8 +254,19 @@ def exact_changes(
 
 
 @functools.cache
-def _divided(spread: Spread, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
-    """`replay` with the patches divided among devices."""
+def divided_replay(spread: Spread, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
+    """`replay` with the patches divided among devices, a program of what it takes after `cfg` and `kind`.
+
+    Args:
+        spread: the devices.
+        cfg: the model.
+        kind: of the components.
+        options: of `replay`: `weights`, `inputs` and `with_reference`.
+
+    Returns:
+        a compiled function of host, donor, runs, metric, packing, layer and step, of which each device has a copy, and
+        of the components' indices and seeds, which are divided: their number must be a multiple of the devices.
+    """
     return jax.jit(spread.divide(functools.partial(replay, cfg, kind, **options), 7, 2))
 
 

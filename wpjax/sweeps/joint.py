@@ -104,7 +104,7 @@ def _confined(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _scores_of_sets(
+def scores_at_once(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
@@ -114,6 +114,19 @@ def _scores_of_sets(
     metric: Metric,
     packing: Packing | None,
 ) -> Float[Array, "M B"]:
+    """One batch of `scores_of_sets`: the metric of each prompt with each of M sets, in one program.
+
+    Args:
+        cfg: the model.
+        host: parameters that receive the patches.
+        donor: parameters that the components come from.
+        gates: gate -> the M sets' masks, stacked along a leading axis; gates that are absent are closed.
+        few: gate -> the channels that the sets together open, for gates of which they are few (`touched`).
+        used: gate -> the layers in which any of the sets opens anything.
+        metric: what is measured.
+        packing: of its prompts; None where the model is held at a state, which needs every prompt in a row of its own.
+    """
+
     def patched(mask: Mapping[str, Array]) -> PatchedParams:
         return _confined(patch(host, donor, PatchMask(mask)), few, used)
 
@@ -188,7 +201,7 @@ def scores_of_sets(
             here = {name: gate[sets] for name, gate in gates.items()}
             few = {name: opened for name in layered if (opened := touched(here[name])) is not None}
             used = {name: here[name].any((0, 2)) for name in layered}
-            return _scores_of_sets(cfg, host, donor, here, few, used, some, packing)
+            return scores_at_once(cfg, host, donor, here, few, used, some, packing)
 
         return in_parts(len(masks), most, score, what="joint patches", fits=fits).T
 
