@@ -173,7 +173,7 @@ class Curves:
 
 def _share_bounds(
     moved: Float[np.ndarray, "*n N"], gaps: Float[np.ndarray, " N"], tails: tuple[float, float]
-) -> Float[np.ndarray, "2 *n"]:
+) -> Float[np.ndarray, " 2 *n"]:
     """Interval of a share from resamples; those that hold no prompt which tells base from expert have none."""
     some = gaps > 0
     if not some.any():

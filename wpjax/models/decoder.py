@@ -56,8 +56,8 @@ class Scale(NamedTuple):
         neurons: of each neuron before W_out.
     """
 
-    heads: Float[Array, "L #B H"] | None
-    neurons: Float[Array, "L #B F"] | None
+    heads: Float[Array, " L #B H"] | None
+    neurons: Float[Array, " L #B F"] | None
 
 
 class Steer(NamedTuple):
@@ -216,7 +216,7 @@ def forward(
     sites: tuple[Site, ...] = (),
     stop: int | None = None,
     logits: bool = True,
-    add: dict[Site, Float[Array, "L #B #T D"]] | None = None,
+    add: dict[Site, Float[Array, " L #B #T D"]] | None = None,
     scale: Scale | None = None,
     held: Held | None = None,
 ) -> Output:

@@ -191,7 +191,7 @@ def suffix(
         out, added = jax.tree.map(lambda a: a[None], one(x[0])) if n_groups == 1 else jax.lax.map(one, x)
         return out, None if writes is None else writes.at[..., layer, :].set(added)
 
-    def flat(x: Float[Array, "G g *n"]) -> Float[Array, "N *n"]:
+    def flat(x: Float[Array, "G g *n"]) -> Float[Array, " N *n"]:
         return x.reshape(-1, *x.shape[2:])[: len(resid)]
 
     writes = None
