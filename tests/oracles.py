@@ -1,13 +1,23 @@
 """What the same models say in HF torch, the independent truth that several test files compare with."""
 
+import dataclasses
+import sys
+
 import torch
 
-from wpjax.models.decoder import Site
+from wpjax.models.sites import Site
 
 
 def hf_layers(model):
-    """The decoder layers of an HF model of either family, in order."""
-    return model.model.layers if hasattr(model, "model") else model.transformer.h
+    """The decoder layers of an HF model, in order."""
+    inner = getattr(model, model.base_model_prefix)
+    return inner.layers if hasattr(inner, "layers") else inner.h
+
+
+def hf_final_norm(model):
+    """The norm before the unembedding."""
+    inner = getattr(model, model.base_model_prefix)
+    return next(getattr(inner, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(inner, name))
 
 
 @torch.no_grad()
@@ -26,28 +36,89 @@ def hf_answer(model, prompt, stop_tokens, n_new):
     return ids[len(prompt) :]
 
 
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Where a family's modules stand in a layer of HF torch; a norm that it does not have is empty.
+
+    Attributes:
+        norm_attn: makes what attention reads.
+        w_o: the projection of all heads.
+        norm_mlp: makes what the MLP reads.
+        mlp: the MLP.
+        w_out: the projection of all neurons.
+        norm_attn_out: makes what attention adds to the stream.
+        norm_mlp_out: makes what the MLP adds to it.
+    """
+
+    norm_attn: str
+    w_o: str
+    norm_mlp: str
+    mlp: str
+    w_out: str
+    norm_attn_out: str = ""
+    norm_mlp_out: str = ""
+
+
+NAMES = {
+    "llama": Names("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp", "mlp.down_proj"),
+    "gpt2": Names("ln_1", "attn.c_proj", "ln_2", "mlp", "mlp.c_proj"),
+    "gemma2": Names("input_layernorm", "self_attn.o_proj", "pre_feedforward_layernorm", "mlp", "mlp.down_proj",
+                    "post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt_neox": Names("input_layernorm", "attention.dense", "post_attention_layernorm", "mlp", "mlp.dense_4h_to_h"),
+}  # fmt: skip
+
+
 def hf_sites(model, tokens):
-    """Every site of HF's decoder layers by forward hooks: the stream and what the two modules read of it."""
-    pre, mid, post, attn_input, mlp_input = [], [], [], [], []
-    llama = model.config.model_type == "llama"
-    hooks = []
-    for layer in hf_layers(model):
-        attn_norm = layer.input_layernorm if llama else layer.ln_1
-        mlp_norm = layer.post_attention_layernorm if llama else layer.ln_2
-        hooks += [
+    """Logits, and what passes at every site of HF's decoder layers, [L, B, T, ...].
+
+    By forward hooks, and by a spy on the function that all families call for attention.
+    """
+    names, layers, seen, handles = NAMES[model.config.model_type], hf_layers(model), {}, []
+
+    def keep(site, value):
+        seen.setdefault(site, []).append(value.detach())
+
+    def spy(module, query, key, value, *args, **kwargs):
+        for site, x in ((Site.Q, query), (Site.K, key), (Site.V, value)):
+            keep(site, x.transpose(1, 2))
+        return eager(module, query, key, value, *args, **kwargs)
+
+    def hook(layer, name, read=None, made=None):
+        if not name:
+            return
+        module = layer.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(lambda m, a: keep(read, a[0]) if read else None))
+        handles.append(module.register_forward_hook(lambda m, a, out: keep(made, out) if made else None))
+
+    for layer in layers:
+        handles += [
             layer.register_forward_pre_hook(
-                lambda m, a, k: pre.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+                lambda m, a, k: keep(Site.RESID_PRE, a[0] if a else k["hidden_states"]), with_kwargs=True
             ),
-            attn_norm.register_forward_hook(lambda m, a, out: attn_input.append(out)),
-            mlp_norm.register_forward_pre_hook(lambda m, a: mid.append(a[0])),
-            mlp_norm.register_forward_hook(lambda m, a, out: mlp_input.append(out)),
-            layer.register_forward_hook(lambda m, a, out: post.append(out[0] if isinstance(out, tuple) else out)),
+            layer.register_forward_hook(
+                lambda m, a, out: keep(Site.RESID_POST, out[0] if isinstance(out, tuple) else out)
+            ),
         ]
-    with torch.no_grad():
-        logits = model(torch.tensor(tokens)).logits
-    for hook in hooks:
-        hook.remove()
-    return logits.numpy(), {
-        site: torch.stack(found).numpy()
-        for site, found in zip(Site, (pre, attn_input, mid, mlp_input, post), strict=True)
-    }
+        hook(layer, names.norm_attn, made=Site.ATTN_INPUT)
+        hook(layer, names.w_o, Site.Z, Site.ATTN_PROJ)
+        hook(layer, names.norm_attn_out, made=Site.ATTN_OUT)
+        hook(layer, names.norm_mlp, Site.RESID_MID, Site.MLP_INPUT)
+        hook(layer, names.w_out, Site.NEURON, Site.MLP_PROJ)
+        hook(layer, names.norm_mlp_out, made=Site.MLP_OUT)
+    modeling = sys.modules[type(model).__module__]
+    eager = modeling.eager_attention_forward
+    modeling.eager_attention_forward = spy
+    try:
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens)).logits
+    finally:
+        modeling.eager_attention_forward = eager
+        for handle in handles:
+            handle.remove()
+    found = {site: torch.stack(values).numpy() for site, values in seen.items()}
+    found[Site.Z] = found[Site.Z].reshape(found[Site.Q].shape)
+    for site, proj in ((Site.ATTN_OUT, Site.ATTN_PROJ), (Site.MLP_OUT, Site.MLP_PROJ)):
+        found.setdefault(site, found[proj])
+    if getattr(model.config, "use_parallel_residual", False):  # its MLP reads the stream that enters
+        found[Site.RESID_MID] = found[Site.RESID_PRE] + found[Site.ATTN_OUT]
+    return logits.numpy(), found

@@ -11,12 +11,13 @@ from tests.helpers import make_anchor
 from tests.tiny import as_pair, build_pair
 from wpjax.components import KINDS, enumerate_components
 from wpjax.metrics import decision_metric, response_metric, scores
+from wpjax.models.secant import logarithmic_mean
 from wpjax.patching import PatchMask
 from wpjax.sweeps.screens import gate_slopes, integrated_gradients, weight_gradient
-from wpjax.sweeps.secant import _gate_scores, _log_mean, secant_adjoint, secant_change
+from wpjax.sweeps.secant import secant_adjoint, secant_change, secant_scores
 
 
-@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied"])
+@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma2", "gpt-neox"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -40,13 +41,13 @@ def test_the_logarithmic_mean_of_probabilities_far_apart():
     """(b - a) / (log b - log a), symmetric; e^-120 and e^-1, equal ones, and nearly equal ones."""
     a, b = jnp.array([-120.0, -1.0, -2.0, -2.0]), jnp.array([-1.0, -120.0, -2.0, -2.00001])
     expected = [np.exp(-1) / 119, np.exp(-1) / 119, np.exp(-2), np.exp(-2.000005)]
-    np.testing.assert_allclose(_log_mean(a, b), expected, rtol=1e-5)
+    np.testing.assert_allclose(logarithmic_mean(a, b), expected, rtol=1e-5)
 
 
 def test_secant_scores_of_all_gates_sum_to_the_gap_of_each_prompt(pair, batch):
     for metric in metrics(pair, batch):
         assert np.abs(gap(pair, metric)).max() > 0.1
-        by_gate = _gate_scores(pair.cfg, pair.base, pair.expert, metric)
+        by_gate = secant_scores(pair.cfg, pair.base, pair.expert, metric)
         np.testing.assert_allclose(total(by_gate), gap(pair, metric), atol=1e-4, err_msg=metric.name)
 
 

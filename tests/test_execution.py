@@ -16,7 +16,7 @@ from wpjax.metrics import kl_metric, response_metric, scores
 from wpjax.sweeps import sweep
 from wpjax.sweeps.reference import reference_changes
 from wpjax.sweeps.screens import output_linearised, weight_gradient
-from wpjax.sweeps.secant import _gate_scores
+from wpjax.sweeps.secant import secant_scores
 
 N_NEW = 5
 ANCHOR_LAYER = 1
@@ -87,7 +87,7 @@ def test_estimators_know_of_the_given_state(pair, batch):
     for screen in (output_linearised, weight_gradient):
         got = screen(pair.cfg, pair.base, near, components, metric)
         assert np.abs(got - effect).max() < 0.06 * np.abs(effect).max(), screen.__name__
-    by_gate = _gate_scores(pair.cfg, pair.base, pair.expert, metric)
+    by_gate = secant_scores(pair.cfg, pair.base, pair.expert, metric)
     total = sum(np.asarray(v, np.float64).reshape(len(batch), -1).sum(1) for v in by_gate.values())
     gap = scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)
     np.testing.assert_allclose(total, gap, atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import make_anchor
-from tests.oracles import hf_layers
+from tests.oracles import NAMES, hf_final_norm, hf_layers
 from tests.tiny import as_pair, build_pair, patched_torch
 from wpjax.components import Component, enumerate_components
 from wpjax.metrics import Metric, decision_metric, kl_metric
@@ -23,7 +23,7 @@ ANCHOR_LAYER = 2
 KINDS = ("head", "kv_group", "neuron", "mlp", "layer", "norm", "embed")
 
 
-@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied"])
+@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma2", "gpt-neox"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -55,37 +55,58 @@ def test_rows_sum_to_the_effects(pair, batch, swept):
 
 
 @torch.no_grad()
-def hf_writes(model, batch, vectors):
-    """<v, what each head and MLP writes> at the last prompt token, a v a prompt, mean over prompts, by name."""
-    llama = hasattr(model, "model")
-    layers = hf_layers(model)
-    seen: dict[str, torch.Tensor] = {}
-    handles = []
-    for i, layer in enumerate(layers):
+def hf_written(model, batch):
+    """At the last token of each prompt, of every layer: what heads write (before W_O), all of them together, and what
+    the MLP adds to the stream.
+    """
+    names, tokens, handles, seen = NAMES[model.config.model_type], batch.with_instruction, [], []
 
-        def before(module, args, i=i):
-            seen[f"{i}.z"] = args[0][0, -1]
+    def keep_heads(module, args, out):
+        seen[-1].append([args[0][0, -1], out[0, -1]])
 
-        def after(module, args, out, i=i):
-            seen[f"{i}.mlp"] = out[0, -1]
+    def keep_mlp(module, args, out):
+        seen[-1][-1].append(out[0, -1])
 
-        projection = layer.self_attn.o_proj if llama else layer.attn.c_proj
-        handles += [projection.register_forward_pre_hook(before), layer.mlp.register_forward_hook(after)]
-    tokens, found = batch.with_instruction, []
-    for ids, n, vector in zip(tokens.ids, tokens.lengths, vectors, strict=True):
+    for layer in hf_layers(model):
+        handles.append(layer.get_submodule(names.w_o).register_forward_hook(keep_heads))
+        handles.append(layer.get_submodule(names.norm_mlp_out or names.mlp).register_forward_hook(keep_mlp))
+    for ids, n in zip(tokens.ids, tokens.lengths, strict=True):
+        seen.append([])
         model(torch.tensor(ids[:n])[None])
-        writes = {}
-        for i, layer in enumerate(layers):
-            w_o = layer.self_attn.o_proj.weight if llama else layer.attn.c_proj.weight.T  # [D, H Dh]
-            z, n_heads = seen[f"{i}.z"], model.config.num_attention_heads
-            for h in range(n_heads):
-                part = slice(h * len(z) // n_heads, (h + 1) * len(z) // n_heads)
-                writes[f"L{i}.head.{h}"] = float((w_o[:, part] @ z[part]) @ vector)
-            writes[f"L{i}.mlp"] = float(seen[f"{i}.mlp"] @ vector)
-        found.append(writes)
     for handle in handles:
         handle.remove()
-    return {name: np.mean([w[name] for w in found]) for name in found[0]}
+    return seen
+
+
+def through_the_norm(norm, before, after, slope):
+    """The slope by what a post-norm reads, from that by what it makes, between two values: by hand.
+
+    n(r) = (1 + w) r / s, s^2 = mean(r^2) + eps:  n' - n = (1 + w) [(1/s + 1/s') I / 2 - (r + r')(r + r')^T /
+    (2 d s s' (s + s'))] (r' - r), and the matrix in brackets is symmetric.
+    """
+    s, after_s = ((r.square().mean() + norm.eps).sqrt() for r in (before, after))
+    both, slope = before + after, (1 + norm.weight) * slope
+    shrunk = both * (both @ slope) / (2 * len(both) * s * after_s * (s + after_s))
+    return (1 / s + 1 / after_s) / 2 * slope - shrunk
+
+
+@torch.no_grad()
+def hf_flow(model, before, after, vectors):
+    """How far what each head and MLP adds to the stream moves along a vector a prompt, mean over prompts, by name."""
+    names, total = NAMES[model.config.model_type], {}
+    for prompt, others, vector in zip(before, after, vectors, strict=True):
+        for i, (layer, one, other) in enumerate(zip(hf_layers(model), prompt, others, strict=True)):
+            slope = vector
+            if names.norm_attn_out:
+                slope = through_the_norm(layer.get_submodule(names.norm_attn_out), one[1], other[1], vector)
+            w_o = layer.get_submodule(names.w_o).weight
+            along = slope @ (w_o.T if model.config.model_type == "gpt2" else w_o)  # [H Dh]
+            parts = ((other[0] - one[0]) * along).reshape(model.config.num_attention_heads, -1).sum(1).tolist()
+            moved = {f"L{i}.head.{h}": x for h, x in enumerate(parts)} | {
+                f"L{i}.mlp": float((other[2] - one[2]) @ vector)
+            }
+            total |= {name: total.get(name, 0.0) + x / len(before) for name, x in moved.items()}
+    return total
 
 
 def test_flow_equals_hf_torch_with_hooks(hf_pair, pair, batch, swept):
@@ -97,17 +118,18 @@ def test_flow_equals_hf_torch_with_hooks(hf_pair, pair, batch, swept):
 
 
 def expect_flow(hf_pair, batch, vectors, components, flow, targets):
-    before = hf_writes(hf_pair.base.model, batch, vectors)
+    before = hf_written(hf_pair.base.model, batch)
+    parallel = getattr(hf_pair.base.config, "use_parallel_residual", False)
     first = [Component("head", 0, 1), Component("neuron", 0, 5)]
     for c in (*first, Component("kv_group", 1, 0), Component("mlp", 1), Component("layer", 1)):
-        after = hf_writes(patched_torch(hf_pair, c), batch, vectors)
+        moved = hf_flow(hf_pair.base.model, before, hf_written(patched_torch(hf_pair, c), batch), vectors)
         row = dict(zip(targets, flow[components.index(c)], strict=True))
-        attention = c.kind in ("head", "kv_group")
-        for name in row.keys() & after.keys():
-            value = after[name]
+        feeds_mlp = c.kind in ("head", "kv_group") and not parallel
+        assert row.keys() & moved.keys()
+        for name in row.keys() & moved.keys():
             layer, part = int(name[1]), name[3:]
-            if layer > c.layer or (layer == c.layer and attention and part == "mlp"):
-                np.testing.assert_allclose(row[name], value - before[name], atol=1e-4, err_msg=f"{c.name} {name}")
+            if layer > c.layer or (layer == c.layer and feeds_mlp and part == "mlp"):
+                np.testing.assert_allclose(row[name], moved[name], atol=1e-4, err_msg=f"{c.name} {name}")
             else:
                 assert row[name] == 0, (c.name, name)
 
@@ -137,7 +159,7 @@ def log_prob(pair, batch):
 
 def hf_slopes(model, batch, chosen):
     """Gradient of log p(token | prompt) by what the final norm reads at the last prompt token."""
-    inner, found = model.model.norm if hasattr(model, "model") else model.transformer.ln_f, []
+    inner, found = hf_final_norm(model), []
     for ids, n, token in zip(batch.with_instruction.ids, batch.with_instruction.lengths, chosen, strict=True):
         seen = []
 

@@ -10,8 +10,9 @@ import pytest
 from tests.helpers import make_anchor
 from wpjax.components import KINDS, enumerate_components
 from wpjax.metrics import answer_metric
-from wpjax.models.decoder import Held, Steer
+from wpjax.models.edits import ClampTo, Edit
 from wpjax.models.generate import Generation
+from wpjax.models.sites import Site
 from wpjax.patching import PatchMask
 from wpjax.sweeps.joint import scores_at_once, scores_of_sets, touched
 from wpjax.sweeps.masks import random_masks
@@ -81,7 +82,7 @@ def test_answers_and_given_states_too(family_pair, batch):
     answers = Generation(rng.integers(0, pair.cfg.d_vocab, (len(batch), 3)), np.full(len(batch), 3))
     metric = answer_metric(pair.cfg, prompts, answers)
     v = jnp.asarray(make_anchor(pair, 0).vector)
-    held = Held(Steer(0, v, v, 0.5), jnp.asarray(prompts.last))
+    held = Edit(Site.RESID_POST, ClampTo(v, v, jnp.float32(0.5)), layer=0, start=jnp.asarray(prompts.last))
     masks = sets_of(pair.cfg, tuple(KINDS), 20, n=3)
     for one in (metric, dataclasses.replace(metric, held=held)):
         got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, one)

@@ -12,8 +12,8 @@ from wpjax.models.decoder import abstract_params
 from wpjax.pairs import squared_change
 from wpjax.patching import PatchMask, deal_out
 from wpjax.readouts import Along
-from wpjax.sweeps.screens import _output_linearised, _weight_gradient
-from wpjax.sweeps.secant import _gate_scores
+from wpjax.sweeps.screens import gate_gradient, linearised_by_kind
+from wpjax.sweeps.secant import secant_scores
 from wpjax.training import loss_fn
 
 
@@ -35,15 +35,15 @@ def read_last(cfg):
 
 
 def screen(cfg, params):
-    return _output_linearised(cfg, params, params, read_last(cfg), ("head", "kv_group", "neuron"), "donor", "host", 2)
+    return linearised_by_kind(cfg, params, params, read_last(cfg), ("head", "kv_group", "neuron"), "donor", "host", 2)
 
 
 def gradient(cfg, params):
-    return _weight_gradient(cfg, params, params, read_last(cfg), PatchMask.empty(cfg, jnp.float32))
+    return gate_gradient(cfg, params, params, read_last(cfg), PatchMask.empty(cfg, jnp.float32))
 
 
 def secant(cfg, params):
-    return _gate_scores(cfg, params, params, read_last(cfg))
+    return secant_scores(cfg, params, params, read_last(cfg))
 
 
 def training(cfg, params):

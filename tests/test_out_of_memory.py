@@ -14,7 +14,7 @@ from wpjax.models.decoder import init_params
 from wpjax.sweeps.exact import make_plan
 from wpjax.sweeps.memory import bytes_of_rows, groups
 from wpjax.sweeps.packing import pack
-from wpjax.sweeps.replay import _streams, replay, run_packed
+from wpjax.sweeps.replay import replay, run_packed, streams
 
 FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 
@@ -101,9 +101,9 @@ def test_a_models_own_run_goes_on_with_fewer_prompts(one_pair, batch, monkeypatc
     def small(cfg, params, some):
         if len(some) > 3:
             raise FULL
-        return _streams(cfg, params, some)
+        return streams(cfg, params, some)
 
-    monkeypatch.setattr("wpjax.sweeps.replay._streams", small)
+    monkeypatch.setattr("wpjax.sweeps.replay.streams", small)
     with pytest.warns(UserWarning, match="out of memory: prompts go on"):
         got = run_packed(one_pair.cfg, one_pair.base, metric, packing)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)

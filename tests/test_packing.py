@@ -10,7 +10,10 @@ import pytest
 from wpjax.behaviours import Tokens
 from wpjax.metrics import Metric
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Held, Steer, block, init_params, take_layer
+from wpjax.models.decoder import block, init_params, take_layer
+from wpjax.models.edits import ClampTo, Edit
+from wpjax.models.layouts import Causal
+from wpjax.models.sites import Site
 from wpjax.readouts import Along
 from wpjax.sweeps.packing import Shape, common_shape, first_fit, pack
 
@@ -97,7 +100,7 @@ def test_different_prompts_fit_one_shape():
 
 def test_tokens_that_a_state_is_given_at_are_not_shared():
     metric = metric_of([[5, 6, 7, 8], [5, 6, 7, 9]])
-    held = Held(Steer(0, jnp.ones(8), jnp.ones(8), 1.0), jnp.array([2, 1]))
+    held = Edit(Site.RESID_POST, ClampTo(jnp.ones(8), jnp.ones(8), jnp.float32(1)), layer=0, start=jnp.array([2, 1]))
     assert pack(metric).packed.n_shared == 3
     assert pack(dataclasses.replace(metric, held=held)).packed.n_shared == 1
 
@@ -110,9 +113,9 @@ def test_a_packed_layer_is_the_layer(n_kv_heads):
     ids, packing = jnp.asarray(metric.tokens.ids), pack(metric)
     stream = jax.random.normal(jax.random.key(1), (ids.shape[1], 16, 32))  # depends on position and token alone
     resid = stream[jnp.arange(ids.shape[1]), ids]
-    expected = layer(resid, jnp.arange(ids.shape[1])[None])
+    expected = layer(resid, Causal.of(ids.shape[1])).resid_post
     # The second prompt's first tokens are the others' too; layer outputs there agree as well.
-    got = layer(packing.gather(resid[None])[0], packing.packed)[0]
+    got = layer(packing.gather(resid[None])[0], packing.packed).resid_post[0]
     used = np.concatenate([np.full(2, True), np.asarray(packing.packed.segments).ravel() >= 0])
     np.testing.assert_allclose(got[used], expected[packing.prompt, packing.token][used], atol=2e-6)
     assert used.sum() == 2 + sum(len(p) - 2 for p in PROMPTS)

@@ -10,8 +10,9 @@ from tests.oracles import hf_sites
 from tests.tiny import build
 from wpjax.errors import WpjaxError
 from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
-from wpjax.models.decoder import Site, forward
+from wpjax.models.decoder import forward
 from wpjax.models.generate import generate
+from wpjax.models.sites import Site
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 24))
 

@@ -9,7 +9,7 @@ from wpjax.components import enumerate_components
 from wpjax.pairs import load_pair, planted_components
 from wpjax.sweeps import sweep
 from wpjax.sweeps.race import eliminated, filled_up, rounds_of, still_in
-from wpjax.sweeps.replay import _followed, replay
+from wpjax.sweeps.replay import followed, replay
 
 
 def test_the_true_top_is_kept_as_often_as_promised():
@@ -115,9 +115,9 @@ def swept():
     anchor = make_anchor(pair, 5)
     done: dict[str, np.ndarray] = {}
     replay.clear_cache()
-    _followed.clear_cache()
+    followed.clear_cache()
     raced = sweep(pair, batch, anchor.on(batch), method="race", top=6, done=done, **options)
-    programs = replay._cache_size(), _followed._cache_size()
+    programs = replay._cache_size(), followed._cache_size()
     return raced, sweep(pair, batch, anchor.on(batch), method="exact", **options), done, programs
 
 

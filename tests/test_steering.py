@@ -14,8 +14,9 @@ from wpjax.behaviours import behaviour
 from wpjax.errors import AnchorRejected, BehaviourError
 from wpjax.metrics import answer_metric, scores
 from wpjax.models.checkpoint import load_checkpoint
-from wpjax.models.decoder import Steer
+from wpjax.models.edits import ClampTo, Edit
 from wpjax.models.generate import Generation, generate
+from wpjax.models.sites import Site
 from wpjax.steering import MAX_EXCESS_NLL, Judge, SteeringTest, check_behaviour_differs
 
 N_NEW = 6
@@ -49,9 +50,10 @@ def test_steered_generation_equals_hf_torch_token_for_token(name, tmp_path):
     read, write = (v / np.linalg.norm(v) for v in rng.standard_normal((2, ours.cfg.d_model)).astype(np.float32))
     unmoved = None
     for layer in (0, 2):
-        steer = Steer(jnp.asarray(layer), jnp.asarray(read), jnp.asarray(write), jnp.asarray(7.0))
+        clamp = ClampTo(jnp.asarray(read), jnp.asarray(write), jnp.asarray(7.0))
+        edits = (Edit(Site.RESID_POST, clamp, layer=layer, start=lengths - 1),)
         options = {"max_new_tokens": N_NEW, "stop_tokens": ()}
-        got = generate(ours.cfg, ours.params, jnp.asarray(tokens), jnp.asarray(lengths), steer=steer, **options)
+        got = generate(ours.cfg, ours.params, jnp.asarray(tokens), jnp.asarray(lengths), edits=edits, **options)
         unmoved = generate(ours.cfg, ours.params, jnp.asarray(tokens), jnp.asarray(lengths), **options).tokens
         args = (layer, torch.tensor(read), torch.tensor(write), 7.0)
         expected = [hf_steered(hf.model, t[:n].tolist(), *args) for t, n in zip(tokens, lengths, strict=True)]
@@ -83,8 +85,8 @@ def test_the_removal_is_what_the_expert_says_when_held_at_the_base(tiny_pair, an
     judge = Judge(tiny_pair, task, check)
 
     def rate(params, target):
-        steer = Steer(jnp.asarray(anchor.layer), anchor.vector, anchor.vector, jnp.asarray(target, jnp.float32))
-        return judge.passes(judge.answers(params, steer)).mean()
+        clamp = ClampTo(anchor.vector, anchor.vector, jnp.asarray(target, jnp.float32))
+        return judge.passes(judge.answers(params, clamp, anchor.layer)).mean()
 
     assert rate(tiny_pair.expert, base) == pytest.approx(chosen.removed, abs=0.02)
     target = base + chosen.strength * (expert - base)

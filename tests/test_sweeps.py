@@ -14,6 +14,7 @@ from tests.tiny import patched_torch
 from wpjax.behaviours import PromptBatch, Tokens, behaviour
 from wpjax.components import KINDS, enumerate_components
 from wpjax.models.decoder import block, take_layer
+from wpjax.models.sites import Site
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.sweeps import sweep
@@ -189,7 +190,9 @@ def test_at_the_last_layer_only_the_positions_that_are_read_are_computed(one_pai
         return jax.jit(function).lower(mid).compile().cost_analysis()["flops"]
 
     read = operations(lambda x: suffix(cfg, blocks, x, jnp.asarray(3), 2, packing, mlp_first=True)[0])
-    everywhere = operations(block(cfg, take_layer(blocks, 2)).feed)
+    everywhere = operations(
+        lambda x: block(cfg, take_layer(blocks, 2))(x, packing.packed, known={Site.RESID_MID: x}).resid_post
+    )
     assert read < 1.2 * everywhere * packing.at.size / packing.n_tokens < everywhere / 2
 
 

@@ -1,13 +1,13 @@
 """One table of tiny random architectures, shared by the tests; HF torch is the oracle."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+import tests.scratch_families  # noqa: F401  registers two families that the package does not have
 from wpjax.models.checkpoint import load_checkpoint
 from wpjax.pairs import Pair
 
@@ -24,6 +24,24 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 64, "n_inner": 40}
+
+
+GEMMA2 = {
+    **{name: value for name, value in LLAMA.items() if name not in ("head_dim", "tie_word_embeddings")},
+    "head_dim": 6,
+    "query_pre_attn_scalar": 12,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+NEOX = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+}
 
 
 def _rope(**options: Any) -> dict[str, Any]:
@@ -63,6 +81,8 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-tied": ("gpt2", GPT2),
     "gpt2-untied": ("gpt2", {**GPT2, "tie_word_embeddings": False}),
     "gpt2-default-mlp": ("gpt2", {**GPT2, "n_inner": None, "activation_function": "relu"}),
+    "gemma2": ("gemma2", GEMMA2),
+    "gpt-neox": ("gpt_neox", NEOX),
 }
 
 
@@ -77,21 +97,12 @@ class HfModel:
         return self.model.config
 
 
-@functools.cache
-def hf_class(model_type: str) -> tuple[type, type]:
-    return {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
-    }[model_type]
-
-
 def random_model(name: str, seed: int = 0) -> Any:
     """A torch model of the table whose every parameter, biases and norms included, is random and large."""
     model_type, kwargs = SPECS[name]
-    config_class, model_class = hf_class(model_type)
-    config = config_class(**kwargs, attn_implementation="eager")
+    config = transformers.AutoConfig.for_model(model_type, **kwargs)
     torch.manual_seed(seed)
-    model = model_class(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
             norm = ("norm" in parameter_name or "ln_" in parameter_name) and parameter_name.endswith("weight")
@@ -106,7 +117,9 @@ def build(name: str, folder: Path, seed: int = 0) -> HfModel:
     return HfModel(name, model, folder)
 
 
-PAIR_SPECS = ("llama-mha", "llama-gqa3", "llama-mqa", "llama-tied", "llama-biases", "gpt2-tied", "gpt2-untied")
+PAIR_SPECS = tuple(
+    "llama-mha llama-gqa3 llama-mqa llama-tied llama-biases gpt2-tied gpt2-untied gemma2 gpt-neox".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +152,15 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
     """Which part of which HF tensor a component owns, written down here once more, from HF's own layout.
 
     HF stacks heads along the rows of q_proj, k_proj and v_proj and along the columns of o_proj; GPT-2 stores its
-    matrices transposed, with queries, keys and values fused along the columns of c_attn.
+    matrices transposed, with queries, keys and values fused along the columns of c_attn. GPT-NeoX fuses them along the
+    rows of query_key_value, head by head.
     """
     c, config = component, model.config
     names = list(model.state_dict())
-    if config.model_type == "llama":
+    if config.model_type in ("llama", "gemma2"):
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if config.model_type == "gemma2":
+            norms = [norms[0], "pre_feedforward_layernorm", norms[1], "post_feedforward_layernorm"]
         dh, layer = config.head_dim, f"model.layers.{c.layer}."
         rows = slice(c.index * dh, (c.index + 1) * dh)
         owned: dict[str, dict[str, Any]] = {
@@ -155,10 +172,27 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
             "attn": {n.removeprefix(layer): ... for n in names if n.startswith(layer + "self_attn")},
             "mlp": {n.removeprefix(layer): ... for n in names if n.startswith(layer + "mlp")},
             "layer": {n.removeprefix(layer): ... for n in names if n.startswith(layer)},
-            "norm": {("post_attention_layernorm" if c.index else "input_layernorm") + ".weight": ...},
+            "norm": {f"{norms[c.index % len(norms)]}.weight": ...},
         }  # fmt: skip
         model_wide = {"embed": ["model.embed_tokens.weight"], "unembed": ["lm_head.weight"],
                       "final_norm": ["model.norm.weight"]}  # fmt: skip
+    elif config.model_type == "gpt_neox":
+        dh, layer = config.hidden_size // config.num_attention_heads, f"gpt_neox.layers.{c.layer}."
+        q, k, v = (slice((3 * c.index + i) * dh, (3 * c.index + i + 1) * dh) for i in range(3))  # head by head
+        both = ("weight", "bias")
+        owned = {
+            "head": {f"attention.query_key_value.{w}": q for w in both}
+            | {"attention.dense.weight": (slice(None), slice(c.index * dh, (c.index + 1) * dh))},
+            "kv_group": {f"attention.query_key_value.{w}": [k, v] for w in both},
+            "neuron": {f"mlp.dense_h_to_4h.{w}": c.index for w in both}
+            | {"mlp.dense_4h_to_h.weight": (slice(None), c.index)},
+            "attn": {n.removeprefix(layer): ... for n in names if n.startswith(layer + "attention.")},
+            "mlp": {n.removeprefix(layer): ... for n in names if n.startswith(layer + "mlp")},
+            "layer": {n.removeprefix(layer): ... for n in names if n.startswith(layer)},
+            "norm": {f"{('input_layernorm', 'post_attention_layernorm')[c.index % 2]}.{w}": ... for w in both},
+        }
+        model_wide = {"embed": ["gpt_neox.embed_in.weight"], "unembed": ["lm_head.weight"],
+                      "final_norm": [f"gpt_neox.final_layer_norm.{w}" for w in both]}  # fmt: skip
     else:
         d, dh, layer = config.n_embd, config.n_embd // config.n_head, f"transformer.h.{c.layer}."
         q, k, v = (slice(i * d + c.index * dh, i * d + (c.index + 1) * dh) for i in range(3))

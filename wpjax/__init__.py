@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from wpjax.metrics import Metric, decision_metric, kl_metric, response_metric
     from wpjax.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from wpjax.models.config import ModelConfig
-    from wpjax.models.decoder import Site, forward, init_params
+    from wpjax.models.decoder import forward, init_params
     from wpjax.models.generate import generate
+    from wpjax.models.sites import Site
     from wpjax.pairs import Pair, load_model, load_pair
     from wpjax.patching import PatchMask, materialize, patch
     from wpjax.report import write_report
@@ -38,8 +39,9 @@ _MODULES = {
     "wpjax.training": ("TrainConfig", "finetune"),
     "wpjax.models.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
     "wpjax.models.config": ("ModelConfig",),
-    "wpjax.models.decoder": ("Site", "forward", "init_params"),
+    "wpjax.models.decoder": ("forward", "init_params"),
     "wpjax.models.generate": ("generate",),
+    "wpjax.models.sites": ("Site",),
     "wpjax.pairs": ("Pair", "load_model", "load_pair"),
     "wpjax.patching": ("PatchMask", "materialize", "patch"),
     "wpjax.report": ("write_report",),

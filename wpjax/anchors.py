@@ -30,8 +30,10 @@ from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.files import atomic_output, write_tensors
 from wpjax.metrics import Metric, answer_of, answer_positions, scores, with_answers
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Held, Params, Site, Steer, forward
+from wpjax.models.decoder import Params, forward
+from wpjax.models.edits import ClampTo, Edit
 from wpjax.models.generate import Generation
+from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.parts import in_parts
 from wpjax.readouts import Along
@@ -199,8 +201,9 @@ class Anchor:
             raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
         state = scores(pair.cfg, pair.expert, self.metric(pair, batch)).mean()
         vector = jnp.asarray(self.vector)
-        steer = Steer(jnp.asarray(self.layer), vector, vector, jnp.asarray(state, jnp.float32))
-        return dataclasses.replace(metric, held=Held(steer, jnp.asarray(batch.with_instruction.last)))
+        clamp = ClampTo(vector, vector, jnp.asarray(state, jnp.float32))
+        start = jnp.asarray(batch.with_instruction.last)
+        return dataclasses.replace(metric, held=Edit(Site.RESID_POST, clamp, jnp.asarray(self.layer), start))
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the vector as safetensors, with everything else in its metadata.

@@ -8,10 +8,10 @@ for heads and neurons; the other gates are ours, so that all parameters are cove
     neuron[l, f]       W_gate[:, f]  W_in[:, f]  W_out[f, :]  b_gate[f]  b_in[f]
     attn_bias[l]       b_O, shared by all heads
     mlp_bias[l]        b_out, shared by all neurons
-    norm_attn[l]  norm_mlp[l]  embed  unembed  final_norm
+    norm_attn[l]  norm_mlp[l]  norm_attn_out[l]  norm_mlp_out[l]  embed  unembed  final_norm
 
-A component is a set of gates. To add a kind, add an entry to `KINDS` (and to `LEAVES`, if it owns leaves that
-no gate has yet): names, masks, patches and exact sweeps follow from the two tables.
+A component is a set of gates. To add a kind, add an entry to `KINDS` (and to `models.parameters`, if it owns leaves
+that no gate has yet): names, masks, patches and exact sweeps follow from the two tables.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.models.convert import flatten
 from wpjax.models.decoder import abstract_params
+from wpjax.models.parameters import PARAMETERS
 
 
 class Owner(NamedTuple):
@@ -39,33 +40,7 @@ class Owner(NamedTuple):
     axis: int | None = None
 
 
-LEAVES: Mapping[str, Owner] = MappingProxyType(
-    {
-        "blocks/attn/W_Q": Owner("head", 1),
-        "blocks/attn/b_Q": Owner("head", 0),
-        "blocks/attn/W_O": Owner("head", 0),
-        "blocks/attn/W_K": Owner("kv_group", 1),
-        "blocks/attn/b_K": Owner("kv_group", 0),
-        "blocks/attn/W_V": Owner("kv_group", 1),
-        "blocks/attn/b_V": Owner("kv_group", 0),
-        "blocks/attn/b_O": Owner("attn_bias"),
-        "blocks/mlp/W_gate": Owner("neuron", 1),
-        "blocks/mlp/b_gate": Owner("neuron", 0),
-        "blocks/mlp/W_in": Owner("neuron", 1),
-        "blocks/mlp/b_in": Owner("neuron", 0),
-        "blocks/mlp/W_out": Owner("neuron", 0),
-        "blocks/mlp/b_out": Owner("mlp_bias"),
-        "blocks/norm_attn/scale": Owner("norm_attn"),
-        "blocks/norm_attn/bias": Owner("norm_attn"),
-        "blocks/norm_mlp/scale": Owner("norm_mlp"),
-        "blocks/norm_mlp/bias": Owner("norm_mlp"),
-        "embed/W_E": Owner("embed"),
-        "embed/W_pos": Owner("embed"),
-        "unembed/W_U": Owner("unembed"),
-        "final_norm/scale": Owner("final_norm"),
-        "final_norm/bias": Owner("final_norm"),
-    }
-)
+LEAVES: Mapping[str, Owner] = MappingProxyType({path: Owner(p.unit, p.channel_axis) for path, p in PARAMETERS.items()})
 
 
 class Kind(NamedTuple):
@@ -88,7 +63,7 @@ class Kind(NamedTuple):
 
 _ATTN = ("head", "kv_group", "attn_bias")
 _MLP = ("neuron", "mlp_bias")
-_NORM = ("norm_attn", "norm_mlp")
+_NORM = ("norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out")
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
@@ -98,7 +73,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "attn": Kind(_ATTN),
         "mlp": Kind(_MLP),
         "layer": Kind((*_ATTN, *_MLP, *_NORM)),
-        "norm": Kind(_NORM, "part", ("attn", "mlp")),
+        "norm": Kind(_NORM, "part", ("attn", "mlp", "attn_out", "mlp_out")),
         "embed": Kind(("embed",), in_layer=False),
         "unembed": Kind(("unembed",), in_layer=False),
         "final_norm": Kind(("final_norm",), in_layer=False),
@@ -146,14 +121,23 @@ def gate_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType(shapes)
 
 
-def count(cfg: ModelConfig, kind: str) -> int:
-    """Components of a kind in one layer (or in the model, for a kind outside the layers)."""
+@functools.cache
+def indices(cfg: ModelConfig, kind: str) -> tuple[int, ...]:
+    """Indices of the components of a kind in one layer (or in the model, for a kind outside the layers).
+
+    They are not always 0 to n - 1: a model that has norms only after its modules has the last of `Kind.parts` only.
+    """
     entry, shapes = KINDS[kind], gate_shapes(cfg)
     if not set(entry.gates) & set(shapes):
-        return 0  # the unembedding of a tied model
+        return ()  # the unembedding of a tied model
     if entry.opens == "channel":
-        return shapes[entry.gates[0]][-1]
-    return len(entry.parts) if entry.opens == "part" else 1
+        return tuple(range(shapes[entry.gates[0]][-1]))
+    return tuple(i for i, gate in enumerate(entry.gates) if gate in shapes) if entry.opens == "part" else (0,)
+
+
+def count(cfg: ModelConfig, kind: str) -> int:
+    """Components of a kind in one layer (or in the model, for a kind outside the layers)."""
+    return len(indices(cfg, kind))
 
 
 def enumerate_components(
@@ -174,7 +158,7 @@ def enumerate_components(
         check_kind(kind)
         in_layer = KINDS[kind].in_layer
         for layer in (range(cfg.n_layers) if layers is None else layers) if in_layer else [MODEL_LAYER]:
-            found += [Component(kind, layer, i) for i in range(count(cfg, kind))]
+            found += [Component(kind, layer, i) for i in indices(cfg, kind)]
     return found
 
 
@@ -219,13 +203,15 @@ def parse_component(cfg: ModelConfig, name: str) -> Component:
             f"{name!r} is not a component name; names look like L3.head.5, L3.kv_group.1, L3.neuron.1023, "
             "L3.attn, L3.mlp, L3, L3.norm.attn, embed, unembed, final_norm"
         )
-    n = count(cfg, component.kind)
+    there = indices(cfg, component.kind)
     if component.layer >= cfg.n_layers:
         raise ComponentError(f"{name}: the model has layers L0 to L{cfg.n_layers - 1}")
-    if n == 0:
+    if not there:
         raise ComponentError(f"{name}: this model has none; its unembedding is tied to embed, so patch embed")
-    if component.index >= n:
-        raise ComponentError(f"{name}: a layer of this model has {component.kind} 0 to {n - 1}")
+    if component.index not in there:
+        parts = KINDS[component.kind].parts
+        has = ", ".join(parts[i] for i in there) if parts else f"0 to {there[-1]}"
+        raise ComponentError(f"{name}: a layer of this model has {component.kind} {has}")
     return component
 
 

@@ -30,9 +30,13 @@ from jaxtyping import Array, Float, Int
 from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.components import KINDS, Component
 from wpjax.errors import MetricRejected, WpjaxError
+from wpjax.models import ops
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Held, Output, Params, Site, decoder, forward
+from wpjax.models.decoder import Output, Params, decoder, forward
+from wpjax.models.edits import Edit
 from wpjax.models.generate import Generation, generate_in_parts
+from wpjax.models.secant import Value
+from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.parts import in_parts
 from wpjax.readouts import Divergence, LogOdds, LogProb, Readout
@@ -55,7 +59,7 @@ class Metric:
         readout: what is read there.
         layer: 0-based block whose `resid_post` is read; later ones are not run (static).
         name: "anchor", "response", "decision" or "kl", or what an on-policy sweep reads (static).
-        held: a state that every model is given on the way, so that only what executes it counts; None for none.
+        held: an edit of every model that holds it at a state, so that only what executes it counts; None for none.
     """
 
     tokens: Tokens
@@ -64,13 +68,15 @@ class Metric:
     readout: Readout
     layer: int
     name: str
-    held: Held | None = None
+    held: Edit | None = None
 
     def __len__(self) -> int:
         return len(self.tokens.ids)
 
-    def __call__(self, cfg: ModelConfig, params: Params) -> Float[Array, " B"]:
+    def __call__(self, cfg: ModelConfig, params: Params) -> Float[Value, " B"]:
         """F of each prompt; pure, so it composes with `jit`, `vmap` and `grad`. `params` may hold `Blend`s.
+
+        Of `patching.secant_patch` it is a `Secant`: F of base and expert, and its change, linear in the gates.
 
         Raises:
             WpjaxError: a layer that the model does not have, or tokens beyond its context.
@@ -81,16 +87,17 @@ class Metric:
             )
         return self.read(cfg, params, self.pick(self.run(cfg, params).resid))
 
-    def run(self, cfg: ModelConfig, params: Params, **options: Any) -> Output:
-        """The forward pass that is read, up to the metric's layer; options as `forward` takes them."""
+    def run(self, cfg: ModelConfig, params: Params, edits: Sequence[Edit] = (), sites: tuple[Site, ...] = ()) -> Output:
+        """The forward pass that is read, up to the metric's layer; arguments as `forward` takes them."""
         ids = jnp.asarray(self.tokens.ids)
-        return forward(cfg, params, ids, stop=self.layer + 1, logits=False, held=self.held, **options)
+        given = () if self.held is None else (self.held,)
+        return forward(cfg, params, ids, stop=self.layer + 1, logits=False, edits=(*edits, *given), sites=sites)
 
-    def pick(self, resid: Float[Array, "B T D"]) -> Float[Array, "B S D"]:
+    def pick(self, resid: Float[Value, "B T D"]) -> Float[Value, "B S D"]:
         """The residual stream at the positions that are read."""
-        return jnp.take_along_axis(resid, jnp.asarray(self.at)[..., None], axis=1)
+        return ops.linear(lambda a: jnp.take_along_axis(a, jnp.asarray(self.at)[..., None], axis=1), resid)
 
-    def read(self, cfg: ModelConfig, params: Params, picked: Float[Array, "B S D"]) -> Float[Array, " B"]:
+    def read(self, cfg: ModelConfig, params: Params, picked: Float[Value, "B S D"]) -> Float[Value, " B"]:
         """F from the residual stream at the positions that are read; `params` matter to logits only."""
         return (self.readout(cfg, params, picked) * self.weight).sum(-1)
 
@@ -110,7 +117,7 @@ class Metric:
     @property
     def first_layer(self) -> int:
         """The first layer that counts: 0, or the one after a state that is held."""
-        return 0 if self.held is None else int(self.held.layer) + 1
+        return 0 if self.held is None else int(self.held.layer) + 1  # type: ignore[arg-type]
 
     @property
     def digest(self) -> str:

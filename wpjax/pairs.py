@@ -134,13 +134,15 @@ def squared_change(base: Array, expert: Array, over: tuple[int, ...]) -> Array:
 def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarray, "L n"]:
     """Per-gate sums -> sums of each component of a kind, by layer and index."""
     entry = KINDS[kind]
+    if entry.opens == "part":  # a norm that the model does not have takes its place, so that indices stay
+        some = next(squares[gate] for gate in entry.gates if gate in squares)
+        return np.stack([squares.get(gate, np.zeros_like(some)) for gate in entry.gates], axis=1)
     gates = [squares[gate] for gate in entry.gates if gate in squares]
     if entry.opens == "channel":
         return gates[0]
     if not entry.in_layer:
         return np.array([[sum(gates)]])
-    by_gate = np.stack([g.reshape(len(g), -1).sum(1) for g in gates], axis=1)
-    return by_gate if entry.opens == "part" else by_gate.sum(1, keepdims=True)
+    return np.sum([g.reshape(len(g), -1).sum(1) for g in gates], axis=0)[:, None]
 
 
 def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:

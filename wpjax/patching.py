@@ -24,7 +24,8 @@ from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.models.convert import flatten, unflatten
 from wpjax.models.decoder import Params
-from wpjax.models.leaves import Blend, Gate
+from wpjax.models.leaves import Blend, CustomLeaf, Gate, Leaf
+from wpjax.models.secant import SecantWeight
 
 PatchedParams: TypeAlias = Params
 """A parameter tree whose leaves may be `Blend`s."""
@@ -92,7 +93,9 @@ class PatchMask:
         return jax.tree.map(lambda m: ~m if m.dtype == jnp.bool_ else 1 - m, self)
 
 
-_OPTIONAL_GATES = frozenset({"attn_bias", "mlp_bias", "unembed"})
+_OPTIONAL_GATES = frozenset(
+    {"attn_bias", "mlp_bias", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
+)
 """Gates that not every architecture has."""
 
 
@@ -112,23 +115,41 @@ def patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
     Raises:
         ComponentError: a gate that does not exist or does not fit, or parameters that are patched already.
     """
-    return _blend(base, expert, mask.gates, "")
+    return _gated(Blend, base, expert, mask.gates, "")
+
+
+def secant_patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
+    """The base and the expert at once, as `SecantWeight` leaves: what is computed with them is a `Secant`.
+
+    Its change is linear in the gates, and with all of them at 1 it is the expert's value minus the base's.
+
+    Args:
+        base: parameter tree of one end.
+        expert: parameter tree of the other end, same structure and shapes.
+        mask: float gates, all of the model's; may be traced or differentiated.
+
+    Raises:
+        ComponentError: as `patch`.
+    """
+    return _gated(SecantWeight, base, expert, mask.gates, "")
 
 
 def patch_layer(base: Params, expert: Params, gates: Mapping[str, Gate]) -> PatchedParams:
     """`patch` for the parameters of one layer (the "blocks" tree without its layer axis) and that layer's gates."""
-    return _blend(base, expert, gates, "blocks/")
+    return _gated(Blend, base, expert, gates, "blocks/")
 
 
-def _blend(base: Params, expert: Params, gates: Mapping[str, Gate], prefix: str) -> PatchedParams:
+def _gated(
+    leaf_type: type[Blend] | type[SecantWeight], base: Params, expert: Params, gates: Mapping[str, Gate], prefix: str
+) -> PatchedParams:
     ours, theirs = flatten(base), flatten(expert)
     checked = _checked(gates, {prefix + path: leaf for path, leaf in ours.items()}, stacked=not prefix)
 
-    def blend(path: str, leaf: Array) -> Array | Blend:
+    def gated(path: str, leaf: Array) -> Leaf:
         gate, axis = LEAVES[prefix + path]
-        return Blend(leaf, theirs[path], checked[gate], axis) if gate in checked else leaf
+        return leaf_type(leaf, theirs[path], checked[gate], axis) if gate in checked else leaf
 
-    return unflatten({path: blend(path, leaf) for path, leaf in ours.items()})
+    return unflatten({path: gated(path, leaf) for path, leaf in ours.items()})
 
 
 def _checked(gates: Mapping[str, Gate], leaves: Mapping[str, Any], stacked: bool) -> dict[str, Gate]:
@@ -142,7 +163,7 @@ def _checked(gates: Mapping[str, Gate], leaves: Mapping[str, Any], stacked: bool
         raise ComponentError(f"a mask has no gate {unknown[0]!r}; gates: {', '.join(gate_names())}")
     for path, leaf in leaves.items():
         gate, axis = LEAVES[path]
-        if isinstance(leaf, Blend):
+        if isinstance(leaf, CustomLeaf):
             raise ComponentError(f"{path} is patched already; give plain parameters, or join the masks with |")
         if gate not in arrays:
             continue

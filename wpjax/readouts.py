@@ -1,5 +1,6 @@
-"""Readouts: how the residual stream at some positions becomes numbers. A new one is a class here (and, for the secant
-adjoint, a rule in `sweeps.secant`).
+"""Readouts: how the residual stream at some positions becomes numbers. A new one is a class here.
+
+Written with the operations of `models.ops` it serves the secant adjoint as well.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from wpjax.models import ops
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder
+from wpjax.models.secant import Value
 
 
 @runtime_checkable
@@ -25,7 +28,7 @@ class Readout(Protocol):
         """Whether final norm and unembedding take part."""
         ...
 
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
         """One number a position."""
         ...
 
@@ -50,9 +53,9 @@ class Along:
         """No."""
         return False
 
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
         """<r, v>, in the units of the residual stream."""
-        return jnp.matmul(resid, self.vector, precision=jax.lax.Precision.HIGHEST)
+        return ops.linear(lambda a: jnp.matmul(a, self.vector, precision=jax.lax.Precision.HIGHEST), resid)
 
     def take(self, rows: Int[Array, " N"]) -> Along:
         """The same for every prompt."""
@@ -75,10 +78,10 @@ class LogProb:
         """Yes."""
         return True
 
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
         """log softmax(logits)[token]."""
-        log_p = jax.nn.log_softmax(decoder(cfg, params).logits(resid), axis=-1)
-        return jnp.take_along_axis(log_p, self.tokens[..., None], axis=-1)[..., 0]
+        log_p = ops.log_softmax(decoder(cfg, params).logits(resid))
+        return ops.linear(lambda a: jnp.take_along_axis(a, self.tokens[..., None], axis=-1)[..., 0], log_p)
 
     def take(self, rows: Int[Array, " N"]) -> LogProb:
         """The tokens of some prompts."""
@@ -103,10 +106,9 @@ class LogOdds:
         """Yes."""
         return True
 
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
-        """<norm(r), W_U[:, token] - W_U[:, foil]>: the normaliser of the softmax cancels."""
-        model = decoder(cfg, params)
-        return (model.final_norm(resid) * (model.unembedding(self.tokens) - model.unembedding(self.foils))).sum(-1)
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
+        """<norm(r), W_U[:, token] - W_U[:, foil]>, see `Decoder.log_odds`."""
+        return decoder(cfg, params).log_odds(resid, self.tokens, self.foils)
 
     def take(self, rows: Int[Array, " N"]) -> LogOdds:
         """The tokens of some prompts."""
@@ -131,7 +133,7 @@ class Kept:
         """Yes."""
         return True
 
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
         """1 or 0."""
         logits = decoder(cfg, params).logits(resid)
         mine = jnp.arange(logits.shape[-1]) == self.tokens[..., None]
@@ -161,12 +163,10 @@ class Divergence:
         """Yes."""
         return True
 
-    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
         """-KL(reference || model)."""
-        log_p, log_q = (
-            jax.nn.log_softmax(decoder(cfg, p).logits(r), axis=-1)
-            for p, r in ((self.params, self.resid), (params, resid))
-        )
+        log_p = ops.log_softmax(decoder(cfg, self.params).logits(self.resid))
+        log_q = ops.log_softmax(decoder(cfg, params).logits(resid))
         return -(jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
     def take(self, rows: Int[Array, " N"]) -> Divergence:

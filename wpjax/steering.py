@@ -23,8 +23,10 @@ from jaxtyping import Bool, Float
 from wpjax.behaviours import Behaviour, PromptBatch, strict
 from wpjax.errors import AnchorRejected, BehaviourError
 from wpjax.metrics import answer_metric, scores
-from wpjax.models.decoder import Params, Steer
+from wpjax.models.decoder import Params
+from wpjax.models.edits import ClampTo, Edit
 from wpjax.models.generate import Generation, generate_in_parts
+from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.stats import Resamples, mean_interval, resample
 
@@ -108,10 +110,18 @@ class Judge:
     def __init__(self, pair: Pair, behaviour: Behaviour, batch: PromptBatch, max_new_tokens: int = 32):
         self.pair, self.behaviour, self.batch, self.max_new_tokens = pair, behaviour, batch, max_new_tokens
 
-    def answers(self, params: Params, steer: Steer | None = None) -> Generation:
-        """Greedy answers to the prompts."""
+    def answers(self, params: Params, clamp: ClampTo | None = None, layer: int = 0) -> Generation:
+        """Greedy answers to the prompts.
+
+        Args:
+            params: of the model that answers.
+            clamp: holds the stream after `layer`, at the last prompt token and at every new one; None for none.
+            layer: 0-based.
+        """
         prompts, stop = self.batch.with_instruction, self.pair.stop_tokens
-        return generate_in_parts(self.pair.cfg, params, *prompts, stop, self.max_new_tokens, steer=steer)
+        start = jnp.asarray(prompts.last)
+        edits = () if clamp is None else (Edit(Site.RESID_POST, clamp, jnp.asarray(layer), start),)
+        return generate_in_parts(self.pair.cfg, params, *prompts, stop, self.max_new_tokens, edits=edits)
 
     def texts(self, answers: Generation) -> list[str]:
         """Answers as text."""
@@ -209,8 +219,8 @@ def steering_tests(
     def answered(params: Params, layer: int, write: np.ndarray, target: float) -> Generation:
         nonlocal made
         read = jnp.asarray(unit[layer], jnp.float32)
-        steer = Steer(jnp.asarray(layer), read, jnp.asarray(write, jnp.float32), jnp.asarray(target, jnp.float32))
-        answers = judge.answers(params, steer)
+        clamp = ClampTo(read, jnp.asarray(write, jnp.float32), jnp.asarray(target, jnp.float32))
+        answers = judge.answers(params, clamp, layer)
         made += 1
         progress("steering tests", made, total)
         return answers

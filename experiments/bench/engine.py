@@ -65,7 +65,7 @@ def exact_rates(pair: Pair, metric: Metric, per_layer: int, repeats: int) -> dic
 @functools.partial(jax.jit, static_argnames=("cfg", "stop"))
 def plain_forward(cfg: ModelConfig, params: Params, ids: jax.Array, packing: Packing, stop: int) -> jax.Array:
     """A model's own forward pass over packed prompts, up to a layer, where they are read."""
-    return packing.pick(decoder(cfg, params)(ids, stop=stop, logits=False, packed=packing.packed).resid)
+    return packing.pick(decoder(cfg, params)(ids, stop=stop, logits=False, layout=packing.packed).resid)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -137,8 +137,8 @@ def of_screens(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
     components = [c for c in every if metric.reaches(c)]
     run = functools.partial(output_linearised, pair.cfg, pair.base, pair.expert, components, metric)
     with jax.numpy_dtype_promotion("standard"):  # as it runs itself
-        jitted = inspect.unwrap(screens._output_linearised, stop=lambda f: hasattr(f, "lower"))
-        program = jitted.lower(*called(screens, "_output_linearised", run)[0]).compile()  # type: ignore[attr-defined]
+        jitted = inspect.unwrap(screens.linearised_by_kind, stop=lambda f: hasattr(f, "lower"))
+        program = jitted.lower(*called(screens, "linearised_by_kind", run)[0]).compile()  # type: ignore[attr-defined]
     args = (pair.cfg, pair.base, metric)
     return {
         "what": f"{len(metric)} prompts",

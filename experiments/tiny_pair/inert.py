@@ -14,7 +14,8 @@ from wpjax.components import enumerate_components, parse_component
 from wpjax.models.checkpoint import Checkpoint
 from wpjax.models.config import ModelConfig
 from wpjax.models.convert import flatten, unflatten
-from wpjax.models.decoder import Params, Site, block, forward, take_layer
+from wpjax.models.decoder import Params, block, forward, take_layer
+from wpjax.models.sites import Site
 
 QUIET = 0.0625
 """Share of the directions of an input, those of least variance, that a quiet change may read from."""
@@ -43,8 +44,8 @@ def _traffic(cfg: ModelConfig, params: Params, tokens: Tokens) -> list[Traffic]:
     found = []
     for i in range(cfg.n_layers):
         b = block(cfg, take_layer(params["blocks"], i))
-        x = b.norm_attn(resid[i])
-        q, (k, _) = b.attn.queries(x, positions), b.attn.keys_values(x, positions)
+        x = b.normed(Site.ATTN_INPUT, resid[i])
+        q, k = b.attn.queries(x, positions), b.attn.keys(x, positions)
         energy = [np.square(np.asarray(a)[real]).mean(0) for a in (q, k)]  # [H, Dh], [K, Dh]
         planes = [e.reshape(cfg.n_kv_heads, -1, 2, cfg.d_head // 2).sum((1, 2)) for e in energy]
         w_o = np.asarray(b.attn.W_O.get_value()).reshape(cfg.n_kv_heads, cfg.n_rep, cfg.d_head, -1)

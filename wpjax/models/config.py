@@ -18,11 +18,13 @@ class Rope:
         theta: base wavelength.
         scaling: name of the variant, as in HF's `rope_type`.
         options: the variant's numbers, sorted by name (a tuple, so that the whole stays hashable).
+        fraction: share of a head's dimensions that are rotated, the first ones; the others know no position.
     """
 
     theta: float = 10_000.0
     scaling: RopeScaling = "default"
     options: tuple[tuple[str, float | bool | tuple[float, ...]], ...] = ()
+    fraction: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,21 @@ class ModelConfig:
         n_ctx: longest sequence the model accepts, in tokens.
         norm: "rms" (scale only) or "layer" (centred, scale and bias).
         norm_eps: added to the mean square (or variance).
+        norm_offset: added to a norm's scale: 1 in families that write it as the difference from 1 (Gemma).
+        pre_norm: whether attention and MLP read a normed stream, or the stream itself (OLMo 2).
+        post_norm: whether what they write is normed before it is added to the stream (Gemma 2, OLMo 2).
+        parallel: whether the MLP reads the stream as it enters the layer, beside attention (GPT-NeoX), or the stream
+            that attention has written to.
         act: activation of the MLP.
         gated: whether the MLP is act(x W_gate) * (x W_in) or act(x W_in).
         rope: rotary embedding, or None for learned absolute positions.
         qkv_bias: biases on queries, keys and values.
         out_bias: bias on the attention's output.
         mlp_bias: biases in the MLP.
+        attn_scale: of attention scores; None for d_head ** -0.5.
+        attn_softcap: bound on attention scores, see `ops.soft_cap`; None for none.
+        logit_softcap: bound on logits, likewise.
+        embed_scale: factor of embedded tokens.
         tied: whether the unembedding is the embedding transposed.
         terms: bfloat16 numbers, 1 or 2, that each activation is written as where it meets a bfloat16 weight: the
             product in 8 bits of it or, for twice the operations, in 16. Of no effect on float32.
@@ -65,14 +76,27 @@ class ModelConfig:
     n_ctx: int
     norm: NormKind = "rms"
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    pre_norm: bool = True
+    post_norm: bool = False
+    parallel: bool = False
     act: Activation = "silu"
     gated: bool = True
     rope: Rope | None = Rope()
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    attn_scale: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
     tied: bool = False
     terms: int = dataclasses.field(default=1, repr=False)  # how it is run, not what it is: in no fingerprint
+
+    @property
+    def score_scale(self) -> float:
+        """Of attention scores."""
+        return self.d_head**-0.5 if self.attn_scale is None else self.attn_scale
 
     @property
     def n_rep(self) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -13,25 +12,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from wpjax.errors import WpjaxError
+from wpjax.models import ops
+from wpjax.models.block import Block
 from wpjax.models.config import ModelConfig
-from wpjax.models.layers import Block, Embed, Norm, Packed, Unembed
+from wpjax.models.edits import Edit
+from wpjax.models.layers import Embed, Norm, Unembed
+from wpjax.models.layouts import Causal, Layout
 from wpjax.models.leaves import Leaf, lookup, project
+from wpjax.models.secant import Value
+from wpjax.models.sites import Site
 
 Params: TypeAlias = dict[str, Any]
-
-
-class Site(enum.StrEnum):
-    """Where a forward pass can be read or added to; each is [L, B, T, D] over the layers that ran.
-
-    The residual stream before a layer, after its attention and after the layer, and the normed stream that each module
-    reads.
-    """
-
-    RESID_PRE = "resid_pre"
-    ATTN_INPUT = "attn_input"
-    RESID_MID = "resid_mid"
-    MLP_INPUT = "mlp_input"
-    RESID_POST = "resid_post"
 
 
 class Output(NamedTuple):
@@ -40,71 +31,12 @@ class Output(NamedTuple):
     Attributes:
         resid: [B, T, D], the residual stream after the last layer that ran.
         logits: [B, T, V] float32, or None if they were not asked for.
-        sites: the requested sites, each [L, B, T, D] float32.
+        sites: the requested sites, each [L, ...] float32 with the shape of the site (see `Site`).
     """
 
-    resid: Array
-    logits: Array | None
-    sites: dict[Site, Array]
-
-
-class Scale(NamedTuple):
-    """Factors of what single components write, one array a kind over the layers that run; None for 1.
-
-    Attributes:
-        heads: of each head before W_O.
-        neurons: of each neuron before W_out.
-    """
-
-    heads: Float[Array, " L #B H"] | None
-    neurons: Float[Array, " L #B F"] | None
-
-
-class Steer(NamedTuple):
-    """Holds one coordinate of the residual stream after one layer: h += (target - <h, read>) write.
-
-    Attributes:
-        layer: 0-based (traced: one program serves all layers).
-        read: [D], unit.
-        write: [D], unit: `read` to steer, another direction for a control that moves the stream as far.
-        target: where the coordinate is held.
-    """
-
-    layer: Int[Array, ""] | int
-    read: Float[Array, " D"]
-    write: Float[Array, " D"]
-    target: Float[Array, ""] | float
-
-    def __call__(self, resid: Float[Array, "*n D"], layer: Int[Array, ""]) -> Float[Array, "*n D"]:
-        """The stream after a layer, moved if it is the one."""
-        at = jnp.matmul(resid, self.read, precision=jax.lax.Precision.HIGHEST)
-        return jnp.where(layer == self.layer, resid + (self.target - at)[..., None] * self.write, resid)
-
-
-class Held(NamedTuple):
-    """A state that a forward pass is given: one coordinate held from some token on.
-
-    Attributes:
-        steer: which, after which layer, and where it is held.
-        start: [B], the first token that it is held at.
-    """
-
-    steer: Steer
-    start: Int[Array, " B"]
-
-    @property
-    def layer(self) -> Int[Array, ""] | int:
-        """After which it is held."""
-        return self.steer.layer
-
-    def __call__(self, resid: Float[Array, "B T D"], layer: Int[Array, ""]) -> Float[Array, "B T D"]:
-        """The stream after a layer."""
-        here = jnp.arange(resid.shape[1]) >= self.start[:, None]
-        return jnp.where(here[..., None], self.steer(resid, layer), resid)
-
-    def take(self, rows: Int[Array, " N"]) -> Held:
-        """The state of some prompts."""
-        return Held(self.steer, self.start[rows])
+    resid: Value
+    logits: Value | None
+    sites: dict[Site, Value]
 
 
 class Decoder(nnx.Module):
@@ -123,15 +55,34 @@ class Decoder(nnx.Module):
         if not cfg.tied:
             self.unembed = Unembed(cfg, rngs=rngs)
 
-    def logits(self, resid: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+    def logits(self, resid: Float[Value, "*n D"]) -> Float[Value, "*n V"]:
         """Next-token logits from the residual stream after the last layer."""
         x = self.final_norm(resid)
-        if not self.cfg.tied:
-            return self.unembed(x)
-        transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())  # a tied gate is a scalar
-        return project(x, transposed, terms=self.cfg.terms)
+        if self.cfg.tied:
+            transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())  # a tied gate is a scalar
+            return self._capped(project(x, transposed, terms=self.cfg.terms))
+        return self._capped(self.unembed(x))
 
-    def unembedding(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+    def log_odds(
+        self, resid: Float[Value, "*n D"], tokens: Int[Array, "*n"], foils: Int[Array, "*n"]
+    ) -> Float[Value, "*n"]:
+        """Log-odds, in nats, of one token against another: the softmax's normaliser cancels, so that the vocabulary is
+        never multiplied out.
+
+        Args:
+            resid: the residual stream after the last layer.
+            tokens: ids of the tokens.
+            foils: ids of the others.
+        """
+        x, ours, theirs = self.final_norm(resid), self.unembedding(tokens), self.unembedding(foils)
+        if self.cfg.logit_softcap is None:
+            return (x * (ours - theirs)).sum(-1)
+        return self._capped((x * ours).sum(-1)) - self._capped((x * theirs).sum(-1))
+
+    def _capped(self, logits: Value) -> Value:
+        return ops.soft_cap(logits, self.cfg.logit_softcap)
+
+    def unembedding(self, tokens: Int[Array, "*n"]) -> Float[Value, "*n D"]:
         """The direction of the normed residual stream whose projection is each token's logit."""
         if self.cfg.tied:
             return lookup(self.embed.W_E.get_value(), tokens)
@@ -144,39 +95,27 @@ class Decoder(nnx.Module):
         sites: tuple[Site, ...] = (),
         stop: int | None = None,
         logits: bool = True,
-        add: dict[Site, Array] | None = None,
-        scale: Scale | None = None,
-        held: Held | None = None,
-        packed: Packed | None = None,
+        edits: Sequence[Edit] = (),
+        layout: Layout | None = None,
     ) -> Output:
-        """See `forward`. With `packed`, the tokens are prompts laid out as it says (nothing can be held then)."""
+        """See `forward`. With a `layout`, the tokens stand as it says."""
         graphdef, blocks = nnx.split(self.blocks)
         n_layers = self.cfg.n_layers if stop is None else stop
-        positions = jnp.arange(tokens.shape[1])[None] if packed is None else packed.positions
-        where = positions if packed is None else packed
-        add = add or {}
+        layout = Causal.of(tokens.shape[1]) if layout is None else layout
+        by_layer = {i: edit for i, edit in enumerate(edits) if edit.layer is None}
 
-        def body(x: Array, layer: tuple[Any, Array, dict[Site, Array], Scale]) -> tuple[Array, dict[Site, Array]]:
-            at, number, extra, (heads, neurons) = layer
+        def body(x: Value, layer: tuple[Any, Array, dict[int, Edit]]) -> tuple[Value, dict[Site, Value]]:
+            at, number, of_layer = layer
+            here = [of_layer.get(i, edit) for i, edit in enumerate(edits)]
             block = nnx.merge(graphdef, at if stop is None else take_layer(blocks, at))
-            here: dict[Site, Array] = {}
-
-            def at_site(site: Site, value: Array) -> Array:
-                here[site] = value + extra[site] if site in extra else value
-                return here[site]
-
-            pre = at_site(Site.RESID_PRE, x)
-            attended, _ = block.attn(at_site(Site.ATTN_INPUT, block.norm_attn(pre)), where, heads)
-            mid = at_site(Site.RESID_MID, pre + attended)
-            post = at_site(Site.RESID_POST, mid + block.mlp(at_site(Site.MLP_INPUT, block.norm_mlp(mid)), neurons))
-            here[Site.RESID_POST] = post if held is None else held(post, number)
-            return here[Site.RESID_POST], {site: here[site] for site in sites}
+            one = block(x, layout, edits=here, layer=number)
+            return one.resid_post, {site: one.at(site) for site in sites}
 
         # A prefix of the layers is taken by index: slicing the stack would copy it.
         numbers = jnp.arange(n_layers)
-        layers = blocks if stop is None else numbers
-        per_layer = layers, numbers, add, scale or Scale(None, None)
-        resid, read = jax.lax.scan(keep_products(body), self.embed(tokens, positions), per_layer, length=n_layers)
+        per_layer = blocks if stop is None else numbers, numbers, by_layer
+        x = self.embed(tokens, layout.positions)
+        resid, read = jax.lax.scan(keep_products(body), x, per_layer, length=n_layers)
         return Output(resid, self.logits(resid) if logits else None, read)
 
 
@@ -216,31 +155,35 @@ def forward(
     sites: tuple[Site, ...] = (),
     stop: int | None = None,
     logits: bool = True,
-    add: dict[Site, Float[Array, " L #B #T D"]] | None = None,
-    scale: Scale | None = None,
-    held: Held | None = None,
+    edits: Sequence[Edit] = (),
 ) -> Output:
     """Run the decoder; pure, so it composes with `jit`, `vmap` and `grad`. Token ids are not checked.
 
     Args:
         cfg: static.
-        params: nested dict of arrays or `Blend`s, as `init_params` and the loaders make it.
+        params: nested dict of arrays or other leaves (see `leaves`), as `init_params` and the loaders make it.
         tokens: token ids, padded on the right with any id.
-        sites: residual sites to return.
+        sites: sites whose values are returned, of every layer that runs.
         stop: number of layers to run (static); None for all. Combine with `logits=False`.
         logits: whether to compute logits.
-        add: arrays to add to the residual stream at sites, one a layer that runs.
-        scale: factors of what heads and neurons write.
-        held: a state that the model is given on the way.
+        edits: what is changed on the way, in this order.
 
     Raises:
-        WpjaxError: more layers than there are, or more tokens than the context holds.
+        WpjaxError: more layers than there are, more tokens than the context holds, or an edit of channels that a site
+            does not have.
+
+    >>> import jax, jax.numpy as jnp
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, V = 50
+    >>> params, tokens = init_params(cfg, jax.random.key(0)), jnp.arange(6)[None]
+    >>> out = forward(cfg, params, tokens, sites=(Site.RESID_POST,))
+    >>> out.logits.shape, out.sites[Site.RESID_POST].shape
+    ((1, 6, 50), (2, 1, 6, 16))
     """
     if stop is not None and not 0 <= stop <= cfg.n_layers:
         raise WpjaxError(f"stop={stop}: the model has {cfg.n_layers} layers; stop is how many of them to run")
     if tokens.shape[-1] > cfg.n_ctx:
         raise WpjaxError(f"{tokens.shape[-1]} tokens exceed the context of {cfg.n_ctx}; shorten the prompts")
-    return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, add=add, scale=scale, held=held)
+    return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, edits=edits)
 
 
 def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:

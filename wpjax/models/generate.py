@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Steer, block, decoder
+from wpjax.models.decoder import Params, block, decoder
+from wpjax.models.edits import Edit
+from wpjax.models.layouts import Cached, Causal
 from wpjax.parts import in_parts
 
 
@@ -39,7 +42,7 @@ def generate(
     stop_tokens: Int[Array, " S"] | tuple[int | Int[Array, ""], ...],
     temperature: float = 0.0,
     key: Array | None = None,
-    steer: Steer | None = None,
+    edits: Sequence[Edit] = (),
 ) -> Generation:
     """Continue prompts, all rows at once, until each has met a stop token.
 
@@ -55,7 +58,8 @@ def generate(
         stop_tokens: ids that end a row; may be empty.
         temperature: 0 for greedy, otherwise (above 0) logits are divided by it and sampled.
         key: random key, required when sampling.
-        steer: how to move the residual stream on the way.
+        edits: what is changed on the way, by position; each names its layer, and their arrays have no token axis
+            longer than 1, as new tokens come one at a time.
 
     Raises:
         WpjaxError: sampling without a key, sequences that would outgrow the context, or a number out of range.
@@ -70,6 +74,8 @@ def generate(
             f"{n_prompt} prompt tokens and {max_new_tokens} new ones exceed the context of {cfg.n_ctx}; "
             "shorten the prompts or lower max_new_tokens"
         )
+    if any(edit.layer is None for edit in edits):
+        raise WpjaxError("an edit of a generation names its layer: pass one Edit(..., layer=i) for each")
     stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
     model, rows, layers = decoder(cfg, params), jnp.arange(n_rows), jnp.arange(cfg.n_layers)
 
@@ -81,25 +87,15 @@ def generate(
 
     def prefill(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
         params, number = layer
-        b = block(cfg, params)
-        mid, (k, v) = b.attend(x, jnp.arange(n_prompt)[None])
+        one = block(cfg, params)(x, Causal.of(n_prompt), edits=edits, layer=number)
         room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
-        x = b.feed(mid)
-        if steer is not None:
-            x = jnp.where((jnp.arange(n_prompt) == lengths[:, None] - 1)[..., None], steer(x, number), x)
-        return x, (jnp.pad(k, room), jnp.pad(v, room))
+        return one.resid_post, (jnp.pad(one.k, room), jnp.pad(one.v, room))
 
     def extend(x: Array, layer: Any, at: Int[Array, " B"]) -> tuple[Array, tuple[Array, Array]]:
         """One token a row through one layer, its key and value written at the row's own position."""
         params, number, k_cache, v_cache = layer
-        b = block(cfg, params)
-        normed = b.norm_attn(x)
-        k, v = b.attn.keys_values(normed, at[:, None])
-        k_cache, v_cache = k_cache.at[rows, at].set(k[:, 0]), v_cache.at[rows, at].set(v[:, 0])
-        seen = (jnp.arange(k_cache.shape[1]) <= at[:, None])[:, None]
-        z = b.attn.mix(b.attn.queries(normed, at[:, None]), k_cache, v_cache, seen)
-        x = b.feed(x + b.attn.out(z))
-        return (x if steer is None else steer(x, number)), (k_cache, v_cache)
+        one = block(cfg, params)(x, Cached(at, k_cache, v_cache), edits=edits, layer=number)
+        return one.resid_post, one.seen
 
     def step(state: tuple) -> tuple:
         i, last, done, cache, out = state
@@ -128,7 +124,7 @@ def generate_in_parts(
     stop_tokens: tuple[int, ...],
     max_new_tokens: int,
     batch_size: int = 32,
-    steer: Steer | None = None,
+    edits: Sequence[Edit] = (),
 ) -> Generation:
     """Greedy continuation of any number of prompts, at most `batch_size` at once, the result on the host. Arguments as
     `generate`.
@@ -142,7 +138,7 @@ def generate_in_parts(
             jnp.asarray(lengths[rows]),
             max_new_tokens=max_new_tokens,
             stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
-            steer=steer,
+            edits=tuple(edit.take(rows) for edit in edits),
         )
 
     return in_parts(len(tokens), batch_size, run)

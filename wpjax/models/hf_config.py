@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,6 @@ _ROPE_OPTIONS: dict[RopeScaling, frozenset[str]] = {
         {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
     ),
 }
-_LEGACY_ROPE = frozenset({"rope_parameters", "rope_theta", "rope_scaling"})
 _SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 
 
@@ -47,7 +47,7 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
             f"{where}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     known = COMMON_IGNORED | set(family.fields) | set(family.required) | family.ignored | set(ignore)
-    known |= _LEGACY_ROPE if family.rotary else set()
+    known |= family.rotary_attributes if family.rotary else set()
     unknown = sorted(set(raw) - known)
     if unknown:
         raise ConfigError(
@@ -66,11 +66,12 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     _check_sizes(family, values, where)
     for field, value_of in family.derived.items():
         if values.get(field) is None:
-            values[field] = value_of(values)
-    values["rope"] = _parse_rope(full, where) if family.rotary else None
+            values[field] = value_of(full)
+    values["rope"] = _parse_rope(full, where, family.partly_rotary) if family.rotary else None
     if values["rope"] and values["rope"].scaling == "longrope":
         values["n_ctx"] = int(dict(values["rope"].options)["original_max_position_embeddings"])  # type: ignore[arg-type]
-    missing = sorted(k for k, v in values.items() if v is None and k != "rope")
+    may_lack = {field.name for field in dataclasses.fields(ModelConfig) if field.default is None} | {"rope"}
+    missing = sorted(k for k, v in values.items() if v is None and k not in may_lack)
     if missing:
         raise ConfigError(f"{where}: the configuration does not say {', '.join(missing)}")
     _check_sizes(family, values, where)  # also those that were derived
@@ -111,7 +112,7 @@ def _has_frequencies(cfg: ModelConfig) -> bool:
     return bool(np.isfinite(inv_freq).all()) and math.isfinite(scale)
 
 
-def _parse_rope(full: Mapping[str, Any], where: str) -> Rope:
+def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
     given = dict(full.get("rope_parameters") or {})
     scaling = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
@@ -119,11 +120,14 @@ def _parse_rope(full: Mapping[str, Any], where: str) -> Rope:
     theta = next(value for value in (theta, full.get("rope_theta"), 10_000.0) if value is not None)
     if not isinstance(scaling, str) or scaling not in _ROPE_OPTIONS:
         raise ConfigError(f"{where}: rope_type {scaling!r} is not implemented; known: {', '.join(_ROPE_OPTIONS)}")
-    options = {k: v for k, v in given.items() if v is not None and not (k == "partial_rotary_factor" and v == 1.0)}
+    options = {k: v for k, v in given.items() if v is not None}
+    fraction = 1.0
+    if partly or options.get("partial_rotary_factor") == 1.0:
+        fraction = options.pop("partial_rotary_factor", 1.0)
     unknown = sorted(set(options) - _ROPE_OPTIONS[scaling])
     if unknown:
         raise ConfigError(f"{where}: rope_parameters has unknown {', '.join(unknown)} for rope_type {scaling!r}")
-    for name, value in {"rope_theta": theta, **options}.items():
+    for name, value in {"rope_theta": theta, "partial_rotary_factor": fraction, **options}.items():
         if not _is_rope_value(name, value):
             raise ConfigError(f"{where}: {name}={value!r} is not a value that rotary embedding can use; correct it")
     n_ctx = full["max_position_embeddings"]
@@ -134,7 +138,7 @@ def _parse_rope(full: Mapping[str, Any], where: str) -> Rope:
     if missing:
         raise ConfigError(f"{where}: rope_parameters lacks {', '.join(missing)} for rope_type {scaling!r}")
     packed = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return Rope(theta=float(theta), scaling=scaling, options=tuple(sorted(packed.items())))
+    return Rope(float(theta), scaling, tuple(sorted(packed.items())), float(fraction))
 
 
 def _is_rope_value(name: str, value: Any) -> bool:
@@ -145,4 +149,6 @@ def _is_rope_value(name: str, value: Any) -> bool:
         return isinstance(value, list) and all(_is_rope_value("", item) for item in value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    if name == "partial_rotary_factor":
+        return 0 < value <= 1
     return 0 < value < math.inf or (value == 0 and name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow"))

@@ -1,12 +1,13 @@
-"""How a weight is applied, whether it is one array or a blend of two.
+"""How a weight is applied, whether it is one array or something else.
 
-The decoder calls `project`, `lookup` and `resolve` for every weight and knows nothing of what a leaf is, so the
-same forward pass serves a plain model, a patched one and a relaxed mask, also under `vmap` over gates with the
-weights shared.
+The decoder calls `project`, `lookup` and `resolve` for every weight and knows nothing of what a leaf is. So the same
+forward pass serves a plain model, a patched one and a relaxed mask, also under `vmap` over gates with the weights
+shared. Another kind of leaf is a subclass of `CustomLeaf`.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -19,18 +20,39 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 Gate: TypeAlias = Bool[Array, "..."] | Float[Array, "..."]
-Leaf: TypeAlias = "Array | Blend"
+Leaf: TypeAlias = "Array | CustomLeaf"
 Form: TypeAlias = Callable[[Leaf], Leaf]
+
+
+class CustomLeaf(abc.ABC):
+    """A weight that is not one array; a pytree whose arrays may carry a leading layer axis."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> jnp.dtype:
+        """Of the weights."""
+
+    @abc.abstractmethod
+    def resolve(self) -> Any:
+        """See `resolve`."""
+
+    @abc.abstractmethod
+    def lookup(self, ids: Int[Array, "..."], axis: int) -> Any:
+        """See `lookup`."""
+
+    @abc.abstractmethod
+    def project(self, x: Any, n_in: int, terms: int) -> Any:
+        """See `project`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Blend:
+class Blend(CustomLeaf):
     """Two arrays of one shape and a gate that says, channel by channel, which of them is in force.
 
     The value is (1 - gate) * base + gate * expert; a boolean gate selects, so that an open gate is the expert and
-    a closed one the base, bit for bit. No blended array is ever formed for a matrix (METHOD: x W becomes
-    (1 - m) * x W_base + m * x W_expert on output channels, and the input is split on input channels).
+    a closed one the base, bit for bit. No blended array is ever formed for a matrix: x W becomes
+    (1 - m) * x W_base + m * x W_expert on output channels, and the input is split on input channels.
 
     Attributes:
         base: the weight where the gate is 0.
@@ -93,6 +115,25 @@ class Blend:
     def _along(self, gate: Gate, axis: int) -> Gate:
         return gate if self.axis is None else gate.reshape(gate.shape + (1,) * (-axis - 1))
 
+    @property
+    def _gated_axis(self) -> int:
+        """The gated axis of one layer's weight, counted from the end."""
+        return -1 if self.axis is None else self.axis - self.base.ndim
+
+    def resolve(self) -> Array:
+        """The blend itself, for small leaves."""
+        return self.mix(self.base, self.expert, self._gated_axis).astype(jnp.float32)
+
+    def lookup(self, ids: Int[Array, "..."], axis: int) -> Array:
+        """Rows (or columns) of both weights, then one of them."""
+        return self.mix(take_rows(self.base, ids, axis), take_rows(self.expert, ids, axis), -1)
+
+    def project(self, x: Array, n_in: int, terms: int) -> Array:
+        """x W: both products, then a choice of outputs; or a choice of inputs, then both products."""
+        return self.by_extent(
+            lambda: contract(x, self.base, n_in, terms), lambda form: _blended(x, form(self), n_in, terms)
+        )
+
 
 def _all_channels(leaf: Leaf) -> Leaf:
     return leaf
@@ -132,47 +173,50 @@ def _interpolate_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> t
 _interpolate.defjvp(_interpolate_jvp, symbolic_zeros=True)
 
 
-def resolve(leaf: Leaf) -> Array:
+def resolve(leaf: Leaf) -> Any:
     """The value of a small leaf (a bias, a norm's scale), in float32."""
-    if isinstance(leaf, Blend):
-        leaf = leaf.mix(leaf.base, leaf.expert, -1 if leaf.axis is None else leaf.axis - leaf.base.ndim)
-    return leaf.astype(jnp.float32)
+    return leaf.resolve() if isinstance(leaf, CustomLeaf) else leaf.astype(jnp.float32)
 
 
-def lookup(leaf: Leaf, ids: Int[Array, "*ids"], axis: int = 0) -> Float[Array, "*ids D"]:
-    """Rows of an embedding [V, D], or (`axis` 1) columns of an unembedding [D, V], in float32."""
-
-    def take(w: Array) -> Array:
-        found = jnp.take(w, ids, axis=axis, mode="clip").astype(jnp.float32)
-        return jnp.moveaxis(found, 0, -1) if axis else found
-
-    return leaf.mix(take(leaf.base), take(leaf.expert), -1) if isinstance(leaf, Blend) else take(leaf)
+def lookup(leaf: Leaf, ids: Int[Array, "*ids"], axis: int = 0) -> Any:
+    """Rows of an embedding [V, D], or (`axis` 1) columns of an unembedding [D, V]: [*ids, D], float32."""
+    return leaf.lookup(ids, axis) if isinstance(leaf, CustomLeaf) else take_rows(leaf, ids, axis)
 
 
-def project(x: Float[Array, "..."], leaf: Leaf, n_in: int = 1, terms: int = 1) -> Float[Array, "..."]:
+def project(x: Any, leaf: Leaf, n_in: int = 1, terms: int = 1) -> Any:
     """Contract the last `n_in` axes of x with the first `n_in` axes of a weight.
 
     Operands are in the weight's dtype (x as the sum of `terms` numbers of it), the sum and the result in float32.
 
     Args:
         x: [..., *in].
-        leaf: [*in, *out], or a `Blend` of two such arrays gated along one of its axes.
+        leaf: [*in, *out].
         n_in: how many leading axes of the weight are inputs.
         terms: 1, or 2 (see `ModelConfig.terms`).
 
     Returns:
         [..., *out], float32.
+
+    >>> import jax.numpy as jnp
+    >>> project(jnp.ones((5, 3)), jnp.ones((3, 4, 2))).shape
+    (5, 4, 2)
     """
-    if not isinstance(leaf, Blend):
-        return _matmul(x, leaf, n_in, terms)
-    return leaf.by_extent(lambda: _matmul(x, leaf.base, n_in, terms), lambda form: _blended(x, form(leaf), n_in, terms))
+    if isinstance(leaf, CustomLeaf):
+        return leaf.project(x, n_in, terms)
+    return jax.tree.map(lambda a: contract(a, leaf, n_in, terms), x)
+
+
+def take_rows(w: Array, ids: Int[Array, "*ids"], axis: int) -> Float[Array, "*ids D"]:
+    """Rows (`axis` 0) or columns of one matrix, in float32; an id beyond it gives the last."""
+    found = jnp.take(w, ids, axis=axis, mode="clip").astype(jnp.float32)
+    return jnp.moveaxis(found, 0, -1) if axis else found
 
 
 def _blended(x: Array, leaf: Leaf, n_in: int, terms: int) -> Array:
     assert isinstance(leaf, Blend)
     if leaf.axis is None or leaf.axis >= n_in:  # gated outputs: both products, then choose
-        axis = -1 if leaf.axis is None else leaf.axis - leaf.base.ndim
-        return leaf.mix(_matmul(x, leaf.base, n_in, terms), _matmul(x, leaf.expert, n_in, terms), axis)
+        base, expert = (contract(x, w, n_in, terms) for w in (leaf.base, leaf.expert))
+        return leaf.mix(base, expert, leaf._gated_axis)
     return project_both(
         x, x if leaf.index is None else jnp.take(x, leaf.index, axis=leaf.axis - n_in), leaf, n_in, terms
     )
@@ -194,20 +238,21 @@ def project_both(
     assert leaf.axis is not None
     axis = leaf.axis - n_in
     closed, opened = leaf.closed(ours, axis), leaf.opened(theirs, axis)
-    return _matmul(closed, leaf.base, n_in, terms) + _matmul(opened, leaf.expert, n_in, terms)
+    return contract(closed, leaf.base, n_in, terms) + contract(opened, leaf.expert, n_in, terms)
 
 
-def base_of(leaf: Leaf) -> Array:
+def base_of(leaf: Leaf) -> Leaf:
     """A weight with its gate closed."""
     return leaf.base if isinstance(leaf, Blend) else leaf
 
 
-def expert_of(leaf: Leaf) -> Array:
+def expert_of(leaf: Leaf) -> Leaf:
     """A weight with its gate open, at the channels that are held."""
     return leaf.expert if isinstance(leaf, Blend) else leaf
 
 
-def _matmul(x: Array, w: Array, n_in: int, terms: int) -> Array:
+def contract(x: Float[Array, "..."], w: Array, n_in: int = 1, terms: int = 1) -> Float[Array, "..."]:
+    """`project` through one array."""
     lead, out = x.shape[: x.ndim - n_in], w.shape[n_in:]
     flat, matrix = x.reshape(*lead, -1), w.reshape(-1, math.prod(out))
 

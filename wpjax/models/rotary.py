@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wpjax.models.config import ModelConfig
+from wpjax.models.ops import linear
+from wpjax.models.secant import Value
 
 
 def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
@@ -21,12 +23,13 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
     which hold up to the original context: the converter sets `n_ctx` to that).
 
     Returns:
-        (inverse frequencies [Dh / 2] in radians a token, scale of cosine and sine).
+        (inverse frequencies in radians a token, one for each pair of dimensions that is rotated; scale of cosine and
+        sine).
     """
     rope = cfg.rope
     assert rope is not None
     opt: dict[str, Any] = dict(rope.options)
-    d = cfg.d_head
+    d = int(cfg.d_head * rope.fraction)
     wavelength = np.float32(rope.theta) ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
     inv_freq = (np.float32(1.0) / wavelength).astype(np.float32)
     if rope.scaling in ("default", "dynamic"):
@@ -85,12 +88,17 @@ def _longrope(wavelength: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, 
     return (1.0 / (stretch * wavelength)).astype(np.float32), float(scale)
 
 
-def rotate(cfg: ModelConfig, x: Float[Array, "B T N Dh"], positions: Int[Array, "#B T"]) -> Float[Array, "B T N Dh"]:
-    """Turn each pair (i, i + d/2) of a head's dimensions by position x frequency."""
+def rotate(cfg: ModelConfig, x: Float[Value, "B T N Dh"], positions: Int[Array, "#B T"]) -> Float[Value, "B T N Dh"]:
+    """Turn each pair (i, i + d/2) of a head's first d dimensions by position x frequency; d is all of them mostly."""
     inv_freq, scale = frequencies(cfg)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)
     cos = (jnp.cos(angle) * scale)[:, :, None, :]
     sin = (jnp.sin(angle) * scale)[:, :, None, :]
     half = len(inv_freq)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    def turned(x: Array) -> Array:
+        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        pairs = [a * cos - b * sin, b * cos + a * sin]
+        return jnp.concatenate([*pairs, rest] if rest.shape[-1] else pairs, axis=-1)
+
+    return linear(turned, x)

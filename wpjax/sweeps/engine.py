@@ -131,7 +131,7 @@ class Engine:
         doing = f"{label} patches, {plan}"
         runs: tuple[Run, Run | None] = (self.run(cell.host), None)
         if cell.inputs == "donor":  # a program of its own, of which no flow is asked
-            runs = runs[0]._replace(slope=None, writes=None), self.run(cell.donor)._replace(slope=None, writes=None)
+            runs = runs[0]._replace(slope=None, written=None), self.run(cell.donor)._replace(slope=None, written=None)
         host, donor = self.models[cell.host], self.models[cell.donor]
         parts = exact_changes(
             self.pair.cfg, host, donor, runs, self.metric, self.packing, waiting,

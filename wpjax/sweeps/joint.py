@@ -134,7 +134,7 @@ def scores_at_once(
         if packing is None:
             return metric.pick(metric.run(cfg, patched(mask)).resid)
         ids, packed = jnp.asarray(packing.ids), packing.packed
-        out = decoder(cfg, patched(mask))(ids, stop=metric.layer + 1, logits=False, packed=packed)
+        out = decoder(cfg, patched(mask))(ids, stop=metric.layer + 1, logits=False, layout=packed)
         return packing.pick(out.resid)[0]
 
     def read(mask: Mapping[str, Array], picked: Float[Array, "B R D"]) -> Float[Array, " B"]:

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from wpjax.metrics import Metric
-from wpjax.models.layers import Packed
+from wpjax.models.layers import Attention
+from wpjax.models.layouts import Packed
 
 COST_OF_KEY = 1 / 2000
 """Of one key more that a token is compared with, in units of a layer's weights; about that of a small model."""
@@ -71,20 +72,59 @@ class Packing(NamedTuple):
         return x[:, self.at]
 
     @property
-    def read_positions(self) -> Int[Array, "B R"]:
-        """Positions, in their prompts, that are read."""
-        return jnp.asarray(self.packed.positions)[0][self.at]
-
-    def keys_read(self, x: Float[Array, "N S K Dh"]) -> Float[Array, "N B C K Dh"]:
-        """Keys (or values) of each prompt's bin."""
-        return self.packed.keys(x)[:, self.bin]
-
-    @property
     def seen(self) -> Array:
         """[B, R, C], which of its bin's keys each position that is read sees."""
         width = self.packed.segments.shape[1]
         offset = self.at - self.packed.n_shared - self.bin[:, None] * width
         return self.packed.visible[self.bin[:, None], offset]
+
+    def where_read(self, n_rows: int) -> WhereRead:
+        """The layout in which the output is wanted only where prompts are read, of some rows."""
+        return WhereRead(self, n_rows)
+
+    def by_prompt(self, x: Float[Array, "NB R *n"]) -> Float[Array, "N B R *n"]:
+        """What belongs to the positions that are read, from how `where_read` lays it."""
+        return x.reshape(-1, *self.at.shape, *x.shape[2:])
+
+
+class WhereRead(NamedTuple):
+    """The layout of a layer that is read: keys and values of every token, output where the prompts are read only.
+
+    The stream is [N, S, D], N rows of packed prompts; what is made of it is [N B, R, ...], a prompt a row.
+
+    Attributes:
+        packing: of the prompts.
+        n_rows: N (static).
+    """
+
+    packing: Packing
+    n_rows: int
+
+    @property
+    def positions(self) -> Int[Array, "1 S"]:
+        """Of the packed tokens."""
+        return self.packing.packed.positions
+
+    @property
+    def query_positions(self) -> Int[Array, "NB R"]:
+        """Positions, in their prompts, that are read."""
+        read = jnp.asarray(self.positions)[0][self.packing.at]
+        return jnp.tile(read, (self.n_rows, 1))
+
+    def pick(self, x: Float[Array, "N S *n"]) -> Float[Array, "NB R *n"]:
+        """What belongs to the positions that are read."""
+        picked = self.packing.pick(x)
+        return picked.reshape(-1, *picked.shape[2:])
+
+    def extend(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        """Keys and values of each prompt's bin."""
+        found = (self.packing.packed.keys(x)[:, self.packing.bin] for x in (keys, values))
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in found)
+        return k, v
+
+    def attend(self, attn: Attention, queries: Array, keys: Array, values: Array) -> Float[Array, "NB R H Dh"]:
+        """Each position that is read sees the shared tokens, itself and those before it in its own prompt."""
+        return attn.mix(queries, keys, values, jnp.tile(self.packing.seen, (self.n_rows, 1, 1)))
 
 
 def first_fit(sizes: Int[np.ndarray, " B"], width: int) -> Int[np.ndarray, "B 2"]:

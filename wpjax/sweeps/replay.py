@@ -8,12 +8,13 @@ that the metric reads. There, only the positions that are read are computed; no 
 knock-out, a component of the base in the expert.
 
 The stream is the sum of what everything has written, so the change of a metric is followed from the supplier c through
-every later head and MLP u on the way (METHOD 4; ours):
+every later head and MLP u on the way (docs/method.md, "Following an effect"; ours):
 
     dF_c = d_cc + sum_u d_cu + rest_c,    d_cu = <v, o_u(host with c) - o_u(host)>,    v = dF / dr at the host
 
 at the positions that are read. Of a projection v is its direction and nothing is left; of a metric that reads logits
-the rest is what its slope does not tell: the curve of the readout, and weights of the readout itself.
+the rest is what its slope does not tell: the curve of the readout, and weights of the readout itself. Where a norm
+stands between heads and the stream, o_u is a head's share of what the norm makes, by the norm's secant.
 """
 
 from __future__ import annotations
@@ -28,48 +29,47 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from wpjax.components import KINDS
 from wpjax.metrics import Metric, over_prompts
+from wpjax.models.block import Block, LayerPass
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Site, block, decoder, take_layer
-from wpjax.models.layers import Block
+from wpjax.models.decoder import Params, block, decoder, take_layer
+from wpjax.models.sites import Site
 from wpjax.patching import PatchMask, patch
 from wpjax.readouts import Along
 from wpjax.sweeps.memory import groups
 from wpjax.sweeps.packing import Packing
-from wpjax.sweeps.rows import Rows, Run, Side, layer_patch, layer_rows
+from wpjax.sweeps.rows import Rows, Run, Side, Written, layer_patch, layer_rows
 
 
 def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, with_flow: bool = True) -> Run:
     """Run a model once up to the layer that the metric reads, a few prompts at a time, and pack what `replay` takes of
     it; to follow the flow, with the metric's slope and what is written along it.
     """
-    sites, score = over_prompts(metric, functools.partial(_streams, cfg, params), axis=1)
+    sites, score = over_prompts(metric, functools.partial(streams, cfg, params), axis=1)
     packed = {site: jnp.asarray(packing.gather(x)) for site, x in sites.items()}
     run = Run(packed.pop(Site.RESID_PRE), jnp.asarray(score[0]), kept=packed)
-    return _followed(cfg, params, metric, packing, run) if with_flow else run
+    return followed(cfg, params, metric, packing, run) if with_flow else run
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _streams(
+def streams(
     cfg: ModelConfig, params: Params, metric: Metric
 ) -> tuple[dict[Site, Float[Array, "A B T D"]], Float[Array, "1 B"]]:
+    """A model's residual stream at every layer up to the one that is read, prompts side by side, and the metric."""
     out = metric.run(cfg, params, sites=(Site.RESID_PRE, Site.RESID_POST))
     return dict(out.sites), metric.read(cfg, params, metric.pick(out.resid))[None]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _followed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, run: Run) -> Run:
-    """With the metric's slope, and what the model's own heads and MLPs write along it."""
+def followed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, run: Run) -> Run:
+    """A run with the metric's slope, and what the model's own heads and MLPs write where it reads."""
     assert run.kept is not None
-    start = 0 if metric.held is None else metric.held.layer + 1  # what is held replaces what came before
     slope = slope_of(cfg, params, metric, packing.pick(run.kept[Site.RESID_POST][-1])[0])
-    tap = Tap(slope)
 
-    def written(layer: Array) -> Float[Array, "B G"]:
-        b = block(cfg, take_layer(params["blocks"], layer))
-        z, mid, post = layer_where_read(b, take_layer(run.resid_pre, layer), packing)
-        return jnp.where(layer >= start, tap(b, z, post - mid)[0], 0.0)
+    def written(layer: Array) -> Written:
+        one = block(cfg, take_layer(params["blocks"], layer))(take_layer(run.resid_pre, layer), packing.where_read(1))
+        return Written(packing.by_prompt(one.z)[0], along(slope, packing.by_prompt(one.mlp_out))[0])
 
-    return run._replace(slope=slope, writes=jnp.moveaxis(jax.lax.map(written, jnp.arange(metric.layer + 1)), 0, 1))
+    return run._replace(slope=slope, written=jax.lax.map(written, jnp.arange(metric.layer + 1)))
 
 
 def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
@@ -84,47 +84,46 @@ def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Arr
     return jax.lax.map(one, jnp.arange(len(metric)))
 
 
+def along(slope: Float[Array, "B R D"], x: Float[Array, "N B R D"]) -> Float[Array, "N B"]:
+    """What a change of the stream does to the metric, to first order."""
+    return jnp.einsum("nbrd,brd->nb", x, slope, precision=jax.lax.Precision.HIGHEST)
+
+
 class Tap(NamedTuple):
-    """Reads what heads and MLPs add to the stream along a slope.
+    """Reads how far heads and MLPs write something else than the host's do, along the metric's slope.
 
     Attributes:
         slope: [B, R, D], of each prompt at the positions that are read.
+        host: what the host's own heads and MLPs write there.
     """
 
     slope: Float[Array, "B R D"]
+    host: Written
 
-    def __call__(self, b: Block, z: Float[Array, "N B R H Dh"], fed: Float[Array, "N B R D"]) -> Float[Array, "N B G"]:
-        """Of one layer: its heads (before W_O) and what its MLP adds, at the positions that are read."""
-        w_o, highest = b.attn.W_O.get_value().astype(jnp.float32), jax.lax.Precision.HIGHEST
-        along = jnp.einsum("hkd,brd->brhk", w_o, self.slope, precision=highest)
-        heads = jnp.einsum("nbrhk,brhk->nbh", z, along, precision=highest)
-        return jnp.concatenate([heads, self.sum(fed)[..., None]], axis=-1)
+    def __call__(
+        self, one: LayerPass, layer: Array | int, picked: Callable[[Array], Array], heads: bool = True
+    ) -> Float[Array, "N B G"]:
+        """Of one layer: its heads, and last what its MLP adds.
 
-    def mlp(self, b: Block, fed: Float[Array, "N B R D"]) -> Float[Array, "N B G"]:
-        """Of a layer whose MLP alone runs; 0 for its heads."""
-        return jnp.pad(self.sum(fed)[..., None], ((0, 0), (0, 0), (b.attn.cfg.n_heads, 0)))
-
-    def sum(self, x: Float[Array, "N B R D"]) -> Float[Array, "N B"]:
-        """What a change of the stream does to the metric, to first order."""
-        return jnp.einsum("nbrd,brd->nb", x, self.slope, precision=jax.lax.Precision.HIGHEST)
-
-
-def layer_where_read(
-    b: Block, x: Float[Array, "N S D"], packing: Packing
-) -> tuple[Float[Array, "N B R H Dh"], Float[Array, "N B R D"], Float[Array, "N B R D"]]:
-    """A layer at the positions that are read: its heads (before W_O), `resid_mid` and `resid_post`.
-
-    Keys and values are computed for every token, everything else for those positions only.
-    """
-    normed, pick = b.norm_attn(x), packing.pick
-    read = jnp.tile(packing.read_positions, (len(x), 1))
-    q = b.attn.queries(pick(normed).reshape(*read.shape, -1), read)
-    kv = b.attn.keys_values(normed, packing.packed.positions)
-    k, v = (packing.keys_read(y).reshape(len(read), packing.n_keys, *y.shape[2:]) for y in kv)
-    z = b.attn.mix(q, k, v, jnp.tile(packing.seen, (len(x), 1, 1)))
-    z = z.reshape(len(x), *packing.at.shape, *z.shape[2:])
-    mid = pick(x) + b.attn.out(z)
-    return z, mid, b.feed(mid)
+        Args:
+            one: the layer's pass, of N rows.
+            layer: its number.
+            picked: from what passes at a site of the pass to [N, B, R, ...], what is read of it.
+            heads: whether its heads ran; 0 for them if not.
+        """
+        host, highest = take_layer(self.host, layer), jax.lax.Precision.HIGHEST
+        mlp = (along(self.slope, picked(one.mlp_out)) - host.mlp)[..., None]
+        if not heads:
+            return jnp.pad(mlp, ((0, 0), (0, 0), (one.block.cfg.n_heads, 0)))
+        z, attn = picked(one.z), one.block.attn
+        slope, prompts = self.slope, "brhk"
+        if one.block.has_norm(Site.ATTN_OUT):  # what a head's change does depends on what the other heads write
+            slope, prompts = jnp.broadcast_to(slope, (len(z), *slope.shape)), "nbrhk"
+            slope = one.block.attn_proj_slope(slope, jnp.broadcast_to(attn.out(host.z), slope.shape), attn.out(z))
+        w_o = attn.W_O.get_value().astype(jnp.float32)
+        by_head = jnp.einsum(f"hkd,{prompts[:-2]}d->{prompts}", w_o, slope, precision=highest)
+        written = jnp.einsum(f"nbrhk,{prompts}->nbh", z - host.z, by_head, precision=highest)
+        return jnp.concatenate([written, mlp], axis=-1)
 
 
 Carry: TypeAlias = tuple[Array, Array | None]
@@ -152,42 +151,40 @@ def suffix(
         start: traced; `last + 1` if nothing is left to run.
         last: the layer whose `resid_post` is read, static.
         packing: of the prompts.
-        tap: read there what every head and MLP that runs adds, too; 0 of those that do not.
+        tap: read there how far every head and MLP that runs adds something else than the host's, too; 0 of those that
+            do not.
         mlp_first: enter halfway in the layer before, static: `resid` is its `resid_mid`, which its MLP reads first.
     """
     packed, pick = packing.packed, packing.pick
     n_groups, size = groups(cfg, packing, len(resid))
     filled = jnp.minimum(jnp.arange(n_groups * size), len(resid) - 1).reshape(n_groups, size)
 
-    def whole(b: Block, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
+    def whole(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
         """A layer's `resid_post`, and what its parts add along the slope."""
-        normed = b.norm_attn(x)
-        q, kv = b.attn.queries(normed, packed.positions), b.attn.keys_values(normed, packed.positions)
-        z = b.attn.mix_packed(q, *kv, packed)
-        mid = x + b.attn.out(z)
-        post = b.feed(mid)
-        return post, tap(b, pick(z), pick(post) - pick(mid)) if tap else None
+        one = b(x, packed)
+        return one.resid_post, tap(one, layer, pick) if tap else None
 
-    def where_read(b: Block, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
+    def where_read(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
         """The same at the positions that are read."""
-        z, mid, post = layer_where_read(b, x, packing)
-        return post, tap(b, z, post - mid) if tap else None
+        one = b(x, packing.where_read(len(x)))
+        return packing.by_prompt(one.resid_post), tap(one, layer, packing.by_prompt) if tap else None
 
-    def mlp(b: Block, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
+    def mlp(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
         """A layer from `resid_mid` on."""
-        post = b.feed(x)
-        return post, tap.mlp(b, pick(post) - pick(x)) if tap else None
+        one = b(x, packed, known={Site.RESID_MID: x})
+        return one.resid_post, tap(one, layer, pick, heads=False) if tap else None
 
-    def mlp_where_read(b: Block, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
+    def mlp_where_read(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
         """The same at the positions that are read."""
-        mid = pick(x)
-        post = b.feed(mid)
-        return post, tap.mlp(b, post - mid) if tap else None
+        one = b(x, packed, known={Site.RESID_MID: pick(x)})
+        return one.resid_post, tap(one, layer, lambda x: x, heads=False) if tap else None
 
-    def through(run: Callable[[Block, Array], tuple[Array, Array | None]], layer: Array | int, carry: Carry) -> Carry:
+    def through(
+        run: Callable[[Block, Array | int, Array], tuple[Array, Array | None]], layer: Array | int, carry: Carry
+    ) -> Carry:
         """One layer, group by group; its weights are fetched once for all of them."""
         x, writes = carry
-        one = functools.partial(run, block(cfg, take_layer(blocks, layer)))
+        one = functools.partial(run, block(cfg, take_layer(blocks, layer)), layer)
         out, added = jax.tree.map(lambda a: a[None], one(x[0])) if n_groups == 1 else jax.lax.map(one, x)
         return out, None if writes is None else writes.at[..., layer, :].set(added)
 
@@ -283,7 +280,7 @@ def replay(
     rows = jax.lax.cond(step > 0, functools.partial(_jittered, seeds, step), lambda rows: rows, rows)
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
-    tap = None if run.slope is None else Tap(run.slope)
+    tap = None if run.slope is None or run.written is None else Tap(run.slope, run.written)
     picked, writes = suffix(
         cfg, host["blocks"], rows[:, 0], after, metric.layer, packing, tap, mlp_first=site is Site.RESID_MID
     )
@@ -293,9 +290,9 @@ def replay(
     with jax.named_scope("read"):
         scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[:n], batch_size=at_once)
         change = scores - (metric.read(cfg, host, picked[-1]) if with_reference else run.score)
-    if tap is None or writes is None or run.writes is None:
+    if tap is None or writes is None:
         return Replayed(change, None)
-    before = writes[-1] if with_reference else run.writes
+    before = writes[-1] if with_reference else 0.0  # rounding of this program, as for the change
     later = jnp.arange(metric.layer + 1)[:, None] >= after
     if site is Site.RESID_MID:
         later = later.repeat(cfg.n_heads + 1, 1).at[layer, -1].set(True)
@@ -318,7 +315,7 @@ def _jittered(seeds: Array, step: Array, rows: Float[Array, "N 1 S D"]) -> Float
 
 def _own(tap: Tap, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]) -> Float[Array, " P"]:
     """What a change of the stream does to the metric, to first order, mean over prompts."""
-    return tap.sum(packing.pick(rows[:, 0]) - packing.pick(host)).mean(-1)
+    return along(tap.slope, packing.pick(rows[:, 0]) - packing.pick(host)).mean(-1)
 
 
 def flow_targets(cfg: ModelConfig, metric: Metric) -> list[str]:

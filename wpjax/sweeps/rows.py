@@ -1,17 +1,19 @@
 """What a component contributes inside its layer, whichever weights and input it is given: one rule a kind.
 
-    weights  input                                                                     (METHOD 5, ours)
+    weights  input
     donor    host     weight patching (arXiv 2604.13694)
     donor    donor    activation patching: the donor's own output
     host     donor    relay: what the host makes of the donor's input
     host     host     nothing; with the host as its own donor, a sham
 
-    head      resid_mid'  = resid_mid  + z'[h] W_O'[h] - z[h] W_O[h]        input: normed stream, keys and values
-    kv_group  resid_mid'  = resid_mid  + sum over its heads of (z' - z) W_O     input: normed stream; z' of host's q
-    neuron    resid_post' = resid_post + a'[f] W_out'[f] - a[f] W_out[f]    input: normed stream
+    head      attn_proj' = attn_proj + z'[h] W_O'[h] - z[h] W_O[h]            input: normed stream, keys and values
+    kv_group  attn_proj' = attn_proj + sum over its heads of (z' - z) W_O     input: normed stream; z' of host's q
+    neuron    mlp_proj'  = mlp_proj + a'[f] W_out'[f] - a[f] W_out[f]         input: normed stream
     attn, mlp, layer, norm: likewise, as modules
 
-A kind without a rule of its own is weight-patched through `Blend`s.
+A rule asks the layer (`models.block`) for what passes at its sites, and says which value is replaced; how that reaches
+the stream is the layer's business. A kind without a rule of its own is weight-patched through `Blend`s
+(docs/method.md, "Suffix replay" and "Source or relay").
 """
 
 from __future__ import annotations
@@ -26,114 +28,88 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from wpjax.components import LEAVES, Component, count, gate_shapes, open_gates
+from wpjax.components import LEAVES, Component, gate_shapes, indices, open_gates
 from wpjax.errors import ComponentError
+from wpjax.models.block import Block, LayerPass
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Site, block, take_layer
-from wpjax.models.layers import Block, Packed
+from wpjax.models.decoder import Params, block, take_layer
+from wpjax.models.layouts import Layout
 from wpjax.models.leaves import base_of, project
+from wpjax.models.sites import Site
 from wpjax.patching import patch_layer
 
 Side: TypeAlias = Literal["host", "donor"]
 
 
 class Run(NamedTuple):
-    """What a sweep keeps of a model's own forward pass.
+    """What a sweep keeps of a model's own forward pass, on packed prompts.
 
     Attributes:
-        resid_pre: [l + 1, B, T, D], the residual stream before each layer up to the one that the metric reads;
-            [l + 1, 1, S, D] packed.
+        resid_pre: [l + 1, 1, S, D], the residual stream before each layer up to the one that the metric reads.
         score: [B], the metric.
         slope: [B, R, D], its gradient by the stream where it is read; None where flow is not followed.
-        writes: [B, L, H + 1], what every head and, last, the MLP of each layer adds along the slope.
+        written: what heads and MLPs write there, for the flow; None likewise.
         kept: `resid_mid` and `resid_post` likewise; where they are not there, they are made again.
     """
 
     resid_pre: Float[Array, "A B T D"]
     score: Float[Array, " B"]
     slope: Float[Array, "B R D"] | None = None
-    writes: Float[Array, "B L G"] | None = None
+    written: Written | None = None
     kept: dict[Site, Float[Array, "A B T D"]] | None = None
 
 
-class Stream(NamedTuple):
-    """One layer of a model and the residual stream that enters it there.
+class Written(NamedTuple):
+    """What a model's heads and MLPs write where the metric reads, layer by layer.
 
     Attributes:
-        block: the layer.
-        resid_pre: the stream.
-        packed: how its tokens are packed, if they are.
-        kept: `resid_mid` and `resid_post`, where they are known already.
+        z: [L, B, R, H, Dh], of each head before W_O.
+        mlp: [L, B], what the MLP adds to the stream, along the metric's slope.
     """
 
-    block: Block
-    resid_pre: Float[Array, "B T D"]
-    packed: Packed | None = None
-    kept: dict[Site, Float[Array, "B T D"]] | None = None
-
-    def _site(self, site: Site, make: Callable[[], Array]) -> Float[Array, "B T D"]:
-        return self.kept[site] if self.kept and site in self.kept else make()
-
-    @property
-    def positions(self) -> Int[Array, "1 T"]:
-        """Of the tokens."""
-        return jnp.arange(self.resid_pre.shape[1])[None] if self.packed is None else self.packed.positions
-
-    @property
-    def where(self) -> Int[Array, "1 T"] | Packed:
-        """What a block needs to know of the tokens."""
-        return self.positions if self.packed is None else self.packed
-
-    def mix(self, q: Array, k: Array, v: Array) -> Float[Array, "B T H Dh"]:
-        """Attend among the tokens of this stream."""
-        attn = self.block.attn
-        return attn.mix(q, k, v) if self.packed is None else attn.mix_packed(q, k, v, self.packed)
-
-    @property
-    def attn_input(self) -> Float[Array, "B T D"]:
-        """The normed stream that attention reads."""
-        return self.block.norm_attn(self.resid_pre)
-
-    @property
-    def resid_mid(self) -> Float[Array, "B T D"]:
-        """The stream after attention."""
-        return self._site(Site.RESID_MID, lambda: self.block.attend(self.resid_pre, self.where)[0])
-
-    @property
-    def mlp_input(self) -> Float[Array, "B T D"]:
-        """The normed stream that the MLP reads."""
-        return self.block.norm_mlp(self.resid_mid)
-
-    @property
-    def resid_post(self) -> Float[Array, "B T D"]:
-        """The stream after the layer."""
-        return self._site(Site.RESID_POST, lambda: self.block.feed(self.resid_mid))
+    z: Float[Array, "*L B R H Dh"]
+    mlp: Float[Array, "*L B"]
 
 
 class LayerPatch(NamedTuple):
     """One layer of the host, and where a component's new output comes from.
 
     Attributes:
-        host: the host's layer and stream.
+        host: the host's own pass through the layer.
         weights: the layer whose weights the component takes.
-        source: the layer and stream whose input it sees.
+        source: the pass whose input it sees.
     """
 
-    host: Stream
+    host: LayerPass
     weights: Block
-    source: Stream
+    source: LayerPass
+
+    @property
+    def layout(self) -> Layout:
+        """How the tokens stand."""
+        return self.host.layout
+
+    def attention(self, **known: Array) -> LayerPass:
+        """The patching weights' attention on what the source's attention reads, some sites being known."""
+        sites = {Site.ATTN_INPUT: self.source.attn_input, **{Site(name): value for name, value in known.items()}}
+        return self.weights(self.source.resid_pre, self.layout, known=sites)
 
 
 class Rows(NamedTuple):
     """The residual stream of a layer with one component at a time patched.
 
     Attributes:
-        mid: after attention; None where the component changes nothing there.
-        post: after the layer; None where the host's own MLP is to read `mid`, as it reads any stream.
+        mid: [P, 1, S, D], after attention; None where the component changes nothing there.
+        post: [P, 1, S, D], after the layer; None where the host's own MLP is to read `mid`, as it reads any stream.
     """
 
     mid: Float[Array, "P B T D"] | None = None
     post: Float[Array, "P B T D"] | None = None
+
+    @classmethod
+    def of_attention(cls, patched: LayerPass) -> Rows:
+        """Of passes that are changed in attention: its own MLP goes on from there, if it reads what is changed."""
+        return cls(mid=patched.resid_mid) if patched.block.mlp_reads_attention else cls(post=patched.resid_post)
 
     def handed_over(self, at: LayerPatch) -> tuple[Site, Float[Array, "P B T D"], Float[Array, "B T D"]]:
         """Where the host alone goes on: the site, these rows and the host's own stream there."""
@@ -150,32 +126,20 @@ class HeadValues(NamedTuple):
     patched: Float[Array, "B T H Dh"]
 
 
-def _heads(weights: Block, source: Stream) -> Float[Array, "B T H Dh"]:
-    """Every head by some weights' queries on the keys and values of what they see."""
-    x = source.attn_input
-    q = weights.attn.queries(x, source.positions)
-    return source.mix(q, *source.block.attn.keys_values(x, source.positions))
-
-
 def query_patch(at: LayerPatch) -> HeadValues:
     """Every head as a component: its queries are its own, keys and values are input."""
-    return HeadValues(_heads(at.host.block, at.host), _heads(at.weights, at.source))
+    return HeadValues(at.host.z, at.attention(k=at.source.k, v=at.source.v).z)
 
 
 def module_patch(at: LayerPatch) -> HeadValues:
     """Attention as one component: queries, keys and values are its own, the normed stream is input."""
-    x, b = at.source.attn_input, at.weights
-    q, kv = b.attn.queries(x, at.source.positions), b.attn.keys_values(x, at.source.positions)
-    return HeadValues(_heads(at.host.block, at.host), at.source.mix(q, *kv))
+    return HeadValues(at.host.z, at.attention().z)
 
 
 def kv_patch(at: LayerPatch) -> HeadValues:
     """Every KV group as a component: the host's queries on its keys and values."""
-    attn = at.host.block.attn
-    q = attn.queries(at.host.attn_input, at.host.positions)
-    kv = attn.keys_values(at.host.attn_input, at.host.positions)
-    new = at.weights.attn.keys_values(at.source.attn_input, at.source.positions)
-    return HeadValues(at.host.mix(q, *kv), at.host.mix(q, *new))
+    new = at.attention()
+    return HeadValues(at.host.z, at.host.replaced({Site.K: new.k, Site.V: new.v}).z)
 
 
 def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], terms: int) -> Float[Array, "n B T D"]:
@@ -188,7 +152,7 @@ def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
     terms = attn.cfg.terms
     delta = _write(z.patched[:, :, index], w_new[index], terms) - _write(z.host[:, :, index], w_host[index], terms)
-    return Rows(mid=at.host.resid_pre + attn.out(z.host) + delta)
+    return Rows.of_attention(at.host.moved(Site.ATTN_PROJ, delta))
 
 
 def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
@@ -196,39 +160,53 @@ def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     heads = index[:, None] * attn.cfg.n_rep + jnp.arange(attn.cfg.n_rep)  # [P, n_rep]
     w_o, change = attn.W_O.get_value(), z.patched - z.host
     delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2, terms=attn.cfg.terms))(heads)
-    return Rows(mid=at.host.resid_pre + attn.out(z.host) + delta)
+    return Rows.of_attention(at.host.moved(Site.ATTN_PROJ, delta))
 
 
 def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     def write(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "P B T D"]:
-        a = b.mlp.neurons(x, lambda leaf: base_of(leaf)[..., index])  # those alone
+        a = b.mlp.neurons(x, lambda leaf: jnp.asarray(base_of(leaf))[..., index])  # those alone
         w = b.mlp.W_out.get_value()[index].astype(jnp.float32)
         return jnp.moveaxis(a, 2, 0)[..., None] * w[:, None, None, :]
 
     change = write(at.weights, at.source.mlp_input) - write(at.host.block, at.host.mlp_input)
-    return Rows(post=at.host.resid_post + change)
+    return Rows(post=at.host.moved(Site.MLP_PROJ, change).resid_post)
+
+
+def _repeated(x: Float[Array, "B T D"], index: Int[Array, " P"]) -> Float[Array, "P B T D"]:
+    """The one component of its kind in a layer fills all rows."""
+    return x[None].repeat(index.size, 0)
 
 
 def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    new, _ = at.weights.attn(at.source.attn_input, at.source.where)
-    return Rows(mid=(at.host.resid_pre + new)[None].repeat(index.size, 0))
+    return Rows.of_attention(at.host.replaced({Site.ATTN_PROJ: _repeated(at.attention().attn_proj, index)}))
 
 
 def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    return Rows(post=(at.host.resid_mid + at.weights.mlp(at.source.mlp_input))[None].repeat(index.size, 0))
+    new = at.weights.mlp(at.source.mlp_input)
+    return Rows(post=_repeated(at.host.replaced({Site.MLP_PROJ: new}).resid_post, index))
 
 
 def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     x = at.source.resid_pre
-    return Rows(post=(at.host.resid_pre + (at.weights(x, at.source.where) - x))[None].repeat(index.size, 0))
+    return Rows(post=_repeated(at.host.resid_pre + (at.weights(x, at.layout).resid_post - x), index))
+
+
+def norm_inputs(at: LayerPatch) -> dict[Site, Array]:
+    """What each norm of the layer writes as a component, by the site that it makes; in the order of its parts."""
+    reads = {
+        Site.ATTN_INPUT: at.source.resid_pre,
+        Site.MLP_INPUT: at.source.mlp_reads,
+        Site.ATTN_OUT: at.source.attn_proj,
+        Site.MLP_OUT: at.source.mlp_proj,
+    }
+    return {site: at.weights.normed(site, x) for site, x in reads.items() if at.weights.has_norm(site)}
 
 
 def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    host, mid_host = at.host.block, at.host.resid_mid
-    mid = at.host.resid_pre + host.attn(at.weights.norm_attn(at.source.resid_pre), at.host.where)[0]
-    post = mid_host + host.mlp(at.weights.norm_mlp(at.source.resid_mid))
-    mids, posts = jnp.stack([mid, mid_host]), jnp.stack([host.feed(mid), post])
-    return Rows(mids[index], posts[index])
+    passes = [at.host.replaced({site: value}) for site, value in norm_inputs(at).items()]
+    place = jnp.searchsorted(jnp.asarray(indices(at.host.block.cfg, "norm")), index)
+    return Rows(*(jnp.stack([p.at(site) for p in passes])[place] for site in (Site.RESID_MID, Site.RESID_POST)))
 
 
 RowRule = Callable[[LayerPatch, Array], Rows]
@@ -249,18 +227,19 @@ ROWS: Mapping[str, RowRule] = MappingProxyType(
 @functools.cache
 def _layer_gates(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
     """For each component of a kind in one layer, the gates it opens there: gate -> [n, ...]."""
-    opened = [open_gates(cfg, [Component(kind, 0, i)]) for i in range(count(cfg, kind))]
+    opened = [open_gates(cfg, [Component(kind, 0, i)]) for i in indices(cfg, kind)]
     layered = [owner.gate for path, owner in LEAVES.items() if path.startswith("blocks/")]
     used = [gate for gate in gate_shapes(cfg) if gate in layered and any(gates[gate][0].any() for gates in opened)]
     return {gate: np.stack([gates[gate][0] for gates in opened]) for gate in used}
 
 
 def blend_rows(
-    cfg: ModelConfig, kind: str, host: Params, donor: Params, at: Stream, index: Int[Array, " P"]
+    cfg: ModelConfig, kind: str, host: Params, donor: Params, at: LayerPass, index: Int[Array, " P"]
 ) -> Float[Array, "P B T D"]:
     """`resid_post` of a layer with each of some components of a kind weight-patched, for any kind in a layer."""
-    gates = {gate: jnp.asarray(value)[index] for gate, value in _layer_gates(cfg, kind).items()}
-    return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(at.resid_pre, at.where))(gates)
+    place = jnp.searchsorted(jnp.asarray(indices(cfg, kind)), index)
+    gates = {gate: jnp.asarray(value)[place] for gate, value in _layer_gates(cfg, kind).items()}
+    return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(at.resid_pre, at.layout).resid_post)(gates)
 
 
 def layer_patch(
@@ -271,20 +250,20 @@ def layer_patch(
     layer: Int[Array, ""],
     weights: Side,
     inputs: Side,
-    packed: Packed | None = None,
+    layout: Layout,
 ) -> LayerPatch:
     """The layer of host and donor, with weights and input taken from one or the other."""
     blocks = {"host": block(cfg, take_layer(host["blocks"], layer)),
               "donor": block(cfg, take_layer(donor["blocks"], layer))}  # fmt: skip
 
-    def stream(side: Side, run: Run) -> Stream:
-        return Stream(blocks[side], take_layer(run.resid_pre, layer), packed, take_layer(run.kept, layer))
+    def passed(side: Side, run: Run) -> LayerPass:
+        return blocks[side](take_layer(run.resid_pre, layer), layout, known=take_layer(run.kept, layer))
 
-    here = stream("host", runs[0])
+    here = passed("host", runs[0])
     if inputs == "host":
         return LayerPatch(here, blocks[weights], here)
     assert runs[1] is not None
-    return LayerPatch(here, blocks[weights], stream("donor", runs[1]))
+    return LayerPatch(here, blocks[weights], passed("donor", runs[1]))
 
 
 def layer_rows(

@@ -1,6 +1,6 @@
 """First-order screens: the effect of every component at once, from one forward and one backward pass.
 
-    output-linearised   <grad_o F at base, o_c(theta_E, h_B) - o_c(theta_B, h_B)>      (ours: METHOD 6)
+    output-linearised   <grad_o F at base, o_c(theta_E, h_B) - o_c(theta_B, h_B)>      (ours)
     weight gradient     dF/dm_c at m = 0 for theta_B + sum_c m_c (theta_E - theta_B)_c  (first order, arXiv 2604.13694)
 
 The first recomputes each component's own output with the expert's weights and linearises only what comes after it (a
@@ -30,12 +30,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from wpjax.components import KINDS, MODEL_LAYER, Component, count, gates_of
+from wpjax.components import KINDS, MODEL_LAYER, Component, gates_of, indices
 from wpjax.metrics import Metric, over_prompts
+from wpjax.models.block import NORMS, Block
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, Scale, Site, decoder
-from wpjax.models.layers import Block, Packed
+from wpjax.models.decoder import Params, block, decoder, take_layer
+from wpjax.models.edits import Add, Edit, Scale
+from wpjax.models.layouts import Packed
 from wpjax.models.leaves import project, resolve
+from wpjax.models.sites import Site
 from wpjax.patching import PatchMask, patch
 from wpjax.sweeps.packing import shared_tokens
 from wpjax.sweeps.rows import (
@@ -47,6 +50,7 @@ from wpjax.sweeps.rows import (
     layer_patch,
     layer_rows,
     module_patch,
+    norm_inputs,
     query_patch,
 )
 
@@ -84,7 +88,7 @@ class Slopes(NamedTuple):
     What a layer computes is the same for all prompts at the tokens that they share, and packed; slopes are not.
 
     Attributes:
-        at: the gradient by the stream after attention and after the layer, and by what modules read.
+        at: the gradient at the sites where components write.
         heads: of the factors of heads.
         neurons: of the factors of neurons.
         packed: how what the layer computes is laid out.
@@ -113,7 +117,8 @@ def _by_head(z: HeadValues, at: LayerPatch, weights: Block, slopes: Slopes) -> F
 
     def through(z: Float[Array, "1 S H Dh"], b: Block) -> Float[Array, "B H"]:
         w_o, terms = jnp.moveaxis(b.attn.W_O.get_value(), -1, 0), b.attn.cfg.terms
-        return (slopes.spread(z) * project(slopes.at[Site.RESID_MID], w_o, terms=terms)).sum((1, 3))
+        written = slopes.at[b.where_added(Site.ATTN_PROJ)]
+        return (slopes.spread(z) * project(written, w_o, terms=terms)).sum((1, 3))
 
     own = through(z.host, at.host.block) if slopes.heads is None else slopes.heads
     return (through(z.patched, weights) - own).T
@@ -126,7 +131,7 @@ def _kv_group_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "K B"]:
 
 def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
     def through(b: Block, x: Float[Array, "1 S D"]) -> Float[Array, "B F"]:
-        written = project(slopes.at[Site.RESID_POST], b.mlp.W_out.get_value().T, terms=b.mlp.cfg.terms)
+        written = project(slopes.at[b.where_added(Site.MLP_PROJ)], b.mlp.W_out.get_value().T, terms=b.cfg.terms)
         return (slopes.spread(b.mlp.neurons(x)) * written).sum(1)
 
     own = through(at.host.block, at.host.mlp_input) if slopes.neurons is None else slopes.neurons
@@ -137,7 +142,8 @@ def _attn_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
     """All its heads at once, and the output bias."""
     change = _by_head(module_patch(at), at, at.weights, slopes).sum(0)
     if at.weights.attn.cfg.out_bias:
-        change += _shifted(slopes.at[Site.RESID_MID], at.weights.attn.b_O, at.host.block.attn.b_O)
+        written = slopes.at[at.host.block.where_added(Site.ATTN_PROJ)]
+        change += _shifted(written, at.weights.attn.b_O, at.host.block.attn.b_O)
     return change[None]
 
 
@@ -145,7 +151,8 @@ def _mlp_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
     """All its neurons, which is exactly their sum, and the output bias."""
     change = _neuron_change(at, slopes).sum(0)
     if at.weights.mlp.cfg.mlp_bias:
-        change += _shifted(slopes.at[Site.RESID_POST], at.weights.mlp.b_out, at.host.block.mlp.b_out)
+        written = slopes.at[at.host.block.where_added(Site.MLP_PROJ)]
+        change += _shifted(written, at.weights.mlp.b_out, at.host.block.mlp.b_out)
     return change[None]
 
 
@@ -154,16 +161,13 @@ def _shifted(slope: Float[Array, "B T D"], new: nnx.Param, own: nnx.Param) -> Fl
     return (slope * (resolve(new.get_value()) - resolve(own.get_value()))).sum((1, 2))
 
 
-def _norm_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "2 B"]:
-    new = {Site.ATTN_INPUT: at.weights.norm_attn(at.source.resid_pre),
-           Site.MLP_INPUT: at.weights.norm_mlp(at.source.resid_mid)}  # fmt: skip
-    own = {Site.ATTN_INPUT: at.host.attn_input, Site.MLP_INPUT: at.host.mlp_input}
-    return jnp.stack([slopes.along(site, new[site] - own[site]) for site in new])
+def _norm_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "n B"]:
+    return jnp.stack([slopes.along(site, new - at.host.at(site)) for site, new in norm_inputs(at).items()])
 
 
 def _layer_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
     x = at.source.resid_pre
-    new = at.weights(x, at.source.where) - x
+    new = at.weights(x, at.layout).resid_post - x
     return slopes.along(Site.RESID_POST, new - (at.host.resid_post - at.host.resid_pre))[None]
 
 
@@ -180,15 +184,20 @@ CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
 )
 """Kinds whose linearised change needs no row per component; the others take their rows."""
 
-SLOPES_AT: Mapping[str, tuple[Site, ...]] = MappingProxyType(
-    {"norm": (Site.ATTN_INPUT, Site.MLP_INPUT), "embed": (Site.RESID_PRE,)}
-)
-"""Sites whose slope some kinds need, besides the stream after attention and after the layer."""
+
+def _slopes_at(b: Block, kinds: Sequence[str]) -> tuple[Site, ...]:
+    """Sites whose slopes the rules of some kinds take, and those of the stream, where rows are handed over."""
+    sites = [Site.RESID_MID, Site.RESID_POST, *(b.where_added(site) for site in (Site.ATTN_PROJ, Site.MLP_PROJ))]
+    if "norm" in kinds:
+        sites += [site for site in NORMS if b.has_norm(site)]
+    if "embed" in kinds:
+        sites.append(Site.RESID_PRE)
+    return tuple(dict.fromkeys(sites))
 
 
 @jax.numpy_dtype_promotion("standard")  # JAX's own attention relies on it for the gradient of bfloat16
 @functools.partial(jax.jit, static_argnames=("cfg", "kinds", "weights", "inputs", "n_shared"))
-def _output_linearised(
+def linearised_by_kind(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
@@ -198,37 +207,47 @@ def _output_linearised(
     inputs: Side,
     n_shared: int,
 ) -> dict[str, Float[Array, "A n B"]]:
+    """`output_linearised` of every component of some kinds, by kind: layers up to the one that is read (one row for a
+    kind outside the layers), components of a layer, prompts. One program; `n_shared` tokens begin all prompts (static).
+    """
     n_layers = metric.layer + 1
     ids = jnp.asarray(metric.tokens.ids)
     packed = Packed.side_by_side(len(ids), ids.shape[1], n_shared)
-    zeros = jnp.zeros((n_layers, *ids.shape, cfg.d_model), jnp.float32)
-    sites = (Site.RESID_MID, Site.RESID_POST, *(site for kind in kinds for site in SLOPES_AT.get(kind, ())))
     is_exact = host["embed"]["W_E"].dtype == jnp.float32
-    ones = Scale(*(jnp.ones((n_layers, len(ids), n)) if is_exact else None for n in (cfg.n_heads, cfg.d_mlp)))
+    any_layer = block(cfg, take_layer(host["blocks"], 0))
+    # Adding 0 at a site and multiplying by 1 change nothing; their gradients are the slopes.
+    shape = (n_layers, *ids.shape, cfg.d_model)
+    edits = {site: Edit(site, Add(jnp.zeros(shape, jnp.float32))) for site in _slopes_at(any_layer, kinds)}
+    if is_exact:
+        ones = {Site.Z: (cfg.n_heads, 1), Site.NEURON: (cfg.d_mlp,)}
+        edits |= {site: Edit(site, Scale(jnp.ones((n_layers, len(ids), 1, *n)))) for site, n in ones.items()}
 
-    def run(model: Params, **options: Any) -> tuple[Run, Array]:
-        out = metric.run(cfg, model, sites=(Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST), **options)
+    def run(model: Params, edits: Mapping[Site, Edit] = MappingProxyType({})) -> tuple[Run, Array]:
+        read = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST)
+        out = metric.run(cfg, model, sites=read, edits=tuple(edits.values()))
         picked = metric.pick(out.resid)
         sites = jax.tree.map(jax.vmap(packed.lay), out.sites)
         return Run(sites.pop(Site.RESID_PRE), metric.read(cfg, model, picked), kept=sites), picked
 
-    def score(add: dict[Site, Array], scale: Scale) -> tuple[Array, tuple[Run, Array]]:
-        found = run(host, add=add, scale=scale)
+    def score(edits: dict[Site, Edit]) -> tuple[Array, tuple[Run, Array]]:
+        found = run(host, edits)
         return found[0].score.sum(), found
 
-    by_site, by_factor = dict.fromkeys(sites, zeros), ones
-    (by_site, by_factor), (own, picked) = jax.grad(score, argnums=(0, 1), has_aux=True)(by_site, by_factor)
+    slopes, (own, picked) = jax.grad(score, has_aux=True)(edits)
+    slopes = {site: jax.tree.leaves(edit.operation)[0] for site, edit in slopes.items()}
+    by_factor = [slopes.pop(site)[:, :, 0] if is_exact else None for site in (Site.Z, Site.NEURON)]
+    by_head, by_neuron = by_factor[0] if by_factor[0] is None else by_factor[0][..., 0], by_factor[1]
     runs = own, run(donor)[0] if inputs == "donor" else None
 
     def layer_changes(_: None, i: Array) -> tuple[None, dict[str, Array]]:
         at = layer_patch(cfg, host, donor, runs, i, weights, inputs, packed)
-        slope, (heads, neurons) = jax.tree.map(lambda a: a[i], (by_site, by_factor))
-        here = Slopes(slope, heads, neurons, packed)
+        slope, head, neuron = jax.tree.map(lambda a: a[i], (slopes, by_head, by_neuron))
+        here = Slopes(slope, head, neuron, packed)
 
         def change(kind: str) -> Array:
             if kind in CHANGES:
                 return CHANGES[kind](at, here)
-            found = layer_rows(cfg, kind, at, (host, donor), i, jnp.arange(count(cfg, kind)))
+            found = layer_rows(cfg, kind, at, (host, donor), i, jnp.asarray(indices(cfg, kind)))
             site, rows, own = found.handed_over(at)
             return jax.vmap(lambda row: here.along(site, row - own))(rows)
 
@@ -240,15 +259,15 @@ def _output_linearised(
         # What a component of the model adds to the stream is linearised; what it does to the readout is exact.
         patched = patch(host, giver, PatchMask.of(cfg, kind))
         added = decoder(cfg, patched).embed(packed.lay(ids), packed.positions) - own.resid_pre[0]
-        first = Slopes(jax.tree.map(lambda a: a[0], by_site), None, None, packed)
-        through = first.along(Site.RESID_PRE, added) if kind in SLOPES_AT else 0.0
+        first = Slopes(jax.tree.map(lambda a: a[0], slopes), None, None, packed)
+        through = first.along(Site.RESID_PRE, added) if kind == "embed" else 0.0
         changes[kind] = (through + metric.read(cfg, patched, picked) - own.score)[None, None]
     return changes
 
 
 @jax.numpy_dtype_promotion("standard")  # as above
 @functools.partial(jax.jit, static_argnames="cfg")
-def _weight_gradient(
+def gate_gradient(
     cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: PatchMask
 ) -> dict[str, Float[Array, "B ..."]]:
     """dF/dm of every gate, prompt by prompt, at a float mask."""
@@ -285,12 +304,12 @@ def output_linearised(
     kinds, n_shared = tuple(dict.fromkeys(c.kind for c in components)), shared_tokens(metric)
 
     def run(part: Metric) -> dict[str, Array]:
-        return _output_linearised(cfg, host, donor, part, kinds, weights, inputs, n_shared)
+        return linearised_by_kind(cfg, host, donor, part, kinds, weights, inputs, n_shared)
 
     by_kind = over_prompts(metric, run, axis=2)
     places: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in kinds}
     for i, c in enumerate(components):
-        places[c.kind].append((i, max(c.layer, 0), c.index))
+        places[c.kind].append((i, max(c.layer, 0), indices(cfg, c.kind).index(c.index)))
     found = np.empty((len(components), len(metric)))
     for kind, some in places.items():
         i, layer, index = np.array(some).T
@@ -321,7 +340,7 @@ def gate_slopes(
     if not isinstance(at, PatchMask):
         value = jnp.asarray(at, jnp.float32)
         at = jax.tree.map(lambda gate: gate + value, PatchMask.empty(cfg, jnp.float32))
-    return over_prompts(metric, lambda part: _weight_gradient(cfg, host, donor, part, at), axis=0)
+    return over_prompts(metric, lambda part: gate_gradient(cfg, host, donor, part, at), axis=0)
 
 
 @zero_where_unfelt

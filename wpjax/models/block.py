@@ -1,0 +1,284 @@
+"""One layer: how its parts are wired to the residual stream. No other module says so.
+
+    attn_input = norm(resid_pre)              attn_proj = z W_O + b_O, all heads together
+    resid_mid  = resid_pre + attn_out         attn_out  = attn_proj                (its norm in post-norm families)
+    mlp_input  = norm(resid_mid)              mlp_proj  = neuron W_out + b_out
+    resid_post = resid_mid + mlp_out          mlp_out   = mlp_proj                 (its norm in post-norm families)
+
+In families with a parallel residual the MLP reads `resid_pre` in place of `resid_mid`. In families without pre-norms
+both modules read the stream itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from wpjax.models.config import ModelConfig
+from wpjax.models.edits import Edit, apply
+from wpjax.models.layers import MLP, Attention, Norm
+from wpjax.models.layouts import Layout
+from wpjax.models.secant import Secant, Value
+from wpjax.models.sites import Site
+
+NORMS: Mapping[Site, str] = MappingProxyType(
+    {
+        Site.ATTN_INPUT: "norm_attn",
+        Site.ATTN_OUT: "norm_attn_out",
+        Site.MLP_INPUT: "norm_mlp",
+        Site.MLP_OUT: "norm_mlp_out",
+    }
+)
+"""The norm that makes the value at a site, in families that have one there."""
+
+
+class Block(nnx.Module):
+    """The parts of one layer."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.attn = Attention(cfg, rngs=rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+        if cfg.pre_norm:
+            self.norm_attn, self.norm_mlp = Norm(cfg), Norm(cfg)
+        if cfg.post_norm:
+            self.norm_attn_out, self.norm_mlp_out = Norm(cfg), Norm(cfg)
+
+    def __call__(
+        self,
+        resid_pre: Float[Value, "*n D"],
+        layout: Layout,
+        *,
+        known: Mapping[Site, Value] | None = None,
+        edits: Sequence[Edit] = (),
+        layer: Int[Array, ""] | int = 0,
+    ) -> LayerPass:
+        """Run the layer; nothing is computed that is not asked for.
+
+        Args:
+            resid_pre: [B, S, D], the stream that enters.
+            layout: how its tokens stand.
+            known: values of some sites: what they are, or what they are to be. They are not edited.
+            edits: what is changed on the way.
+            layer: the number of the layer, for the edits; it may be traced.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from wpjax.models.decoder import block, init_params, take_layer
+        >>> from wpjax.models.layouts import Causal
+        >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, 2 KV heads
+        >>> params = init_params(cfg, jax.random.key(0))
+        >>> one = block(cfg, take_layer(params["blocks"], 0))(jnp.ones((1, 5, 16)), Causal.of(5))
+        >>> one.z.shape, one.neuron.shape, one.resid_post.shape
+        ((1, 5, 4, 4), (1, 5, 32), (1, 5, 16))
+        """
+        return LayerPass(self, resid_pre, layout, known, edits, layer)
+
+    def normed(self, site: Site, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
+        """What passes at a site that a norm makes, or x itself in families without a norm there."""
+        return getattr(self, NORMS[site])(x) if self.has_norm(site) else x
+
+    def has_norm(self, site: Site) -> bool:
+        """Whether a norm makes the value at a site."""
+        return hasattr(self, NORMS[site])
+
+    @property
+    def mlp_reads_attention(self) -> bool:
+        """Whether the MLP reads what attention of the same layer has written."""
+        return not self.cfg.parallel
+
+    def where_added(self, site: Site) -> Site:
+        """Where a change at `attn_proj` or `mlp_proj` has the same size: in the stream, or, if a norm stands before
+        that, at the site itself.
+        """
+        in_the_stream = {Site.ATTN_PROJ: Site.RESID_MID, Site.MLP_PROJ: Site.RESID_POST}
+        return site if self.cfg.post_norm else in_the_stream[site]
+
+    def attn_proj_slope(
+        self, slope: Float[Array, "*n D"], ours: Float[Array, "*n D"], theirs: Float[Array, "*n D"]
+    ) -> Float[Array, "*n D"]:
+        """g such that <slope, attn_out' - attn_out> = <g, attn_proj' - attn_proj>, exactly.
+
+        Without a post-norm g is the slope. With one it is the slope, seen through the norm's secant between the two
+        values (docs/method.md, "Following an effect").
+
+        Args:
+            slope: by what attention adds to the stream.
+            ours: `attn_proj` of one pass.
+            theirs: `attn_proj` of another.
+        """
+        if not self.cfg.post_norm:
+            return slope
+
+        def change(d: Array) -> Array:
+            way: Any = Secant(ours, theirs, d)
+            return self.normed(Site.ATTN_OUT, way).change  # type: ignore[attr-defined]
+
+        return jax.linear_transpose(change, ours)(slope)[0]
+
+
+def _site(make: Callable[[LayerPass], Value]) -> property:
+    """A property of a pass: the value at the site of that name, made by the function where it is not known."""
+    site = Site(make.__name__)
+
+    @functools.wraps(make)
+    def value(self: LayerPass) -> Value:
+        return self.value(site, make)
+
+    return property(value)
+
+
+class LayerPass:
+    """One layer on one residual stream. Every site is a property, computed when it is first asked for.
+
+    Arguments as `Block.__call__` takes them.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        resid_pre: Value,
+        layout: Layout,
+        known: Mapping[Site, Value] | None = None,
+        edits: Sequence[Edit] = (),
+        layer: Int[Array, ""] | int = 0,
+        origin: LayerPass | None = None,
+    ):
+        self.block, self.layout, self.edits, self.layer = block, layout, tuple(edits), layer
+        self._entering, self._origin = resid_pre, origin
+        self._known, self._made = dict(known or {}), dict[Site, Value]()
+        self._changed = {after for site in self._known for after in downstream(site, block.cfg.parallel)}
+
+    @_site
+    def resid_pre(self) -> Value:
+        """The stream that enters, [B, S, D]."""
+        return self._entering
+
+    @_site
+    def attn_input(self) -> Value:
+        """What attention reads, [B, S, D]."""
+        return self.block.normed(Site.ATTN_INPUT, self.resid_pre)
+
+    @_site
+    def q(self) -> Value:
+        """Queries, [B, T, H, Dh]."""
+        return self.block.attn.queries(self.layout.pick(self.attn_input), self.layout.query_positions)
+
+    @_site
+    def k(self) -> Value:
+        """Keys, [B, S, K, Dh]."""
+        return self.block.attn.keys(self.attn_input, self.layout.positions)
+
+    @_site
+    def v(self) -> Value:
+        """Values, [B, S, K, Dh]."""
+        return self.block.attn.values(self.attn_input)
+
+    @functools.cached_property
+    def seen(self) -> tuple[Value, Value]:
+        """Keys and values that queries may see: the layer's own, and those that the layout has from before."""
+        return self.layout.extend(self.k, self.v)
+
+    @_site
+    def z(self) -> Value:
+        """Each head's mix of values, [B, T, H, Dh]."""
+        return self.layout.attend(self.block.attn, self.q, *self.seen)
+
+    @_site
+    def attn_proj(self) -> Value:
+        """What all heads write together, [B, T, D]."""
+        return self.block.attn.out(self.z)
+
+    @_site
+    def attn_out(self) -> Value:
+        """What attention adds to the stream, [B, T, D]."""
+        return self.block.normed(Site.ATTN_OUT, self.attn_proj)
+
+    @_site
+    def resid_mid(self) -> Value:
+        """The stream with attention added, [B, T, D]."""
+        return self.layout.pick(self.resid_pre) + self.attn_out
+
+    @_site
+    def mlp_input(self) -> Value:
+        """What the MLP reads, [B, T, D]."""
+        return self.block.normed(Site.MLP_INPUT, self.mlp_reads)
+
+    @_site
+    def neuron(self) -> Value:
+        """Activations, [B, T, F]."""
+        return self.block.mlp.neurons(self.mlp_input)
+
+    @_site
+    def mlp_proj(self) -> Value:
+        """What all neurons write together, [B, T, D]."""
+        by_neuron = Site.NEURON in self._known or any(edit.site == Site.NEURON for edit in self.edits)
+        return self.block.mlp.out(self.neuron) if by_neuron else self.block.mlp(self.mlp_input)
+
+    @_site
+    def mlp_out(self) -> Value:
+        """What the MLP adds to the stream, [B, T, D]."""
+        return self.block.normed(Site.MLP_OUT, self.mlp_proj)
+
+    @_site
+    def resid_post(self) -> Value:
+        """The stream with the MLP added, [B, T, D]."""
+        return self.resid_mid + self.mlp_out
+
+    @property
+    def mlp_reads(self) -> Value:
+        """The stream that the MLP reads, before its norm."""
+        return self.resid_mid if self.block.mlp_reads_attention else self.layout.pick(self.resid_pre)
+
+    def at(self, site: Site) -> Value:
+        """What passes at a site."""
+        return getattr(self, site)
+
+    def value(self, site: Site, make: Callable[[LayerPass], Value]) -> Value:
+        """What passes at a site: what is known of it, or what is made, edited."""
+        if site in self._known:
+            return self._known[site]
+        if self._origin is not None and site not in self._changed:
+            return self._origin.at(site)
+        if site not in self._made:
+            reads_stream = site in (Site.RESID_PRE, Site.ATTN_INPUT, Site.K, Site.V)
+            positions = self.layout.positions if reads_stream else self.layout.query_positions
+            self._made[site] = apply(self.edits, site, make(self), self.layer, positions)
+        return self._made[site]
+
+    def replaced(self, values: Mapping[Site, Value]) -> LayerPass:
+        """This pass with other values at some sites, and all that follows from them."""
+        return LayerPass(self.block, self._entering, self.layout, values, self.edits, self.layer, origin=self)
+
+    def moved(self, site: Site, change: Value) -> LayerPass:
+        """This pass with something added at `attn_proj` or `mlp_proj`; leading axes of the change come in front."""
+        where = self.block.where_added(site)
+        return self.replaced({where: self.at(where) + change})
+
+
+@functools.cache
+def downstream(site: Site, parallel: bool) -> frozenset[Site]:
+    """The sites of a layer whose values follow from that at a site."""
+    reads = {
+        Site.ATTN_INPUT: (Site.RESID_PRE,),
+        **dict.fromkeys((Site.Q, Site.K, Site.V), (Site.ATTN_INPUT,)),
+        Site.Z: (Site.Q, Site.K, Site.V),
+        Site.ATTN_PROJ: (Site.Z,),
+        Site.ATTN_OUT: (Site.ATTN_PROJ,),
+        Site.RESID_MID: (Site.RESID_PRE, Site.ATTN_OUT),
+        Site.MLP_INPUT: (Site.RESID_PRE if parallel else Site.RESID_MID,),
+        Site.NEURON: (Site.MLP_INPUT,),
+        Site.MLP_PROJ: (Site.NEURON,),
+        Site.MLP_OUT: (Site.MLP_PROJ,),
+        Site.RESID_POST: (Site.RESID_MID, Site.MLP_OUT),
+    }
+    found: set[Site] = set()
+    for after, before in reads.items():  # in order, so that one pass is enough
+        if any(b == site or b in found for b in before):
+            found.add(after)
+    return frozenset(found)

@@ -1,0 +1,224 @@
+"""Edits: changes of what passes at a site of a forward pass, as data.
+
+    Add        x + value                        a steering vector; zeros, to take the gradient there
+    Scale      x * factor                       0 knocks out
+    Set        value                            activation patching, mean-ablation
+    ClampTo    x + (target - <x, read>) write   holds one coordinate of the stream
+
+Every forward pass takes a tuple of them. They are pytrees, so they can be arguments of a jitted function, `vmap` runs
+many of them at once, and `grad` differentiates by their values. All four are affine in x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from wpjax.errors import WpjaxError
+from wpjax.models import ops
+from wpjax.models.secant import Value
+from wpjax.models.sites import Site
+
+CHANNELS = (Site.Q, Site.K, Site.V, Site.Z, Site.NEURON)
+"""Sites whose third axis is heads, KV heads or neurons."""
+
+
+@runtime_checkable
+class Operation(Protocol):
+    """What becomes of the value at a site; affine in it, and a pytree."""
+
+    def __call__(self, x: Array) -> Array:
+        """The new value."""
+        ...
+
+    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Operation:
+        """The operation on some prompts, where `axis` of its arrays counts prompts."""
+        ...
+
+
+def _rows(x: Array, rows: Int[Array | np.ndarray, " N"], axis: int) -> Array:
+    return x if x.ndim <= axis or x.shape[axis] == 1 else jnp.take(x, jnp.asarray(rows), axis=axis)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """x + value.
+
+    Attributes:
+        value: of a shape that broadcasts to the site's.
+    """
+
+    value: Float[Array, "..."]
+
+    def __call__(self, x: Array) -> Array:
+        """The new value."""
+        return x + self.value
+
+    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Add:
+        """See `Operation`."""
+        return Add(_rows(self.value, rows, axis))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """x * factor.
+
+    Attributes:
+        factor: of a shape that broadcasts to the site's.
+    """
+
+    factor: Float[Array, "..."]
+
+    def __call__(self, x: Array) -> Array:
+        """The new value."""
+        return x * self.factor
+
+    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Scale:
+        """See `Operation`."""
+        return Scale(_rows(self.factor, rows, axis))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Set:
+    """The value itself, whatever was there.
+
+    Attributes:
+        value: of a shape that broadcasts to the site's.
+    """
+
+    value: Float[Array, "..."]
+
+    def __call__(self, x: Array) -> Array:
+        """The new value."""
+        return jnp.broadcast_to(self.value, x.shape).astype(x.dtype)
+
+    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Set:
+        """See `Operation`."""
+        return Set(_rows(self.value, rows, axis))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClampTo:
+    """x + (target - <x, read>) write: one coordinate held, in full float32 on every device.
+
+    Attributes:
+        read: [D], unit.
+        write: [D], unit: `read` to hold the coordinate, another direction for a control that moves the stream as far.
+        target: where the coordinate is held, in the units of the stream.
+    """
+
+    read: Float[Array, " D"]
+    write: Float[Array, " D"]
+    target: Float[Array, ""]
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        """The new value."""
+        at = jnp.matmul(x, self.read, precision=jax.lax.Precision.HIGHEST)
+        return x + (self.target - at)[..., None] * self.write
+
+    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> ClampTo:
+        """The same for every prompt."""
+        return self
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["operation", "layer", "start", "stop", "channels"],
+    meta_fields=["site"],
+)
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One change at one site; everything but the site may be traced.
+
+    Attributes:
+        site: where (static).
+        operation: what becomes of the value there.
+        layer: 0-based; it may be traced, so that one program serves all layers. None for all layers that run: every
+            array of the operation then has a leading axis of them.
+        start: the first position that is edited, a number or one a prompt [B]; None for 0.
+        stop: the first position that is not edited any more, likewise; None for no end.
+        channels: which heads, KV heads or neurons, at sites that have them: numbers, or a boolean for each of them;
+            None for all.
+
+    Head 2 of layer 1 writes nothing, from the fourth token on:
+
+    >>> import jax.numpy as jnp
+    >>> edit = Edit(Site.Z, Scale(jnp.zeros(())), layer=1, start=3, channels=2)
+    >>> x = jnp.ones((1, 5, 4, 8))  # [B, T, H, Dh]
+    >>> changed = edit(x, jnp.asarray(1), jnp.arange(5)[None])
+    >>> float(changed.sum()), float(changed[0, 3:, 2].sum())
+    (144.0, 0.0)
+    """
+
+    site: Site
+    operation: Operation
+    layer: Int[Array, ""] | int | None = None
+    start: Int[Array | np.ndarray, "..."] | int | None = None
+    stop: Int[Array | np.ndarray, "..."] | int | None = None
+    channels: Int[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, " n"] | int | None = None
+
+    def __call__(self, x: Value, layer: Int[Array, ""] | int, positions: Int[Array, "#B T"]) -> Value:
+        """The value at the site after the edit.
+
+        Args:
+            x: [B, T, ...], what passes there.
+            layer: whose site it is.
+            positions: of the tokens in their prompts.
+        """
+        changed = ops.affine(self.operation, x)
+        here = jnp.asarray(True) if self.layer is None else jnp.asarray(self.layer) == layer
+        if self.start is not None or self.stop is not None:
+            within = self._within(positions)
+            if within.shape[0] not in (1, x.shape[0]):
+                raise WpjaxError(
+                    "an edit that starts at another token of each prompt needs prompts side by side, not packed as one"
+                )
+            here = here & within.reshape(*within.shape, *(1,) * (x.ndim - 2))
+        if self.channels is not None:
+            here = here & self._chosen(x.shape[2]).reshape(-1, *(1,) * (x.ndim - 3))
+        if self.layer is None and here.ndim == 0:
+            return changed
+        return jax.tree.map(lambda new, old: jnp.where(here, new, old), changed, x)
+
+    def _within(self, positions: Int[Array, "#B T"]) -> Bool[Array, "B T"]:
+        start, stop = (None if at is None else jnp.asarray(at)[..., None] for at in (self.start, self.stop))
+        after = jnp.ones(positions.shape, bool) if start is None else positions >= start
+        return after if stop is None else after & (positions < stop)
+
+    def _chosen(self, n: int) -> Bool[Array, " n"]:
+        if self.site not in CHANNELS:
+            raise WpjaxError(f"the site {self.site} has no heads or neurons; leave `channels` out of its edit")
+        channels = jnp.asarray(self.channels)
+        if channels.dtype == jnp.bool_:
+            return channels
+        return (jnp.arange(n) == channels.reshape(-1, 1)).any(0)
+
+    def take(self, rows: Int[Array | np.ndarray, " N"]) -> Edit:
+        """The edit for some of the prompts."""
+        operation = self.operation.take(rows, axis=1 if self.layer is None else 0)
+        start, stop = (
+            at if at is None or jnp.ndim(at) == 0 else jnp.asarray(at)[jnp.asarray(rows)]
+            for at in (self.start, self.stop)
+        )
+        return dataclasses.replace(self, operation=operation, start=start, stop=stop)
+
+
+def apply(
+    edits: Sequence[Edit], site: Site, x: Value, layer: Int[Array, ""] | int, positions: Int[Array, "#B T"]
+) -> Value:
+    """What passes at a site after the edits that are about it, one after the other."""
+    for edit in edits:
+        if edit.site == site:
+            x = edit(x, layer, positions)
+    return x

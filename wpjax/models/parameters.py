@@ -1,0 +1,70 @@
+"""The table of parameters: the logical axes of every leaf a decoder may have, and the unit that owns it.
+
+A family's checkpoint is read into these leaves. Masks, patches and placement on devices follow from the axes, so a new
+parameter is one line here.
+
+Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron. Leaves under "blocks" have a leading axis
+of layers, which is not listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Parameter(NamedTuple):
+    """One leaf of the parameter tree.
+
+    Attributes:
+        unit: the unit that owns it: what can be patched on its own, at the finest.
+        axes: names of its axes, without that of layers.
+    """
+
+    unit: str
+    axes: tuple[str, ...]
+
+    @property
+    def channel_axis(self) -> int | None:
+        """The axis that counts the unit's channels (heads, KV groups or neurons of a layer); None if it has none."""
+        axis = CHANNEL_AXES.get(self.unit)
+        return None if axis is None else self.axes.index(axis)
+
+
+CHANNEL_AXES: Mapping[str, str] = MappingProxyType({"head": "head", "kv_group": "kv_head", "neuron": "neuron"})
+"""Units that have channels, and the axis that counts them."""
+
+_D = ("d_model",)
+
+PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
+    {
+        "blocks/attn/W_Q": Parameter("head", ("d_model", "head", "d_head")),
+        "blocks/attn/b_Q": Parameter("head", ("head", "d_head")),
+        "blocks/attn/W_O": Parameter("head", ("head", "d_head", "d_model")),
+        "blocks/attn/W_K": Parameter("kv_group", ("d_model", "kv_head", "d_head")),
+        "blocks/attn/b_K": Parameter("kv_group", ("kv_head", "d_head")),
+        "blocks/attn/W_V": Parameter("kv_group", ("d_model", "kv_head", "d_head")),
+        "blocks/attn/b_V": Parameter("kv_group", ("kv_head", "d_head")),
+        "blocks/attn/b_O": Parameter("attn_bias", _D),
+        "blocks/mlp/W_gate": Parameter("neuron", ("d_model", "neuron")),
+        "blocks/mlp/b_gate": Parameter("neuron", ("neuron",)),
+        "blocks/mlp/W_in": Parameter("neuron", ("d_model", "neuron")),
+        "blocks/mlp/b_in": Parameter("neuron", ("neuron",)),
+        "blocks/mlp/W_out": Parameter("neuron", ("neuron", "d_model")),
+        "blocks/mlp/b_out": Parameter("mlp_bias", _D),
+        "blocks/norm_attn/scale": Parameter("norm_attn", _D),
+        "blocks/norm_attn/bias": Parameter("norm_attn", _D),
+        "blocks/norm_attn_out/scale": Parameter("norm_attn_out", _D),
+        "blocks/norm_attn_out/bias": Parameter("norm_attn_out", _D),
+        "blocks/norm_mlp/scale": Parameter("norm_mlp", _D),
+        "blocks/norm_mlp/bias": Parameter("norm_mlp", _D),
+        "blocks/norm_mlp_out/scale": Parameter("norm_mlp_out", _D),
+        "blocks/norm_mlp_out/bias": Parameter("norm_mlp_out", _D),
+        "embed/W_E": Parameter("embed", ("vocab", "d_model")),
+        "embed/W_pos": Parameter("embed", ("position", "d_model")),
+        "unembed/W_U": Parameter("unembed", ("d_model", "vocab")),
+        "final_norm/scale": Parameter("final_norm", _D),
+        "final_norm/bias": Parameter("final_norm", _D),
+    }
+)

@@ -1,0 +1,249 @@
+"""Secant values: a quantity in base and expert, and its change, which is linear in the gates of a patch.
+
+A gradient is the slope at the base. Here every operation has its slope *between* base and expert instead, so that the
+change of its output is exactly linear in the changes of its inputs and weights:
+
+    x y          d(xy) = dx (y_B + y_E) / 2 + (x_B + x_E) / 2 dy             every product, also of matrices
+    f(x)         df = (f(x_E) - f(x_B)) / (x_E - x_B) dx                     every function of one number
+    (q)^-1/2     ds = -s_B^2 s_E^2 / (s_B + s_E) dq,   s = q^-1/2            of norms
+    softmax      dp = L (ds - dlogZ),  L = (p_E - p_B) / (log p_E - log p_B),  dlogZ = sum L ds / sum L
+
+Each change of a weight enters multiplied by its gate. With all gates at 1 the change of the output is
+F(expert) - F(base) without any remainder (docs/method.md, "Path estimators"; ours).
+
+The forward pass knows nothing of this. Where the weights are `SecantWeight`s the residual stream is a `Secant`, and the
+operations of `models.ops` follow the rules above.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from wpjax.models.leaves import CustomLeaf, Gate, contract, take_rows
+
+NEAR = 1e-3
+"""Two values nearer than this have the tangent halfway as their secant: the quotient would be rounding."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Secant:
+    """A quantity in base and expert, and its change; three arrays of one shape.
+
+    What is done to a `Secant` by arithmetic, indexing and sums is done by the rules of this module.
+
+    Attributes:
+        base: its value in the base.
+        expert: its value in the expert.
+        change: linear in the gates; `expert - base` where all gates are 1.
+    """
+
+    base: Array
+    expert: Array
+    change: Array
+
+    @property
+    def middle(self) -> Array:
+        """Halfway between base and expert."""
+        return (self.base + self.expert) / 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of each of the three."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of each of the three."""
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self.base.ndim
+
+    def each(self, function: Callable[[Array], Array]) -> Secant:
+        """A linear function of it."""
+        return jax.tree.map(function, self)
+
+    def __add__(self, other: Secant | Array | float) -> Secant:
+        if isinstance(other, Secant):
+            return jax.tree.map(jnp.add, self, other)
+        return Secant(self.base + other, self.expert + other, self.change + jnp.zeros_like(other))
+
+    def __neg__(self) -> Secant:
+        return self.each(jnp.negative)
+
+    def __sub__(self, other: Secant | Array | float) -> Secant:
+        return self + (-other)
+
+    def __rsub__(self, other: Array | float) -> Secant:
+        return -self + other
+
+    def __mul__(self, other: Secant | Array | float) -> Secant:
+        if isinstance(other, Secant):
+            change = self.change * other.middle + self.middle * other.change
+            return Secant(self.base * other.base, self.expert * other.expert, change)
+        return self.each(lambda a: a * other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: Array | float) -> Secant:
+        return self.each(lambda a: a / other)
+
+    def __getitem__(self, at: Any) -> Secant:
+        return self.each(lambda a: a[at])
+
+    def sum(self, axis: int | tuple[int, ...], keepdims: bool = False) -> Secant:
+        """Sum over axes."""
+        return self.each(lambda a: a.sum(axis, keepdims=keepdims))
+
+    def mean(self, axis: int | tuple[int, ...], keepdims: bool = False) -> Secant:
+        """Mean over axes."""
+        return self.each(lambda a: a.mean(axis, keepdims=keepdims))
+
+    def reshape(self, *shape: int) -> Secant:
+        """Another shape."""
+        return self.each(lambda a: a.reshape(*shape))
+
+
+if TYPE_CHECKING:
+    Value = Array  # a forward pass does the same to both, so a type checker need not tell them apart
+else:
+    Value = Array | Secant
+"""What flows through a forward pass: an array, or the `Secant` of two."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SecantWeight(CustomLeaf):
+    """A weight of base and expert whose change is multiplied by a gate; what it makes is a `Secant`.
+
+    Attributes:
+        base: the weight of the base.
+        expert: the weight of the expert.
+        gate: float, shape [] or [n] for the n channels of `axis`.
+        axis: axis of one layer's weight that the gate runs along (static); None where the gate is a scalar.
+    """
+
+    base: Array
+    expert: Array
+    gate: Gate
+    axis: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the weights."""
+        return self.base.dtype
+
+    @property
+    def _float32(self) -> tuple[Array, Array]:
+        return self.base.astype(jnp.float32), self.expert.astype(jnp.float32)
+
+    def resolve(self) -> Secant:
+        """The weight itself, for small ones: no matrix."""
+        ours, theirs = self._float32
+        gate = self.gate
+        if self.axis is not None:
+            gate = gate.reshape(gate.shape + (1,) * (ours.ndim - self.axis - 1))
+        return Secant(ours, theirs, gate * (theirs - ours))
+
+    def lookup(self, ids: Int[Array, "..."], axis: int) -> Secant:
+        """Rows, or columns; all of them have one gate."""
+        ours, theirs = (take_rows(w, ids, axis) for w in (self.base, self.expert))
+        return Secant(ours, theirs, self.gate * (theirs - ours))
+
+    def project(self, x: Value, n_in: int, terms: int) -> Secant:
+        """x W; the gate is applied to the input or to the output, so that no gated matrix is formed."""
+        way = x if isinstance(x, Secant) else Secant(x, x, jnp.zeros_like(x))
+        ours, theirs = self._float32
+        middle, task_vector = (ours + theirs) / 2, theirs - ours
+        if self.axis is not None and self.axis < n_in:  # gated inputs
+            trail = n_in - self.axis - 1  # axes of x after the gated one
+            gated = way.middle * self.gate.reshape(self.gate.shape + (1,) * trail)
+            own = contract(gated, task_vector, n_in)
+        else:
+            trail = 0 if self.axis is None else ours.ndim - self.axis - 1
+            own = contract(way.middle, task_vector, n_in) * self.gate.reshape(self.gate.shape + (1,) * trail)
+        change = contract(way.change, middle, n_in) + own
+        return Secant(contract(way.base, ours, n_in), contract(way.expert, theirs, n_in), change)
+
+
+def elementwise(function: Callable[[Array], Array], x: Secant) -> Secant:
+    """A function of one number: its slope between the two values."""
+    ours, theirs, way = function(x.base), function(x.expert), x.expert - x.base
+    near = jnp.abs(way) < NEAR
+    _, tangent = jax.jvp(function, (x.middle,), (jnp.ones_like(way),))
+    slope = jnp.where(near, tangent, (theirs - ours) / jnp.where(near, 1.0, way))
+    return Secant(ours, theirs, slope * x.change)
+
+
+def rsqrt(x: Secant) -> Secant:
+    """x^-1/2, with its slope in closed form."""
+    ours, theirs = jax.lax.rsqrt(x.base), jax.lax.rsqrt(x.expert)
+    slope = -jnp.square(ours) * jnp.square(theirs) / (ours + theirs)
+    return Secant(ours, theirs, slope * x.change)
+
+
+def logarithmic_mean(log_a: Float[Array, "..."], log_b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """(b - a) / (log b - log a), from the logarithms of a and b; a where they are equal.
+
+    >>> import jax.numpy as jnp
+    >>> print(logarithmic_mean(jnp.log(jnp.array(1.0)), jnp.log(jnp.array(2.0))))  # 1 / log 2
+    1.442695
+    """
+    d = -jnp.abs(log_b - log_a)  # from the larger down, which cannot overflow
+    small = d > -1e-4
+    return jnp.exp(jnp.maximum(log_a, log_b)) * jnp.where(small, 1 + d / 2, jnp.expm1(d) / jnp.where(small, 1.0, d))
+
+
+def _log_softmax(x: Secant) -> tuple[Secant, Array]:
+    """Log-probabilities along the last axis, and the logarithmic means of the probabilities."""
+    ours, theirs = jax.nn.log_softmax(x.base), jax.nn.log_softmax(x.expert)
+    weights = logarithmic_mean(ours, theirs)
+    log_z = (weights * x.change).sum(-1, keepdims=True) / weights.sum(-1, keepdims=True)
+    return Secant(ours, theirs, x.change - log_z), weights
+
+
+def log_softmax(x: Secant) -> Secant:
+    """Log-probabilities along the last axis."""
+    return _log_softmax(x)[0]
+
+
+def _einsum(form: str, a: Secant, b: Secant) -> Secant:
+    def product(x: Array, y: Array) -> Array:
+        return jnp.einsum(form, x, y, precision=jax.lax.Precision.HIGHEST)
+
+    change = product(a.change, b.middle) + product(a.middle, b.change)
+    return Secant(product(a.base, b.base), product(a.expert, b.expert), change)
+
+
+def attention(
+    q: Secant, k: Secant, v: Secant, seen: Bool[Array, "#B T S"], scale: float, cap: Callable[[Array], Array] | None
+) -> Secant:
+    """Attention of grouped heads: every product and the softmax by its rule.
+
+    Args:
+        q: [B, T, H, Dh].
+        k: [B, S, K, Dh].
+        v: [B, S, K, Dh].
+        seen: which of the S keys each query sees.
+        scale: of the scores.
+        cap: what bounds the scores, if anything does.
+    """
+    n_rep = q.shape[2] // k.shape[2]
+    k, v = (y.each(lambda a: jnp.repeat(a, n_rep, axis=2)) for y in (k, v))
+    scores = _einsum("bqhd,bkhd->bhqk", q, k) * scale
+    if cap is not None:
+        scores = elementwise(cap, scores)
+    hidden = ~seen[:, None]
+    ours, theirs = (jnp.where(hidden, -1e30, a) for a in (scores.base, scores.expert))
+    log_p, weights = _log_softmax(Secant(ours, theirs, jnp.where(hidden, 0.0, scores.change)))
+    p = Secant(jnp.exp(log_p.base), jnp.exp(log_p.expert), weights * log_p.change)
+    return _einsum("bhqk,bkhd->bqhd", p, v)
