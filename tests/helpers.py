@@ -43,9 +43,9 @@ def compiled() -> Iterator[list[str]]:
     """Names of the functions that are compiled meanwhile, one for each program; one kept on disk counts too."""
     names: list[str] = []
 
-    def listen(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
+    def listen(event: str, duration_secs: float, **about: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+            names.append(str(about["fun_name"]).removeprefix("jit(").removesuffix(")"))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
