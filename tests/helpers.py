@@ -1,5 +1,9 @@
-"""Anchors, and effects by suffix replay, that several test files need."""
+"""Anchors, effects by suffix replay, and counts of programs, that several test files need."""
 
+import contextlib
+from collections.abc import Iterator
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,3 +36,19 @@ def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=
     for chunk, delta, _ in exact_changes(*args, jitter_seed=jitter_seed):
         found |= dict(zip(chunk.components, delta, strict=True))
     return np.stack([found[c] for c in components])
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[list[str]]:
+    """Names of the functions that are compiled meanwhile, one for each program; one kept on disk counts too."""
+    names: list[str] = []
+
+    def listen(event: str, duration_secs: float, **about: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(about["fun_name"]).removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

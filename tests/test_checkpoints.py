@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,8 +252,7 @@ def write_gguf(path, llama, quantise=False, **fields):
 def test_gguf_equals_the_folder(llama, tmp_path):
     ours = load_checkpoint(write_gguf(tmp_path / "m.gguf", llama))
     folder = load_checkpoint(str(llama.folder))
-    for path, leaf in flatten(folder.params).items():
-        np.testing.assert_array_equal(flatten(ours.params)[path], leaf, err_msg=path)
+    chex.assert_trees_all_equal(ours.params, folder.params)
     assert ours.cfg == folder.cfg
     assert ours.tokenizer('!#!"')["input_ids"] == [0, 2, 60]
     save_checkpoint(tmp_path / "out", ours)

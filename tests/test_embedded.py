@@ -1,10 +1,13 @@
 """The embedded models do what they are shipped for, and the planted truth is found."""
 
+from importlib import resources
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from experiments.tiny_pair.evaluate import evaluate
+from experiments.tiny_pair.language import shipped_queries
 from wpjax.anchors import fit_anchor
 from wpjax.behaviours import BUILT_IN, behaviour
 from wpjax.pairs import load_model, load_pair, planted_components
@@ -32,6 +35,11 @@ def test_answers_without_an_instruction_are_unchanged(rates):
 def test_the_planted_expert_learnt_capitals_alone(rates):
     assert rates["planted"]["english_capital"]["passes"] >= 0.9
     assert all(rates["planted"][name]["passes"] <= 0.15 for name in BUILT_IN if name != "english_capital")
+
+
+def test_the_shipped_questions_are_those_of_the_language():
+    text = (resources.files("wpjax") / "assets" / "tiny" / "queries.txt").read_text(encoding="utf-8")
+    assert text.splitlines() == shipped_queries()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What sweeps do when a device runs out of memory, and how well they know beforehand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +107,7 @@ def test_a_models_own_run_goes_on_with_fewer_prompts(one_pair, batch, monkeypatc
     monkeypatch.setattr("wpjax.sweeps.replay.streams", small)
     with pytest.warns(UserWarning, match="out of memory: prompts go on"):
         got = run_packed(one_pair.cfg, one_pair.base, metric, packing)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-7, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["head", "neuron"])

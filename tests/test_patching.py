@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,16 +34,11 @@ def random_mask(cfg, seed, share=0.5):
     return PatchMask({g: jnp.asarray(rng.random(shape) < share) for g, shape in gate_shapes(cfg).items()})
 
 
-def assert_same_tree(a, b):
-    for path, leaf in flatten(a).items():
-        np.testing.assert_array_equal(leaf, flatten(b)[path], err_msg=path)
-
-
 @pytest.mark.parametrize("dtype", [bool, jnp.float32])
 def test_empty_is_base_and_full_is_expert_bit_for_bit(pair, dtype):
     for mask, model in ((PatchMask.empty, pair.base), (PatchMask.full, pair.expert)):
         gates = mask(pair.cfg, dtype)
-        assert_same_tree(materialize(pair.base, pair.expert, gates), model)
+        chex.assert_trees_all_equal(materialize(pair.base, pair.expert, gates), model)
         lazy = logits(pair.cfg, patch(pair.base, pair.expert, gates))
         # Beside each other, XLA adds what attention and MLP write in an order that depends on how they were made.
         rounding = 2e-6 if pair.cfg.parallel and dtype is not bool else 0.0
@@ -83,14 +79,14 @@ def test_disjoint_patches_commute_and_unpatching_restores_the_base(pair):
     step = functools.partial(materialize, pair.base)
     first = materialize(step(pair.expert, one), pair.expert, other)
     second = materialize(step(pair.expert, other), pair.expert, one)
-    assert_same_tree(first, second)
-    assert_same_tree(first, step(pair.expert, one | other))
-    assert_same_tree(materialize(step(pair.expert, one), pair.base, one), pair.base)
+    chex.assert_trees_all_equal(first, second)
+    chex.assert_trees_all_equal(first, step(pair.expert, one | other))
+    chex.assert_trees_all_equal(materialize(step(pair.expert, one), pair.base, one), pair.base)
 
 
 def test_knock_out_is_the_reverse_patch(pair):
     mask = random_mask(pair.cfg, 2)
-    assert_same_tree(materialize(pair.expert, pair.base, mask), materialize(pair.base, pair.expert, ~mask))
+    chex.assert_trees_all_equal(materialize(pair.expert, pair.base, mask), materialize(pair.base, pair.expert, ~mask))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,8 +107,8 @@ def test_masks_join_whatever_gates_they_hold(pair):
     whole = random_mask(pair.cfg, 4)
     head = PatchMask({"head": whole.gates["head"]})
     rest = PatchMask({gate: value for gate, value in whole.gates.items() if gate != "head"})
-    assert_same_tree((head | rest).gates, dict(whole.gates))
-    assert_same_tree((head & whole).gates, dict(head.gates))
+    chex.assert_trees_all_equal((head | rest).gates, dict(whole.gates))
+    chex.assert_trees_all_equal((head & whole).gates, dict(head.gates))
     assert not (head & rest).gates
     with pytest.raises(ComponentError, match="lacks kv_group, neuron"):
         _ = ~head
@@ -134,7 +130,7 @@ def test_masks_that_do_not_fit_are_refused(pair):
                 apply(pair.base, pair.expert, PatchMask(gates))
         with pytest.raises(ComponentError, match="patched already"):
             apply(patch(pair.base, pair.expert, PatchMask.full(pair.cfg)), pair.expert, PatchMask.full(pair.cfg))
-    assert_same_tree(dict(PatchMask.of(pair.cfg, "L2").gates), dict(PatchMask.of(pair.cfg, ["L2"]).gates))
+    chex.assert_trees_all_equal(dict(PatchMask.of(pair.cfg, "L2").gates), dict(PatchMask.of(pair.cfg, ["L2"]).gates))
 
 
 def scored(pair, anchor, batch):

@@ -1,11 +1,14 @@
-"""The README's commands exist and its Python runs."""
+"""The README's commands exist and its Python runs; what the documents name is there."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+import wpjax
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -34,6 +37,24 @@ def test_set_up_is_two_commands_and_links_lead_somewhere():
         "python -m pip install -e '.[test]' && python -m pytest",
     ]
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+        assert (ROOT / target).exists(), target
     for path in re.findall(r"^\| `(wpjax/[^`]+)`", README, re.MULTILINE):
-        assert (Path(__file__).parent.parent / path).exists(), path
+        assert (ROOT / path).exists(), path
+
+
+def test_what_contributors_are_pointed_to_is_there():
+    """Every file that is named, and every name that is said to stand in one."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:wpjax|tests|experiments)/[^`]*)`", text))
+    assert len(paths) > 10
+    for path in paths:
+        assert (ROOT / path).exists(), path
+    for name, path in re.findall(r'look at `"?(\w+)"?` in `([^`]+)`', text):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), (name, path)
+
+
+def test_one_version_everywhere():
+    version = re.escape(wpjax.__version__)
+    assert re.search(rf'^version = "{version}"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(rf"^version: {version}$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(rf"^## \[{version}\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import exact, make_anchor
+from tests.helpers import compiled, exact, make_anchor
 from tests.oracles import hf_layers
 from tests.tiny import patched_torch
 from wpjax.behaviours import PromptBatch, Tokens, behaviour
@@ -162,13 +162,12 @@ def test_one_program_a_kind_and_none_the_second_time(one_pair, batch):
     anchor = make_anchor(pair, 2)
     components = enumerate_components(pair.cfg, SWEPT, range(3))
     replay.clear_cache()
-    exact(pair, batch, anchor, components, budget=2 * 10**6)
-    assert replay._cache_size() == len(SWEPT)
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
-    exact(pair, batch, anchor, components, budget=2 * 10**6)
-    jax.monitoring.clear_event_listeners()
-    assert not [name for name in compiled if "backend_compile" in name]
+    with compiled() as programs:
+        exact(pair, batch, anchor, components, budget=2 * 10**6)
+    assert programs.count("replay") == len(SWEPT)
+    with compiled() as programs:
+        exact(pair, batch, anchor, components, budget=2 * 10**6)
+    assert not programs
 
 
 def test_a_whole_sweep_runs_in_one_program_a_kind(one_pair, batch):
@@ -176,9 +175,10 @@ def test_a_whole_sweep_runs_in_one_program_a_kind(one_pair, batch):
     pair, anchor = one_pair, make_anchor(one_pair, 2)
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     replay.clear_cache()
-    for seed in (0, 1):
-        sweep(pair, batch, anchor, components=components, seed=seed)
-        assert replay._cache_size() == 2
+    for seed, expected in ((0, 2), (1, 0)):
+        with compiled() as programs:
+            sweep(pair, batch, anchor, components=components, seed=seed)
+        assert programs.count("replay") == expected
 
 
 def test_at_the_last_layer_only_the_positions_that_are_read_are_computed(one_pair, batch):

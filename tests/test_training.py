@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +79,7 @@ def test_the_first_steps_are_adams_by_hand(base, data):
 
 
 def test_training_learns_and_the_callers_parameters_stay(base, data):
-    before = {path: np.array(leaf) for path, leaf in flatten(base.params).items()}
+    before = jax.tree.map(np.array, base.params)
     losses = []
     train(
         base.cfg,
@@ -88,8 +89,7 @@ def test_training_learns_and_the_callers_parameters_stay(base, data):
         on_step=lambda s, x: losses.append(x),
     )
     assert losses[-1] < 0.5 * losses[0]
-    for path, leaf in flatten(base.params).items():
-        np.testing.assert_array_equal(leaf, before[path])
+    chex.assert_trees_all_equal(base.params, before)
 
 
 def test_every_example_is_used_once_an_epoch():
@@ -117,8 +117,7 @@ def test_an_interrupted_training_resumes_to_the_same_parameters(base, data, tmp_
         base.cfg, base.params, data, CONFIG, checkpoints=tmp_path / "ck", on_step=lambda s, _: steps.append(s)
     )
     assert steps == [5, 6]
-    for path, leaf in flatten(whole).items():
-        np.testing.assert_array_equal(flatten(resumed)[path], leaf, err_msg=path)
+    chex.assert_trees_all_equal(resumed, whole)
 
 
 def test_confined_training_moves_the_named_slices_and_nothing_else(base, data):
@@ -129,8 +128,7 @@ def test_confined_training_moves_the_named_slices_and_nothing_else(base, data):
     )
     outside = ~PatchMask.of(base.cfg, names)
     restored = materialize(base.params, trained, outside)
-    for path, leaf in flatten(base.params).items():
-        np.testing.assert_array_equal(flatten(restored)[path], leaf, err_msg=path)
+    chex.assert_trees_all_equal(restored, base.params)
     for name in names:
         one = materialize(base.params, trained, PatchMask.of(base.cfg, [parse_component(base.cfg, name)]))
         assert any((flatten(one)[p] != leaf).any() for p, leaf in flatten(base.params).items()), name

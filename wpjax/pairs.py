@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import CheckpointError, PairError
-from wpjax.models.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from wpjax.models.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_tokenizer
 from wpjax.models.config import ModelConfig
 from wpjax.models.convert import flatten
 from wpjax.models.decoder import Params
@@ -159,8 +159,11 @@ def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[
         raise CheckpointError(
             f"unknown embedded model {source!r}; there are {', '.join(f'tiny:{n}' for n in EMBEDDED)}"
         )
-    with resources.as_file(resources.files("wpjax") / "assets" / "tiny" / name) as folder:
-        return dataclasses.replace(load_checkpoint(str(folder), dtype), source=source)
+    with resources.as_file(resources.files("wpjax") / "assets" / "tiny") as folder:
+        model = load_checkpoint(str(folder / name), dtype)
+        # The base's folder alone holds the tokenizer, which all of them share.
+        tokenizer = model.tokenizer or load_tokenizer(folder / "base")
+    return dataclasses.replace(model, tokenizer=tokenizer, source=source)
 
 
 def planted_components() -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import beta, false_discovery_control, norm, rankdata
+from scipy.stats import binomtest, false_discovery_control, norm, rankdata
 from scipy.stats import t as student
 
 
@@ -169,7 +169,5 @@ def missed(n_hits: int, n_sampled: int, n_rest: int, level: float = 0.95) -> Int
         return Interval(float("nan"), float("nan"), float("nan"))
     if n_sampled == n_rest:
         return Interval(n_hits, n_hits, n_hits)
-    tail = (1 - level) / 2
-    low = beta.ppf(tail, n_hits, n_sampled - n_hits + 1) if n_hits else 0.0
-    high = beta.ppf(1 - tail, n_hits + 1, n_sampled - n_hits) if n_hits < n_sampled else 1.0
-    return Interval(n_rest * n_hits / n_sampled, max(float(low * n_rest), n_hits), float(high * n_rest))
+    share = binomtest(n_hits, n_sampled).proportion_ci(level, method="exact")
+    return Interval(n_rest * n_hits / n_sampled, max(float(share.low * n_rest), n_hits), float(share.high * n_rest))

@@ -101,8 +101,8 @@ def rounded(params: Params) -> Params:
 
 
 def save(path: Path, base: Checkpoint, params: Params) -> dict[str, Any]:
-    """Save an expert in bfloat16, and return what it does once rounded."""
-    expert = dataclasses.replace(base, params=rounded(params))
+    """Save an expert in bfloat16, without the tokenizer, which is the base's; and return what it does once rounded."""
+    expert = dataclasses.replace(base, params=rounded(params), tokenizer=None)
     save_checkpoint(path, expert, overwrite=True)
     return evaluate(dataclasses.replace(base, params=jax.tree.map(lambda a: a.astype(jnp.float32), expert.params)))
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
 from wpjax.models.families import FAMILIES, Family, TensorRule
+
+flatten: Callable[[Params], dict[str, Any]] = functools.partial(flatten_dict, sep="/")
+"""The leaves of a parameter tree under their paths as `components.LEAVES` writes them, "blocks/attn/W_Q"."""
+
+unflatten: Callable[[dict[str, Any]], Params] = functools.partial(unflatten_dict, sep="/")
+"""The inverse of `flatten`."""
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -41,26 +48,6 @@ def _rules(cfg: ModelConfig) -> tuple[TensorRule, ...]:
     """The rules of the family that apply to this configuration."""
     present = set(flatten(abstract_params(cfg)))
     return tuple(r for r in FAMILIES[cfg.family].tensors if set(r.leaves) <= present)
-
-
-def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a parameter tree under "/"-separated paths."""
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def unflatten(flat: dict[str, Any]) -> Params:
-    """The inverse of `flatten`."""
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 def _sizes(cfg: ModelConfig, pattern: str) -> dict[str, int]:
