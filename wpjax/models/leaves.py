@@ -29,7 +29,8 @@ class Blend:
     """Two arrays of one shape and a gate that says, channel by channel, which of them is in force.
 
     The value is (1 - gate) * base + gate * expert; a boolean gate selects, so that an open gate is the expert and
-    a closed one the base, bit for bit. No blended array is ever formed for a matrix (METHOD: x W becomes
+    a closed one the base, bit for bit. No blended array is ever formed for a matrix
+    (docs/method.md, "Joint patches": x W becomes
     (1 - m) * x W_base + m * x W_expert on output channels, and the input is split on input channels).
 
     Attributes:

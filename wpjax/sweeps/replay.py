@@ -8,7 +8,7 @@ that the metric reads. There, only the positions that are read are computed; no 
 knock-out, a component of the base in the expert.
 
 The stream is the sum of what everything has written, so the change of a metric is followed from the supplier c through
-every later head and MLP u on the way (METHOD 4; ours):
+every later head and MLP u on the way (docs/method.md, "Following an effect"; ours):
 
     dF_c = d_cc + sum_u d_cu + rest_c,    d_cu = <v, o_u(host with c) - o_u(host)>,    v = dF / dr at the host
 

@@ -1,6 +1,6 @@
 """What a component contributes inside its layer, whichever weights and input it is given: one rule a kind.
 
-    weights  input                                                                     (METHOD 5, ours)
+    weights  input                                             (docs/method.md, "Source or relay"; ours)
     donor    host     weight patching (arXiv 2604.13694)
     donor    donor    activation patching: the donor's own output
     host     donor    relay: what the host makes of the donor's input

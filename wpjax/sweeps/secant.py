@@ -1,4 +1,5 @@
-"""The secant adjoint: scores of every weight that sum to the whole gap, prompt by prompt (METHOD 6; ours).
+"""The secant adjoint: scores of every weight that sum to the whole gap, prompt by prompt
+(docs/method.md, "Path estimators"; ours).
 
 A gradient is the slope at the base. Here every operation has its slope between base and expert instead, so that the
 change dy = y_E - y_B of its output is exactly linear in the changes of its inputs and weights:
