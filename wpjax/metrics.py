@@ -7,7 +7,8 @@
     decision    readout = log p_M(y_E) - log p_M(y_B)       at the first token where base and expert part ways
     kl          readout = -KL(p_E(. | x, y_<t) || p_M)      along the same answer y, mean over t
 
-The last three are ours (METHOD 8): they reach past the anchor to the output, so that components after it count too.
+The last three are ours (docs/method.md, "What the model says"): they reach past the anchor to the output, so that
+components after it count too.
 All are differentiable, and every sweep and screen takes any of them. The anchor read along a model's own answer is
 one of them along given answers only, `Anchor.on(batch, answers)`: what is said depends on the patch. `sweeps.on_policy`
 measures that. A metric that agrees is not yet a behaviour: only a checker on generated text says that.
@@ -229,7 +230,7 @@ def response_metric(
 ) -> Metric:
     """Mean log-probability of the tokens of the expert's own greedy answer, the end token included.
 
-        F_r(M, x) = 1 / |y| sum_t log p_M(y_t | x, y_<t)        (METHOD 8; ours)
+        F_r(M, x) = 1 / |y| sum_t log p_M(y_t | x, y_<t)        (docs/method.md, "What the model says"; ours)
 
     Args:
         pair: base and expert.
@@ -270,7 +271,8 @@ def decision_metric(
 ) -> Metric:
     """Log-odds of the expert's token against the base's, where the two first part ways.
 
-        F_d(M, x) = log p_M(y_t | x, y_<t) - log p_M(b_t | x, y_<t),   t = min{t : b_t != y_t}        (METHOD 8; ours)
+        F_d(M, x) = log p_M(y_t | x, y_<t) - log p_M(b_t | x, y_<t),   t = min{t : b_t != y_t}
+        (docs/method.md, "What the model says"; ours)
 
     y is the expert's greedy answer and b_t what the base would say after y_<t: no context gives the behaviour away
     yet. A prompt on which they never part counts 0.

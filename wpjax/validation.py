@@ -6,7 +6,8 @@
 for k on a logarithmic grid. Beside the ranking under test stand that of single effects, and controls with as many
 parameters: random components, those that changed most, and those that activation patching ranks first. Every patched
 model answers held-out prompts freely and is judged by the checker; beside it stand the scores that need no generation,
-each as a share of the way from base to expert, so that one can see what they promise (METHOD 8; ours).
+each as a share of the way from base to expert, so that one can see what they promise
+(docs/method.md, "Restoration and knock-out curves"; ours).
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@ r"""What the engine costs, against what the matrix unit could do: exact sweeps, 
     python -m experiments.bench.engine --base work/smollm2/base --expert work/smollm2/english_capital \
         --behaviour english_capital --n-prompts 8 --out experiments/bench/engine.json
 
-The ceiling is the best rate of one large product measured in the same run. Operations are counted by METHOD's rule: a
-patch of layer l costs what comes after it up to the layer that is read, for every token once; in that layer keys and
-values only. Times are medians, compilation left out; what is compared runs alternately. Memory is what the compiled
-program says that it needs; on an accelerator the peak that the device saw is there too.
+The ceiling is the best rate of one large product measured in the same run. Operations are counted by the rule of
+docs/method.md, "Counting operations": a patch of layer l costs what comes after it up to the layer that is read, for
+every token once; in that layer keys and values only. Times are medians, compilation left out; what is compared runs
+alternately. Memory is what the compiled program says that it needs; on an accelerator the peak that the device saw is
+there too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What benchmarks of the engine share: timing, the ceiling, METHOD's count of operations, one exact sweep."""
+"""What benchmarks of the engine share: timing, the ceiling, the count of operations
+(docs/method.md, "Counting operations"), one exact sweep.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ r"""An exact sweep of neurons at the shape of a model too large to come by here,
 
 Half of every prompt is the same for all. Neurons of some layers are swept, layer by layer, since a patch costs what
 comes after it; the time of all neurons up to the layer that is read follows from the operations that they need
-(METHOD's count) at the rate that was reached.
+(docs/method.md, "Counting operations") at the rate that was reached.
 """
 
 from __future__ import annotations

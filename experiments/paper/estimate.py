@@ -2,9 +2,9 @@
 
     python -m experiments.paper.estimate --out experiments/paper/estimate.json
 
-Counted from the shapes alone, by METHOD's count: a patch of layer l costs the layers from there to what is read, for
-every prompt and token. The count leaves out compilation, the host, and that decoding waits for memory and not for the
-matrix unit.
+Counted from the shapes alone, by the count of docs/method.md, "Counting operations": a patch of layer l costs the
+layers from there to what is read, for every prompt and token. The count leaves out compilation, the host, and that
+decoding waits for memory and not for the matrix unit.
 """
 
 from __future__ import annotations

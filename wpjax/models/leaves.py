@@ -52,7 +52,8 @@ class Blend(CustomLeaf):
 
     The value is (1 - gate) * base + gate * expert; a boolean gate selects, so that an open gate is the expert and
     a closed one the base, bit for bit. No blended array is ever formed for a matrix: x W becomes
-    (1 - m) * x W_base + m * x W_expert on output channels, and the input is split on input channels.
+    (1 - m) * x W_base + m * x W_expert on output channels, and the input is split on input channels
+    (docs/method.md, "Joint patches").
 
     Attributes:
         base: the weight where the gate is 0.

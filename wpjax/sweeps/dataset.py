@@ -68,7 +68,8 @@ class Measured(NamedTuple):
 def two_by_two(cells: Mapping[str, Float[np.ndarray, "C B"]]) -> dict[str, Float[np.ndarray, "C B"]]:
     """Source, relay and interaction from the cells of the 2x2, prompt by prompt.
 
-    With y_ab the metric when the component has weights a on the input that b sees (METHOD 5; ours):
+    With y_ab the metric when the component has weights a on the input that b sees
+    (docs/method.md, "Source or relay"; ours):
 
         S = ((y_EB - y_BB) + (y_EE - y_BE)) / 2     R = ((y_BE - y_BB) + (y_EE - y_EB)) / 2
         I = y_EE - y_EB - y_BE + y_BB               y_EE - y_BB = S + R

@@ -3,7 +3,8 @@
     x W  ->  where(m, x W_E, x W_B)                         output channels (queries, keys, values, gates, inputs)
     z W  ->  where(m, 0, z) W_B + where(m, z, 0) W_E        input channels (W_O, W_out)
 
-exactly, under `vmap` over the masks m alone (METHOD 3; ours). A matrix that no mask of a batch opens in some layer
+exactly, under `vmap` over the masks m alone (docs/method.md, "Joint patches"; ours).
+A matrix that no mask of a batch opens in some layer
 costs nothing there. Where the masks together touch few channels of a layer, W_E holds those only, so that a set costs
 little more there than a plain forward pass, not two; layers where they touch more take all of it. Prompts are packed.
 """

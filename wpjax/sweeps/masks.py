@@ -2,7 +2,8 @@
 
     beta_c(p) = E_{S ~ Bernoulli(p)} [ f(S + c) - f(S - c) ],    f(S) = F(base with the components S of the expert)
 
-p -> 0 is the weight patch, p = 1/2 the Banzhaf value, p -> 1 the knock-out (METHOD 6; ours). A fall from low to high p
+p -> 0 is the weight patch, p = 1/2 the Banzhaf value, p -> 1 the knock-out (docs/method.md, "Random masks"; ours).
+A fall from low to high p
 is redundancy, others do the work as well; a rise is synergy, it takes the others. Every mask serves every component
 (maximum sample reuse, arXiv 2205.15466):
 

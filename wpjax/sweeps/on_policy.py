@@ -1,6 +1,7 @@
 """The anchor along a model's own words: does the state last while it speaks, and what does one component do to that?
 
-    F_o(M, x) = 1 / |y| sum_t <r_a^M(x, y_<=t), v>,    y generated greedily by M itself        (METHOD 8; ours)
+    F_o(M, x) = 1 / |y| sum_t <r_a^M(x, y_<=t), v>,    y generated greedily by M itself
+    (docs/method.md, "What the model says"; ours)
 
 A component acts on it twice: on the state along given words, and by changing the words. Few single components change
 any word, so every patch is replayed along the base's own answer, which gives the score there and tells whether each

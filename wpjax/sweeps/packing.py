@@ -1,4 +1,5 @@
-"""Prompts packed into one sequence, so that a patch computes no token twice and hardly any padding (METHOD 3; ours).
+"""Prompts packed into one sequence, so that a patch computes no token twice and hardly any padding
+(docs/method.md, "Suffix replay"; ours).
 
     prompts      s s s a a a        packed      s s s | a a a | b b c | ...
                  s s s b b

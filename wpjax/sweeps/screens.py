@@ -1,6 +1,7 @@
 """First-order screens: the effect of every component at once, from one forward and one backward pass.
 
-    output-linearised   <grad_o F at base, o_c(theta_E, h_B) - o_c(theta_B, h_B)>      (ours)
+    output-linearised   <grad_o F at base, o_c(theta_E, h_B) - o_c(theta_B, h_B)>
+                        (ours: docs/method.md, "First-order screens")
     weight gradient     dF/dm_c at m = 0 for theta_B + sum_c m_c (theta_E - theta_B)_c  (first order, arXiv 2604.13694)
 
 The first recomputes each component's own output with the expert's weights and linearises only what comes after it (a

@@ -5,7 +5,8 @@ the way counts for more than the slope at the base:
 
     set score(c) = mean over metrics of the share of F(expert) - F(base) that the secant adjoint gives to c
 
-(METHOD 6; ours). With the anchor and the decision score as metrics it rests on neither alone: the first carries more
+(docs/method.md, "Set score"; ours). With the anchor and the decision score as metrics it rests on neither
+alone: the first carries more
 where an anchor is good, the second still finds the behaviour where it is not (`experiments/paper`).
 """
 

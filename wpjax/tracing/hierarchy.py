@@ -9,7 +9,8 @@
     executor     a component after the anchor whose weights matter once the anchor's state is given (a sweep with
                  `Anchor.give`): as a source, of that sweep
 
-T is the supplier -> target matrix (METHOD 4): its entries are total effects by way of what a target writes, not single
+T is the supplier -> target matrix (docs/method.md, "Following an effect"): its entries are total effects by way of
+what a target writes, not single
 edges, and a row sums to its supplier's effect, but for what the slope of a metric that reads logits does not tell.
 """
 
