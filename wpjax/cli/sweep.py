@@ -7,7 +7,7 @@ import enum
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,6 +31,7 @@ from wpjax.cli.options import (
     SeedOption,
     SteeredOption,
 )
+from wpjax.estimators import check_method, described, find_method, methods
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
 
-MARKS = ("anchor_acceptance", "behaviour_differs", "race_share", "race_undecided")
-"""Attributes of a result that its ranking must not be read without."""
+MARKS = ("anchor_acceptance", "behaviour_differs")
+"""Attributes of a result that its ranking must not be read without, beside those of its method."""
 
 
 class MetricName(enum.StrEnum):
@@ -54,20 +55,7 @@ class MetricName(enum.StrEnum):
     on_policy = "on_policy"
 
 
-class Method(enum.StrEnum):
-    """How effects are measured."""
-
-    exact = "exact"
-    screen = "screen"
-    screen_exact = "screen+exact"
-    gradient = "gradient"
-    gradient_exact = "gradient+exact"
-    ig = "ig"
-    secant = "secant"
-    race = "race"
-    masks = "masks"
-    activation = "activation"
-    factorial = "factorial"
+Method = Literal[tuple(method.name for method in methods())]  # type: ignore[valid-type]
 
 
 def run(
@@ -112,16 +100,8 @@ def run(
     ] = None,
     method: Annotated[
         Method,
-        typer.Option(
-            "--method",
-            help="exact replaces every component for real; screen scores all by first order; screen+exact then "
-            "replaces the top ones; gradient is the plain weight gradient (gradient+exact likewise), ig its average "
-            "from base to expert, secant a two-point one whose scores sum to the gap; race replaces all on a few "
-            "prompts, and on more only what can still be among the top; masks replaces random sets, to see redundancy "
-            "and synergy; activation patches the expert's activations instead; factorial tells sources from relays "
-            "and adds the knock-out in the expert.",
-        ),
-    ] = Method.screen_exact,
+        typer.Option("--method", help=described()),
+    ] = "screen+exact",
     top: Annotated[
         int,
         typer.Option("--top", min=1, help="Components of each kind replaced after a screen, or that a race is for."),
@@ -179,12 +159,11 @@ def run(
     from wpjax.pairs import load_pair
     from wpjax.results import Shards
     from wpjax.steering import Judge, check_behaviour_differs
-    from wpjax.sweeps.run import check_method
 
     names = [k.strip() for k in kinds.split(",") if k.strip()]
     for kind in names:
         check_kind(kind)
-    check_method(method.value, metric == MetricName.on_policy)
+    check_method(method, metric != MetricName.on_policy)
     reads_anchor = metric in (MetricName.anchor, MetricName.on_policy)
     if anchor is not None and not reads_anchor:
         raise WpjaxError(
@@ -267,7 +246,7 @@ def run(
             given=given,
             kinds=names,
             components=None if components is None else [c.strip() for c in components.split(",") if c.strip()],
-            method=method.value,
+            method=method,
             top=top,
             stratum=stratum,
             n_masks=n_masks,
@@ -299,36 +278,30 @@ def run(
         print(f"\nwrote {out}; for the pictures: wpjax report {out} --out {out.with_suffix('.html')}")
 
 
-def _raced(result: SweepResult) -> str:
-    """What a race cost, and what it left open."""
-    left = ", ".join(f"{n} {kind}s" for kind, n in result.attribute("race_undecided").items() if n)
-    made = f"\nthe race made {result.attribute('race_share'):.0%} of the replacements of a full sweep"
-    return made + (f"; {left} beside the top are not surely out" if left else "")
-
-
 def print_result(result: SweepResult, n: int, as_json: bool) -> None:
     """The ranked table, with the gap, the noise floor and the coverage."""
     from wpjax.cli.console import print_json, print_table
+    from wpjax.columns import EFFECT, find_column
 
-    attrs = result.dataset.attrs
+    data, attrs = result.dataset, result.dataset.attrs
+    method = find_method(str(attrs.get("method")))
     by = result.ranking
-    rows, exact = result.top(n, by=by), by == "effect"
+    rows, exact, column = result.top(n, by=by), by == EFFECT, find_column(by)
     coverage = dict(
         zip(result.dataset["swept_kind"].values.tolist(), result.dataset["coverage_joint"].values.tolist(), strict=True)
     )
     if as_json:
         print_json(
             {"ranked_by": by, "top": [r._asdict() for r in rows], "coverage": {**coverage, "all": attrs["coverage"]}}
-            | {name: result.attribute(name) for name in MARKS if name in attrs}
+            | {name: result.attribute(name) for name in (*MARKS, *(method.marks if method else ())) if name in attrs}
         )
         return
-    data, bounds = result.dataset, ("ci_low", "ci_high") if exact else (f"{by}_low", f"{by}_high")
+    bounds, tested = (column.bounds, column.is_tested) if column else ((), False)
     place = {name: i for i, name in enumerate(data["name"].values.tolist())}
-    bounded, tested = all(bound in data for bound in bounds), by in ("effect", "activation")
 
     def line(r: Row) -> Iterator[str]:
         yield from (r.name, f"{r.value:+.4f}")
-        if bounded:
+        if bounds:
             low, high = (float(data[bound].values[place[r.name]]) for bound in bounds)
             yield f"[{low:+.4f}, {high:+.4f}]"
         if tested:
@@ -341,7 +314,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         + (
             f" at layer {attrs['metric_layer']}" if attrs["metric"] in (MetricName.anchor, MetricName.on_policy) else ""
         ),
-        ("component", by, *["95 % interval"][:bounded], *["q"][:tested], *[""][:exact]),
+        ("component", by, *["95 % interval"][: bool(bounds)], *["q"][:tested], *[""][:exact]),
         [tuple(line(r)) for r in rows],
     )
     at_once = ", ".join(f"{kind} {n}" for kind, n in json.loads(attrs["rows_per_program"]).items())
@@ -350,7 +323,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
         f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
         + (f"; noise floor {attrs['noise_floor']:.1e}; patches at once: {at_once}" if exact else "")
-        + (_raced(result) if "race_share" in attrs else "")
+        + (f"\n{method.note(result)}" if method and method.note else "")
         + (f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}" if "anchor_acceptance" in attrs else "")
         + (f"\ndo base and expert differ: {attrs['behaviour_differs']}" if "behaviour_differs" in attrs else "")
     )
