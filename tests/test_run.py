@@ -11,6 +11,7 @@ from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.pairs import load_pair, planted_components
+from wpjax.results import SweepResult
 from wpjax.stats import benjamini_hochberg
 from wpjax.sweeps import sweep
 
@@ -90,6 +91,18 @@ def test_a_random_stratum_says_what_the_screen_missed(setting):
     assert float(data["missed_low"][0]) <= truth <= float(data["missed_high"][0])
     np.testing.assert_allclose(data["screen_error"], data["screen"] - data["effect"], equal_nan=True)
     assert np.abs(data["screen_error"].values[exact]).max() < 0.1 * size.max()
+
+
+def test_a_stratum_of_all_the_others_misses_nothing_and_is_read_again(setting, tmp_path):
+    """What it missed is then a count, not an estimate; the file holds numbers of one kind."""
+    named = [f"L0.head.{i}" for i in range(6)]
+    result = sweep(*setting, components=named, method="screen+exact", top=3, stratum=3)
+    data = result.dataset
+    size, chosen = np.abs(data["effect"].values), ~data["sampled"].values
+    truth = int((size[~chosen] >= np.median(size[chosen])).sum())
+    assert [float(data[name][0]) for name in ("missed", "missed_low", "missed_high")] == [truth] * 3
+    result.to_netcdf(tmp_path / "r.nc")
+    xr.testing.assert_identical(SweepResult.from_netcdf(tmp_path / "r.nc").dataset, data)
 
 
 def test_activation_patches_have_their_statistics(setting):

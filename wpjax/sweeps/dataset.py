@@ -161,7 +161,7 @@ def _kind_statistics(
         rows.append(missed(hits, int(drawn.sum()), int((mine & ~chosen).sum())))
     column = _column("missed")
     values = zip((column.name, *column.bounds), zip(*rows, strict=True), strict=True)
-    return found | {"sampled": sampled} | {name: np.array(figures) for name, figures in values}
+    return found | {"sampled": sampled} | {name: np.array(figures, float) for name, figures in values}
 
 
 def _attributes(job: Job, batch: PromptBatch, found: Found, controls: Controls, resamples: Resamples) -> dict[str, Any]:
