@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wpjax.anchors import Anchor, fit_anchor
     from wpjax.behaviours import Behaviour, PromptBatch, behaviour
     from wpjax.components import Component, enumerate_components, parse_component
+    from wpjax.config import SweepConfig
     from wpjax.curves import Curves
     from wpjax.errors import AnchorRejected, MetricRejected, WpjaxError
     from wpjax.metrics import Metric, decision_metric, kl_metric, response_metric
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from wpjax.patching import PatchMask, materialize, patch
     from wpjax.report import write_report
     from wpjax.results import SweepResult
+    from wpjax.study import Study, run_study
     from wpjax.sweeps import OnPolicy, add_set_score, sweep
     from wpjax.training import TrainConfig, finetune
     from wpjax.validation import validate
@@ -33,6 +35,7 @@ _MODULES = {
     "wpjax.anchors": ("Anchor", "fit_anchor"),
     "wpjax.behaviours": ("Behaviour", "PromptBatch", "behaviour"),
     "wpjax.components": ("Component", "enumerate_components", "parse_component"),
+    "wpjax.config": ("SweepConfig",),
     "wpjax.errors": ("AnchorRejected", "MetricRejected", "WpjaxError"),
     "wpjax.metrics": ("Metric", "decision_metric", "kl_metric", "response_metric"),
     "wpjax.training": ("TrainConfig", "finetune"),
@@ -44,6 +47,7 @@ _MODULES = {
     "wpjax.patching": ("PatchMask", "materialize", "patch"),
     "wpjax.report": ("write_report",),
     "wpjax.results": ("SweepResult",),
+    "wpjax.study": ("Study", "run_study"),
     "wpjax.sweeps": ("OnPolicy", "add_set_score", "sweep"),
     "wpjax.curves": ("Curves",),
     "wpjax.validation": ("validate",),
@@ -65,6 +69,8 @@ __all__ = [
     "PatchMask",
     "PromptBatch",
     "Site",
+    "Study",
+    "SweepConfig",
     "SweepResult",
     "TrainConfig",
     "WpjaxError",
@@ -85,6 +91,7 @@ __all__ = [
     "parse_component",
     "patch",
     "response_metric",
+    "run_study",
     "save_checkpoint",
     "sweep",
     "validate",
