@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
+from wpjax.columns import EFFECT
 from wpjax.sweeps.job import Found, Job, estimate_and_replace
 
 
@@ -22,7 +23,7 @@ def run(job: Job) -> Found:
     """Replace what both screens choose in every cell of the 2x2 and, for the knock-out, in the expert."""
     found = estimate_and_replace(job)
     changes = dict(found.changes)
-    changes |= two_by_two({"exact": changes["effect"], **{cell: changes[cell] for cell in ("activation", "relay")}})
+    changes |= two_by_two({"exact": changes[EFFECT], **{cell: changes[cell] for cell in ("activation", "relay")}})
     changes["knockout"] = -changes["knockout"]  # what is lost with the base's slice in the expert counts as positive
     return found._replace(changes=changes)
 

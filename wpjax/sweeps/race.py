@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import t as student
 
+from wpjax.columns import EFFECT
 from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
@@ -182,7 +183,7 @@ def run(job: Job) -> Found:
         top=job.top, confidence=job.confidence, seed=job.seed, budget=job.budget, done=job.done, progress=job.progress,
     )  # fmt: skip
     plan, cells, flow = job.replace(raced.chosen)
-    changes = {"race": raced.mean[:, None], "effect": cells["exact"]}
+    changes = {"race": raced.mean[:, None], EFFECT: cells["exact"]}
     attributes: dict[str, Any] = {
         "race_share": raced.share,
         "race_confidence": job.confidence,
