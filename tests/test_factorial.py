@@ -11,8 +11,8 @@ from tests.oracles import hf_layers
 from tests.tiny import build_pair
 from wpjax.components import Component, enumerate_components
 from wpjax.patching import PatchMask, materialize
-from wpjax.sweeps.dataset import two_by_two
 from wpjax.sweeps.exact import exact_changes, make_plan
+from wpjax.sweeps.factorial import two_by_two
 from wpjax.sweeps.packing import pack
 from wpjax.sweeps.replay import run_packed
 from wpjax.sweeps.screens import output_linearised

@@ -11,7 +11,7 @@ from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.pairs import load_pair, planted_components
-from wpjax.results import TRUST
+from wpjax.results import SweepResult
 from wpjax.stats import benjamini_hochberg
 from wpjax.sweeps import sweep
 
@@ -93,6 +93,18 @@ def test_a_random_stratum_says_what_the_screen_missed(setting):
     assert np.abs(data["screen_error"].values[exact]).max() < 0.1 * size.max()
 
 
+def test_a_stratum_of_all_the_others_misses_nothing_and_is_read_again(setting, tmp_path):
+    """What it missed is then a count, not an estimate; the file holds numbers of one kind."""
+    named = [f"L0.head.{i}" for i in range(6)]
+    result = sweep(*setting, components=named, method="screen+exact", top=3, stratum=3)
+    data = result.dataset
+    size, chosen = np.abs(data["effect"].values), ~data["sampled"].values
+    truth = int((size[~chosen] >= np.median(size[chosen])).sum())
+    assert [float(data[name][0]) for name in ("missed", "missed_low", "missed_high")] == [truth] * 3
+    result.to_netcdf(tmp_path / "r.nc")
+    xr.testing.assert_identical(SweepResult.from_netcdf(tmp_path / "r.nc").dataset, data)
+
+
 def test_activation_patches_have_their_statistics(setting):
     """The same tests and intervals as patched weights, and what the screen missed."""
     named = [f"L1.neuron.{i}" for i in range(0, 320, 8)]
@@ -124,7 +136,8 @@ def test_nulls_are_smaller_than_planted_effects():
     anchor = fit_anchor(pair, task, n_prompts=16, causal="skip")
     batch = task.encode(pair.tokenizer, n_prompts=8)
     data = sweep(pair, batch, anchor, components=[*planted_components(), "L3.head.0", "L4.head.0"]).dataset
-    nulls = {name: dict(zip(data["swept_kind"].values, data[name].values, strict=True)) for name in TRUST[1:3]}
+    names = ("null_permuted", "null_direction")
+    nulls = {name: dict(zip(data["swept_kind"].values, data[name].values, strict=True)) for name in names}
     best = np.nanmax(data["effect"].values)
     for by_kind in nulls.values():
         assert set(by_kind) == {"head", "kv_group", "neuron"}

@@ -8,6 +8,7 @@ from .behaviours import behaviour as behaviour
 from .components import Component as Component
 from .components import enumerate_components as enumerate_components
 from .components import parse_component as parse_component
+from .config import SweepConfig as SweepConfig
 from .curves import Curves as Curves
 from .errors import AnchorRejected as AnchorRejected
 from .errors import MetricRejected as MetricRejected
@@ -37,6 +38,8 @@ from .patching import materialize as materialize
 from .patching import patch as patch
 from .report import write_report as write_report
 from .results import SweepResult as SweepResult
+from .study import Study as Study
+from .study import run_study as run_study
 from .sweeps import OnPolicy as OnPolicy
 from .sweeps import add_set_score as add_set_score
 from .sweeps import sweep as sweep

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.files import atomic_output, write_tensors
-from wpjax.metrics import Metric, answer_of, answer_positions, scores, with_answers
+from wpjax.metrics import Metric, Prepared, answer_of, answer_positions, scores, with_answers
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
 from wpjax.models.edits import ClampTo, Edit
@@ -143,6 +143,8 @@ class Anchor:
     diagnostics: tuple[LayerDiagnostics, ...] = ()
     n_response: int = 0
 
+    has_fixed_words: ClassVar[bool] = True
+
     def on(self, batch: PromptBatch | Tokens, answers: Generation | None = None) -> Metric:
         """F on some prompts: the residual stream after the anchor's layer, along the vector.
 
@@ -164,6 +166,30 @@ class Anchor:
     def metric(self, pair: Pair, batch: PromptBatch) -> Metric:
         """F on some prompts, on the expert's answers to them if that is where the anchor is read."""
         return self.on(batch, first_answers(pair, batch.with_instruction, self.n_response))
+
+    def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
+        """What a sweep needs of it.
+
+        Raises:
+            AnchorRejected: it belongs to another expert.
+        """
+        self.check_belongs(pair)
+        return Prepared(self.metric(pair, batch), columns=self.columns, attributes=self.attributes)
+
+    @property
+    def columns(self) -> dict[str, tuple[str, Any]]:
+        """What a sweep's result keeps of it: dimension and values by name."""
+        kept: dict[str, tuple[str, Any]] = {"anchor_vector": ("d_model", np.asarray(self.vector))}
+        for field in dataclasses.fields(LayerDiagnostics) if self.diagnostics else ():
+            if field.name != "layer":
+                values = [getattr(d, field.name) for d in self.diagnostics]
+                kept[f"anchor_{field.name}"] = ("model_layer", values)
+        return kept
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of a sweep's result: whether the causal tests hold, and where it is read."""
+        return {"anchor_acceptance": self.acceptance, "anchor_n_response": self.n_response}
 
     def score(
         self, cfg: ModelConfig, params: Params, batch: PromptBatch | Tokens, answers: Generation | None = None

@@ -21,7 +21,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,8 @@ class Metric:
     name: str
     held: Edit | None = None
 
+    has_fixed_words: ClassVar[bool] = True
+
     def __len__(self) -> int:
         return len(self.tokens.ids)
 
@@ -114,6 +116,10 @@ class Metric:
         if KINDS[component.kind].in_layer:
             return self.first_layer <= component.layer <= self.layer
         return self.held is None if component.kind == "embed" else self.readout.reads_logits
+
+    def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
+        """What a sweep needs of it: itself."""
+        return Prepared(self)
 
     @property
     def first_layer(self) -> int:
@@ -341,3 +347,47 @@ def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Int[np.ndarray, "
             f"the gap of {name} on these {len(gap)} prompts is {mean:.3g} [{low:.3g}, {high:.3g}], not positive: "
             "effects cannot be given as shares of it; use another anchor or metric, or more prompts"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a sweep needs of what it measures on a pair and some prompts.
+
+    Attributes:
+        metric: what is read, along fixed words.
+        felt_by: a metric that is changed by all components that count (see `Metric.reaches`), if `metric` is not.
+        score: a function of a model's parameters that returns F of each prompt, [B]; None: `metric` along its words.
+        make_engine: a function of (components, finished parts, progress) that returns the engine which replaces
+            components (see `sweeps.engine`); None: that of fixed words.
+        chooses_too: a function that returns one more metric whose first-order effects choose what is replaced after a
+            screen, or None; None: there is none.
+        columns: variables that the result has of it: dimension and values by name.
+        attributes: of the result.
+    """
+
+    metric: Metric
+    felt_by: Metric | None = None
+    score: Callable[[Params], Float[np.ndarray, " B"]] | None = None
+    make_engine: Callable[..., Any] | None = None
+    chooses_too: Callable[[], Metric | None] | None = None
+    columns: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@runtime_checkable
+class Measure(Protocol):
+    """Anything that a sweep can measure: a `Metric`, an `Anchor`, an `OnPolicy`, or what has these two.
+
+    Attributes:
+        has_fixed_words: every model is read along the same words; not, if what is said depends on the patch.
+    """
+
+    has_fixed_words: ClassVar[bool]
+
+    def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
+        """Make it ready for a pair and some prompts.
+
+        Raises:
+            WpjaxError: it does not fit them.
+        """
+        ...

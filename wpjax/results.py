@@ -15,71 +15,17 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from wpjax.columns import ALWAYS, EFFECT, columns, effect_estimates, rankings
 from wpjax.errors import OutputError, WpjaxError
+from wpjax.estimators import methods
 from wpjax.files import atomic_output
 
 SCHEMA = 4
 """Version of the file's layout, in its attribute `schema`."""
 
-FIRST_ORDER = ("race", "screen", "gradient", "ig", "secant")
-"""Estimates of what a component's weights do, in place of their effect where that was not measured on all prompts."""
+STORED_AS_JSON = ("noise_floor_by_kind", "rows_per_program")
+"""Attributes that are mappings; so are those of methods' own (`Method.marks`) that are text in the file."""
 
-CELLS = ("activation", "source", "relay", "interaction", "knockout")
-"""Of the 2x2 and the knock-out, as shares of the gap with their intervals."""
-
-MASKS = ("banzhaf", "beta_low", "beta_high", "redundancy")
-"""What components do in random sets."""
-
-RANKINGS = (
-    "effect",
-    "activation",
-    *FIRST_ORDER,
-    "attribution",
-    "source",
-    "relay",
-    "interaction",
-    "knockout",
-    *MASKS,
-    "set_score",
-    "delta_norm",
-)
-"""Variables that components can be ranked by, the most trustworthy first."""
-
-JSON_ATTRIBUTES = ("noise_floor_by_kind", "rows_per_program", "race_undecided")
-ANCHOR = (
-    "anchor_stability",
-    *(f"anchor_{gap}{end}" for gap in ("gap", "specific") for end in ("", "_low", "_high", "_sd")),
-)
-TRUST = ("split_half", "null_permuted", "null_direction", "missed", "missed_low", "missed_high")
-"""How far each kind's ranking can be trusted, where it was measured."""
-
-_COMPONENTS, _PROMPTS, _KINDS = ("component",), ("prompt",), ("swept_kind",)
-LAYOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
-    **dict.fromkeys((*RANKINGS, "ci_low", "ci_high", "p_value", "q_value"), (_COMPONENTS, "f")),
-    **dict.fromkeys(("below_noise_floor", "exact"), (_COMPONENTS, "b")),
-    **dict.fromkeys(("name", "kind"), (_COMPONENTS, "OTU")),
-    **dict.fromkeys(("layer", "index"), (_COMPONENTS, "i")),
-    "delta": ((*_COMPONENTS, *_PROMPTS), "f"),
-    "gap": (_PROMPTS, "f"),
-    "prompt": (_PROMPTS, "OTU"),
-    **dict.fromkeys(("coverage_joint", "coverage_sum"), (_KINDS, "f")),
-    "n_components": (_KINDS, "i"),
-    **dict.fromkeys(TRUST, (_KINDS, "f")),
-    "sampled": (_COMPONENTS, "b"),
-    **dict.fromkeys(("screen_error", "words_changed"), (_COMPONENTS, "f")),
-    "swept_kind": (_KINDS, "OTU"),
-    **dict.fromkeys(ANCHOR, (("model_layer",), "f")),
-    "anchor_vector": (("d_model",), "f"),
-    "flow": ((*_COMPONENTS, "target"), "f"),
-    "target": (("target",), "OTU"),
-}
-"""Dimensions of every variable, and the kinds that its dtype may have (text has several)."""
-
-OPTIONAL = (
-    *(name for name in RANKINGS if name not in ("effect", "delta_norm")),
-    "screen_error",
-    "words_changed",
-)
 TEXTS = ("behaviour", "metric", "base", "expert", "base_fingerprint", "expert_fingerprint", "split", "date",
          "noise_floor_by_kind")  # fmt: skip
 NUMBERS = ("n_prompts", "n_queries", "n_layers", "metric_layer", "given_layer", "gap_mean", "gap_low", "gap_high",
@@ -154,11 +100,11 @@ class SweepResult:
     exactly as the model was given it. Variables: `effect` (ratio of means, NaN where a component was only screened),
     `effect_paper` (mean of ratios), `ci_low`, `ci_high`, `p_value`, `q_value`, `below_noise_floor`, `exact`,
     `delta[component, prompt]`, `gap[prompt]`, `delta_norm` (Frobenius norm of the component's task vector), the
-    estimates in `FIRST_ORDER` or `attribution` where they were asked for, and `activation`, `source`, `relay`,
-    `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`, where
-    those cells were measured; `beta_low`, `banzhaf` and `beta_high` (share of the gap in the company of few, half and
-    most of the others) and `redundancy` (the first minus the last), likewise; `set_score`, what components are ranked
-    by to be patched together (share of the gaps of anchor and decision score, see `sweeps.add_set_score`).
+    estimates that the method makes (`screen`, `gradient`, `ig`, `secant`, `race`, `attribution`), and `activation`,
+    `source`, `relay`, `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`,
+    where those cells were measured; `beta_low`, `banzhaf` and `beta_high` (share of the gap in the company of few, half
+    and most of the others) and `redundancy` (the first minus the last), likewise; `set_score`, what components are
+    ranked by to be patched together (share of the gaps of anchor and decision score, see `sweeps.add_set_score`).
     `coverage_joint[swept_kind]` and
     `coverage_sum[swept_kind]` say how much of the gap each kind recovers as one patch and as the sum of its single
     effects (first-order ones where nothing was replaced); `split_half[swept_kind]` how reliably its ranking repeats on
@@ -170,7 +116,8 @@ class SweepResult:
     the base, and its rows sum to the effect (the target `rest`, of metrics that read logits, is what the slope does not
     tell, on-policy what the patched model does by saying something else); `words_changed[component]`, on-policy, the
     share of prompts on which it does;
-    `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else.
+    `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else. `wpjax.columns` is the table
+    of all of them.
     """
 
     def __init__(self, dataset: xr.Dataset):
@@ -183,20 +130,17 @@ class SweepResult:
             WpjaxError: the result has no such ranking, or it is nowhere measured.
         """
         data = self.dataset
-        measured = [name for name in RANKINGS if name in data and np.isfinite(data[name].values).any()]
+        measured = _measured(data)
         if by not in measured:
             raise WpjaxError(f"this result has no ranking {by!r}, only {', '.join(measured)}; pass by={measured[0]!r}")
         return np.asarray(data[by].values.astype(float))
 
     def best(self) -> Float[np.ndarray, " C"]:
         """The exact effect where a component was replaced, the first-order one elsewhere; without either, `ranking`."""
-        if not any(name in self.dataset for name in FIRST_ORDER) and not self.dataset["exact"].values.any():
+        if not any(name in self.dataset for name in effect_estimates()) and not self.dataset["exact"].values.any():
             return self.values(self.ranking)
-        values = self.dataset["effect"].values.astype(float)
-        for name in FIRST_ORDER:
-            if name in self.dataset:
-                values = np.where(np.isfinite(values), values, self.dataset[name].values)
-        return np.asarray(values)
+        names = (EFFECT, *effect_estimates())
+        return effect_or_estimate({name: self.dataset[name].values for name in names if name in self.dataset})
 
     def top(
         self, n: int = 20, *, by: str = "effect", kinds: tuple[str, ...] | None = None, absolute: bool = False
@@ -205,7 +149,7 @@ class SweepResult:
 
         Args:
             n: how many.
-            by: variable to rank by, one of `RANKINGS`.
+            by: variable to rank by, one of `wpjax.columns.rankings()`.
             kinds: only these kinds.
             absolute: rank by magnitude, so that strong negative effects stand high too; the default is signed.
 
@@ -235,12 +179,13 @@ class SweepResult:
     def attribute(self, name: str) -> Any:
         """An attribute, parsed if it is one that is stored as JSON."""
         value = self.dataset.attrs[name]
-        return json.loads(value) if name in JSON_ATTRIBUTES else value
+        is_json = name in STORED_AS_JSON or any(name in method.marks for method in methods())
+        return json.loads(value) if is_json and isinstance(value, str) else value
 
     @property
     def ranking(self) -> str:
         """The best ranking there is: exact effects if anything was replaced, otherwise the first-order ones."""
-        return next(name for name in RANKINGS if name in self.dataset and np.isfinite(self.dataset[name].values).any())
+        return _measured(self.dataset)[0]
 
     @property
     def set_ranking(self) -> str:
@@ -269,14 +214,40 @@ class SweepResult:
         return cls(dataset)
 
 
-def fits(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str) -> bool:
-    """Whether a dataset has a variable of these dimensions and of one of these kinds of dtype, without infinities."""
+def effect_or_estimate(values: Mapping[str, np.ndarray]) -> Float[np.ndarray, " C"]:
+    """The effect where it was measured, elsewhere the most trustworthy estimate of it that there is; NaN without one.
+
+    Args:
+        values: columns by name: `effect`, and any of `columns.effect_estimates()`.
+    """
+    best = np.array(values[EFFECT], float)
+    for name in effect_estimates():
+        if name in values:
+            best = np.where(np.isfinite(best), best, values[name])
+    return best
+
+
+def _measured(data: xr.Dataset) -> list[str]:
+    """What components can be ranked by, the most trustworthy first."""
+    return [c.name for c in rankings() if c.name in data and np.isfinite(data[c.name].values).any()]
+
+
+def fits(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str, is_finite: bool = True) -> bool:
+    """Whether a dataset has a variable of these dimensions and of one of these kinds of dtype.
+
+    Args:
+        data: the dataset.
+        name: of the variable.
+        dims: that it must have, all of them longer than 0.
+        kinds: letters of NumPy's kinds of dtype.
+        is_finite: numbers must not be infinite; they may be NaN, where nothing was measured.
+    """
     if name not in data:
         return False
     variable = data[name]
     if variable.dims != dims or variable.dtype.kind not in kinds or not variable.size:
         return False
-    return variable.dtype.kind != "f" or not (np.abs(variable.values) > 1e30).any()  # NaN: not measured
+    return not is_finite or variable.dtype.kind != "f" or not (np.abs(variable.values) > 1e30).any()
 
 
 def _are_targets(values: np.ndarray, last: float) -> bool:
@@ -287,16 +258,18 @@ def _are_targets(values: np.ndarray, last: float) -> bool:
 
 
 def _damage(data: xr.Dataset) -> list[str]:
-    """What a dataset lacks, or has in another form than `LAYOUT` says."""
-    groups = (("anchor_vector",), ANCHOR, ("flow", "target"), TRUST[:3], (*TRUST[3:], "sampled"))  # all, or none
-    absent = {*OPTIONAL, *(n for group in groups if not set(group) & set(data.variables) for n in group)}
-    absent -= set(data.variables)
-    wrong = [name for name, layout in LAYOUT.items() if name not in absent and not fits(data, name, *layout)]
+    """What a dataset lacks, or has in another form than the table of columns says."""
+    begun = {ALWAYS, *(column.together for column in columns() if column.name in data.variables)}
+    wrong = [
+        column.name
+        for column in columns()
+        if column.together in begun and not fits(data, column.name, column.dims, column.dtype, column.is_finite)
+    ]
     wrong += [name for name in TEXTS if not isinstance(data.attrs.get(name), str)]
     wrong += [name for name in NUMBERS if not isinstance(data.attrs.get(name), int | float | np.number)]
     if wrong:
         return wrong
-    if not any(np.isfinite(data[name].values).any() for name in RANKINGS if name in data):
+    if not _measured(data):
         wrong.append("ranking")
     if "anchor_vector" in data:
         n_response = data.attrs.get("anchor_n_response")

@@ -13,25 +13,30 @@ from typer.exceptions import TyperException
 
 from wpjax.cli import anchor, demo, finetune, inspect, report, sweep, validate
 from wpjax.cli.compiled import keep_programs
+from wpjax.cli.options import with_options
 from wpjax.errors import WpjaxError
-
-app = typer.Typer(
-    name="wpjax",
-    help="Which weights of a fine-tuned model carry its new behaviour?",
-    epilog="Start with: wpjax demo",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
-for command in (demo, inspect, anchor, sweep, report, validate, finetune):
-    app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=command.__name__.rpartition(".")[2])(command.run)
-
 
 INTERRUPTED = 130
 
 
-@app.callback(invoke_without_command=True)
+def make_app() -> typer.Typer:
+    """All commands, with the methods that are registered by now."""
+    app = typer.Typer(
+        name="wpjax",
+        help="Which weights of a fine-tuned model carry its new behaviour?",
+        epilog="Start with: wpjax demo",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for command in (demo, inspect, anchor, sweep, report, validate, finetune):
+        name = command.__name__.rpartition(".")[2]
+        app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=name)(with_options(command.run))
+    return app
+
+
 def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
     if version:
         import wpjax
@@ -46,7 +51,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     keep_programs()
     try:
-        code = app(standalone_mode=False)
+        code = make_app()(standalone_mode=False)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:  # a command has said what was kept
             _leave_at_once()

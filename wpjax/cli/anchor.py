@@ -5,26 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from wpjax.cli.options import (
-    BaseOption,
-    BehaviourOption,
-    CausalName,
-    CausalOption,
-    CheckerOption,
+from wpjax.cli.options import Json
+from wpjax.config import (
+    Base,
+    BehaviourName,
+    Causal,
+    Checker,
     Dtype,
-    DtypeOption,
-    ExpertOption,
-    IgnoreConfigOption,
-    JsonOption,
-    NewTokensOption,
-    OutOption,
-    OverwriteOption,
-    PromptsOption,
-    ResponseTokensOption,
-    SeedOption,
-    SteeredOption,
+    Expert,
+    IgnoreConfig,
+    NewTokens,
+    NPrompts,
+    NSteered,
+    Out,
+    Overwrite,
+    ResponseTokens,
+    Seed,
+    Setting,
 )
 
 if TYPE_CHECKING:
@@ -36,22 +33,22 @@ EXAMPLE = (
 
 
 def run(
-    base: BaseOption,
-    expert: ExpertOption,
-    behaviour: BehaviourOption,
-    out: OutOption,
-    checker: CheckerOption = None,
-    layer: Annotated[int | None, typer.Option("--layer", help="Use this layer instead of choosing one.")] = None,
-    n_response: ResponseTokensOption = 0,
-    n_prompts: PromptsOption = 64,
-    causal: CausalOption = CausalName.require,
-    n_steered: SteeredOption = 64,
-    max_new_tokens: NewTokensOption = 32,
-    dtype: DtypeOption = Dtype.float32,
-    seed: SeedOption = 0,
-    ignore_config: IgnoreConfigOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    base: Base,
+    expert: Expert,
+    behaviour: BehaviourName,
+    out: Out,
+    checker: Checker = None,
+    layer: Annotated[int | None, Setting("Use this layer instead of choosing one.")] = None,
+    response_tokens: ResponseTokens = 0,
+    n_prompts: NPrompts = 64,
+    causal: Causal = "require",
+    n_steered: NSteered = 64,
+    max_new_tokens: NewTokens = 32,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    ignore_config: IgnoreConfig = (),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Fit the direction that says whether a behaviour's control state has formed, and accept it by causal tests."""
     from wpjax.files import check_output
@@ -64,15 +61,15 @@ def run(
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker)
-    pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
+    pair = load_pair(base, expert, dtype, ignore_config)
     with on_interrupt(lambda: "nothing was written"), progress_bars() as progress:
         anchor = fit_anchor(
             pair,
             task,
             layer=layer,
-            n_response=n_response,
+            n_response=response_tokens,
             n_prompts=n_prompts,
-            causal=causal.value,
+            causal=causal,
             n_steered=n_steered,
             max_new_tokens=max_new_tokens,
             seed=seed,

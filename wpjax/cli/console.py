@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -83,6 +84,11 @@ def _log_lines(seconds: float = 10.0) -> Callable[[str, int, int], None]:
             print(f"[{now - start:5.0f} s] {what}: {done} of {total}", file=sys.stderr, flush=True)
 
     return update
+
+
+def kept(folder: Path) -> str:
+    """What an interrupted command leaves behind in its folder of finished parts, and how to go on."""
+    return "finished parts are kept: go on with --resume" if any(folder.glob("*.npy")) else "nothing was written"
 
 
 @contextlib.contextmanager

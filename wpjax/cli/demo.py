@@ -5,26 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from wpjax.cli.options import OverwriteOption, SeedOption
+from wpjax.config import Overwrite, Seed, Setting
 
 MARKER = "results.nc"
 EXAMPLE = "Example: wpjax demo --out demo --behaviour title"
 
 
 def run(
-    out: Annotated[Path, typer.Option("--out", help="Folder for results.nc, report.html and the PNGs.")] = Path(
-        "wpjax-demo"
-    ),
-    behaviour: Annotated[
-        str, typer.Option("--behaviour", help="One of the six built-in behaviours.")
-    ] = "english_capital",
+    out: Annotated[Path, Setting("Folder for results.nc, report.html and the PNGs.")] = Path("wpjax-demo"),
+    behaviour: Annotated[str, Setting("One of the six built-in behaviours.")] = "english_capital",
     planted: Annotated[
-        bool, typer.Option("--planted", help="Use the expert whose true components are known, and say where they rank.")
+        bool, Setting("Use the expert whose true components are known, and say where they rank.")
     ] = False,
-    seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run the whole pipeline on an embedded pair: which heads, KV groups and neurons carry the behaviour?"""
     from wpjax.files import atomic_output, check_output

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from wpjax.cli.options import (
-    BaseOption,
-    BehaviourOption,
-    CheckerOption,
-    IgnoreConfigOption,
-    JsonOption,
-    OutOption,
-    OverwriteOption,
-    SeedOption,
-)
+from wpjax.cli.options import Json
+from wpjax.config import Base, BehaviourName, Checker, IgnoreConfig, Out, Overwrite, Resume, Seed, Setting
 
 EXAMPLE = "Example: wpjax finetune --base tiny:base --behaviour tiny:title --out title-expert --lr 3e-4"
 
 
 def run(
-    base: BaseOption,
-    behaviour: BehaviourOption,
-    out: OutOption,
-    checker: CheckerOption = None,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps.")] = 90,
-    lr: Annotated[float, typer.Option("--lr", min=0, max=1, help="Peak learning rate of AdamW.")] = 3e-5,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=2**16, help="Examples a step.")] = 8,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, max=2**20, help="AdamW's.")] = 0.0,
+    base: Base,
+    behaviour: BehaviourName,
+    out: Out,
+    checker: Checker = None,
+    steps: Annotated[int, Setting("Optimiser steps.", least=2)] = 90,
+    lr: Annotated[float, Setting("Peak learning rate of AdamW.", least=0, most=1)] = 3e-5,
+    batch_size: Annotated[int, Setting("Examples a step.", least=1, most=2**16)] = 8,
+    weight_decay: Annotated[float, Setting("AdamW's.", least=0, most=2**20)] = 0.0,
     components: Annotated[
-        str | None, typer.Option("--components", help="Confine the change to these, comma-separated: L1.head.2,L3.mlp.")
+        str | None, Setting("Confine the change to these, comma-separated: L1.head.2,L3.mlp.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of answers to learn.")] = 64,
-    eval_prompts: Annotated[
-        int, typer.Option("--eval-prompts", min=0, help="Held-out prompts to check it on; 0 needs no checker.")
-    ] = 16,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
-    seed: SeedOption = 0,
-    ignore_config: IgnoreConfigOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    max_new_tokens: Annotated[int, Setting("Length of answers to learn.", least=1)] = 64,
+    eval_prompts: Annotated[int, Setting("Held-out prompts to check it on; 0 needs no checker.", least=0)] = 16,
+    resume: Resume = False,
+    seed: Seed = 0,
+    ignore_config: IgnoreConfig = (),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Make an expert: train a base on its own answers, rewritten so that they follow the instruction."""
     import shutil
@@ -62,7 +50,7 @@ def run(
     task = behaviours.behaviour(behaviour, checker)
     if eval_prompts:
         task.check_checker()
-    model = load_model(base, ignore_config=tuple(ignore_config or ()))
+    model = load_model(base, ignore_config=ignore_config)
     config = TrainConfig(steps=steps, lr=lr, batch_size=batch_size, weight_decay=weight_decay, seed=seed)
 
     saved = False

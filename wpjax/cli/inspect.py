@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from wpjax.cli.options import MODEL, IgnoreConfigOption, JsonOption
+from wpjax.cli.options import Json
+from wpjax.config import MODEL, IgnoreConfig
 
 EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
 
@@ -15,8 +16,8 @@ EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
 def run(
     base: Annotated[str, typer.Argument(help=MODEL)],
     expert: Annotated[str | None, typer.Argument(help="A second model, to compare.")] = None,
-    ignore_config: IgnoreConfigOption = None,
-    as_json: JsonOption = False,
+    ignore_config: IgnoreConfig = (),
+    as_json: Json = False,
 ) -> None:
     """Show a model's architecture and components, and what an expert changed."""
     from wpjax.cli.console import out, print_json, print_table
@@ -24,9 +25,8 @@ def run(
     from wpjax.models.checkpoint import fingerprint
     from wpjax.pairs import load_model, make_pair
 
-    ignored = tuple(ignore_config or ())
-    model = load_model(base, ignore_config=ignored)
-    pair = make_pair(model, load_model(expert, ignore_config=ignored)) if expert else None
+    model = load_model(base, ignore_config=ignore_config)
+    pair = make_pair(model, load_model(expert, ignore_config=ignore_config)) if expert else None
     cfg = model.cfg
     counts = {k: count(cfg, k) * (cfg.n_layers if kind.in_layer else 1) for k, kind in KINDS.items()}
     summary: dict[str, Any] = {

@@ -7,22 +7,20 @@ from typing import Annotated
 
 import typer
 
-from wpjax.cli.options import OverwriteOption
+from wpjax.config import Overwrite, Setting
 
 EXAMPLE = "Example: wpjax report title.nc --out title.html"
 
 
 def run(
     result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
-    out: Annotated[Path, typer.Option("--out", help="The page to write; PNGs go beside it.")] = Path("report.html"),
+    out: Annotated[Path, Setting("The page to write; PNGs go beside it.")] = Path("report.html"),
     execution: Annotated[
         Path | None,
-        typer.Option(
-            "--execution", help="A sweep with --given-anchor: its components join the hierarchy as executors."
-        ),
+        Setting("A sweep with --given-anchor: its components join the hierarchy as executors."),
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Components in its table.")] = 100,
-    overwrite: OverwriteOption = False,
+    rows: Annotated[int, Setting("Components in its table.", least=1)] = 100,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw a sweep's result: one HTML page that opens without a network, and its figures as PNG files."""
     from wpjax.files import check_output

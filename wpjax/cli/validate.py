@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wpjax.cli.options import (
-    BaseOption,
-    BehaviourOption,
-    CheckerOption,
+from wpjax.cli.options import Json
+from wpjax.config import (
+    Base,
+    BehaviourName,
+    Checker,
     Dtype,
-    DtypeOption,
-    ExpertOption,
-    IgnoreConfigOption,
-    JsonOption,
-    NewTokensOption,
-    OutOption,
-    OverwriteOption,
-    PromptsOption,
-    ResumeOption,
-    SeedOption,
+    Expert,
+    IgnoreConfig,
+    NewTokens,
+    NPrompts,
+    Out,
+    Overwrite,
+    Resume,
+    Seed,
+    Setting,
 )
 
 if TYPE_CHECKING:
@@ -37,26 +37,22 @@ EXAMPLE = (
 
 def run(
     result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
-    base: BaseOption,
-    expert: ExpertOption,
-    behaviour: BehaviourOption,
-    out: OutOption,
-    checker: CheckerOption = None,
-    by: Annotated[
-        str | None, typer.Option("--by", help="The ranking under test, say effect or screen; the set score if absent.")
-    ] = None,
-    n_prompts: PromptsOption = 32,
-    points: Annotated[
-        int, typer.Option("--points", min=2, help="Sizes of sets, from one component to all, on a logarithmic grid.")
-    ] = 10,
-    n_random: Annotated[int, typer.Option("--n-random", min=1, help="Random orders beside the ranking.")] = 3,
-    max_new_tokens: NewTokensOption = 32,
-    dtype: DtypeOption = Dtype.float32,
-    resume: ResumeOption = False,
-    seed: SeedOption = 0,
-    ignore_config: IgnoreConfigOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    base: Base,
+    expert: Expert,
+    behaviour: BehaviourName,
+    out: Out,
+    checker: Checker = None,
+    by: Annotated[str | None, Setting("The ranking under test, say effect or screen; the set score if absent.")] = None,
+    n_prompts: NPrompts = 32,
+    points: Annotated[int, Setting("Sizes of sets, from one component to all, on a logarithmic grid.", least=2)] = 10,
+    n_random: Annotated[int, Setting("Random orders beside the ranking.", least=1)] = 3,
+    max_new_tokens: NewTokens = 32,
+    dtype: Dtype = "float32",
+    resume: Resume = False,
+    seed: Seed = 0,
+    ignore_config: IgnoreConfig = (),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Patch a sweep's best components into the base, and out of the expert, and judge the answers by the checker."""
     from wpjax.files import check_output
@@ -67,7 +63,7 @@ def run(
 
     import wpjax
     from wpjax import behaviours
-    from wpjax.cli.console import on_interrupt, progress_bars
+    from wpjax.cli.console import kept, on_interrupt, progress_bars
     from wpjax.pairs import load_pair
     from wpjax.report.curves import write_curves
     from wpjax.results import Shards, SweepResult
@@ -75,7 +71,7 @@ def run(
 
     swept = SweepResult.from_netcdf(result)
     task = behaviours.behaviour(behaviour, checker)
-    pair = load_pair(base, expert, dtype, tuple(ignore_config or ()))
+    pair = load_pair(base, expert, dtype, ignore_config)
     settings = {
         "version": wpjax.__version__,
         "pair": pair.fingerprints,
@@ -88,10 +84,7 @@ def run(
     }
     shards = Shards(out.with_name(f".{out.name}.validate"), settings, resume)
 
-    def kept() -> str:
-        return "finished parts are kept: go on with --resume" if len(shards) else "nothing was written"
-
-    with on_interrupt(kept), progress_bars() as progress:
+    with on_interrupt(lambda: kept(shards.folder)), progress_bars() as progress:
         curves = validate(
             pair,
             task,

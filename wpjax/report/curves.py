@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
+from wpjax.columns import title_of
 from wpjax.curves import CHECKS, DIRECTIONS, Curves
 from wpjax.files import atomic_output
 from wpjax.report.figures import COLOURS, GREY, STYLE
@@ -26,13 +27,6 @@ LABELS = {
 CONTROLS = {**dict.fromkeys(("activation", "attribution"), COLOURS["neuron"]), "delta_norm": COLOURS["norm"]}
 SINGLE = COLOURS["kv_group"]
 """The result's own ranking, where another is tested."""
-NAMES = {
-    "set_score": "set score",
-    "effect": "effect of the weights",
-    "activation": "activation patching",
-    "attribution": "activation patching, first order",
-    "delta_norm": "norm of the change",
-}
 
 
 def _colour(ranking: str, first: bool) -> str:
@@ -47,7 +41,7 @@ def draw_curve(curves: Curves, axes: Axes, measure: str, direction: str) -> None
         value, low, high = shares[:, side, r]
         order, colour = np.argsort(n[r], kind="stable"), _colour(name, r == 0)
         random = name.startswith("random")
-        label = "random" if name == "random 1" else None if random else NAMES.get(name, name)
+        label = "random" if name == "random 1" else None if random else title_of(name)
         axes.fill_between(n[r][order], low[order], high[order], color=colour, alpha=0.12, lw=0)
         axes.plot(n[r][order], value[order], color=colour, lw=1 if random else 1.6, marker=".", ms=4, label=label)
     axes.axhline(0, color="#222", lw=0.6)

@@ -11,7 +11,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from wpjax.results import FIRST_ORDER, SweepResult
+from wpjax.columns import effect_estimates, title_of
+from wpjax.results import SweepResult
 from wpjax.tracing.hierarchy import flow_by_layer, hierarchy
 
 COLOURS = {
@@ -43,9 +44,9 @@ def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]
     """The best figure known of every component, its effect where it was measured; and a label of some kinds."""
     data, values = result.dataset, result.best()
     exact = np.isfinite(data["effect"].values[np.isin(data["kind"].values, kinds)])
-    screens = [name for name in FIRST_ORDER if name in data]
+    shown = next((name for name in effect_estimates() if name in data), result.ranking)
     if not exact.all():
-        return values, f"share of gap ({'exact or ' if exact.any() else ''}{(*screens, result.ranking)[0]})"
+        return values, f"share of gap ({'exact or ' if exact.any() else ''}{title_of(shown)})"
     return values, "share of gap recovered"
 
 

@@ -13,9 +13,10 @@ import xarray as xr
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from wpjax.columns import ALWAYS, Column, columns, effect_estimates
 from wpjax.files import atomic_output, check_output
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
-from wpjax.results import CELLS, FIRST_ORDER, MASKS, TRUST, SweepResult
+from wpjax.results import SweepResult
 
 TITLES = {
     "top": "Highest effects",
@@ -86,7 +87,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
         attrs=data.attrs,
         by=by,
         exact=exact,
-        first_order=by in FIRST_ORDER,
+        first_order=by in effect_estimates(),
         rows=_table(result, by, n_rows),
         extra=_extra_columns(result),
         figures=[(TITLES[name], _svg(figure)) for name, figure in figures.items()],
@@ -99,10 +100,10 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
     )
 
 
-def _extra_columns(result: SweepResult) -> list[str]:
-    """Variables that the table shows beside the effect."""
-    shown = (*FIRST_ORDER, "screen_error", "words_changed", "attribution", *CELLS, *MASKS)
-    return [name for name in shown if name in result.dataset]
+def _extra_columns(result: SweepResult) -> list[Column]:
+    """Columns that the table shows beside the effect: what stands in for it first."""
+    here = [c for c in columns() if c.name in result.dataset and c.dims == ("component",) and not c.group and c.shown]
+    return sorted(here, key=lambda c: not c.estimates_effect)
 
 
 def _table(result: SweepResult, by: str, n_rows: int) -> list[dict[str, Any]]:
@@ -119,24 +120,23 @@ def _table(result: SweepResult, by: str, n_rows: int) -> list[dict[str, Any]]:
                 "layer": int(data["layer"].values[i]),
                 "delta_norm": float(data["delta_norm"].values[i]),
                 "p_value": float(data["p_value"].values[i]),
-                **{name: _with_interval(data, name, i) for name in extra},
+                **{column.name: _with_interval(data, column, i) for column in extra},
             }
         )
     return rows
 
 
-def _with_interval(data: xr.Dataset, name: str, i: int) -> str:
-    value, bounds = float(data[name].values[i]), [f"{name}_low", f"{name}_high"]
+def _with_interval(data: xr.Dataset, column: Column, i: int) -> str:
+    value = float(data[column.name].values[i])
     if np.isnan(value):
         return "–"
-    if not all(bound in data for bound in bounds):
-        return f"{value:.4f}"
-    low, high = (float(data[bound].values[i]) for bound in bounds)
-    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
+    ends = [float(data[bound].values[i]) for bound in column.bounds]
+    return f"{value:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
 
 
 def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
     data, floors = result.dataset, result.attribute("noise_floor_by_kind")
+    trust = [c.name for c in columns() if c.dims == ("swept_kind",) and c.group != ALWAYS and c.name in data]
     rows = []
     for i, kind in enumerate(str(k) for k in data["swept_kind"].values):
         mine = data["kind"].values == kind
@@ -148,7 +148,7 @@ def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
                 "joint": float(data["coverage_joint"].values[i]),
                 "sum": float(data["coverage_sum"].values[i]),
                 "floor": float(floors.get(kind, np.nan)),
-                **{name: float(data[name].values[i]) for name in TRUST if name in data},
+                **{name: float(data[name].values[i]) for name in trust},
             }
         )
     return rows

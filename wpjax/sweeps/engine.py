@@ -97,6 +97,11 @@ class Engine:
         """Names of the columns of the flow."""
         return flow_targets(self.pair.cfg, self.metric)
 
+    @property
+    def columns(self) -> dict[str, Float[np.ndarray, " C"]]:
+        """What else this engine knows of components, once it has replaced some; by column of the result."""
+        return {}
+
     def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
         """The base's metric with each of some sets of components of the expert.
 

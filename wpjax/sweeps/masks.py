@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy.sparse import csr_array
+from scipy.stats import norm
 
 from wpjax.components import Component, gate_positions, gate_shapes
 from wpjax.errors import WpjaxError
@@ -31,6 +32,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.patching import PatchMask
 from wpjax.results import finished_part
+from wpjax.sweeps.job import Found, Job
 from wpjax.sweeps.joint import scores_of_sets
 from wpjax.sweeps.screens import by_component, gate_slopes
 
@@ -182,3 +184,18 @@ def random_masks(
         at = gates.mask(np.full(len(components), p, np.float32))
         slopes = by_component(gate_slopes(cfg, host, donor, metric, at), components)
     return estimate(masks, values, slopes)
+
+
+def run(job: Job) -> Found:
+    """The method: shares of the gap by what each component does in random sets; intervals are over sets."""
+    pair, gap, z = job.pair, job.gap.mean(), float(norm.ppf(0.975))
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, p in SHARES.items():
+        made = random_masks(
+            pair.cfg, pair.base, pair.expert, job.components, job.metric, p,
+            n_masks=job.n_masks, seed=job.seed, budget=job.budget, done=job.done, progress=job.progress,
+        )  # fmt: skip
+        found[name] = made.beta.mean(1) / gap, made.se / gap
+    (low, low_se), (high, high_se) = found["beta_low"], found["beta_high"]
+    found["redundancy"] = low - high, np.hypot(low_se, high_se)
+    return Found(shares={name: np.stack([v, v - z * se, v + z * se]) for name, (v, se) in found.items()})

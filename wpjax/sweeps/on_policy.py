@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.components import Component, open_gates
 from wpjax.distributed import Spread
-from wpjax.metrics import Metric, answer_of, answer_positions, scores, trimmed, with_answers
+from wpjax.errors import MetricRejected
+from wpjax.metrics import Metric, Prepared, answer_of, answer_positions, decision_metric, scores, trimmed, with_answers
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation, generate
@@ -103,9 +105,37 @@ class OnPolicy:
     anchor: Anchor
     max_new_tokens: int = 32
 
+    has_fixed_words: ClassVar[bool] = False
+
     def speech(self, pair: Pair, batch: PromptBatch) -> Speech:
         """What the base says to some prompts, and what is measured along it."""
         return Speech(pair, batch, self.anchor, self.max_new_tokens)
+
+    def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
+        """What a sweep needs of it: every model is scored along its own words, and every component counts.
+
+        Raises:
+            AnchorRejected: the anchor belongs to another expert.
+        """
+        self.anchor.check_belongs(pair)
+        speech = self.speech(pair, batch)
+
+        def decision() -> Metric | None:
+            """Words have no slope; where base and expert part ways, one may tip."""
+            try:
+                return decision_metric(pair, batch, self.max_new_tokens)
+            except MetricRejected:  # they hardly part
+                return None
+
+        return Prepared(
+            speech.metric,
+            felt_by=speech.kept,
+            score=speech.score,
+            make_engine=functools.partial(OnPolicyEngine, speech),
+            chooses_too=decision,
+            columns=self.anchor.columns,
+            attributes=self.anchor.attributes,
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layer", "max_new_tokens"))
@@ -180,6 +210,11 @@ class OnPolicyEngine(Engine):
     def targets(self) -> list[str]:
         """Of the flow along the base's words, and what other words do."""
         return [*super().targets, "rest"]
+
+    @property
+    def columns(self) -> dict[str, Float[np.ndarray, " C"]]:
+        """On what share of prompts each component that was replaced changes words."""
+        return {"words_changed": self.changed} if np.isfinite(self.changed).any() else {}
 
     def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
         """Each set's model answers for itself, one model after the other."""

@@ -13,18 +13,21 @@ effects vary. Rounds are of one shape, as many prompts in as many packed tokens,
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import t as student
 
+from wpjax.columns import EFFECT
 from wpjax.components import Component
 from wpjax.metrics import Metric
 from wpjax.pairs import Pair
+from wpjax.results import SweepResult
 from wpjax.sweeps.engine import Engine, placed
 from wpjax.sweeps.exact import cut, make_plan
+from wpjax.sweeps.job import Found, Job
 from wpjax.sweeps.packing import common_shape, pack
 
 ROUNDS = 4
@@ -171,3 +174,26 @@ def race(
         undecided[kind] = max(0, len(mine) - top)
     share = float(np.isfinite(delta).mean()) + len(chosen) / len(components)
     return Race(sorted(chosen), mean, share, undecided)
+
+
+def run(job: Job) -> Found:
+    """The method: race, then replace the chosen ones on all prompts."""
+    raced = race(
+        job.pair, job.metric, job.components, job.queries,
+        top=job.top, confidence=job.confidence, seed=job.seed, budget=job.budget, done=job.done, progress=job.progress,
+    )  # fmt: skip
+    plan, cells, flow = job.replace(raced.chosen)
+    changes = {"race": raced.mean[:, None], EFFECT: cells["exact"]}
+    attributes: dict[str, Any] = {
+        "race_share": raced.share,
+        "race_confidence": job.confidence,
+        "race_undecided": raced.undecided,
+    }
+    return Found(changes, plan=plan, flow=flow, attributes=attributes)
+
+
+def note(result: SweepResult) -> str:
+    """What a race cost, and what it left open."""
+    left = ", ".join(f"{n} {kind}s" for kind, n in result.attribute("race_undecided").items() if n)
+    made = f"the race made {result.attribute('race_share'):.0%} of the replacements of a full sweep"
+    return made + (f"; {left} beside the top are not surely out" if left else "")

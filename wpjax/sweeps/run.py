@@ -2,122 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, MutableMapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 from wpjax.anchors import Anchor
 from wpjax.behaviours import PromptBatch
+from wpjax.columns import EFFECT
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
-from wpjax.errors import ComponentError, MetricRejected, WpjaxError
-from wpjax.metrics import Metric, decision_metric, expect_positive_gap, scores
+from wpjax.errors import ComponentError, WpjaxError
+from wpjax.estimators import check_method
+from wpjax.metrics import Measure, Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
-from wpjax.results import SweepResult, finished_part
-from wpjax.sweeps.dataset import Measured, make_dataset
+from wpjax.results import SweepResult
+from wpjax.sweeps.dataset import Controls, make_dataset
 from wpjax.sweeps.engine import Engine, Progress
-from wpjax.sweeps.exact import make_plan
-from wpjax.sweeps.masks import SHARES, random_masks
-from wpjax.sweeps.on_policy import OnPolicy, OnPolicyEngine, Speech
-from wpjax.sweeps.race import race
-from wpjax.sweeps.screens import integrated_gradients, output_linearised, weight_gradient
-from wpjax.sweeps.secant import secant_adjoint
+from wpjax.sweeps.job import Found, Job
 
-Method = Literal[
-    "exact",
-    "screen",
-    "screen+exact",
-    "gradient",
-    "gradient+exact",
-    "ig",
-    "secant",
-    "race",
-    "masks",
-    "activation",
-    "factorial",
-]
-
-
-class Recipe(NamedTuple):
-    """What a method does: which first-order estimates, which of them choose what is replaced, and how it is replaced.
-
-    With cells but nothing that chooses, everything is replaced. With `race`, a race chooses; with `masks`, sets of
-    components are replaced.
-    """
-
-    screens: tuple[str, ...] = ()
-    choose: tuple[str, ...] = ()
-    cells: tuple[str, ...] = ()
-    race: bool = False
-    masks: bool = False
-
-
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "exact": Recipe(cells=("exact",)),
-        "screen": Recipe(("screen",)),
-        "screen+exact": Recipe(("screen",), ("screen",), ("exact",)),
-        "gradient": Recipe(("gradient",)),
-        "gradient+exact": Recipe(("gradient",), ("gradient",), ("exact",)),
-        "ig": Recipe(("ig",)),
-        "secant": Recipe(("secant",)),
-        "race": Recipe(cells=("exact",), race=True),
-        "masks": Recipe(masks=True),
-        "activation": Recipe(("attribution",), ("attribution",), ("activation",)),
-        "factorial": Recipe(
-            ("screen", "attribution"), ("screen", "attribution"), ("exact", "activation", "relay", "knockout")
-        ),
-    }
-)
-METHODS: tuple[str, ...] = tuple(RECIPES)
-ON_POLICY_METHODS = ("exact", "screen", "screen+exact", "gradient", "gradient+exact")
-"""Methods for a score that depends on what is said: those that take one component at a time, or the slope."""
 DEFAULT_KINDS = ("head", "kv_group", "neuron")
-
-
-SCREENS: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
-    {
-        "screen": output_linearised,
-        "gradient": weight_gradient,
-        "ig": integrated_gradients,
-        "secant": secant_adjoint,
-        "attribution": functools.partial(output_linearised, inputs="donor"),
-    }
-)
-"""First-order estimates by name."""
-
-
-def check_method(method: str, on_policy: bool = False) -> None:
-    """Refuse a method that there is not, or not for the on-policy score.
-
-    Raises:
-        WpjaxError: with the methods that there are.
-    """
-    if method not in METHODS:
-        raise WpjaxError(f"unknown method {method!r}; methods: {', '.join(METHODS)}")
-    if on_policy and method not in ON_POLICY_METHODS:
-        raise WpjaxError(
-            f"method {method} needs fixed words, and on-policy they change with every patch; take one of "
-            f"{', '.join(ON_POLICY_METHODS)}"
-        )
 
 
 def sweep(
     pair: Pair,
     batch: PromptBatch,
-    metric: Anchor | Metric | OnPolicy,
+    metric: Measure,
     *,
     given: Anchor | None = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
     components: Iterable[Component | str] | None = None,
-    method: Method = "exact",
+    method: str = "exact",
     top: int = 512,
     stratum: int = 64,
     confidence: float = 0.95,
@@ -141,15 +59,15 @@ def sweep(
             components execute the behaviour (see `Anchor.give`)?
         kinds: kinds of components to sweep, in all layers that the metric depends on.
         components: sweep these instead of whole kinds, by name or as `Component`s.
-        method: "exact" replaces every component for real; "screen" scores all of them by the output-linearised
-            first-order effect; "screen+exact" screens, then replaces the `top` ones of each kind; "gradient" is the
-            weight-gradient screen, "gradient+exact" replaces its `top` ones, "ig" is its average on the way from base
-            to expert, "secant" the secant adjoint, whose scores sum to the gap; "race" replaces every component on a
-            few prompts and only those that can still be among the `top` of their kind on more (see `sweeps.race`);
-            "masks" replaces random sets (see `sweeps.masks`): what a component does among few, half or most of the
-            others; "activation" patches the expert's activations instead of its weights, after attribution patching as
-            the screen; "factorial" measures all cells of the 2x2 (source, relay, interaction, see
-            `dataset.two_by_two`) and the knock-out in the expert, for the `top` ones of both screens.
+        method: how, by the name of an entry of `wpjax.estimators`. "exact" replaces every component for real; "screen"
+            scores all of them by the output-linearised first-order effect; "screen+exact" screens, then replaces the
+            `top` ones of each kind; "gradient" is the weight-gradient screen, "gradient+exact" replaces its `top` ones,
+            "ig" is its average on the way from base to expert, "secant" the secant adjoint, whose scores sum to the
+            gap; "race" replaces every component on a few prompts and only those that can still be among the `top` of
+            their kind on more (see `sweeps.race`); "masks" replaces random sets (see `sweeps.masks`): what a component
+            does among few, half or most of the others; "activation" patches the expert's activations instead of its
+            weights, after attribution patching as the screen; "factorial" measures all cells of the 2x2 (source, relay,
+            interaction, see `sweeps.factorial`) and the knock-out in the expert, for the `top` ones of both screens.
         top: how many of each kind are replaced after a screen, chosen by its magnitude (on-policy, as many again by
             that of the decision score's, where words may change); k of a race.
         stratum: how many of the others of each kind are replaced too, at random, to estimate what the screen missed.
@@ -165,93 +83,52 @@ def sweep(
         the result; components in the order of the table of kinds, of layers and of indices.
 
     Raises:
+        WpjaxError: a method that does not exist, or that needs fixed words; or two arguments that do not fit.
         ComponentError: a kind or component that does not exist, or that comes after what the metric reads.
         AnchorRejected: the anchor belongs to another expert.
         MetricRejected: the gap on these prompts may be zero.
         BehaviourError: prompts that the model cannot take.
     """
     started = time.perf_counter()
-    check_method(method, isinstance(metric, OnPolicy))
+    chosen_method = check_method(method, metric.has_fixed_words)
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
-    anchor = metric.anchor if isinstance(metric, OnPolicy) else metric if isinstance(metric, Anchor) else None
-    if anchor is not None:
-        anchor.check_belongs(pair)
-    speech: Speech | None = None
-    if isinstance(metric, OnPolicy):
-        if given is not None:
-            raise WpjaxError("the on-policy score reads the anchor, so its state cannot be given; drop one of them")
-        speech = metric.speech(pair, batch)
-        metric = speech.metric
-    elif isinstance(metric, Anchor):
-        metric = metric.metric(pair, batch)
-    if len(metric) != len(batch):
-        raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
+    if given is not None and not metric.has_fixed_words:
+        raise WpjaxError("the on-policy score reads the anchor, so its state cannot be given; drop one of them")
+    prepared = metric.prepare(pair, batch)
+    if len(prepared.metric) != len(batch):
+        raise WpjaxError(
+            f"the metric has {len(prepared.metric)} prompts, the batch {len(batch)}; make it on this batch"
+        )
     if given is not None:
         given.check_belongs(pair)
-        metric = given.give(pair, batch, metric)
-    chosen = _swept_components(pair, metric if speech is None else speech.kept, kinds, components)
-    done = {} if done is None else done
-    read = functools.partial(scores, pair.cfg, metric=metric) if speech is None else speech.score
+        held = given.give(pair, batch, prepared.metric)
+        attributes = {**prepared.attributes, "anchor_acceptance": given.acceptance}
+        prepared = dataclasses.replace(prepared, metric=held, attributes=attributes)
+    swept = _swept_components(pair, prepared.felt_by or prepared.metric, kinds, components)
+    read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
     gap = (expert_score - base_score).astype(np.float64)
-    name = f"the {metric.name} metric of {batch.behaviour}"
-    expect_positive_gap(gap, batch.queries, name, seed)
-
-    recipe = RECIPES[method]
-    first_order: dict[str, Float[np.ndarray, "C B"]] = {}
-    for name in recipe.screens:
-        progress(f"{name} of {len(chosen)} components", 0, 1)
-        if name not in done:
-            done[name] = SCREENS[name](pair.cfg, pair.base, pair.expert, chosen, metric)
-        first_order[name] = finished_part(done, name, (len(chosen), len(batch)))
-        progress(f"{name} of {len(chosen)} components", 1, 1)
-    replaced, sampled = list(range(len(chosen))) if recipe.cells else [], np.zeros(len(chosen), bool)
-    if recipe.choose:
-        choosing = [first_order[name] for name in recipe.choose]
-        if speech is not None:  # words have no slope; where base and expert part ways, one may tip
-            with contextlib.suppress(MetricRejected):  # they hardly part
-                where = decision_metric(pair, batch, speech.max_new_tokens)
-                choosing.append(output_linearised(pair.cfg, pair.base, pair.expert, chosen, where))
-        best = {i for values in choosing for i in _highest(chosen, values.mean(1), top)}
-        sampled[_stratum(chosen, best, stratum, seed)] = True
-        replaced = sorted({*best, *np.flatnonzero(sampled).tolist()})
-    attributes: dict[str, Any] = {}
-    if recipe.race:
-        found_first = race(
-            pair, metric, chosen, batch.queries,
-            top=top, confidence=confidence, seed=seed, budget=budget, done=done, progress=progress,
-        )  # fmt: skip
-        first_order["race"], replaced = found_first.mean[:, None], found_first.chosen
-        undecided = json.dumps(found_first.undecided)
-        attributes = {"race_share": found_first.share, "race_confidence": confidence, "race_undecided": undecided}
-    engine = (
-        Engine(pair, metric, chosen, done, progress)
-        if speech is None
-        else OnPolicyEngine(speech, chosen, done, progress)
-    )
-    plan = make_plan(pair.cfg, [chosen[i] for i in replaced], engine.packing, budget)
-    found = {name: engine.changes(name, plan) for name in recipe.cells}
-    cells, flow = {name: delta for name, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
-    floor = engine.noise_floor(plan, gap, seed)
-    nulls = engine.nulls(plan, gap, seed) if "exact" in cells else {}
-    masks = {
-        name: random_masks(
-            pair.cfg, pair.base, pair.expert, chosen, metric, p,
-            n_masks=n_masks, seed=seed, budget=budget, done=done, progress=progress,
-        )
-        for name, p in (SHARES.items() if recipe.masks else ())
-    }  # fmt: skip
-    coverage = _coverage(engine, chosen, gap, budget, progress)
-    measured = Measured(
-        cells, first_order, gap, coverage, floor, plan.rows, flow, engine.targets, nulls, sampled, masks
-    )
-    dataset = make_dataset(pair, batch, metric, anchor, chosen, measured, seed, n_resamples)
-    if isinstance(engine, OnPolicyEngine) and cells:
-        dataset["words_changed"] = ("component", engine.changed)
-    if given is not None:
-        dataset.attrs["anchor_acceptance"] = given.acceptance
-    dataset.attrs |= attributes | {"method": method, "wall_time_s": round(time.perf_counter() - started, 3)}
+    expect_positive_gap(gap, batch.queries, f"the {prepared.metric.name} metric of {batch.behaviour}", seed)
+    job = Job(
+        chosen_method, pair, prepared, swept, batch.queries, gap,
+        top=top, stratum=stratum, confidence=confidence, n_masks=n_masks, seed=seed, budget=budget,
+        done={} if done is None else done, progress=progress,
+    )  # fmt: skip
+    found: Found = chosen_method.run(job)
+    dataset = make_dataset(job, batch, found, _controls(job, found), n_resamples)
+    dataset.attrs["wall_time_s"] = round(time.perf_counter() - started, 3)
     return SweepResult(dataset)
+
+
+def _controls(job: Job, found: Found) -> Controls:
+    """Shams and nulls of the patches that were made, and what all components recover together."""
+    floor: dict[str, float] = {}
+    nulls: dict[str, dict[str, float]] = {}
+    if found.plan is not None:
+        floor = job.engine.noise_floor(found.plan, job.gap, job.seed)
+        if EFFECT in found.changes:
+            nulls = job.engine.nulls(found.plan, job.gap, job.seed)
+    return Controls(_coverage(job.engine, job.components, job.gap, job.budget, job.progress), floor, nulls)
 
 
 def _swept_components(
@@ -281,25 +158,6 @@ def _swept_components(
     if not named:
         raise ComponentError(f"nothing to sweep: this model has no {', '.join(kinds)}")
     return sorted(dict.fromkeys(named), key=lambda c: (list(KINDS).index(c.kind), c.layer, c.index))
-
-
-def _highest(components: Sequence[Component], values: Float[np.ndarray, " C"], top: int) -> list[int]:
-    """Positions of the `top` largest magnitudes of each kind, in order of position."""
-    found: list[int] = []
-    for kind in dict.fromkeys(c.kind for c in components):
-        mine = [i for i, c in enumerate(components) if c.kind == kind]
-        found += sorted(mine, key=lambda i: -abs(values[i]))[:top]
-    return sorted(found)
-
-
-def _stratum(components: Sequence[Component], best: set[int], n: int, seed: int) -> list[int]:
-    """Positions of up to n random components of each kind that were not chosen."""
-    rng = np.random.default_rng(seed)
-    found: list[int] = []
-    for kind in dict.fromkeys(c.kind for c in components):
-        rest = [i for i, c in enumerate(components) if c.kind == kind and i not in best]
-        found += sorted(rng.permutation(rest)[:n].tolist()) if rest else []
-    return found
 
 
 def _coverage(

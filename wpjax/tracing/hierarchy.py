@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from wpjax.errors import WpjaxError
+from wpjax.estimators import methods
 from wpjax.results import SweepResult
 
 SHARE = 0.8
@@ -99,10 +100,8 @@ def hierarchy(
     """
     data = result.dataset
     if "flow" not in data:
-        raise WpjaxError(
-            "this result holds no flow: sweep with a method that replaces components (exact, screen+exact, "
-            "gradient+exact, race, factorial)"
-        )
+        followed = ", ".join(method.name for method in methods() if "exact" in method.cells)
+        raise WpjaxError(f"this result holds no flow: sweep with a method that replaces components ({followed})")
     if int(data.attrs["given_layer"]) >= 0:
         raise WpjaxError(
             "this result is a sweep from a given state, of executors: give it beside the sweep of its anchor"

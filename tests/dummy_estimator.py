@@ -1,0 +1,38 @@
+"""A method in one file: what it is called, what column it makes, and the step that does it. `test_methods` uses it.
+
+A component's value is the size of its change times the sign of its first-order effect. To be found by `wpjax sweep`
+without an import of one's own, such a file is put into `wpjax/estimators/`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wpjax.columns import Column
+from wpjax.estimators import Method, register
+from wpjax.estimators.builtin import SCREEN
+
+if TYPE_CHECKING:
+    from wpjax.sweeps.job import Found, Job
+
+
+def run(job: Job) -> Found:
+    """Norm of the change of each component's weights, times the sign of its screen."""
+    from wpjax.sweeps.job import Found  # heavy, so only when it runs
+
+    norm = job.pair.delta_norms(job.components)
+    sign = np.sign(job.estimate(SCREEN).mean(1))
+    # What a method finds are changes of the metric, and the result holds their shares of the gap.
+    return Found({"dummy": (norm * sign * job.gap.mean())[:, None]})
+
+
+DUMMY = register(
+    Method(
+        "dummy",
+        "scores all by the norm of their change, with the sign of the screen",
+        run,
+        columns=(Column("dummy", "signed norm of the change", trust=5, estimates_effect=True),),
+    )
+)

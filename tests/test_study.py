@@ -1,0 +1,110 @@
+"""A study as Python users call it: what it writes, when, and what it refuses."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import wpjax
+from wpjax import SweepConfig, cli, run_study
+from wpjax.anchors import fit_anchor
+from wpjax.behaviours import behaviour
+from wpjax.config import arguments_of
+from wpjax.errors import OutputError, WpjaxError
+from wpjax.metrics import decision_metric
+from wpjax.pairs import load_pair
+from wpjax.results import SweepResult
+from wpjax.study import parts_folder
+from wpjax.sweeps import add_set_score, sweep
+
+NAMES = ("L1.head.0", "L2.head.0", "L3.head.1")
+
+
+def config(folder, **changes):
+    first = SweepConfig("tiny:base", "tiny:expert", "tiny:title", folder / "r.nc", causal="skip", n_prompts=4)
+    return dataclasses.replace(first, components=NAMES, **changes)
+
+
+def without_times(dataset):
+    return dataset.drop_attrs(deep=False).assign_attrs(
+        {name: value for name, value in dataset.attrs.items() if name not in ("date", "wall_time_s")}
+    )
+
+
+def test_a_study_is_its_steps(tmp_path):
+    """The anchor, the sweep and the set score one by one give the same; the file is the result."""
+    study = run_study(config(tmp_path))
+    pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
+    batch = task.encode(pair.tokenizer, n_prompts=4)
+    anchor = fit_anchor(pair, task, n_prompts=4, causal="skip")
+    expected = sweep(pair, batch, anchor, components=NAMES, method="screen+exact")
+    expected = add_set_score(pair, expected, [anchor.metric(pair, batch), decision_metric(pair, batch, 32)])
+    xr.testing.assert_identical(without_times(study.result.dataset), without_times(expected.dataset))
+    xr.testing.assert_identical(SweepResult.from_netcdf(tmp_path / "r.nc").dataset, study.result.dataset)
+    assert study.no_set_score == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["r.nc"]
+
+
+def test_the_file_is_written_once_and_whole(tmp_path):
+    """Interrupted when all but the set score is done: there is no file yet, and what is done is not done again."""
+
+    def stop(what, done, total):
+        if what == "set score":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config(tmp_path), stop)
+    assert [path.name for path in tmp_path.iterdir()] == [parts_folder(tmp_path / "r.nc").name]
+    with pytest.raises(OutputError, match="pass --resume, or delete it"):
+        run_study(config(tmp_path))
+    parts = {path.name: path.stat().st_mtime_ns for path in parts_folder(tmp_path / "r.nc").iterdir()}
+    kept = []
+
+    def look(what, done, total):
+        if what == "set score" and not done:
+            kept.append({path.name: path.stat().st_mtime_ns for path in parts_folder(tmp_path / "r.nc").iterdir()})
+
+    study = run_study(config(tmp_path, resume=True), look)
+    assert kept == [parts]
+    assert np.isfinite(study.result.values("set_score")).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["r.nc"]
+
+
+def test_a_sweep_is_not_lost_with_its_set_score(tmp_path):
+    """Base and expert do not part in one word, so there is no decision to score."""
+    study = run_study(config(tmp_path, behaviour="tiny:no_comma", metric="kl", max_new_tokens=2, method="screen"))
+    assert "part ways on" in study.no_set_score
+    assert "set_score" not in SweepResult.from_netcdf(tmp_path / "r.nc").dataset
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": "best"}, "method='best': there are exact, screen, "),
+        ({"n_prompts": 3}, "n_prompts=3: at least 4"),
+        ({"confidence": 1.0}, "confidence=1.0: at most 0.9999"),
+        ({"memory_mb": float("nan")}, "memory_mb=nan: at least 1"),
+        ({"kinds": ("heads",)}, "did you mean head"),
+        ({"metric": "kl", "anchor": Path("a")}, "--anchor a goes with --metric anchor or on_policy, not with"),
+        ({"metric": "on_policy", "method": "ig"}, "method ig needs fixed words"),
+    ],
+)
+def test_what_a_study_refuses(tmp_path, change, says):
+    with pytest.raises(WpjaxError, match=re.escape(says)):
+        run_study(config(tmp_path, **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_argument_is_an_option_with_its_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "argv", ["wpjax", "sweep", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = " ".join(re.sub("[│]", " ", capsys.readouterr().out).split())
+    for arg in arguments_of(wpjax.SweepConfig):
+        assert f"--{arg.name.replace('_', '-')} " in shown.replace("/--no-set-score", " ")
+        assert " ".join(arg.setting.text.split())[:40] in shown
