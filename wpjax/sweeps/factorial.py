@@ -1,6 +1,6 @@
 """Sources and relays: whose weights a component has, crossed with whose input it sees.
 
-With y_ab the metric when the component has weights a on the input that b sees (METHOD 5; ours):
+With y_ab the metric when the component has weights a on the input that b sees (docs/method.md, "Source or relay"; ours):
 
     S = ((y_EB - y_BB) + (y_EE - y_BE)) / 2     R = ((y_BE - y_BB) + (y_EE - y_EB)) / 2
     I = y_EE - y_EB - y_BE + y_BB               y_EE - y_BB = S + R
