@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jaxlib
 
-from wpjax.files import atomic_output
+from wpjax.runtime.files import atomic_output
 
 
 def made() -> dict[str, Any]:

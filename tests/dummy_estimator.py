@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wpjax.columns import Column
-from wpjax.estimators import Method, register
-from wpjax.estimators.builtin import SCREEN
+from wpjax.methods import Method, register
+from wpjax.methods.builtin import SCREEN
 
 if TYPE_CHECKING:
-    from wpjax.sweeps.job import Found, Job
+    from wpjax.estimators.job import Found, Job
 
 
 def run(job: Job) -> Found:
     """Norm of the change of each component's weights, times the sign of its screen."""
-    from wpjax.sweeps.job import Found  # heavy, so only when it runs
+    from wpjax.estimators.job import Found  # heavy, so only when it runs
 
     norm = job.pair.delta_norms(job.components)
     sign = np.sign(job.estimate(SCREEN).mean(1))

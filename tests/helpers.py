@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wpjax.anchors import Anchor
-from wpjax.sweeps.exact import exact_changes, make_plan
-from wpjax.sweeps.packing import pack
-from wpjax.sweeps.replay import run_packed
+from wpjax.engines.exact import exact_changes, make_plan
+from wpjax.engines.packing import pack
+from wpjax.engines.replay import run_packed
+from wpjax.metrics.anchor import Anchor
 
 
 def make_anchor(pair, layer) -> Anchor:

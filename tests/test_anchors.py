@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
-from wpjax.anchors import Anchor, LayerDiagnostics, fit_anchor, split_half_cosine
 from wpjax.behaviours import behaviour
+from wpjax.checkpoints.checkpoint import save_checkpoint
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
-from wpjax.metrics import scores
-from wpjax.models.checkpoint import save_checkpoint
+from wpjax.evaluation.fit_anchor import fit_anchor, split_half_cosine
+from wpjax.metrics.anchor import Anchor, LayerDiagnostics
+from wpjax.metrics.metric import scores
 from wpjax.pairs import load_pair, make_pair
 from wpjax.patching import PatchMask, materialize
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.tiny import build
+from wpjax.checkpoints.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from wpjax.checkpoints.convert import flatten
 from wpjax.errors import CheckpointError, ConfigError, PairError
-from wpjax.models.checkpoint import fingerprint, load_checkpoint, save_checkpoint
-from wpjax.models.convert import flatten
 from wpjax.models.decoder import forward
 from wpjax.pairs import load_model, load_pair, make_pair, planted_components
 

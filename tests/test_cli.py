@@ -15,11 +15,11 @@ import pytest
 import xarray as xr
 
 from wpjax import cli
-from wpjax.anchors import Anchor
+from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.cli.compiled import keep_programs
-from wpjax.models.checkpoint import load_checkpoint
+from wpjax.metrics.anchor import Anchor
 from wpjax.pairs import load_model
-from wpjax.results import SweepResult
+from wpjax.results.sweep_result import SweepResult
 
 PAIR = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:title"]
 UNTESTED = [*PAIR, "--causal", "skip"]
@@ -307,7 +307,7 @@ def test_an_unwritable_folder(wpjax, tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     """/dev/full answers every write with ENOSPC: the folder of the result is a link to it."""
     from wpjax.errors import OutputError
-    from wpjax.files import atomic_output
+    from wpjax.runtime.files import atomic_output
 
     def write():
         with atomic_output(tmp_path / "x") as temporary:

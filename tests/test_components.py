@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from wpjax.checkpoints.convert import flatten
 from wpjax.components import KINDS, LEAVES, Component, count, enumerate_components, open_gates, parse_component
 from wpjax.errors import ComponentError
-from wpjax.models.convert import flatten
 from wpjax.models.decoder import abstract_params
 
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from wpjax.behaviours import Tokens
 from wpjax.components import enumerate_components
-from wpjax.metrics import Metric
+from wpjax.engines import exact
+from wpjax.engines.packing import pack
+from wpjax.engines.reference import reference_changes
+from wpjax.engines.replay import run_packed
+from wpjax.metrics.metric import Metric
+from wpjax.metrics.readouts import Along, LogProb
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import init_params
-from wpjax.readouts import Along, LogProb
-from wpjax.sweeps import exact
-from wpjax.sweeps.packing import pack
-from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.replay import run_packed
 
 CFG = ModelConfig("llama", 3, 24, 6, 2, 8, 40, 61, 64)
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")

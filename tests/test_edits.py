@@ -13,14 +13,14 @@ from tests.helpers import make_anchor
 from tests.oracles import NAMES, hf_layers
 from tests.tiny import as_pair, build_pair
 from wpjax.components import Component
+from wpjax.engines.engine import Engine
+from wpjax.engines.exact import make_plan
 from wpjax.errors import WpjaxError
 from wpjax.models.decoder import decoder, forward
 from wpjax.models.edits import Add, ClampTo, Edit, Scale, Set
 from wpjax.models.generate import generate
 from wpjax.models.layouts import Packed
 from wpjax.models.sites import Site
-from wpjax.sweeps.engine import Engine
-from wpjax.sweeps.exact import make_plan
 
 LAYER, TOKENS = 1, np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
 

@@ -8,10 +8,10 @@ from sklearn.metrics import roc_auc_score
 
 from experiments.tiny_pair.evaluate import evaluate
 from experiments.tiny_pair.language import shipped_queries
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import BUILT_IN, behaviour
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_model, load_pair, planted_components
-from wpjax.sweeps import sweep
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ import pytest
 from tests.helpers import make_anchor
 from tests.tiny import as_pair, build_pair
 from wpjax.components import KINDS, enumerate_components
-from wpjax.metrics import decision_metric, response_metric, scores
+from wpjax.estimators.screens import gate_slopes, integrated_gradients, weight_gradient
+from wpjax.estimators.secant import secant_adjoint, secant_change, secant_scores
+from wpjax.metrics.answers import decision_metric, response_metric
+from wpjax.metrics.metric import scores
 from wpjax.models.secant import logarithmic_mean
 from wpjax.patching import PatchMask
-from wpjax.sweeps.screens import gate_slopes, integrated_gradients, weight_gradient
-from wpjax.sweeps.secant import secant_adjoint, secant_change, secant_scores
 
 
 @pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma2", "gpt-neox"])

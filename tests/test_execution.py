@@ -11,12 +11,13 @@ from tests.helpers import exact, make_anchor
 from tests.oracles import hf_answer, hf_layers, hf_log_p
 from tests.tiny import build_pair
 from wpjax.components import KINDS, enumerate_components
+from wpjax.engines.reference import reference_changes
 from wpjax.errors import ComponentError, WpjaxError
-from wpjax.metrics import kl_metric, response_metric, scores
-from wpjax.sweeps import sweep
-from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.screens import output_linearised, weight_gradient
-from wpjax.sweeps.secant import secant_scores
+from wpjax.estimators.screens import output_linearised, weight_gradient
+from wpjax.estimators.secant import secant_scores
+from wpjax.estimators.sweep import sweep
+from wpjax.metrics.answers import kl_metric, response_metric
+from wpjax.metrics.metric import scores
 
 N_NEW = 5
 ANCHOR_LAYER = 1

@@ -10,12 +10,12 @@ from tests.helpers import make_anchor
 from tests.oracles import hf_layers
 from tests.tiny import build_pair
 from wpjax.components import Component, enumerate_components
+from wpjax.engines.exact import exact_changes, make_plan
+from wpjax.engines.packing import pack
+from wpjax.engines.replay import run_packed
+from wpjax.estimators.factorial import two_by_two
+from wpjax.estimators.screens import output_linearised
 from wpjax.patching import PatchMask, materialize
-from wpjax.sweeps.exact import exact_changes, make_plan
-from wpjax.sweeps.factorial import two_by_two
-from wpjax.sweeps.packing import pack
-from wpjax.sweeps.replay import run_packed
-from wpjax.sweeps.screens import output_linearised
 
 KINDS = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm")
 LAYER = 1

@@ -3,7 +3,7 @@
 import pytest
 
 from wpjax.errors import OutputError
-from wpjax.files import atomic_output, check_output, write_tensors
+from wpjax.runtime.files import atomic_output, check_output, write_tensors
 
 
 def write(path, overwrite, marker=None):

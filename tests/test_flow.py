@@ -12,12 +12,13 @@ from tests.helpers import make_anchor
 from tests.oracles import NAMES, hf_final_norm, hf_layers
 from tests.tiny import as_pair, build_pair, patched_torch
 from wpjax.components import Component, enumerate_components
-from wpjax.metrics import Metric, decision_metric, kl_metric
-from wpjax.readouts import LogProb
-from wpjax.sweeps.exact import exact_changes, make_plan
-from wpjax.sweeps.packing import pack
-from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.replay import flow_targets, run_packed
+from wpjax.engines.exact import exact_changes, make_plan
+from wpjax.engines.packing import pack
+from wpjax.engines.reference import reference_changes
+from wpjax.engines.replay import flow_targets, run_packed
+from wpjax.metrics.answers import decision_metric, kl_metric
+from wpjax.metrics.metric import Metric
+from wpjax.metrics.readouts import LogProb
 
 ANCHOR_LAYER = 2
 KINDS = ("head", "kv_group", "neuron", "mlp", "layer", "norm", "embed")

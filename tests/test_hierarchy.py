@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from wpjax.circuits.hierarchy import flow_by_layer, hierarchy
 from wpjax.errors import WpjaxError
-from wpjax.results import SweepResult
-from wpjax.tracing import hierarchy
-from wpjax.tracing.hierarchy import flow_by_layer
+from wpjax.results.sweep_result import SweepResult
 
 TARGETS = ["self", "L0.head.0", "L0.mlp", "L1.head.0", "L1.mlp"]
 FLOW = [

@@ -9,14 +9,14 @@ import pytest
 
 from tests.helpers import make_anchor
 from wpjax.components import KINDS, enumerate_components
-from wpjax.metrics import answer_metric
+from wpjax.engines.joint import scores_at_once, scores_of_sets, touched
+from wpjax.engines.reference import patched_score
+from wpjax.estimators.masks import random_masks
+from wpjax.metrics.answers import answer_metric
 from wpjax.models.edits import ClampTo, Edit
 from wpjax.models.generate import Generation
 from wpjax.models.sites import Site
 from wpjax.patching import PatchMask
-from wpjax.sweeps.joint import scores_at_once, scores_of_sets, touched
-from wpjax.sweeps.masks import random_masks
-from wpjax.sweeps.reference import patched_score
 
 
 def sets_of(cfg, kinds, size, n=5, seed=0):
@@ -71,7 +71,7 @@ def test_prompts_in_parts_score_as_together(one_pair, batch, monkeypatch):
     many = metric.take(jnp.arange(20) % len(batch))
     masks = sets_of(pair.cfg, ("head", "neuron"), 6, n=3)
     expected = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
-    monkeypatch.setattr("wpjax.sweeps.joint.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("wpjax.engines.joint.TOKENS_AT_ONCE", 1)
     got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, many)
     np.testing.assert_allclose(got, expected[:, np.arange(20) % len(batch)], atol=2e-5)
 
@@ -132,7 +132,7 @@ def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
         return scores_at_once(cfg, host, donor, gates, *args)
 
-    monkeypatch.setattr("wpjax.sweeps.joint.scores_at_once", small)
+    monkeypatch.setattr("wpjax.engines.joint.scores_at_once", small)
     with pytest.warns(UserWarning, match="out of memory: joint patches go on 2 at a time"):
         got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
     np.testing.assert_allclose(got, one_by_one(pair, masks, metric), atol=2e-5)

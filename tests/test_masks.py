@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from tests.helpers import make_anchor
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.components import KINDS, Component, enumerate_components
+from wpjax.engines.reference import patched_score
 from wpjax.errors import WpjaxError
+from wpjax.estimators.masks import Gates, draw, estimate, random_masks
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask
 from wpjax.report.page import render_page
-from wpjax.sweeps import sweep
-from wpjax.sweeps.masks import Gates, draw, estimate, random_masks
-from wpjax.sweeps.reference import patched_score
 
 EVERY = np.array(list(itertools.product([False, True], repeat=6)))
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from wpjax.behaviours import Tokens
-from wpjax.metrics import Metric
+from wpjax.estimators.screens import gate_gradient, linearised_by_kind
+from wpjax.estimators.secant import secant_scores
+from wpjax.metrics.metric import Metric
+from wpjax.metrics.readouts import Along
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import abstract_params
 from wpjax.pairs import squared_change
 from wpjax.patching import PatchMask, deal_out
-from wpjax.readouts import Along
-from wpjax.sweeps.screens import gate_gradient, linearised_by_kind
-from wpjax.sweeps.secant import secant_scores
 from wpjax.training import loss_fn
 
 

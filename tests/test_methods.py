@@ -7,15 +7,16 @@ import pytest
 
 from tests import dummy_estimator
 from wpjax import cli
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.columns import Column, add_columns, effect_estimates, find_column, rankings
+from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import WpjaxError
-from wpjax.estimators import Method, check_method, methods, register
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.methods import Method, check_method, methods, register
 from wpjax.pairs import load_pair
 from wpjax.report import write_report
-from wpjax.results import SweepResult, effect_or_estimate
-from wpjax.sweeps import OnPolicy, sweep
+from wpjax.results.sweep_result import SweepResult, effect_or_estimate
 
 
 @pytest.fixture(scope="module")

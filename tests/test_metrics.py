@@ -9,12 +9,13 @@ from tests.helpers import exact, make_anchor
 from tests.oracles import hf_answer, hf_log_p
 from tests.tiny import build_pair, patched_torch
 from wpjax.components import KINDS, MODEL_LAYER, Component, enumerate_components
+from wpjax.engines.reference import reference_changes
 from wpjax.errors import MetricRejected, WpjaxError
-from wpjax.metrics import ANSWER_METRICS, decision_metric, expect_positive_gap, joint_scores, response_metric, scores
+from wpjax.estimators.screens import output_linearised, weight_gradient
+from wpjax.metrics.answers import ANSWER_METRICS, decision_metric, response_metric
+from wpjax.metrics.metric import expect_positive_gap, joint_scores, scores
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask, patch
-from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.screens import output_linearised, weight_gradient
 
 N_NEW = 5
 METRICS = ANSWER_METRICS

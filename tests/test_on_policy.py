@@ -9,17 +9,18 @@ import torch
 from tests.helpers import make_anchor
 from tests.oracles import hf_answer, hf_log_p
 from tests.tiny import build_pair, patched_torch
-from wpjax.anchors import Anchor, mean_states, read_at
 from wpjax.components import Component, enumerate_components
+from wpjax.engines.engine import Engine
+from wpjax.engines.exact import make_plan
+from wpjax.engines.on_policy import OnPolicy, OnPolicyEngine, Speech
+from wpjax.engines.packing import pack
 from wpjax.errors import WpjaxError
-from wpjax.metrics import scores
+from wpjax.estimators.screens import output_linearised
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import mean_states
+from wpjax.metrics.anchor import Anchor, read_at
+from wpjax.metrics.metric import scores
 from wpjax.patching import PatchMask, materialize
-from wpjax.sweeps import sweep
-from wpjax.sweeps.engine import Engine
-from wpjax.sweeps.exact import make_plan
-from wpjax.sweeps.on_policy import OnPolicy, OnPolicyEngine, Speech
-from wpjax.sweeps.packing import pack
-from wpjax.sweeps.screens import output_linearised
 
 N_NEW = 5
 ANCHOR_LAYER = 1

@@ -9,13 +9,13 @@ import pytest
 from tests.helpers import exact, make_anchor, make_anchor_of
 from wpjax.behaviours import Tokens
 from wpjax.components import enumerate_components
+from wpjax.engines.exact import make_plan
+from wpjax.engines.memory import bytes_of_rows, groups
+from wpjax.engines.packing import pack
+from wpjax.engines.replay import replay, run_packed, streams
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import init_params
-from wpjax.sweeps.exact import make_plan
-from wpjax.sweeps.memory import bytes_of_rows, groups
-from wpjax.sweeps.packing import pack
-from wpjax.sweeps.replay import replay, run_packed, streams
 
 FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 
@@ -40,7 +40,7 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(one_pair, batch, monk
         made = replay(cfg, kind, *args, **options)
         return made._replace(change=Late()) if sizes[-1] > 3 else made
 
-    monkeypatch.setattr("wpjax.sweeps.exact.replay", small)
+    monkeypatch.setattr("wpjax.engines.exact.replay", small)
     with pytest.warns(UserWarning, match="out of memory: neuron patches go on"):
         got = exact(pair, batch, anchor, components)
     np.testing.assert_allclose(got, expected, atol=2e-5)
@@ -55,7 +55,7 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(one_pair, batch, monk
     def full(*args, **options):
         raise FULL
 
-    monkeypatch.setattr("wpjax.sweeps.exact.replay", full)
+    monkeypatch.setattr("wpjax.engines.exact.replay", full)
     says = pytest.raises(WpjaxError, match=f"out of memory with one head patch on {len(batch)} prompts at once")
     with says, pytest.warns(UserWarning, match="out of memory"):
         exact(pair, batch, anchor, components)
@@ -84,7 +84,7 @@ def test_what_does_not_fit_beside_others_goes_on_alone(one_pair, batch, monkeypa
         made = replay(*args, **options)
         return made._replace(change=Fetched(made.change))
 
-    monkeypatch.setattr("wpjax.sweeps.exact.replay", small)
+    monkeypatch.setattr("wpjax.engines.exact.replay", small)
     plan = make_plan(pair.cfg, components, pack(anchor.on(batch)), budget=1 << 16)
     before = dict(plan.rows)
     with pytest.warns(UserWarning, match="out of memory: chunks go on 2 at a time"):
@@ -104,7 +104,7 @@ def test_a_models_own_run_goes_on_with_fewer_prompts(one_pair, batch, monkeypatc
             raise FULL
         return streams(cfg, params, some)
 
-    monkeypatch.setattr("wpjax.sweeps.replay.streams", small)
+    monkeypatch.setattr("wpjax.engines.replay.streams", small)
     with pytest.warns(UserWarning, match="out of memory: prompts go on"):
         got = run_packed(one_pair.cfg, one_pair.base, metric, packing)
     chex.assert_trees_all_close(got, expected, rtol=1e-7, atol=2e-5)

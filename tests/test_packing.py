@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from wpjax.behaviours import Tokens
-from wpjax.metrics import Metric
+from wpjax.engines.packing import Shape, common_shape, first_fit, pack
+from wpjax.metrics.metric import Metric
+from wpjax.metrics.readouts import Along
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import block, init_params, take_layer
 from wpjax.models.edits import ClampTo, Edit
 from wpjax.models.layouts import Causal
 from wpjax.models.sites import Site
-from wpjax.readouts import Along
-from wpjax.sweeps.packing import Shape, common_shape, first_fit, pack
 
 PROMPTS = ([7, 7, 3, 1, 2], [7, 7, 4], [7, 7, 3, 5, 6, 8, 9], [7, 7, 4, 4], [7, 7, 5, 1])
 

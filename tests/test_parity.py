@@ -8,8 +8,8 @@ from safetensors.numpy import load_file
 
 from tests.oracles import hf_sites
 from tests.tiny import build
+from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.errors import WpjaxError
-from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.models.decoder import forward
 from wpjax.models.generate import generate
 from wpjax.models.sites import Site

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from wpjax.parts import in_parts
+from wpjax.runtime.batching import in_parts
 
 
 class Device:

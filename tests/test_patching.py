@@ -12,10 +12,10 @@ import torch
 
 from tests.helpers import make_anchor
 from tests.tiny import patched_torch
-from wpjax.anchors import Anchor
+from wpjax.checkpoints.convert import flatten
 from wpjax.components import KINDS, LEAVES, Component, enumerate_components, gate_shapes
 from wpjax.errors import ComponentError
-from wpjax.models.convert import flatten
+from wpjax.metrics.anchor import Anchor
 from wpjax.models.decoder import forward
 from wpjax.models.edits import Edit, Scale
 from wpjax.models.sites import Site
@@ -191,7 +191,7 @@ def test_gradient_equals_the_exact_effect_where_the_model_is_linear_in_the_patch
     anchor = make_anchor(pair, layer)
     only_out = dict(flatten(pair.base))
     only_out["blocks/mlp/W_out"] = flatten(pair.expert)["blocks/mlp/W_out"]
-    from wpjax.models.convert import unflatten
+    from wpjax.checkpoints.convert import unflatten
 
     score = jax.jit(lambda mask: anchor.score(pair.cfg, patch(pair.base, unflatten(only_out), mask), batch).sum())
     slope = jax.grad(score)(PatchMask.empty(pair.cfg, jnp.float32)).gates["neuron"][layer]

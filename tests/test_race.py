@@ -6,10 +6,10 @@ import pytest
 from tests.helpers import make_anchor
 from wpjax.behaviours import behaviour
 from wpjax.components import enumerate_components
+from wpjax.engines.replay import followed, replay
+from wpjax.estimators.race import eliminated, filled_up, rounds_of, still_in
+from wpjax.estimators.sweep import sweep
 from wpjax.pairs import load_pair, planted_components
-from wpjax.sweeps import sweep
-from wpjax.sweeps.race import eliminated, filled_up, rounds_of, still_in
-from wpjax.sweeps.replay import followed, replay
 
 
 def test_the_true_top_is_kept_as_often_as_promised():
@@ -61,7 +61,7 @@ def test_intervals_that_need_not_hold_together_lose_more(monkeypatch):
     def alone(values, top, confidence, n_tests):
         return still_in(values, top, confidence, 1)
 
-    monkeypatch.setattr("wpjax.sweeps.race.still_in", alone)
+    monkeypatch.setattr("wpjax.estimators.race.still_in", alone)
     assert planted_races(100)[0] > 1 - CONFIDENCE
 
 

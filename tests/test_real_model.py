@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments.smollm2.fetch import fetch
 from tests.oracles import hf_sites
 from wpjax.behaviours import behaviour, render
-from wpjax.models.checkpoint import load_checkpoint
+from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.models.decoder import forward
 from wpjax.models.generate import generate
 from wpjax.models.sites import Site

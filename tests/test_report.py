@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.errors import OutputError, WpjaxError
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair
 from wpjax.report import write_report
 from wpjax.report.figures import available, make_figure
-from wpjax.results import SweepResult
-from wpjax.sweeps import sweep
+from wpjax.results.sweep_result import SweepResult
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac$ & [bold]"
 

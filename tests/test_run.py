@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.errors import ComponentError, WpjaxError
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair, planted_components
-from wpjax.results import SweepResult
+from wpjax.results.sweep_result import SweepResult
 from wpjax.stats import benjamini_hochberg
-from wpjax.sweeps import sweep
 
 
 @pytest.fixture(scope="module")

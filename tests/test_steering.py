@@ -9,15 +9,17 @@ import torch
 
 from tests.oracles import hf_layers
 from tests.tiny import build
-from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import behaviour
+from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.errors import AnchorRejected, BehaviourError
-from wpjax.metrics import answer_metric, scores
-from wpjax.models.checkpoint import load_checkpoint
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.metrics.anchor import MAX_EXCESS_NLL, Anchor, SteeringTest
+from wpjax.metrics.answers import answer_metric
+from wpjax.metrics.metric import scores
 from wpjax.models.edits import ClampTo, Edit
 from wpjax.models.generate import Generation, generate
 from wpjax.models.sites import Site
-from wpjax.steering import MAX_EXCESS_NLL, Judge, SteeringTest, check_behaviour_differs
 
 N_NEW = 6
 

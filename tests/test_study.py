@@ -11,15 +11,16 @@ import xarray as xr
 
 import wpjax
 from wpjax import SweepConfig, cli, run_study
-from wpjax.anchors import fit_anchor
+from wpjax.arguments import arguments_of
 from wpjax.behaviours import behaviour
-from wpjax.config import arguments_of
 from wpjax.errors import OutputError, WpjaxError
-from wpjax.metrics import decision_metric
+from wpjax.estimators.sets import add_set_score
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.metrics.answers import decision_metric
 from wpjax.pairs import load_pair
-from wpjax.results import SweepResult
+from wpjax.results.sweep_result import SweepResult
 from wpjax.study import parts_folder
-from wpjax.sweeps import add_set_score, sweep
 
 NAMES = ("L1.head.0", "L2.head.0", "L3.head.1")
 

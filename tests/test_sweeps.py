@@ -13,17 +13,17 @@ from tests.oracles import hf_layers
 from tests.tiny import patched_torch
 from wpjax.behaviours import PromptBatch, Tokens, behaviour
 from wpjax.components import KINDS, enumerate_components
+from wpjax.engines.exact import exact_changes, make_plan, sham_plan
+from wpjax.engines.memory import groups
+from wpjax.engines.packing import pack, shared_tokens
+from wpjax.engines.reference import reference_changes
+from wpjax.engines.replay import replay, run_packed, suffix
+from wpjax.estimators.screens import output_linearised, weight_gradient, zero_where_unfelt
+from wpjax.estimators.sweep import sweep
 from wpjax.models.decoder import block, take_layer
 from wpjax.models.sites import Site
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
-from wpjax.sweeps import sweep
-from wpjax.sweeps.exact import exact_changes, make_plan, sham_plan
-from wpjax.sweeps.memory import groups
-from wpjax.sweeps.packing import pack, shared_tokens
-from wpjax.sweeps.reference import reference_changes
-from wpjax.sweeps.replay import replay, run_packed, suffix
-from wpjax.sweeps.screens import output_linearised, weight_gradient, zero_where_unfelt
 
 SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
 
@@ -133,8 +133,8 @@ def test_rows_in_groups_are_those_of_one(one_pair, batch, monkeypatch, kind, ter
 
     n_groups, *together = swept()
     assert n_groups == 1
-    monkeypatch.setattr("wpjax.sweeps.memory.CPU_BUDGET", 1)
-    monkeypatch.setattr("wpjax.sweeps.memory.CPU_TOKENS", 1.5 * packing.n_tokens)
+    monkeypatch.setattr("wpjax.engines.memory.CPU_BUDGET", 1)
+    monkeypatch.setattr("wpjax.engines.memory.CPU_TOKENS", 1.5 * packing.n_tokens)
     jax.clear_caches()
     n_groups, *in_groups = swept()
     jax.clear_caches()

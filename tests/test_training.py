@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from wpjax.behaviours import behaviour
+from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.checkpoints.convert import flatten
 from wpjax.components import parse_component
 from wpjax.errors import BehaviourError, ComponentError, OutputError, WpjaxError
-from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
-from wpjax.models.convert import flatten
 from wpjax.pairs import load_model
 from wpjax.patching import PatchMask, materialize
 from wpjax.training import (

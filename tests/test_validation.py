@@ -9,22 +9,24 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.validate import print_curves
 from wpjax.components import Component, enumerate_components, n_parameters
-from wpjax.curves import Curves
 from wpjax.errors import AnchorRejected, WpjaxError
-from wpjax.metrics import decision_metric, response_metric, scores
+from wpjax.estimators.sets import add_set_score
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.evaluation.judge import Judge
+from wpjax.evaluation.validation import activation_values, anchor_of, log_grid, orders, steps_of, validate
+from wpjax.metrics.answers import decision_metric, response_metric
+from wpjax.metrics.metric import scores
 from wpjax.models.decoder import forward
 from wpjax.pairs import load_pair, planted_components
 from wpjax.patching import PatchMask, patch
 from wpjax.report.curves import write_curves
-from wpjax.results import SweepResult
+from wpjax.results.curves import Curves
+from wpjax.results.sweep_result import SweepResult
 from wpjax.stats import resample
-from wpjax.steering import Judge
-from wpjax.sweeps import add_set_score, sweep
-from wpjax.validation import activation_values, anchor_of, log_grid, orders, steps_of, validate
 
 FINEST = ("head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm")
 N_NEW = 16

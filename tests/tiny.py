@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import tests.scratch_families  # noqa: F401  registers two families that the package does not have
-from wpjax.models.checkpoint import load_checkpoint
+from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.pairs import Pair
 
 LLAMA = {

@@ -1,25 +1,28 @@
 """The public API, the one list of it: `__init__.py` reads it when it runs, type checkers and editors as it stands."""
 
-from .anchors import Anchor as Anchor
-from .anchors import fit_anchor as fit_anchor
+from .arguments import SweepConfig as SweepConfig
 from .behaviours import Behaviour as Behaviour
 from .behaviours import PromptBatch as PromptBatch
 from .behaviours import behaviour as behaviour
+from .checkpoints.checkpoint import Checkpoint as Checkpoint
+from .checkpoints.checkpoint import load_checkpoint as load_checkpoint
+from .checkpoints.checkpoint import save_checkpoint as save_checkpoint
 from .components import Component as Component
 from .components import enumerate_components as enumerate_components
 from .components import parse_component as parse_component
-from .config import SweepConfig as SweepConfig
-from .curves import Curves as Curves
+from .engines.on_policy import OnPolicy as OnPolicy
 from .errors import AnchorRejected as AnchorRejected
 from .errors import MetricRejected as MetricRejected
 from .errors import WpjaxError as WpjaxError
-from .metrics import Metric as Metric
-from .metrics import decision_metric as decision_metric
-from .metrics import kl_metric as kl_metric
-from .metrics import response_metric as response_metric
-from .models.checkpoint import Checkpoint as Checkpoint
-from .models.checkpoint import load_checkpoint as load_checkpoint
-from .models.checkpoint import save_checkpoint as save_checkpoint
+from .estimators.sets import add_set_score as add_set_score
+from .estimators.sweep import sweep as sweep
+from .evaluation.fit_anchor import fit_anchor as fit_anchor
+from .evaluation.validation import validate as validate
+from .metrics.anchor import Anchor as Anchor
+from .metrics.answers import decision_metric as decision_metric
+from .metrics.answers import kl_metric as kl_metric
+from .metrics.answers import response_metric as response_metric
+from .metrics.metric import Metric as Metric
 from .models.config import ModelConfig as ModelConfig
 from .models.decoder import forward as forward
 from .models.decoder import init_params as init_params
@@ -37,14 +40,11 @@ from .patching import PatchMask as PatchMask
 from .patching import materialize as materialize
 from .patching import patch as patch
 from .report import write_report as write_report
-from .results import SweepResult as SweepResult
+from .results.curves import Curves as Curves
+from .results.sweep_result import SweepResult as SweepResult
 from .study import Study as Study
 from .study import run_study as run_study
-from .sweeps import OnPolicy as OnPolicy
-from .sweeps import add_set_score as add_set_score
-from .sweeps import sweep as sweep
 from .training import TrainConfig as TrainConfig
 from .training import finetune as finetune
-from .validation import validate as validate
 
 __version__: str

@@ -1,6 +1,6 @@
 """The columns of a sweep's result: one table that makes the file, checks it, ranks by it and draws it.
 
-What every result has stands here. What a method makes stands in its entry (see `wpjax.estimators`), which adds it to
+What every result has stands here. What a method makes stands in its entry (see `wpjax.methods`), which adds it to
 this table. Nothing here imports JAX or NumPy, so that the command line's help is quick.
 """
 

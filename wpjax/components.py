@@ -26,9 +26,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from wpjax.checkpoints.convert import flatten
 from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
-from wpjax.models.convert import flatten
 from wpjax.models.decoder import abstract_params
 from wpjax.models.parameters import PARAMETERS
 

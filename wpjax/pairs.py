@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_tokenizer
+from wpjax.checkpoints.convert import flatten
 from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import CheckpointError, PairError
-from wpjax.models.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_tokenizer
 from wpjax.models.config import ModelConfig
-from wpjax.models.convert import flatten
 from wpjax.models.decoder import Params
 
 EMBEDDED = ("base", "expert", "planted")

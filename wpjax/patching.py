@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.components import LEAVES, Component, gate_names, gate_shapes, open_gates
 from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
-from wpjax.models.convert import flatten, unflatten
 from wpjax.models.decoder import Params
 from wpjax.models.leaves import Blend, CustomLeaf, Gate, Leaf
 from wpjax.models.secant import SecantWeight

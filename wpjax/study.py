@@ -15,17 +15,22 @@ from typing import NamedTuple
 import jax
 
 import wpjax
-from wpjax.anchors import Anchor, fit_anchor
+from wpjax.arguments import SweepConfig
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
 from wpjax.components import check_kind
-from wpjax.config import SweepConfig
+from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import AnchorRejected, WpjaxError
-from wpjax.metrics import ANSWER_METRICS, Measure, Metric, decision_metric
+from wpjax.estimators.sets import add_set_score
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.answers import ANSWER_METRICS, decision_metric
+from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
-from wpjax.results import Shards, SweepResult
-from wpjax.steering import Judge, check_behaviour_differs
-from wpjax.sweeps import OnPolicy, add_set_score, sweep
+from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.shards import Shards
 
 Progress = Callable[[str, int, int], None]
 

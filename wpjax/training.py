@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int
 
 from wpjax.behaviours import Behaviour, encode_texts, render, strict
+from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint
 from wpjax.errors import BehaviourError, OutputError, WpjaxError
-from wpjax.models.checkpoint import Checkpoint, fingerprint
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
 from wpjax.models.generate import generate_in_parts

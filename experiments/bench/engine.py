@@ -30,17 +30,18 @@ from experiments.bench import scaling
 from experiments.bench.measure import Sweep, ceiling, compilations, medians, operations, peak_bytes
 from experiments.records import machine, made, table, write
 from wpjax import PatchMask, behaviour, enumerate_components, load_pair, sweep
-from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour
+from wpjax.checkpoints.checkpoint import PRECISIONS
 from wpjax.components import KINDS, Component
-from wpjax.metrics import Metric
-from wpjax.models.checkpoint import PRECISIONS
+from wpjax.engines.joint import scores_of_sets
+from wpjax.engines.packing import Packing, pack
+from wpjax.estimators.screens import output_linearised
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder
 from wpjax.pairs import Pair
-from wpjax.sweeps.joint import scores_of_sets
-from wpjax.sweeps.packing import Packing, pack
-from wpjax.sweeps.screens import output_linearised
 
 SHARE_TOUCHED = 0.04
 FINE = ("head", "kv_group", "neuron")

@@ -35,13 +35,13 @@ from experiments.records import machine, made, table, write
 from wpjax import Anchor, PatchMask, behaviour, enumerate_components, fit_anchor, load_pair, materialize
 from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
-from wpjax.metrics import Metric
+from wpjax.engines.exact import exact_changes, make_plan
+from wpjax.engines.packing import pack
+from wpjax.engines.replay import run_packed
+from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
-from wpjax.sweeps.exact import exact_changes, make_plan
-from wpjax.sweeps.packing import pack
-from wpjax.sweeps.replay import run_packed
 
 
 def ours(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component]) -> Float[np.ndarray, "C B"]:

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from wpjax.components import Component
-from wpjax.metrics import Metric
+from wpjax.engines.exact import Plan, beside_the_host, exact_changes, make_plan
+from wpjax.engines.memory import bytes_of_rows
+from wpjax.engines.packing import Packing, pack
+from wpjax.engines.replay import replay, run_packed
+from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.sweeps.exact import Plan, beside_the_host, exact_changes, make_plan
-from wpjax.sweeps.memory import bytes_of_rows
-from wpjax.sweeps.packing import Packing, pack
-from wpjax.sweeps.replay import replay, run_packed
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -38,14 +38,15 @@ from experiments.bench.engine import batches_of_sets, plain_forward, plain_score
 from experiments.bench.measure import Sweep, ceiling, operations, seconds
 from experiments.records import machine, made, table, write
 from wpjax import behaviour, enumerate_components, load_pair
-from wpjax.anchors import fit_anchor
 from wpjax.components import KINDS
-from wpjax.metrics import Metric
+from wpjax.engines import joint
+from wpjax.engines.joint import scores_of_sets
+from wpjax.engines.packing import pack
+from wpjax.estimators import screens
+from wpjax.estimators.screens import output_linearised
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.metrics.metric import Metric
 from wpjax.pairs import Pair
-from wpjax.sweeps import joint, screens
-from wpjax.sweeps.joint import scores_of_sets
-from wpjax.sweeps.packing import pack
-from wpjax.sweeps.screens import output_linearised
 
 CLASSES = ("products with weights", "attention", "everything else", "nothing")
 

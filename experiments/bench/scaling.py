@@ -23,11 +23,11 @@ from experiments.bench.measure import Sweep, compilations, medians, operations
 from wpjax import enumerate_components
 from wpjax.behaviours import Tokens
 from wpjax.components import Component
-from wpjax.metrics import Metric
+from wpjax.engines.replay import replay
+from wpjax.metrics.metric import Metric
+from wpjax.metrics.readouts import Along
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import init_params
-from wpjax.readouts import Along
-from wpjax.sweeps.replay import replay
 
 DEPTHS = (4, 8, 16)
 WIDTHS = (128, 256, 512)

@@ -22,14 +22,15 @@ from scipy.stats import spearmanr
 from experiments.paper.replicate import FINE
 from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
 from experiments.records import made, table
-from wpjax.anchors import Anchor
 from wpjax.behaviours import Behaviour
+from wpjax.circuits.hierarchy import hierarchy
 from wpjax.cli.console import progress_bars
-from wpjax.results import Shards, SweepResult
-from wpjax.steering import Judge, check_behaviour_differs
-from wpjax.sweeps import sweep
-from wpjax.sweeps.on_policy import OnPolicy
-from wpjax.tracing import hierarchy
+from wpjax.engines.on_policy import OnPolicy
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.metrics.anchor import Anchor
+from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.shards import Shards
 
 N_HIGHEST = 32
 """Components that are compared with those at the last prompt token."""

@@ -14,10 +14,10 @@ from typing import Any
 
 from experiments.paper.tasks import measured, over_tasks, pair_of
 from experiments.records import made, table
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import Behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.errors import AnchorRejected
+from wpjax.evaluation.fit_anchor import fit_anchor
 
 N_RESPONSE = (0, 4, 16)
 

@@ -23,18 +23,19 @@ from jaxtyping import Bool, Float, Int
 from experiments.paper.replicate import FINE
 from experiments.paper.tasks import measured, over_tasks, pair_of, place_of, settings_of
 from experiments.records import made, table
-from wpjax.anchors import Anchor
 from wpjax.behaviours import Behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.components import Component, enumerate_components, n_parameters
-from wpjax.metrics import ANSWER_METRICS, Metric, expect_positive_gap, scores
+from wpjax.estimators.screens import integrated_gradients, output_linearised
+from wpjax.estimators.secant import secant_adjoint
+from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.evaluation.validation import steps_of
+from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.answers import ANSWER_METRICS
+from wpjax.metrics.metric import Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.stats import resample
-from wpjax.steering import Judge, check_behaviour_differs
-from wpjax.sweeps.screens import integrated_gradients, output_linearised
-from wpjax.sweeps.secant import secant_adjoint
-from wpjax.validation import steps_of
 
 PAIRED = (
     ("anchor, linearised", "decision, integrated"),

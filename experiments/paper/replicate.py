@@ -26,19 +26,21 @@ from jaxtyping import Float
 
 from experiments.paper.tasks import measured, over_tasks, pair_of, place_of
 from experiments.records import made, table, write
-from wpjax.anchors import Anchor, fit_anchor
 from wpjax.behaviours import Behaviour
+from wpjax.circuits.hierarchy import hierarchy
 from wpjax.cli.console import progress_bars, without_nan
-from wpjax.curves import CHECKS, Curves
-from wpjax.metrics import kl_metric
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.evaluation.validation import activation_values, validate
+from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.answers import kl_metric
 from wpjax.pairs import Pair
 from wpjax.report import write_report
 from wpjax.report.curves import write_curves
-from wpjax.results import Shards, SweepResult
-from wpjax.steering import Judge, check_behaviour_differs
-from wpjax.sweeps import sweep
-from wpjax.tracing import hierarchy
-from wpjax.validation import activation_values, validate
+from wpjax.results.curves import CHECKS, Curves
+from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.shards import Shards
 
 FINE = ("head", "kv_group", "neuron")
 N_TOP = 64

@@ -9,9 +9,9 @@ from typing import Any
 
 from experiments.records import made, write
 from wpjax.behaviours import Behaviour, behaviour
+from wpjax.checkpoints.checkpoint import save_checkpoint
 from wpjax.cli.console import progress_bars
 from wpjax.errors import AnchorRejected, MetricRejected
-from wpjax.models.checkpoint import save_checkpoint
 from wpjax.pairs import Pair, load_model, load_pair
 from wpjax.training import TrainConfig, finetune
 

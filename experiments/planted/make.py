@@ -23,7 +23,7 @@ from experiments.tiny_pair.evaluate import evaluate
 from experiments.tiny_pair.experts import fine_tune, rounded
 from experiments.tiny_pair.inert import add_inert_changes
 from wpjax.behaviours import behaviour, strict
-from wpjax.models.checkpoint import Checkpoint, save_checkpoint
+from wpjax.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.pairs import load_model

@@ -17,12 +17,12 @@ from sklearn.metrics import roc_auc_score
 
 from experiments.planted.make import BEHAVIOUR, TRUTH
 from experiments.records import made, table, write
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.components import enumerate_components
+from wpjax.estimators.masks import SHARES, random_masks
+from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair
-from wpjax.sweeps.masks import SHARES, random_masks
 
 SIZES = (192, 768, 3072)
 

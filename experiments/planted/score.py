@@ -23,17 +23,17 @@ from sklearn.metrics import roc_auc_score
 
 from experiments.planted.make import BEHAVIOUR, TRUTH
 from experiments.records import made, table, write
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.components import parse_component
-from wpjax.metrics import scores
+from wpjax.estimators.screens import integrated_gradients, weight_gradient
+from wpjax.estimators.secant import secant_adjoint
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.metrics.metric import scores
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, patch
 from wpjax.report.figures import COLOURS, GREY, STYLE
-from wpjax.sweeps import sweep
-from wpjax.sweeps.screens import integrated_gradients, weight_gradient
-from wpjax.sweeps.secant import secant_adjoint
 
 RANKINGS = {
     "effect": "exact weight patch",

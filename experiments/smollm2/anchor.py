@@ -16,8 +16,7 @@ from typing import Any
 import jax
 
 from experiments.records import table, write
-from wpjax.anchors import Anchor
-from wpjax.steering import SteeringTest
+from wpjax.metrics.anchor import Anchor, SteeringTest
 
 
 def keep(path: Path) -> dict[str, Any]:

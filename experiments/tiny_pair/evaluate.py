@@ -12,7 +12,7 @@ from typing import Any
 from experiments.records import made, table, write
 from experiments.tiny_pair.language import TAGS, questions, tagged
 from wpjax.behaviours import BUILT_IN, behaviour, strict
-from wpjax.models.checkpoint import Checkpoint
+from wpjax.checkpoints.checkpoint import Checkpoint
 from wpjax.pairs import load_model
 from wpjax.training import answer
 

@@ -30,7 +30,7 @@ from experiments.tiny_pair.evaluate import evaluate
 from experiments.tiny_pair.inert import add_inert_changes
 from experiments.tiny_pair.language import TAGS, Turn, instructed, instructions, questions, tagged
 from wpjax.behaviours import behaviour, render
-from wpjax.models.checkpoint import Checkpoint, save_checkpoint
+from wpjax.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from wpjax.models.decoder import Params
 from wpjax.pairs import load_model
 from wpjax.training import Example, Objective, TrainConfig, component_mask, encode_examples, loss_fn, train

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float
 
 from wpjax.behaviours import BUILT_IN, Tokens, behaviour
+from wpjax.checkpoints.checkpoint import Checkpoint
+from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.components import enumerate_components, parse_component
-from wpjax.models.checkpoint import Checkpoint
 from wpjax.models.config import ModelConfig
-from wpjax.models.convert import flatten, unflatten
 from wpjax.models.decoder import Params, block, forward, take_layer
 from wpjax.models.sites import Site
 

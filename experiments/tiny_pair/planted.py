@@ -16,14 +16,14 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from experiments.records import made, table, write
-from wpjax.anchors import fit_anchor
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.components import parse_component
+from wpjax.estimators.screens import output_linearised, weight_gradient
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair, planted_components
 from wpjax.stats import resample
-from wpjax.sweeps import sweep
-from wpjax.sweeps.screens import output_linearised, weight_gradient
 
 
 def measure(n_prompts: int) -> dict[str, Any]:

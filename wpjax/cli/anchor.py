@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
-from wpjax.cli.options import Json
-from wpjax.config import (
+from wpjax.arguments import (
     Base,
     BehaviourName,
     Causal,
@@ -23,9 +22,10 @@ from wpjax.config import (
     Seed,
     Setting,
 )
+from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
-    from wpjax.anchors import Anchor
+    from wpjax.metrics.anchor import Anchor
 
 EXAMPLE = (
     "Example: wpjax anchor --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.anchor.safetensors"
@@ -51,13 +51,13 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Fit the direction that says whether a behaviour's control state has formed, and accept it by causal tests."""
-    from wpjax.files import check_output
+    from wpjax.runtime.files import check_output
 
     check_output(out, overwrite)
 
     from wpjax import behaviours
-    from wpjax.anchors import fit_anchor
     from wpjax.cli.console import on_interrupt, print_json, progress_bars
+    from wpjax.evaluation.fit_anchor import fit_anchor
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker)

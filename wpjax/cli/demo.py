@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from wpjax.config import Overwrite, Seed, Setting
+from wpjax.arguments import Overwrite, Seed, Setting
 
 MARKER = "results.nc"
 EXAMPLE = "Example: wpjax demo --out demo --behaviour title"
@@ -21,14 +21,15 @@ def run(
     overwrite: Overwrite = False,
 ) -> None:
     """Run the whole pipeline on an embedded pair: which heads, KV groups and neurons carry the behaviour?"""
-    from wpjax.files import atomic_output, check_output
+    from wpjax.runtime.files import atomic_output, check_output
 
     check_output(out, overwrite, MARKER)
 
-    from wpjax import behaviours, sweeps
-    from wpjax.anchors import fit_anchor
+    from wpjax import behaviours
     from wpjax.cli.console import progress_bars
     from wpjax.cli.sweep import print_result
+    from wpjax.estimators.sweep import sweep
+    from wpjax.evaluation.fit_anchor import fit_anchor
     from wpjax.pairs import load_pair, planted_components
     from wpjax.report import write_report
 
@@ -37,7 +38,7 @@ def run(
         pair = load_pair("tiny:base", "tiny:planted" if planted else "tiny:expert")
         anchor = fit_anchor(pair, task, causal="report", seed=seed, progress=progress)
         batch = task.encode(pair.tokenizer, n_prompts=32)
-        result = sweeps.sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
+        result = sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
     with atomic_output(out, overwrite, MARKER) as folder:
         folder.mkdir()
         result.to_netcdf(folder / MARKER)

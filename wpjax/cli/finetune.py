@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from wpjax.arguments import Base, BehaviourName, Checker, IgnoreConfig, Out, Overwrite, Resume, Seed, Setting
 from wpjax.cli.options import Json
-from wpjax.config import Base, BehaviourName, Checker, IgnoreConfig, Out, Overwrite, Resume, Seed, Setting
 
 EXAMPLE = "Example: wpjax finetune --base tiny:base --behaviour tiny:title --out title-expert --lr 3e-4"
 
@@ -34,7 +34,7 @@ def run(
     import shutil
 
     from wpjax.errors import OutputError
-    from wpjax.files import check_output
+    from wpjax.runtime.files import check_output
 
     check_output(out, overwrite, "config.json")
     checkpoints = out.with_name(f".{out.name}.training")
@@ -42,8 +42,8 @@ def run(
         raise OutputError(f"{checkpoints} is left from an interrupted training; pass --resume, or delete it")
 
     from wpjax import behaviours
+    from wpjax.checkpoints.checkpoint import save_checkpoint
     from wpjax.cli.console import on_interrupt, print_json, print_table, progress_bars
-    from wpjax.models.checkpoint import save_checkpoint
     from wpjax.pairs import load_model
     from wpjax.training import TrainConfig, finetune, pass_rate
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from wpjax.arguments import MODEL, IgnoreConfig
 from wpjax.cli.options import Json
-from wpjax.config import MODEL, IgnoreConfig
 
 EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
 
@@ -20,9 +20,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Show a model's architecture and components, and what an expert changed."""
+    from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.cli.console import out, print_json, print_table
     from wpjax.components import KINDS, count, gate_shapes
-    from wpjax.models.checkpoint import fingerprint
     from wpjax.pairs import load_model, make_pair
 
     model = load_model(base, ignore_config=ignore_config)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from wpjax.config import Argument, Setting, argument, arguments_of, choices_of
+from wpjax.arguments import Argument, Setting, argument, arguments_of, choices_of
 
 Json = Annotated[bool, Setting("Print JSON instead of tables.", option="--json")]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wpjax.config import Overwrite, Setting
+from wpjax.arguments import Overwrite, Setting
 
 EXAMPLE = "Example: wpjax report title.nc --out title.html"
 
@@ -23,9 +23,9 @@ def run(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw a sweep's result: one HTML page that opens without a network, and its figures as PNG files."""
-    from wpjax.files import check_output
     from wpjax.report import write_report
-    from wpjax.results import SweepResult
+    from wpjax.results.sweep_result import SweepResult
+    from wpjax.runtime.files import check_output
 
     check_output(out, overwrite)
     swept, later = SweepResult.from_netcdf(result), None if execution is None else SweepResult.from_netcdf(execution)

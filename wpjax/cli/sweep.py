@@ -6,14 +6,14 @@ import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
+from wpjax.arguments import Setting, SweepConfig
 from wpjax.cli.options import Json
-from wpjax.config import Setting, SweepConfig
-from wpjax.estimators import find_method
+from wpjax.methods import find_method
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wpjax.results import Row, SweepResult
+    from wpjax.results.sweep_result import Row, SweepResult
 
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 

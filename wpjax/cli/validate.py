@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wpjax.cli.options import Json
-from wpjax.config import (
+from wpjax.arguments import (
     Base,
     BehaviourName,
     Checker,
@@ -24,9 +23,10 @@ from wpjax.config import (
     Seed,
     Setting,
 )
+from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
-    from wpjax.curves import Curves
+    from wpjax.results.curves import Curves
     from wpjax.stats import Interval
 
 EXAMPLE = (
@@ -55,7 +55,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Patch a sweep's best components into the base, and out of the expert, and judge the answers by the checker."""
-    from wpjax.files import check_output
+    from wpjax.runtime.files import check_output
 
     names = ("curves", "calibration")
     for target in (out, *(out.with_name(f"{out.stem}-{name}.png") for name in names)):
@@ -64,10 +64,11 @@ def run(
     import wpjax
     from wpjax import behaviours
     from wpjax.cli.console import kept, on_interrupt, progress_bars
+    from wpjax.evaluation.validation import validate
     from wpjax.pairs import load_pair
     from wpjax.report.curves import write_curves
-    from wpjax.results import Shards, SweepResult
-    from wpjax.validation import validate
+    from wpjax.results.sweep_result import SweepResult
+    from wpjax.runtime.shards import Shards
 
     swept = SweepResult.from_netcdf(result)
     task = behaviours.behaviour(behaviour, checker)
@@ -109,7 +110,7 @@ def run(
 def print_curves(curves: Curves, as_json: bool) -> None:
     """Areas under the curves of every ranking, and the calibration of the scores."""
     from wpjax.cli.console import print_json, print_table
-    from wpjax.curves import BINS, DIRECTIONS
+    from wpjax.results.curves import BINS, DIRECTIONS
 
     measures = curves.measures
     areas = {

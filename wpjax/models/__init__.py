@@ -1,1 +1,1 @@
-"""Decoders, their checkpoints and generation."""
+"""The one decoder: its parts, wiring, families and generation."""

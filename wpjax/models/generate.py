@@ -16,7 +16,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder
 from wpjax.models.edits import Edit
 from wpjax.models.layouts import Cached, Causal
-from wpjax.parts import in_parts
+from wpjax.runtime.batching import in_parts
 
 
 class Generation(NamedTuple):

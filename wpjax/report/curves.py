@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from wpjax.columns import title_of
-from wpjax.curves import CHECKS, DIRECTIONS, Curves
-from wpjax.files import atomic_output
 from wpjax.report.figures import COLOURS, GREY, STYLE
+from wpjax.results.curves import CHECKS, DIRECTIONS, Curves
+from wpjax.runtime.files import atomic_output
 
 LABELS = {
     "strict": "answers that pass (strict)",

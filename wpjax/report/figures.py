@@ -11,9 +11,9 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from wpjax.circuits.hierarchy import flow_by_layer, hierarchy
 from wpjax.columns import effect_estimates, title_of
-from wpjax.results import SweepResult
-from wpjax.tracing.hierarchy import flow_by_layer, hierarchy
+from wpjax.results.sweep_result import SweepResult
 
 COLOURS = {
     "head": "#2b6cb0",

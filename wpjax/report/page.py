@@ -14,9 +14,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from wpjax.columns import ALWAYS, Column, columns, effect_estimates
-from wpjax.files import atomic_output, check_output
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
-from wpjax.results import SweepResult
+from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.files import atomic_output, check_output
 
 TITLES = {
     "top": "Highest effects",

@@ -1,0 +1,1 @@
+"""Checkpoints: folders of transformers and GGUF files, to parameters and back."""

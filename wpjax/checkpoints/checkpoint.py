@@ -1,0 +1,297 @@
+"""Loading a model from a hub id, a local HF folder or a `.gguf` file, and saving it as an HF folder.
+
+Only safetensors and GGUF are read: no pickle, no code from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from wpjax.checkpoints.convert import flatten, hf_tensors, params_from_hf
+from wpjax.checkpoints.gguf import GgufFile
+from wpjax.checkpoints.hf_config import parse_config
+from wpjax.errors import CheckpointError
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params
+from wpjax.models.families import FAMILIES
+from wpjax.runtime.files import atomic_output, write_tensors
+
+MARKER = "config.json"
+"""What makes a folder a model."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_REPEATS = ["*/*", "consolidated*"]  # the same weights once more, in another layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model in memory, with what is needed to write it back.
+
+    Attributes:
+        cfg: architecture.
+        params: parameter tree on the default device.
+        tokenizer: transformers tokenizer, or None if the source has none.
+        hf_config: the HF configuration it came with.
+        generation_config: the HF generation configuration, if any.
+        source: where it was loaded from, as the user named it.
+    """
+
+    cfg: ModelConfig
+    params: Params
+    tokenizer: Any
+    hf_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+    source: str
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a generation, from both configurations and the tokenizer."""
+        found: set[int] = set()
+        for config in (self.generation_config or {}, self.hf_config):
+            ids = config.get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            found.add(self.tokenizer.eos_token_id)
+        return tuple(sorted(found))
+
+
+class SafetensorsFolder:
+    """The safetensors files of an HF folder, as a `TensorSource`.
+
+    Raises:
+        CheckpointError: no weights, a damaged or missing shard, or a tensor that stands in two shards.
+    """
+
+    def __init__(self, folder: Path):
+        self.where = str(folder)
+        self._files: dict[str, Any] = {}
+        for path in self._shards(folder):
+            try:
+                shard = safe_open(path, framework="np")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: damaged or truncated ({error}); download it again") from error
+            for name in shard.keys():  # noqa: SIM118  (not a mapping)
+                if name in self._files:
+                    raise CheckpointError(f"{folder}: tensor {name} stands in more than one file; remove one")
+                self._files[name] = shard
+
+    @staticmethod
+    def _shards(folder: Path) -> list[Path]:
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise CheckpointError(f"{index}: no weight_map from tensors to files; download it again")
+            present = {path.name for path in folder.iterdir() if path.is_file()}
+            files = sorted(set(weight_map.values()))
+            for name in files:
+                if Path(name).name != name or name == "..":
+                    raise CheckpointError(f"{index}: weight_map names {name!r}, which is outside the folder")
+                if name not in present:
+                    raise CheckpointError(f"{folder}: the shard {name} named by {index.name} is missing")
+            return [folder / name for name in files]
+        single = folder / "model.safetensors"
+        if single.is_file():
+            return [single]
+        pickles = [p.name for p in folder.glob("*.bin")]
+        hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
+        raise CheckpointError(f"{folder}: no model.safetensors{hint}")
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self._files)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        try:
+            return self._files[name].get_tensor(name)
+        except (SafetensorError, TypeError, AttributeError) as error:  # a dtype NumPy lacks (fp8)
+            raise CheckpointError(f"{self.where}: tensor {name} cannot be read as floats ({error})") from error
+
+
+PRECISIONS: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {"float32": ("float32", 1), "bfloat16": ("bfloat16", 1), "bfloat16x2": ("bfloat16", 2)}
+)
+"""By name: the weights' dtype, and in how many numbers of it activations meet them (`ModelConfig.terms`)."""
+
+
+def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
+    """Load a model.
+
+    Args:
+        source: a folder with config.json and safetensors, a `.gguf` file, or a hub id ("org/name" or
+            "org/name@revision").
+        dtype: one of `PRECISIONS`: "float32"; "bfloat16", of weights and of the operands of products; or "bfloat16x2",
+            where each activation meets those weights as the sum of two bfloat16 numbers, for twice the operations.
+        ignore_config: attributes of config.json that the caller knows not to matter.
+
+    Raises:
+        CheckpointError: with the file, the tensor or the attribute that is wrong.
+    """
+    source = str(source)
+    if dtype not in PRECISIONS:
+        raise CheckpointError(f"unknown dtype {dtype!r}; there are {', '.join(PRECISIONS)}")
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        raise CheckpointError(f"{source}: cannot be a folder or a file ({error}); correct the name") from error
+    if is_folder:
+        return _load_folder(path, source, dtype, ignore_config)
+    if is_file:
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{source}: a model is a folder, a .gguf file or a hub id; name the folder")
+        file = GgufFile(path)
+        raw = file.hf_config()
+        weights, terms = PRECISIONS[dtype]
+        cfg = dataclasses.replace(parse_config(raw, source, ignore_config), terms=terms)
+        return Checkpoint(cfg, params_from_hf(cfg, file, weights), file.tokenizer(), raw, None, source)
+    if not _HUB_ID.fullmatch(source):
+        raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like org/name")
+    return _load_folder(_download(source), source, dtype, ignore_config)
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch (or find in the cache) the files of a hub model; weights in safetensors only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_REPEATS)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{hub_id}: no such folder here, and the hub did not give it ({reason}); check the name, the network "
+            "and, for a gated model, `hf auth login`"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return value
+
+
+def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...]) -> Checkpoint:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
+    raw = _read_json(config)
+    weights, terms = PRECISIONS[dtype]
+    cfg = dataclasses.replace(parse_config(raw, str(config), ignore_config), terms=terms)
+    params = params_from_hf(cfg, SafetensorsFolder(folder), weights)
+    path = folder / "generation_config.json"
+    generation = _read_json(path) if path.exists() else None
+    for file, content in ((config, raw), (path, generation or {})):
+        _check_stop_tokens(file, content.get("eos_token_id"))
+    return Checkpoint(cfg, params, load_tokenizer(folder), raw, generation, source)
+
+
+def _check_stop_tokens(path: Path, ids: Any) -> None:
+    for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+        if not (isinstance(token, int) and abs(token) < 2**31):
+            raise CheckpointError(f"{path}: eos_token_id={ids!r} is not a token id or a list of them; correct it")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of an HF folder, or None if it holds none.
+
+    Raises:
+        CheckpointError: tokenizer files that transformers cannot read.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).exists() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer("text")
+        return tokenizer
+    except Exception as error:  # whatever the tokenizer's own parser raises
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
+
+
+def save_checkpoint(
+    path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write an HF folder that transformers loads: config.json, safetensors, tokenizer.
+
+    Raises:
+        OutputError: the place exists or cannot be written.
+    """
+    cfg = checkpoint.cfg
+    dtype = str(checkpoint.params["embed"]["W_E"].dtype)
+    config = {k: v for k, v in checkpoint.hf_config.items() if k not in ("torch_dtype", "dtype")}
+    config |= {"architectures": [FAMILIES[cfg.family].architecture], "dtype": dtype}
+    with atomic_output(Path(path), overwrite, MARKER) as folder:
+        folder.mkdir()
+        (folder / MARKER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if checkpoint.generation_config is not None:
+            text = json.dumps(dict(checkpoint.generation_config), indent=2) + "\n"
+            (folder / "generation_config.json").write_text(text, encoding="utf-8")
+        _write_shards(folder, cfg, checkpoint.params, max_shard_bytes)
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save_pretrained(str(folder))
+
+
+def _write_shards(folder: Path, cfg: ModelConfig, params: Params, limit: int) -> None:
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        write_tensors(folder / f"shard-{len(shards)}", pending, {"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    total = 0
+    for name, tensor in hf_tensors(cfg, params):
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > limit:
+            flush()
+        pending[name] = tensor
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, tensors in enumerate(shards):
+        final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{i}").rename(folder / final)
+        weight_map |= dict.fromkeys(tensors, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def fingerprint(cfg: ModelConfig, params: Params) -> str:
+    """A hash of the configuration and of every parameter's name, dtype, shape and bytes (16 hex digits)."""
+    digest = hashlib.blake2b(repr(cfg).encode(), digest_size=8)
+    for path, leaf in sorted(flatten(params).items()):
+        value = np.asarray(leaf)
+        digest.update(f"{path} {value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+    return digest.hexdigest()

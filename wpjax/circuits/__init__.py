@@ -1,0 +1,1 @@
+"""How an effect gets from the weights that make it to the behaviour."""

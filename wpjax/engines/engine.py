@@ -1,0 +1,221 @@
+"""The engine of a sweep: chunks of patches in any cell of the 2x2, their shams and nulls, resumable part by part."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from wpjax.components import KINDS, Component
+from wpjax.engines.contributions import Run, Side
+from wpjax.engines.exact import Changes, Chunk, Plan, exact_changes, sham_plan
+from wpjax.engines.joint import scores_of_sets
+from wpjax.engines.packing import Shape, pack
+from wpjax.engines.replay import flow_targets, run_packed
+from wpjax.errors import WpjaxError
+from wpjax.metrics.metric import Metric
+from wpjax.metrics.readouts import Along
+from wpjax.models.decoder import Params
+from wpjax.pairs import Pair
+from wpjax.patching import PatchMask, permuted
+from wpjax.runtime.placement import Spread
+from wpjax.runtime.shards import finished_part
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+class Cell(NamedTuple):
+    """Whose model a component is patched in, and whose weights and input it has there."""
+
+    host: Literal["base", "expert"]
+    donor: Literal["base", "expert", "permuted"]
+    weights: Side = "donor"
+    inputs: Side = "host"
+
+
+CELLS: Mapping[str, Cell] = MappingProxyType(
+    {
+        "exact": Cell("base", "expert"),
+        "activation": Cell("base", "expert", "donor", "donor"),
+        "relay": Cell("base", "expert", "host", "donor"),
+        "knockout": Cell("expert", "base"),
+        "sham": Cell("base", "base"),
+        "permuted": Cell("base", "permuted"),
+    }
+)
+
+
+N_DIRECTIONS = 2
+"""Random directions that are read beside an anchor."""
+
+
+class Engine:
+    """Replaces components for real, cell by cell, keeping finished chunks in `done`.
+
+    Args:
+        pair: base and expert.
+        metric: what is measured.
+        chosen: every component that is swept; changes come in its order.
+        done: finished parts, extended.
+        progress: called after every chunk.
+        models: base and expert where they stand on the devices, if `placed` has put them and the metric there.
+        with_flow: follow by way of what effects arrive.
+        shape: to pack prompts into; None for what they need.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        metric: Metric,
+        chosen: Sequence[Component],
+        done: MutableMapping[str, np.ndarray],
+        progress: Progress,
+        models: Mapping[str, Params] | None = None,
+        with_flow: bool = True,
+        shape: Shape | None = None,
+    ):
+        self.pair, self.done, self.progress, self.with_flow = pair, done, progress, with_flow
+        models, self.metric = placed(pair, metric) if models is None else (models, metric)
+        self.models = dict(models)
+        self.position = {c: i for i, c in enumerate(chosen)}
+        self.packing = pack(metric, shape)
+        self.runs: dict[str, Run] = {}
+
+    def beside(self, metric: Metric) -> Engine:
+        """An engine of the same components on another metric of the same prompts."""
+        return Engine(self.pair, metric, list(self.position), self.done, self.progress, self.models)
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the columns of the flow."""
+        return flow_targets(self.pair.cfg, self.metric)
+
+    @property
+    def columns(self) -> dict[str, Float[np.ndarray, " C"]]:
+        """What else this engine knows of components, once it has replaced some; by column of the result."""
+        return {}
+
+    def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
+        """The base's metric with each of some sets of components of the expert.
+
+        Args:
+            masks: the sets.
+            budget: bytes for the activations of the sets that run at once; None to choose from the device.
+        """
+        return scores_of_sets(self.pair.cfg, self.pair.base, self.pair.expert, masks, self.metric, budget=budget)
+
+    def run(self, model: str) -> Run:
+        """The model's own forward pass, once."""
+        if model not in self.runs:
+            run = run_packed(self.pair.cfg, self.models[model], self.metric, self.packing, self.with_flow)
+            self.runs[model] = run
+        return self.runs[model]
+
+    def perform(
+        self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
+    ) -> Iterator[Changes]:
+        """The chunks of a plan with their changes, in one cell; parts are kept under a label, the cell's name."""
+        if not plan.chunks:
+            return
+        cell, label = CELLS[name], label or name
+        keys = {part_key(label, chunk): chunk for chunk in plan.chunks}
+        with_flow = label == "exact" and self.with_flow
+
+        def finished(key: str, chunk: Chunk) -> bool:
+            return key in self.done and (not with_flow or part_key("flow", chunk) in self.done)
+
+        waiting = plan.with_chunks(chunk for key, chunk in keys.items() if not finished(key, chunk))
+        n_done = len(keys) - len(waiting.chunks)
+        doing = f"{label} patches, {plan}"
+        runs: tuple[Run, Run | None] = (self.run(cell.host), None)
+        if cell.inputs == "donor":  # a program of its own, of which no flow is asked
+            runs = runs[0]._replace(slope=None, written=None), self.run(cell.donor)._replace(slope=None, written=None)
+        host, donor = self.models[cell.host], self.models[cell.donor]
+        parts = exact_changes(
+            self.pair.cfg, host, donor, runs, self.metric, self.packing, waiting,
+            weights=cell.weights, inputs=cell.inputs, jitter_seed=jitter_seed,
+        )  # fmt: skip
+        for chunk, delta, flow in parts:
+            if with_flow:
+                assert flow is not None
+                self.done[part_key("flow", chunk)] = flow
+            self.done[part_key(label, chunk)] = delta
+            n_done += 1
+            self.progress(doing, n_done, len(keys))
+        n_targets = len(flow_targets(self.pair.cfg, self.metric))
+        for key, chunk in keys.items():
+            n = len(chunk.components)
+            flow = finished_part(self.done, part_key("flow", chunk), (n, n_targets)) if with_flow else None
+            yield Changes(chunk, finished_part(self.done, key, (n, len(self.metric))), flow)
+
+    def changes(self, name: str, plan: Plan) -> tuple[Float[np.ndarray, "C B"], Float[np.ndarray, "C U"] | None]:
+        """Changes of the metric in one cell, and the flow; NaN for components that the plan leaves out.
+
+        Raises:
+            WpjaxError: a change that is not finite.
+        """
+        delta = np.full((len(self.position), len(self.metric)), np.nan)
+        flow: np.ndarray | None = None
+        for chunk, changes, through in self.perform(name, plan):
+            if not np.isfinite(changes).all():
+                names = ", ".join(c.name for c in chunk.components[:4])
+                raise WpjaxError(f"a patch of {names} gives scores that are not finite; check the checkpoints for NaN")
+            where = [self.position[c] for c in chunk.components]
+            delta[where] = changes
+            if through is not None:
+                flow = np.full((len(self.position), through.shape[1]), np.nan) if flow is None else flow
+                flow[where] = through
+        return delta, flow
+
+    def noise_floor(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, float]:
+        """The largest effect of shams of each kind."""
+        floor = dict.fromkeys(plan.rows, 0.0)
+        for chunk, changes, _ in self.perform("sham", sham_plan(plan), seed):
+            floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
+        return floor
+
+    def nulls(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, dict[str, float]]:
+        """What effects there are where there is nothing to find, by kind: 95 % of them are smaller.
+
+        "permuted": the same components, with changes of weights dealt out anew among their like. "direction" (for an
+        anchor): the true patches, read along random directions instead of the anchor, as shares of the same gap.
+        """
+        few = sham_plan(plan)
+        channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind != "norm"]
+        dealt = few.with_chunks(chunk for chunk in few.chunks if chunk.kind in channels)
+        found: dict[str, list[Changes]] = {"permuted": [], "direction": []}
+        if dealt.chunks:
+            self.models["permuted"] = permuted(self.pair.base, self.pair.expert, seed)
+            found["permuted"] = list(self.perform("permuted", dealt))
+            del self.models["permuted"]
+        if isinstance(self.metric.readout, Along):
+            rng = np.random.default_rng(seed)
+            for i in range(N_DIRECTIONS):
+                vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
+                readout = Along(jnp.asarray(vector / np.linalg.norm(vector)))
+                metric = dataclasses.replace(self.metric, readout=readout)
+                found["direction"] += self.beside(metric).perform("exact", few, label=f"direction-{i}")
+
+        def quantile(parts: Sequence[Changes], kind: str) -> float:
+            sizes = [np.abs(part.delta.mean(1)) / gap.mean() for part in parts if part.chunk.kind == kind]
+            return float(np.quantile(np.concatenate(sizes), 0.95)) if sizes else float("nan")
+
+        return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in found.items()}
+
+
+def placed(pair: Pair, metric: Metric) -> tuple[dict[str, Params], Metric]:
+    """Base and expert, and a metric, on every device of this process; together, as a metric may hold a model too."""
+    return Spread.local().whole(({"base": pair.base, "expert": pair.expert}, metric))
+
+
+def part_key(prefix: str, chunk: Chunk) -> str:
+    """Name of a chunk's finished part."""
+    names = " ".join(c.name for c in chunk.components)
+    return f"{prefix}-{chunk.kind}-{chunk.layer}-{hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"
