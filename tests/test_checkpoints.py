@@ -283,7 +283,7 @@ def test_bfloat16(llama):
     assert 0 < np.abs(coarse - fine).max() < 0.05 * np.abs(fine).max()
 
     twice = load_checkpoint(str(llama.folder), dtype="bfloat16x2")
-    assert twice.cfg.terms == 2
+    assert twice.cfg.activation_splits == 2
     assert fingerprint(twice.cfg, twice.params) == fingerprint(model.cfg, model.params)
     exact = forward(whole.cfg, jax.tree.map(lambda a: a.astype("float32"), model.params), jnp.asarray(TOKENS)).logits
     close = forward(twice.cfg, twice.params, jnp.asarray(TOKENS)).logits
@@ -340,8 +340,8 @@ def test_pairs_must_be_pairs(tiny_base, tmp_path, llama):
 def test_difference_norms(tiny_base):
     """The planted expert changed heads, KV groups and neurons, and nothing else."""
     pair = load_pair("tiny:base", "tiny:planted")
-    norms = {row.gate: row for row in pair.diff_norms()}
-    assert {gate for gate, row in norms.items() if row.n_changed} == {"head", "kv_group", "neuron"}
+    norms = {row.unit: row for row in pair.diff_norms()}
+    assert {unit for unit, row in norms.items() if row.n_changed} == {"head", "kv_group", "neuron"}
     base, expert = (flatten(p) for p in (pair.base, pair.expert))
     delta = {path: np.asarray(expert[path]) - np.asarray(base[path]) for path in base}
     by_hand = np.sqrt(sum(np.square(delta[f"blocks/attn/{w}"]).sum() for w in ("W_K", "W_V")))

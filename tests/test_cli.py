@@ -199,7 +199,7 @@ def test_json(wpjax):
     code, out, _ = wpjax("inspect", "tiny:base", "tiny:planted", "--json")
     summary = json.loads(out)
     assert summary["components"]["neuron"] == 8 * 320
-    assert {row["gate"] for row in summary["difference"] if row["n_changed"]} == {"head", "kv_group", "neuron"}
+    assert {row["unit"] for row in summary["difference"] if row["n_changed"]} == {"head", "kv_group", "neuron"}
 
 
 def test_inspect_prints_tables(wpjax):

@@ -1,10 +1,10 @@
-"""Names, enumeration, and that every parameter belongs to exactly one gate."""
+"""Names, enumeration, and that every parameter belongs to exactly one unit."""
 
 import numpy as np
 import pytest
 
 from wpjax.checkpoints.convert import flatten
-from wpjax.components import KINDS, LEAVES, Component, count, enumerate_components, open_gates, parse_component
+from wpjax.components import KINDS, LEAVES, Component, count, enumerate_components, open_units, parse_component
 from wpjax.errors import ComponentError
 from wpjax.models.decoder import abstract_params
 
@@ -28,12 +28,12 @@ def test_counts(pair):
 def test_finest_kinds_partition_all_parameters(pair):
     """Heads, KV groups, neurons, norms and the whole-model kinds are disjoint; what they leave is b_O and b_out."""
     finest = ["head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm"]
-    opened = [open_gates(pair.cfg, [c]) for c in enumerate_components(pair.cfg, finest)]
-    for gate in opened[0]:
-        times = np.sum([g[gate] for g in opened], axis=0)
-        assert (times == (0 if gate in ("attn_bias", "mlp_bias") else 1)).all(), gate
-    layers = open_gates(pair.cfg, enumerate_components(pair.cfg, ["layer", "embed", "unembed", "final_norm"]))
-    assert all(gate.all() for gate in layers.values())
+    opened = [open_units(pair.cfg, [c]) for c in enumerate_components(pair.cfg, finest)]
+    for unit in opened[0]:
+        times = np.sum([g[unit] for g in opened], axis=0)
+        assert (times == (0 if unit in ("attn_bias", "mlp_bias") else 1)).all(), unit
+    layers = open_units(pair.cfg, enumerate_components(pair.cfg, ["layer", "embed", "unembed", "final_norm"]))
+    assert all(unit.all() for unit in layers.values())
     assert set(flatten(abstract_params(pair.cfg))) <= set(LEAVES)
 
 

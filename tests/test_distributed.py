@@ -15,9 +15,10 @@ from wpjax.engines.packing import pack
 from wpjax.engines.reference import reference_changes
 from wpjax.engines.replay import run_packed
 from wpjax.metrics.metric import Metric
-from wpjax.metrics.readouts import Along, LogProb
+from wpjax.metrics.readouts import LogProb, Projection
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import init_params
+from wpjax.runtime.placement import Placement
 
 CFG = ModelConfig("llama", 3, 24, 6, 2, 8, 40, 61, 64)
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
@@ -54,7 +55,7 @@ def sweep_over_three():
     vector = jnp.asarray(rng.standard_normal(CFG.d_model), jnp.float32)
     said = jnp.asarray(rng.integers(0, 61, (4, 1)))
     for readout, dtype, kinds in (
-        (Along(vector / jnp.linalg.norm(vector)), "float32", ("head", "neuron", "embed")),
+        (Projection(vector / jnp.linalg.norm(vector)), "float32", ("head", "neuron", "embed")),
         (LogProb(said), "bfloat16", ("head",)),
     ):
         compare(readout, jnp.dtype(dtype), kinds)
@@ -69,7 +70,7 @@ def compare(readout, dtype, kinds):
     at, weight = jnp.asarray(lengths[:, None] - 1), jnp.ones((4, 1))
     metric = Metric(Tokens(ids.astype(np.int32), lengths), at, weight, readout, 2, "random")
     packing, components = pack(metric), enumerate_components(CFG, kinds)
-    plan = exact.make_plan(CFG, components, packing)
+    plan = exact.make_plan(CFG, components, packing, placement=Placement.on())
     assert all(rows % 3 == 0 for rows in plan.rows.values())
     runs = run_packed(CFG, base, metric, packing), None
     parts = exact.exact_changes(CFG, base, expert, runs, metric, packing, plan)

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import make_anchor
 from tests.tiny import as_pair, build_pair
 from wpjax.components import KINDS, enumerate_components
-from wpjax.estimators.screens import gate_slopes, integrated_gradients, weight_gradient
+from wpjax.estimators.screens import integrated_gradients, unit_slopes, weight_gradient
 from wpjax.estimators.secant import secant_adjoint, secant_change, secant_scores
 from wpjax.metrics.answers import decision_metric, response_metric
 from wpjax.metrics.metric import scores
@@ -34,8 +34,8 @@ def gap(pair, metric):
     return scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)
 
 
-def total(by_gate):
-    return sum(np.asarray(v, np.float64).reshape(len(v), -1).sum(1) for v in by_gate.values())
+def total(by_unit):
+    return sum(np.asarray(v, np.float64).reshape(len(v), -1).sum(1) for v in by_unit.values())
 
 
 def test_the_logarithmic_mean_of_probabilities_far_apart():
@@ -45,23 +45,23 @@ def test_the_logarithmic_mean_of_probabilities_far_apart():
     np.testing.assert_allclose(logarithmic_mean(a, b), expected, rtol=1e-5)
 
 
-def test_secant_scores_of_all_gates_sum_to_the_gap_of_each_prompt(pair, batch):
+def test_secant_scores_of_all_units_sum_to_the_gap_of_each_prompt(pair, batch):
     for metric in metrics(pair, batch):
         assert np.abs(gap(pair, metric)).max() > 0.1
-        by_gate = secant_scores(pair.cfg, pair.base, pair.expert, metric)
-        np.testing.assert_allclose(total(by_gate), gap(pair, metric), atol=1e-4, err_msg=metric.name)
+        by_unit = secant_scores(pair.cfg, pair.base, pair.expert, metric)
+        np.testing.assert_allclose(total(by_unit), gap(pair, metric), atol=1e-4, err_msg=metric.name)
 
 
-def test_the_secant_change_is_linear_in_the_gates(pair, batch):
+def test_the_secant_change_is_linear_in_the_units(pair, batch):
     metric = response_metric(pair, batch, 4)
     rng = np.random.default_rng(0)
-    gates = [
+    units = [
         jax.tree.map(lambda g: jnp.asarray(rng.uniform(size=g.shape), jnp.float32), PatchMask.full(pair.cfg))
         for _ in range(2)
     ]
     run = jax.jit(lambda mask: secant_change(pair.cfg, pair.base, pair.expert, mask, metric))
-    both = jax.tree.map(lambda a, b: a + 2 * b, *gates)
-    np.testing.assert_allclose(run(both), run(gates[0]) + 2 * run(gates[1]), atol=1e-4)
+    both = jax.tree.map(lambda a, b: a + 2 * b, *units)
+    np.testing.assert_allclose(run(both), run(units[0]) + 2 * run(units[1]), atol=1e-4)
     np.testing.assert_allclose(run(PatchMask.full(pair.cfg, jnp.float32)), gap(pair, metric), atol=1e-4)
 
 
@@ -75,14 +75,14 @@ def test_nearby_the_secant_is_the_gradient(pair, batch):
         assert np.abs(share - slope).max() < 0.06 * np.abs(slope).max()
 
 
-def test_integrated_gradients_of_all_gates_sum_to_the_gap(batch, tmp_path):
+def test_integrated_gradients_of_all_units_sum_to_the_gap(batch, tmp_path):
     pair = as_pair(build_pair("llama-gqa3", tmp_path))
     metric = response_metric(pair, batch, 4)
     steps = 48
-    summed = sum(total(gate_slopes(pair.cfg, pair.base, pair.expert, metric, (i + 0.5) / steps)) for i in range(steps))
+    summed = sum(total(unit_slopes(pair.cfg, pair.base, pair.expert, metric, (i + 0.5) / steps)) for i in range(steps))
     np.testing.assert_allclose(summed / steps, gap(pair, metric), rtol=0.02, atol=0.02)
     heads = enumerate_components(pair.cfg, ["head"])
     two = integrated_gradients(pair.cfg, pair.base, pair.expert, heads, metric, steps=2)
-    by_hand = [gate_slopes(pair.cfg, pair.base, pair.expert, metric, at)["head"] for at in (0.25, 0.75)]
+    by_hand = [unit_slopes(pair.cfg, pair.base, pair.expert, metric, at)["head"] for at in (0.25, 0.75)]
     expected = np.mean(by_hand, axis=0).reshape(len(batch), -1).T
     np.testing.assert_allclose(two, expected, atol=1e-6)

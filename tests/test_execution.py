@@ -29,7 +29,7 @@ def hf_pair(request, tmp_path_factory):
 
 
 def given(pair, batch, make=response_metric):
-    return make_anchor(pair, ANCHOR_LAYER).give(pair, batch, make(pair, batch, N_NEW))
+    return make_anchor(pair, ANCHOR_LAYER).clamp_to(pair, batch, make(pair, batch, N_NEW))
 
 
 def hf_held(model, prompt, answer, vector, target):
@@ -88,8 +88,8 @@ def test_estimators_know_of_the_given_state(pair, batch):
     for screen in (output_linearised, weight_gradient):
         got = screen(pair.cfg, pair.base, near, components, metric)
         assert np.abs(got - effect).max() < 0.06 * np.abs(effect).max(), screen.__name__
-    by_gate = secant_scores(pair.cfg, pair.base, pair.expert, metric)
-    total = sum(np.asarray(v, np.float64).reshape(len(batch), -1).sum(1) for v in by_gate.values())
+    by_unit = secant_scores(pair.cfg, pair.base, pair.expert, metric)
+    total = sum(np.asarray(v, np.float64).reshape(len(batch), -1).sum(1) for v in by_unit.values())
     gap = scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)
     np.testing.assert_allclose(total, gap, atol=1e-4)
 
@@ -97,7 +97,7 @@ def test_estimators_know_of_the_given_state(pair, batch):
 def test_flow_after_a_given_state_sums_to_the_effects(pair, batch):
     """The metric is another anchor, above the one that is given."""
     later = make_anchor(pair, ANCHOR_LAYER + 1)
-    metric = make_anchor(pair, ANCHOR_LAYER).give(pair, batch, later.on(batch))
+    metric = make_anchor(pair, ANCHOR_LAYER).clamp_to(pair, batch, later.on(batch))
     heads = enumerate_components(pair.cfg, ["head"], [ANCHOR_LAYER + 1])
     data = sweep(pair, batch, metric, components=heads).dataset
     np.testing.assert_allclose(data["flow"].sum("target"), data["effect"], rtol=1e-3, atol=1e-4)
@@ -111,4 +111,4 @@ def test_what_comes_before_the_state_is_refused(pair, batch):
             sweep(pair, batch, metric, components=[name])
     anchor = make_anchor(pair, ANCHOR_LAYER)
     with pytest.raises(WpjaxError, match="nothing comes between"):
-        anchor.give(pair, batch, anchor.on(batch))
+        anchor.clamp_to(pair, batch, anchor.on(batch))

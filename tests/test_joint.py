@@ -61,7 +61,7 @@ def test_bfloat16_sets_score_as_the_rounded_weights_do(family_pair, batch):
     expected = np.stack([patched_score(pair.cfg, *fine, mask, metric) for mask in masks])
     largest = np.abs(expected - expected[-1]).max()
     assert np.abs(got - expected).max() < 0.05 * largest
-    twice = scores_of_sets(dataclasses.replace(pair.cfg, terms=2), *coarse, masks, metric)
+    twice = scores_of_sets(dataclasses.replace(pair.cfg, activation_splits=2), *coarse, masks, metric)
     assert np.abs(twice - expected).max() < 1e-3 * largest
 
 
@@ -112,7 +112,7 @@ def test_sets_of_few_channels_but_for_one_layer_score_as_one_at_a_time(family_pa
     layer = enumerate_components(pair.cfg, kinds, [crowded])
     few = [c for c in enumerate_components(pair.cfg, ("neuron",), [1]) if c.index < 3]
     masks = [PatchMask.of(pair.cfg, [layer[i] for i in rng.permutation(len(layer))[:30]] + few[n:]) for n in range(3)]
-    opened = np.stack([mask.gates["neuron"] for mask in masks])
+    opened = np.stack([mask.units["neuron"] for mask in masks])
     few_there = touched(opened)
     assert few_there is not None
     assert few_there.fits.tolist() == [layer != crowded for layer in range(3)]
@@ -126,11 +126,11 @@ def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch
     masks = sets_of(pair.cfg, ("head",), 2)
     sizes: list[int] = []
 
-    def small(cfg, host, donor, gates, *args):
-        sizes.append(len(gates["head"]))
+    def small(cfg, host, donor, units, *args):
+        sizes.append(len(units["head"]))
         if sizes[-1] > 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
-        return scores_at_once(cfg, host, donor, gates, *args)
+        return scores_at_once(cfg, host, donor, units, *args)
 
     monkeypatch.setattr("wpjax.engines.joint.scores_at_once", small)
     with pytest.warns(UserWarning, match="out of memory: joint patches go on 2 at a time"):

@@ -10,7 +10,7 @@ from wpjax.behaviours import behaviour
 from wpjax.components import KINDS, Component, enumerate_components
 from wpjax.engines.reference import patched_score
 from wpjax.errors import WpjaxError
-from wpjax.estimators.masks import Gates, draw, estimate, random_masks
+from wpjax.estimators.masks import UnitMasks, draw, estimate, random_masks
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair
@@ -85,26 +85,26 @@ def test_of_a_linear_game_the_control_variate_leaves_nothing_to_chance():
 def test_masks_of_sets_are_their_unions(one_pair):
     cfg, rng = one_pair.cfg, np.random.default_rng(1)
     components = enumerate_components(cfg, KINDS)
-    gates = Gates(cfg, components)
+    units = UnitMasks(cfg, components)
     for share in (0.02, 0.5):
         chosen = rng.random(len(components)) < share
         expected = PatchMask.of(cfg, [c for c, here in zip(components, chosen, strict=True) if here])
-        got = gates.mask(chosen)
-        assert set(got.gates) == set(expected.gates)
-        for gate, value in expected.gates.items():
-            np.testing.assert_array_equal(got.gates[gate], value)
+        got = units.mask(chosen)
+        assert set(got.units) == set(expected.units)
+        for unit, value in expected.units.items():
+            np.testing.assert_array_equal(got.units[unit], value)
     fine = enumerate_components(cfg, ["head", "neuron"])
-    half = Gates(cfg, fine).mask(np.full(len(fine), 0.5, np.float32))
-    np.testing.assert_array_equal(half.gates["neuron"], np.full((cfg.n_layers, cfg.d_mlp), 0.5))
-    assert float(half.gates["norm_attn"].max()) == 0
+    half = UnitMasks(cfg, fine).mask(np.full(len(fine), 0.5, np.float32))
+    np.testing.assert_array_equal(half.units["neuron"], np.full((cfg.n_layers, cfg.d_mlp), 0.5))
+    assert float(half.units["norm_attn"].max()) == 0
 
 
 def test_random_masks_of_a_model_meet_every_subset(one_pair, batch):
     pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
     components = [Component("attn", 0), Component("mlp", 0), Component("head", 1, 1), Component("mlp", 1)]
-    gates = Gates(pair.cfg, components)
+    units = UnitMasks(pair.cfg, components)
     subsets = EVERY[:16, 2:]
-    f = np.stack([patched_score(pair.cfg, pair.base, pair.expert, gates.mask(s), metric) for s in subsets])
+    f = np.stack([patched_score(pair.cfg, pair.base, pair.expert, units.mask(s), metric) for s in subsets])
     truth = estimate(subsets, f.astype(np.float64)).beta
     plain, controlled = (
         random_masks(pair.cfg, pair.base, pair.expert, components, metric, 0.5, n_masks=128, control=control)

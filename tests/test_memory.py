@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from wpjax.behaviours import Tokens
-from wpjax.estimators.screens import gate_gradient, linearised_by_kind
+from wpjax.estimators.screens import linearised_by_kind, unit_gradient
 from wpjax.estimators.secant import secant_scores
 from wpjax.metrics.metric import Metric
-from wpjax.metrics.readouts import Along
+from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import abstract_params
 from wpjax.pairs import squared_change
@@ -31,7 +31,7 @@ def temporary(function, static, *args):
 def read_last(cfg):
     """Two prompts of four tokens, the last one read after the last layer."""
     tokens, at = Tokens(np.zeros((2, 4), np.int32), np.full(2, 4, np.int32)), jnp.full((2, 1), 3)
-    return Metric(tokens, at, jnp.ones((2, 1)), Along(jnp.ones(cfg.d_model) / 16), cfg.n_layers - 1, "anchor")
+    return Metric(tokens, at, jnp.ones((2, 1)), Projection(jnp.ones(cfg.d_model) / 16), cfg.n_layers - 1, "anchor")
 
 
 def screen(cfg, params):
@@ -39,7 +39,7 @@ def screen(cfg, params):
 
 
 def gradient(cfg, params):
-    return gate_gradient(cfg, params, params, read_last(cfg), PatchMask.empty(cfg, jnp.float32))
+    return unit_gradient(cfg, params, params, read_last(cfg), PatchMask.empty(cfg, jnp.float32))
 
 
 def secant(cfg, params):

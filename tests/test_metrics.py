@@ -134,7 +134,7 @@ def test_metrics_compose_with_vmap_and_grad(pair, batch):
     metric = response_metric(pair, batch, N_NEW)
     components = [Component("head", 0, 1), Component("final_norm", MODEL_LAYER)]
     masks = [PatchMask.of(pair.cfg, [c]) for c in components]
-    stacked = jax.tree.map(lambda *gates: jnp.stack(gates), *masks)
+    stacked = jax.tree.map(lambda *units: jnp.stack(units), *masks)
 
     def score(mask):
         return metric(pair.cfg, patch(pair.base, pair.expert, mask))
@@ -142,7 +142,7 @@ def test_metrics_compose_with_vmap_and_grad(pair, batch):
     together = jax.jit(jax.vmap(score))(stacked)
     np.testing.assert_allclose(together, [score(m) for m in masks], atol=1e-5)
     slope = jax.grad(lambda m: score(m).sum())(PatchMask.empty(pair.cfg, jnp.float32))
-    assert float(jnp.abs(slope.gates["final_norm"])) > 0
+    assert float(jnp.abs(slope.units["final_norm"])) > 0
 
 
 def test_a_decision_needs_models_that_part(pair, batch):
@@ -157,7 +157,7 @@ def test_several_metrics_read_from_one_pass_are_those_of_their_own(pair, batch):
     anchor = make_anchor(pair, 1)
     answers = (make(pair, batch, N_NEW) for make in ANSWER_METRICS.values())
     shifted = batch.with_instruction._replace(ids=(batch.with_instruction.ids + 1) % 61)
-    given = anchor.give(pair, batch, response_metric(pair, batch, 2))
+    given = anchor.clamp_to(pair, batch, response_metric(pair, batch, 2))
     metrics = [anchor.on(batch), *answers, anchor.on(shifted), given]
     got = joint_scores(pair.cfg, pair.expert, metrics)
     for metric, values in zip(metrics, got, strict=True):

@@ -10,7 +10,7 @@ import pytest
 from wpjax.behaviours import Tokens
 from wpjax.engines.packing import Shape, common_shape, first_fit, pack
 from wpjax.metrics.metric import Metric
-from wpjax.metrics.readouts import Along
+from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import block, init_params, take_layer
 from wpjax.models.edits import ClampTo, Edit
@@ -27,7 +27,7 @@ def metric_of(prompts, at=None, weight=None) -> Metric:
         row[: len(prompt)] = prompt
     at = lengths[:, None] - 1 if at is None else np.array(at)
     weight = np.ones(at.shape, np.float32) if weight is None else np.array(weight, np.float32)
-    along = Along(jnp.ones(8))
+    along = Projection(jnp.ones(8))
     return Metric(Tokens(ids, lengths), jnp.asarray(at), jnp.asarray(weight), along, 0, "anchor")
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from wpjax.runtime.batching import in_parts
+from wpjax.runtime.batching import map_batches
 
 
 class Device:
@@ -22,7 +22,7 @@ class Device:
 
 
 def squares(n, at_once, device, fits=None):
-    return in_parts(n, at_once, device, axis=1, what="numbers", fits=fits)["square"][0]
+    return map_batches(n, at_once, device, axis=1, what="numbers", fits=fits)["square"][0]
 
 
 def test_parts_are_of_one_size():

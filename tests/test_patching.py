@@ -13,7 +13,7 @@ import torch
 from tests.helpers import make_anchor
 from tests.tiny import patched_torch
 from wpjax.checkpoints.convert import flatten
-from wpjax.components import KINDS, LEAVES, Component, enumerate_components, gate_shapes
+from wpjax.components import KINDS, LEAVES, Component, enumerate_components, unit_shapes
 from wpjax.errors import ComponentError
 from wpjax.metrics.anchor import Anchor
 from wpjax.models.decoder import forward
@@ -31,15 +31,15 @@ def logits(cfg, params):
 
 def random_mask(cfg, seed, share=0.5):
     rng = np.random.default_rng(seed)
-    return PatchMask({g: jnp.asarray(rng.random(shape) < share) for g, shape in gate_shapes(cfg).items()})
+    return PatchMask({g: jnp.asarray(rng.random(shape) < share) for g, shape in unit_shapes(cfg).items()})
 
 
 @pytest.mark.parametrize("dtype", [bool, jnp.float32])
 def test_empty_is_base_and_full_is_expert_bit_for_bit(pair, dtype):
     for mask, model in ((PatchMask.empty, pair.base), (PatchMask.full, pair.expert)):
-        gates = mask(pair.cfg, dtype)
-        chex.assert_trees_all_equal(materialize(pair.base, pair.expert, gates), model)
-        lazy = logits(pair.cfg, patch(pair.base, pair.expert, gates))
+        units = mask(pair.cfg, dtype)
+        chex.assert_trees_all_equal(materialize(pair.base, pair.expert, units), model)
+        lazy = logits(pair.cfg, patch(pair.base, pair.expert, units))
         # Beside each other, XLA adds what attention and MLP write in an order that depends on how they were made.
         rounding = 2e-6 if pair.cfg.parallel and dtype is not bool else 0.0
         np.testing.assert_allclose(lazy, logits(pair.cfg, model), rtol=0, atol=rounding)
@@ -103,34 +103,34 @@ def test_every_component_equals_hf_with_its_slices_copied(hf_pair, pair, kind):
         )
 
 
-def test_masks_join_whatever_gates_they_hold(pair):
+def test_masks_join_whatever_units_they_hold(pair):
     whole = random_mask(pair.cfg, 4)
-    head = PatchMask({"head": whole.gates["head"]})
-    rest = PatchMask({gate: value for gate, value in whole.gates.items() if gate != "head"})
-    chex.assert_trees_all_equal((head | rest).gates, dict(whole.gates))
-    chex.assert_trees_all_equal((head & whole).gates, dict(head.gates))
-    assert not (head & rest).gates
+    head = PatchMask({"head": whole.units["head"]})
+    rest = PatchMask({unit: value for unit, value in whole.units.items() if unit != "head"})
+    chex.assert_trees_all_equal((head | rest).units, dict(whole.units))
+    chex.assert_trees_all_equal((head & whole).units, dict(head.units))
+    assert not (head & rest).units
     with pytest.raises(ComponentError, match="lacks kv_group, neuron"):
         _ = ~head
-    soft = jax.tree.map(lambda gate: jnp.full(gate.shape, 0.25, jnp.float32), whole)
+    soft = jax.tree.map(lambda unit: jnp.full(unit.shape, 0.25, jnp.float32), whole)
     for got, value in ((~soft, 0.75), (soft | whole, None), (soft & ~soft, 0.25)):
-        for gate, found in got.gates.items():
-            expected = np.where(whole.gates[gate], 1.0, 0.25) if value is None else np.full(found.shape, value)
+        for unit, found in got.units.items():
+            expected = np.where(whole.units[unit], 1.0, 0.25) if value is None else np.full(found.shape, value)
             np.testing.assert_array_equal(found, expected)
 
 
 def test_masks_that_do_not_fit_are_refused(pair):
     for apply in (patch, materialize):
-        for gates, says in (
-            ({"heads": jnp.ones(3)}, "no gate 'heads'"),
-            ({"neuron": jnp.ones((2, pair.cfg.d_mlp))}, r"gate neuron has shape \(2, 40\), the model needs \(3, 40\)"),
+        for units, says in (
+            ({"heads": jnp.ones(3)}, "no unit 'heads'"),
+            ({"neuron": jnp.ones((2, pair.cfg.d_mlp))}, r"unit neuron has shape \(2, 40\), the model needs \(3, 40\)"),
             ({"head": jnp.ones((5, 3, pair.cfg.n_heads))}, "jax.vmap over the leading axis"),
         ):
             with pytest.raises(ComponentError, match=says):
-                apply(pair.base, pair.expert, PatchMask(gates))
+                apply(pair.base, pair.expert, PatchMask(units))
         with pytest.raises(ComponentError, match="patched already"):
             apply(patch(pair.base, pair.expert, PatchMask.full(pair.cfg)), pair.expert, PatchMask.full(pair.cfg))
-    chex.assert_trees_all_equal(dict(PatchMask.of(pair.cfg, "L2").gates), dict(PatchMask.of(pair.cfg, ["L2"]).gates))
+    chex.assert_trees_all_equal(dict(PatchMask.of(pair.cfg, "L2").units), dict(PatchMask.of(pair.cfg, ["L2"]).units))
 
 
 def scored(pair, anchor, batch):
@@ -140,7 +140,7 @@ def scored(pair, anchor, batch):
 def test_vmap_over_masks_equals_one_at_a_time_and_shares_the_weights(pair, batch):
     anchor = make_anchor(pair, 2)
     masks = [random_mask(pair.cfg, seed) for seed in range(16)]
-    stacked = jax.tree.map(lambda *gates: jnp.stack(gates), *masks)
+    stacked = jax.tree.map(lambda *units: jnp.stack(units), *masks)
     score = scored(pair, anchor, batch)
     together = jax.jit(jax.vmap(score))
     one = jax.jit(score)
@@ -154,13 +154,13 @@ def test_vmap_over_masks_takes_no_memory_for_weights(batch):
 
     cfg = ModelConfig("llama", 3, 256, 4, 2, 64, 1024, 61, 64)
     base, expert = (init_params(cfg, jax.random.key(i)) for i in range(2))
-    gates = jax.tree.map(lambda gate: jnp.stack([gate] * 16), dict(PatchMask.empty(cfg).gates))
+    units = jax.tree.map(lambda unit: jnp.stack([unit] * 16), dict(PatchMask.empty(cfg).units))
     anchor = Anchor(jnp.ones(cfg.d_model) / 16, 2)
 
-    def score(base, expert, gates):
-        return anchor.score(cfg, patch(base, expert, PatchMask(gates)), batch)
+    def score(base, expert, units):
+        return anchor.score(cfg, patch(base, expert, PatchMask(units)), batch)
 
-    compiled = jax.jit(jax.vmap(score, in_axes=(None, None, 0))).lower(base, expert, gates).compile()
+    compiled = jax.jit(jax.vmap(score, in_axes=(None, None, 0))).lower(base, expert, units).compile()
     n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(base["blocks"]))
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * n_bytes
 
@@ -170,7 +170,7 @@ def test_gradient_equals_finite_differences(family_pair, batch):
     anchor = make_anchor(pair, 2)
     total = jax.jit(lambda mask: scored(pair, anchor, batch)(mask).sum())
     mask = random_mask(pair.cfg, 3).astype(jnp.float32)
-    mask = jax.tree.map(lambda gate: 0.25 + 0.5 * gate, mask)
+    mask = jax.tree.map(lambda unit: 0.25 + 0.5 * unit, mask)
     slope = jax.jit(jax.grad(total))(mask)
     step = 1e-2
     for seed in range(4):
@@ -194,7 +194,7 @@ def test_gradient_equals_the_exact_effect_where_the_model_is_linear_in_the_patch
     from wpjax.checkpoints.convert import unflatten
 
     score = jax.jit(lambda mask: anchor.score(pair.cfg, patch(pair.base, unflatten(only_out), mask), batch).sum())
-    slope = jax.grad(score)(PatchMask.empty(pair.cfg, jnp.float32)).gates["neuron"][layer]
+    slope = jax.grad(score)(PatchMask.empty(pair.cfg, jnp.float32)).units["neuron"][layer]
     start = float(score(PatchMask.empty(pair.cfg, jnp.float32)))
     for f in range(0, pair.cfg.d_mlp, 9):
         patched = PatchMask.of(pair.cfg, [Component("neuron", layer, f)]).astype(jnp.float32)

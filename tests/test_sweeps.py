@@ -18,7 +18,7 @@ from wpjax.engines.memory import groups
 from wpjax.engines.packing import pack, shared_tokens
 from wpjax.engines.reference import reference_changes
 from wpjax.engines.replay import replay, run_packed, suffix
-from wpjax.estimators.screens import output_linearised, weight_gradient, zero_where_unfelt
+from wpjax.estimators.screens import output_linearised, weight_gradient, zero_beyond_reach
 from wpjax.estimators.sweep import sweep
 from wpjax.models.decoder import block, take_layer
 from wpjax.models.sites import Site
@@ -114,14 +114,14 @@ def test_positions_may_count_against_each_other(one_pair, batch):
     np.testing.assert_allclose(changes, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("kind", ["head", "neuron"])
-def test_rows_in_groups_are_those_of_one(one_pair, batch, monkeypatch, kind, terms):
+def test_rows_in_groups_are_those_of_one(one_pair, batch, monkeypatch, kind, splits):
     """Changes and flow; in bfloat16 there is one more row, the host's, so that the last group is filled up."""
     pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
-    if terms == 2:
+    if splits == 2:
         models = {end: jax.tree.map(lambda a: a.astype("bfloat16"), getattr(pair, end)) for end in ("base", "expert")}
-        pair = dataclasses.replace(pair, cfg=dataclasses.replace(pair.cfg, terms=2), **models)
+        pair = dataclasses.replace(pair, cfg=dataclasses.replace(pair.cfg, activation_splits=2), **models)
     packing, components = pack(metric), enumerate_components(pair.cfg, (kind,), range(3))
     runs = run_packed(pair.cfg, pair.base, metric, packing), None
 
@@ -140,7 +140,7 @@ def test_rows_in_groups_are_those_of_one(one_pair, batch, monkeypatch, kind, ter
     jax.clear_caches()
     assert n_groups > 1
     for got, expected in zip(in_groups, together, strict=True):
-        tolerance = 2e-5 if terms == 1 else 1e-3 * np.abs(expected).max()
+        tolerance = 2e-5 if splits == 1 else 1e-3 * np.abs(expected).max()
         np.testing.assert_allclose(got, expected, atol=tolerance)
 
 
@@ -220,7 +220,7 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
     expected = reference_changes(pair.cfg, *fine, components, anchor.on(batch))
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
     assert np.abs(exact(coarse, batch, anchor, components, donor=coarse.base)).max() < 1e-3 * np.abs(expected).max()
-    twice = dataclasses.replace(coarse, cfg=dataclasses.replace(pair.cfg, terms=2))
+    twice = dataclasses.replace(coarse, cfg=dataclasses.replace(pair.cfg, activation_splits=2))
     error = np.abs(exact(twice, batch, anchor, components, budget=1 << 16) - expected).max()
     assert error < 1e-3 * np.abs(expected).max()
     assert error < 0.1 * np.abs(got - expected).max()
@@ -232,7 +232,7 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
 
 @jax.numpy_dtype_promotion("strict")
 @pytest.mark.parametrize(
-    ("screen", "terms", "most"),
+    ("screen", "splits", "most"),
     [
         (output_linearised, 1, 0.05),
         (output_linearised, 2, 0.005),
@@ -240,9 +240,9 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
         (weight_gradient, 2, 0.03),
     ],
 )
-def test_bfloat16_screens_are_those_of_the_rounded_weights(family_pair, batch, screen, terms, most):
+def test_bfloat16_screens_are_those_of_the_rounded_weights(family_pair, batch, screen, splits, most):
     """To their digits, kind by kind; with the host as its own donor nothing is left, though each half is rounded."""
-    metric, cfg = make_anchor(family_pair, 2).on(batch), dataclasses.replace(family_pair.cfg, terms=terms)
+    metric, cfg = make_anchor(family_pair, 2).on(batch), dataclasses.replace(family_pair.cfg, activation_splits=splits)
     base, near = (
         jax.tree.map(lambda b, e, far=far: (b + far * (e - b)).astype("bfloat16"), family_pair.base, family_pair.expert)
         for far in (0, 0.2)
@@ -292,7 +292,7 @@ def test_screens_approach_the_exact_effect_of_a_small_change(family_pair, batch)
 def test_what_a_metric_cannot_feel_is_not_screened(one_pair, batch):
     components = enumerate_components(one_pair.cfg, SWEPT, range(3))
 
-    @zero_where_unfelt
+    @zero_beyond_reach
     def screen(cfg, host, donor, some, metric):
         assert some == [c for c in components if c.layer <= 1]
         return np.ones((len(some), len(metric)))

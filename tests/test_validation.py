@@ -242,7 +242,7 @@ def test_a_control_that_is_the_ranking_under_test_is_left_out(planted, result):
 
 
 def test_sets_are_ranked_by_a_score_that_sums_to_the_decisions_gap(planted, result):
-    """Over every gate of the model once; a result that has it is validated by it."""
+    """Over every unit of the model once; a result that has it is validated by it."""
     pair, task = planted
     metric = decision_metric(pair, task.encode(pair.tokenizer, "sweep", 8), N_NEW)
     every = SweepResult(result.dataset.isel(component=[0]))

@@ -1,7 +1,7 @@
 """Components: their kinds, names and enumeration, and which slice of which leaf each one owns.
 
-Every parameter belongs to exactly one *gate*, the finest unit that can be patched on its own (arXiv 2604.13694
-for heads and neurons; the other gates are ours, so that all parameters are covered):
+Every parameter belongs to exactly one *unit*, the finest unit that can be patched on its own (arXiv 2604.13694
+for heads and neurons; the other units are ours, so that all parameters are covered):
 
     head[l, h]         W_Q[:, h, :]  W_O[h, :, :]  b_Q[h, :]
     kv_group[l, k]     W_K[:, k, :]  W_V[:, k, :]  b_K[k, :]  b_V[k, :]
@@ -10,8 +10,8 @@ for heads and neurons; the other gates are ours, so that all parameters are cove
     mlp_bias[l]        b_out, shared by all neurons
     norm_attn[l]  norm_mlp[l]  norm_attn_out[l]  norm_mlp_out[l]  embed  unembed  final_norm
 
-A component is a set of gates. To add a kind, add an entry to `KINDS` (and to `models.parameters`, if it owns leaves
-that no gate has yet): names, masks, patches and exact sweeps follow from the two tables.
+A component is a set of units. To add a kind, add an entry to `KINDS` (and to `models.parameters`, if it owns leaves
+that no unit has yet): names, masks, patches and exact sweeps follow from the two tables.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from wpjax.models.parameters import PARAMETERS
 
 
 class Owner(NamedTuple):
-    """The gate that owns a leaf, and the axis of one layer's leaf that the gate's channels run along."""
+    """The unit that owns a leaf, and the axis of one layer's leaf that the unit's channels run along."""
 
-    gate: str
+    unit: str
     axis: int | None = None
 
 
@@ -47,15 +47,15 @@ class Kind(NamedTuple):
     """A kind of component.
 
     Attributes:
-        gates: the gates it opens.
-        opens: "channel": component i of a layer opens channel i of its one gate; "all": the one component of a
+        units: the units it opens.
+        opens: "channel": component i of a layer opens channel i of its one unit; "all": the one component of a
             layer (or of the model) opens all of them; "part": component i of a layer opens the i-th, and is named
             by `parts[i]`.
         parts: names, for "part".
         in_layer: whether it belongs to a layer or to the model.
     """
 
-    gates: tuple[str, ...]
+    units: tuple[str, ...]
     opens: Literal["channel", "all", "part"] = "all"
     parts: tuple[str, ...] = ()
     in_layer: bool = True
@@ -104,20 +104,20 @@ class Component:
         return f"L{self.layer}" if self.kind == "layer" else f"L{self.layer}.{self.kind}{suffix}"
 
 
-def gate_names() -> tuple[str, ...]:
-    """Every gate, in the order of `LEAVES`."""
-    return tuple(dict.fromkeys(owner.gate for owner in LEAVES.values()))
+def unit_names() -> tuple[str, ...]:
+    """Every unit, in the order of `LEAVES`."""
+    return tuple(dict.fromkeys(owner.unit for owner in LEAVES.values()))
 
 
 @functools.cache
-def gate_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape of each gate the model has: [L, channels], [L] or []."""
+def unit_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each unit the model has: [L, channels], [L] or []."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in flatten(abstract_params(cfg)).items():
-        gate, axis = LEAVES[path]
+        unit, axis = LEAVES[path]
         stacked = path.startswith("blocks/")
         layers = (cfg.n_layers,) if stacked else ()
-        shapes[gate] = layers if axis is None else (*layers, leaf.shape[axis + stacked])
+        shapes[unit] = layers if axis is None else (*layers, leaf.shape[axis + stacked])
     return MappingProxyType(shapes)
 
 
@@ -127,12 +127,12 @@ def indices(cfg: ModelConfig, kind: str) -> tuple[int, ...]:
 
     They are not always 0 to n - 1: a model that has norms only after its modules has the last of `Kind.parts` only.
     """
-    entry, shapes = KINDS[kind], gate_shapes(cfg)
-    if not set(entry.gates) & set(shapes):
+    entry, shapes = KINDS[kind], unit_shapes(cfg)
+    if not set(entry.units) & set(shapes):
         return ()  # the unembedding of a tied model
     if entry.opens == "channel":
-        return tuple(range(shapes[entry.gates[0]][-1]))
-    return tuple(i for i, gate in enumerate(entry.gates) if gate in shapes) if entry.opens == "part" else (0,)
+        return tuple(range(shapes[entry.units[0]][-1]))
+    return tuple(i for i, unit in enumerate(entry.units) if unit in shapes) if entry.opens == "part" else (0,)
 
 
 def count(cfg: ModelConfig, kind: str) -> int:
@@ -162,19 +162,19 @@ def enumerate_components(
     return found
 
 
-def gates_of(component: Component) -> tuple[str, ...]:
-    """The gates that a component opens, all or a channel of each; not every model has all of them."""
+def units_of(component: Component) -> tuple[str, ...]:
+    """The units that a component opens, all or a channel of each; not every model has all of them."""
     kind = KINDS[component.kind]
-    return kind.gates[component.index : component.index + 1] if kind.opens == "part" else kind.gates
+    return kind.units[component.index : component.index + 1] if kind.opens == "part" else kind.units
 
 
 @functools.cache
 def n_parameters(cfg: ModelConfig, component: Component) -> int:
     """How many weights a component owns."""
-    kind, gates, total = KINDS[component.kind], gates_of(component), 0
+    kind, units, total = KINDS[component.kind], units_of(component), 0
     for path, leaf in flatten(abstract_params(cfg)).items():
-        gate, axis = LEAVES[path]
-        if gate in gates:
+        unit, axis = LEAVES[path]
+        if unit in units:
             shape = leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
             n = math.prod(shape)
             total += n // shape[axis] if kind.opens == "channel" and axis is not None else n
@@ -245,29 +245,29 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def gate_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarray]:
-    """Where in each (flattened) gate of the model a component opens it."""
-    kind, shapes, found = KINDS[component.kind], gate_shapes(cfg), {}
-    for gate in gates_of(component):
-        if gate not in shapes:
+def unit_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarray]:
+    """Where in each (flattened) unit of the model a component opens it."""
+    kind, shapes, found = KINDS[component.kind], unit_shapes(cfg), {}
+    for unit in units_of(component):
+        if unit not in shapes:
             continue
-        shape = shapes[gate]
+        shape = shapes[unit]
         width = math.prod(shape[1:]) if kind.in_layer else math.prod(shape)
         start = component.layer * width if kind.in_layer else 0
         here = [component.index] if kind.opens == "channel" else np.arange(width)
-        found[gate] = start + np.asarray(here)
+        found[unit] = start + np.asarray(here)
     return found
 
 
-def open_gates(cfg: ModelConfig, components: Iterable[Component | str]) -> dict[str, np.ndarray]:
-    """Which gates a set of components opens: a boolean array per gate of the model.
+def open_units(cfg: ModelConfig, components: Iterable[Component | str]) -> dict[str, np.ndarray]:
+    """Which units a set of components opens: a boolean array per unit of the model.
 
     Raises:
         ComponentError: a name that is not a component of this model.
     """
-    gates = {gate: np.zeros(shape, bool) for gate, shape in gate_shapes(cfg).items()}
+    units = {unit: np.zeros(shape, bool) for unit, shape in unit_shapes(cfg).items()}
     for item in components:
         component = parse_component(cfg, item if isinstance(item, str) else item.name)
-        for gate, at in gate_positions(cfg, component).items():
-            gates[gate].reshape(-1)[at] = True
-    return gates
+        for unit, at in unit_positions(cfg, component).items():
+            units[unit].reshape(-1)[at] = True
+    return units

@@ -26,17 +26,17 @@ EMBEDDED = ("base", "expert", "planted")
 
 
 class DiffNorm(NamedTuple):
-    """How much of one gate's parameters the expert changed.
+    """How much of one unit's parameters the expert changed.
 
     Attributes:
-        gate: the gate.
+        unit: the unit.
         n_params: parameters it owns in the whole model.
         n_changed: how many of them differ.
         delta: Frobenius norm of expert - base.
         base: Frobenius norm of the base.
     """
 
-    gate: str
+    unit: str
     n_params: int
     n_changed: int
     delta: float
@@ -72,7 +72,7 @@ class Pair:
     def dtype(self) -> str:
         """Of the weights, and of products with them: one of `checkpoint.PRECISIONS`."""
         weights = str(self.base["embed"]["W_E"].dtype)
-        return weights if self.cfg.terms == 1 else f"{weights}x{self.cfg.terms}"
+        return weights if self.cfg.activation_splits == 1 else f"{weights}x{self.cfg.activation_splits}"
 
     @functools.cached_property
     def fingerprints(self) -> tuple[str, str]:
@@ -80,18 +80,18 @@ class Pair:
         return fingerprint(self.cfg, self.base), fingerprint(self.cfg, self.expert)
 
     def diff_norms(self) -> list[DiffNorm]:
-        """What the expert changed, gate by gate, in the order of the component tables."""
+        """What the expert changed, unit by unit, in the order of the component tables."""
         ours, theirs = flatten(self.base), flatten(self.expert)
-        gates = dict.fromkeys(gate for kind in KINDS.values() for gate in kind.gates)
+        units = dict.fromkeys(unit for kind in KINDS.values() for unit in kind.units)
         rows = []
-        for gate in gates:
-            paths = [path for path in ours if LEAVES[path].gate == gate]
+        for unit in units:
+            paths = [path for path in ours if LEAVES[path].unit == unit]
             if not paths:
                 continue
             deltas = [np.asarray(theirs[p], np.float32) - np.asarray(ours[p], np.float32) for p in paths]
             rows.append(
                 DiffNorm(
-                    gate,
+                    unit,
                     sum(d.size for d in deltas),
                     sum(int(np.count_nonzero(d)) for d in deltas),
                     float(np.sqrt(sum(np.square(d, dtype=np.float64).sum() for d in deltas))),
@@ -105,13 +105,13 @@ class Pair:
         squares: dict[str, np.ndarray] = {}
         ours, theirs = flatten(self.base), flatten(self.expert)
         for path, leaf in ours.items():
-            gate, axis = LEAVES[path]
+            unit, axis = LEAVES[path]
             stacked = path.startswith("blocks/")
             keep = {0} if stacked else set()
             keep |= {axis + stacked} if axis is not None else set()
             rest = tuple(i for i in range(leaf.ndim) if i not in keep)
             square = squared_change(leaf, theirs[path], rest)
-            squares[gate] = np.asarray(squares.get(gate, 0.0) + np.asarray(square, np.float64))
+            squares[unit] = np.asarray(squares.get(unit, 0.0) + np.asarray(square, np.float64))
         by_kind = {kind: _component_sums(squares, kind) for kind in {c.kind for c in components}}
         return np.sqrt([by_kind[c.kind][max(c.layer, 0)][c.index] for c in components])
 
@@ -132,17 +132,17 @@ def squared_change(base: Array, expert: Array, over: tuple[int, ...]) -> Array:
 
 
 def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarray, "L n"]:
-    """Per-gate sums -> sums of each component of a kind, by layer and index."""
+    """Per-unit sums -> sums of each component of a kind, by layer and index."""
     entry = KINDS[kind]
     if entry.opens == "part":  # a norm that the model does not have takes its place, so that indices stay
-        some = next(squares[gate] for gate in entry.gates if gate in squares)
-        return np.stack([squares.get(gate, np.zeros_like(some)) for gate in entry.gates], axis=1)
-    gates = [squares[gate] for gate in entry.gates if gate in squares]
+        some = next(squares[unit] for unit in entry.units if unit in squares)
+        return np.stack([squares.get(unit, np.zeros_like(some)) for unit in entry.units], axis=1)
+    units = [squares[unit] for unit in entry.units if unit in squares]
     if entry.opens == "channel":
-        return gates[0]
+        return units[0]
     if not entry.in_layer:
-        return np.array([[sum(gates)]])
-    return np.sum([g.reshape(len(g), -1).sum(1) for g in gates], axis=0)[:, None]
+        return np.array([[sum(units)]])
+    return np.sum([g.reshape(len(g), -1).sum(1) for g in units], axis=0)[:, None]
 
 
 def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:

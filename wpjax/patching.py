@@ -20,11 +20,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from wpjax.checkpoints.convert import flatten, unflatten
-from wpjax.components import LEAVES, Component, gate_names, gate_shapes, open_gates
+from wpjax.components import LEAVES, Component, open_units, unit_names, unit_shapes
 from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.models.leaves import Blend, CustomLeaf, Gate, Leaf
+from wpjax.models.leaves import Blend, CustomLeaf, Leaf, Mask
 from wpjax.models.secant import SecantWeight
 
 PatchedParams: TypeAlias = Params
@@ -34,24 +34,24 @@ PatchedParams: TypeAlias = Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PatchMask:
-    """Which gates are open: a pytree of arrays, boolean (select) or float in [0, 1] (a relaxed patch).
+    """Which units are open: a pytree of arrays, boolean (select) or float in [0, 1] (a relaxed patch).
 
     Attributes:
-        gates: gate -> array of the shape `components.gate_shapes` gives. A gate that is absent is closed, and the
+        units: unit -> array of the shape `components.unit_shapes` gives. A unit that is absent is closed, and the
             leaves it owns stay plain arrays, which is cheaper.
     """
 
-    gates: Mapping[str, Gate]
+    units: Mapping[str, Mask]
 
     @classmethod
     def empty(cls, cfg: ModelConfig, dtype: Any = bool) -> PatchMask:
         """Nothing patched."""
-        return cls({gate: jnp.zeros(shape, dtype) for gate, shape in gate_shapes(cfg).items()})
+        return cls({unit: jnp.zeros(shape, dtype) for unit, shape in unit_shapes(cfg).items()})
 
     @classmethod
     def full(cls, cfg: ModelConfig, dtype: Any = bool) -> PatchMask:
         """Everything patched."""
-        return cls({gate: jnp.ones(shape, dtype) for gate, shape in gate_shapes(cfg).items()})
+        return cls({unit: jnp.ones(shape, dtype) for unit, shape in unit_shapes(cfg).items()})
 
     @classmethod
     def of(cls, cfg: ModelConfig, components: str | Iterable[Component | str]) -> PatchMask:
@@ -61,33 +61,33 @@ class PatchMask:
             ComponentError: a name that is not a component of this model.
         """
         names = [components] if isinstance(components, str) else components
-        return cls({gate: jnp.asarray(value) for gate, value in open_gates(cfg, names).items()})
+        return cls({unit: jnp.asarray(value) for unit, value in open_units(cfg, names).items()})
 
     def astype(self, dtype: Any) -> PatchMask:
         """The same mask in another dtype: float32 to differentiate, bool to select."""
-        return jax.tree.map(lambda gate: gate.astype(dtype), self)
+        return jax.tree.map(lambda unit: unit.astype(dtype), self)
 
     def __or__(self, other: PatchMask) -> PatchMask:
-        """Union; of float gates, the larger."""
-        both = {g: _pairwise(jnp.logical_or, jnp.maximum, self, other, g) for g in self.gates if g in other.gates}
-        return PatchMask({**self.gates, **other.gates, **both})
+        """Union; of float units, the larger."""
+        both = {g: _pairwise(jnp.logical_or, jnp.maximum, self, other, g) for g in self.units if g in other.units}
+        return PatchMask({**self.units, **other.units, **both})
 
     def __and__(self, other: PatchMask) -> PatchMask:
-        """Intersection; of float gates, the smaller."""
+        """Intersection; of float units, the smaller."""
         return PatchMask(
-            {g: _pairwise(jnp.logical_and, jnp.minimum, self, other, g) for g in self.gates if g in other.gates}
+            {g: _pairwise(jnp.logical_and, jnp.minimum, self, other, g) for g in self.units if g in other.units}
         )
 
     def __invert__(self) -> PatchMask:
-        """Complement; of float gates, 1 - m.
+        """Complement; of float units, 1 - m.
 
         Raises:
-            ComponentError: a gate is absent, and the mask does not know its shape.
+            ComponentError: a unit is absent, and the mask does not know its shape.
         """
-        absent = [g for g in gate_names() if g not in self.gates and g not in _OPTIONAL_GATES]
+        absent = [g for g in unit_names() if g not in self.units and g not in _OPTIONAL_GATES]
         if absent:
             raise ComponentError(
-                f"the complement of a mask needs all its gates, this one lacks {', '.join(absent)}; start from "
+                f"the complement of a mask needs all its units, this one lacks {', '.join(absent)}; start from "
                 "PatchMask.empty(cfg) or PatchMask.of(cfg, ...)"
             )
         return jax.tree.map(lambda m: ~m if m.dtype == jnp.bool_ else 1 - m, self)
@@ -96,11 +96,11 @@ class PatchMask:
 _OPTIONAL_GATES = frozenset(
     {"attn_bias", "mlp_bias", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
 )
-"""Gates that not every architecture has."""
+"""UnitMasks that not every architecture has."""
 
 
-def _pairwise(boolean: Any, real: Any, one: PatchMask, other: PatchMask, gate: str) -> Array:
-    a, b = one.gates[gate], other.gates[gate]
+def _pairwise(boolean: Any, real: Any, one: PatchMask, other: PatchMask, unit: str) -> Array:
+    a, b = one.units[unit], other.units[unit]
     return boolean(a, b) if a.dtype == b.dtype == jnp.bool_ else real(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
@@ -110,68 +110,68 @@ def patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
     Args:
         base: parameter tree of the host.
         expert: parameter tree of the donor, same structure and shapes.
-        mask: gates; may be traced, batched by `vmap` or differentiated.
+        mask: units; may be traced, batched by `vmap` or differentiated.
 
     Raises:
-        ComponentError: a gate that does not exist or does not fit, or parameters that are patched already.
+        ComponentError: a unit that does not exist or does not fit, or parameters that are patched already.
     """
-    return _gated(Blend, base, expert, mask.gates, "")
+    return _masked(Blend, base, expert, mask.units, "")
 
 
 def secant_patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
     """The base and the expert at once, as `SecantWeight` leaves: what is computed with them is a `Secant`.
 
-    Its change is linear in the gates, and with all of them at 1 it is the expert's value minus the base's.
+    Its change is linear in the units, and with all of them at 1 it is the expert's value minus the base's.
 
     Args:
         base: parameter tree of one end.
         expert: parameter tree of the other end, same structure and shapes.
-        mask: float gates, all of the model's; may be traced or differentiated.
+        mask: float units, all of the model's; may be traced or differentiated.
 
     Raises:
         ComponentError: as `patch`.
     """
-    return _gated(SecantWeight, base, expert, mask.gates, "")
+    return _masked(SecantWeight, base, expert, mask.units, "")
 
 
-def patch_layer(base: Params, expert: Params, gates: Mapping[str, Gate]) -> PatchedParams:
-    """`patch` for the parameters of one layer (the "blocks" tree without its layer axis) and that layer's gates."""
-    return _gated(Blend, base, expert, gates, "blocks/")
+def patch_layer(base: Params, expert: Params, units: Mapping[str, Mask]) -> PatchedParams:
+    """`patch` for the parameters of one layer (the "blocks" tree without its layer axis) and that layer's units."""
+    return _masked(Blend, base, expert, units, "blocks/")
 
 
-def _gated(
-    leaf_type: type[Blend] | type[SecantWeight], base: Params, expert: Params, gates: Mapping[str, Gate], prefix: str
+def _masked(
+    leaf_type: type[Blend] | type[SecantWeight], base: Params, expert: Params, units: Mapping[str, Mask], prefix: str
 ) -> PatchedParams:
     ours, theirs = flatten(base), flatten(expert)
-    checked = _checked(gates, {prefix + path: leaf for path, leaf in ours.items()}, stacked=not prefix)
+    checked = _checked(units, {prefix + path: leaf for path, leaf in ours.items()}, stacked=not prefix)
 
-    def gated(path: str, leaf: Array) -> Leaf:
-        gate, axis = LEAVES[prefix + path]
-        return leaf_type(leaf, theirs[path], checked[gate], axis) if gate in checked else leaf
+    def masked(path: str, leaf: Array) -> Leaf:
+        unit, axis = LEAVES[prefix + path]
+        return leaf_type(leaf, theirs[path], checked[unit], axis) if unit in checked else leaf
 
-    return unflatten({path: gated(path, leaf) for path, leaf in ours.items()})
+    return unflatten({path: masked(path, leaf) for path, leaf in ours.items()})
 
 
-def _checked(gates: Mapping[str, Gate], leaves: Mapping[str, Any], stacked: bool) -> dict[str, Gate]:
-    """The gates as arrays, if each one fits the leaves that it owns."""
-    arrays = {name: jnp.asarray(gate) for name, gate in gates.items()}
+def _checked(units: Mapping[str, Mask], leaves: Mapping[str, Any], stacked: bool) -> dict[str, Mask]:
+    """The units as arrays, if each one fits the leaves that it owns."""
+    arrays = {name: jnp.asarray(unit) for name, unit in units.items()}
     for name, array in arrays.items():
         if array.dtype != jnp.bool_ and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ComponentError(f"gate {name} is {array.dtype}; give a boolean mask, or a float one in [0, 1]")
-    unknown = sorted(set(arrays) - set(gate_names()))
+            raise ComponentError(f"unit {name} is {array.dtype}; give a boolean mask, or a float one in [0, 1]")
+    unknown = sorted(set(arrays) - set(unit_names()))
     if unknown:
-        raise ComponentError(f"a mask has no gate {unknown[0]!r}; gates: {', '.join(gate_names())}")
+        raise ComponentError(f"a mask has no unit {unknown[0]!r}; units: {', '.join(unit_names())}")
     for path, leaf in leaves.items():
-        gate, axis = LEAVES[path]
+        unit, axis = LEAVES[path]
         if isinstance(leaf, CustomLeaf):
             raise ComponentError(f"{path} is patched already; give plain parameters, or join the masks with |")
-        if gate not in arrays:
+        if unit not in arrays:
             continue
         layers = leaf.shape[:1] if stacked and path.startswith("blocks/") else ()
         expected = layers if axis is None else (*layers, leaf.shape[axis + len(layers)])
-        if arrays[gate].shape != expected:
+        if arrays[unit].shape != expected:
             raise ComponentError(
-                f"gate {gate} has shape {arrays[gate].shape}, the model needs {expected}; for many masks, jax.vmap "
+                f"unit {unit} has shape {arrays[unit].shape}, the model needs {expected}; for many masks, jax.vmap "
                 "over the leading axis"
             )
     return arrays
@@ -183,28 +183,28 @@ def materialize(base: Params, expert: Params, mask: PatchMask) -> Params:
     Args:
         base: parameter tree of the host.
         expert: parameter tree of the donor.
-        mask: gates; float gates interpolate.
+        mask: units; float units interpolate.
 
     Raises:
         ComponentError: as `patch`.
     """
     ours, theirs = flatten(base), flatten(expert)
-    gates = _checked(mask.gates, ours, stacked=True)
+    units = _checked(mask.units, ours, stacked=True)
 
     def select(path: str, host: Array, donor: Array) -> Array:
         name, axis = LEAVES[path]
-        if name not in gates:
+        if name not in units:
             return host
-        gate, stacked = gates[name], path.startswith("blocks/")
+        unit, stacked = units[name], path.startswith("blocks/")
         shape = [1] * host.ndim
         if stacked:
-            shape[0] = gate.shape[0]
+            shape[0] = unit.shape[0]
         if axis is not None:
-            shape[axis + stacked] = gate.shape[-1]
-        gate = gate.reshape(shape)
-        if gate.dtype == jnp.bool_:
-            return jnp.where(gate, donor, host)
-        return ((1 - gate) * host + gate * donor).astype(host.dtype)
+            shape[axis + stacked] = unit.shape[-1]
+        unit = unit.reshape(shape)
+        if unit.dtype == jnp.bool_:
+            return jnp.where(unit, donor, host)
+        return ((1 - unit) * host + unit * donor).astype(host.dtype)
 
     return unflatten({path: select(path, leaf, theirs[path]) for path, leaf in ours.items()})
 
@@ -226,13 +226,13 @@ def permuted(base: Params, expert: Params, seed: int = 0) -> Params:
     orders: dict[str, Array] = {}
 
     def deal(path: str, host: Array, donor: Array) -> Array:
-        gate, axis = LEAVES[path]
+        unit, axis = LEAVES[path]
         if axis is None or not path.startswith("blocks/"):
             return host
         shape = (host.shape[0], host.shape[axis + 1])
-        if gate not in orders:  # one order for all leaves of a gate: a change stays whole
-            orders[gate] = jnp.asarray(np.stack([rng.permutation(shape[1]) for _ in range(shape[0])]))
-        return deal_out(host, donor, orders[gate], axis)
+        if unit not in orders:  # one order for all leaves of a unit: a change stays whole
+            orders[unit] = jnp.asarray(np.stack([rng.permutation(shape[1]) for _ in range(shape[0])]))
+        return deal_out(host, donor, orders[unit], axis)
 
     return unflatten({path: deal(path, leaf, theirs[path]) for path, leaf in ours.items()})
 

@@ -8,7 +8,6 @@ and the file is written once, whole. `wpjax sweep` is this and a table.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +29,8 @@ from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.progress import Progress, silent
 from wpjax.runtime.shards import Shards
-
-Progress = Callable[[str, int, int], None]
 
 
 class Study(NamedTuple):
@@ -64,7 +62,7 @@ class Measured(NamedTuple):
     differs: str
 
 
-def run_study(config: SweepConfig, progress: Progress = lambda what, done, total: None) -> Study:
+def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     """Sweep a pair as a config says, and write the result.
 
     Where it is interrupted, the parts that are finished stay in `parts_folder(config.out)`, and `resume` goes on with

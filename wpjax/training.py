@@ -26,7 +26,7 @@ from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint
 from wpjax.errors import BehaviourError, OutputError, WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
-from wpjax.models.generate import generate_in_parts
+from wpjax.models.generate import generate_batched
 from wpjax.patching import PatchMask, materialize
 
 
@@ -276,7 +276,7 @@ def answer(
     """
     tokens = encode_texts(model.tokenizer, [render(model.tokenizer, m) for m in messages])
     params = model.params if params is None else params
-    got = generate_in_parts(model.cfg, params, *tokens, model.stop_tokens, max_new_tokens, batch_size)
+    got = generate_batched(model.cfg, params, *tokens, model.stop_tokens, max_new_tokens, batch_size)
     out = []
     for ids, n in zip(got.tokens, got.lengths, strict=True):
         finished = int(ids[n - 1]) in model.stop_tokens

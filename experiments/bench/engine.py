@@ -152,8 +152,8 @@ def rounding(pair: Pair, metric: Metric, per_layer: int = 4) -> dict[str, Any]:
     "products": of the same weights, which bfloat16 holds; "weights and products": of the pair's own.
     """
 
-    def effects(terms: int, host: Params, donor: Params) -> np.ndarray:
-        cfg = dataclasses.replace(pair.cfg, terms=terms)
+    def effects(splits: int, host: Params, donor: Params) -> np.ndarray:
+        cfg = dataclasses.replace(pair.cfg, activation_splits=splits)
         return Sweep(cfg, host, donor, metric)(components).mean(1)
 
     every = enumerate_components(pair.cfg, ["head", "neuron"], range(metric.layer, -1, -4))
@@ -162,10 +162,10 @@ def rounding(pair: Pair, metric: Metric, per_layer: int = 4) -> dict[str, Any]:
     again = [jax.tree.map(lambda a: a.astype(jnp.float32), model) for model in rounded]
     exact = {"products": effects(1, *again), "weights and products": effects(1, pair.base, pair.expert)}
     found: dict[str, Any] = {"components": len(components)}
-    for dtype, (weights, terms) in PRECISIONS.items():
+    for dtype, (weights, splits) in PRECISIONS.items():
         if weights == "float32":
             continue
-        got, found[dtype] = effects(terms, *rounded), {}
+        got, found[dtype] = effects(splits, *rounded), {}
         for name, true in exact.items():
             error = np.abs(got - true) / np.abs(true).max()
             found[dtype][name] = {"spearman": float(scipy.stats.spearmanr(true, got)[0]),

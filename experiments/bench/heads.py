@@ -145,7 +145,7 @@ def copied(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component
     """Whole patched models under `vmap`, with their own query and output matrices and the base's other weights."""
     metric = anchor.on(batch)
     every = [PatchMask.of(pair.cfg, some) for some in ([], *([h] for h in heads))]
-    masks = [PatchMask({"head": mask.gates["head"]}) for mask in every]  # gates that stay closed would be copied too
+    masks = [PatchMask({"head": mask.units["head"]}) for mask in every]  # units that stay closed would be copied too
     masks += masks[:1] * (-len(masks) % AT_ONCE)
     rows = []
     for first in range(0, len(masks), AT_ONCE):

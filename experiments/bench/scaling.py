@@ -25,7 +25,7 @@ from wpjax.behaviours import Tokens
 from wpjax.components import Component
 from wpjax.engines.replay import replay
 from wpjax.metrics.metric import Metric
-from wpjax.metrics.readouts import Along
+from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import init_params
 
@@ -53,7 +53,7 @@ def random_sweep(
     ids = np.random.default_rng(0).integers(0, cfg.d_vocab, (n_prompts, n_tokens)).astype(np.int32)
     ids[:, :n_shared] = ids[0, :n_shared]
     at, weight = jnp.full((n_prompts, 1), n_tokens - 1), jnp.ones((n_prompts, 1))
-    along, tokens = Along(jnp.ones(cfg.d_model) / cfg.d_model**0.5), Tokens(ids, np.full(n_prompts, n_tokens))
+    along, tokens = Projection(jnp.ones(cfg.d_model) / cfg.d_model**0.5), Tokens(ids, np.full(n_prompts, n_tokens))
     last = cfg.n_layers - 1 if last is None else last
     return Sweep(cfg, base, expert, Metric(tokens, at, weight, along, last, "anchor"))
 

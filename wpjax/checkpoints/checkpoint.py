@@ -123,7 +123,7 @@ class SafetensorsFolder:
 PRECISIONS: Mapping[str, tuple[str, int]] = MappingProxyType(
     {"float32": ("float32", 1), "bfloat16": ("bfloat16", 1), "bfloat16x2": ("bfloat16", 2)}
 )
-"""By name: the weights' dtype, and in how many numbers of it activations meet them (`ModelConfig.terms`)."""
+"""By name: the weights' dtype, and how many numbers of it an activation is written as (`activation_splits`)."""
 
 
 def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
@@ -154,8 +154,8 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
             raise CheckpointError(f"{source}: a model is a folder, a .gguf file or a hub id; name the folder")
         file = GgufFile(path)
         raw = file.hf_config()
-        weights, terms = PRECISIONS[dtype]
-        cfg = dataclasses.replace(parse_config(raw, source, ignore_config), terms=terms)
+        weights, splits = PRECISIONS[dtype]
+        cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
         return Checkpoint(cfg, params_from_hf(cfg, file, weights), file.tokenizer(), raw, None, source)
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like org/name")
@@ -200,8 +200,8 @@ def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str
     if not config.is_file():
         raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
     raw = _read_json(config)
-    weights, terms = PRECISIONS[dtype]
-    cfg = dataclasses.replace(parse_config(raw, str(config), ignore_config), terms=terms)
+    weights, splits = PRECISIONS[dtype]
+    cfg = dataclasses.replace(parse_config(raw, str(config), ignore_config), activation_splits=splits)
     params = params_from_hf(cfg, SafetensorsFolder(folder), weights)
     path = folder / "generation_config.json"
     generation = _read_json(path) if path.exists() else None

@@ -7,7 +7,7 @@
                  T_cu without what they write themselves, the fewest targets that together hold `SHARE` of all positive
                  inflow, at most `n_aggregators`
     executor     a component after the anchor whose weights matter once the anchor's state is given (a sweep with
-                 `Anchor.give`): as a source, of that sweep
+                 `Anchor.clamp_to`): as a source, of that sweep
 
 T is the supplier -> target matrix (docs/method.md, "Following an effect"): its entries are total effects by way of
 what a target writes, not single

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
+
+from wpjax.runtime.progress import Progress
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -46,7 +49,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Progress]:
     """A function (what, done, total) that draws a bar for each thing done, on the error stream.
 
     Where that is not a terminal it prints a plain line now and then instead.
@@ -61,7 +64,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err) as progress:
+    with Bars(*columns, console=err) as progress:
         bars: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
@@ -72,7 +75,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
-def _log_lines(seconds: float = 10.0) -> Callable[[str, int, int], None]:
+def _log_lines(seconds: float = 10.0) -> Progress:
     start = time.monotonic()
     printed: dict[str, tuple[float, int]] = {}
 

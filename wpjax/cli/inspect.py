@@ -22,7 +22,7 @@ def run(
     """Show a model's architecture and components, and what an expert changed."""
     from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.cli.console import out, print_json, print_table
-    from wpjax.components import KINDS, count, gate_shapes
+    from wpjax.components import KINDS, count, unit_shapes
     from wpjax.pairs import load_model, make_pair
 
     model = load_model(base, ignore_config=ignore_config)
@@ -32,7 +32,7 @@ def run(
     summary: dict[str, Any] = {
         "config": dataclasses.asdict(cfg),
         "components": counts,
-        "gates": {gate: list(shape) for gate, shape in gate_shapes(cfg).items()},
+        "units": {unit: list(shape) for unit, shape in unit_shapes(cfg).items()},
         "fingerprint": fingerprint(cfg, model.params),
     }
     norms = pair.diff_norms() if pair else []
@@ -51,7 +51,7 @@ def run(
             ("parameters of", "number", "changed", "norm of change", "relative"),
             [
                 (
-                    r.gate,
+                    r.unit,
                     f"{r.n_params:,}",
                     f"{r.n_changed / r.n_params:.1%}",
                     f"{r.delta:.4g}",

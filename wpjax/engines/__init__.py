@@ -1,1 +1,1 @@
-"""How patches are run: suffix replay and what it is made of, joint patches, and the reference they are tested against."""
+"""How patches are run: suffix replay and its parts, joint patches, and the reference that both are tested against."""

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from wpjax.components import LEAVES, Component, gate_shapes, indices, open_gates
+from wpjax.components import LEAVES, Component, indices, open_units, unit_shapes
 from wpjax.errors import ComponentError
 from wpjax.models.block import Block, LayerPass
 from wpjax.models.config import ModelConfig
@@ -142,16 +142,16 @@ def kv_patch(at: LayerPatch) -> HeadValues:
     return HeadValues(at.host.z, at.host.replaced({Site.K: new.k, Site.V: new.v}).z)
 
 
-def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], terms: int) -> Float[Array, "n B T D"]:
+def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], splits: int) -> Float[Array, "n B T D"]:
     """What each of some heads writes on its own."""
-    return jax.vmap(functools.partial(project, terms=terms), in_axes=(2, 0))(z, w_o)
+    return jax.vmap(functools.partial(project, splits=splits), in_axes=(2, 0))(z, w_o)
 
 
 def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     z, attn = query_patch(at), at.host.block.attn
     w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
-    terms = attn.cfg.terms
-    delta = _write(z.patched[:, :, index], w_new[index], terms) - _write(z.host[:, :, index], w_host[index], terms)
+    splits = attn.cfg.activation_splits
+    delta = _write(z.patched[:, :, index], w_new[index], splits) - _write(z.host[:, :, index], w_host[index], splits)
     return Rows.of_attention(at.host.moved(Site.ATTN_PROJ, delta))
 
 
@@ -159,7 +159,7 @@ def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     z, attn = kv_patch(at), at.host.block.attn
     heads = index[:, None] * attn.cfg.n_rep + jnp.arange(attn.cfg.n_rep)  # [P, n_rep]
     w_o, change = attn.W_O.get_value(), z.patched - z.host
-    delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2, terms=attn.cfg.terms))(heads)
+    delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2, splits=attn.cfg.activation_splits))(heads)
     return Rows.of_attention(at.host.moved(Site.ATTN_PROJ, delta))
 
 
@@ -225,12 +225,12 @@ ROWS: Mapping[str, RowRule] = MappingProxyType(
 
 
 @functools.cache
-def _layer_gates(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
-    """For each component of a kind in one layer, the gates it opens there: gate -> [n, ...]."""
-    opened = [open_gates(cfg, [Component(kind, 0, i)]) for i in indices(cfg, kind)]
-    layered = [owner.gate for path, owner in LEAVES.items() if path.startswith("blocks/")]
-    used = [gate for gate in gate_shapes(cfg) if gate in layered and any(gates[gate][0].any() for gates in opened)]
-    return {gate: np.stack([gates[gate][0] for gates in opened]) for gate in used}
+def _layer_units(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
+    """For each component of a kind in one layer, the units it opens there: unit -> [n, ...]."""
+    opened = [open_units(cfg, [Component(kind, 0, i)]) for i in indices(cfg, kind)]
+    layered = [owner.unit for path, owner in LEAVES.items() if path.startswith("blocks/")]
+    used = [unit for unit in unit_shapes(cfg) if unit in layered and any(units[unit][0].any() for units in opened)]
+    return {unit: np.stack([units[unit][0] for units in opened]) for unit in used}
 
 
 def blend_rows(
@@ -238,8 +238,8 @@ def blend_rows(
 ) -> Float[Array, "P B T D"]:
     """`resid_post` of a layer with each of some components of a kind weight-patched, for any kind in a layer."""
     place = jnp.searchsorted(jnp.asarray(indices(cfg, kind)), index)
-    gates = {gate: jnp.asarray(value)[place] for gate, value in _layer_gates(cfg, kind).items()}
-    return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(at.resid_pre, at.layout).resid_post)(gates)
+    units = {unit: jnp.asarray(value)[place] for unit, value in _layer_units(cfg, kind).items()}
+    return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(at.resid_pre, at.layout).resid_post)(units)
 
 
 def layer_patch(

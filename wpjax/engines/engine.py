@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -14,21 +14,19 @@ from jaxtyping import Float
 
 from wpjax.components import KINDS, Component
 from wpjax.engines.contributions import Run, Side
-from wpjax.engines.exact import Changes, Chunk, Plan, exact_changes, sham_plan
+from wpjax.engines.exact import Changes, Chunk, Plan, exact_changes, make_plan, sham_plan
 from wpjax.engines.joint import scores_of_sets
 from wpjax.engines.packing import Shape, pack
 from wpjax.engines.replay import flow_targets, run_packed
 from wpjax.errors import WpjaxError
 from wpjax.metrics.metric import Metric
-from wpjax.metrics.readouts import Along
+from wpjax.metrics.readouts import Projection
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, permuted
-from wpjax.runtime.placement import Spread
+from wpjax.runtime.placement import Placement
+from wpjax.runtime.progress import Progress
 from wpjax.runtime.shards import finished_part
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 class Cell(NamedTuple):
@@ -65,6 +63,7 @@ class Engine:
         chosen: every component that is swept; changes come in its order.
         done: finished parts, extended.
         progress: called after every chunk.
+        placement: the devices that share every chunk; None for one.
         models: base and expert where they stand on the devices, if `placed` has put them and the metric there.
         with_flow: follow by way of what effects arrive.
         shape: to pack prompts into; None for what they need.
@@ -77,12 +76,14 @@ class Engine:
         chosen: Sequence[Component],
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
+        placement: Placement | None = None,
         models: Mapping[str, Params] | None = None,
         with_flow: bool = True,
         shape: Shape | None = None,
     ):
         self.pair, self.done, self.progress, self.with_flow = pair, done, progress, with_flow
-        models, self.metric = placed(pair, metric) if models is None else (models, metric)
+        self.placement = Placement.single() if placement is None else placement
+        models, self.metric = placed(self.placement, pair, metric) if models is None else (models, metric)
         self.models = dict(models)
         self.position = {c: i for i, c in enumerate(chosen)}
         self.packing = pack(metric, shape)
@@ -90,7 +91,7 @@ class Engine:
 
     def beside(self, metric: Metric) -> Engine:
         """An engine of the same components on another metric of the same prompts."""
-        return Engine(self.pair, metric, list(self.position), self.done, self.progress, self.models)
+        return Engine(self.pair, metric, list(self.position), self.done, self.progress, self.placement, self.models)
 
     @property
     def targets(self) -> list[str]:
@@ -101,6 +102,10 @@ class Engine:
     def columns(self) -> dict[str, Float[np.ndarray, " C"]]:
         """What else this engine knows of components, once it has replaced some; by column of the result."""
         return {}
+
+    def plan(self, components: Sequence[Component], budget: int | None = None) -> Plan:
+        """How patches of some components are cut up; see `make_plan`."""
+        return make_plan(self.pair.cfg, components, self.packing, budget, placement=self.placement)
 
     def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
         """The base's metric with each of some sets of components of the expert.
@@ -195,11 +200,11 @@ class Engine:
             self.models["permuted"] = permuted(self.pair.base, self.pair.expert, seed)
             found["permuted"] = list(self.perform("permuted", dealt))
             del self.models["permuted"]
-        if isinstance(self.metric.readout, Along):
+        if isinstance(self.metric.readout, Projection):
             rng = np.random.default_rng(seed)
             for i in range(N_DIRECTIONS):
                 vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
-                readout = Along(jnp.asarray(vector / np.linalg.norm(vector)))
+                readout = Projection(jnp.asarray(vector / np.linalg.norm(vector)))
                 metric = dataclasses.replace(self.metric, readout=readout)
                 found["direction"] += self.beside(metric).perform("exact", few, label=f"direction-{i}")
 
@@ -210,9 +215,9 @@ class Engine:
         return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in found.items()}
 
 
-def placed(pair: Pair, metric: Metric) -> tuple[dict[str, Params], Metric]:
-    """Base and expert, and a metric, on every device of this process; together, as a metric may hold a model too."""
-    return Spread.local().whole(({"base": pair.base, "expert": pair.expert}, metric))
+def placed(placement: Placement, pair: Pair, metric: Metric) -> tuple[dict[str, Params], Metric]:
+    """Base and expert, and a metric, on every device; together, as a metric may hold a model too."""
+    return placement.whole(({"base": pair.base, "expert": pair.expert}, metric))
 
 
 def part_key(prefix: str, chunk: Chunk) -> str:

@@ -21,10 +21,10 @@ from wpjax.engines.packing import Packing
 from wpjax.engines.replay import Replayed, replay
 from wpjax.errors import WpjaxError
 from wpjax.metrics.metric import Metric
-from wpjax.metrics.readouts import Kept
+from wpjax.metrics.readouts import TokensUnchanged
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.runtime.placement import Spread
+from wpjax.runtime.placement import Placement
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -52,12 +52,14 @@ class Plan(NamedTuple):
         chunks: all chunks in order.
         takes: estimate of the bytes that a chunk of so many components takes on a device.
         budget: bytes a chunk may take there.
+        placement: the devices that share the rows of a chunk.
     """
 
     rows: dict[str, int]
     chunks: tuple[Chunk, ...]
     takes: Callable[[int], int]
     budget: int
+    placement: Placement
 
     def with_chunks(self, chunks: Iterable[Chunk]) -> Plan:
         """Other chunks at the same size; `rows` stays one and the same."""
@@ -65,7 +67,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         n = max(self.rows.values(), default=0)
-        used = self.takes(math.ceil(n / Spread.local().n_devices)) if n else 0
+        used = self.takes(math.ceil(n / self.placement.n_devices)) if n else 0
         return f"up to {n} at once (about {used / 2**20:,.0f} of {self.budget / 2**20:,.0f} MiB a device)"
 
 
@@ -75,11 +77,12 @@ def make_plan(
     packing: Packing,
     budget: int | None = None,
     most_rows: int | None = None,
+    placement: Placement | None = None,
 ) -> Plan:
     """Group components by kind and layer, and choose the rows of each kind's program.
 
     The rows are the number that wastes least on filling up, among those that fit the budget and divide evenly among
-    the devices of this process.
+    the devices.
 
     Args:
         cfg: the model.
@@ -87,13 +90,15 @@ def make_plan(
         packing: of the prompts.
         budget: bytes for a chunk's activations on a device; None to choose from the device.
         most_rows: of a chunk on a device, at most.
+        placement: the devices; None for one.
     """
     takes = functools.partial(bytes_of_rows, cfg, packing)
     together = rows_together(bytes_per_row(cfg, packing), packing.n_tokens)
     if together is not None:
         most_rows = min(MOST_GROUPS * together, most_rows or MOST_GROUPS * together)
     budget = budget or device_budget() or takes(MOST_GROUPS * (together or 1))
-    n_devices = Spread.local().n_devices
+    placement = Placement.single() if placement is None else placement
+    n_devices = placement.n_devices
     rows: dict[str, int] = {}
     components = list(components)
     for kind, members in _grouped(components, lambda c: c.kind):
@@ -106,7 +111,7 @@ def make_plan(
             for p in shares
         }
         rows[kind] = n_devices * min(cost, key=lambda p: (cost[p], p))
-    return Plan(rows, cut(components, rows), takes, budget)
+    return Plan(rows, cut(components, rows), takes, budget, placement)
 
 
 def cut(components: Iterable[Component], rows: Mapping[str, int]) -> tuple[Chunk, ...]:
@@ -143,7 +148,7 @@ class Changes(NamedTuple):
 def rounding_step(cfg: ModelConfig, params: Params) -> float:
     """The relative step in which activations meet the weights: of their dtype, or of so many numbers of it."""
     dtype = params["embed"]["W_E"].dtype
-    return float(jnp.finfo(dtype).eps) ** (cfg.terms if dtype == jnp.bfloat16 else 1)
+    return float(jnp.finfo(dtype).eps) ** (cfg.activation_splits if dtype == jnp.bfloat16 else 1)
 
 
 def beside_the_host(host: Params, metric: Metric) -> bool:
@@ -153,7 +158,7 @@ def beside_the_host(host: Params, metric: Metric) -> bool:
     compared with the host's own.
     """
     is_rounded = host["embed"]["W_E"].dtype == jnp.bfloat16 or jax.default_backend() != "cpu"
-    return is_rounded and not isinstance(metric.readout, Kept)
+    return is_rounded and not isinstance(metric.readout, TokensUnchanged)
 
 
 def exact_changes(
@@ -189,8 +194,8 @@ def exact_changes(
     with_reference = beside_the_host(host, metric)
     if not plan.chunks:
         return
-    spread = Spread.local()
-    shared = spread.whole((host, donor, runs, metric, packing))
+    placement = plan.placement
+    shared = placement.whole((host, donor, runs, metric, packing))
     rows = plan.rows
     step = 0.0 if jitter_seed is None else rounding_step(cfg, host)
 
@@ -204,12 +209,12 @@ def exact_changes(
         # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
         seed = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
         seeds = np.random.SeedSequence(seed).generate_state(size)
-        split = [spread.split(a) for a in (np.asarray(index, np.int32), seeds)]
-        where, moved = spread.whole((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
+        split = [placement.split(a) for a in (np.asarray(index, np.int32), seeds)]
+        where, moved = placement.whole((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
-        if spread.n_devices == 1:
+        if placement.n_devices == 1:
             return replay(cfg, chunk.kind, *shared, where, moved, *split, **options)
-        return divided_replay(spread, cfg, chunk.kind, **options)(*shared, where, moved, *split)
+        return divided_replay(placement, cfg, chunk.kind, **options)(*shared, where, moved, *split)
 
     def collect(chunk: Chunk, made: list[Replayed]) -> Changes:
         changes = [np.asarray(change, np.float64) for change, _ in made]
@@ -218,13 +223,13 @@ def exact_changes(
         return Changes(chunk, np.concatenate(changes)[:n], np.concatenate(flow)[:n] if flow else None)
 
     def halve(kind: str, error: Exception) -> None:
-        share = rows[kind] // spread.n_devices
+        share = rows[kind] // placement.n_devices
         if share == 1:
             raise WpjaxError(
                 f"out of memory with one {kind} patch on {len(metric)} prompts at once; use fewer or shorter prompts, "
                 "or bfloat16x2"
             ) from error
-        rows[kind] = (share + 1) // 2 * spread.n_devices
+        rows[kind] = (share + 1) // 2 * placement.n_devices
         warnings.warn(f"out of memory: {kind} patches go on {rows[kind]} at a time", stacklevel=3)
 
     waiting, flying = deque(plan.chunks), deque[tuple[Chunk, list[Replayed]]]()
@@ -254,11 +259,11 @@ def exact_changes(
 
 
 @functools.cache
-def divided_replay(spread: Spread, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
+def divided_replay(placement: Placement, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
     """`replay` with the patches divided among devices, a program of what it takes after `cfg` and `kind`.
 
     Args:
-        spread: the devices.
+        placement: the devices.
         cfg: the model.
         kind: of the components.
         options: of `replay`: `weights`, `inputs` and `with_reference`.
@@ -267,7 +272,7 @@ def divided_replay(spread: Spread, cfg: ModelConfig, kind: str, **options: Any) 
         a compiled function of host, donor, runs, metric, packing, layer and step, of which each device has a copy, and
         of the components' indices and seeds, which are divided: their number must be a multiple of the devices.
     """
-    return jax.jit(spread.divide(functools.partial(replay, cfg, kind, **options), 7, 2))
+    return jax.jit(placement.divide(functools.partial(replay, cfg, kind, **options), 7, 2))
 
 
 def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:

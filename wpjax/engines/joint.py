@@ -1,6 +1,6 @@
 """Joint patches: the metric under many sets of components in one program, the weights shared by all of them.
 
-    x W  ->  where(m, x W_E, x W_B)                         output channels (queries, keys, values, gates, inputs)
+    x W  ->  where(m, x W_E, x W_B)                         output channels (queries, keys, values, units, inputs)
     z W  ->  where(m, 0, z) W_B + where(m, z, 0) W_E        input channels (W_O, W_out)
 
 exactly, under `vmap` over the masks m alone (docs/method.md, "Joint patches"; ours).
@@ -30,17 +30,17 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder
 from wpjax.models.leaves import Blend
 from wpjax.patching import PatchedParams, PatchMask, patch
-from wpjax.runtime.batching import in_parts
+from wpjax.runtime.batching import map_batches
 
 MOST_TOUCHED = 0.25
-"""Share of a gate's channels in a layer beyond which all of the donor's are used there."""
+"""Share of a unit's channels in a layer beyond which all of the donor's are used there."""
 
 TOKENS_AT_ONCE = 16384
 """Prompt tokens of a program; more prompts are answered in parts."""
 
 
 class Touched(NamedTuple):
-    """The channels of one gate that any mask of a batch opens, in layers where they are K at most.
+    """The channels of one unit that any mask of a batch opens, in layers where they are K at most.
 
     Attributes:
         channels: [L, K], which; filled up with 0.
@@ -54,7 +54,7 @@ class Touched(NamedTuple):
 
 
 def touched(opened: Bool[np.ndarray, "M L n"]) -> Touched | None:
-    """The channels that a batch of gates opens; None if they are too many in every layer to be worth it.
+    """The channels that a batch of units opens; None if they are too many in every layer to be worth it.
 
     K is what costs least: each layer takes K channels, or, if it needs more, all of its n.
     """
@@ -88,13 +88,13 @@ def _confined(
     """
 
     def confine(path: str, leaf: Array | Blend) -> Array | Blend:
-        gate, axis = LEAVES[path]
-        if not isinstance(leaf, Blend) or gate not in used or axis is None:
+        unit, axis = LEAVES[path]
+        if not isinstance(leaf, Blend) or unit not in used or axis is None:
             return leaf
-        extent = jnp.asarray(used[gate], jnp.int32)
-        if gate not in few:
+        extent = jnp.asarray(used[unit], jnp.int32)
+        if unit not in few:
             return dataclasses.replace(leaf, extent=extent)
-        channels, slot, fits = few[gate]
+        channels, slot, fits = few[unit]
         expert = jax.vmap(lambda w, i: jnp.take(w, i, axis=axis))(leaf.expert, jnp.asarray(channels))
         held = dataclasses.replace(leaf, expert=expert, index=jnp.asarray(channels), slot=jnp.asarray(slot))
         if fits is None:
@@ -109,7 +109,7 @@ def scores_at_once(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
-    gates: Mapping[str, Bool[Array, "M ..."]],
+    units: Mapping[str, Bool[Array, "M ..."]],
     few: Mapping[str, Touched],
     used: Mapping[str, Bool[Array, " L"]],
     metric: Metric,
@@ -121,9 +121,9 @@ def scores_at_once(
         cfg: the model.
         host: parameters that receive the patches.
         donor: parameters that the components come from.
-        gates: gate -> the M sets' masks, stacked along a leading axis; gates that are absent are closed.
-        few: gate -> the channels that the sets together open, for gates of which they are few (`touched`).
-        used: gate -> the layers in which any of the sets opens anything.
+        units: unit -> the M sets' masks, stacked along a leading axis; units that are absent are closed.
+        few: unit -> the channels that the sets together open, for units of which they are few (`touched`).
+        used: unit -> the layers in which any of the sets opens anything.
         metric: what is measured.
         packing: of its prompts; None where the model is held at a state, which needs every prompt in a row of its own.
     """
@@ -146,10 +146,10 @@ def scores_at_once(
 
         return jax.lax.map(one, jnp.arange(len(metric)), batch_size=PROMPTS_AT_ONCE)
 
-    picked = jax.vmap(run)(dict(gates))
+    picked = jax.vmap(run)(dict(units))
     if metric.readout.reads_logits:  # a vocabulary of logits takes its place for few of them at a time
-        return jax.lax.map(lambda at: read(*at), (dict(gates), picked))
-    return jax.vmap(lambda mask, x: metric.read(cfg, patched(mask), x))(dict(gates), picked)
+        return jax.lax.map(lambda at: read(*at), (dict(units), picked))
+    return jax.vmap(lambda mask, x: metric.read(cfg, patched(mask), x))(dict(units), picked)
 
 
 def scores_of_sets(
@@ -168,24 +168,24 @@ def scores_of_sets(
         cfg: the model.
         host: parameters that receive the patches.
         donor: parameters that the components come from.
-        masks: boolean; gates that are absent are closed.
+        masks: boolean; units that are absent are closed.
         metric: what is measured.
         budget: bytes for the activations of the sets that run at once; None to choose from the device.
-        fits: what fitted where that was too much, as `in_parts` keeps it; for one call after another.
+        fits: what fitted where that was too much, as `map_batches` keeps it; for one call after another.
     """
     fits = {} if fits is None else fits
-    names = dict.fromkeys(gate for mask in masks for gate in mask.gates)
-    gates: dict[str, Bool[np.ndarray, "M ..."]] = {}
+    names = dict.fromkeys(unit for mask in masks for unit in mask.units)
+    units: dict[str, Bool[np.ndarray, "M ..."]] = {}
     for name in names:
-        shape = next(mask.gates[name].shape for mask in masks if name in mask.gates)
-        stacked = np.stack([np.asarray(mask.gates.get(name, np.zeros(shape, bool))) for mask in masks])
+        shape = next(mask.units[name].shape for mask in masks if name in mask.units)
+        stacked = np.stack([np.asarray(mask.units.get(name, np.zeros(shape, bool))) for mask in masks])
         if stacked.any():
-            gates[name] = stacked
-    if not gates:  # nothing is patched anywhere: keep one gate, so that the sets can be counted
-        gates = {"final_norm": np.zeros(len(masks), bool)}
+            units[name] = stacked
+    if not units:  # nothing is patched anywhere: keep one unit, so that the sets can be counted
+        units = {"final_norm": np.zeros(len(masks), bool)}
 
-    layered = [name for name, gate in gates.items() if gate.ndim == 3]
-    found = [touched(gates[name]) for name in layered]
+    layered = [name for name, unit in units.items() if unit.ndim == 3]
+    found = [touched(units[name]) for name in layered]
     donor_share = MOST_TOUCHED if all(few is not None and few.fits is None for few in found) else 1.0
 
     def run(rows: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N M"]:
@@ -199,11 +199,11 @@ def scores_of_sets(
         most = max(1, fitting // size) if fitting else 2 * (rows_together(size, tokens) or 1)
 
         def score(sets: Int[np.ndarray, " N"]) -> Array:
-            here = {name: gate[sets] for name, gate in gates.items()}
+            here = {name: unit[sets] for name, unit in units.items()}
             few = {name: opened for name in layered if (opened := touched(here[name])) is not None}
             used = {name: here[name].any((0, 2)) for name in layered}
             return scores_at_once(cfg, host, donor, here, few, used, some, packing)
 
-        return in_parts(len(masks), most, score, what="joint patches", fits=fits).T
+        return map_batches(len(masks), most, score, what="joint patches", fits=fits).T
 
-    return in_parts(len(metric), max(16, TOKENS_AT_ONCE // metric.tokens.ids.shape[1]), run, fits=fits).T
+    return map_batches(len(metric), max(16, TOKENS_AT_ONCE // metric.tokens.ids.shape[1]), run, fits=fits).T

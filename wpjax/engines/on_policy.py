@@ -26,21 +26,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wpjax.behaviours import PromptBatch, Tokens
-from wpjax.components import Component, open_gates
-from wpjax.engines.engine import CELLS, Engine, Progress, part_key
+from wpjax.components import Component, open_units
+from wpjax.engines.engine import CELLS, Engine, part_key
 from wpjax.engines.exact import Changes, Chunk, Plan
 from wpjax.errors import MetricRejected
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import answer_of, answer_positions, decision_metric, trimmed, with_answers
 from wpjax.metrics.metric import Metric, Prepared, scores
-from wpjax.metrics.readouts import Kept, Readout
+from wpjax.metrics.readouts import Readout, TokensUnchanged
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation, generate
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize, patch
-from wpjax.runtime.batching import in_parts
-from wpjax.runtime.placement import Spread
+from wpjax.runtime.batching import map_batches
+from wpjax.runtime.placement import Placement
+from wpjax.runtime.progress import Progress
 from wpjax.runtime.shards import finished_part
 
 ANSWERS_AT_ONCE = 32
@@ -89,7 +90,7 @@ class Speech:
         chosen = np.where(here > 0, np.asarray(self.answers.tokens), 0)
         # Generation and replay round differently: what is nearer than this may fall either way.
         margin = 1e-3 if self.pair.base["embed"]["W_E"].dtype == jnp.float32 else 0.2
-        readout = Kept(jnp.asarray(chosen), margin)
+        readout = TokensUnchanged(jnp.asarray(chosen), margin)
         tokens = with_answers(prompts, self.answers)
         return Metric(tokens, jnp.asarray(at), jnp.asarray(here), readout, cfg.n_layers - 1, "kept words")
 
@@ -130,7 +131,7 @@ class OnPolicy:
 
         return Prepared(
             speech.metric,
-            felt_by=speech.kept,
+            reached_by=speech.kept,
             score=speech.score,
             make_engine=functools.partial(OnPolicyEngine, speech),
             chooses_too=decision,
@@ -144,7 +145,7 @@ def _anew(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
-    gates: Mapping[str, Array],
+    units: Mapping[str, Array],
     ids: Int[Array, "P T"],
     lengths: Int[Array, " P"],
     readout: Readout,
@@ -167,7 +168,7 @@ def _anew(
         score = Metric(tokens, at, weight, readout, layer, "on_policy")(cfg, params)
         return score[0], Generation(said.tokens[0], said.lengths[0])
 
-    return jax.vmap(one)(dict(gates), ids, lengths)
+    return jax.vmap(one)(dict(units), ids, lengths)
 
 
 class OnPolicyEngine(Engine):
@@ -179,6 +180,7 @@ class OnPolicyEngine(Engine):
         done: finished parts, extended.
         progress: called after every chunk.
         metric: along the base's words; None for that of `speech`.
+        placement: the devices that share every chunk; None for one.
         models: base and expert where they stand on the devices.
         words: the engine of the words; None for a new one.
     """
@@ -189,23 +191,29 @@ class OnPolicyEngine(Engine):
         chosen: Sequence[Component],
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
+        placement: Placement | None = None,
         metric: Metric | None = None,
         models: Mapping[str, Params] | None = None,
         words: Engine | None = None,
     ):
-        whole = Spread.local().whole
-        super().__init__(speech.pair, whole(metric or speech.metric), chosen, done, progress, models)
+        placement = Placement.single() if placement is None else placement
+        whole = placement.whole
+        super().__init__(speech.pair, whole(metric or speech.metric), chosen, done, progress, placement, models)
         self.speech, self.chosen = speech, chosen
         self.fits: dict[str, int] = {}
         if words is None:
-            words = Engine(speech.pair, whole(speech.kept), chosen, done, progress, self.models, with_flow=False)
+            words = Engine(
+                speech.pair, whole(speech.kept), chosen, done, progress, placement, self.models, with_flow=False
+            )
             words.models = self.models  # that of a null comes and goes
         self.words = words
         self.changed = np.full(len(chosen), np.nan)
 
     def beside(self, metric: Metric) -> Engine:
         """Along the same words."""
-        return OnPolicyEngine(self.speech, self.chosen, self.done, self.progress, metric, self.models, self.words)
+        return OnPolicyEngine(
+            self.speech, self.chosen, self.done, self.progress, self.placement, metric, self.models, self.words
+        )
 
     @property
     def targets(self) -> list[str]:
@@ -261,9 +269,9 @@ class OnPolicyEngine(Engine):
             return spoken, changed
         prompts, cell = self.speech.batch.with_instruction, CELLS[name]
         host, donor = self.models[cell.host], self.models[cell.donor]
-        masks = [open_gates(cfg, [c]) for c in chunk.components]
-        stacked = {gate: np.stack([mask[gate] for mask in masks]) for gate in masks[0]}
-        gates = {gate: value for gate, value in stacked.items() if value.any()}  # what is closed costs nothing
+        masks = [open_units(cfg, [c]) for c in chunk.components]
+        stacked = {unit: np.stack([mask[unit] for mask in masks]) for unit in masks[0]}
+        units = {unit: value for unit, value in stacked.items() if value.any()}  # what is closed costs nothing
 
         def run(rows: Int[np.ndarray, " N"]) -> tuple[Array, Generation]:
             c, b = where[rows].T
@@ -271,7 +279,7 @@ class OnPolicyEngine(Engine):
                 cfg,
                 host,
                 donor,
-                {gate: jnp.asarray(value[c]) for gate, value in gates.items()},
+                {unit: jnp.asarray(value[c]) for unit, value in units.items()},
                 jnp.asarray(prompts.ids[b]),
                 jnp.asarray(prompts.lengths[b]),
                 self.metric.readout,
@@ -281,7 +289,9 @@ class OnPolicyEngine(Engine):
             )
 
         rows = np.arange(-(-len(where) // ANSWERS_AT_ONCE) * ANSWERS_AT_ONCE) % len(where)  # one shape
-        score, said = in_parts(len(rows), ANSWERS_AT_ONCE, lambda some: run(rows[some]), what="answers", fits=self.fits)
+        score, said = map_batches(
+            len(rows), ANSWERS_AT_ONCE, lambda some: run(rows[some]), what="answers", fits=self.fits
+        )
         own = np.asarray(self.run(cell.host).score)
         for (c, b), f, tokens, n in zip(where, score, said.tokens, said.lengths, strict=False):
             if n != lengths[b] or (tokens[:n] != np.asarray(answers.tokens)[b, :n]).any():

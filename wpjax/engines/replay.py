@@ -32,7 +32,7 @@ from wpjax.engines.contributions import Rows, Run, Side, Written, layer_patch, l
 from wpjax.engines.memory import groups
 from wpjax.engines.packing import Packing
 from wpjax.metrics.metric import Metric, over_prompts
-from wpjax.metrics.readouts import Along
+from wpjax.metrics.readouts import Projection
 from wpjax.models.block import Block, LayerPass
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder, take_layer
@@ -74,7 +74,7 @@ def followed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing,
 
 def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
     """Gradient of the metric by the residual stream where it is read; of a projection, its direction times weight."""
-    if isinstance(metric.readout, Along):
+    if isinstance(metric.readout, Projection):
         return jnp.asarray(metric.weight)[..., None] * metric.readout.vector
 
     def one(b: Array) -> Float[Array, "R D"]:  # a vocabulary of logits takes its place for one prompt at a time

@@ -13,12 +13,14 @@ from jaxtyping import Bool, Float, Int
 
 from wpjax.columns import EFFECT
 from wpjax.components import Component
-from wpjax.engines.engine import Engine, Progress
-from wpjax.engines.exact import Plan, make_plan
+from wpjax.engines.engine import Engine
+from wpjax.engines.exact import Plan
 from wpjax.estimators.screens import output_linearised
 from wpjax.methods import Estimate, Method
 from wpjax.metrics.metric import Metric, Prepared
 from wpjax.pairs import Pair
+from wpjax.runtime.placement import Placement
+from wpjax.runtime.progress import Progress
 from wpjax.runtime.shards import finished_part
 
 
@@ -73,6 +75,7 @@ class Job:
     budget: int | None
     done: MutableMapping[str, np.ndarray]
     progress: Progress
+    placement: Placement
 
     @property
     def metric(self) -> Metric:
@@ -83,8 +86,8 @@ class Job:
     def engine(self) -> Engine:
         """What replaces components; the models go to the devices when it is first asked for."""
         if self.prepared.make_engine is not None:
-            return self.prepared.make_engine(self.components, self.done, self.progress)
-        return Engine(self.pair, self.metric, self.components, self.done, self.progress)
+            return self.prepared.make_engine(self.components, self.done, self.progress, self.placement)
+        return Engine(self.pair, self.metric, self.components, self.done, self.progress, self.placement)
 
     def estimate(self, estimate: Estimate) -> Float[np.ndarray, "C B"]:
         """What an estimate expects of each component on each prompt; kept among the finished parts."""
@@ -121,7 +124,7 @@ class Job:
             the patches that were made; changes of the metric by cell; and the flow of the weights' own cell, if that is
             among them.
         """
-        plan = make_plan(self.pair.cfg, [self.components[i] for i in positions], self.engine.packing, self.budget)
+        plan = self.engine.plan([self.components[i] for i in positions], self.budget)
         found = {cell: self.engine.changes(cell, plan) for cell in self.method.cells}
         return plan, {cell: delta for cell, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
 

@@ -16,7 +16,7 @@ the same expectation and leaves only what is not linear to chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -25,15 +25,16 @@ from jaxtyping import Bool, Float
 from scipy.sparse import csr_array
 from scipy.stats import norm
 
-from wpjax.components import Component, gate_positions, gate_shapes
+from wpjax.components import Component, unit_positions, unit_shapes
 from wpjax.engines.joint import scores_of_sets
 from wpjax.errors import WpjaxError
 from wpjax.estimators.job import Found, Job
-from wpjax.estimators.screens import by_component, gate_slopes
+from wpjax.estimators.screens import by_component, unit_slopes
 from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.patching import PatchMask
+from wpjax.runtime.progress import Progress, silent
 from wpjax.runtime.shards import finished_part
 
 SHARES = {"beta_low": 0.1, "banzhaf": 0.5, "beta_high": 0.9}
@@ -55,7 +56,7 @@ class MaskEstimate(NamedTuple):
     se: Float[np.ndarray, " C"]
 
 
-class Gates:
+class UnitMasks:
     """From sets of components to masks, many times.
 
     Args:
@@ -64,12 +65,12 @@ class Gates:
     """
 
     def __init__(self, cfg: ModelConfig, components: Sequence[Component]):
-        self.shapes = gate_shapes(cfg)
+        self.shapes = unit_shapes(cfg)
         sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
         self.ends = np.cumsum([0, *sizes])
         starts = dict(zip(self.shapes, self.ends.tolist(), strict=False))
         found = [
-            np.concatenate([starts[gate] + np.atleast_1d(at) for gate, at in gate_positions(cfg, c).items()])
+            np.concatenate([starts[unit] + np.atleast_1d(at) for unit, at in unit_positions(cfg, c).items()])
             for c in components
         ]
         rows = np.repeat(np.arange(len(found)), [len(f) for f in found])
@@ -77,12 +78,12 @@ class Gates:
         self.opens = csr_array((np.ones(len(rows), np.int32), (rows, np.concatenate(found))), shape=shape)
 
     def mask(self, weights: Float[np.ndarray, " C"] | Bool[np.ndarray, " C"]) -> PatchMask:
-        """The union of a set of components, or a float mask: of a gate that several open, the sum, at most 1."""
+        """The union of a set of components, or a float mask: of a unit that several open, the sum, at most 1."""
         flat = np.minimum(np.asarray(weights, np.float32) @ self.opens, 1.0)
         if np.asarray(weights).dtype == bool:
             flat = flat > 0
         parts = zip(self.shapes.items(), self.ends[:-1], self.ends[1:], strict=True)
-        return PatchMask({gate: jnp.asarray(flat[a:b].reshape(shape)) for (gate, shape), a, b in parts})
+        return PatchMask({unit: jnp.asarray(flat[a:b].reshape(shape)) for (unit, shape), a, b in parts})
 
 
 def draw(n_masks: int, n_components: int, p: float, seed: int) -> Bool[np.ndarray, "T C"]:
@@ -138,7 +139,7 @@ def random_masks(
     control: bool = True,
     budget: int | None = None,
     done: MutableMapping[str, np.ndarray] | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, i, n: None,
+    progress: Progress = silent,
 ) -> MaskEstimate:
     """Run the host under random sets of the donor's components, and say what each component does among them.
 
@@ -162,13 +163,13 @@ def random_masks(
     if not 0 < p < 1 or n_masks < 2:
         raise WpjaxError(f"p={p}, n_masks={n_masks}: p lies between 0 and 1, and it takes at least 2 sets")
     done = {} if done is None else done
-    gates, masks = Gates(cfg, components), draw(n_masks, len(components), p, seed)
+    units, masks = UnitMasks(cfg, components), draw(n_masks, len(components), p, seed)
     fits: dict[str, int] = {}
     for first in range(0, n_masks, MASKS_AT_ONCE):
         key = f"masks-{p:g}-{first}"
         if key not in done:
             some = masks[first : first + MASKS_AT_ONCE]
-            sets = [gates.mask(m) for m in some]
+            sets = [units.mask(m) for m in some]
             found = scores_of_sets(cfg, host, donor, sets, metric, budget=budget, fits=fits)
             done[key] = found.astype(np.float64)
         progress(f"random masks, p = {p:g}", min(first + MASKS_AT_ONCE, n_masks), n_masks)
@@ -181,8 +182,8 @@ def random_masks(
         raise WpjaxError("a random set gives scores that are not finite; check the checkpoints for NaN")
     slopes = None
     if control:
-        at = gates.mask(np.full(len(components), p, np.float32))
-        slopes = by_component(gate_slopes(cfg, host, donor, metric, at), components)
+        at = units.mask(np.full(len(components), p, np.float32))
+        slopes = by_component(unit_slopes(cfg, host, donor, metric, at), components)
     return estimate(masks, values, slopes)
 
 

@@ -29,6 +29,8 @@ from wpjax.estimators.job import Found, Job
 from wpjax.metrics.metric import Metric
 from wpjax.pairs import Pair
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.placement import Placement
+from wpjax.runtime.progress import Progress
 
 ROUNDS = 4
 MIN_QUERIES = 3
@@ -133,7 +135,8 @@ def race(
     seed: int = 0,
     budget: int | None = None,
     done: MutableMapping[str, np.ndarray],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
+    placement: Placement | None = None,
 ) -> Race:
     """Replace components in rounds until the k of largest effect of each kind are known, or the prompts are used up.
 
@@ -148,19 +151,21 @@ def race(
         budget: bytes for a chunk's activations; None to choose from the device.
         done: finished parts, extended.
         progress: called after every chunk.
+        placement: the devices that share every chunk; None for one.
     """
     kinds, rounds = [c.kind for c in components], rounds_of(queries, seed)
-    models, metric = placed(pair, metric)
+    placement = Placement.single() if placement is None else placement
+    models, metric = placed(placement, pair, metric)
     prompts = [np.flatnonzero(np.isin(queries, some)) for some in rounds]
     metrics = [metric.take(jnp.asarray(rows)) for rows in filled_up(prompts)]
     shape = common_shape(*metrics)
     delta = np.full((len(components), len(queries)), np.nan)
     packing = pack(metrics[0], shape)
-    plan = make_plan(pair.cfg, components, packing, budget, ROWS)  # of the first round; all take its rows
+    plan = make_plan(pair.cfg, components, packing, budget, ROWS, placement)  # of the first round; all take its rows
 
     def measure(number: int, here: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n q"]:
         running, some = [components[i] for i in here], prompts[number]
-        engine = Engine(pair, metrics[number], running, done, progress, models, with_flow=False, shape=shape)
+        engine = Engine(pair, metrics[number], running, done, progress, placement, models, with_flow=False, shape=shape)
         waiting = plan.with_chunks(cut(running, plan.rows))
         for chunk, changes, _ in engine.perform("exact", waiting, label=f"race-{number + 1}"):
             delta[np.ix_([here[engine.position[c]] for c in chunk.components], some)] = changes[:, : len(some)]
@@ -181,6 +186,7 @@ def run(job: Job) -> Found:
     raced = race(
         job.pair, job.metric, job.components, job.queries,
         top=job.top, confidence=job.confidence, seed=job.seed, budget=job.budget, done=job.done, progress=job.progress,
+        placement=job.placement,
     )  # fmt: skip
     plan, cells, flow = job.replace(raced.chosen)
     changes = {"race": raced.mean[:, None], EFFECT: cells["exact"]}

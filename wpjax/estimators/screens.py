@@ -15,7 +15,7 @@ the small models of the tests.
     integrated          int_0^1 dF/dm_c at m = alpha (1, ..., 1) d alpha               (arXiv 1703.01365)
 
 is another question: the average slope on the way from base to expert, where everything else moves too. Over all
-gates of the model it sums to F(expert) - F(base).
+units of the model it sums to F(expert) - F(base).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from wpjax.components import KINDS, MODEL_LAYER, Component, gates_of, indices
+from wpjax.components import KINDS, MODEL_LAYER, Component, indices, units_of
 from wpjax.engines.contributions import (
     HeadValues,
     LayerPatch,
@@ -58,7 +58,7 @@ from wpjax.patching import PatchMask, patch
 Screen = TypeVar("Screen", bound=Callable[..., np.ndarray])
 
 
-def zero_where_unfelt(screen: Screen) -> Screen:
+def zero_beyond_reach(screen: Screen) -> Screen:
     """A screen of any components: [C, B], 0 for those that the metric cannot feel."""
 
     @functools.wraps(screen)
@@ -117,9 +117,9 @@ def _by_head(z: HeadValues, at: LayerPatch, weights: Block, slopes: Slopes) -> F
     """What each head's new output does, through some weights' W_O."""
 
     def through(z: Float[Array, "1 S H Dh"], b: Block) -> Float[Array, "B H"]:
-        w_o, terms = jnp.moveaxis(b.attn.W_O.get_value(), -1, 0), b.attn.cfg.terms
+        w_o, splits = jnp.moveaxis(b.attn.W_O.get_value(), -1, 0), b.attn.cfg.activation_splits
         written = slopes.at[b.where_added(Site.ATTN_PROJ)]
-        return (slopes.spread(z) * project(written, w_o, terms=terms)).sum((1, 3))
+        return (slopes.spread(z) * project(written, w_o, splits=splits)).sum((1, 3))
 
     own = through(z.host, at.host.block) if slopes.heads is None else slopes.heads
     return (through(z.patched, weights) - own).T
@@ -132,7 +132,9 @@ def _kv_group_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "K B"]:
 
 def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
     def through(b: Block, x: Float[Array, "1 S D"]) -> Float[Array, "B F"]:
-        written = project(slopes.at[b.where_added(Site.MLP_PROJ)], b.mlp.W_out.get_value().T, terms=b.cfg.terms)
+        written = project(
+            slopes.at[b.where_added(Site.MLP_PROJ)], b.mlp.W_out.get_value().T, splits=b.cfg.activation_splits
+        )
         return (slopes.spread(b.mlp.neurons(x)) * written).sum(1)
 
     own = through(at.host.block, at.host.mlp_input) if slopes.neurons is None else slopes.neurons
@@ -268,19 +270,19 @@ def linearised_by_kind(
 
 @jax.numpy_dtype_promotion("standard")  # as above
 @functools.partial(jax.jit, static_argnames="cfg")
-def gate_gradient(
+def unit_gradient(
     cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: PatchMask
 ) -> dict[str, Float[Array, "B ..."]]:
-    """dF/dm of every gate, prompt by prompt, at a float mask."""
+    """dF/dm of every unit, prompt by prompt, at a float mask."""
 
     def score(mask: PatchMask, i: Array) -> Array:
         return metric.take(i[None])(cfg, patch(host, donor, mask))[0]
 
     slopes = jax.vmap(jax.grad(score), in_axes=(None, 0))(at, jnp.arange(len(metric)))
-    return dict(slopes.gates)
+    return dict(slopes.units)
 
 
-@zero_where_unfelt
+@zero_beyond_reach
 def output_linearised(
     cfg: ModelConfig,
     host: Params,
@@ -318,33 +320,33 @@ def output_linearised(
     return found
 
 
-@zero_where_unfelt
+@zero_beyond_reach
 def weight_gradient(
     cfg: ModelConfig, host: Params, donor: Params, components: Sequence[Component], metric: Metric
 ) -> Float[np.ndarray, "C B"]:
     """First-order change of the metric by each component, linear in its weights; arguments as above."""
-    return by_component(gate_slopes(cfg, host, donor, metric, 0.0), components)
+    return by_component(unit_slopes(cfg, host, donor, metric, 0.0), components)
 
 
-def gate_slopes(
+def unit_slopes(
     cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: float | PatchMask
 ) -> dict[str, Float[np.ndarray, "B ..."]]:
-    """dF/dm of every gate of the model, prompt by prompt.
+    """dF/dm of every unit of the model, prompt by prompt.
 
     Args:
         cfg: the model.
         host: parameters at m = 0.
         donor: parameters at m = 1.
         metric: what is measured.
-        at: a float mask, or one number for all its gates.
+        at: a float mask, or one number for all its units.
     """
     if not isinstance(at, PatchMask):
         value = jnp.asarray(at, jnp.float32)
-        at = jax.tree.map(lambda gate: gate + value, PatchMask.empty(cfg, jnp.float32))
-    return over_prompts(metric, lambda part: gate_gradient(cfg, host, donor, part, at), axis=0)
+        at = jax.tree.map(lambda unit: unit + value, PatchMask.empty(cfg, jnp.float32))
+    return over_prompts(metric, lambda part: unit_gradient(cfg, host, donor, part, at), axis=0)
 
 
-@zero_where_unfelt
+@zero_beyond_reach
 def integrated_gradients(
     cfg: ModelConfig,
     host: Params,
@@ -365,19 +367,19 @@ def integrated_gradients(
     """
     totals = np.zeros((len(components), len(metric)))
     for i in range(steps):
-        totals += by_component(gate_slopes(cfg, host, donor, metric, (i + 0.5) / steps), components)
+        totals += by_component(unit_slopes(cfg, host, donor, metric, (i + 0.5) / steps), components)
     return totals / steps
 
 
 def by_component(
-    by_gate: Mapping[str, Float[np.ndarray, "B ..."]], components: Sequence[Component]
+    by_unit: Mapping[str, Float[np.ndarray, "B ..."]], components: Sequence[Component]
 ) -> Float[np.ndarray, "C B"]:
-    """Figures of every gate, prompt by prompt, summed over the gates that each component opens."""
+    """Figures of every unit, prompt by prompt, summed over the units that each component opens."""
 
     def total(c: Component) -> Float[np.ndarray, " B"]:
         kind = KINDS[c.kind]
         parts = []
-        for figures in (by_gate[gate] for gate in gates_of(c) if gate in by_gate):
+        for figures in (by_unit[unit] for unit in units_of(c) if unit in by_unit):
             here = figures if c.layer == MODEL_LAYER else figures[:, c.layer]
             channel = here[:, c.index] if kind.opens == "channel" else here
             parts.append(channel.reshape(len(figures), -1).sum(1, dtype=np.float64))

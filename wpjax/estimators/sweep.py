@@ -7,13 +7,14 @@ import functools
 import time
 from collections.abc import Iterable, MutableMapping, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 from wpjax.behaviours import PromptBatch
 from wpjax.columns import EFFECT
 from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
-from wpjax.engines.engine import Engine, Progress
+from wpjax.engines.engine import Engine
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.estimators.dataset import Controls, make_dataset
 from wpjax.estimators.job import Found, Job
@@ -23,6 +24,8 @@ from wpjax.metrics.metric import Measure, Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.placement import Placement
+from wpjax.runtime.progress import Progress, silent
 
 DEFAULT_KINDS = ("head", "kv_group", "neuron")
 
@@ -43,8 +46,9 @@ def sweep(
     seed: int = 0,
     n_resamples: int = 1000,
     budget: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
     done: MutableMapping[str, np.ndarray] | None = None,
-    progress: Progress = lambda what, i, n: None,
+    progress: Progress = silent,
 ) -> SweepResult:
     """Measure how much of the gap between base and expert each component's weights recover.
 
@@ -56,7 +60,7 @@ def sweep(
         metric: what is measured: an anchor, or a metric made on this batch (`response_metric`, `decision_metric`,
             `kl_metric`), or an anchor along each model's own answer (`OnPolicy`, see `engines.on_policy`).
         given: both models are held at the expert's mean state on this anchor, and what comes after it is swept: which
-            components execute the behaviour (see `Anchor.give`)?
+            components execute the behaviour (see `Anchor.clamp_to`)?
         kinds: kinds of components to sweep, in all layers that the metric depends on.
         components: sweep these instead of whole kinds, by name or as `Component`s.
         method: how, by the name of an entry of `wpjax.methods`. "exact" replaces every component for real; "screen"
@@ -65,9 +69,9 @@ def sweep(
             "ig" is its average on the way from base to expert, "secant" the secant adjoint, whose scores sum to the
             gap; "race" replaces every component on a few prompts and only those that can still be among the `top` of
             their kind on more (see `estimators.race`); "masks" replaces random sets (see `estimators.masks`): what a
-            component does among few, half or most of the others; "activation" patches the expert's activations instead of its
-            weights, after attribution patching as the screen; "factorial" measures all cells of the 2x2 (source, relay,
-            interaction, see `estimators.factorial`) and the knock-out in the expert, for the `top` ones of both
+            component does among few, half or most of the others; "activation" patches the expert's activations instead
+            of its weights, after attribution patching as the screen; "factorial" measures all cells of the 2x2 (source,
+            relay, interaction, see `estimators.factorial`) and the knock-out in the expert, for the `top` ones of both
             screens.
         top: how many of each kind are replaced after a screen, chosen by its magnitude (on-policy, as many again by
             that of the decision score's, where words may change); k of a race.
@@ -77,6 +81,7 @@ def sweep(
         seed: of resampling, sign flips, shams, nulls and random sets.
         n_resamples: bootstrap samples of the intervals.
         budget: bytes for a chunk's activations; None to choose from the device.
+        devices: that share every chunk of patches; None for all of this process.
         done: finished parts of an earlier attempt, extended as the sweep goes on (see `results.Shards`).
         progress: called as work gets done.
 
@@ -102,10 +107,10 @@ def sweep(
         )
     if given is not None:
         given.check_belongs(pair)
-        held = given.give(pair, batch, prepared.metric)
+        held = given.clamp_to(pair, batch, prepared.metric)
         attributes = {**prepared.attributes, "anchor_acceptance": given.acceptance}
         prepared = dataclasses.replace(prepared, metric=held, attributes=attributes)
-    swept = _swept_components(pair, prepared.felt_by or prepared.metric, kinds, components)
+    swept = _swept_components(pair, prepared.reached_by or prepared.metric, kinds, components)
     read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
     gap = (expert_score - base_score).astype(np.float64)
@@ -113,7 +118,7 @@ def sweep(
     job = Job(
         chosen_method, pair, prepared, swept, batch.queries, gap,
         top=top, stratum=stratum, confidence=confidence, n_masks=n_masks, seed=seed, budget=budget,
-        done={} if done is None else done, progress=progress,
+        done={} if done is None else done, progress=progress, placement=Placement.on(devices),
     )  # fmt: skip
     found: Found = chosen_method.run(job)
     dataset = make_dataset(job, batch, found, _controls(job, found), n_resamples)

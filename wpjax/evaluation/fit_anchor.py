@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import jax
@@ -21,7 +21,8 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
-from wpjax.runtime.batching import in_parts
+from wpjax.runtime.batching import map_batches
+from wpjax.runtime.progress import Progress, silent
 from wpjax.stats import mean_interval, resample
 
 Causal: TypeAlias = Literal["require", "report", "skip"]
@@ -43,7 +44,7 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
     def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "L N D"]:
         return _mean_states(cfg, params, *(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight)))
 
-    return in_parts(len(at), batch_size, run, axis=1)
+    return map_batches(len(at), batch_size, run, axis=1)
 
 
 def split_half_cosine(
@@ -70,15 +71,15 @@ def fit_anchor(
     n_steered: int = 64,
     max_new_tokens: int = 32,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Anchor:
     """Fit a direction at every layer, measure its gap on other queries, try it causally, and choose the layer.
 
     First by projections: the split-half cosine must be at least `MIN_STABILITY`, and gap and specific gap positive
     with their whole intervals. Of the layers that pass, the `N_CANDIDATES` whose specific gap is largest against its
     spread over prompts are steered along (see `evaluation.steering`): the direction must bring the behaviour into the
-    base and its removal take it from the expert, each more than a random direction does, by the checker. The layer where
-    gain times loss is largest is chosen. The last sixth of the layers is not considered: there the stream at the
+    base and its removal take it from the expert, each more than a random direction does, by the checker. The layer
+    where gain times loss is largest is chosen. The last sixth of the layers is not considered: there the stream at the
     last prompt token already holds the first token of the answer. These rules are our choice; the paper's are not
     known.
 

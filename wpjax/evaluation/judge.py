@@ -14,7 +14,7 @@ from wpjax.metrics.answers import answer_metric
 from wpjax.metrics.metric import scores
 from wpjax.models.decoder import Params
 from wpjax.models.edits import ClampTo, Edit
-from wpjax.models.generate import Generation, generate_in_parts
+from wpjax.models.generate import Generation, generate_batched
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.stats import mean_interval, resample
@@ -44,7 +44,7 @@ class Judge:
         prompts, stop = self.batch.with_instruction, self.pair.stop_tokens
         start = jnp.asarray(prompts.last)
         edits = () if clamp is None else (Edit(Site.RESID_POST, clamp, jnp.asarray(layer), start),)
-        return generate_in_parts(self.pair.cfg, params, *prompts, stop, self.max_new_tokens, edits=edits)
+        return generate_batched(self.pair.cfg, params, *prompts, stop, self.max_new_tokens, edits=edits)
 
     def texts(self, answers: Generation) -> list[str]:
         """Answers as text."""

@@ -23,6 +23,7 @@ from wpjax.metrics.anchor import MAX_EXCESS_NLL, SteeringTest
 from wpjax.models.decoder import Params
 from wpjax.models.edits import ClampTo
 from wpjax.models.generate import Generation
+from wpjax.runtime.progress import Progress, silent
 from wpjax.stats import Resamples, mean_interval, resample
 
 STRENGTHS = (1.0, 1.5, 2.0)
@@ -38,7 +39,7 @@ def steering_tests(
     *,
     n_random: int = 2,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> list[SteeringTest]:
     """Both causal tests of the direction at some layers.
 

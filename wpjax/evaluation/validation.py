@@ -38,6 +38,7 @@ from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.curves import CHECKS, DIMS, DIRECTIONS, SCHEMA, Curves
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.progress import Progress, silent
 from wpjax.runtime.shards import finished_part
 
 
@@ -169,7 +170,7 @@ def validate(
     max_new_tokens: int = 32,
     seed: int = 0,
     done: MutableMapping[str, np.ndarray] | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, i, n: None,
+    progress: Progress = silent,
 ) -> Curves:
     """Restoration and knock-out curves of a sweep's ranking, with three controls at equal numbers of parameters.
 

@@ -29,7 +29,7 @@ from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.metrics.answers import answer_of, answer_positions, with_answers
 from wpjax.metrics.metric import Metric, Prepared, scores
-from wpjax.metrics.readouts import Along
+from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.edits import ClampTo, Edit
@@ -217,7 +217,7 @@ class Anchor:
             )
         prompts = batch.with_instruction if isinstance(batch, PromptBatch) else batch
         tokens, at, weight = read_at(prompts, answers)
-        return Metric(tokens, jnp.asarray(at), jnp.asarray(weight), Along(self.vector), self.layer, "anchor")
+        return Metric(tokens, jnp.asarray(at), jnp.asarray(weight), Projection(self.vector), self.layer, "anchor")
 
     def metric(self, pair: Pair, batch: PromptBatch) -> Metric:
         """F on some prompts, on the expert's answers to them if that is where the anchor is read."""
@@ -259,7 +259,7 @@ class Anchor:
         """
         return self.on(batch, answers)(cfg, params)
 
-    def give(self, pair: Pair, batch: PromptBatch, metric: Metric) -> Metric:
+    def clamp_to(self, pair: Pair, batch: PromptBatch, metric: Metric) -> Metric:
         """A metric of models that are given the anchor's state: what comes after it executes the behaviour.
 
         From the last prompt token on, the stream after the anchor's layer is held at the expert's mean score:

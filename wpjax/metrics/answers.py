@@ -18,9 +18,9 @@ from wpjax.metrics.metric import Metric, over_prompts
 from wpjax.metrics.readouts import Divergence, LogOdds, LogProb
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder, forward
-from wpjax.models.generate import Generation, generate_in_parts
+from wpjax.models.generate import Generation, generate_batched
 from wpjax.pairs import Pair
-from wpjax.runtime.batching import in_parts
+from wpjax.runtime.batching import map_batches
 
 
 def with_answers(tokens: Tokens, answers: Generation) -> Tokens:
@@ -58,7 +58,7 @@ def answer_of(pair: Pair, params: Params, tokens: Tokens, max_new_tokens: int = 
     Raises:
         WpjaxError: prompts and answers would outgrow the context.
     """
-    return generate_in_parts(pair.cfg, params, *tokens, pair.stop_tokens, max_new_tokens, batch_size)
+    return generate_batched(pair.cfg, params, *tokens, pair.stop_tokens, max_new_tokens, batch_size)
 
 
 def response_metric(
@@ -162,4 +162,4 @@ def _base_choices(pair: Pair, tokens: Tokens, at: np.ndarray, batch_size: int = 
     def run(rows: Int[np.ndarray, " N"]) -> Int[Array, "N S"]:
         return _choices(pair.cfg, pair.base, jnp.asarray(tokens.ids[rows]), jnp.asarray(at[rows]))
 
-    return in_parts(len(at), batch_size, run)
+    return map_batches(len(at), batch_size, run)

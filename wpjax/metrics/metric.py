@@ -11,7 +11,8 @@ The last three are ours (docs/method.md, "What the model says"): they reach past
 components after it count too.
 All are differentiable, and every sweep and screen takes any of them. The anchor read along a model's own answer is
 one of them along given answers only, `Anchor.on(batch, answers)`: what is said depends on the patch.
-`engines.on_policy` measures that. A metric that agrees is not yet a behaviour: only a checker on generated text says that.
+`engines.on_policy` measures that. A metric that agrees is not yet a behaviour: only a checker on generated text says
+that.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from wpjax.models.edits import Edit
 from wpjax.models.secant import Value
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
-from wpjax.runtime.batching import in_parts
+from wpjax.runtime.batching import map_batches
 from wpjax.stats import mean_interval, resample
 
 
@@ -77,7 +78,7 @@ class Metric:
     def __call__(self, cfg: ModelConfig, params: Params) -> Float[Value, " B"]:
         """F of each prompt; pure, so it composes with `jit`, `vmap` and `grad`. `params` may hold `Blend`s.
 
-        Of `patching.secant_patch` it is a `Secant`: F of base and expert, and its change, linear in the gates.
+        Of `patching.secant_patch` it is a `Secant`: F of base and expert, and its change, linear in the units.
 
         Raises:
             WpjaxError: a layer that the model does not have, or tokens beyond its context.
@@ -139,8 +140,8 @@ PROMPTS_AT_ONCE = 16
 
 
 def over_prompts(metric: Metric, run: Callable[[Metric], Any], axis: int = 0) -> Any:
-    """Run something on a metric of a few prompts at a time; see `in_parts`."""
-    return in_parts(len(metric), PROMPTS_AT_ONCE, lambda rows: run(metric.take(jnp.asarray(rows))), axis)
+    """Run something on a metric of a few prompts at a time; see `map_batches`."""
+    return map_batches(len(metric), PROMPTS_AT_ONCE, lambda rows: run(metric.take(jnp.asarray(rows))), axis)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -181,7 +182,7 @@ def joint_scores(cfg: ModelConfig, params: Params, metrics: Sequence[Metric]) ->
         def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "N M"]:
             return _joint_scores(cfg, params, tuple(m.take(jnp.asarray(rows)) for m in some))
 
-        found = dict(zip(joint, in_parts(len(longest), PROMPTS_AT_ONCE, run).T, strict=True))
+        found = dict(zip(joint, map_batches(len(longest), PROMPTS_AT_ONCE, run).T, strict=True))
     return np.stack([found[i] if i in found else scores(cfg, params, m) for i, m in enumerate(metrics)])
 
 
@@ -211,10 +212,10 @@ class Prepared:
 
     Attributes:
         metric: what is read, along fixed words.
-        felt_by: a metric that is changed by all components that count (see `Metric.reaches`), if `metric` is not.
+        reached_by: a metric that is changed by all components that count (see `Metric.reaches`), if `metric` is not.
         score: a function of a model's parameters that returns F of each prompt, [B]; None: `metric` along its words.
-        make_engine: a function of (components, finished parts, progress) that returns the engine which replaces
-            components (see `engines.engine`); None: that of fixed words.
+        make_engine: a function of (components, finished parts, progress, placement) that returns the engine which
+            replaces components (see `engines.engine`); None: that of fixed words.
         chooses_too: a function that returns one more metric whose first-order effects choose what is replaced after a
             screen, or None; None: there is none.
         columns: variables that the result has of it: dimension and values by name.
@@ -222,7 +223,7 @@ class Prepared:
     """
 
     metric: Metric
-    felt_by: Metric | None = None
+    reached_by: Metric | None = None
     score: Callable[[Params], Float[np.ndarray, " B"]] | None = None
     make_engine: Callable[..., Any] | None = None
     chooses_too: Callable[[], Metric | None] | None = None

@@ -39,7 +39,7 @@ class Readout(Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Along:
+class Projection:
     """Projection on a direction, in full float32 on every device.
 
     Attributes:
@@ -57,7 +57,7 @@ class Along:
         """<r, v>, in the units of the residual stream."""
         return ops.linear(lambda a: jnp.matmul(a, self.vector, precision=jax.lax.Precision.HIGHEST), resid)
 
-    def take(self, rows: Int[Array, " N"]) -> Along:
+    def take(self, rows: Int[Array, " N"]) -> Projection:
         """The same for every prompt."""
         return self
 
@@ -117,7 +117,7 @@ class LogOdds:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens"], meta_fields=["margin"])
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class TokensUnchanged:
     """Whether a token is surely the first choice; without a slope.
 
     Attributes:
@@ -140,9 +140,9 @@ class Kept:
         best, other = (jnp.where(some, logits, -jnp.inf).max(-1) for some in (mine, ~mine))
         return (best > other + self.margin).astype(jnp.float32)
 
-    def take(self, rows: Int[Array, " N"]) -> Kept:
+    def take(self, rows: Int[Array, " N"]) -> TokensUnchanged:
         """The tokens of some prompts."""
-        return Kept(self.tokens[rows], self.margin)
+        return TokensUnchanged(self.tokens[rows], self.margin)
 
 
 @jax.tree_util.register_dataclass

@@ -61,8 +61,8 @@ class ModelConfig:
         logit_softcap: bound on logits, likewise.
         embed_scale: factor of embedded tokens.
         tied: whether the unembedding is the embedding transposed.
-        terms: bfloat16 numbers, 1 or 2, that each activation is written as where it meets a bfloat16 weight: the
-            product in 8 bits of it or, for twice the operations, in 16. Of no effect on float32.
+        activation_splits: bfloat16 numbers, 1 or 2, that each activation is written as where it meets a bfloat16
+            weight: the product in 8 bits of it or, for twice the operations, in 16. Of no effect on float32.
     """
 
     family: str
@@ -91,7 +91,9 @@ class ModelConfig:
     logit_softcap: float | None = None
     embed_scale: float = 1.0
     tied: bool = False
-    terms: int = dataclasses.field(default=1, repr=False)  # how it is run, not what it is: in no fingerprint
+    activation_splits: int = dataclasses.field(
+        default=1, repr=False
+    )  # how it is run, not what it is: in no fingerprint
 
     @property
     def score_scale(self) -> float:

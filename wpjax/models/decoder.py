@@ -59,8 +59,8 @@ class Decoder(nnx.Module):
         """Next-token logits from the residual stream after the last layer."""
         x = self.final_norm(resid)
         if self.cfg.tied:
-            transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())  # a tied gate is a scalar
-            return self._capped(project(x, transposed, terms=self.cfg.terms))
+            transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())  # a tied unit is a scalar
+            return self._capped(project(x, transposed, splits=self.cfg.activation_splits))
         return self._capped(self.unembed(x))
 
     def log_odds(

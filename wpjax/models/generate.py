@@ -16,7 +16,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder
 from wpjax.models.edits import Edit
 from wpjax.models.layouts import Cached, Causal
-from wpjax.runtime.batching import in_parts
+from wpjax.runtime.batching import map_batches
 
 
 class Generation(NamedTuple):
@@ -116,7 +116,7 @@ def generate(
     return Generation(out, n_new)
 
 
-def generate_in_parts(
+def generate_batched(
     cfg: ModelConfig,
     params: Params,
     tokens: Int[np.ndarray | Array, "B T"],
@@ -141,4 +141,4 @@ def generate_in_parts(
             edits=tuple(edit.take(rows) for edit in edits),
         )
 
-    return in_parts(len(tokens), batch_size, run)
+    return map_batches(len(tokens), batch_size, run)

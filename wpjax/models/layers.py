@@ -88,21 +88,21 @@ class Attention(nnx.Module):
 
     def queries(self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"]) -> Float[Value, "B T H Dh"]:
         """Rotated queries of every head."""
-        q = project(x, _leaf(self.W_Q), terms=self.cfg.terms)
+        q = project(x, _leaf(self.W_Q), splits=self.cfg.activation_splits)
         if self.cfg.qkv_bias:
             q = q + resolve(_leaf(self.b_Q))
         return rotate(self.cfg, q, positions) if self.cfg.rope else q
 
     def keys(self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"]) -> Float[Value, "B T K Dh"]:
         """Rotated keys of every KV head."""
-        k = project(x, _leaf(self.W_K), terms=self.cfg.terms)
+        k = project(x, _leaf(self.W_K), splits=self.cfg.activation_splits)
         if self.cfg.qkv_bias:
             k = k + resolve(_leaf(self.b_K))
         return rotate(self.cfg, k, positions) if self.cfg.rope else k
 
     def values(self, x: Float[Value, "B T D"]) -> Float[Value, "B T K Dh"]:
         """Values of every KV head."""
-        v = project(x, _leaf(self.W_V), terms=self.cfg.terms)
+        v = project(x, _leaf(self.W_V), splits=self.cfg.activation_splits)
         return v + resolve(_leaf(self.b_V)) if self.cfg.qkv_bias else v
 
     @jax.named_scope("attention")
@@ -114,13 +114,13 @@ class Attention(nnx.Module):
         seen: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Value, "B T H Dh"]:
         """Attend; see `ops.attention`."""
-        dtype = jnp.float32 if self.cfg.terms > 1 else _leaf(self.W_O).dtype
+        dtype = jnp.float32 if self.cfg.activation_splits > 1 else _leaf(self.W_O).dtype
         return ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, dtype)
 
     @jax.named_scope("attn_proj")
     def out(self, z: Float[Value, "*n H Dh"]) -> Float[Value, "*n D"]:
         """What the heads write together, bias included."""
-        o = project(z, _leaf(self.W_O), n_in=2, terms=self.cfg.terms)
+        o = project(z, _leaf(self.W_O), n_in=2, splits=self.cfg.activation_splits)
         return o + resolve(_leaf(self.b_O)) if self.cfg.out_bias else o
 
 
@@ -143,19 +143,19 @@ class MLP(nnx.Module):
     def neurons(self, x: Float[Value, "*n D"], of: Callable[[Leaf], Leaf] = lambda leaf: leaf) -> Float[Value, "*n F"]:
         """Activations: act(x W_gate) * (x W_in), or act(x W_in); `of` picks what each weight is taken to be."""
         act = activation(self.cfg)
-        inner = project(x, of(_leaf(self.W_in)), terms=self.cfg.terms)
+        inner = project(x, of(_leaf(self.W_in)), splits=self.cfg.activation_splits)
         if self.cfg.mlp_bias:
             inner = inner + resolve(of(_leaf(self.b_in)))
         if not self.cfg.gated:
             return ops.elementwise(act, inner)
-        gate = project(x, of(_leaf(self.W_gate)), terms=self.cfg.terms)
+        gate = project(x, of(_leaf(self.W_gate)), splits=self.cfg.activation_splits)
         if self.cfg.mlp_bias:
             gate = gate + resolve(of(_leaf(self.b_gate)))
         return ops.elementwise(act, gate) * inner
 
     def out(self, a: Float[Value, "*n F"]) -> Float[Value, "*n D"]:
         """What the neurons write together, bias included."""
-        return self._biased(project(a, _leaf(self.W_out), terms=self.cfg.terms))
+        return self._biased(project(a, _leaf(self.W_out), splits=self.cfg.activation_splits))
 
     def _biased(self, o: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
         return o + resolve(_leaf(self.b_out)) if self.cfg.mlp_bias else o
@@ -163,13 +163,13 @@ class MLP(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
         """What the neurons write together, from what the MLP reads."""
-        w, terms = _leaf(self.W_out), self.cfg.terms
-        if isinstance(w, Blend) and w.gate.dtype == jnp.bool_:
+        w, splits = _leaf(self.W_out), self.cfg.activation_splits
+        if isinstance(w, Blend) and w.mask.dtype == jnp.bool_:
             # All weights of a neuron are the host's or the donor's, so that nothing is chosen before it writes.
             ours = self.neurons(x, base_of)
             o = w.by_extent(
-                lambda: project(ours, w.base, terms=terms),
-                lambda form: project_both(ours, self.neurons(x, lambda w: expert_of(form(w))), form(w), terms=terms),
+                lambda: project(ours, w.base, splits=splits),
+                lambda form: project_both(ours, self.neurons(x, lambda w: expert_of(form(w))), form(w), splits=splits),
             )
             return self._biased(o)
         return self.out(self.neurons(x))
@@ -201,4 +201,4 @@ class Unembed(nnx.Module):
 
     def __call__(self, x: Float[Value, "*n D"]) -> Float[Value, "*n V"]:
         """Logits of a normed residual stream."""
-        return project(x, _leaf(self.W_U), terms=self.cfg.terms)
+        return project(x, _leaf(self.W_U), splits=self.cfg.activation_splits)

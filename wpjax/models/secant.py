@@ -1,4 +1,4 @@
-"""Secant values: a quantity in base and expert, and its change, which is linear in the gates of a patch.
+"""Secant values: a quantity in base and expert, and its change, which is linear in the masks of a patch.
 
 A gradient is the slope at the base. Here every operation has its slope *between* base and expert instead, so that the
 change of its output is exactly linear in the changes of its inputs and weights:
@@ -8,7 +8,7 @@ change of its output is exactly linear in the changes of its inputs and weights:
     (q)^-1/2     ds = -s_B^2 s_E^2 / (s_B + s_E) dq,   s = q^-1/2            of norms
     softmax      dp = L (ds - dlogZ),  L = (p_E - p_B) / (log p_E - log p_B),  dlogZ = sum L ds / sum L
 
-Each change of a weight enters multiplied by its gate. With all gates at 1 the change of the output is
+Each change of a weight enters multiplied by its mask. With all masks at 1 the change of the output is
 F(expert) - F(base) without any remainder (docs/method.md, "Path estimators"; ours).
 
 The forward pass knows nothing of this. Where the weights are `SecantWeight`s the residual stream is a `Secant`, and the
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from wpjax.models.leaves import CustomLeaf, Gate, contract, take_rows
+from wpjax.models.leaves import CustomLeaf, Mask, contract, take_rows
 
 NEAR = 1e-3
 """Two values nearer than this have the tangent halfway as their secant: the quotient would be rounding."""
@@ -41,7 +41,7 @@ class Secant:
     Attributes:
         base: its value in the base.
         expert: its value in the expert.
-        change: linear in the gates; `expert - base` where all gates are 1.
+        change: linear in the masks; `expert - base` where all masks are 1.
     """
 
     base: Array
@@ -123,18 +123,18 @@ else:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SecantWeight(CustomLeaf):
-    """A weight of base and expert whose change is multiplied by a gate; what it makes is a `Secant`.
+    """A weight of base and expert whose change is multiplied by a mask; what it makes is a `Secant`.
 
     Attributes:
         base: the weight of the base.
         expert: the weight of the expert.
-        gate: float, shape [] or [n] for the n channels of `axis`.
-        axis: axis of one layer's weight that the gate runs along (static); None where the gate is a scalar.
+        mask: float, shape [] or [n] for the n channels of `axis`.
+        axis: axis of one layer's weight that the mask runs along (static); None where the mask is a scalar.
     """
 
     base: Array
     expert: Array
-    gate: Gate
+    mask: Mask
     axis: int | None = dataclasses.field(metadata={"static": True})
 
     @property
@@ -149,28 +149,28 @@ class SecantWeight(CustomLeaf):
     def resolve(self) -> Secant:
         """The weight itself, for small ones: no matrix."""
         ours, theirs = self._float32
-        gate = self.gate
+        mask = self.mask
         if self.axis is not None:
-            gate = gate.reshape(gate.shape + (1,) * (ours.ndim - self.axis - 1))
-        return Secant(ours, theirs, gate * (theirs - ours))
+            mask = mask.reshape(mask.shape + (1,) * (ours.ndim - self.axis - 1))
+        return Secant(ours, theirs, mask * (theirs - ours))
 
     def lookup(self, ids: Int[Array, "..."], axis: int) -> Secant:
-        """Rows, or columns; all of them have one gate."""
+        """Rows, or columns; all of them have one mask."""
         ours, theirs = (take_rows(w, ids, axis) for w in (self.base, self.expert))
-        return Secant(ours, theirs, self.gate * (theirs - ours))
+        return Secant(ours, theirs, self.mask * (theirs - ours))
 
-    def project(self, x: Value, n_in: int, terms: int) -> Secant:
-        """x W; the gate is applied to the input or to the output, so that no gated matrix is formed."""
+    def project(self, x: Value, n_in: int, splits: int) -> Secant:
+        """x W; the mask is applied to the input or to the output, so that no masked matrix is formed."""
         way = x if isinstance(x, Secant) else Secant(x, x, jnp.zeros_like(x))
         ours, theirs = self._float32
         middle, task_vector = (ours + theirs) / 2, theirs - ours
-        if self.axis is not None and self.axis < n_in:  # gated inputs
+        if self.axis is not None and self.axis < n_in:  # masked inputs
             trail = n_in - self.axis - 1  # axes of x after the gated one
-            gated = way.middle * self.gate.reshape(self.gate.shape + (1,) * trail)
-            own = contract(gated, task_vector, n_in)
+            masked = way.middle * self.mask.reshape(self.mask.shape + (1,) * trail)
+            own = contract(masked, task_vector, n_in)
         else:
             trail = 0 if self.axis is None else ours.ndim - self.axis - 1
-            own = contract(way.middle, task_vector, n_in) * self.gate.reshape(self.gate.shape + (1,) * trail)
+            own = contract(way.middle, task_vector, n_in) * self.mask.reshape(self.mask.shape + (1,) * trail)
         change = contract(way.change, middle, n_in) + own
         return Secant(contract(way.base, ours, n_in), contract(way.expert, theirs, n_in), change)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 
-def in_parts(
+def map_batches(
     n: int,
     at_once: int,
     run: Callable[[np.ndarray], Any],

@@ -1,12 +1,13 @@
-"""Patches over the devices of a process: each device holds both models and runs an equal share of every chunk.
+"""Where arrays stand: patches over the devices of a mesh, each device with both models.
 
-Nothing is exchanged on the way: a patch is independent of all others, so only its changes come back. A model that does
-not fit one device is not served by this.
+Nothing is exchanged on the way: a patch is independent of all others, so only its changes come back. How a parameter
+would be cut over a mesh follows from its logical axes (`models.parameters`): see `partition`. A model that does not fit
+one device is not swept yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -15,22 +16,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
-WHOLE, SPLIT = PartitionSpec(), PartitionSpec("patch")
+PATCHES = "patch"
+"""Name of the mesh axis that patches are divided along."""
+
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec(PATCHES)
 
 
-class Spread(NamedTuple):
-    """Places a sweep's arrays: copied to every device of this process, or divided among them; one device keeps them.
+class Placement(NamedTuple):
+    """Places a sweep's arrays: copied to every device of a mesh, or divided among them; one device keeps them.
 
     Attributes:
-        mesh: the devices of this process along one axis.
+        mesh: devices along the axis `PATCHES`.
     """
 
     mesh: Mesh
 
     @classmethod
-    def local(cls) -> Spread:
-        """Over all devices of this process."""
-        return cls(Mesh(jax.local_devices(), ("patch",)))
+    def on(cls, devices: Sequence[jax.Device] | None = None) -> Placement:
+        """Over some devices; None for all of this process.
+
+        >>> Placement.on(jax.local_devices()[:1]).n_devices
+        1
+        """
+        return cls(Mesh(jax.local_devices() if devices is None else list(devices), (PATCHES,)))
+
+    @classmethod
+    def single(cls) -> Placement:
+        """On one device, the first of this process."""
+        return cls.on(jax.local_devices()[:1])
 
     @property
     def n_devices(self) -> int:
@@ -59,3 +72,16 @@ class Spread(NamedTuple):
         """
         specs = (WHOLE,) * n_whole + (SPLIT,) * n_split
         return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
+
+
+def partition(axes: Sequence[str], rules: Mapping[str, str]) -> PartitionSpec:
+    """How an array with named axes is cut over a mesh.
+
+    Args:
+        axes: logical names, such as `models.parameters.PARAMETERS[path].axes`; "layer" comes first in stacked leaves.
+        rules: logical axis -> mesh axis; axes that are not in it are whole on every device.
+
+    >>> partition(("layer", "d_model", "head", "d_head"), {"head": "model"})
+    PartitionSpec(None, None, 'model', None)
+    """
+    return PartitionSpec(*(rules.get(axis) for axis in axes))
