@@ -12,13 +12,14 @@ from wpjax.components import KINDS, MODEL_LAYER, Component, enumerate_components
 from wpjax.engines.reference import reference_changes
 from wpjax.errors import MetricRejected, WpjaxError
 from wpjax.estimators.screens import output_linearised, weight_gradient
-from wpjax.metrics.answers import ANSWER_METRICS, decision_metric, response_metric
+from wpjax.methods.metrics import answer_metrics
+from wpjax.metrics.answers import decision_metric, response_metric
 from wpjax.metrics.metric import expect_positive_gap, joint_scores, scores
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask, patch
 
 N_NEW = 5
-METRICS = ANSWER_METRICS
+METRICS = answer_metrics()
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "gpt2-untied"])
@@ -155,7 +156,7 @@ def test_a_decision_needs_models_that_part(pair, batch):
 def test_several_metrics_read_from_one_pass_are_those_of_their_own(pair, batch):
     """Metrics of other tokens, and those given a state, have a pass of their own."""
     anchor = make_anchor(pair, 1)
-    answers = (make(pair, batch, N_NEW) for make in ANSWER_METRICS.values())
+    answers = (make(pair, batch, N_NEW) for make in answer_metrics().values())
     shifted = batch.with_instruction._replace(ids=(batch.with_instruction.ids + 1) % 61)
     given = anchor.clamp_to(pair, batch, response_metric(pair, batch, 2))
     metrics = [anchor.on(batch), *answers, anchor.on(shifted), given]

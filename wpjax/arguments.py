@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.methods import check_method, described, methods
+from wpjax.methods.metrics import check_metric, metric_entries, metrics_described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,10 @@ def _method_names() -> tuple[str, ...]:
     return tuple(method.name for method in methods())
 
 
+def _metric_names() -> tuple[str, ...]:
+    return tuple(entry.name for entry in metric_entries())
+
+
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
     """The arguments of a study: of one sweep from its models to its file. What each is for stands in its `Setting`.
@@ -126,13 +131,8 @@ class SweepConfig:
     checker: Checker = None
     anchor: Annotated[Path | None, Setting("From `wpjax anchor`; fitted if absent.")] = None
     metric: Annotated[
-        Literal["anchor", "response", "decision", "kl", "on_policy"],
-        Setting(
-            "anchor: has the control state formed? response: log-probability of the expert's own answer. "
-            "decision: log-odds where base and expert first part ways. kl: divergence from the expert along its "
-            "answer. on_policy: the anchor along each patched model's own answer. All but the first count components "
-            "after the anchor too."
-        ),
+        str,
+        Setting(metrics_described, choices=_metric_names),
     ] = "anchor"
     given_anchor: Annotated[
         Path | None,
@@ -198,7 +198,7 @@ class SweepConfig:
     @property
     def reads_anchor(self) -> bool:
         """Whether an anchor is what is measured."""
-        return self.metric in ("anchor", "on_policy")
+        return check_metric(self.metric).reads_anchor
 
     @property
     def of_sweep(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class SweepConfig:
                 raise OutputError(f"--profile {self.profile} exists; name a new folder")
             check_output(self.profile)
         check_values(self)
-        check_method(self.method, self.metric != "on_policy")
+        check_method(self.method, check_metric(self.metric).has_fixed_words)
         if self.anchor is not None and not self.reads_anchor:
             raise WpjaxError(
                 f"--anchor {self.anchor} goes with --metric anchor or on_policy, not with --metric {self.metric}; "

@@ -23,8 +23,9 @@ from wpjax.estimators.sets import add_set_score
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import ANSWER_METRICS, decision_metric
+from wpjax.metrics.answers import decision_metric
 from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
@@ -122,18 +123,18 @@ def parts_folder(out: Path) -> Path:
 
 
 def _measured(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, progress: Progress) -> Measured:
-    own, differs = None, ""
-    if config.metric != "anchor":  # an anchor has causal tests of its own
+    own, differs, entry = None, "", check_metric(config.metric)
+    if not (entry.reads_anchor and entry.has_fixed_words):  # an anchor has causal tests of its own
         own, differs = _differing(config, pair, task, batch)
-    if config.reads_anchor:
+    if entry.make is None:
         anchor = Anchor.load(config.anchor) if config.anchor else _fitted(config, pair, task, progress)
         anchor.check_belongs(pair)
-        measure = anchor if config.metric == "anchor" else OnPolicy(anchor, config.max_new_tokens)
+        measure = anchor if entry.has_fixed_words else OnPolicy(anchor, config.max_new_tokens)
         return Measured(measure, anchor.metric(pair, batch), None, differs)
     given = None if config.given_anchor is None else Anchor.load(config.given_anchor)
     if given is not None:
         given.check_belongs(pair)
-    metric = ANSWER_METRICS[config.metric](pair, batch, config.max_new_tokens, own)
+    metric = entry.make(pair, batch, config.max_new_tokens, own)
     return Measured(metric, metric, given, differs)
 
 
@@ -169,7 +170,7 @@ def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress
 
 def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Measured) -> dict[str, object]:
     """Everything that finished parts depend on."""
-    said = config.max_new_tokens if config.metric == "on_policy" else None
+    said = None if check_metric(config.metric).has_fixed_words else config.max_new_tokens
     return {
         "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
         "pair": pair.fingerprints,

@@ -30,8 +30,8 @@ from wpjax.estimators.screens import integrated_gradients, output_linearised
 from wpjax.estimators.secant import secant_adjoint
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.evaluation.validation import steps_of
+from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import ANSWER_METRICS
 from wpjax.metrics.metric import Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize
@@ -50,7 +50,7 @@ N_RANDOM = 2
 SETTINGS = ("base", "expert", "n_prompts", "n_validated", "max_new_tokens", "dtype")
 """Of a config, what rankings depend on."""
 NAMES = (
-    *(f"{name}, linearised" for name in ("anchor", *ANSWER_METRICS)),
+    *(f"{name}, linearised" for name in ("anchor", *answer_metrics())),
     *(f"{name}, {estimator}" for name in ("anchor", "decision") for estimator in ESTIMATORS[1:]),
     *(" + ".join(names) for names in PAIRED),
     "norm of the change",
@@ -91,7 +91,7 @@ def run_task(
     anchor.check_belongs(pair)
     batch = task.encode(pair.tokenizer, "sweep", int(config["n_prompts"]))
     metrics = {"anchor": anchor.metric(pair, batch)}
-    metrics |= {name: make(pair, batch, new_tokens) for name, make in ANSWER_METRICS.items()}
+    metrics |= {name: make(pair, batch, new_tokens) for name, make in answer_metrics().items()}
     components = enumerate_components(pair.cfg, FINE)
     sizes = np.array([n_parameters(pair.cfg, c) for c in components])
     budgets = np.geomspace(0.003, 0.6, points) * sizes.sum()

@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from wpjax.errors import WpjaxError
 from wpjax.methods import methods
+from wpjax.methods.metrics import reads_anchor
 from wpjax.results.sweep_result import SweepResult
 
 SHARE = 0.8
@@ -106,7 +107,7 @@ def hierarchy(
         raise WpjaxError(
             "this result is a sweep from a given state, of executors: give it beside the sweep of its anchor"
         )
-    if execution is not None and data.attrs["metric"] not in ("anchor", "on_policy"):
+    if execution is not None and not reads_anchor(data.attrs["metric"]):
         raise WpjaxError(
             f"executors follow an anchor, and the first result is of the {data.attrs['metric']} metric: give the sweep "
             "of the anchor"

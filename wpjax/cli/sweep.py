@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from wpjax.arguments import Setting, SweepConfig
 from wpjax.cli.options import Json
 from wpjax.methods import find_method
+from wpjax.methods.metrics import reads_anchor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +74,7 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
 
     print_table(
         f"{attrs['behaviour']}: {attrs['base']} -> {attrs['expert']}, {attrs['metric']} metric"
-        + (f" at layer {attrs['metric_layer']}" if attrs["metric"] in ("anchor", "on_policy") else ""),
+        + (f" at layer {attrs['metric_layer']}" if reads_anchor(attrs["metric"]) else ""),
         ("component", by, *["95 % interval"][: bool(bounds)], *["q"][:tested], *[""][:exact]),
         [tuple(line(r)) for r in rows],
     )

@@ -29,8 +29,9 @@ from wpjax.engines.on_policy import along
 from wpjax.errors import WpjaxError
 from wpjax.estimators.screens import output_linearised
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import ANSWER_METRICS, answer_of
+from wpjax.metrics.answers import answer_of
 from wpjax.metrics.metric import joint_scores, scores
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation
@@ -145,8 +146,8 @@ def activation_values(
         return np.where(np.isfinite(found[0]), found[0], found[-1])
     components = [parse_component(pair.cfg, str(name)) for name in data["name"].values]
     batch = behaviour.encode(pair.tokenizer, attrs["split"], int(attrs["n_prompts"]))
-    if attrs["metric"] in ANSWER_METRICS:
-        metric = ANSWER_METRICS[attrs["metric"]](pair, batch, max_new_tokens)
+    if attrs["metric"] in answer_metrics():
+        metric = answer_metrics()[attrs["metric"]](pair, batch, max_new_tokens)
     elif anchor is not None and attrs["metric"] == "on_policy":
         metric = along(anchor, batch, answer_of(pair, pair.base, batch.with_instruction, max_new_tokens))
     elif anchor is not None:
@@ -212,7 +213,7 @@ def validate(
     judge = Judge(pair, behaviour, batch, max_new_tokens)
     said, own = judge.answers(pair.base), judge.answers(pair.expert)
     check_behaviour_differs(judge, said, own)
-    metrics = {name: make(pair, batch, max_new_tokens, own) for name, make in ANSWER_METRICS.items()}
+    metrics = {name: make(pair, batch, max_new_tokens, own) for name, make in answer_metrics().items()}
     if anchor is not None:
         metrics = {"anchor": anchor.metric(pair, batch), **metrics}
     names = (*CHECKS, *metrics, *(() if anchor is None else ("on_policy",)))

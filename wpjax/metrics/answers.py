@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -141,12 +139,6 @@ def decision_metric(
     readout = LogOdds(jnp.asarray(where[1]), jnp.asarray(where[2]))
     weight = jnp.asarray(parted[:, None].astype(np.float32))
     return Metric(tokens, jnp.asarray(where[0]), weight, readout, pair.cfg.n_layers - 1, "decision")
-
-
-ANSWER_METRICS: Mapping[str, Callable[..., Metric]] = MappingProxyType(
-    {"response": response_metric, "decision": decision_metric, "kl": kl_metric}
-)
-"""Metrics that read the expert's answer: functions of (pair, batch, max_new_tokens, answers)."""
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from wpjax.columns import title_of
+from wpjax.methods.metrics import metric_entries
 from wpjax.report.figures import COLOURS, GREY, STYLE
 from wpjax.results.curves import CHECKS, DIRECTIONS, Curves
 from wpjax.runtime.files import atomic_output
@@ -18,11 +19,7 @@ from wpjax.runtime.files import atomic_output
 LABELS = {
     "strict": "answers that pass (strict)",
     "loose": "answers that pass (loose)",
-    "anchor": "anchor score",
-    "response": "log-probability of the expert's answer",
-    "decision": "log-odds where they part",
-    "on_policy": "anchor score in its own answer",
-    "kl": "nearness to the expert (KL)",
+    **{entry.name: entry.label for entry in metric_entries()},
 }
 CONTROLS = {**dict.fromkeys(("activation", "attribution"), COLOURS["neuron"]), "delta_norm": COLOURS["norm"]}
 SINGLE = COLOURS["kv_group"]
