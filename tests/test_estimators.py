@@ -12,7 +12,7 @@ from tests.tiny import as_pair, build_pair
 from wpjax.components import KINDS, enumerate_components
 from wpjax.estimators.screens import integrated_gradients, unit_slopes, weight_gradient
 from wpjax.estimators.secant import secant_adjoint, secant_change, secant_scores
-from wpjax.metrics.answers import decision_metric, response_metric
+from wpjax.metrics.answers import decision_metric, kl_metric, response_metric
 from wpjax.metrics.metric import scores
 from wpjax.models.secant import logarithmic_mean
 from wpjax.patching import PatchMask
@@ -27,7 +27,8 @@ def metrics(pair, batch):
     if not pair.cfg.gated:
         return [response_metric(pair, batch, 4)]
     anchor = dataclasses.replace(make_anchor(pair, 1), n_response=2)
-    return [anchor.metric(pair, batch), response_metric(pair, batch, 4), decision_metric(pair, batch, 4)]
+    made = [make(pair, batch, 4) for make in (response_metric, kl_metric, decision_metric)]
+    return [anchor.metric(pair, batch), *made]
 
 
 def gap(pair, metric):
