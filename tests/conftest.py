@@ -54,6 +54,12 @@ def family_pair(request, tmp_path_factory) -> Pair:
     return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))
 
 
+@pytest.fixture(scope="session", params=["llama-gqa3", "gpt2-tied", "gemma2", "gpt-neox"])
+def wired_pair(request, tmp_path_factory) -> Pair:
+    """One pair of each wiring of a layer, those of the scratch families included."""
+    return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))
+
+
 @pytest.fixture(scope="session")
 def one_pair(tmp_path_factory) -> Pair:
     """One pair, for what does not depend on an architecture at all."""

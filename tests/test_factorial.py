@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.helpers import make_anchor
-from tests.oracles import hf_layers
-from tests.tiny import build_pair
+from tests.oracles import NAMES, hf_layers
+from tests.tiny import as_pair, build_pair
 from wpjax.components import Component, enumerate_components
 from wpjax.engines.exact import exact_changes, make_plan
 from wpjax.engines.packing import pack
@@ -64,8 +64,9 @@ class Hooked:
     def __init__(self, model):
         self.model = model
         self.layer, self.next = hf_layers(model)[LAYER:]
-        self.attn = self.layer.self_attn if hasattr(self.layer, "self_attn") else self.layer.attn
-        self.out = self.attn.o_proj if hasattr(self.attn, "o_proj") else self.attn.c_proj
+        attention, _, projection = NAMES[model.config.model_type].w_o.partition(".")
+        self.attn = self.layer.get_submodule(attention)
+        self.out = self.attn.get_submodule(projection)
 
     def modules(self):
         return {"attn": self.attn, "mlp": self.layer.mlp, "layer": self.layer}
@@ -106,7 +107,10 @@ class Hooked:
         return (z[..., at] @ w[at]).detach()
 
 
-def test_activation_patches_equal_hf_torch_with_activations_swapped(hf_pair, pair, batch):
+@pytest.mark.parametrize("name", ["llama-gqa3", "gpt2-untied", "gemma2", "gpt-neox"])
+def test_activation_patches_equal_hf_torch_with_activations_swapped(name, tmp_path, batch):
+    hf_pair = build_pair(name, tmp_path)
+    pair = as_pair(hf_pair)
     anchor = make_anchor(pair, LAYER)
     heads = enumerate_components(pair.cfg, ["head"], [LAYER])
     modules = [Component(kind, LAYER) for kind in ("attn", "mlp", "layer")]

@@ -265,18 +265,25 @@ def test_shams_are_spread_over_the_layers(one_pair, batch):
     assert [(c.kind, c.layer) for c in shams.chunks] == [("head", 0), ("head", 2), ("neuron", 0), ("neuron", 2)]
 
 
-def test_screens_are_exact_where_nothing_nonlinear_follows(family_pair, batch):
-    """At the anchor's layer an MLP output enters the score linearly: the output-linearised screen is the effect."""
-    pair = family_pair
+def test_screens_are_exact_where_nothing_nonlinear_follows(wired_pair, batch):
+    """At the anchor's layer an MLP output enters the score linearly: the output-linearised screen is the effect.
+
+    With a norm after the MLP only that norm's own output does; beside an MLP, attention's does too.
+    """
+    pair = wired_pair
     anchor = make_anchor(pair, 1)
     components = enumerate_components(pair.cfg, ("neuron", "mlp"), [1])
+    if pair.cfg.post_norm:
+        components = [c for c in enumerate_components(pair.cfg, ("norm",), [1]) if c.name == "L1.norm.mlp_out"]
+    if pair.cfg.parallel:
+        components = enumerate_components(pair.cfg, ("head", "kv_group", "attn"), [1]) + components
     got = output_linearised(pair.cfg, pair.base, pair.expert, components, anchor.on(batch))
     np.testing.assert_allclose(got, exact(pair, batch, anchor, components), atol=2e-5)
 
 
-def test_screens_approach_the_exact_effect_of_a_small_change(family_pair, batch):
+def test_screens_approach_the_exact_effect_of_a_small_change(wired_pair, batch):
     """For a task vector scaled by 1e-2 both screens meet exact replacement to first order, for every kind."""
-    pair = family_pair
+    pair = wired_pair
     anchor = make_anchor(pair, 2)
     near = jax.tree.map(lambda b, e: b + 1e-2 * (e - b), pair.base, pair.expert)
     components = enumerate_components(pair.cfg, SWEPT, range(3))

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
 RopeScaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
+def _later(default: Any) -> Any:
+    """A field that a later version added; at its default, `_repr` leaves it out."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
+def _repr(self: Any) -> str:
+    """As a dataclass shows itself, so that a model which an earlier version knew looks as it did then.
+
+    A model's fingerprint is a hash of this text, and results and anchors hold fingerprints.
+    """
+    shown = {
+        field.name: getattr(self, field.name)
+        for field in dataclasses.fields(self)
+        if field.repr and not (field.metadata.get("later") and getattr(self, field.name) == field.default)
+    }
+    return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +42,9 @@ class Rope:
     theta: float = 10_000.0
     scaling: RopeScaling = "default"
     options: tuple[tuple[str, float | bool | tuple[float, ...]], ...] = ()
-    fraction: float = 1.0
+    fraction: float = _later(1.0)
+
+    __repr__ = _repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +65,24 @@ class ModelConfig:
         n_ctx: longest sequence the model accepts, in tokens.
         norm: "rms" (scale only) or "layer" (centred, scale and bias).
         norm_eps: added to the mean square (or variance).
-        norm_offset: added to a norm's scale: 1 in families that write it as the difference from 1 (Gemma).
-        pre_norm: whether attention and MLP read a normed stream, or the stream itself (OLMo 2).
-        post_norm: whether what they write is normed before it is added to the stream (Gemma 2, OLMo 2).
-        parallel: whether the MLP reads the stream as it enters the layer, beside attention (GPT-NeoX), or the stream
-            that attention has written to.
         act: activation of the MLP.
         gated: whether the MLP is act(x W_gate) * (x W_in) or act(x W_in).
         rope: rotary embedding, or None for learned absolute positions.
         qkv_bias: biases on queries, keys and values.
         out_bias: bias on the attention's output.
         mlp_bias: biases in the MLP.
+        tied: whether the unembedding is the embedding transposed.
+        activation_splits: bfloat16 numbers, 1 or 2, that each activation is written as where it meets a bfloat16
+            weight: the product in 8 bits of it or, for twice the operations, in 16. Of no effect on float32.
+        norm_offset: added to a norm's scale: 1 in families that write it as the difference from 1 (Gemma).
+        pre_norm: whether attention and MLP read a normed stream, or the stream itself (OLMo 2).
+        post_norm: whether what they write is normed before it is added to the stream (Gemma 2, OLMo 2).
+        parallel: whether the MLP reads the stream as it enters the layer, beside attention (GPT-NeoX), or the stream
+            that attention has written to.
         attn_scale: of attention scores; None for d_head ** -0.5.
         attn_softcap: bound on attention scores, see `ops.soft_cap`; None for none.
         logit_softcap: bound on logits, likewise.
         embed_scale: factor of embedded tokens.
-        tied: whether the unembedding is the embedding transposed.
-        activation_splits: bfloat16 numbers, 1 or 2, that each activation is written as where it meets a bfloat16
-            weight: the product in 8 bits of it or, for twice the operations, in 16. Of no effect on float32.
     """
 
     family: str
@@ -76,24 +96,24 @@ class ModelConfig:
     n_ctx: int
     norm: NormKind = "rms"
     norm_eps: float = 1e-5
-    norm_offset: float = 0.0
-    pre_norm: bool = True
-    post_norm: bool = False
-    parallel: bool = False
     act: Activation = "silu"
     gated: bool = True
     rope: Rope | None = Rope()
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    attn_scale: float | None = None
-    attn_softcap: float | None = None
-    logit_softcap: float | None = None
-    embed_scale: float = 1.0
     tied: bool = False
-    activation_splits: int = dataclasses.field(
-        default=1, repr=False
-    )  # how it is run, not what it is: in no fingerprint
+    activation_splits: int = dataclasses.field(default=1, repr=False)  # how it is run, not what it is
+    norm_offset: float = _later(0.0)
+    pre_norm: bool = _later(True)
+    post_norm: bool = _later(False)
+    parallel: bool = _later(False)
+    attn_scale: float | None = _later(None)
+    attn_softcap: float | None = _later(None)
+    logit_softcap: float | None = _later(None)
+    embed_scale: float = _later(1.0)
+
+    __repr__ = _repr
 
     @property
     def score_scale(self) -> float:
