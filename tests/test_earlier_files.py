@@ -32,7 +32,7 @@ def before():
 
 def test_an_anchor_belongs_to_its_pair(anchor, tiny_pair):
     anchor.check_belongs(tiny_pair)
-    assert (anchor.layer, anchor.behaviour, anchor.acceptance) == (6, "title", "not tested")
+    assert (anchor.layer, anchor.behaviour, anchor.acceptance) == (6, "tiny:title", "not tested")
     assert len(anchor.diagnostics) == tiny_pair.cfg.n_layers
 
 
