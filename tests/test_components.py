@@ -7,6 +7,8 @@ from wpjax.checkpoints.convert import flatten
 from wpjax.components import KINDS, LEAVES, Component, count, enumerate_components, open_units, parse_component
 from wpjax.errors import ComponentError
 from wpjax.models.decoder import abstract_params
+from wpjax.models.parameters import PARAMETERS
+from wpjax.runtime.placement import partition
 
 
 def test_names_parse_back(pair):
@@ -19,7 +21,7 @@ def test_counts(pair):
     assert count(cfg, "head") == cfg.n_heads
     assert count(cfg, "kv_group") == cfg.n_kv_heads
     assert count(cfg, "neuron") == cfg.d_mlp
-    assert count(cfg, "norm") == 2
+    assert count(cfg, "norm") == (4 if cfg.post_norm else 2)
     assert count(cfg, "unembed") == (0 if cfg.tied else 1)
     assert len(enumerate_components(cfg, ["head"])) == cfg.n_heads * cfg.n_layers
     assert len(enumerate_components(cfg, ["head"], range(2))) == cfg.n_heads * 2
@@ -35,6 +37,28 @@ def test_finest_kinds_partition_all_parameters(pair):
     layers = open_units(pair.cfg, enumerate_components(pair.cfg, ["layer", "embed", "unembed", "final_norm"]))
     assert all(unit.all() for unit in layers.values())
     assert set(flatten(abstract_params(pair.cfg))) <= set(LEAVES)
+
+
+def test_the_table_of_parameters_says_the_axes_of_every_leaf(pair):
+    """Their sizes, and so how a leaf would be cut over a mesh, follow from the names."""
+    cfg = pair.cfg
+    sizes = {"layer": cfg.n_layers, "vocab": cfg.d_vocab, "position": cfg.n_ctx, "d_model": cfg.d_model,
+             "head": cfg.n_heads, "kv_head": cfg.n_kv_heads, "d_head": cfg.d_head, "neuron": cfg.d_mlp}  # fmt: skip
+    for path, leaf in flatten(abstract_params(cfg)).items():
+        axes = (*["layer"][: path.startswith("blocks/")], *PARAMETERS[path].axes)
+        assert tuple(sizes[axis] for axis in axes) == leaf.shape, path
+        cut = partition(axes, {"head": "model", "neuron": "model"})
+        assert [axis for axis, where in zip(axes, cut, strict=True) if where] == [
+            axis for axis in axes if axis in ("head", "neuron")
+        ]
+
+
+def test_norms_that_a_model_does_not_have_are_named(pair):
+    if pair.cfg.post_norm:
+        assert parse_component(pair.cfg, "L1.norm.mlp_out") == Component("norm", 1, 3)
+    else:
+        with pytest.raises(ComponentError, match="a layer of this model has norm attn, mlp"):
+            parse_component(pair.cfg, "L1.norm.mlp_out")
 
 
 @pytest.mark.parametrize(
