@@ -79,12 +79,13 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "title.nc"
-    >>> study = run_study(
-    ...     SweepConfig("tiny:base", "tiny:expert", "tiny:title", out, causal="skip", n_prompts=4,
-    ...                 components=("L2.head.0", "L4.mlp"), method="exact")
+    >>> config = SweepConfig(
+    ...     "tiny:base", "tiny:expert", "tiny:title", out, components=("L2.head.0", "L4.mlp"), method="exact",
+    ...     n_prompts=4, causal="skip", set_score=False,
     ... )
-    >>> out.exists(), len(study.result.top())
-    (True, 2)
+    >>> study = run_study(config)
+    >>> out.exists(), [row.name for row in study.result.top()]
+    (True, ['L4.mlp', 'L2.head.0'])
     """
     config.check()
     for kind in config.kinds:

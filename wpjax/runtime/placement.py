@@ -81,7 +81,7 @@ def partition(axes: Sequence[str], rules: Mapping[str, str]) -> PartitionSpec:
         axes: logical names, such as `models.parameters.PARAMETERS[path].axes`; "layer" comes first in stacked leaves.
         rules: logical axis -> mesh axis; axes that are not in it are whole on every device.
 
-    >>> partition(("layer", "d_model", "head", "d_head"), {"head": "model"})
-    PartitionSpec(None, None, 'model', None)
+    >>> tuple(partition(("layer", "d_model", "head", "d_head"), {"head": "model"}))
+    (None, None, 'model', None)
     """
     return PartitionSpec(*(rules.get(axis) for axis in axes))
