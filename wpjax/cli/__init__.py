@@ -59,7 +59,7 @@ def main() -> None:
     except WpjaxError as error:
         _fail(str(error))
     except TyperException as error:  # an option that does not exist, a value that does not parse
-        _fail(f"{error.format_message()} See --help.")
+        _fail(f"{error.format_message().replace('Value error, ', '').rstrip('.')}. See --help.")
     except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             _fail(f"out of memory ({error}); ask for less at once: fewer prompts, a smaller batch, a lower --memory-mb")
