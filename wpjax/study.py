@@ -194,7 +194,7 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
 def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, metric: Metric, result: SweepResult) -> Study:
     """The result with a set score, or the reason why there is none: a long sweep is not lost with its set score.
 
-    The score rests on the anchor and the decision score; after a sweep by response, kl or decision, on the latter alone.
+    The score rests on the anchor and the decision score; after a sweep by response, kl or decision, only the second.
     """
     try:
         metrics = [metric] if config.reads_anchor or config.metric == "decision" else []
