@@ -140,14 +140,16 @@ class SweepResult:
 
     Attributes of the dataset hold everything else: the models, the metric, the gap, the noise floor, versions.
 
-    >>> import wpjax as wp
-    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:title")
-    >>> anchor, batch = wp.fit_anchor(pair, task, n_prompts=8, causal="skip"), task.encode(pair.tokenizer, n_prompts=4)
-    >>> result = wp.sweep(pair, batch, anchor, kinds=("attn", "mlp"), method="screen")
-    >>> result.ranking, [row.name for row in result.top(2, by=result.ranking)]
-    ('screen', ['L0.attn', 'L0.mlp'])
-    >>> result.dataset["coverage_joint"].dims
-    ('swept_kind',)
+    `sweep` makes results, and `from_netcdf` reads them. A small one by hand, of two modules that were only screened:
+
+    >>> columns = {"screen": [0.1, 0.4], "below_noise_floor": [False, False]}
+    >>> columns |= dict.fromkeys(("effect", "ci_low", "ci_high", "q_value"), [np.nan, np.nan])
+    >>> columns |= {"name": ["L0.attn", "L0.mlp"], "kind": ["attn", "mlp"]}
+    >>> result = SweepResult(xr.Dataset({name: ("component", values) for name, values in columns.items()}))
+    >>> result.ranking
+    'screen'
+    >>> [(row.rank, row.name, row.value) for row in result.top(by=result.ranking)]
+    [(1, 'L0.mlp', 0.4), (2, 'L0.attn', 0.1)]
     """
 
     def __init__(self, dataset: xr.Dataset):
