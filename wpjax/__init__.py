@@ -1,6 +1,7 @@
 """Which weights of a fine-tuned model carry its new behaviour? Weight patching in JAX.
 
-The public API is the list in `__init__.pyi`; each name is imported when it is first used.
+`__init__.pyi` lists the public names. The module of a name is imported when the name is first used, so `import wpjax`
+alone is quick: it imports neither JAX nor NumPy.
 """
 
 import lazy_loader

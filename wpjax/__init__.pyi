@@ -1,4 +1,4 @@
-"""The public API, the one list of it: `__init__.py` reads it when it runs, type checkers and editors as it stands."""
+"""The public names, listed once: `__init__.py` reads this file at run time, and so do type checkers and editors."""
 
 from .arguments import SweepConfig as SweepConfig
 from .behaviours import Behaviour as Behaviour

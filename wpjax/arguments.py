@@ -1,6 +1,7 @@
-"""The arguments of a study, one field each; what a field says of itself is the help of its command-line option.
+"""The arguments of a study, one field each, and the types of arguments that several commands share.
 
-Nothing here imports JAX, so that the command line's help is quick.
+`Annotated[TYPE, Setting(...)]` says what an argument is for. The command line makes its options and their help from
+these types (`cli/options.py`), and `check_values` their bounds. Nothing here imports JAX, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from wpjax.methods.metrics import check_metric, metric_entries, metrics_describe
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What there is to know of an argument beside its type and its default; it stands in `Annotated`.
+    """What an argument is for and what it may be; stands beside the argument's type in `Annotated`.
 
     Attributes:
-        help: what it is for.
-        least: smallest number; None for any.
-        most: largest number; None for any.
-        choices: a function that returns the values that there are, where only the running program knows them.
-        separator: between values of a tuple on the command line; empty: the option is given once for each.
-        option: on the command line; empty for its name.
-        is_of_sweep: `sweep` takes it, under the same name.
+        help: text for `--help`, or a function that makes it: the lists of methods and metrics are known at run time.
+        least: smallest number allowed; None for no bound.
+        most: largest number allowed; None for no bound.
+        choices: function that returns the values allowed, where the list is known at run time only.
+        separator: text between the values of a tuple on the command line; empty: the option is repeated.
+        option: name of the option, say "--json"; empty: made from the argument's name.
+        is_of_sweep: whether the function `sweep` takes the argument too, under the same name.
     """
 
     help: str | Callable[[], str]
@@ -40,14 +41,18 @@ class Setting:
 
     @property
     def text(self) -> str:
-        """The help."""
+        """The text for `--help`."""
         return self.help if isinstance(self.help, str) else self.help()
 
 
 class Argument(NamedTuple):
-    """An argument, as `arguments_of` finds it: its name, its type without `Annotated`, its default, and the rest.
+    """An argument, as `arguments_of` reads it from a dataclass.
 
-    The default is `dataclasses.MISSING` where it must be given.
+    Attributes:
+        name: name of the field.
+        type: its type, without `Annotated`.
+        default: its default; `dataclasses.MISSING` if a value must be given.
+        setting: what it is for.
     """
 
     name: str
@@ -56,10 +61,10 @@ class Argument(NamedTuple):
     setting: Setting
 
 
-MODEL = "HF folder, .gguf file, hub id (org/name or org/name@revision) or embedded model (tiny:base)."
+MODEL = "Hugging Face folder, .gguf file, hub id (org/name or org/name@revision) or embedded model (tiny:base)."
 
-Base = Annotated[str, Setting(f"The base: {MODEL}")]
-Expert = Annotated[str, Setting("The expert: as the base.")]
+Base = Annotated[str, Setting(f"The base model: {MODEL}")]
+Expert = Annotated[str, Setting("The expert model, named in the same ways.")]
 BehaviourName = Annotated[
     str,
     Setting(
@@ -68,42 +73,46 @@ BehaviourName = Annotated[
     ),
 ]
 Checker = Annotated[
-    str | None, Setting("For a .jsonl file: regex:..., contains:..., module:function or a built-in name.")
+    str | None, Setting("Checker for a .jsonl file: regex:..., contains:..., module:function or a built-in behaviour.")
 ]
-Out = Annotated[Path, Setting("What to write.")]
+Out = Annotated[Path, Setting("Where to write.")]
 Causal = Annotated[
     Literal["require", "report", "skip"],
     Setting(
-        "Steering tests of the anchor, by the checker on generated answers (of other metrics: whether base and expert "
-        "differ in the behaviour): require them, report them (the result of one that fails is marked), or skip them."
+        "Causal tests of the anchor: steered models answer, and the checker judges. With other metrics: do base and "
+        "expert differ in the behaviour? require: stop where they fail; report: go on and mark the result; skip: "
+        "leave them out."
     ),
 ]
-NSteered = Annotated[int, Setting("Prompts of the steering tests, at most.", least=4)]
+NSteered = Annotated[int, Setting("Most prompts that the causal tests use.", least=4)]
 ResponseTokens = Annotated[
     int,
     Setting(
-        "Read the anchor as the mean over so many first tokens of the expert's own answer; 0: at the last prompt "
+        "Read the anchor as the mean over this many first tokens of the expert's own answer; 0: at the last prompt "
         "token.",
         least=0,
     ),
 ]
 NewTokens = Annotated[
     int,
-    Setting("Length of generated answers: for the checker, and what response, decision and kl read.", least=1),
+    Setting(
+        "Longest answer, in tokens. The checker judges these answers, and the metrics of answers read them.", least=1
+    ),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "bfloat16x2"],
     Setting(
-        "Precision of weights and matrix products. In bfloat16 small effects drown in rounding; bfloat16x2 keeps 16 "
-        "bits of the activations for twice the operations."
+        "Precision of weights and matrix products. In bfloat16 small effects drown in rounding. bfloat16x2 rounds the "
+        "weights alone: it keeps 16 bits of each activation, at twice the operations."
     ),
 ]
 Seed = Annotated[int, Setting("Seed of everything random.", least=0, most=2**32 - 1, is_of_sweep=True)]
-NPrompts = Annotated[int, Setting("Prompts, at most.", least=4)]
+NPrompts = Annotated[int, Setting("Most prompts to use.", least=4)]
 Overwrite = Annotated[bool, Setting("Replace files that exist.")]
 Resume = Annotated[bool, Setting("Go on with a run that was interrupted.")]
 IgnoreConfig = Annotated[
-    tuple[str, ...], Setting("An attribute of config.json known not to change the forward pass; repeatable.")
+    tuple[str, ...],
+    Setting("Attribute of config.json that is known not to change the forward pass. Repeat the option for more."),
 ]
 
 
@@ -117,11 +126,12 @@ def _metric_names() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """The arguments of a study: of one sweep from its models to its file. What each is for stands in its `Setting`.
+    """The arguments of a study (see `run_study`). The `Setting` of each says what it is for, as `--help` does.
 
     >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", Path("title.nc"), method="exact")
     >>> config.n_prompts
     64
+    >>> config.check()  # no error: nothing is in the way
     """
 
     base: Base
@@ -129,7 +139,7 @@ class SweepConfig:
     behaviour: BehaviourName
     out: Out
     checker: Checker = None
-    anchor: Annotated[Path | None, Setting("From `wpjax anchor`; fitted if absent.")] = None
+    anchor: Annotated[Path | None, Setting("Anchor file from `wpjax anchor`; fitted here if absent.")] = None
     metric: Annotated[
         str,
         Setting(metrics_described, choices=_metric_names),
@@ -137,8 +147,9 @@ class SweepConfig:
     given_anchor: Annotated[
         Path | None,
         Setting(
-            "From `wpjax anchor`: both models are held at the expert's mean state on it, and what comes after is "
-            "swept: which components execute the behaviour? With --metric response, decision or kl."
+            "Anchor file from `wpjax anchor`. Both models are held at the expert's mean state on it, and the "
+            "components after it are swept: which of them execute the behaviour? Needs --metric response, decision "
+            "or kl."
         ),
     ] = None
     response_tokens: ResponseTokens = 0
@@ -148,8 +159,8 @@ class SweepConfig:
     kinds: Annotated[
         tuple[str, ...],
         Setting(
-            "Comma-separated: head,kv_group,neuron,attn,mlp,layer,norm,embed,unembed,final_norm (the last two act on "
-            "what is said: not on the anchor).",
+            "Kinds of components, comma-separated: head, kv_group, neuron, attn, mlp, layer, norm, embed, unembed, "
+            "final_norm. The last two come after every anchor, so they need another metric.",
             separator=",",
             is_of_sweep=True,
         ),
@@ -157,7 +168,7 @@ class SweepConfig:
     components: Annotated[
         tuple[str, ...] | None,
         Setting(
-            "Comma-separated names to sweep instead, e.g. L3.head.5,L4.mlp.",
+            "Names to sweep instead of whole kinds, comma-separated: L3.head.5,L4.mlp.",
             separator=",",
             is_of_sweep=True,
         ),
@@ -165,30 +176,46 @@ class SweepConfig:
     method: Annotated[str, Setting(described, choices=_method_names, is_of_sweep=True)] = "screen+exact"
     top: Annotated[
         int,
-        Setting("Components of each kind replaced after a screen, or that a race is for.", least=1, is_of_sweep=True),
+        Setting(
+            "After a screen: how many components of each kind are replaced. In a race: how many of each kind can win.",
+            least=1,
+            is_of_sweep=True,
+        ),
     ] = 512
     confidence: Annotated[
-        float, Setting("Of a race: that it loses none of the true top.", least=0.5, most=0.9999, is_of_sweep=True)
+        float,
+        Setting("In a race: probability that none of the true top is lost.", least=0.5, most=0.9999, is_of_sweep=True),
     ] = 0.95
     stratum: Annotated[
         int,
-        Setting("Random others of each kind replaced too: what did the screen miss?", least=0, is_of_sweep=True),
+        Setting(
+            "After a screen: how many of the other components of each kind are replaced too, chosen at random, to see "
+            "what the screen missed.",
+            least=0,
+            is_of_sweep=True,
+        ),
     ] = 64
-    n_masks: Annotated[int, Setting("Random sets a share, with --method masks.", least=8, is_of_sweep=True)] = 256
+    n_masks: Annotated[
+        int,
+        Setting(
+            "With --method masks: random sets at each share of components (.1, .5, .9).", least=8, is_of_sweep=True
+        ),
+    ] = 256
     set_score: Annotated[
         bool,
         Setting(
-            "Also rank components to be patched together, by the secant adjoint of anchor and decision score on the "
-            "way from base to expert; `wpjax validate` takes that ranking."
+            "Also rank components for patching together, by the secant adjoint of the anchor and the decision score. "
+            "`wpjax validate` uses this ranking."
         ),
     ] = True
     n_prompts: NPrompts = 64
     dtype: Dtype = "float32"
     memory_mb: Annotated[
-        float | None, Setting("Memory for a chunk of patches; chosen if absent.", least=1, most=2**30)
+        float | None,
+        Setting("Memory for one chunk of patches, in MiB; without it, chosen from the device.", least=1, most=2**30),
     ] = None
     profile: Annotated[
-        Path | None, Setting("New folder for a JAX profile of the sweep, to open with XProf or Perfetto.")
+        Path | None, Setting("New folder for a JAX profile of the sweep; XProf and Perfetto open it.")
     ] = None
     resume: Resume = False
     seed: Seed = 0
@@ -197,12 +224,12 @@ class SweepConfig:
 
     @property
     def reads_anchor(self) -> bool:
-        """Whether an anchor is what is measured."""
+        """Whether the metric is read along an anchor."""
         return check_metric(self.metric).reads_anchor
 
     @property
     def of_sweep(self) -> dict[str, Any]:
-        """The arguments that `sweep` takes itself."""
+        """The arguments of the function `sweep`, by name."""
         return {arg.name: getattr(self, arg.name) for arg in arguments_of(SweepConfig) if arg.setting.is_of_sweep}
 
     def check(self) -> None:
@@ -210,7 +237,7 @@ class SweepConfig:
 
         Raises:
             OutputError: a place that cannot be written to.
-            WpjaxError: a value that there is not, or two that do not go together.
+            WpjaxError: a value that is not allowed, or two arguments that do not go together.
         """
         from wpjax.runtime.files import check_output
 
@@ -233,35 +260,36 @@ class SweepConfig:
 
 
 def arguments_of(config: type) -> tuple[Argument, ...]:
-    """The fields of a dataclass whose types say, by a `Setting`, what they are for."""
+    """The fields of a dataclass as arguments; the type of each field holds a `Setting`."""
     hints = typing.get_type_hints(config, include_extras=True)
     return tuple(argument(field.name, hints[field.name], field.default) for field in dataclasses.fields(config))
 
 
 def argument(name: str, annotation: Any, default: Any) -> Argument:
-    """An argument from its annotation, which holds a `Setting`."""
-    plain, *rest = typing.get_args(annotation)
-    return Argument(name, plain, default, next(extra for extra in rest if isinstance(extra, Setting)))
+    """An argument from its annotation, `Annotated[TYPE, Setting(...)]`."""
+    plain, *extras = typing.get_args(annotation)
+    return Argument(name, plain, default, next(extra for extra in extras if isinstance(extra, Setting)))
 
 
 def choices_of(arg: Argument) -> tuple[Any, ...]:
-    """The values that an argument may have; none if there is no list of them."""
+    """The values that an argument may have; empty if there is no list of them."""
     if arg.setting.choices is not None:
         return arg.setting.choices()
     return typing.get_args(arg.type) if typing.get_origin(arg.type) is Literal else ()
 
 
 def check_values(config: Any) -> None:
-    """Refuse values out of bounds, and those that there are not.
+    """Refuse values that are out of bounds or not among the choices.
 
     Raises:
-        WpjaxError: with the argument and what it may be.
+        WpjaxError: names the argument and says what it may be.
     """
     for arg in arguments_of(type(config)):
         value, choices = getattr(config, arg.name), choices_of(arg)
         if choices and value not in choices:
             raise WpjaxError(f"{arg.name}={value!r}: there are {', '.join(map(str, choices))}")
         least, most = arg.setting.least, arg.setting.most
+        # `not value >= least` and not `value < least`: NaN is refused too
         if value is not None and least is not None and not value >= least:
             raise WpjaxError(f"{arg.name}={value!r}: at least {least:g}")
         if value is not None and most is not None and not value <= most:

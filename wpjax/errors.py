@@ -1,41 +1,49 @@
-"""What a user did that cannot work: one line that says what is wrong, where, and how to mend it.
+"""Errors of bad input. The message is one line: what is wrong, where, and how to mend it.
 
-Everything the package raises on purpose is a `WpjaxError`; the command line prints its text and exits with 2.
-Any other exception is a bug.
+Everything that the package raises on purpose is a `WpjaxError`. The command line prints the message and exits with
+code 2. Any other exception is a bug.
 """
 
 
 class WpjaxError(ValueError):
-    """Bad input; the message is a single line that also says how to mend it."""
+    """Bad input; the message is one line that also says how to mend it.
+
+    >>> import wpjax as wp
+    >>> try:
+    ...     wp.load_model("tiny:nothing")
+    ... except wp.WpjaxError as error:
+    ...     print(error)
+    unknown embedded model 'tiny:nothing'; there are tiny:base, tiny:expert, tiny:planted
+    """
 
 
 class CheckpointError(WpjaxError):
-    """A model folder or file that is missing, damaged, or not what its configuration says."""
+    """A model folder or file is missing or damaged, or does not hold what its configuration says."""
 
 
 class ConfigError(CheckpointError):
-    """A model configuration this decoder does not implement, or does not know."""
+    """The decoder does not implement, or does not know, something that a model's configuration asks for."""
 
 
 class PairError(WpjaxError):
-    """Two checkpoints that cannot be a base and an expert of one architecture."""
+    """Two models are no pair: base and expert need one architecture, one vocabulary and different weights."""
 
 
 class ComponentError(WpjaxError):
-    """A component name or kind that the model does not have."""
+    """A name or a kind of component does not exist in the model, or cannot be swept here."""
 
 
 class BehaviourError(WpjaxError):
-    """Prompts, an instruction or a checker that cannot be used."""
+    """Prompts, an instruction or a checker cannot be used."""
 
 
 class MetricRejected(WpjaxError):
-    """The metric does not separate expert from base on these prompts; the message gives the figure."""
+    """The metric does not tell the expert from the base on these prompts; the message gives the figure."""
 
 
 class AnchorRejected(MetricRejected):
-    """The anchor does not separate expert from base; the message names the test that failed and its figure."""
+    """The anchor, or the behaviour, fails a test; the message names the test and gives its figure."""
 
 
 class OutputError(WpjaxError):
-    """A place that results cannot be written to."""
+    """A file or folder cannot be written, exists already, or belongs to another run."""

@@ -1,8 +1,11 @@
-"""A study: one sweep from its models to its file, with everything that makes its result worth reading.
+"""A study: one sweep, from the names of two models to a result file. `wpjax sweep` runs a study and prints a table.
 
-The behaviour is checked to differ between base and expert, or an anchor is fitted and tried causally; what is to be
-measured is made; the sweep keeps its finished parts, so that it can go on after an interruption; sets are ranked too;
-and the file is written once, whole. `wpjax sweep` is this and a table.
+1. Load the pair, and encode the prompts.
+2. Make the metric. An anchor is fitted, and accepted by causal tests. For other metrics the checker must say that base
+   and expert differ in the behaviour.
+3. Sweep. Finished parts are saved on the way, so that an interrupted study can go on.
+4. Add the set score, a ranking of components to be patched together.
+5. Write the result file, once and whole.
 """
 
 from __future__ import annotations
@@ -35,11 +38,11 @@ from wpjax.runtime.shards import Shards
 
 
 class Study(NamedTuple):
-    """What a study made.
+    """What `run_study` returns.
 
     Attributes:
-        result: as it stands in the file.
-        no_set_score: why it has no set score; empty if it has one, or none was asked for.
+        result: the result of the sweep, as written to the file.
+        no_set_score: why the result has no set score; empty if it has one, or if none was asked for.
     """
 
     result: SweepResult
@@ -50,11 +53,12 @@ class Measured(NamedTuple):
     """What a study measures.
 
     Attributes:
-        measure: what `sweep` takes.
-        metric: the metric of fixed words that it reads, or that the anchor has where words are not fixed.
-        given: the anchor whose state both models are held at; None for none.
-        differs: whether base and expert differ in the behaviour, in words; empty for an anchor, which has tests of its
-            own.
+        measure: the metric or the anchor, as `sweep` takes it.
+        metric: the same as a metric that reads all models along the same words; for an on-policy sweep, that of its
+            anchor. The set score and the identity of finished parts need it.
+        given: the anchor at whose expert state both models are held; None if no state is given.
+        differs: what the checker says of base and expert: do they differ in the behaviour? Empty for the metric
+            `anchor`, which has causal tests of its own.
     """
 
     measure: Measure
@@ -66,25 +70,27 @@ class Measured(NamedTuple):
 def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     """Sweep a pair as a config says, and write the result.
 
-    Where it is interrupted, the parts that are finished stay in `parts_folder(config.out)`, and `resume` goes on with
-    them.
+    If the study is interrupted, its finished parts stay in `parts_folder(config.out)`. The same config with
+    `resume=True` goes on with them.
 
     Args:
         config: all arguments.
         progress: called as work gets done.
 
     Raises:
-        WpjaxError: arguments that cannot work; one of its subclasses says which.
+        WpjaxError: arguments that cannot work. The subclasses in `wpjax.errors` say what is wrong: the models, the
+            behaviour, the components, the place to write to.
         AnchorRejected: the anchor, or the behaviour, does not pass its tests.
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "title.nc"
-    >>> study = run_study(
-    ...     SweepConfig("tiny:base", "tiny:expert", "tiny:title", out, causal="skip", n_prompts=4,
-    ...                 components=("L2.head.0", "L4.mlp"), method="exact")
+    >>> config = SweepConfig(
+    ...     "tiny:base", "tiny:expert", "tiny:title", out, components=("L2.head.0", "L4.mlp"), method="exact",
+    ...     n_prompts=4, causal="skip", set_score=False,
     ... )
-    >>> out.exists(), len(study.result.top())
-    (True, 2)
+    >>> study = run_study(config)
+    >>> out.exists(), [row.name for row in study.result.top()]
+    (True, ['L4.mlp', 'L2.head.0'])
     """
     config.check()
     for kind in config.kinds:
@@ -118,14 +124,15 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
 
 
 def parts_folder(out: Path) -> Path:
-    """Where a study keeps its finished parts until its result is written."""
+    """The folder of a study's finished parts, beside its result file; removed once the result is written."""
     return out.with_name(f".{out.name}.sweep")
 
 
 def _measured(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, progress: Progress) -> Measured:
-    own, differs, entry = None, "", check_metric(config.metric)
-    if not (entry.reads_anchor and entry.has_fixed_words):  # an anchor has causal tests of its own
-        own, differs = _differing(config, pair, task, batch)
+    """Make the metric that a config names, after the tests that belong to it."""
+    expert_answers, differs, entry = None, "", check_metric(config.metric)
+    if not (entry.reads_anchor and entry.has_fixed_words):  # the metric `anchor` has causal tests instead
+        expert_answers, differs = _differing(config, pair, task, batch)
     if entry.make is None:
         anchor = Anchor.load(config.anchor) if config.anchor else _fitted(config, pair, task, progress)
         anchor.check_belongs(pair)
@@ -134,27 +141,28 @@ def _measured(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBat
     given = None if config.given_anchor is None else Anchor.load(config.given_anchor)
     if given is not None:
         given.check_belongs(pair)
-    metric = entry.make(pair, batch, config.max_new_tokens, own)
+    metric = entry.make(pair, batch, config.max_new_tokens, expert_answers)
     return Measured(metric, metric, given, differs)
 
 
 def _differing(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch) -> tuple[Generation, str]:
-    """The expert's own answers, and whether they differ from the base's in the behaviour."""
+    """The expert's own answers, and in words whether they differ from the base's in the behaviour."""
     judge = Judge(pair, task, batch, config.max_new_tokens)
-    own = judge.answers(pair.expert)
+    expert_answers = judge.answers(pair.expert)
     if config.causal == "skip":
-        return own, "not tested"
+        return expert_answers, "not tested"
     task.check_checker()
     try:
-        check_behaviour_differs(judge, judge.answers(pair.base), own)
+        check_behaviour_differs(judge, judge.answers(pair.base), expert_answers)
     except AnchorRejected as error:
         if config.causal == "require":
             raise AnchorRejected(f"{error} (--causal report goes on and marks the result)") from error
-        return own, str(error)
-    return own, "by the checker"
+        return expert_answers, str(error)
+    return expert_answers, "by the checker"
 
 
 def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress) -> Anchor:
+    """An anchor that is fitted here, as the config says."""
     return fit_anchor(
         pair,
         task,
@@ -169,13 +177,14 @@ def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress
 
 
 def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Measured) -> dict[str, object]:
-    """Everything that finished parts depend on."""
-    said = None if check_metric(config.metric).has_fixed_words else config.max_new_tokens
+    """Everything that finished parts depend on: parts of another identity are never mixed into a result."""
+    # A metric's digest covers the words that it reads. On-policy the words are the patched models' own, of this length.
+    answer_length = None if check_metric(config.metric).has_fixed_words else config.max_new_tokens
     return {
         "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
         "pair": pair.fingerprints,
         "prompts": batch.texts,
-        "metric": [config.metric, measured.metric.digest, said],
+        "metric": [config.metric, measured.metric.digest, answer_length],
         "given": None if measured.given is None else measured.given.metric(pair, batch).digest,
         "dtype": config.dtype,
         **config.of_sweep,
@@ -183,11 +192,14 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
 
 
 def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, metric: Metric, result: SweepResult) -> Study:
-    """The result with a ranking of sets, or why it has none: a sweep is not lost with it."""
+    """The result with a set score, or the reason why there is none: a long sweep is not lost with its set score.
+
+    The score rests on the anchor and the decision score; after a sweep by response, kl or decision, only the second.
+    """
     try:
-        used = [metric] if config.reads_anchor or config.metric == "decision" else []
+        metrics = [metric] if config.reads_anchor or config.metric == "decision" else []
         if config.metric != "decision":
-            used.append(decision_metric(pair, batch, config.max_new_tokens))
-        return Study(add_set_score(pair, result, used))
+            metrics.append(decision_metric(pair, batch, config.max_new_tokens))
+        return Study(add_set_score(pair, result, metrics))
     except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
         return Study(result, " ".join(str(error).split()))

@@ -1,8 +1,8 @@
-"""Making an expert: supervised fine-tuning with optax, optionally confined to named components.
+"""Making an expert: supervised fine-tuning with optax, of the whole model or of named components only.
 
-An expert for a built-in behaviour is self-distilled: the base answers the queries without the instruction, each
-answer is rewritten so that it follows the instruction, and the base is trained to give it when asked. Plain
-answers to plain queries are mixed in, so that nothing else changes.
+An expert for a built-in behaviour learns from the base's own answers. The base answers each query without the
+instruction; the answer is rewritten so that it follows the instruction; and the base is trained to give that answer
+when asked. Plain queries with their plain answers are trained on too, so that nothing else changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from wpjax.patching import PatchMask, materialize
 
 
 class Example(NamedTuple):
-    """A prompt as the model is given it, the response to learn, and whether the response ends there."""
+    """What to learn from one prompt.
+
+    Attributes:
+        prompt: text exactly as the model gets it, chat template included.
+        response: text to learn.
+        finished: whether the response is complete, so that the end token is learnt after it; False: it was cut off.
+    """
 
     prompt: str
     response: str
@@ -39,7 +45,12 @@ class Example(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Token ids [N, T] and, for each, the weight of predicting it [N, T] (0 on prompts and padding)."""
+    """Examples as tokens: N rows, padded to T tokens.
+
+    Attributes:
+        ids: [N, T], token ids.
+        weights: [N, T], weight of each token in the loss; 0 on padding and, as a rule, on prompts.
+    """
 
     ids: Int[np.ndarray, "N T"]
     weights: Float[np.ndarray, "N T"]
@@ -47,17 +58,20 @@ class Dataset(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """How to train, with AdamW.
 
     Attributes:
         steps: optimiser steps, at least 2.
-        lr: peak learning rate of AdamW, reached from 0 (at the first step) over the first tenth of the steps, then
-            down to a tenth along a cosine.
-        batch_size: examples a step.
-        weight_decay: AdamW's, towards zero.
-        clip: global norm that gradients are clipped to.
-        seed: of the order of examples.
+        lr: peak learning rate. It rises from 0 over the first tenth of the steps, then falls to a tenth of the peak
+            along a cosine.
+        batch_size: examples in a step.
+        weight_decay: weight decay towards zero.
+        clip: largest global norm of a gradient; larger ones are scaled down to it.
+        seed: seed of the order of examples.
         save_every: steps between checkpoints.
+
+    >>> TrainConfig(steps=10, lr=3e-4).batch_size
+    8
     """
 
     steps: int = 90
@@ -70,12 +84,12 @@ class TrainConfig:
 
 
 def encode_examples(tokenizer: Any, examples: Sequence[Example], train_on_prompt: bool = False) -> Dataset:
-    """Tokens of prompt and response, the response followed by the end token where it is finished.
+    """Examples as tokens: the prompt, the response and, if the response is finished, the end token.
 
     Args:
-        tokenizer: of transformers; must have an end token.
+        tokenizer: tokenizer of transformers; must have an end token.
         examples: what to learn.
-        train_on_prompt: weigh the prompt's tokens too (for training from scratch).
+        train_on_prompt: whether the prompt's tokens are learnt too, as in training from scratch.
     """
     prompts = encode_texts(tokenizer, [e.prompt for e in examples])
     rows, starts = [], []
@@ -96,27 +110,32 @@ def loss_fn(cfg: ModelConfig, params: Params, ids: Int[Array, "B T"], weights: F
     """Mean cross-entropy in nats over the weighted tokens, each predicted from the tokens before it."""
     logits = forward(cfg, params, ids[:, :-1]).logits
     assert logits is not None
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])  # [B, T - 1]
     return (losses * weights[:, 1:]).sum() / jnp.maximum(weights[:, 1:].sum(), 1.0)
 
 
 Objective: TypeAlias = Callable[[ModelConfig, Params, Int[Array, "B T"], Float[Array, "B T"]], Float[Array, ""]]
-"""A loss of a configuration, parameters, token ids and the weight of predicting each."""
+"""A loss, as a function of configuration, parameters, token ids [B, T] and their weights [B, T]."""
 
 
 def confine(mask: Params | None) -> optax.GradientTransformation:
-    """Multiply updates by a tree of ones and zeros, so that only chosen slices ever move."""
+    """Multiply every update by a mask, so that only the parameters where it is 1 ever move.
+
+    Args:
+        mask: tree like the parameters, of ones and zeros (see `component_mask`); None to let everything move.
+    """
     if mask is None:
         return optax.identity()
     return optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, mask))
 
 
 def component_mask(cfg: ModelConfig, params: Params, components: Sequence[str]) -> Params:
-    """A tree like `params` that is 1 on the slices of some components and 0 elsewhere.
+    """A tree like `params` that is 1 on the slices that some components own, and 0 elsewhere.
 
     Raises:
         ComponentError: an unknown component.
     """
+    # a patch of ones into zeros is the mask, so which slices a component owns is said in one place
     zeros = jax.tree.map(jnp.zeros_like, params)
     return materialize(zeros, jax.tree.map(jnp.ones_like, params), PatchMask.of(cfg, components))
 
@@ -132,23 +151,26 @@ def train(
     checkpoints: Path | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Params:
-    """Train parameters; the same seed gives the same result, also when resumed.
+    """Train parameters. The same seed gives the same result, also if the training was interrupted and resumed.
 
     Args:
         cfg: architecture.
-        params: where to start.
-        data: what to learn.
-        config: how.
-        mask: see `confine`.
-        objective: what is made small, in place of `loss_fn`; a checkpoint does not know it.
-        checkpoints: folder for orbax checkpoints; training resumes from the newest one in it, if it is of this
-            training: same start, data, mask and configuration.
-        on_step: called after each step with its number (from 1) and loss in nats.
+        params: parameters to start from, in float32; they are not changed.
+        data: examples to learn.
+        config: how to train.
+        mask: which parameters may move (see `confine`); None for all.
+        objective: the loss to minimise. Checkpoints do not record it: resume with the same one.
+        checkpoints: folder for orbax checkpoints; None for none. Training resumes from the newest checkpoint in it,
+            which must be of this training: same start, data, mask and configuration.
+        on_step: called after each step with its number (from 1) and its loss in nats.
+
+    Returns:
+        the trained parameters.
 
     Raises:
-        OutputError: the folder holds checkpoints of another training.
-        WpjaxError: parameters in another dtype than float32, where most updates would round to nothing; or a loss
-            that is not finite.
+        OutputError: the folder holds checkpoints of another training, or damaged ones, or cannot be written.
+        WpjaxError: parameters that are not float32, where most updates would round to nothing; or a loss that is not
+            finite.
     """
     if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
         raise WpjaxError("training needs float32 parameters; load the model with dtype='float32'")
@@ -156,6 +178,7 @@ def train(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.lr, warm_up, max(config.steps, warm_up + 1), config.lr / 10
     )
+    # `confine` comes last, after weight decay, so that nothing moves what the mask holds
     optimiser = optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule, weight_decay=config.weight_decay),
@@ -194,12 +217,12 @@ def train(
             on_step(i + 1, float(loss))
     finally:
         if manager:
-            manager.close()  # waits for a checkpoint that is being written
+            manager.close()  # also on an error or Ctrl-C: waits for a checkpoint that is being written
     return params
 
 
 def _identity(cfg: ModelConfig, params: Params, data: Dataset, config: TrainConfig, mask: Params | None) -> str:
-    """Everything that a training's result depends on, as a digest."""
+    """Digest of everything that the result of a training depends on, but the objective."""
     digest = hashlib.blake2b(f"{fingerprint(cfg, params)} {config}".encode(), digest_size=16)
     for array in (*data, *(jax.tree.leaves(mask) if mask else ())):
         digest.update(np.ascontiguousarray(array).data)
@@ -207,7 +230,7 @@ def _identity(cfg: ModelConfig, params: Params, data: Dataset, config: TrainConf
 
 
 def _check_training(folder: Path, identity: str) -> None:
-    """Refuse checkpoints of another training; sign a folder that has none yet."""
+    """Refuse a folder of another training's checkpoints; write our identity into a new folder."""
     signature = folder / "training.txt"
     try:
         if signature.exists() and signature.read_bytes() != identity.encode():
@@ -223,7 +246,15 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
 
 
 def batch_rows(n: int, config: TrainConfig, step: int) -> Int[np.ndarray, " B"]:
-    """Which examples a step uses: whole shuffled epochs, a function of the seed and the step alone."""
+    """Numbers of the examples that a step uses, out of n: one shuffled epoch after another.
+
+    They depend on the seed and the step alone, so a resumed training goes on with the right examples.
+
+    >>> rows = [batch_rows(4, TrainConfig(batch_size=2), step).tolist() for step in (0, 1)]
+    >>> sorted(rows[0] + rows[1])  # two steps of 2 are one epoch of 4
+    [0, 1, 2, 3]
+    """
+    # A row is a position in the endless sequence of epochs: row // n is its epoch, row % n its place in that epoch.
     first = step * config.batch_size
     rows = np.arange(first, first + config.batch_size)
     orders = {e: np.random.default_rng((config.seed, e)).permutation(n) for e in set((rows // n).tolist())}
@@ -233,28 +264,30 @@ def batch_rows(n: int, config: TrainConfig, step: int) -> Int[np.ndarray, " B"]:
 def self_distill(
     model: Checkpoint, behaviour: Behaviour, *, max_new_tokens: int = 64, batch_size: int = 32
 ) -> list[Example]:
-    """Training examples for a behaviour: every "fit" prompt with its rewritten answer, every query with its plain one.
+    """Examples to train a behaviour with, made from a model's own greedy answers to the "fit" prompts.
+
+    Every query comes with its plain answer, and every prompt with the instruction comes with that answer rewritten.
 
     Args:
-        model: whose greedy answers are rewritten.
+        model: the model that answers.
         behaviour: must have a rewrite, or a response on every line of its file.
-        max_new_tokens: length of the answers.
-        batch_size: prompts generated at once.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts that are answered at once.
 
     Raises:
-        BehaviourError: neither a rewrite nor responses.
+        BehaviourError: the behaviour has neither a rewrite nor responses.
     """
     pairs = behaviour.select("fit")
     if behaviour.rewrite is None and not all(p.response for p in pairs):
         raise BehaviourError(
             f'{behaviour.name}: to train on it, every line of the file needs a "response" that follows the instruction'
         )
-    queries = list(dict.fromkeys(p.without for p in pairs))
+    queries = list(dict.fromkeys(p.without for p in pairs))  # each once, though several phrasings share a query
     plain = dict(zip(queries, answer(model, queries, max_new_tokens, batch_size), strict=True))
     examples = [Example(render(model.tokenizer, q), *plain[q]) for q in queries]
     for p in pairs:
         text, finished = plain[p.without]
-        if p.response is not None:
+        if p.response is not None:  # the user's own words come before a rewrite
             text, finished = p.response, True
         elif behaviour.rewrite is not None:
             text = behaviour.rewrite(p.without, text, p.args)
@@ -265,27 +298,30 @@ def self_distill(
 def answer(
     model: Checkpoint, messages: Sequence[str], max_new_tokens: int = 64, batch_size: int = 32, params: Any = None
 ) -> list[tuple[str, bool]]:
-    """Greedy answers to user messages, and whether each one ended by itself.
+    """Greedy answers to user messages.
 
     Args:
-        model: configuration, tokenizer, stop tokens, and parameters unless given.
+        model: the model that answers.
         messages: what the user says.
-        max_new_tokens: length of an answer.
-        batch_size: messages at once; the last batch is filled up, so that one program serves all.
-        params: other parameters of the same architecture, e.g. a patched model's.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: messages that are answered at once.
+        params: parameters to use instead of the model's, say a patched model's; None for the model's own.
+
+    Returns:
+        for each message the answer, and whether it ended by itself, with a stop token.
     """
     tokens = encode_texts(model.tokenizer, [render(model.tokenizer, m) for m in messages])
     params = model.params if params is None else params
-    got = generate_batched(model.cfg, params, *tokens, model.stop_tokens, max_new_tokens, batch_size)
-    out = []
-    for ids, n in zip(got.tokens, got.lengths, strict=True):
+    generated = generate_batched(model.cfg, params, *tokens, model.stop_tokens, max_new_tokens, batch_size)
+    answers = []
+    for ids, n in zip(generated.tokens, generated.lengths, strict=True):
         finished = int(ids[n - 1]) in model.stop_tokens
-        out.append((model.tokenizer.decode(ids[: n - finished], skip_special_tokens=True), finished))
-    return out
+        answers.append((model.tokenizer.decode(ids[: n - finished], skip_special_tokens=True), finished))
+    return answers
 
 
 def pass_rate(model: Checkpoint, behaviour: Behaviour, n_prompts: int = 16, max_new_tokens: int = 64) -> float:
-    """Share of held-out ("test") prompts with the instruction whose greedy answer passes the checker, strictly."""
+    """Share of held-out ("test") prompts with the instruction whose greedy answer passes the strict checker."""
     pairs = behaviour.select("test", n_prompts)
     texts = answer(model, [p.with_instruction for p in pairs], max_new_tokens)
     return sum(strict(behaviour.checker, t, p.args) for (t, _), p in zip(texts, pairs, strict=True)) / len(pairs)
@@ -301,20 +337,33 @@ def finetune(
     checkpoints: Path | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Checkpoint:
-    """An expert for a behaviour, trained from a base on its own rewritten answers.
+    """Make an expert for a behaviour: train a base on its own answers, rewritten so that they follow the instruction.
 
     Args:
-        model: the base.
-        behaviour: its "fit" prompts are trained on.
+        model: the base, in float32; it is not changed.
+        behaviour: what to learn; its "fit" prompts are trained on.
         config: how to train; None for the defaults.
-        components: confine the change to these (e.g. "L3.head.5"); None for all parameters.
-        max_new_tokens: length of the base's answers.
-        checkpoints: see `train`.
-        on_step: see `train`.
+        components: names of the components whose weights may change, say "L3.head.5"; None for all parameters.
+        max_new_tokens: longest answer of the base, in tokens.
+        checkpoints: folder for checkpoints, to resume from (see `train`); None for none.
+        on_step: called after each step with its number and its loss (see `train`).
+
+    Returns:
+        the expert.
 
     Raises:
         ComponentError: an unknown component.
-        BehaviourError: the behaviour has nothing to train on.
+        BehaviourError: nothing to train on, examples that are too long, or no tokenizer with an end token.
+        OutputError, WpjaxError: as `train`.
+
+    >>> from wpjax.behaviours import behaviour
+    >>> from wpjax.pairs import load_model
+    >>> title = behaviour("tiny:title")
+    >>> expert = finetune(
+    ...     load_model("tiny:base"), title, TrainConfig(steps=2), components=["L0.mlp"], max_new_tokens=4
+    ... )
+    >>> expert.source
+    'tiny:base + tiny:title'
     """
     if model.tokenizer is None or model.tokenizer.eos_token_id is None:
         raise BehaviourError(f"{model.source}: training needs a tokenizer with an end-of-sequence token")

@@ -17,10 +17,11 @@ from wpjax.cli.options import with_options
 from wpjax.errors import WpjaxError
 
 INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def make_app() -> typer.Typer:
-    """All commands, with the methods that are registered by now."""
+    """The command line: one command a module of this package. Its help lists the methods registered so far."""
     app = typer.Typer(
         name="wpjax",
         help="Which weights of a fine-tuned model carry its new behaviour?",
@@ -46,41 +47,42 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Run the command line: exit 0 done, 2 bad input, 130 interrupted, 1 a bug."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is escaped
+    """Run the command line. Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     keep_programs()
     try:
         code = make_app()(standalone_mode=False)
     except SystemExit as leaving:
-        if leaving.code == INTERRUPTED:  # a command has said what was kept
+        if leaving.code == INTERRUPTED:  # the command has already said what was kept
             _leave_at_once()
         raise
     except WpjaxError as error:
         _fail(str(error))
     except TyperException as error:  # an option that does not exist, a value that does not parse
-        _fail(f"{error.format_message()} See --help.")
+        _fail(f"{error.format_message().replace('Value error, ', '').rstrip('.')}. See --help.")
     except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             _fail(f"out of memory ({error}); ask for less at once: fewer prompts, a smaller batch, a lower --memory-mb")
-        if "Unable to initialize backend" in str(error):  # what JAX_PLATFORMS names
+        if "Unable to initialize backend" in str(error):  # JAX_PLATFORMS names a device that is not there
             _fail(str(error))
         raise
-    if code == INTERRUPTED:
+    if code == INTERRUPTED:  # Typer's own answer to Ctrl-C, in commands that do not handle it
         print("interrupted; nothing was written", file=sys.stderr)
         _leave_at_once()
     sys.exit(code or 0)
 
 
 def _fail(message: str) -> NoReturn:
+    """Print an error as one line, and exit with code 2."""
     line = " ".join(message.split())
-    # What a file brings into a message, say the name of a tensor, must not steer the terminal.
+    # A message may quote a file, say the name of a tensor: control characters in it must not reach the terminal.
     print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
     sys.exit(2)
 
 
 def _leave_at_once() -> NoReturn:
-    """Exit without the interpreter's teardown, which crashes where XLA was cut off in the middle of a program."""
+    """Exit without tearing the interpreter down, which crashes if XLA was cut off in the middle of a program."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
             stream.flush()

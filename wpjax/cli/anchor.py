@@ -38,7 +38,7 @@ def run(
     behaviour: BehaviourName,
     out: Out,
     checker: Checker = None,
-    layer: Annotated[int | None, Setting("Use this layer instead of choosing one.")] = None,
+    layer: Annotated[int | None, Setting("Layer to use, instead of choosing one.")] = None,
     response_tokens: ResponseTokens = 0,
     n_prompts: NPrompts = 64,
     causal: Causal = "require",
@@ -50,7 +50,7 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Fit the direction that says whether a behaviour's control state has formed, and accept it by causal tests."""
+    """Fit an anchor, the direction that tells whether the behaviour's state has formed. Causal tests must accept it."""
     from wpjax.runtime.files import check_output
 
     check_output(out, overwrite)
@@ -115,12 +115,13 @@ def show(anchor: Anchor) -> None:
     passing = [str(d.layer) for d in anchor.diagnostics if not d.verdict()]
     print(
         f"\nlayers that pass: {', '.join(passing)}\ncosine: of directions from random halves of the queries; without "
-        "drift: what the instruction makes of the gap; in base: the instruction's trace there, a share of the expert's"
+        "drift: the part of the gap that the instruction makes; / sd: that part in standard deviations over prompts; "
+        "in base: the instruction's trace in the base, as a share of the expert's"
     )
 
 
 def show_steering(anchor: Anchor) -> None:
-    """Print the causal tests of the layers that were tried."""
+    """Print the causal tests, one row for each layer that was tried."""
     from wpjax.cli.console import print_table
 
     tests = [test for test in (d.steering for d in anchor.diagnostics) if test]

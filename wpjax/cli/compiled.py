@@ -6,20 +6,21 @@ import os
 from pathlib import Path
 
 MAX_BYTES = 2 * 2**30
-"""Size of the cache; what was used longest ago goes first."""
+"""Largest size of the cache; programs that were not used for longest are deleted first."""
 
 
 def keep_programs() -> None:
-    """Name a folder for JAX's persistent cache, unless the environment names one. Call it before JAX is imported.
+    """Tell JAX to keep compiled programs in a folder of the user's cache. Call this before JAX is imported.
 
-    JAX's keys tell processors apart, so machines may share a home. `JAX_ENABLE_COMPILATION_CACHE=0` switches it off.
+    `JAX_COMPILATION_CACHE_DIR` names another folder, and `JAX_ENABLE_COMPILATION_CACHE=0` switches the cache off. JAX
+    tells processors apart, so several machines may share a home.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wpjax" / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written: compile every time
+    except (OSError, RuntimeError):  # no home, or none that can be written to: compile every time
         return
     if os.access(folder, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)

@@ -1,4 +1,4 @@
-"""What commands print: tables, progress, JSON."""
+"""What commands print: tables, progress and JSON."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ err = Console(stderr=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """Machine-readable output; numbers that do not exist are null."""
+    """Print a value as JSON; NaN and infinity, which JSON lacks, become null."""
     print(json.dumps(without_nan(value), indent=1, default=str, allow_nan=False))
 
 
 def without_nan(value: Any) -> Any:
-    """A tree of JSON values with None in place of numbers that do not exist."""
+    """A tree of JSON values with None in place of NaN and infinity.
+
+    >>> without_nan({"effect": float("nan"), "ranks": (1, 2)})
+    {'effect': None, 'ranks': [1, 2]}
+    """
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -38,7 +42,10 @@ def without_nan(value: Any) -> Any:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table, first column to the left, the others to the right; text in it is never markup."""
+    """Print a table, with the first column aligned left and the others right.
+
+    Cells are plain text: brackets in a name are not taken for rich's markup.
+    """
     out.print(Text(title, style="bold"))
     table = Table(box=None)
     for i, column in enumerate(columns):
@@ -50,9 +57,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """A function (what, done, total) that draws a bar for each thing done, on the error stream.
+    """Give a `Progress` that draws a bar for each piece of work, on the error stream.
 
-    Where that is not a terminal it prints a plain line now and then instead.
+    If the error stream is not a terminal, it prints a plain line every few seconds instead.
     """
     if not err.is_terminal:
         yield _log_lines()
@@ -76,13 +83,14 @@ def progress_bars() -> Iterator[Progress]:
 
 
 def _log_lines(seconds: float = 10.0) -> Progress:
+    """A progress that prints a line when work ends, and before that at most once in so many seconds."""
     start = time.monotonic()
-    printed: dict[str, tuple[float, int]] = {}
+    printed: dict[str, tuple[float, int]] = {}  # when the last line of a piece of work was printed, and what it said
 
     def update(what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        when, how_far = printed.get(what, (start, 0))
-        if done != how_far and (done == total or now - when >= seconds):
+        last_time, last_done = printed.get(what, (start, 0))
+        if done != last_done and (done == total or now - last_time >= seconds):
             printed[what] = now, done
             print(f"[{now - start:5.0f} s] {what}: {done} of {total}", file=sys.stderr, flush=True)
 
@@ -90,13 +98,13 @@ def _log_lines(seconds: float = 10.0) -> Progress:
 
 
 def kept(folder: Path) -> str:
-    """What an interrupted command leaves behind in its folder of finished parts, and how to go on."""
+    """What to say of an interrupted command: whether finished parts are in its folder, and how to go on."""
     return "finished parts are kept: go on with --resume" if any(folder.glob("*.npy")) else "nothing was written"
 
 
 @contextlib.contextmanager
 def on_interrupt(message: Callable[[], str]) -> Iterator[None]:
-    """Say on Ctrl-C what was kept and how to go on, and exit with 130."""
+    """On Ctrl-C, print a message that says what was kept and how to go on, and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt:

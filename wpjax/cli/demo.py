@@ -8,14 +8,16 @@ from typing import Annotated
 from wpjax.arguments import Overwrite, Seed, Setting
 
 MARKER = "results.nc"
+"""The file that every folder of a demo holds: `--overwrite` replaces no other folder."""
+
 EXAMPLE = "Example: wpjax demo --out demo --behaviour title"
 
 
 def run(
-    out: Annotated[Path, Setting("Folder for results.nc, report.html and the PNGs.")] = Path("wpjax-demo"),
+    out: Annotated[Path, Setting("Folder for results.nc, report.html and its figures.")] = Path("wpjax-demo"),
     behaviour: Annotated[str, Setting("One of the six built-in behaviours.")] = "english_capital",
     planted: Annotated[
-        bool, Setting("Use the expert whose true components are known, and say where they rank.")
+        bool, Setting("Use the expert whose true components are known, and say how many are found.")
     ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -47,6 +49,6 @@ def run(
     if planted:
         truth = set(planted_components())
         ranked = [row.name for row in result.top(len(result.dataset["name"]), absolute=True)]
-        found = sum(name in truth for name in ranked[: len(truth)])
-        print(f"\nplanted: {found} of {len(truth)} planted components are among the {len(truth)} of largest effect")
+        n_found = sum(name in truth for name in ranked[: len(truth)])
+        print(f"\nplanted: {n_found} of {len(truth)} planted components are among the {len(truth)} of largest effect")
     print(f"\nlook at {out / 'report.html'} and {out / 'report-overview.png'}")

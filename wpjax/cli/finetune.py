@@ -17,13 +17,13 @@ def run(
     checker: Checker = None,
     steps: Annotated[int, Setting("Optimiser steps.", least=2)] = 90,
     lr: Annotated[float, Setting("Peak learning rate of AdamW.", least=0, most=1)] = 3e-5,
-    batch_size: Annotated[int, Setting("Examples a step.", least=1, most=2**16)] = 8,
-    weight_decay: Annotated[float, Setting("AdamW's.", least=0, most=2**20)] = 0.0,
+    batch_size: Annotated[int, Setting("Examples in a step.", least=1, most=2**16)] = 8,
+    weight_decay: Annotated[float, Setting("Weight decay of AdamW.", least=0, most=2**20)] = 0.0,
     components: Annotated[
-        str | None, Setting("Confine the change to these, comma-separated: L1.head.2,L3.mlp.")
+        str | None, Setting("Change these components only, comma-separated: L1.head.2,L3.mlp.")
     ] = None,
-    max_new_tokens: Annotated[int, Setting("Length of answers to learn.", least=1)] = 64,
-    eval_prompts: Annotated[int, Setting("Held-out prompts to check it on; 0 needs no checker.", least=0)] = 16,
+    max_new_tokens: Annotated[int, Setting("Longest answer to learn, in tokens.", least=1)] = 64,
+    eval_prompts: Annotated[int, Setting("Held-out prompts to check the expert on; 0: do not check it.", least=0)] = 16,
     resume: Resume = False,
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
@@ -56,6 +56,7 @@ def run(
     saved = False
 
     def kept() -> str:
+        """What to say after an interruption; deletes a folder that holds no checkpoint yet."""
         if saved:
             return f"the expert is written to {out}, but was not checked"
         if any(path.name.isdigit() for path in checkpoints.glob("*")):
@@ -68,7 +69,7 @@ def run(
         losses: list[float] = []
 
         def on_step(step: int, loss: float) -> None:
-            progress("answers to learn from", 1, 1)
+            progress("answers to learn from", 1, 1)  # the answers came before the first step
             progress("training", step, steps)
             losses.append(loss)
 
@@ -83,7 +84,7 @@ def run(
                 on_step=on_step,
             )
         except Exception:
-            kept()  # removes a folder without any checkpoint
+            kept()  # for what it deletes
             raise
         save_checkpoint(out, expert, overwrite=overwrite)
         saved = True

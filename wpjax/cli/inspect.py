@@ -15,11 +15,11 @@ EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
 
 def run(
     base: Annotated[str, typer.Argument(help=MODEL)],
-    expert: Annotated[str | None, typer.Argument(help="A second model, to compare.")] = None,
+    expert: Annotated[str | None, typer.Argument(help="A second model, to compare with the first.")] = None,
     ignore_config: IgnoreConfig = (),
     as_json: Json = False,
 ) -> None:
-    """Show a model's architecture and components, and what an expert changed."""
+    """Show a model's architecture and components, and what an expert changed of them."""
     from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.cli.console import out, print_json, print_table
     from wpjax.components import KINDS, count, unit_shapes

@@ -1,4 +1,4 @@
-"""From what arguments say of themselves to the options of a command."""
+"""Makes the options of a command from the types of a function's arguments (see `wpjax.arguments`)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ Json = Annotated[bool, Setting("Print JSON instead of tables.", option="--json")
 
 
 def with_options(run: Callable[..., None]) -> Callable[..., None]:
-    """A command as Typer takes it: with one option for every argument of a function.
+    """A function as a command that Typer understands, with an option for every argument.
 
-    An argument whose type holds a `Setting` becomes an option; one that is a dataclass of such fields becomes an option
-    a field, and the function gets the dataclass made of them; others are left as they are.
+    - An argument whose type holds a `Setting` becomes an option.
+    - An argument that is a dataclass of such fields, say `SweepConfig`, becomes one option for each field. The function
+      gets the dataclass, made from the options.
+    - Other arguments are left to Typer.
 
     Args:
         run: the function.
     """
     hints = typing.get_type_hints(run, include_extras=True)
-    own: dict[str, Argument] = {}
-    configs: dict[str, tuple[type, tuple[Argument, ...]]] = {}
+    single: dict[str, Argument] = {}
+    configs: dict[str, tuple[type, tuple[Argument, ...]]] = {}  # the dataclass and its fields
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(run).parameters.items():
         hint, default = hints[name], parameter.default
@@ -35,26 +37,28 @@ def with_options(run: Callable[..., None]) -> Callable[..., None]:
             configs[name] = hint, arguments_of(hint)
             parameters += [_option(arg) for arg in configs[name][1]]
         elif any(isinstance(extra, Setting) for extra in typing.get_args(hint)[1:]):
-            own[name] = argument(name, hint, dataclasses.MISSING if default is inspect.Parameter.empty else default)
-            parameters.append(_option(own[name]))
+            single[name] = argument(name, hint, dataclasses.MISSING if default is inspect.Parameter.empty else default)
+            parameters.append(_option(single[name]))
         else:
             parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(run)
-    def command(**given: Any) -> None:
-        made: dict[str, Any] = {
-            name: config(**{arg.name: _value(arg, given.pop(arg.name)) for arg in args})
+    def command(**options: Any) -> None:
+        dataclass_values: dict[str, Any] = {
+            name: config(**{arg.name: _value(arg, options.pop(arg.name)) for arg in args})
             for name, (config, args) in configs.items()
         }
-        values: Mapping[str, Any] = {n: _value(own[n], value) if n in own else value for n, value in given.items()}
-        run(**made, **values)
+        values: Mapping[str, Any] = {n: _value(single[n], v) if n in single else v for n, v in options.items()}
+        run(**dataclass_values, **values)
 
+    # Typer reads a command's options from its signature and its annotations.
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
 def _option(arg: Argument) -> inspect.Parameter:
+    """An argument as a parameter that Typer makes an option from."""
     setting, default = arg.setting, arg.default
     name = setting.option or "--" + arg.name.replace("_", "-")
     if arg.type is bool and default is True:
@@ -67,7 +71,7 @@ def _option(arg: Argument) -> inspect.Parameter:
         if setting.separator and default:
             default = setting.separator.join(default)
     if kind == list[str]:
-        kind, default = list[str] | None, default or None
+        kind, default = list[str] | None, default or None  # None: the option was not given
     elif type(None) in typing.get_args(arg.type):
         kind = kind | None
     option = typer.Option(name, help=setting.text, min=setting.least, max=setting.most)
@@ -79,18 +83,19 @@ def _option(arg: Argument) -> inspect.Parameter:
     )
 
 
-def _value(arg: Argument, given: Any) -> Any:
-    """What an option was given, as the argument wants it."""
+def _value(arg: Argument, option: Any) -> Any:
+    """The value of an argument from that of its option: text with separators, or a list, becomes a tuple."""
     if not _is_tuple(arg):
-        return given
-    if given is None:
+        return option
+    if option is None:
         return None if arg.default is None else ()
     return (
-        tuple(part.strip() for part in given.split(arg.setting.separator) if part.strip())
+        tuple(part.strip() for part in option.split(arg.setting.separator) if part.strip())
         if arg.setting.separator
-        else tuple(given)
+        else tuple(option)
     )
 
 
 def _is_tuple(arg: Argument) -> bool:
+    """Whether an argument is a tuple, perhaps an optional one."""
     return any(typing.get_origin(kind) is tuple for kind in (arg.type, *typing.get_args(arg.type)))

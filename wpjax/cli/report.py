@@ -14,15 +14,17 @@ EXAMPLE = "Example: wpjax report title.nc --out title.html"
 
 def run(
     result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
-    out: Annotated[Path, Setting("The page to write; PNGs go beside it.")] = Path("report.html"),
+    out: Annotated[Path, Setting("The page to write. The figures are written beside it, as PNG files.")] = Path(
+        "report.html"
+    ),
     execution: Annotated[
         Path | None,
-        Setting("A sweep with --given-anchor: its components join the hierarchy as executors."),
+        Setting("Result of a sweep with --given-anchor: its best components join the hierarchy as executors."),
     ] = None,
-    rows: Annotated[int, Setting("Components in its table.", least=1)] = 100,
+    rows: Annotated[int, Setting("Components in the table of the page.", least=1)] = 100,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw a sweep's result: one HTML page that opens without a network, and its figures as PNG files."""
+    """Draw the result of a sweep: one HTML page that needs no network, and its figures as PNG files."""
     from wpjax.report import write_report
     from wpjax.results.sweep_result import SweepResult
     from wpjax.runtime.files import check_output

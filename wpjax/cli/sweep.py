@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
 MARKS = ("anchor_acceptance", "behaviour_differs")
-"""Attributes of a result that its ranking must not be read without, beside those of its method."""
+"""Attributes that are printed with every ranking, beside those of the method: they say whether to trust it."""
 
 
 def run(
@@ -42,7 +42,7 @@ def run(
 
 
 def print_result(result: SweepResult, n: int, as_json: bool) -> None:
-    """The ranked table, with the gap, the noise floor and the coverage."""
+    """Print the n components that rank highest, and below them the gap, the coverage and the noise floor."""
     from wpjax.cli.console import print_json, print_table
     from wpjax.columns import EFFECT, find_column
 
@@ -60,12 +60,12 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         )
         return
     bounds, tested = (column.bounds, column.is_tested) if column else ((), False)
-    place = {name: i for i, name in enumerate(data["name"].values.tolist())}
+    position = {name: i for i, name in enumerate(data["name"].values.tolist())}
 
-    def line(r: Row) -> Iterator[str]:
+    def line(r: Row) -> Iterator[str]:  # as many cells as the table below has columns
         yield from (r.name, f"{r.value:+.4f}")
         if bounds:
-            low, high = (float(data[bound].values[place[r.name]]) for bound in bounds)
+            low, high = (float(data[bound].values[position[r.name]]) for bound in bounds)
             yield f"[{low:+.4f}, {high:+.4f}]"
         if tested:
             yield f"{r.q_value:.2g}"

@@ -42,10 +42,10 @@ def run(
     behaviour: BehaviourName,
     out: Out,
     checker: Checker = None,
-    by: Annotated[str | None, Setting("The ranking under test, say effect or screen; the set score if absent.")] = None,
+    by: Annotated[str | None, Setting("The ranking to test, say effect or screen; the set score if absent.")] = None,
     n_prompts: NPrompts = 32,
-    points: Annotated[int, Setting("Sizes of sets, from one component to all, on a logarithmic grid.", least=2)] = 10,
-    n_random: Annotated[int, Setting("Random orders beside the ranking.", least=1)] = 3,
+    points: Annotated[int, Setting("Sizes of sets on each curve, from one component to all.", least=2)] = 10,
+    n_random: Annotated[int, Setting("Random orders to compare with.", least=1)] = 3,
     max_new_tokens: NewTokens = 32,
     dtype: Dtype = "float32",
     resume: Resume = False,
@@ -54,7 +54,7 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Patch a sweep's best components into the base, and out of the expert, and judge the answers by the checker."""
+    """Patch a sweep's best components into the base, and out of the expert; the checker judges the answers."""
     from wpjax.runtime.files import check_output
 
     names = ("curves", "calibration")
@@ -73,7 +73,7 @@ def run(
     swept = SweepResult.from_netcdf(result)
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, ignore_config)
-    settings = {
+    settings = {  # everything that finished parts depend on
         "version": wpjax.__version__,
         "pair": pair.fingerprints,
         "result": [swept.dataset.attrs["date"], swept.best().tolist(), by],
@@ -108,7 +108,7 @@ def run(
 
 
 def print_curves(curves: Curves, as_json: bool) -> None:
-    """Areas under the curves of every ranking, and the calibration of the scores."""
+    """Print the areas under the curves of every ranking, and the calibration of every score."""
     from wpjax.cli.console import print_json, print_table
     from wpjax.results.curves import BINS, DIRECTIONS
 
@@ -158,8 +158,10 @@ def print_curves(curves: Curves, as_json: bool) -> None:
 
 
 def _figure(value: float) -> str:
+    """A number as a cell of a table; empty if there is none."""
     return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def _bounded(area: Interval) -> str:
+    """A number with its interval as a cell of a table; empty if there is none."""
     return "" if math.isnan(area.mean) else f"{area.mean:.2f} [{area.low:.2f}, {area.high:.2f}]"

@@ -1,4 +1,4 @@
-"""The report of a sweep: figures and one self-contained HTML page. Knows the result file, not JAX."""
+"""The report of a sweep: figures, and one HTML page that holds them all. It reads result files and does not use JAX."""
 
 from wpjax.report.page import write_report
 

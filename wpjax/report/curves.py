@@ -1,4 +1,4 @@
-"""Figures of behavioural curves: restoration and knock-out, and what each score promises."""
+"""Figures of a validation: restoration and knock-out curves, and how well each score foretells the checker."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from wpjax.report.figures import COLOURS, GREY, STYLE
 from wpjax.results.curves import CHECKS, DIRECTIONS, Curves
 from wpjax.runtime.files import atomic_output
 
+# Titles of the measures, and colours of the controls.
 LABELS = {
     "strict": "answers that pass (strict)",
     "loose": "answers that pass (loose)",
@@ -23,22 +24,30 @@ LABELS = {
 }
 CONTROLS = {**dict.fromkeys(("activation", "attribution"), COLOURS["neuron"]), "delta_norm": COLOURS["norm"]}
 SINGLE = COLOURS["kv_group"]
-"""The result's own ranking, where another is tested."""
+"""Colour of the ranking of single effects, where it is a control."""
 
 
 def _colour(ranking: str, first: bool) -> str:
+    """Colour of a ranking; the first is the one under test."""
     return COLOURS["head"] if first else GREY if ranking.startswith("random") else CONTROLS.get(ranking, SINGLE)
 
 
 def draw_curve(curves: Curves, axes: Axes, measure: str, direction: str) -> None:
-    """One measure along the curves of every ranking, as a share of the way from base to expert."""
+    """Draw one measure along the curves of every ranking, as a share of the gap.
+
+    Args:
+        curves: the curves.
+        axes: axes to draw into.
+        measure: name of one of `curves.measures`.
+        direction: "restore" or "knockout".
+    """
     shares, side = curves.share(measure)[0], DIRECTIONS.index(direction)
-    n = curves.dataset["n_parameters"].values
+    n = curves.dataset["n_parameters"].values  # [ranking, point]
     for r, name in enumerate(curves.rankings):
         value, low, high = shares[:, side, r]
         order, colour = np.argsort(n[r], kind="stable"), _colour(name, r == 0)
         random = name.startswith("random")
-        label = "random" if name == "random 1" else None if random else title_of(name)
+        label = "random" if name == "random 1" else None if random else title_of(name)  # one entry for all of them
         axes.fill_between(n[r][order], low[order], high[order], color=colour, alpha=0.12, lw=0)
         axes.plot(n[r][order], value[order], color=colour, lw=1 if random else 1.6, marker=".", ms=4, label=label)
     axes.axhline(0, color="#222", lw=0.6)
@@ -51,7 +60,9 @@ def draw_curve(curves: Curves, axes: Axes, measure: str, direction: str) -> None
 
 
 def make_curves(curves: Curves) -> Figure:
-    """Restoration above, knock-out below; the checker first, strict and loose, then two scores and the divergence."""
+    """Figure of the curves: restoration above, knock-out below; a column for each verdict of the checker and for the
+    anchor, the decision score and the divergence.
+    """
     scored = [m for m in curves.measures if m not in CHECKS]
     shown = [*CHECKS, *(m for m in ("anchor", "decision", "kl") if m in scored)]
     with mpl.rc_context(STYLE):
@@ -73,30 +84,41 @@ def make_curves(curves: Curves) -> Figure:
 
 
 def make_calibration(curves: Curves) -> Figure:
-    """The share that each score gives a patched model against the share of its answers that pass; one dot a model."""
-    found = curves.calibration()
-    passing = curves.standing("strict")
+    """Figure of the calibration: for each score, how far the score and the checker say that a patched model stands.
+
+    Each dot is a patched model. On the dotted line the score keeps what it promises.
+    """
+    calibrations = curves.calibration()
+    passing = curves.standing("strict")  # [direction, ranking, point]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.9 * len(found), 3.1), layout="constrained")
-        grid = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
-        for axes, one in zip(grid, found, strict=True):
-            claimed = curves.standing(one.measure)
+        figure = Figure(figsize=(2.9 * len(calibrations), 3.1), layout="constrained")
+        grid = figure.subplots(1, len(calibrations), squeeze=False, sharey=True)[0]
+        for axes, calibration in zip(grid, calibrations, strict=True):
+            claimed = curves.standing(calibration.measure)
             for r, name in enumerate(curves.rankings):
                 axes.scatter(claimed[:, r], passing[:, r], s=14, color=_colour(name, r == 0), alpha=0.8, lw=0)
             axes.plot([0, 1], [0, 1], color="#222", lw=0.6, ls=":")
             axes.set(xlabel="share by the score")
-            sure, known = curves.gap(one.measure).low > 0, not np.isnan(one.rho)
-            says = f"rank correlation {one.rho:.2f}" if known else "all alike" if sure else "no gap"
-            axes.set_title(f"{one.measure}: {says}")
+            sure, known = curves.gap(calibration.measure).low > 0, not np.isnan(calibration.rho)
+            says = f"rank correlation {calibration.rho:.2f}" if known else "all alike" if sure else "no gap"
+            axes.set_title(f"{calibration.measure}: {says}")
         grid[0].set_ylabel("share that passes")
     return figure
 
 
 def write_curves(curves: Curves, path: Path, overwrite: bool = False) -> list[Path]:
-    """Write both figures as PNG files, named after a path's stem.
+    """Write both figures as PNG files.
+
+    Args:
+        curves: the curves.
+        path: path of the result file; the figures are written beside it and named after it.
+        overwrite: whether files that exist may be replaced.
+
+    Returns:
+        paths of the figures.
 
     Raises:
-        OutputError: a place exists or cannot be written.
+        OutputError: a file exists or cannot be written.
     """
     written = []
     for name, figure in (("curves", make_curves(curves)), ("calibration", make_calibration(curves))):

@@ -1,4 +1,4 @@
-"""Figures of a sweep result, each a function from the result to a matplotlib figure."""
+"""Figures of a sweep: functions `draw_...` draw a result into axes, `make_...` return whole figures."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from wpjax.circuits.hierarchy import flow_by_layer, hierarchy
 from wpjax.columns import effect_estimates, title_of
 from wpjax.results.sweep_result import SweepResult
 
+# Colours of kinds, and matplotlib settings that all figures share.
 COLOURS = {
     "head": "#2b6cb0",
     "kv_group": "#2c9c91",
@@ -41,7 +42,7 @@ GREY = "#6b7280"
 
 
 def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]:
-    """The best figure known of every component, its effect where it was measured; and a label of some kinds."""
+    """The best number known of every component's effect, [C], and a label for the axis that shows some kinds."""
     data, values = result.dataset, result.best()
     exact = np.isfinite(data["effect"].values[np.isin(data["kind"].values, kinds)])
     shown = next((name for name in effect_estimates() if name in data), result.ranking)
@@ -51,11 +52,11 @@ def _values(result: SweepResult, kinds: Sequence[str]) -> tuple[np.ndarray, str]
 
 
 def draw_heads(result: SweepResult, axes: Axes, kind: str = "head") -> None:
-    """Effect of every head (or KV group): layer by index, diverging around zero."""
+    """Draw the effect of every head (or KV group) as a map of layers by indices, white at zero."""
     data, (values, label) = result.dataset, _values(result, [kind])
     mine = data["kind"].values == kind
     layers, index = data["layer"].values[mine], data["index"].values[mine]
-    grid = np.full((layers.max() + 1, index.max() + 1), np.nan)
+    grid = np.full((layers.max() + 1, index.max() + 1), np.nan)  # what was not swept stays blank
     grid[layers, index] = values[mine]
     scale = max(float(np.nanmax(np.abs(grid))), 1e-9)
     image = axes.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0, -scale, scale))
@@ -69,11 +70,11 @@ def draw_heads(result: SweepResult, axes: Axes, kind: str = "head") -> None:
 
 
 def draw_neurons(result: SweepResult, axes: Axes) -> None:
-    """Effect of every neuron by layer, the strongest named."""
+    """Draw the effect of every neuron by layer, and name the strongest."""
     data, (values, label) = result.dataset, _values(result, ["neuron"])
     mine = data["kind"].values == "neuron"
     layers, effects = data["layer"].values[mine], values[mine]
-    x = layers + np.random.default_rng(0).uniform(-0.35, 0.35, layers.size)
+    x = layers + np.random.default_rng(0).uniform(-0.35, 0.35, layers.size)  # side by side, so that dots are seen
     axes.axhline(0, color=GREY, lw=0.6)
     axes.scatter(x, effects, s=6, color=COLOURS["neuron"], alpha=0.55, lw=0, rasterized=True)
     names = data["name"].values[mine]
@@ -94,7 +95,17 @@ def draw_neurons(result: SweepResult, axes: Axes) -> None:
 
 
 def _apart(x: np.ndarray, y: np.ndarray, order: np.ndarray, n: int = 5) -> list[int]:
-    """The first n of some points whose labels do not overlap: not nearer than half the width and a line's height."""
+    """Choose points whose labels do not overlap: the first n in order that keep apart from those chosen before.
+
+    Args:
+        x: [N], positions in units of the width of the axes.
+        y: [N], positions in units of their height.
+        order: indices of points, the most important first.
+        n: most points to choose.
+
+    Returns:
+        indices of the points: any two are half a width apart, or a line of text.
+    """
     chosen: list[int] = []
     for i in order:
         if len(chosen) < n and all(abs(x[i] - x[j]) > 0.5 or abs(y[i] - y[j]) > 0.045 for j in chosen):
@@ -103,11 +114,11 @@ def _apart(x: np.ndarray, y: np.ndarray, order: np.ndarray, n: int = 5) -> list[
 
 
 def draw_depth(result: SweepResult, axes: Axes) -> None:
-    """Sums of single effects by layer and kind: positive ones stacked above zero, negative ones below."""
+    """Draw sums of single effects by layer and kind: positive effects stacked above zero, negative ones below."""
     data, (values, _), kinds = result.dataset, _values(result, []), _finest(result)
     n_layers = int(data["layer"].values.max()) + 1
     axes.axhline(0, color=GREY, lw=0.6)
-    base = {1: np.zeros(n_layers), -1: np.zeros(n_layers)}
+    base = {1: np.zeros(n_layers), -1: np.zeros(n_layers)}  # by sign: where the next bar of each layer begins
     for kind in kinds:
         mine = (data["kind"].values == kind) & (data["layer"].values >= 0)
         for sign in (1, -1):
@@ -125,15 +136,15 @@ def draw_depth(result: SweepResult, axes: Axes) -> None:
 
 
 def draw_top(result: SweepResult, axes: Axes, n: int = 20) -> None:
-    """The highest-ranked components with their intervals."""
-    rows = result.top(n)[::-1]
+    """Draw the n components of largest effect, with their intervals."""
+    rows = result.top(n)[::-1]  # bars are drawn from the bottom up
     kinds = dict(zip(result.dataset["name"].values, result.dataset["kind"].values, strict=True))
     y = np.arange(len(rows))
     effect = np.array([r.effect for r in rows])
     colours = [COLOURS.get(str(kinds[r.name]), GREY) for r in rows]
     axes.barh(y, effect, color=colours, height=0.7)
     low, high = (np.array([getattr(r, f) for r in rows]) for f in ("ci_low", "ci_high"))
-    bars = np.clip([effect - low, high - effect], 0, None)
+    bars = np.clip([effect - low, high - effect], 0, None)  # an effect outside its interval has no bar on that side
     axes.errorbar(effect, y, xerr=bars, fmt="none", ecolor="#222", elinewidth=0.8)
     axes.set_yticks(y, [r.name for r in rows], fontsize=7)
     axes.axvline(0, color=GREY, lw=0.6)
@@ -142,7 +153,7 @@ def draw_top(result: SweepResult, axes: Axes, n: int = 20) -> None:
 
 
 def draw_plane(result: SweepResult, axes: Axes) -> None:
-    """Every component that was measured in all cells: what its weights do against what it relays, by depth."""
+    """Draw every component of the 2x2: what its weights do (source) against what it relays, coloured by layer."""
     data = result.dataset
     known = np.isfinite(data["source"].values)
     source, relay, layers = (data[name].values[known] for name in ("source", "relay", "layer"))
@@ -171,7 +182,7 @@ def draw_plane(result: SweepResult, axes: Axes) -> None:
 
 
 def draw_coverage(result: SweepResult, axes: Axes) -> None:
-    """What each kind recovers as one patch, beside the sum of its single patches."""
+    """Draw what each kind recovers as one patch, beside the sum of its single effects."""
     data = result.dataset
     kinds = [str(k) for k in data["swept_kind"].values]
     y = np.arange(len(kinds))[::-1]
@@ -186,12 +197,16 @@ def draw_coverage(result: SweepResult, axes: Axes) -> None:
 
 
 def draw_anchor(result: SweepResult, axes: Axes) -> None:
-    """Gap and what the instruction makes of it, with their intervals, and split-half cosine, by layer."""
+    """Draw the anchor's diagnostics by layer: the gap, the gap without drift (both with intervals), and the split-half
+    cosine.
+    """
     data = result.dataset
     layers = np.arange(data.sizes["model_layer"])
     axes.axhline(0, color=GREY, lw=0.6)
     for name, label, colour in (("gap", "gap", GREY), ("specific", "gap without drift", COLOURS["head"])):
-        scale = 1 / np.maximum(data[f"anchor_{name}_sd"].values, 1e-30)
+        scale = 1 / np.maximum(
+            data[f"anchor_{name}_sd"].values, 1e-30
+        )  # in standard deviations, so that layers compare
         mean, low, high = (data[f"anchor_{name}{end}"].values * scale for end in ("", "_low", "_high"))
         axes.fill_between(layers, low, high, color=colour, alpha=0.2, lw=0)
         axes.plot(layers, mean, color=colour, marker=".", ms=4, label=label)
@@ -208,7 +223,10 @@ def draw_anchor(result: SweepResult, axes: Axes) -> None:
 
 
 def draw_flow(result: SweepResult, axes: Axes) -> None:
-    """Flow from the suppliers (of the finest kinds), by kind and layer, to what it arrives by way of."""
+    """Draw the flow: rows are suppliers by kind and layer, columns are what their effects arrive by way of.
+
+    Columns: the supplier itself, then attention and MLP of each layer.
+    """
     kinds, n_layers = _finest(result), int(result.dataset.attrs["metric_layer"]) + 1
     grid = np.concatenate([flow_by_layer(result, kind) for kind in kinds])
     scale = max(float(np.abs(grid).max()), 1e-9)
@@ -228,29 +246,34 @@ def draw_flow(result: SweepResult, axes: Axes) -> None:
 
 
 def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | None = None) -> None:
-    """Sources, aggregators, the anchor and executors as a graph; the width of a line is its share of the gap."""
-    found = hierarchy(result, execution)
-    columns = [found.sources, found.aggregators, found.executors]
-    places: list[dict[str, tuple[float, float]]] = []
+    """Draw sources, aggregators, the anchor and executors as a graph, from left to right.
+
+    The width of a line is its share of the gap, next to that of the largest source.
+    """
+    graph = hierarchy(result, execution)
+    columns = [graph.sources, graph.aggregators, graph.executors]
+    places: list[dict[str, tuple[float, float]]] = []  # of each column: name -> (x, y)
     for x, nodes in zip((0.0, 1.0, 3.0), columns, strict=True):
         ordered = sorted(nodes, key=lambda n: (n.layer, n.name))
         places.append({n.name: (x, (i + 0.5) / len(ordered)) for i, n in enumerate(ordered)})
-    anchor, widest = (2.0, 0.5), max([n.value for n in found.sources] + [1e-9])
+    anchor, widest = (2.0, 0.5), max([n.value for n in graph.sources] + [1e-9])
 
-    def line(a: tuple[float, float], b: tuple[float, float], value: float) -> None:
+    def line(a: tuple[float, float], b: tuple[float, float], value: float) -> None:  # thin ones are left out
         colour = COLOURS["head"] if value >= 0 else COLOURS["embed"]
         width = 6 * min(abs(value) / widest, 1.0)
         if width >= 0.3:
             axes.plot(*zip(a, b, strict=True), color=colour, lw=width, alpha=0.35, solid_capstyle="round", zorder=1)
 
-    for s, source in enumerate(found.sources):
-        for a, aggregator in enumerate(found.aggregators):
-            line(places[0][source.name], places[1][aggregator.name], found.flow[s, a])
-        line(places[0][source.name], anchor, found.direct[s])
-    for aggregator in found.aggregators:
+    for s, source in enumerate(graph.sources):
+        for a, aggregator in enumerate(graph.aggregators):
+            line(places[0][source.name], places[1][aggregator.name], graph.flow[s, a])
+        line(places[0][source.name], anchor, graph.direct[s])
+    # An aggregator's inflow sums many sources, and executors are shares of another gap: no line is drawn wider than the
+    # largest source.
+    for aggregator in graph.aggregators:
         line(places[1][aggregator.name], anchor, aggregator.value * widest / max(widest, aggregator.value))
-    for executor in found.executors:
-        line(anchor, places[2][executor.name], widest * executor.value / found.executors[0].value)
+    for executor in graph.executors:
+        line(anchor, places[2][executor.name], widest * executor.value / graph.executors[0].value)
     for nodes, where in zip(columns, places, strict=True):
         for node in nodes:
             x, y = where[node.name]
@@ -260,32 +283,36 @@ def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | Non
     attrs = result.dataset.attrs
     label = f"anchor\nlayer {attrs['metric_layer']}" if attrs["metric"] == "anchor" else str(attrs["metric"])
     axes.text(*anchor, label, ha="center", va="center", fontsize=8, bbox=box)
-    titles = [("sources", 0.0), ("aggregators", 1.0)] + ([("executors", 3.0)] if found.executors else [])
+    titles = [("sources", 0.0), ("aggregators", 1.0)] + ([("executors", 3.0)] if graph.executors else [])
     for title, x in titles:
         axes.text(x, 1.04, title, ha="center", fontweight="bold", fontsize=8)
-    axes.set(xlim=(-0.5, 3.5 if found.executors else 2.5), ylim=(-0.02, 1.1))
+    axes.set(xlim=(-0.5, 3.5 if graph.executors else 2.5), ylim=(-0.02, 1.1))
     axes.axis("off")
 
 
 def _has(result: SweepResult, kind: str) -> bool:
+    """Whether a kind was swept."""
     return bool((result.dataset["kind"].values == kind).any())
 
 
 def _finest(result: SweepResult) -> list[str]:
-    """The finest kinds that were swept in layers: kinds that overlap are not stacked."""
+    """The finest kinds that were swept, among those that stand in layers.
+
+    Kinds of one group own different weights, so their effects may be stacked; those of two groups overlap.
+    """
     groups = (("head", "kv_group", "neuron"), ("attn", "mlp", "norm"), ("layer",))
-    found = ([kind for kind in group if _has(result, kind)] for group in groups)
-    return next((kinds for kinds in found if kinds), [])
+    swept = ([kind for kind in group if _has(result, kind)] for group in groups)
+    return next((kinds for kinds in swept if kinds), [])
 
 
 def available(
     result: SweepResult, execution: SweepResult | None = None
 ) -> dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]]:
-    """The figures this result has the data for: name -> (function that draws it, size in inches).
+    """The figures that a result has the data for: name -> (function that draws it, size in inches).
 
     Args:
         result: the sweep.
-        execution: a sweep of what follows its anchor, for the hierarchy's executors.
+        execution: a second sweep, with the anchor's state given: its components are the hierarchy's executors.
     """
     figures: dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]] = {}
     if result.dataset["exact"].values.any():
@@ -303,7 +330,7 @@ def available(
     if "flow" in result.dataset and _finest(result):
         figures["flow"] = (draw_flow, (6.4, 4.8))
     sources = "flow" in result.dataset and int(result.dataset.attrs["given_layer"]) < 0
-    if sources or execution is not None:  # `hierarchy` says what is wrong
+    if sources or execution is not None:  # asked for without sources: `hierarchy` raises, and says what is wrong
         figures["hierarchy"] = (lambda r, axes: draw_hierarchy(r, axes, execution), (7.4, 4.6))
     figures["coverage"] = (draw_coverage, (5.0, 2.6))
     if "anchor_gap" in result.dataset:
@@ -312,7 +339,13 @@ def available(
 
 
 def make_figure(result: SweepResult, name: str, execution: SweepResult | None = None) -> Figure:
-    """One figure by name."""
+    """One figure by name, one of `available`.
+
+    Args:
+        result: the sweep.
+        name: name of the figure.
+        execution: a second sweep, with the anchor's state given (see `available`).
+    """
     draw, size = available(result, execution)[name]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -321,7 +354,7 @@ def make_figure(result: SweepResult, name: str, execution: SweepResult | None = 
 
 
 def make_overview(result: SweepResult) -> Figure:
-    """Everything at a glance: the picture of where the behaviour lives."""
+    """The main figures on one sheet: where the behaviour lives, at a glance."""
     figures = available(result)
     names = [n for n in ("top", "heads", "neurons", "depth", "coverage", "anchor") if n in figures]
     with mpl.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""The HTML page of a sweep: one file, no network, no script from elsewhere."""
+"""The HTML page of a sweep: one file that needs no network and loads no script."""
 
 from __future__ import annotations
 
@@ -40,26 +40,34 @@ def write_report(
     n_rows: int = 100,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write the page, and beside it the figures as PNG files.
+    """Write a page about a sweep, and beside it its figures as PNG files.
 
     Args:
         result: the sweep.
-        path: of the page, `report.html` say; figures are named after its stem.
-        execution: a sweep of what follows its anchor, for the hierarchy's executors.
-        n_rows: components in its table.
-        overwrite: replace what is there.
+        path: path of the page, say "report.html"; the figures are named after it ("report-top.png").
+        execution: a second sweep, with the anchor's state given: its components are the hierarchy's executors.
+        n_rows: number of components in the table.
+        overwrite: whether files that exist may be replaced.
 
     Returns:
-        the files written, the page first.
+        paths of the files, the page first.
 
     Raises:
-        OutputError: a place exists or cannot be written.
+        OutputError: a file exists or cannot be written.
+
+    >>> import tempfile
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:title")
+    >>> anchor, batch = wp.fit_anchor(pair, task, n_prompts=8, causal="skip"), task.encode(pair.tokenizer, n_prompts=4)
+    >>> result = wp.sweep(pair, batch, anchor, kinds=("attn", "mlp"), method="screen")
+    >>> [file.name for file in write_report(result, Path(tempfile.mkdtemp()) / "title.html")]
+    ['title.html', 'title-overview.png', 'title-depth.png', 'title-coverage.png', 'title-anchor.png']
     """
     page = Path(path)
     written = [page]
     names = tuple(available(result, execution))
     targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *names)}
-    for target in (page, *targets.values()):
+    for target in (page, *targets.values()):  # all of them before the first is written
         check_output(target, overwrite)
     figures = {name: make_figure(result, name, execution) for name in names}
     with atomic_output(page, overwrite) as temporary:
@@ -72,7 +80,13 @@ def write_report(
 
 
 def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) -> str:
-    """The page's text; every name and prompt in it is escaped."""
+    """The text of the page. Names and prompts in it are escaped, so they are never taken for markup.
+
+    Args:
+        result: the sweep.
+        figures: figures by name, names of `TITLES`.
+        n_rows: number of components in the table.
+    """
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("wpjax.report"),
         autoescape=True,
@@ -101,18 +115,19 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
 
 
 def _extra_columns(result: SweepResult) -> list[Column]:
-    """Columns that the table shows beside the effect: what stands in for it first."""
-    here = [c for c in columns() if c.name in result.dataset and c.dims == ("component",) and not c.group and c.shown]
-    return sorted(here, key=lambda c: not c.estimates_effect)
+    """The columns that the table shows beside the effect: estimates of it first."""
+    shown = [c for c in columns() if c.name in result.dataset and c.dims == ("component",) and not c.group and c.shown]
+    return sorted(shown, key=lambda c: not c.estimates_effect)
 
 
 def _table(result: SweepResult, by: str, n_rows: int) -> list[dict[str, Any]]:
+    """The rows of the table of components."""
     data = result.dataset
-    place = {str(name): i for i, name in enumerate(data["name"].values)}
+    position = {str(name): i for i, name in enumerate(data["name"].values)}
     extra = _extra_columns(result)
     rows = []
     for row in result.top(n_rows, by=by):
-        i = place[row.name]
+        i = position[row.name]
         rows.append(
             {
                 **row._asdict(),
@@ -127,6 +142,7 @@ def _table(result: SweepResult, by: str, n_rows: int) -> list[dict[str, Any]]:
 
 
 def _with_interval(data: xr.Dataset, column: Column, i: int) -> str:
+    """Component i's number in a column, with its interval if it has one; a dash if it was not measured."""
     value = float(data[column.name].values[i])
     if np.isnan(value):
         return "–"
@@ -135,6 +151,7 @@ def _with_interval(data: xr.Dataset, column: Column, i: int) -> str:
 
 
 def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
+    """The rows of the table of kinds."""
     data, floors = result.dataset, result.attribute("noise_floor_by_kind")
     trust = [c.name for c in columns() if c.dims == ("swept_kind",) and c.group != ALWAYS and c.name in data]
     rows = []
@@ -155,7 +172,7 @@ def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
 
 
 def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
-    """The anchor's causal tests, one row a layer that was tried."""
+    """The anchor's causal tests, one row for each layer that was tried."""
     data = result.dataset
     if "anchor_strength" not in data:
         return []

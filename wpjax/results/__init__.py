@@ -1,1 +1,1 @@
-"""Result files: what they hold, and the questions users ask of them."""
+"""Result files: what a sweep and a validation write, and the questions users ask of it."""

@@ -1,4 +1,4 @@
-"""Behavioural curves: what patched models do, set by set of components, and the questions users ask of it."""
+"""The result of a validation: curves of what patched models do, and the questions users ask of them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ from wpjax.results.sweep_result import fits, read_dataset, write_dataset
 from wpjax.stats import Interval, Resamples, mean_interval, resample
 
 SCHEMA = 1
-"""Version of the file's layout, in its attribute `schema`."""
+"""Version of the layout of the file; the file holds it as its attribute `schema`."""
 
 DIRECTIONS = ("restore", "knockout")
+"""Components of the expert put into the base, and components of the base put into the expert."""
+
 CHECKS = ("strict", "loose")
+"""Names of the checker's two verdicts: on the answer as it is, and on IFEval's variants of it."""
+
 BINS = ((-np.inf, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0), (1.0, np.inf))
-"""Of the share that a score gives, for calibration."""
+"""Bins [low, high) of the share that a score gives a patched model, for calibration."""
 
 
 class Calibration(NamedTuple):
-    """How a score goes with the checker, over all patched models: sets put into the base, and out of the expert.
+    """How well a score foretells the checker, over all patched models of both directions.
 
-    All figures but the number of sets are NaN for a score whose gap may be zero.
+    Two numbers of each patched model are compared: how far from base (0) to expert (1) it stands by the score, and how
+    far it stands by the share of its answers that pass the strict checker. If the score's gap may be zero, all figures
+    but `n_sets` are NaN.
 
     Attributes:
-        measure: the score.
-        rho: Spearman's rank correlation of its share with the share that passes the checker.
-        error: root mean square of their difference, the score's share cut to [0, 1].
-        passing: mean share that passes, for each of `BINS` of the score's share; NaN where there is no set.
-        n_sets: patched models; that with everything is counted once.
+        measure: name of the score.
+        rho: Spearman's rank correlation of the two numbers.
+        error: root mean square of their difference, with the score's number clipped to [0, 1].
+        passing: mean of the checker's number in each of `BINS` of the score's number; NaN for an empty bin.
+        n_sets: number of patched models. The model with all components is the same for every ranking; it counts once.
     """
 
     measure: str
@@ -45,12 +51,40 @@ class Calibration(NamedTuple):
 
 
 class Curves:
-    """Curves of several rankings, with the questions users ask of them.
+    """Curves of several rankings, and the questions users ask of them.
 
-    Dimensions: `direction` ("restore", "knockout"), `ranking` (the one under test first), `point` along the curve,
-    `prompt`, `end` ("base", "expert"). Variables: `n_components`, `n_parameters` [ranking, point]; `strict`, `loose`
-    (whether each answer passes) and `score_NAME` [direction, ranking, point, prompt]; each of them at the ends as
-    `end_NAME` [end, prompt]; `query` [prompt].
+    A point of a curve is a patched model: the first components of a ranking, put into the base or out of the expert.
+
+    Dimensions of the dataset:
+
+    - `direction`: "restore", "knockout"; `end`: "base", "expert";
+    - `ranking`: the one under test, then the controls; `point`: along a curve, from one component to all; `prompt`.
+
+    Variables:
+
+    - `strict`, `loose` [direction, ranking, point, prompt]: whether the answer passes the checker;
+    - `score_NAME` [direction, ranking, point, prompt]: a score that needs no generation, in its own units;
+    - `end_NAME` [end, prompt]: the same measures of the base and the expert themselves;
+    - `n_components`, `n_parameters` [ranking, point]: size of the patched set; `query` [prompt]: index of the query.
+
+    One prompt a query; half and then all of the answers are brought back:
+
+    >>> passes = np.array([[True, True, False, False], [True] * 4])  # [point, prompt]
+    >>> curves = Curves(
+    ...     xr.Dataset(
+    ...         {
+    ...             "strict": (("direction", "ranking", "point", "prompt"), np.stack([passes, ~passes])[:, None]),
+    ...             "end_strict": (("end", "prompt"), np.array([[False] * 4, [True] * 4])),
+    ...             "n_parameters": (("ranking", "point"), [[10, 1000]]),
+    ...             "query": ("prompt", np.arange(4)),
+    ...         },
+    ...         attrs={"seed": 0},
+    ...     )
+    ... )
+    >>> curves.standing("strict")[0]  # restored, [ranking, point]
+    array([[0.5, 1. ]])
+    >>> curves.area("strict", "restore", 0).mean
+    0.75
     """
 
     def __init__(self, dataset: xr.Dataset):
@@ -58,12 +92,12 @@ class Curves:
 
     @property
     def rankings(self) -> list[str]:
-        """The ranking under test, then the controls."""
+        """Names of the rankings: the one under test, then the controls."""
         return [str(name) for name in self.dataset["ranking"].values]
 
     @property
     def measures(self) -> list[str]:
-        """What is measured: "strict" and "loose", then the scores."""
+        """Names of what is measured: "strict" and "loose", then the scores."""
         names = map(str, self.dataset.data_vars)
         return [name.removeprefix("end_") for name in names if name.startswith("end_")]
 
@@ -72,23 +106,27 @@ class Curves:
         return resample(self.dataset["query"].values, seed=int(self.dataset.attrs["seed"]))
 
     def gap(self, measure: str) -> Interval:
-        """Mean of expert minus base by a measure, in its own units, with its 95 % interval over queries."""
+        """Mean over prompts of expert minus base, in the units of the measure, with its 95 % interval over queries."""
         ends = self.dataset[f"end_{measure}"].values.astype(np.float64)
         return mean_interval(ends[1] - ends[0], self._resamples)
 
     def share(self, measure: str) -> tuple[Float[np.ndarray, "3 2 R K"], Float[np.ndarray, "3 2 R K"]]:
-        """How far along the way from base to expert each patched model is by a measure, with its 95 % interval.
+        """Share of the gap that each patched model brings back (restore) or loses (knockout), by a measure.
 
-        For "knockout" it is the share that is lost, so that in both directions 0 is no effect and 1 is all of it.
+        In both directions 0 is no effect and 1 is all of it (docs/method.md, "Restoration and knock-out curves").
+
+        Args:
+            measure: name of one of `measures`.
 
         Returns:
-            the share (ratio of means, low, high), [3, direction, ranking, point], NaN if the gap may be zero; and the
-            mean itself in its own units, likewise.
+            two arrays [3, direction, ranking, point]; the first axis is a number and the ends of its 95 % interval.
+            The first array is the share, a ratio of means, NaN if the gap may be zero. The second is the mean of the
+            measure, in its own units.
         """
         data = self.dataset
         ends = data[f"end_{measure}"].values.astype(np.float64)
         values = data[self._variable(measure)].values.astype(np.float64)
-        moved = np.stack([values[0] - ends[0], ends[1] - values[1]])
+        moved = np.stack([values[0] - ends[0], ends[1] - values[1]])  # [direction, ranking, point, prompt]
         weights, tails = self._resamples.weights, self._resamples.tails(0.95)
         gap = self._gaps(measure)
         low, high = _share_bounds(moved @ weights.T, gap[1:], tails)
@@ -97,14 +135,17 @@ class Curves:
         return np.stack([moved.sum(-1) / gap[0], low, high]), np.stack([values.mean(-1), *bounds])
 
     def _gaps(self, measure: str) -> Float[np.ndarray, " N"]:
-        """The gap summed over prompts, then its resamples; NaN if it may be zero, as is whatever is divided by it."""
+        """The gap summed over prompts, then each resample of it.
+
+        All are NaN if the gap may be zero, and so is every share, as it is divided by them.
+        """
         ends = self.dataset[f"end_{measure}"].values.astype(np.float64)
         gap = ends[1] - ends[0]
-        found = np.array([gap.sum(), *(self._resamples.weights @ gap)])
-        return found if self.gap(measure).low > 0 else np.full_like(found, np.nan)
+        sums = np.array([gap.sum(), *(self._resamples.weights @ gap)])
+        return sums if self.gap(measure).low > 0 else np.full_like(sums, np.nan)
 
     def standing(self, measure: str) -> Float[np.ndarray, "2 R K"]:
-        """Where between base (0) and expert (1) every patched model stands by a measure."""
+        """How far from base (0) to expert (1) each patched model stands by a measure, [direction, ranking, point]."""
         restored, lost = self.share(measure)[0][0]
         return np.stack([restored, 1 - lost])
 
@@ -114,20 +155,20 @@ class Curves:
     def area(self, measure: str, direction: str, ranking: int) -> Interval:
         """Mean share along a curve, over the logarithm of the number of parameters, with its 95 % interval.
 
-        NaN if the measure's gap may be zero.
+        It is NaN if the gap of the measure may be zero.
 
         Args:
-            measure: of `measures`.
+            measure: name of one of `measures`.
             direction: "restore" or "knockout".
-            ranking: its position.
+            ranking: index into `rankings`.
         """
         data, side = self.dataset, DIRECTIONS.index(direction)
         ends = data[f"end_{measure}"].values.astype(np.float64)
         values = data[self._variable(measure)].values[side, ranking].astype(np.float64)
         moved = ends[1] - values if side else values - ends[0]
         x = np.log(data["n_parameters"].values[ranking].astype(np.float64))
-        x, first = np.unique(x, return_index=True)
-        by_prompt = moved[first[-1]]
+        x, first = np.unique(x, return_index=True)  # two points of equal size have no width between them
+        by_prompt = moved[first[-1]]  # a curve of one point
         if len(x) > 1:
             by_prompt = np.trapezoid(moved[first], x, axis=0) / (x[-1] - x[0])
         gap, resamples = self._gaps(measure), self._resamples
@@ -135,19 +176,19 @@ class Curves:
         return Interval(float(by_prompt.sum() / gap[0]), float(low), float(high))
 
     def calibration(self) -> list[Calibration]:
-        """What each score is worth: how the share that it gives a patched model goes with the share that passes."""
-        sizes = self.dataset["n_components"].values
-        everything = sizes == sizes[0].max()
-        everything[0] = False  # one set, whatever it was ranked by
-        passing, found = self.standing("strict")[:, ~everything].ravel(), []
+        """How well each score foretells the checker, one `Calibration` a score."""
+        sizes = self.dataset["n_components"].values  # [ranking, point]
+        repeated = sizes == sizes[0].max()  # the model with all components is the same whatever the ranking:
+        repeated[0] = False  # it counts once, with the first
+        passing, calibrations = self.standing("strict")[:, ~repeated].ravel(), []
         for measure in (m for m in self.measures if m not in CHECKS):
-            claimed = self.standing(measure)[:, ~everything].ravel()
+            claimed = self.standing(measure)[:, ~repeated].ravel()
             bins = [passing[(claimed >= low) & (claimed < high)] for low, high in BINS]
             rho = float(spearmanr(claimed, passing).statistic) if np.ptp(claimed) and np.ptp(passing) else float("nan")
             shares = tuple(float(b.mean()) if b.size else float("nan") for b in bins)
             error = float(np.sqrt(np.mean((np.clip(claimed, 0, 1) - passing) ** 2)))
-            found.append(Calibration(measure, rho, error, shares, claimed.size))
-        return found
+            calibrations.append(Calibration(measure, rho, error, shares, claimed.size))
+        return calibrations
 
     def to_netcdf(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the file, whole or not at all.
@@ -159,10 +200,10 @@ class Curves:
 
     @classmethod
     def from_netcdf(cls, path: str | Path) -> Curves:
-        """Read what `to_netcdf` wrote.
+        """Read a file that `to_netcdf` wrote.
 
         Raises:
-            WpjaxError: no such file, or not one of this package.
+            WpjaxError: there is no such file, it holds no curves, or it is damaged.
         """
         dataset = read_dataset(path, "curves", SCHEMA, "wpjax validate")
         wrong = _damage(dataset)
@@ -174,18 +215,30 @@ class Curves:
 def _share_bounds(
     moved: Float[np.ndarray, "*n N"], gaps: Float[np.ndarray, " N"], tails: tuple[float, float]
 ) -> Float[np.ndarray, " 2 *n"]:
-    """Interval of a share from resamples; those that hold no prompt which tells base from expert have none."""
-    some = gaps > 0
-    if not some.any():
+    """Interval of a share from resamples.
+
+    Resamples whose gap is not positive are left out: they hold no prompt that tells base from expert.
+
+    Args:
+        moved: [..., N], numerator of the share in each resample.
+        gaps: [N], denominator of the share in each resample; NaN if there is no share.
+        tails: percentiles of the interval's ends.
+
+    Returns:
+        [2, ...], lower and upper end; NaN if no resample is left.
+    """
+    usable = gaps > 0
+    if not usable.any():
         return np.full((2, *moved.shape[:-1]), np.nan)
-    return np.percentile(moved[..., some] / gaps[some], tails, axis=-1)
+    return np.percentile(moved[..., usable] / gaps[usable], tails, axis=-1)
 
 
 DIMS = ("direction", "ranking", "point", "prompt")
-"""Of what is measured along curves."""
+"""Dimensions of a measure along the curves."""
 
 
 def _damage(data: xr.Dataset) -> list[str]:
+    """Names of what a dataset lacks, or has in another form; empty if it is whole."""
     measures = [str(name).removeprefix("end_") for name in data.data_vars if str(name).startswith("end_")]
     layout: dict[str, tuple[tuple[str, ...], str]] = {
         "ranking": (("ranking",), "OTU"),

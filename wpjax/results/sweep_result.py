@@ -1,4 +1,4 @@
-"""The result of a sweep: one dataset, one netCDF file, and the questions users ask of it."""
+"""The result of a sweep: a dataset in a netCDF file, and the questions users ask of it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from wpjax.methods import methods
 from wpjax.runtime.files import atomic_output
 
 SCHEMA = 4
-"""Version of the file's layout, in its attribute `schema`."""
+"""Version of the layout of the file; the file holds it as its attribute `schema`."""
 
 STORED_AS_JSON = ("noise_floor_by_kind", "rows_per_program")
-"""Attributes that are mappings; so are those of methods' own (`Method.marks`) that are text in the file."""
+"""Attributes that are mappings, which netCDF cannot hold: JSON text in the file. `Method.marks` may be such too."""
 
+# Attributes that every file must have, as text or as a number: see `_damage`.
 TEXTS = ("behaviour", "metric", "base", "expert", "base_fingerprint", "expert_fingerprint", "split", "date",
          "noise_floor_by_kind")  # fmt: skip
 NUMBERS = ("n_prompts", "n_queries", "n_layers", "metric_layer", "given_layer", "gap_mean", "gap_low", "gap_high",
@@ -34,14 +35,14 @@ class Row(NamedTuple):
     """One line of a ranked table.
 
     Attributes:
-        rank: from 1.
-        name: component.
-        value: what it is ranked by.
-        effect: share of the gap it recovers alone (ratio of means).
-        ci_low: lower end of the 95 % interval.
-        ci_high: upper end.
-        q_value: false discovery rate at which it would be reported.
-        below_noise_floor: whether rounding alone could have made it.
+        rank: place in the table, from 1.
+        name: name of the component, say "L3.head.5".
+        value: the number that the table is ranked by.
+        effect: share of the gap that the component recovers alone (ratio of means); NaN if it was not replaced.
+        ci_low: lower end of the effect's 95 % interval.
+        ci_high: upper end of the interval.
+        q_value: lowest false discovery rate at which the effect counts as found (Benjamini-Hochberg).
+        below_noise_floor: whether rounding alone could make an effect as large.
     """
 
     rank: int
@@ -69,13 +70,13 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
     """Read a netCDF file of this package.
 
     Args:
-        path: of the file.
-        what: kind of result that it must be, its attribute `what`.
-        schema: version of the layout that is understood.
-        command: that makes such files, for the message.
+        path: the file.
+        what: kind of result that the file must hold, as its attribute `what` says it: "sweep" or "curves".
+        schema: version of the layout that the caller can read.
+        command: command that makes such files, for the error message.
 
     Raises:
-        WpjaxError: no such file, or not such a result.
+        WpjaxError: there is no such file, or it holds something else.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # about HDF5 that is not netCDF
@@ -85,47 +86,83 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
     kind: Any = dataset.attrs.get("what")
     if isinstance(kind, str) and kind != what:
         raise WpjaxError(f"{path}: holds {kind}, not {what}; make that with `{command}`")
-    found: Any = dataset.attrs.get("schema")
-    if not np.array_equal(found, schema):
-        raise WpjaxError(f"{path}: schema {found}, this version reads {schema}; make it anew with `{command}`")
+    written: Any = dataset.attrs.get("schema")
+    if not np.array_equal(written, schema):  # the attribute of somebody else's file may be anything, arrays too
+        raise WpjaxError(f"{path}: schema {written}, this version reads {schema}; make it anew with `{command}`")
     return dataset
 
 
 class SweepResult:
-    """A sweep's dataset, with the questions users ask of it.
+    """The result of a sweep: a dataset, and the questions users ask of it.
 
-    Dimension `component` has coordinates `name`, `kind`, `layer`, `index`; dimension `prompt` has `prompt`, the text
-    exactly as the model was given it. Variables: `effect` (ratio of means, NaN where a component was only screened),
-    `effect_paper` (mean of ratios), `ci_low`, `ci_high`, `p_value`, `q_value`, `below_noise_floor`, `exact`,
-    `delta[component, prompt]`, `gap[prompt]`, `delta_norm` (Frobenius norm of the component's task vector), the
-    estimates that the method makes (`screen`, `gradient`, `ig`, `secant`, `race`, `attribution`), and `activation`,
-    `source`, `relay`, `interaction` and `knockout` (share of the gap lost in the expert), each with `_low` and `_high`,
-    where those cells were measured; `beta_low`, `banzhaf` and `beta_high` (share of the gap in the company of few, half
-    and most of the others) and `redundancy` (the first minus the last), likewise; `set_score`, what components are
-    ranked by to be patched together (share of the gaps of anchor and decision score, see `sweeps.add_set_score`).
-    `coverage_joint[swept_kind]` and
-    `coverage_sum[swept_kind]` say how much of the gap each kind recovers as one patch and as the sum of its single
-    effects (first-order ones where nothing was replaced); `split_half[swept_kind]` how reliably its ranking repeats on
-    other queries; `null_permuted` and `null_direction` what 95 % of effects are smaller than where there is nothing to
-    find; `missed` (with `_low`, `_high`) how many components outside the screen's choice have effects as large as its
-    median, from the random sample `sampled[component]`. `screen_error[component]` is the screen (or the gradient) minus
-    the effect. p, q, `split_half` and `missed` are of activation patches where no weights were replaced;
-    `flow[component, target]` says by way of which later heads and MLPs an effect arrives, along the metric's slope at
-    the base, and its rows sum to the effect (the target `rest`, of metrics that read logits, is what the slope does not
-    tell, on-policy what the patched model does by saying something else); `words_changed[component]`, on-policy, the
-    share of prompts on which it does;
-    `anchor_*[model_layer]` are the anchor's diagnostics. Attributes hold everything else. `wpjax.columns` is the table
-    of all of them.
+    `wpjax.columns` is the table of all variables. `X_low` and `X_high` are the ends of the 95 % interval of `X`.
+    Variables run along `component` unless other dimensions stand in brackets. NaN: it was not measured.
+
+    Coordinates:
+
+    - `name`, `kind`, `layer`, `index` of each component; `prompt`, the text exactly as the model got it; `swept_kind`,
+      the kinds that were swept; `target`, the later heads and MLPs of the flow.
+
+    Effects of the weights:
+
+    - `effect`: share of the gap that the component's weights recover alone, as a ratio of means; its interval is
+      `ci_low`, `ci_high`. NaN where a component was only screened. `exact` says which were replaced.
+    - `effect_paper`: the mean over prompts of the same ratio.
+    - `delta` [component, prompt]: change of the metric. `gap` [prompt]: the metric of the expert minus the base's.
+    - `p_value`, `q_value`, `below_noise_floor`. Without replaced weights, p and q are of activation patches.
+    - `delta_norm`: Frobenius norm of the component's change, expert minus base.
+
+    What methods add, where they were run:
+
+    - `screen`, `gradient`, `ig`, `secant`, `race`: estimates of the effect. `attribution`: that of activation patching.
+    - `activation`, `source`, `relay`, `interaction`: the 2x2 of weights and input. `knockout`: share of the gap that
+      the expert loses without the component. Each with its interval.
+    - `beta_low`, `banzhaf`, `beta_high`: share of the gap in the company of few, half and most of the others.
+      `redundancy`: the first minus the last. Each with its interval.
+    - `set_score`: share of the gaps of anchor and decision score, to rank components for patching together (see
+      `estimators.sets.add_set_score`).
+    - `flow` [component, target]: the effect, split over the later heads and MLPs that it arrives by, along the slope of
+      the metric at the base. Each row sums to the effect. The target `rest`, of metrics that read logits, is what the
+      slope does not tell; on-policy also what the patched model does by saying other words.
+    - `words_changed`: on-policy, share of prompts on which the patched model says other words.
+
+    How far to trust it:
+
+    - `coverage_joint` and `coverage_sum` [swept_kind]: share of the gap that each kind recovers as one patch, and as
+      the sum of its single effects (of estimates where nothing was replaced).
+    - `split_half` [swept_kind]: how reliably the ranking repeats on other queries; of activation patches where no
+      weights were replaced, and so is `missed`.
+    - `null_permuted`, `null_direction` [swept_kind]: where there is nothing to find, 95 % of effects are smaller.
+    - `missed` [swept_kind], with its interval: how many components outside the screen's choice have effects as large as
+      the median of the chosen. It is estimated from the random sample that `sampled` marks.
+    - `screen_error`: the screen (or the gradient) minus the effect.
+    - `anchor_...` [model_layer]: diagnostics of the anchor.
+
+    Attributes of the dataset hold everything else: the models, the metric, the gap, the noise floor, versions.
+
+    `sweep` makes results, and `from_netcdf` reads them. A small one by hand, of two modules that were only screened:
+
+    >>> columns = {"screen": [0.1, 0.4], "below_noise_floor": [False, False]}
+    >>> columns |= dict.fromkeys(("effect", "ci_low", "ci_high", "q_value"), [np.nan, np.nan])
+    >>> columns |= {"name": ["L0.attn", "L0.mlp"], "kind": ["attn", "mlp"]}
+    >>> result = SweepResult(xr.Dataset({name: ("component", values) for name, values in columns.items()}))
+    >>> result.ranking
+    'screen'
+    >>> [(row.rank, row.name, row.value) for row in result.top(by=result.ranking)]
+    [(1, 'L0.mlp', 0.4), (2, 'L0.attn', 0.1)]
     """
 
     def __init__(self, dataset: xr.Dataset):
         self.dataset = dataset
 
     def values(self, by: str) -> Float[np.ndarray, " C"]:
-        """What components are ranked by; NaN where it was not measured.
+        """The numbers of a ranking, one for each component; NaN where they were not measured.
+
+        Args:
+            by: name of a column to rank by, one of `wpjax.columns.rankings()`.
 
         Raises:
-            WpjaxError: the result has no such ranking, or it is nowhere measured.
+            WpjaxError: the result has no such ranking, or has no number of it.
         """
         data = self.dataset
         measured = _measured(data)
@@ -134,7 +171,10 @@ class SweepResult:
         return np.asarray(data[by].values.astype(float))
 
     def best(self) -> Float[np.ndarray, " C"]:
-        """The exact effect where a component was replaced, the first-order one elsewhere; without either, `ranking`."""
+        """The best number known of each component's effect: exact where it was replaced, elsewhere an estimate.
+
+        A result that has neither gives the numbers of its `ranking`.
+        """
         if not any(name in self.dataset for name in effect_estimates()) and not self.dataset["exact"].values.any():
             return self.values(self.ranking)
         names = (EFFECT, *effect_estimates())
@@ -143,16 +183,16 @@ class SweepResult:
     def top(
         self, n: int = 20, *, by: str = "effect", kinds: tuple[str, ...] | None = None, absolute: bool = False
     ) -> list[Row]:
-        """The n components that rank highest.
+        """The n components that rank highest, the highest first.
 
         Args:
-            n: how many.
-            by: variable to rank by, one of `wpjax.columns.rankings()`.
-            kinds: only these kinds.
-            absolute: rank by magnitude, so that strong negative effects stand high too; the default is signed.
+            n: number of components.
+            by: name of the column to rank by, one of `wpjax.columns.rankings()`.
+            kinds: kinds of components to rank; None for all.
+            absolute: whether to rank by magnitude, so that strong negative effects stand high too.
 
         Raises:
-            WpjaxError: the result has no such variable, or it is nowhere measured.
+            WpjaxError: the result has no such ranking, or has no number of it.
         """
         data, values = self.dataset, self.values(by)
         usable = np.isfinite(values)
@@ -175,19 +215,19 @@ class SweepResult:
         ]
 
     def attribute(self, name: str) -> Any:
-        """An attribute, parsed if it is one that is stored as JSON."""
+        """An attribute of the dataset by name; a mapping comes back as one, though the file holds it as JSON."""
         value = self.dataset.attrs[name]
         is_json = name in STORED_AS_JSON or any(name in method.marks for method in methods())
         return json.loads(value) if is_json and isinstance(value, str) else value
 
     @property
     def ranking(self) -> str:
-        """The best ranking there is: exact effects if anything was replaced, otherwise the first-order ones."""
+        """The column to rank by unless one is named: the most trustworthy that the result has, `effect` above all."""
         return _measured(self.dataset)[0]
 
     @property
     def set_ranking(self) -> str:
-        """The ranking whose best components are patched together: `set_score` where there is one."""
+        """The column that ranks components for patching together: `set_score` if there is one, else `ranking`."""
         return "set_score" if "set_score" in self.dataset else self.ranking
 
     def to_netcdf(self, path: str | Path, overwrite: bool = False) -> None:
@@ -200,10 +240,10 @@ class SweepResult:
 
     @classmethod
     def from_netcdf(cls, path: str | Path) -> SweepResult:
-        """Read what `to_netcdf` wrote.
+        """Read a file that `to_netcdf` wrote.
 
         Raises:
-            WpjaxError: no such file, or not a result of this package.
+            WpjaxError: there is no such file, it is no sweep of this package, or it is damaged.
         """
         dataset = read_dataset(path, "sweep", SCHEMA, "wpjax sweep")
         wrong = _damage(dataset)
@@ -213,10 +253,13 @@ class SweepResult:
 
 
 def effect_or_estimate(values: Mapping[str, np.ndarray]) -> Float[np.ndarray, " C"]:
-    """The effect where it was measured, elsewhere the most trustworthy estimate of it that there is; NaN without one.
+    """The effect of each component where it was measured, elsewhere the most trustworthy estimate; NaN without either.
 
     Args:
-        values: columns by name: `effect`, and any of `columns.effect_estimates()`.
+        values: columns [C] by name: `effect`, and any of `columns.effect_estimates()`.
+
+    >>> effect_or_estimate({"effect": np.array([0.5, np.nan]), "screen": np.array([0.4, 0.1])})
+    array([0.5, 0.1])
     """
     best = np.array(values[EFFECT], float)
     for name in effect_estimates():
@@ -226,42 +269,45 @@ def effect_or_estimate(values: Mapping[str, np.ndarray]) -> Float[np.ndarray, " 
 
 
 def _measured(data: xr.Dataset) -> list[str]:
-    """What components can be ranked by, the most trustworthy first."""
+    """The columns that hold a number to rank by, the most trustworthy first."""
     return [c.name for c in rankings() if c.name in data and np.isfinite(data[c.name].values).any()]
 
 
 def fits(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str, is_finite: bool = True) -> bool:
-    """Whether a dataset has a variable of these dimensions and of one of these kinds of dtype.
+    """Whether a dataset has a variable of a certain form.
 
     Args:
         data: the dataset.
-        name: of the variable.
-        dims: that it must have, all of them longer than 0.
-        kinds: letters of NumPy's kinds of dtype.
-        is_finite: numbers must not be infinite; they may be NaN, where nothing was measured.
+        name: name of the variable.
+        dims: dimensions that the variable must have, in order; none may be empty.
+        kinds: kinds of dtype allowed, as NumPy's letters: "f" for floats, "iu" for integers.
+        is_finite: whether numbers must be finite. NaN is always allowed: it says that nothing was measured.
     """
     if name not in data:
         return False
     variable = data[name]
     if variable.dims != dims or variable.dtype.kind not in kinds or not variable.size:
         return False
+    # nothing that is measured is as large as 1e30, so that is damage too
     return not is_finite or variable.dtype.kind != "f" or not (np.abs(variable.values) > 1e30).any()
 
 
 def _are_targets(values: np.ndarray, last: float) -> bool:
+    """Whether names are those of the flow's targets: "self", heads and MLPs up to layer `last`, perhaps "rest"."""
     names = [str(value) for value in values]
     inner = names[1:-1] if names[-1] == "rest" else names[1:]
-    found = [re.fullmatch(r"L(\d{1,6})\.(head\.\d+|mlp)", name) for name in inner]
-    return names[0] == "self" and all(m is not None and int(m[1]) <= last for m in found)
+    matches = [re.fullmatch(r"L(\d{1,6})\.(head\.\d+|mlp)", name) for name in inner]
+    return names[0] == "self" and all(m is not None and int(m[1]) <= last for m in matches)
 
 
 def _damage(data: xr.Dataset) -> list[str]:
-    """What a dataset lacks, or has in another form than the table of columns says."""
-    begun = {ALWAYS, *(column.together for column in columns() if column.name in data.variables)}
+    """Names of what a dataset lacks, or has in another form than the table of columns says; empty if it is whole."""
+    # of a group the file has all columns or none: one column that is there asks for the others
+    groups = {ALWAYS, *(column.together for column in columns() if column.name in data.variables)}
     wrong = [
         column.name
         for column in columns()
-        if column.together in begun and not fits(data, column.name, column.dims, column.dtype, column.is_finite)
+        if column.together in groups and not fits(data, column.name, column.dims, column.dtype, column.is_finite)
     ]
     wrong += [name for name in TEXTS if not isinstance(data.attrs.get(name), str)]
     wrong += [name for name in NUMBERS if not isinstance(data.attrs.get(name), int | float | np.number)]

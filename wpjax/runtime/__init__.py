@@ -1,1 +1,1 @@
-"""How work is run: a few rows at a time, on which devices, with what progress, and where its parts and files go."""
+"""How work is run: in batches that fit in memory, on the devices, with progress, finished parts and safe files."""

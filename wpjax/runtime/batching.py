@@ -1,4 +1,4 @@
-"""Work on many rows, a few at a time."""
+"""Work on many rows, in batches that fit in memory."""
 
 from __future__ import annotations
 
@@ -18,29 +18,36 @@ def map_batches(
     what: str = "prompts",
     fits: MutableMapping[str, int] | None = None,
 ) -> Any:
-    """Run something on rows 0 to n - 1 in equal parts, the last filled up, so that one program serves all.
+    """Run a function on rows 0 to n - 1, some rows at a time, and put the results together.
 
-    Where the device runs out of memory, the rows that are left go on, half as many at once.
+    All parts have the same number of rows, so that one compiled program serves them all; the last part is filled up.
+    If the device runs out of memory, the rows that are left go on, half as many at a time.
 
     Args:
-        n: rows, at least 1.
-        at_once: rows of a part, at most.
-        run: takes row numbers, returns a tree of arrays with a row axis.
-        axis: of the rows in what is returned.
-        what: the rows are, for a warning.
-        fits: how many rows go on after running out of memory, by what they are; extended, for the next call to heed.
+        n: number of rows, at least 1.
+        at_once: largest number of rows in a part.
+        run: function of row numbers [N]; returns a tree of arrays with one entry a row along `axis`.
+        axis: axis of the rows in the arrays that `run` returns.
+        what: name of the rows in the warning of memory that ran out, and in `fits`.
+        fits: rows that fit at a time, by `what`. Memory that ran out is noted here, so that the next call, given the
+            same mapping, starts with what fits. None to remember nothing.
 
     Returns:
-        the parts put together, on the host.
+        the tree that `run` returns, with all n rows, on the host.
+
+    >>> map_batches(5, 2, lambda rows: rows**2)
+    array([ 0,  1,  4,  9, 16])
     """
     fits = {} if fits is None else fits
     parts: list[Any] = []
     first = size = 0
     while first < n:
         if not size:
+            # as few parts as fit, then all of one size: 10 rows, 8 at most, are 5 and 5, not 8 and 2
             rest, at_most = n - first, min(at_once, fits.get(what, at_once))
             size = -(-rest // -(-rest // at_most))
         try:
+            # the last part repeats the last row to keep its size; the repeats are cut off at the end
             parts.append(jax.tree.map(np.asarray, run(np.minimum(np.arange(first, first + size), n - 1))))
             first += size
         except jax.errors.JaxRuntimeError as error:
@@ -48,6 +55,6 @@ def map_batches(
                 raise
             fits[what] = (size + 1) // 2
             warnings.warn(f"out of memory: {what} go on {fits[what]} at a time", stacklevel=2)
-            size = 0
-    wanted = (*[slice(None)] * axis, slice(n))
-    return jax.tree.map(lambda *some: np.concatenate(some, axis)[wanted], *parts)
+            size = 0  # chosen anew
+    first_n = (*[slice(None)] * axis, slice(n))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis)[first_n], *parts)

@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is ever left under its final name."""
+"""Safe files: a file or folder has its final name only once it is complete, and nothing of others is overwritten."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ import numpy as np
 from wpjax.errors import OutputError
 
 MAX_NAME = 200
-"""Longest name of an output in bytes: file systems take 255, and temporary names beside it are longer."""
+"""Longest name of an output, in bytes: file systems allow 255, and the temporary names beside it are longer."""
 
 
 def check_output(path: Path, overwrite: bool = False, marker: str | None = None) -> None:
     """Refuse a place that cannot be written to, before any work is done.
 
     Args:
-        path: the file, or the folder, to write.
-        overwrite: whether one that exists may be replaced.
-        marker: None for a file; for a folder, the name of a file that every such folder holds, so that `overwrite`
-            never deletes a folder that something else made.
+        path: the file or folder to write.
+        overwrite: whether a file or folder that exists may be replaced.
+        marker: None to write a file. To write a folder: the name of a file that every such folder holds. `overwrite`
+            replaces a folder only if it holds that file, so that it never deletes what something else made.
 
     Raises:
-        OutputError: it exists (and `overwrite` is off, or it is not what would be written), or its folder is missing
-            or not writable.
+        OutputError: the path exists and may not be replaced, or its own folder is missing or not writable.
+
+    >>> import tempfile
+    >>> check_output(Path(tempfile.mkdtemp()) / "new.nc")  # no error: it can be written
     """
     if not path.name:
         raise OutputError(f"{str(path)!r} is not a name to write to; give a new one")
@@ -54,23 +56,35 @@ def check_output(path: Path, overwrite: bool = False, marker: str | None = None)
 
 @contextlib.contextmanager
 def atomic_output(path: Path, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
-    """A temporary name beside `path` (for a file or a folder), renamed to it if the body succeeds.
+    """Give a temporary name beside `path` to write to; it is renamed to `path` if the body succeeds.
+
+    If the body fails, what it wrote is deleted, and what stood at `path` stays as it was.
 
     Args:
-        path: as in `check_output`, with the next two.
-        overwrite: as there.
-        marker: as there.
+        path: the file or folder to write (see `check_output`).
+        overwrite: whether a file or folder that exists may be replaced.
+        marker: None to write a file; to write a folder, a file that it holds (see `check_output`).
 
     Raises:
-        OutputError: as `check_output`, or if the disk refuses the bytes.
+        OutputError: as `check_output`, or the disk refuses the bytes.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "words.txt"
+    >>> with atomic_output(path) as temporary:
+    ...     _ = temporary.write_text("all of it")
+    ...     path.exists()
+    False
+    >>> path.read_text()
+    'all of it'
     """
     check_output(path, overwrite, marker)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         _open_to_readers(temporary)
-        _flush(temporary)
+        _flush(temporary)  # the bytes reach the disk before the name does
         if path.is_dir() and not path.is_symlink():
+            # a folder cannot be replaced in one step: it is moved aside, and deleted last
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             temporary.replace(path)
@@ -91,8 +105,14 @@ def atomic_output(path: Path, overwrite: bool = False, marker: str | None = None
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file.
 
+    Args:
+        path: the file.
+        tensors: arrays by name.
+        metadata: texts by name, for the file's header.
+
     Raises:
-        OSError: the disk refuses the bytes (the library itself raises an error of its own).
+        OSError: the disk refuses the bytes. (The library raises an error of its own, which `atomic_output` does not
+            know.)
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -104,15 +124,15 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[
 
 
 def _open_to_readers(path: Path) -> None:
-    """The permissions that a newly made file has anyway; some writers leave files for the owner only."""
-    mask = os.umask(0)
+    """Give a file, or all files of a folder, the usual permissions; some libraries let only the owner read them."""
+    mask = os.umask(0)  # the mask can only be read by setting it
     os.umask(mask)
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         file.chmod(0o666 & ~mask)
 
 
 def _flush(path: Path) -> None:
-    """Bring a file, or a folder's entries, to the disk."""
+    """Make sure that a file's bytes, or a folder's list of names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""Where arrays stand: patches over the devices of a mesh, each device with both models.
+"""Where arrays stand: patches are divided among the devices of a mesh, and each device has a copy of both models.
 
-Nothing is exchanged on the way: a patch is independent of all others, so only its changes come back. How a parameter
-would be cut over a mesh follows from its logical axes (`models.parameters`): see `partition`. A model that does not fit
-one device is not swept yet.
+Patches are independent, so devices exchange nothing while they work; only results come back. A model that does not fit
+on one device cannot be swept yet. How its parameters would be cut follows from their logical axes
+(`models.parameters`); `partition` says so.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ WHOLE, SPLIT = PartitionSpec(), PartitionSpec(PATCHES)
 
 
 class Placement(NamedTuple):
-    """Places a sweep's arrays: copied to every device of a mesh, or divided among them; one device keeps them.
+    """Places the arrays of a sweep on devices: as a copy on each, or divided among them.
+
+    On a single device arrays stay as they are.
 
     Attributes:
-        mesh: devices along the axis `PATCHES`.
+        mesh: the devices, along one axis named `PATCHES`.
     """
 
     mesh: Mesh
 
     @classmethod
     def on(cls, devices: Sequence[jax.Device] | None = None) -> Placement:
-        """Over some devices; None for all of this process.
+        """A placement on given devices; None for all devices of this process.
 
         >>> Placement.on(jax.local_devices()[:1]).n_devices
         1
@@ -42,46 +44,52 @@ class Placement(NamedTuple):
 
     @classmethod
     def single(cls) -> Placement:
-        """On one device, the first of this process."""
+        """A placement on one device, the first of this process."""
         return cls.on(jax.local_devices()[:1])
 
     @property
     def n_devices(self) -> int:
-        """How many devices; the leading axis of what is split must be a multiple of it."""
+        """Number of devices. The length of an axis that is divided must be a multiple of it."""
         return int(self.mesh.size)
 
     def whole(self, tree: T) -> T:
-        """A copy of every array on each device; one copy of an array that stands in several places."""
+        """The tree with a copy of every array on each device. An array that stands in it twice is copied once."""
         if self.n_devices == 1:
             return tree
+        # by identity: a tied embedding, or a weight that base and expert share, takes memory once
         leaves, structure = jax.tree.flatten(tree)
         placed = {id(leaf): jax.device_put(leaf, NamedSharding(self.mesh, WHOLE)) for leaf in leaves}
         return jax.tree.unflatten(structure, [placed[id(leaf)] for leaf in leaves])
 
     def split(self, array: Any) -> jax.Array:
-        """The leading axis of an array divided among the devices."""
+        """An array [N, ...] with its leading axis divided among the devices."""
         return jnp.asarray(array) if self.n_devices == 1 else jax.device_put(array, NamedSharding(self.mesh, SPLIT))
 
     def divide(self, run: Callable[..., T], n_whole: int, n_split: int) -> Callable[..., T]:
-        """A function that each device runs on its share; what it returns is put together along the leading axis.
+        """A function that runs on all devices at once, each on its share of the rows.
+
+        What the devices return is put together along the leading axis.
 
         Args:
-            run: a function of arrays, first the whole ones.
-            n_whole: how many arguments each device has a copy of.
-            n_split: how many arguments are divided.
+            run: function of `n_whole` + `n_split` arguments, in this order.
+            n_whole: number of arguments that each device has a copy of.
+            n_split: number of arguments whose leading axis is divided.
         """
         specs = (WHOLE,) * n_whole + (SPLIT,) * n_split
         return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
 
 
 def partition(axes: Sequence[str], rules: Mapping[str, str]) -> PartitionSpec:
-    """How an array with named axes is cut over a mesh.
+    """How an array with named axes would be cut over a mesh.
 
     Args:
-        axes: logical names, such as `models.parameters.PARAMETERS[path].axes`; "layer" comes first in stacked leaves.
-        rules: logical axis -> mesh axis; axes that are not in it are whole on every device.
+        axes: logical names of the array's axes, such as `models.parameters.PARAMETERS[path].axes`; parameters of all
+            layers, stacked, have "layer" in front.
+        rules: mesh axis that each logical axis is cut along; axes that are not named are whole on every device.
 
-    >>> partition(("layer", "d_model", "head", "d_head"), {"head": "model"})
-    PartitionSpec(None, None, 'model', None)
+    Heads are cut along the mesh axis "model":
+
+    >>> tuple(partition(("layer", "d_model", "head", "d_head"), {"head": "model"}))
+    (None, None, 'model', None)
     """
     return PartitionSpec(*(rules.get(axis) for axis in axes))

@@ -1,4 +1,4 @@
-"""How long work says how far it is."""
+"""How long work reports its progress."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""A function (what, done, total), called as work gets done: its name, how much of it is done, how much there is."""
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress that says nothing."""
+    """Report nothing."""

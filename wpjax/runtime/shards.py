@@ -1,4 +1,4 @@
-"""Finished parts of long work, one file each, so that what was killed goes on where it stopped."""
+"""Finished parts of long work, one file each, so that work that was killed goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from wpjax.runtime.files import atomic_output
 
 
 def finished_part(done: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A finished part of an earlier attempt, if it is what it should be.
+    """A finished part of an earlier attempt, after a check that it can be one.
+
+    Args:
+        done: finished parts by key, say `Shards`.
+        key: name of the part.
+        shape: shape that it must have.
 
     Raises:
-        WpjaxError: it has another shape, or holds no floats.
+        WpjaxError: the part has another shape, or holds no floats.
     """
     part = np.asarray(done[key])
     if part.shape != shape or part.dtype.kind != "f":
@@ -31,15 +36,24 @@ def finished_part(done: Mapping[str, np.ndarray], key: str, shape: tuple[int, ..
 
 
 class Shards(MutableMapping[str, np.ndarray]):
-    """Finished parts of a sweep, one file each: a killed sweep goes on where it stopped.
+    """Finished parts of a sweep as a mapping from keys to arrays; each part is a file in a folder.
+
+    The folder is made with the first part. Beside the parts it holds a manifest with their identity.
 
     Args:
         folder: where the parts are kept.
-        identity: everything the parts depend on; a folder of another sweep is refused.
+        identity: everything that the parts depend on, as values that JSON can hold or `str` can name.
         resume: whether a folder that exists may be used.
 
     Raises:
-        OutputError: the folder exists and `resume` is off, or it belongs to another sweep.
+        OutputError: the folder exists and `resume` is off, or it holds parts of another identity.
+
+    >>> import tempfile
+    >>> shards = Shards(Path(tempfile.mkdtemp()) / "parts", {"seed": 0}, resume=False)
+    >>> shards["exact-0"] = np.zeros(3)
+    >>> list(shards), shards["exact-0"].shape
+    (['exact-0'], (3,))
+    >>> shards.discard()
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool):
@@ -48,7 +62,7 @@ class Shards(MutableMapping[str, np.ndarray]):
         self._manifest = {"digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "identity": identity}
         self._is_mine = False
         if not folder.exists():
-            return  # made with the first part
+            return  # it is made with the first part
         if not resume:
             raise OutputError(f"{folder} is left from a sweep that did not finish; pass --resume, or delete it")
         self._check_manifest()
@@ -77,11 +91,11 @@ class Shards(MutableMapping[str, np.ndarray]):
 
     def __setitem__(self, key: str, value: np.ndarray) -> None:
         if not self.folder.exists():
-            with atomic_output(self.folder) as made:
-                made.mkdir()
-                (made / "manifest.json").write_text(json.dumps(self._manifest, default=str))
+            with atomic_output(self.folder) as temporary:
+                temporary.mkdir()
+                (temporary / "manifest.json").write_text(json.dumps(self._manifest, default=str))
             self._is_mine = True
-        if not self._is_mine:  # another sweep to the same place began after this one had looked
+        if not self._is_mine:  # another sweep made the folder after this one had looked for it
             self._check_manifest()
         with atomic_output(self._path(key), overwrite=True) as temporary, temporary.open("wb") as file:
             np.save(file, value, allow_pickle=False)
@@ -90,11 +104,11 @@ class Shards(MutableMapping[str, np.ndarray]):
         self._path(key).unlink()
 
     def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in self.folder.glob("[!.]*.npy"))
+        return (path.stem for path in self.folder.glob("[!.]*.npy"))  # a leading dot: a file not yet complete
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def discard(self) -> None:
-        """Remove the folder, once the result is written."""
+        """Delete the folder, once the result is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
