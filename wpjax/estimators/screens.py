@@ -162,7 +162,7 @@ def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
 
 
 def _attn_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
-    """All heads with their new keys and values, and the output bias."""
+    """All heads with new queries, keys and values, and the output bias."""
     change = _by_head(module_patch(at), at, at.weights, slopes).sum(0)
     if at.weights.attn.cfg.out_bias:
         written = slopes.at[at.host.block.where_added(Site.ATTN_PROJ)]
@@ -205,7 +205,7 @@ CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
         "layer": _layer_change,
     }
 )
-"""Kind -> its rule. A kind without a rule is linearised from one row of the stream for each component (`layer_rows`)."""
+"""Kind -> its rule. Kinds without a rule are linearised from one row of the stream per component (`layer_rows`)."""
 
 
 def _slopes_at(b: Block, kinds: Sequence[str]) -> tuple[Site, ...]:
