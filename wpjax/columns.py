@@ -30,7 +30,8 @@ class Column:
             most trustworthy column, unless the user names another. None if components cannot be ranked by it.
         estimates_effect: whether the column estimates the effect of a component's own weights, as a share of the gap.
             Then it is used in place of `effect` for components that were not replaced.
-        is_tested: whether p- and q-values may be of this column. They are of the most trustworthy one that was measured.
+        is_tested: whether p- and q-values may be of this column. They are of the most trustworthy such column that was
+            measured.
         group: columns of a group are in a file together or not at all. `ALWAYS`: in every file. Empty: the column is a
             group of its own.
         shown: whether the page's table of components shows the column, if the result has it.
@@ -81,7 +82,7 @@ class Column:
 
 
 EFFECT = "effect"
-"""Share of the gap that a component's weights recover alone. It is the one column that every other one relates to."""
+"""Share of the gap that a component's weights recover alone."""
 
 _KINDS, _LAYERS = ("swept_kind",), ("model_layer",)
 _GAPS = ("anchor_gap", "anchor_specific")

@@ -341,7 +341,7 @@ def _dataset(
         "ranking": ("ranking", np.array(list(steps), dtype=object)),
         "end": ("end", np.array(["base", "expert"], dtype=object)),
     }
-    inherited = (
+    copied = (
         "base",
         "expert",
         "base_fingerprint",

@@ -31,11 +31,13 @@ REPLACE = lazily("wpjax.estimators.job", "estimate_and_replace")
 # Each help goes on after the method's name, and stands by itself: "gradient+exact scores every component by ...".
 
 register(Method("exact", "replaces every component for real", REPLACE, cells=("exact",), needs_fixed_words=False))
-register(Method("screen", "scores every component by first order", REPLACE, (SCREEN,), needs_fixed_words=False))
+register(
+    Method("screen", "scores every component by its first-order effect", REPLACE, (SCREEN,), needs_fixed_words=False)
+)
 register(
     Method(
         "screen+exact",
-        "scores every component by first order and replaces the top ones for real",
+        "scores every component by its first-order effect and replaces the top ones for real",
         REPLACE,
         (SCREEN,),
         ("exact",),

@@ -115,7 +115,7 @@ register_metric(
 register_metric(
     MetricEntry(
         "kl",
-        "minus the divergence from the expert along its own answer.",
+        "minus the divergence from the expert, along the expert's own answer.",
         "nearness to the expert (KL)",
         lazily("wpjax.metrics.answers", "kl_metric"),
     )
@@ -123,8 +123,8 @@ register_metric(
 register_metric(
     MetricEntry(
         "on_policy",
-        "projection on the anchor along each patched model's own answer. Every metric but anchor counts components after "
-        "the anchor, too.",
+        "projection on the anchor along each patched model's own answer. Every metric but anchor counts components "
+        "after the anchor, too.",
         "anchor score in its own answer",
         has_fixed_words=False,
     )
