@@ -54,7 +54,7 @@ class Resamples(NamedTuple):
         >>> from wpjax.stats import resample
         >>> few, many = resample(np.arange(5)), resample(np.arange(500))
         >>> [round(few.tails(0.95)[0], 2), round(many.tails(0.95)[0], 2)]
-        [0.1, 2.47]
+        [0.1, 2.46]
         """
         n = max(self.n_queries, 2)
         tail = 100 * float(norm.cdf(np.sqrt(n / (n - 1)) * student.ppf((1 - level) / 2, n - 1)))
