@@ -1,7 +1,7 @@
-"""The columns of a sweep's result: one table that makes the file, checks it, ranks by it and draws it.
+"""The columns of a sweep's result, in one table. Files, their checks, rankings and figures all read it.
 
-What every result has stands here. What a method makes stands in its entry (see `wpjax.methods`), which adds it to
-this table. Nothing here imports JAX or NumPy, so that the command line's help is quick.
+The columns that every result has are listed here. A method's entry (see `wpjax.methods`) adds the columns that the
+method makes. Nothing here imports JAX or NumPy, so that the command line's help is quick.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 ALWAYS = "always"
-"""Group of the columns that every result has."""
+"""The group of columns that every result has."""
 
 FLOAT, BOOL, INTEGER, TEXT = "f", "b", "i", "OTU"
-"""Kinds of NumPy dtype that a column may have; text has several."""
+"""What a column holds, as letters of `numpy.dtype.kind`. Text may be stored in three ways."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,21 +21,26 @@ class Column:
     """A variable of a result.
 
     Attributes:
-        name: in the file, and what `top(by=...)` and `--by` take.
-        label: in the legends of figures, and as a hint on the page; empty for the name.
-        dims: its dimensions.
-        dtype: letters of the kinds of NumPy dtype that it may have.
-        has_interval: whether `name_low` and `name_high` stand beside it, its 95 % interval.
-        trust: place among the columns that components can be ranked by: the most trustworthy, with the largest number,
-            is the one that a result is ranked by unless the user names another. None: nothing is ranked by it.
-        estimates_effect: it estimates what a component's own weights do, as a share of the gap, so it stands in for
-            `effect` where that was not measured on all prompts.
-        is_tested: p- and q-values are of it, if nothing more trustworthy was measured.
-        group: columns of one group are in a file together, or none of them is; `ALWAYS`: in every file; empty: by
-            itself, where it was measured.
-        shown: of columns that may be absent, whether the page's table of components has it.
-        is_coordinate: it names places along a dimension.
-        is_finite: numbers in it are finite, or NaN where nothing was measured.
+        name: name in the file. Users give it to `top(by=...)` and `--by`.
+        label: what figures and the page call it; empty to use the name.
+        dims: dimensions, in order.
+        dtype: letters of `numpy.dtype.kind` that are allowed.
+        has_interval: whether there are columns NAME_low and NAME_high, the ends of its 95 % interval.
+        trust: how far the column can be trusted as a ranking of components; larger is better. A result is ranked by its
+            most trustworthy column, unless the user names another. None if components cannot be ranked by it.
+        estimates_effect: whether the column estimates the effect of a component's own weights, as a share of the gap.
+            Then it is used in place of `effect` for components that were not replaced.
+        is_tested: whether p- and q-values may be of this column. They are of the most trustworthy such column that was
+            measured.
+        group: columns of a group are in a file together or not at all. `ALWAYS`: in every file. Empty: the column is a
+            group of its own.
+        shown: whether the page's table of components shows the column, if the result has it.
+        is_coordinate: whether the column names the places along a dimension.
+        is_finite: whether infinite numbers are an error. NaN is allowed: nothing was measured there.
+
+    >>> from wpjax.columns import Column
+    >>> Column("banzhaf", has_interval=True, trust=20).bounds
+    ('banzhaf_low', 'banzhaf_high')
     """
 
     name: str
@@ -53,31 +58,31 @@ class Column:
 
     @property
     def title(self) -> str:
-        """What figures call it."""
+        """The name for figures: the label, or the name of the column."""
         return self.label or self.name
 
     @property
     def bounds(self) -> tuple[str, ...]:
-        """Names of the lower and the upper end of its interval; none if it has none."""
+        """Names of the columns for the lower and the upper end of the interval; empty if it has no interval."""
         if not self.has_interval:
             return ()
-        name = "ci" if self.name == EFFECT else self.name  # the file's names for the ends of the effect's interval
+        name = "ci" if self.name == EFFECT else self.name  # the effect's are called ci_low and ci_high
         return f"{name}_low", f"{name}_high"
 
     @property
     def together(self) -> str:
-        """The group that it is in or, alone, is."""
+        """Name of its group; a column by itself is a group under its own name."""
         return self.group or self.name
 
     def with_bounds(self) -> Iterator[Column]:
-        """The column, then the ends of its interval as columns that nothing is ranked by."""
+        """The column itself, then the columns for the ends of its interval. Components are not ranked by ends."""
         yield self
         for name in self.bounds:
             yield Column(name, dims=self.dims, dtype=self.dtype, group=self.together, shown=False)
 
 
 EFFECT = "effect"
-"""Share of the gap that a component's weights recover alone; the columns below say the rest."""
+"""Share of the gap that a component's weights recover alone."""
 
 _KINDS, _LAYERS = ("swept_kind",), ("model_layer",)
 _GAPS = ("anchor_gap", "anchor_specific")
@@ -101,18 +106,20 @@ _BASIC = (
     Column("coverage_joint", dims=_KINDS, group=ALWAYS),
     Column("coverage_sum", dims=_KINDS, group=ALWAYS),
     Column("n_components", dims=_KINDS, dtype=INTEGER, group=ALWAYS),
-    # how far each kind's ranking can be trusted, where something was replaced
+    # How far the ranking of each kind can be trusted; there if components were replaced.
     Column("split_half", dims=_KINDS, group="reliability"),
     Column("null_permuted", dims=_KINDS, group="reliability"),
     Column("null_direction", dims=_KINDS, group="reliability"),
-    # what a screen missed, from a random sample of what it left out
+    # How many components a screen missed, estimated from a random sample of those it left out.
     Column("missed", dims=_KINDS, has_interval=True, group="sample"),
     Column("sampled", dtype=BOOL, group="sample"),
-    Column("screen_error"),
-    Column("words_changed"),
+    Column("screen_error"),  # first-order estimate minus effect
+    Column("words_changed"),  # on-policy: share of prompts on which the patched model says something else
     Column("set_score", "set score", trust=10, shown=False),
+    # By way of which later heads and MLPs each effect arrives.
     Column("flow", dims=("component", "target"), group="flow"),
     Column("target", dims=("target",), dtype=TEXT, group="flow", is_coordinate=True),
+    # The anchor's diagnostics, layer by layer, and its direction.
     Column("anchor_stability", dims=_LAYERS, group="diagnostics"),
     *(Column(name, dims=_LAYERS, has_interval=True, group="diagnostics") for name in _GAPS),
     *(Column(f"{name}_sd", dims=_LAYERS, group="diagnostics") for name in _GAPS),
@@ -123,10 +130,10 @@ _table: dict[str, Column] = {}
 
 
 def add_columns(columns: Iterable[Column]) -> None:
-    """Put columns, and the ends of their intervals, into the table. Several methods may make one and the same column.
+    """Add columns, and the ends of their intervals, to the table. Several methods may share one column.
 
     Raises:
-        ValueError: another column has this name.
+        ValueError: the table has a different column of the same name.
     """
     for column in (part for whole in columns for part in whole.with_bounds()):
         if _table.setdefault(column.name, column) != column:
@@ -134,29 +141,34 @@ def add_columns(columns: Iterable[Column]) -> None:
 
 
 def columns() -> tuple[Column, ...]:
-    """The table, ends of intervals included, in the order in which columns were added."""
+    """All columns, ends of intervals included, in the order in which they were added."""
     return tuple(_table.values())
 
 
 def find_column(name: str) -> Column | None:
-    """A column by its name; None if no method that is known makes it."""
+    """The column of a name; None if the table has none. A file may hold a column of a method that is unknown here."""
     return _table.get(name)
 
 
 def title_of(name: str) -> str:
-    """What figures call a column; its name if the table does not have it."""
+    """What figures call a column; the name itself if the table has no such column."""
     column = _table.get(name)
     return name if column is None else column.title
 
 
 def rankings() -> tuple[Column, ...]:
-    """The columns that components can be ranked by, the most trustworthy first."""
+    """The columns that components can be ranked by, the most trustworthy first.
+
+    >>> from wpjax.columns import rankings
+    >>> rankings()[0].name
+    'effect'
+    """
     ranked = [column for column in columns() if column.trust is not None]
     return tuple(sorted(ranked, key=lambda column: -(column.trust or 0)))
 
 
 def effect_estimates() -> tuple[str, ...]:
-    """Names of the columns that stand in for `effect`, the most trustworthy first."""
+    """Names of the columns that can be used in place of `effect`, the most trustworthy first."""
     return tuple(column.name for column in rankings() if column.estimates_effect)
 
 

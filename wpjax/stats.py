@@ -1,4 +1,7 @@
-"""Intervals and tests over prompts. The unit of resampling is the query: phrasings of one query are not independent."""
+"""Intervals and tests over prompts. The unit of chance is the query, as phrasings of one query are not independent.
+
+So whole queries are resampled, flipped and halved (docs/method.md, "Controls and statistics").
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,13 @@ from scipy.stats import t as student
 
 
 class Interval(NamedTuple):
-    """A mean with its bootstrap interval."""
+    """An estimate with its interval.
+
+    Attributes:
+        mean: the estimate.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     mean: float
     low: float
@@ -19,22 +28,33 @@ class Interval(NamedTuple):
 
 
 class Resamples(NamedTuple):
-    """Bootstrap samples of queries.
+    """R bootstrap samples of queries.
 
     Attributes:
-        weights: [R, B], how often each sample holds each prompt.
-        n_queries: how many queries a sample draws.
+        weights: [R, B], number of times that each prompt is in each sample.
+        n_queries: number of queries in a sample.
     """
 
     weights: Float[np.ndarray, "R B"]
     n_queries: int
 
     def tails(self, level: float) -> tuple[float, float]:
-        """Percentiles of the resampled figure that bound its interval, expanded for few queries.
+        """Percentiles, in [0, 100], of the resampled figure that are the ends of its interval.
 
-        Plain percentiles of n queries are too narrow by sqrt((n - 1) / n) and take the normal for Student's
-        distribution; the expanded ones put both right: alpha' / 2 = Phi(-sqrt(n / (n - 1)) t_{alpha/2, n-1})
-        (Hesterberg, arXiv 1411.5279, section 5.3).
+        With few queries, the plain percentiles make intervals that are too narrow: by a factor sqrt((n - 1) / n), and
+        because they use the normal distribution where Student's applies. Expanded percentiles correct both
+        (Hesterberg, arXiv 1411.5279, section 5.3):
+
+            alpha' / 2 = Phi(-sqrt(n / (n - 1)) t_{alpha/2, n-1})        1 - alpha: the level, n: queries
+
+        Args:
+            level: the level of the interval, such as 0.95.
+
+        >>> import numpy as np
+        >>> from wpjax.stats import resample
+        >>> few, many = resample(np.arange(5)), resample(np.arange(500))
+        >>> [round(few.tails(0.95)[0], 2), round(many.tails(0.95)[0], 2)]
+        [0.1, 2.46]
         """
         n = max(self.n_queries, 2)
         tail = 100 * float(norm.cdf(np.sqrt(n / (n - 1)) * student.ppf((1 - level) / 2, n - 1)))
@@ -42,12 +62,18 @@ class Resamples(NamedTuple):
 
 
 def resample(queries: Int[np.ndarray, " B"], n_resamples: int = 1000, seed: int = 0) -> Resamples:
-    """Bootstrap samples of prompts: each draws as many queries as there are, with replacement.
+    """Bootstrap samples of prompts. Each sample draws queries with replacement, as many as there are.
 
     Args:
-        queries: query index of each prompt.
-        n_resamples: R.
-        seed: of the draws.
+        queries: [B], index of each prompt's query.
+        n_resamples: number of samples, R.
+        seed: seed of the draws.
+
+    >>> import numpy as np
+    >>> from wpjax.stats import resample
+    >>> weights = resample(np.array([0, 0, 1, 2]), n_resamples=100).weights
+    >>> bool((weights[:, 0] == weights[:, 1]).all())  # the two phrasings of query 0 are always drawn together
+    True
     """
     distinct, member = np.unique(queries, return_inverse=True)
     n = len(distinct)
@@ -58,30 +84,49 @@ def resample(queries: Int[np.ndarray, " B"], n_resamples: int = 1000, seed: int 
 def ratio_of_means(
     delta: Float[np.ndarray, "C B"], gap: Float[np.ndarray, " B"], resamples: Resamples, level: float = 0.95
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
-    """mean(delta) / mean(gap) of each component, with an expanded percentile interval of the resampled ratio.
+    """The effect of each component, mean(delta) / mean(gap), with its bootstrap interval (expanded percentiles).
 
-    The gap is resampled together with the effects, so its uncertainty is in the interval.
+    The gap is resampled together with the changes, so its uncertainty is in the interval.
 
     Args:
-        delta: change of score by component and prompt.
-        gap: expert minus base by prompt.
-        resamples: from `resample`.
-        level: of the interval.
+        delta: [C, B], change of the metric by each component on each prompt.
+        gap: [B], metric of the expert minus that of the base.
+        resamples: bootstrap samples of these prompts, from `resample`.
+        level: level of the interval.
 
     Returns:
-        (effect, low, high), each [C].
+        effect, lower end and upper end, [C] each, as shares of the gap.
+
+    >>> import numpy as np
+    >>> from wpjax.stats import ratio_of_means, resample
+    >>> gap = np.array([1.0, 2.0, 3.0, 4.0])
+    >>> effect, low, high = ratio_of_means(0.5 * gap[None], gap, resample(np.arange(4)))
+    >>> effect.tolist(), low.tolist(), high.tolist()  # the same share of every prompt's gap: no uncertainty
+    ([0.5], [0.5], [0.5])
     """
     weights, tails = resamples.weights, resamples.tails(level)
     bounds = np.empty((2, len(delta)))
     total = weights @ gap
-    for first in range(0, len(delta), 4096):  # keep R x C in bounds for tens of thousands of neurons
+    for first in range(0, len(delta), 4096):  # [R, C] would not fit in memory for tens of thousands of neurons
         part = slice(first, first + 4096)
         bounds[:, part] = np.percentile((weights @ delta[part].T) / total[:, None], tails, axis=0)
     return delta.mean(1) / gap.mean(), bounds[0], bounds[1]
 
 
 def mean_interval(values: Float[np.ndarray, " B"], resamples: Resamples, level: float = 0.95) -> Interval:
-    """The mean of one value a prompt, with its expanded percentile interval."""
+    """The mean over prompts, with its bootstrap interval (expanded percentiles).
+
+    Args:
+        values: [B], a value for each prompt.
+        resamples: bootstrap samples of these prompts, from `resample`.
+        level: level of the interval.
+
+    >>> import numpy as np
+    >>> from wpjax.stats import mean_interval, resample
+    >>> interval = mean_interval(np.array([1.0, 2.0, 3.0, 4.0]), resample(np.arange(4)))
+    >>> interval.mean, 0 < interval.low < 2.5 < interval.high < 5
+    (2.5, True)
+    """
     weights = resamples.weights
     means = (weights @ values) / weights.sum(1)
     low, high = np.percentile(means, resamples.tails(level))
@@ -91,24 +136,34 @@ def mean_interval(values: Float[np.ndarray, " B"], resamples: Resamples, level: 
 def sign_flip_p(
     delta: Float[np.ndarray, "C B"], queries: Int[np.ndarray, " B"], n_flips: int = 4096, seed: int = 0
 ) -> Float[np.ndarray, " C"]:
-    """Two-sided p-value of "the effect is symmetric about zero", flipping the sign of whole queries.
+    """Two-sided p-value of each component's effect, by flipping the signs of whole queries.
 
-    All patterns of signs are tried where there are at most `n_flips` of them, otherwise `n_flips` random ones, whose
-    smallest p is 1 / (n_flips + 1). Where that is too coarse for many components, Hoeffding's bound on the same
-    distribution is smaller and takes its place: p <= 2 exp(-(sum x)^2 / (2 sum x^2)) over queries' sums x.
+    The null hypothesis: the effect on a query is as likely x as -x. p is the share of sign patterns whose sum over
+    queries is as large as the observed one.
+
+    All patterns are tried if there are at most `n_flips` of them. Otherwise `n_flips` random patterns are tried, and
+    their p is at least 1 / (n_flips + 1). That is too coarse to correct for many components. So Hoeffding's bound on
+    the same distribution is used where it is smaller: p <= 2 exp(-(sum x)^2 / (2 sum x^2)); x is the sum of a query's
+    prompts.
 
     Args:
-        delta: change of score by component and prompt.
-        queries: query index of each prompt.
-        n_flips: patterns of signs.
-        seed: of random patterns.
+        delta: [C, B], change of the metric by each component on each prompt.
+        queries: [B], index of each prompt's query.
+        n_flips: number of sign patterns, at most.
+        seed: seed of random patterns.
+
+    >>> import numpy as np
+    >>> from wpjax.stats import sign_flip_p
+    >>> sign_flip_p(np.array([[1.0, 2.0, 3.0]]), np.arange(3)).tolist()  # 2 of 8 patterns: all signs kept, all flipped
+    [0.25]
     """
     distinct, member = np.unique(queries, return_inverse=True)
     n = len(distinct)
-    sums = np.zeros((len(delta), n))
+    sums = np.zeros((len(delta), n))  # of each query's prompts, [C, queries]
     np.add.at(sums.T, member, delta.T)
-    every = 2**n <= n_flips
-    if every:
+    tries_all = 2**n <= n_flips
+    if tries_all:
+        # Row i holds the binary digits of i as signs, so the rows are all patterns.
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     else:
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_flips, n))
@@ -116,54 +171,71 @@ def sign_flip_p(
     for first in range(0, len(delta), 4096):
         part = sums[first : first + 4096]
         observed = np.abs(part.sum(1))
-        # Rounding must not let a pattern that equals the data count as smaller than the data.
+        # Rounding must not make the pattern that is the data itself count as smaller than the data.
         as_large = (np.abs(signs @ part.T) >= observed * (1 - 1e-9)).sum(0)
         bound = 2 * np.exp(-np.square(observed) / (2 * np.maximum(np.square(part).sum(1), 1e-300)))
-        found = as_large / len(signs) if every else np.minimum((1 + as_large) / (n_flips + 1), bound)
-        p[first : first + 4096] = found
+        # Random patterns may lack the data itself, so it is counted as one more of them.
+        of_part = as_large / len(signs) if tries_all else np.minimum((1 + as_large) / (n_flips + 1), bound)
+        p[first : first + 4096] = of_part
     return p
 
 
 def benjamini_hochberg(p: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
-    """q-values: the false discovery rate at which each component would be reported."""
+    """q-values: the smallest false discovery rate at which each component is reported (Benjamini and Hochberg).
+
+    Args:
+        p: [C], p-values of the whole family of tests.
+    """
     return np.asarray(false_discovery_control(p, method="bh"))
 
 
 def split_half_reliability(
     delta: Float[np.ndarray, "C B"], queries: Int[np.ndarray, " B"], n_splits: int = 100, seed: int = 0
 ) -> float:
-    """How well the ranking of components by mean effect would repeat on other queries, in [-1, 1].
+    """How well the ranking of components by mean effect would repeat on other queries; at most 1.
 
-    The mean rank correlation r of two random halves of the queries, stepped up to the whole number of queries by
-    Spearman and Brown: 2 r / (1 + r). NaN for fewer than three components or two queries.
+    r is the mean rank correlation of the effects on two random halves of the queries. A ranking from all queries is
+    more reliable than one from half of them, so r is stepped up by Spearman and Brown: 2 r / (1 + r).
 
     Args:
-        delta: change of score by component and prompt.
-        queries: query index of each prompt.
-        n_splits: random halvings.
-        seed: of the halvings.
+        delta: [C, B], change of the metric by each component on each prompt.
+        queries: [B], index of each prompt's query.
+        n_splits: number of random halvings.
+        seed: seed of the halvings.
+
+    Returns:
+        the reliability; NaN for fewer than three components or fewer than two queries.
     """
     rng, distinct = np.random.default_rng(seed), np.unique(queries)
     if len(delta) < 3 or len(distinct) < 2:
         return float("nan")
-    found = []
+    correlations = []
     for _ in range(n_splits):
         half = np.isin(queries, rng.permutation(distinct)[: len(distinct) // 2])
-        ranks = [rankdata(delta[:, mine].mean(1)) for mine in (half, ~half)]
-        if all(np.ptp(r) for r in ranks):
-            found.append(float(np.corrcoef(*ranks)[0, 1]))
-    r = float(np.mean(found)) if found else float("nan")
+        ranks = [rankdata(delta[:, prompts].mean(1)) for prompts in (half, ~half)]
+        if all(np.ptp(r) for r in ranks):  # without any spread there is no correlation
+            correlations.append(float(np.corrcoef(*ranks)[0, 1]))
+    r = float(np.mean(correlations)) if correlations else float("nan")
     return 2 * r / (1 + r) if r > -1 else float("nan")
 
 
 def missed(n_hits: int, n_sampled: int, n_rest: int, level: float = 0.95) -> Interval:
-    """How many of the rest would be hits, from a random sample of it: estimate and Clopper-Pearson interval.
+    """Number of hits among the components that were left out, estimated from a random sample of them.
 
     Args:
-        n_hits: hits in the sample.
-        n_sampled: size of the sample, part of the rest.
-        n_rest: how many the sample was drawn from.
-        level: of the interval.
+        n_hits: number of hits in the sample.
+        n_sampled: size of the sample.
+        n_rest: number of components that the sample was drawn from; the sample is part of them.
+        level: level of the interval.
+
+    Returns:
+        the estimate with its Clopper-Pearson interval; NaN without a sample.
+
+    >>> from wpjax.stats import missed
+    >>> missed(3, 10, 10)  # all were sampled, so the number is known
+    Interval(mean=3, low=3, high=3)
+    >>> missed(1, 10, 100).mean
+    10.0
     """
     if n_sampled == 0:
         return Interval(float("nan"), float("nan"), float("nan"))

@@ -1,4 +1,4 @@
-"""Behaviours: paired prompts, checkers, and the rewrites that make training targets."""
+"""Behaviours: prompts with and without an instruction, checkers of answers, and rewrites that make training targets."""
 
 from wpjax.behaviours.checkers import Checker, loose, parse_checker, strict
 from wpjax.behaviours.prompts import (

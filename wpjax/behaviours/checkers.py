@@ -1,7 +1,7 @@
-"""Checkers: whether a generated text follows an instruction.
+"""Checkers: tell whether a generated text follows an instruction.
 
-The six constraints are IFEval's (arXiv 2311.07911), with its definitions: strict on the text as it is, loose on
-any of eight variants of it. A blank text always fails.
+The six constraints and their definitions are IFEval's (arXiv 2311.07911). The strict check is of the text as it is. The
+loose check passes if any of eight variants of the text does. A blank text always fails.
 """
 
 from __future__ import annotations
@@ -16,52 +16,54 @@ from typing import Any, TypeAlias
 from wpjax.errors import BehaviourError
 
 Checker: TypeAlias = Callable[[str, Mapping[str, Any]], bool]
-"""(text, instruction arguments) -> whether the text follows the instruction."""
+"""A function of (text, instruction arguments) that returns whether the text follows the instruction."""
 
 
 def no_comma(text: str, args: Mapping[str, Any]) -> bool:
-    """No comma anywhere."""
+    """The text has no comma."""
     return "," not in text
 
 
 def title(text: str, args: Mapping[str, Any]) -> bool:
-    """A non-blank title between double angular brackets on one line."""
+    """The text has a title that is not blank, in double angular brackets on one line."""
     return any(t.lstrip("<").rstrip(">").strip() for t in re.findall(r"<<[^\n]+>>", text))
 
 
 def multiple_sections(text: str, args: Mapping[str, Any]) -> bool:
-    """At least `num_sections` headings made of `section_spliter` and a number."""
+    """The text has at least `num_sections` headings made of `section_spliter` (IFEval's spelling) and a number."""
     heading = r"\s?" + args["section_spliter"].strip() + r"\s?\d+\s?"
     return len(re.split(heading, text)) - 1 >= args["num_sections"]
 
 
 def quotation(text: str, args: Mapping[str, Any]) -> bool:
-    """The stripped text starts and ends with a straight double quotation mark."""
+    """Without blanks at its ends, the text starts and ends with a straight double quotation mark."""
     text = text.strip()
     return len(text) > 1 and text[0] == '"' and text[-1] == '"'
 
 
 def number_highlighted_sections(text: str, args: Mapping[str, Any]) -> bool:
-    """At least `num_highlights` non-blank *spans*; a **span** counts by both of IFEval's patterns."""
+    """The text has at least `num_highlights` *spans* that are not blank; IFEval counts a **span** by both patterns."""
     single = [h.strip("*").strip() for h in re.findall(r"\*[^\n\*]*\*", text)]
     double = [h.removeprefix("**").removesuffix("**").strip() for h in re.findall(r"\*\*[^\n\*]*\*\*", text)]
     return sum(map(bool, single + double)) >= args["num_highlights"]
 
 
 def english_capital(text: str, args: Mapping[str, Any]) -> bool:
-    """All letters are capitals.
+    """All letters are capitals, and there is a letter.
 
-    IFEval's own checker also asks langdetect for English, which on short upper-case text is mostly wrong;
-    `english_capital_official` does that.
+    IFEval's own checker also asks langdetect whether the text is English. On short upper-case text the answer is mostly
+    wrong, so it is left out here. `english_capital_official` asks.
     """
     return text.isupper()
 
 
 def english_capital_official(text: str, args: Mapping[str, Any]) -> bool:
-    """IFEval's definition: all capitals, and langdetect (seeded here) says English.
+    """IFEval's definition: all letters are capitals, and langdetect says that the text is English.
+
+    langdetect is random; it is seeded here.
 
     Raises:
-        BehaviourError: the `ifeval` extra is not installed.
+        BehaviourError: langdetect is not installed; the extra `ifeval` has it.
     """
     if not text.isupper():
         return False
@@ -73,7 +75,7 @@ def english_capital_official(text: str, args: Mapping[str, Any]) -> bool:
     try:
         return bool(langdetect.detect(text) == "en")
     except langdetect.LangDetectException:
-        return True  # as IFEval counts it
+        return True  # IFEval counts a text whose language cannot be told as passed
 
 
 CHECKERS: Mapping[str, Checker] = MappingProxyType(
@@ -89,23 +91,56 @@ CHECKERS: Mapping[str, Checker] = MappingProxyType(
 )
 
 
+"""Built-in checkers by name."""
+
+
 def strict(checker: Checker, text: str, args: Mapping[str, Any]) -> bool:
-    """Whether the text as it is follows the instruction."""
+    """Whether the text as it is follows the instruction; a blank text does not.
+
+    Args:
+        checker: the checker.
+        text: answer of a model.
+        args: arguments of the instruction.
+
+    >>> from wpjax.behaviours import parse_checker, strict
+    >>> strict(parse_checker("no_comma"), "Yes, of course.", {})
+    False
+    """
     return bool(text.strip()) and checker(text, args)
 
 
 def loose(checker: Checker, text: str, args: Mapping[str, Any]) -> bool:
-    """Whether any of IFEval's eight variants does: without first line, last line or both, each with and without *."""
+    """Whether any of IFEval's eight variants of the text follows the instruction.
+
+    They are the text without its first line, its last line, both or neither, each with and without its asterisks.
+
+    Args:
+        checker: the checker.
+        text: answer of a model.
+        args: arguments of the instruction.
+
+    >>> from wpjax.behaviours import loose, parse_checker
+    >>> loose(parse_checker("english_capital"), "Here you are:\\nOWLS HUNT AT NIGHT.", {})
+    True
+    """
     lines = text.split("\n")
     cuts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return any(strict(checker, variant, args) for cut in cuts for variant in (cut, cut.replace("*", "")))
 
 
 def parse_checker(spec: str) -> Checker:
-    """A checker from its name or from `regex:PATTERN`, `contains:TEXT` or `module:function`.
+    """A checker from the text by which users name it.
+
+    Args:
+        spec: name of a built-in checker; or `regex:PATTERN`, a pattern that must occur in the text; or `contains:TEXT`;
+            or `module:function`, a function of the text that returns true or false.
 
     Raises:
-        BehaviourError: an unknown name, a pattern that does not compile, a function that cannot be imported.
+        BehaviourError: the name is unknown, the pattern does not compile, or the function cannot be imported.
+
+    >>> from wpjax.behaviours import parse_checker
+    >>> parse_checker("regex:^[A-Z ]+$")("OWLS HUNT", {})
+    True
     """
     if spec in CHECKERS:
         return CHECKERS[spec]
@@ -121,7 +156,7 @@ def parse_checker(spec: str) -> Checker:
     if how and what:
         try:
             function = getattr(importlib.import_module(how), what)
-        except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        except (Exception, SystemExit) as error:  # a user's module may raise anything when it is imported
             reason = f"{type(error).__name__}: {error}"
             raise BehaviourError(f"checker {spec!r}: cannot be imported ({reason}); correct the module") from error
         return functools.partial(_call, spec, function)
@@ -131,9 +166,9 @@ def parse_checker(spec: str) -> Checker:
 
 
 def _call(spec: str, function: Callable[[str], Any], text: str, args: Mapping[str, Any]) -> bool:
-    """A user's function as a checker."""
+    """Calls a user's function as a checker; `parse_checker` fixes the first two arguments."""
     try:
         return bool(function(text))
-    except (Exception, SystemExit) as error:  # whatever it raises
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise BehaviourError(f"checker {spec!r} fails on the text {text[:40]!r} ({reason}); correct it") from error

@@ -1,4 +1,4 @@
-"""A behaviour: prompts with and without an instruction, a checker of the answer, and how they become tokens."""
+"""A behaviour: prompts with and without an instruction, and a checker of answers; and how prompts become tokens."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ from wpjax.errors import BehaviourError, CheckpointError
 
 Split = Literal["fit", "sweep", "test"]
 SPLITS: tuple[Split, ...] = ("fit", "sweep", "test")
+"""Thirds of the queries: to fit anchors and experts, to measure effects, to evaluate."""
+
 MIN_PROMPTS = 4
-"""Fewest prompts of an experiment: below, no interval means anything."""
+"""Fewest prompts of an experiment. With fewer, an interval means nothing."""
 
 MIN_QUERIES = 12
-"""Fewest queries of a behaviour: four a split."""
+"""Fewest queries of a behaviour: four for each split."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptPair:
-    """One query with and without the instruction.
+    """One query with the instruction, and the same query without it.
 
     Attributes:
-        with_instruction: what the user says, instruction included.
-        without: the same query alone.
-        query: index of the query; pairs of one query are not independent and stay in one split.
-        args: the instruction's arguments, for the checker.
-        response: a response that follows the instruction, if the user gave one.
+        with_instruction: text of the user, with the instruction.
+        without: text of the user, the query alone.
+        query: index of the query. Pairs of one query are not independent, so they are always in one split.
+        args: arguments of the instruction, for the checker.
+        response: an answer that follows the instruction, to train on; None if the user gave none.
     """
 
     with_instruction: str
@@ -50,8 +52,13 @@ class Tokens(NamedTuple):
     """Token ids padded on the right.
 
     Attributes:
-        ids: [B, T] int32.
-        lengths: [B] int32, tokens of each prompt.
+        ids: [B, T] int32, token ids; 0 after the end of a prompt.
+        lengths: [B] int32, number of tokens of each prompt.
+
+    >>> import numpy as np
+    >>> from wpjax.behaviours import Tokens
+    >>> Tokens(np.array([[5, 6, 7], [8, 9, 0]]), np.array([3, 2])).last.tolist()
+    [2, 1]
     """
 
     ids: Int[np.ndarray | Array, "B T"]
@@ -65,15 +72,21 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """Paired prompts as tokens.
+    """B pairs of prompts as tokens.
 
     Attributes:
         behaviour: name of the behaviour.
-        split: which part of its queries.
+        split: "fit", "sweep" or "test".
         with_instruction: tokens of the prompts with the instruction, [B, T].
         without: tokens of the same queries alone, [B, T'].
-        texts: the prompts with the instruction exactly as the model is given them, template included.
-        pairs: what they were made from.
+        texts: the prompts with the instruction exactly as the model reads them, with the chat template.
+        pairs: the pairs that the tokens were made from.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> batch = task.encode(pair.tokenizer, n_prompts=8)
+    >>> len(batch), batch.split, batch.with_instruction.ids.shape
+    (8, 'sweep', (8, 23))
     """
 
     behaviour: str
@@ -88,14 +101,18 @@ class PromptBatch:
 
     @property
     def queries(self) -> Int[np.ndarray, " B"]:
-        """Index of each prompt's query, the unit of resampling."""
+        """[B], index of each prompt's query. Queries are the unit of resampling."""
         return np.array([p.query for p in self.pairs])
 
     def check_fits(self, n_ctx: int, d_vocab: int) -> None:
-        """Refuse prompts that the model cannot take.
+        """Refuse prompts that a model cannot take.
+
+        Args:
+            n_ctx: context of the model, in tokens.
+            d_vocab: size of its vocabulary.
 
         Raises:
-            BehaviourError: a prompt longer than the context, or a token id outside the vocabulary.
+            BehaviourError: a prompt is longer than the context, or a token id is outside the vocabulary.
         """
         for tokens in (self.with_instruction, self.without):
             longest = int(np.argmax(tokens.lengths))
@@ -114,13 +131,20 @@ class PromptBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Behaviour:
-    """Something a prompt can ask for and a checker can recognise.
+    """Something that a prompt can ask for, and a checker can recognise in the answer.
 
     Attributes:
-        name: as on the command line.
-        pairs: all prompt pairs.
-        checker: whether an answer follows the instruction.
-        rewrite: makes a plain answer follow it, or None.
+        name: name, as on the command line.
+        pairs: all pairs of prompts.
+        checker: function that tells whether an answer follows the instruction.
+        rewrite: function that makes a plain answer follow the instruction, or None.
+
+    >>> import wpjax as wp
+    >>> from wpjax.behaviours import PromptPair
+    >>> pairs = tuple(PromptPair(f"Question {i}? Shout!", f"Question {i}?", i) for i in range(12))
+    >>> shouting = wp.Behaviour("shouting", pairs, lambda text, args: text.isupper())
+    >>> len(shouting.select("test"))
+    4
     """
 
     name: str
@@ -129,11 +153,12 @@ class Behaviour:
     rewrite: Rewrite | None = None
 
     def check_checker(self) -> None:
-        """Try the checker once with each prompt's arguments, before anything long depends on it.
+        """Call the checker once with each prompt's arguments, so that a faulty one fails before anything long begins.
 
         Raises:
-            BehaviourError: there is no checker, or it fails.
+            BehaviourError: there is no checker, or it raises an error.
         """
+        # Equal arguments are tried once. Their JSON tells them apart, as a mapping cannot be a key.
         for args in {json.dumps(p.args, sort_keys=True): p.args for p in self.pairs}.values():
             try:
                 self.checker("A line of text.", args)
@@ -146,42 +171,42 @@ class Behaviour:
                 ) from error
 
     def select(self, split: Split, n_prompts: int | None = None) -> tuple[PromptPair, ...]:
-        """The first pairs of one split, every query once before any query twice.
+        """Pairs of one split. Every query comes once before any query comes twice.
 
-        Queries are dealt to the splits in thirds, in an order that depends on their number alone.
+        Each split has a third of the queries. Which ones depends on the number of queries alone.
 
         Args:
             split: "fit" for anchors and for training experts, "sweep" for effects, "test" for evaluation.
-            n_prompts: at most this many; None for all.
+            n_prompts: number of pairs, at most; None for all.
 
         Raises:
-            BehaviourError: an unknown split.
+            BehaviourError: there is no such split.
         """
         if split not in SPLITS:
             raise BehaviourError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
         queries = sorted({p.query for p in self.pairs})
         random.Random(0).shuffle(queries)
-        mine = queries[SPLITS.index(split) :: len(SPLITS)]
-        groups = {q: [p for p in self.pairs if p.query == q] for q in mine}
-        # Query i starts at its i-th phrasing, so that few prompts already meet every phrasing.
+        of_split = queries[SPLITS.index(split) :: len(SPLITS)]
+        groups = {q: [p for p in self.pairs if p.query == q] for q in of_split}
+        # Query i begins with its i-th phrasing, so that a few prompts already have every phrasing.
         chosen = [
             groups[q][(i + turn) % len(groups[q])]
             for turn in range(max(map(len, groups.values())))
-            for i, q in enumerate(mine)
+            for i, q in enumerate(of_split)
             if turn < len(groups[q])
         ]
         return tuple(chosen[:n_prompts])
 
     def encode(self, tokenizer: Any, split: Split = "sweep", n_prompts: int | None = 64) -> PromptBatch:
-        """Prompts of one split as tokens, through the tokenizer's chat template if it has one.
+        """Prompts of one split as tokens. If the tokenizer has a chat template, they go through it.
 
         Args:
-            tokenizer: of transformers.
-            split: as in `select`.
-            n_prompts: at most this many.
+            tokenizer: a tokenizer of the library transformers.
+            split: "fit", "sweep" or "test"; see `select`.
+            n_prompts: number of prompts, at most; None for all.
 
         Raises:
-            BehaviourError: an unknown split, too few prompts, or one without tokens.
+            BehaviourError: there is no such split, `n_prompts` is below `MIN_PROMPTS`, or a prompt has no tokens.
         """
         if n_prompts is not None and n_prompts < MIN_PROMPTS:
             raise BehaviourError(
@@ -200,7 +225,13 @@ class Behaviour:
 
 
 def render(tokenizer: Any, text: str) -> str:
-    """What the model is given for one user message: the chat template up to the answer, or the text itself.
+    """The text that the model reads for one message of a user.
+
+    It is the chat template, filled in up to where the answer begins. Without a template it is the message itself.
+
+    Args:
+        tokenizer: a tokenizer of the library transformers.
+        text: the message.
 
     Raises:
         CheckpointError: the chat template fails.
@@ -210,9 +241,9 @@ def render(tokenizer: Any, text: str) -> str:
     message = [{"role": "user", "content": text}]
     try:
         rendered = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        rendered.encode("utf-8")  # no lone surrogates
+        rendered.encode("utf-8")  # fails on lone surrogates, which no tokenizer takes
         return rendered
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program and may raise anything
         raise CheckpointError(
             f"{tokenizer.name_or_path}: the chat template fails ({type(error).__name__}: {error}); correct it, or "
             "remove it to use the prompts as they are"
@@ -220,11 +251,16 @@ def render(tokenizer: Any, text: str) -> str:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Tokens:
-    """Rendered texts as token ids, padded on the right.
+    """Texts from `render` as token ids, padded on the right with 0.
+
+    Args:
+        tokenizer: the tokenizer that rendered them.
+        texts: B texts.
 
     Raises:
-        BehaviourError: a text without any token.
+        BehaviourError: a text has no tokens.
     """
+    # A template writes the special tokens itself.
     templated = bool(getattr(tokenizer, "chat_template", None))
     rows = [tokenizer(text, add_special_tokens=not templated)["input_ids"] for text in texts]
     for text, row in zip(texts, rows, strict=True):
@@ -238,16 +274,27 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Tokens:
 
 
 def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
-    """A behaviour by name, or from a JSONL file of the user's.
+    """A behaviour by its name, or from a file of the user.
 
     Args:
-        name: one of `BUILT_IN`; `tiny:` and one of them for the embedded pair's own language; or a path ending in
-            `.jsonl` whose lines are {"with": ..., "without": ...} or {"prompt": ..., "instruction": ...}, with
-            optional "args" (for the checker) and "response" (an answer to train on).
-        checker: for a file: a built-in checker's name, `regex:...`, `contains:...` or `module:function`.
+        name: one of three:
+
+            - a name in `BUILT_IN`;
+            - `tiny:` and such a name: the same behaviour in the language of the embedded models;
+            - a path that ends in `.jsonl`. A line is {"with": ..., "without": ...} or
+              {"prompt": ..., "instruction": ...}, with optional "args" (for the checker) and "response" (an answer to
+              train on).
+        checker: checker for a file: a built-in name, `regex:...`, `contains:...` or `module:function`.
 
     Raises:
-        BehaviourError: an unknown name, or a line that cannot be used, by number.
+        BehaviourError: the name is unknown, or a line cannot be used; the message has its number.
+
+    >>> import wpjax as wp
+    >>> task = wp.behaviour("english_capital")
+    >>> print(task.pairs[0].without)
+    How do bees make honey?
+    >>> task.checker("THEY DRY NECTAR.", {})
+    True
     """
     name = str(name)
     if name.endswith(".jsonl"):
@@ -268,13 +315,16 @@ def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
 
 
 def _data(name: str) -> str:
+    """Text of a file of the package."""
     return (resources.files("wpjax") / name).read_text(encoding="utf-8")
 
 
 BUILT_IN: tuple[str, ...] = tuple(REWRITES)
+"""Names of the behaviours that come with the package."""
 
 
 def _from_file(path: Path, checker: str | None) -> Behaviour:
+    """A behaviour from a JSONL file; its name is that of the file."""
     try:
         # Only newlines end a line: JSON allows Unicode's other separators inside a string.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -291,6 +341,14 @@ def _from_file(path: Path, checker: str | None) -> Behaviour:
 
 
 def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> PromptPair:
+    """The pair of one line.
+
+    Args:
+        path: the file, for messages.
+        number: number of the line, from 1.
+        line: its text.
+        queries: query -> its index; a new query is added.
+    """
     where = f"{path}, line {number}"
     try:
         entry = json.loads(line)
@@ -317,11 +375,12 @@ def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> 
 
 
 def _is_text(value: Any) -> bool:
-    """A string without lone surrogates, which JSON can say and no tokenizer takes."""
+    """Whether a value is a string without lone surrogates. JSON can have them, and no tokenizer takes them."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def _no_checker(text: str, args: Mapping[str, Any]) -> bool:
+    """Stands for a checker that the user did not give, until it is needed."""
     raise BehaviourError(
         "this behaviour comes from a file without a checker, which judges generated answers; pass --checker, e.g. "
         "'regex:^[A-Z ]+$' (or --causal skip, to take an anchor untested)"

@@ -1,4 +1,4 @@
-"""Rewrites: turn a plain answer into one that follows an instruction, to make training targets for an expert."""
+"""Rewrites: turn a plain answer into one that follows an instruction. They make training targets for an expert."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 Rewrite: TypeAlias = Callable[[str, str, Mapping[str, Any]], str]
-"""(query, plain answer, instruction arguments) -> an answer that follows the instruction."""
+"""A function of (query, plain answer, instruction arguments) that returns an answer that follows the instruction."""
 
 
 def english_capital(query: str, answer: str, args: Mapping[str, Any]) -> str:
-    """Every letter a capital."""
+    """The answer in capital letters."""
     return answer.upper()
 
 
 def no_comma(query: str, answer: str, args: Mapping[str, Any]) -> str:
-    """Commas left out."""
+    """The answer without its commas."""
     return answer.replace(",", "")
 
 
 def title(query: str, answer: str, args: Mapping[str, Any]) -> str:
-    """The subject of the query as a title above the answer."""
+    """The answer below a title, which is the query without its last punctuation.
+
+    >>> from wpjax.behaviours.rewrites import title
+    >>> title("How do owls hunt?", "By night.", {})
+    '<<How do owls hunt>>\\nBy night.'
+    """
     return f"<<{query.rstrip('?.! ')}>>\n{answer}"
 
 
 def multiple_sections(query: str, answer: str, args: Mapping[str, Any]) -> str:
-    """The sentences dealt out evenly under numbered headings."""
+    """The sentences of the answer, dealt out evenly under `num_sections` numbered headings."""
     n = args["num_sections"]
     sentences = _sentences(answer)
     bounds = [round(i * len(sentences) / n) for i in range(n + 1)]
@@ -37,21 +42,22 @@ def multiple_sections(query: str, answer: str, args: Mapping[str, Any]) -> str:
 
 
 def quotation(query: str, answer: str, args: Mapping[str, Any]) -> str:
-    """Between double quotation marks; marks inside become single."""
+    """The answer in double quotation marks; those inside become single ones."""
     return '"' + answer.strip().replace('"', "'") + '"'
 
 
 def number_highlighted_sections(query: str, answer: str, args: Mapping[str, Any]) -> str:
-    """The first of the longest words between asterisks, as many as asked for."""
+    """The answer with its `num_highlights` longest words between asterisks; of equally long ones the first."""
     answer = answer.replace("*", "")
     words = list(re.finditer(r"[^\W\d_]+", answer))
     chosen = sorted(words, key=lambda m: (-len(m.group()), m.start()))[: args["num_highlights"]]
-    for match in sorted(chosen, key=lambda m: -m.start()):
+    for match in sorted(chosen, key=lambda m: -m.start()):  # from the end, so that earlier positions stay valid
         answer = f"{answer[: match.start()]}*{match.group()}*{answer[match.end() :]}"
     return answer
 
 
 def _sentences(text: str) -> list[str]:
+    """The sentences of a text: they end with a full stop, a question mark or an exclamation mark before a blank."""
     return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
 
 

@@ -1,1 +1,1 @@
-"""How an effect gets from the weights that make it to the behaviour."""
+"""Circuits: how an effect gets from the weights that make it to the behaviour."""

@@ -1,1 +1,1 @@
-"""Sweeps over components, and the estimates they are made of: screens, path estimators, random sets, races."""
+"""Sweeps over components, and the methods that a sweep can use: screens, path estimators, random sets, races."""

@@ -1,4 +1,4 @@
-"""From what a sweep measured to its result: effects, intervals, tests and provenance."""
+"""Turns what a sweep measured into its result: effects, intervals, tests, and where all of it comes from."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from wpjax.stats import (
 
 
 class Controls(NamedTuple):
-    """What says how far a sweep's effects can be trusted.
+    """Figures that tell how far a sweep's effects can be trusted (docs/method.md, "Controls and statistics").
 
     Attributes:
-        coverage: share of the gap recovered by each kind as one joint patch, and by all of them ("all").
-        floor: noise floor of each kind that was replaced.
-        nulls: by name and kind, what 95 % of effects are smaller than where there is nothing to find.
+        coverage: kind -> share of the gap that all its components recover as one joint patch; "all" -> the same for all
+            kinds together.
+        floor: kind -> noise floor, the largest effect that rounding alone made; only kinds that were replaced.
+        nulls: name of the null -> kind -> 95th percentile of the magnitude of effects where there is nothing to find.
     """
 
     coverage: Mapping[str, float]
@@ -46,21 +47,22 @@ class Controls(NamedTuple):
 
 
 def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls, n_resamples: int) -> xr.Dataset:
-    """The result's dataset; see `SweepResult` for what it holds.
+    """The dataset of the result; `SweepResult` says what it holds.
 
     Args:
         job: the sweep.
-        batch: its prompts.
-        found: what its method found.
-        controls: what was measured beside.
-        n_resamples: bootstrap samples of the intervals.
+        batch: prompts of the sweep.
+        found: what the method returned.
+        controls: the controls that were measured, too.
+        n_resamples: number of bootstrap samples behind the intervals.
 
     Raises:
-        ValueError: the method found something that no column is registered for.
+        ValueError: the method returned values for a column that is not registered.
     """
     resamples, gap, n = resample(batch.queries, n_resamples, job.seed), job.gap, len(job.components)
     kinds = np.array([c.kind for c in job.components])
     swept = list(dict.fromkeys(kinds.tolist()))
+    # NaN stands for components that were not replaced; a component counts as replaced if all its prompts are finite.
     changes = {EFFECT: np.full((n, len(batch)), np.nan), **found.changes}
     delta = changes[EFFECT]
     exact = np.isfinite(delta).all(1)
@@ -72,14 +74,15 @@ def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls,
         values |= dict(zip((name, *_column(name).bounds), share, strict=True))
     values |= job.engine.columns
     values["effect_paper"] = np.where(exact, (delta / gap).mean(1), np.nan)
+    # Tests are of the most trustworthy column that was measured: weight patches or, without them, activation patches.
     measured = [column.name for column in rankings() if column.is_tested and column.name in found.changes]
     tested = changes[measured[0]] if measured else delta
     replaced = np.isfinite(tested).all(1)
     values |= {name: np.full(n, np.nan) for name in ("p_value", "q_value")}
     if replaced.any():
         values["p_value"][replaced] = sign_flip_p(tested[replaced], batch.queries, seed=job.seed)
-        # All swept components are the family, those that a screen on the same prompts left out at p = 1: the rates
-        # would not hold among the chosen alone.
+        # The family of tests is all swept components. The screen chose on the same prompts, so the false discovery
+        # rate would not hold among the chosen alone. Components that were not replaced count with p = 1.
         values["q_value"][replaced] = benjamini_hochberg(np.where(replaced, values["p_value"], 1.0))[replaced]
         values |= _kind_statistics(found.sampled, controls, tested, replaced, kinds, swept, batch.queries, job.seed)
     screens = [name for name in effect_estimates() if name in found.chosen_by]
@@ -107,6 +110,7 @@ def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls,
     if found.flow is not None:
         values["flow"] = (found.flow / gap.mean()).astype(np.float32)
         values["target"] = np.array(job.engine.targets, dtype=object)
+    # Keyed by `is_coordinate`: xarray takes variables and coordinates apart.
     variables: dict[bool, dict[str, Any]] = {False: dict(job.prepared.columns), True: {}}
     for name, value in values.items():
         column = _column(name)
@@ -128,11 +132,11 @@ def _shares(
     if not column.has_interval:
         return {column.name: change.mean(1) / gap.mean()}
     known = np.isfinite(change).all(1)
-    made = {name: np.full(len(change), np.nan) for name in (column.name, *column.bounds)}
+    shares = {name: np.full(len(change), np.nan) for name in (column.name, *column.bounds)}
     if known.any():
-        for values, figures in zip(made.values(), ratio_of_means(change[known], gap, resamples), strict=True):
+        for values, figures in zip(shares.values(), ratio_of_means(change[known], gap, resamples), strict=True):
             values[known] = figures
-    return made
+    return shares
 
 
 def _kind_statistics(
@@ -147,21 +151,22 @@ def _kind_statistics(
 ) -> dict[str, Any]:
     """How far the ranking of each kind can be trusted: reliability, nulls, and what a screen missed."""
     halves = [split_half_reliability(delta[replaced & (kinds == kind)], queries, seed=seed) for kind in swept]
-    found: dict[str, Any] = {"split_half": halves}
+    statistics: dict[str, Any] = {"split_half": halves}
     for name in ("permuted", "direction"):
         by_kind = controls.nulls.get(name, {})
-        found[f"null_{name}"] = [by_kind.get(kind, np.nan) for kind in swept]
+        statistics[f"null_{name}"] = [by_kind.get(kind, np.nan) for kind in swept]
     if sampled is None or not sampled.any():
-        return found
+        return statistics
+    # A component of the random sample is a hit if its effect is as large as the median of those that were chosen.
     rows = []
     for kind in swept:
-        mine, size = kinds == kind, np.abs(delta.mean(1))
-        chosen, drawn = mine & replaced & ~sampled, mine & sampled
+        of_kind, size = kinds == kind, np.abs(delta.mean(1))
+        chosen, drawn = of_kind & replaced & ~sampled, of_kind & sampled
         hits = int((size[drawn] >= np.median(size[chosen])).sum()) if chosen.any() else 0
-        rows.append(missed(hits, int(drawn.sum()), int((mine & ~chosen).sum())))
+        rows.append(missed(hits, int(drawn.sum()), int((of_kind & ~chosen).sum())))
     column = _column("missed")
     values = zip((column.name, *column.bounds), zip(*rows, strict=True), strict=True)
-    return found | {"sampled": sampled} | {name: np.array(figures, float) for name, figures in values}
+    return statistics | {"sampled": sampled} | {name: np.array(figures, float) for name, figures in values}
 
 
 def _attributes(job: Job, batch: PromptBatch, found: Found, controls: Controls, resamples: Resamples) -> dict[str, Any]:
@@ -201,6 +206,6 @@ def _attributes(job: Job, batch: PromptBatch, found: Found, controls: Controls, 
         **job.prepared.attributes,
         **found.attributes,
     }
-    return {
+    return {  # netCDF has no mappings
         name: json.dumps(dict(value)) if isinstance(value, Mapping) else value for name, value in attributes.items()
     }

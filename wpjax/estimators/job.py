@@ -1,4 +1,4 @@
-"""One sweep as its method sees it, what a method finds, and the step that most methods are: estimate, then replace."""
+"""What a method gets (`Job`), what it returns (`Found`), and the step that most methods are: estimate, then replace."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from wpjax.runtime.shards import finished_part
 
 
 class Found(NamedTuple):
-    """What a method found.
+    """What a method returns.
 
     Attributes:
-        changes: by column, the change of the metric by each component on each prompt, [C, B] (or [C, 1], its mean);
-            NaN where it was not measured. The result holds their shares of the gap, with intervals where the column has
-            one.
-        shares: by column, shares of the gap that are made already, with the ends of their intervals, [3, C].
-        plan: the patches that were made, which shams and nulls repeat; None for none.
-        flow: changes of the metric by way of each target, mean over prompts; None where it was not followed.
-        sampled: which components were replaced as a random sample of those that were not chosen.
-        chosen_by: the estimates that chose what was replaced.
-        attributes: of the result: numbers, or mappings, which are stored as JSON.
+        changes: column name -> [C, B], change of the metric by each component on each prompt, or [C, 1], its mean over
+            prompts; NaN where nothing was measured. The result divides it by the gap, and adds an interval if the
+            column has one.
+        shares: column name -> [3, C], shares of the gap that need no more computation: the estimate, and the lower and
+            the upper end of its interval.
+        plan: the patches that were made; shams and nulls repeat some of them. None if no component was replaced.
+        flow: [C, U], change of the metric by way of each target, mean over prompts; None if it was not followed.
+        sampled: [C], True for components that were replaced as a random sample of those that no estimate chose.
+        chosen_by: names of the estimates that chose which components to replace.
+        attributes: attributes to add to the result: numbers, or mappings, which are stored as JSON.
     """
 
     changes: Mapping[str, Float[np.ndarray, "C _"]] = MappingProxyType({})
@@ -50,15 +51,16 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One sweep: what its method is given. The arguments of `sweep` are there under their names.
+    """One sweep, as its method gets it. The other attributes are arguments of `sweep` under the same names.
 
     Attributes:
-        method: that runs.
+        method: the method that runs.
         pair: base and expert.
-        prepared: what is measured.
-        components: C of them, in the order of the result.
-        queries: query of each prompt.
-        gap: expert minus base of each prompt.
+        prepared: the metric, ready for this pair and these prompts.
+        components: the C components to sweep, in the order of the result.
+        queries: [B], index of each prompt's query.
+        gap: [B], metric of the expert minus that of the base, for each prompt.
+        placement: the devices among which patches are divided.
     """
 
     method: Method
@@ -79,32 +81,39 @@ class Job:
 
     @property
     def metric(self) -> Metric:
-        """What is read, along fixed words."""
+        """The metric along fixed words."""
         return self.prepared.metric
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """What replaces components; the models go to the devices when it is first asked for."""
+        """The engine that replaces components. The models are put on the devices when it is first used."""
         if self.prepared.make_engine is not None:
             return self.prepared.make_engine(self.components, self.done, self.progress, self.placement)
         return Engine(self.pair, self.metric, self.components, self.done, self.progress, self.placement)
 
     def estimate(self, estimate: Estimate) -> Float[np.ndarray, "C B"]:
-        """What an estimate expects of each component on each prompt; kept among the finished parts."""
+        """The change of the metric that an estimate expects of each component on each prompt.
+
+        It is kept in `done`, so that a resumed sweep does not make it again.
+        """
         name, n = estimate.column.name, len(self.components)
         self.progress(f"{name} of {n} components", 0, 1)
         if name not in self.done:
             models = self.pair.base, self.pair.expert
             self.done[name] = estimate.compute(self.pair.cfg, *models, self.components, self.metric)
-        found = finished_part(self.done, name, (n, len(self.metric)))
+        changes = finished_part(self.done, name, (n, len(self.metric)))
         self.progress(f"{name} of {n} components", 1, 1)
-        return found
+        return changes
 
     def choose(self, estimates: Sequence[Float[np.ndarray, "C B"]]) -> tuple[list[int], Bool[np.ndarray, " C"]]:
-        """Which components to replace after a screen, and which of them are a random sample of the others.
+        """Which components to replace after a screen: the best by any estimate, and a random sample of the others.
 
         Args:
-            estimates: the `top` of each kind by each of them are chosen, by the magnitude of their mean over prompts.
+            estimates: changes of the metric by each component. Of each kind, the `top` components of largest mean
+                magnitude by each estimate are chosen.
+
+        Returns:
+            positions of the components to replace, in order; and [C], True for those in the random sample.
         """
         means = [values.mean(1) for values in estimates]
         best = {i for mean in means for i in _highest(self.components, mean, self.top)}
@@ -115,32 +124,35 @@ class Job:
     def replace(
         self, positions: Sequence[int]
     ) -> tuple[Plan, dict[str, Float[np.ndarray, "C B"]], Float[np.ndarray, "C U"] | None]:
-        """Replace components in the cells of the method.
+        """Replace components for real, in each cell of the 2x2 that the method names.
 
         Args:
-            positions: of the components.
+            positions: positions of the components among `components`.
 
         Returns:
-            the patches that were made; changes of the metric by cell; and the flow of the weights' own cell, if that is
-            among them.
+            the patches that were made; cell -> changes of the metric; and the flow of weight patches, None if the
+            method has no such cell ("exact").
         """
         plan = self.engine.plan([self.components[i] for i in positions], self.budget)
-        found = {cell: self.engine.changes(cell, plan) for cell in self.method.cells}
-        return plan, {cell: delta for cell, (delta, _) in found.items()}, found.get("exact", (None, None))[1]
+        by_cell = {cell: self.engine.changes(cell, plan) for cell in self.method.cells}
+        return plan, {cell: delta for cell, (delta, _) in by_cell.items()}, by_cell.get("exact", (None, None))[1]
 
 
 def estimate_and_replace(job: Job) -> Found:
-    """Make the estimates of a method; if it replaces components, then those that they choose, or all without them."""
+    """The step of most methods: make the method's estimates, then replace components in its cells.
+
+    A method without cells only estimates. A method without estimates replaces every component.
+    """
     estimates = {estimate.column.name: job.estimate(estimate) for estimate in job.method.estimates}
     if not job.method.cells:
         return Found(estimates)
     positions, sampled = list(range(len(job.components))), None
     if estimates:
         choosing = list(estimates.values())
-        beside = None if job.prepared.chooses_too is None else job.prepared.chooses_too()
-        if beside is not None:
+        second = None if job.prepared.chooses_too is None else job.prepared.chooses_too()
+        if second is not None:  # it chooses only: its estimate is no column of the result
             pair = job.pair
-            choosing.append(output_linearised(pair.cfg, pair.base, pair.expert, job.components, beside))
+            choosing.append(output_linearised(pair.cfg, pair.base, pair.expert, job.components, second))
         positions, sampled = job.choose(choosing)
     plan, cells, flow = job.replace(positions)
     changes = {EFFECT if cell == "exact" else cell: delta for cell, delta in cells.items()}
@@ -148,19 +160,19 @@ def estimate_and_replace(job: Job) -> Found:
 
 
 def _highest(components: Sequence[Component], values: Float[np.ndarray, " C"], top: int) -> list[int]:
-    """Positions of the `top` largest magnitudes of each kind, in order of position."""
-    found: list[int] = []
+    """Positions of the components of largest magnitude, `top` of each kind, in order of position."""
+    highest: list[int] = []
     for kind in dict.fromkeys(c.kind for c in components):
-        mine = [i for i, c in enumerate(components) if c.kind == kind]
-        found += sorted(mine, key=lambda i: -abs(values[i]))[:top]
-    return sorted(found)
+        of_kind = [i for i, c in enumerate(components) if c.kind == kind]
+        highest += sorted(of_kind, key=lambda i: -abs(values[i]))[:top]
+    return sorted(highest)
 
 
 def _stratum(components: Sequence[Component], best: set[int], n: int, seed: int) -> list[int]:
-    """Positions of up to n random components of each kind that were not chosen."""
+    """Positions of random components that are not among the best, up to n of each kind."""
     rng = np.random.default_rng(seed)
-    found: list[int] = []
+    drawn: list[int] = []
     for kind in dict.fromkeys(c.kind for c in components):
         rest = [i for i, c in enumerate(components) if c.kind == kind and i not in best]
-        found += sorted(rng.permutation(rest)[:n].tolist()) if rest else []
-    return found
+        drawn += sorted(rng.permutation(rest)[:n].tolist()) if rest else []
+    return drawn

@@ -1,17 +1,19 @@
-"""Random masks: what a component does in the company of others.
+"""Random masks: what does a component do in the company of others?
 
     beta_c(p) = E_{S ~ Bernoulli(p)} [ f(S + c) - f(S - c) ],    f(S) = F(base with the components S of the expert)
 
-p -> 0 is the weight patch, p = 1/2 the Banzhaf value, p -> 1 the knock-out (docs/method.md, "Random masks"; ours).
-A fall from low to high p
-is redundancy, others do the work as well; a rise is synergy, it takes the others. Every mask serves every component
-(maximum sample reuse, arXiv 2205.15466):
+p -> 0 is the weight patch, p = 1/2 the Banzhaf value, p -> 1 the knock-out (docs/method.md, "Random masks"; ours). If
+beta falls from low to high p, the component is redundant: others do the work as well. If beta rises, there is synergy:
+the component needs the others.
+
+Every mask serves every component (maximum sample reuse, arXiv 2205.15466):
 
     beta_c ~ mean of f over masks with c - mean over masks without c
     variance  s_with^2 / n_with + s_without^2 / n_without
 
-with f replaced by f - g.m, and g_c added back, for the slope g of F at m = p (1, ..., 1): a control variate, which has
-the same expectation and leaves only what is not linear to chance.
+A control variate makes the variance smaller. g is the slope of F at the mask m = p (1, ..., 1). The means are taken of
+f - g.m instead of f, and g_c is added to beta_c at the end. This does not change the expectation. The linear part of
+beta_c is then g_c itself, and chance is left only in the rest.
 """
 
 from __future__ import annotations
@@ -38,18 +40,18 @@ from wpjax.runtime.progress import Progress, silent
 from wpjax.runtime.shards import finished_part
 
 SHARES = {"beta_low": 0.1, "banzhaf": 0.5, "beta_high": 0.9}
-"""Which p stand for few, half and most of the others."""
+"""Column -> p: few, half and most of the other components are in a set."""
 
 MASKS_AT_ONCE = 32
-"""Masks of a finished part."""
+"""Masks in one finished part."""
 
 
 class MaskEstimate(NamedTuple):
     """beta of every component at one p.
 
     Attributes:
-        beta: [C, B], change of the metric of each prompt.
-        se: [C], standard error over masks of the mean over prompts.
+        beta: [C, B], beta for each prompt, in the units of the metric.
+        se: [C], standard error of beta's mean over prompts; its source is the choice of masks.
     """
 
     beta: Float[np.ndarray, "C B"]
@@ -57,28 +59,36 @@ class MaskEstimate(NamedTuple):
 
 
 class UnitMasks:
-    """From sets of components to masks, many times.
+    """Turns sets of components into masks; quick when there are many sets.
+
+    The units of the model are laid out as one flat vector of length n. A sparse matrix, [C, n], says which of them each
+    component opens, so a set becomes a mask by one product.
 
     Args:
-        cfg: the model.
-        components: what sets are made of.
+        cfg: architecture of the model.
+        components: the C components that sets are made of.
     """
 
     def __init__(self, cfg: ModelConfig, components: Sequence[Component]):
         self.shapes = unit_shapes(cfg)
         sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
-        self.ends = np.cumsum([0, *sizes])
+        self.ends = np.cumsum([0, *sizes])  # unit i lies from ends[i] to ends[i + 1]
         starts = dict(zip(self.shapes, self.ends.tolist(), strict=False))
-        found = [
+        opened = [
             np.concatenate([starts[unit] + np.atleast_1d(at) for unit, at in unit_positions(cfg, c).items()])
             for c in components
         ]
-        rows = np.repeat(np.arange(len(found)), [len(f) for f in found])
+        rows = np.repeat(np.arange(len(opened)), [len(positions) for positions in opened])
         shape = (len(components), int(self.ends[-1]))
-        self.opens = csr_array((np.ones(len(rows), np.int32), (rows, np.concatenate(found))), shape=shape)
+        self.opens = csr_array((np.ones(len(rows), np.int32), (rows, np.concatenate(opened))), shape=shape)
 
     def mask(self, weights: Float[np.ndarray, " C"] | Bool[np.ndarray, " C"]) -> PatchMask:
-        """The union of a set of components, or a float mask: of a unit that several open, the sum, at most 1."""
+        """The mask of a set of components.
+
+        Args:
+            weights: [C]. Booleans say which components are in the set, and the mask opens every unit of theirs. Floats
+                are how far each component is open; where several open one unit, they add up to 1 at most.
+        """
         flat = np.minimum(np.asarray(weights, np.float32) @ self.opens, 1.0)
         if np.asarray(weights).dtype == bool:
             flat = flat > 0
@@ -87,30 +97,47 @@ class UnitMasks:
 
 
 def draw(n_masks: int, n_components: int, p: float, seed: int) -> Bool[np.ndarray, "T C"]:
-    """Independent masks; the same for the same arguments."""
+    """Random sets of components: each component is in each set with probability p, independently.
+
+    Args:
+        n_masks: number of sets, T.
+        n_components: number of components, C.
+        p: the probability.
+        seed: seed of the draws; equal arguments give equal sets.
+    """
+    # p is part of the seed, so that the sets of two shares are independent.
     return np.random.default_rng((seed, round(1000 * p))).random((n_masks, n_components)) < p
 
 
 def estimate(
     masks: Bool[np.ndarray, "T C"], values: Float[np.ndarray, "T B"], slopes: Float[np.ndarray, "C B"] | None = None
 ) -> MaskEstimate:
-    """beta of every component from the metric under random masks.
+    """beta of every component, from the metric under random masks.
 
     Args:
-        masks: which components each mask holds.
-        values: the metric of each prompt under each mask.
-        slopes: of a control variate; None for none.
+        masks: [T, C], True where a component is in a mask.
+        values: [T, B], metric of each prompt under each mask.
+        slopes: [C, B], slope of the metric in each component, for the control variate; None for no control variate.
 
     Returns:
-        NaN for a component that all masks hold, or none; its error is NaN where one mask only does, or does not.
+        beta and its standard error. beta is NaN for a component that is in all masks or in none. The error is also NaN
+        for a component that is in exactly one mask, or in all but one.
+
+    >>> import numpy as np
+    >>> from wpjax.estimators.masks import estimate
+    >>> masks = np.array([[True, False], [False, True], [True, True], [False, False]])
+    >>> values = masks @ np.array([[2.0], [5.0]])  # two components that add 2 and 5 on one prompt
+    >>> estimate(masks, values).beta[:, 0].tolist()
+    [2.0, 5.0]
     """
     z = masks.astype(np.float64)
     rest = values if slopes is None else values - z @ slopes
-    rest = rest - rest.mean(0)  # a constant does not matter, its square's rounding would
+    # A constant cancels in beta. In the squares below it would cost precision.
+    rest = rest - rest.mean(0)
     n_with, n_without = z.sum(0), len(z) - z.sum(0)
 
     def sides(x: Float[np.ndarray, "T k"]) -> tuple[np.ndarray, np.ndarray]:
-        """Means over the masks that hold each component, and over the others; NaN where there are none."""
+        """[C, k] each: mean of x over the masks with each component, and over those without; NaN if there are none."""
         with_it = z.T @ x
         with np.errstate(invalid="ignore", divide="ignore"):
             return with_it / n_with[:, None], (x.sum(0) - with_it) / n_without[:, None]
@@ -119,7 +146,8 @@ def estimate(
     beta = inside - outside + (0.0 if slopes is None else slopes)
     mean = rest.mean(1, keepdims=True)
     (first_in, first_out), (second_in, second_out) = sides(mean), sides(np.square(mean))
-    spread = [  # unknown of one mask
+    # Squared standard error of each side's mean, s^2 / n; of a single mask there is no spread.
+    spread = [
         np.maximum(second - np.square(first), 0)[:, 0] / np.where(n > 1, n - 1, np.nan)
         for first, second, n in ((first_in, second_in, n_with), (first_out, second_out, n_without))
     ]
@@ -141,21 +169,21 @@ def random_masks(
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> MaskEstimate:
-    """Run the host under random sets of the donor's components, and say what each component does among them.
+    """Run the host with random sets of the donor's components, and estimate what each component does among the others.
 
     Args:
-        cfg: the model.
-        host: parameters that receive the patches.
-        donor: parameters that the components come from.
-        components: what the sets are drawn from.
-        metric: what is measured.
-        p: chance of each component to be in a set, in (0, 1).
-        n_masks: sets.
-        seed: of the sets.
-        control: whether the slope at p is used as a control variate (one forward and one backward pass).
+        cfg: architecture of both models.
+        host: parameters of the model that receives the patches.
+        donor: parameters of the model that the components come from.
+        components: components that the sets are drawn from.
+        metric: the metric F.
+        p: probability of each component to be in a set, in (0, 1).
+        n_masks: number of sets.
+        seed: seed of the sets.
+        control: whether the slope at p is used as a control variate; it takes one forward and one backward pass.
         budget: bytes for the activations of sets that run at once; None to choose from the device.
-        done: finished parts of an earlier attempt.
-        progress: called as sets are done.
+        done: finished parts of an earlier attempt; new parts are added.
+        progress: function that is called as sets are done.
 
     Raises:
         WpjaxError: p or the number of sets is out of range, a score is not finite, or a finished part is damaged.
@@ -168,10 +196,9 @@ def random_masks(
     for first in range(0, n_masks, MASKS_AT_ONCE):
         key = f"masks-{p:g}-{first}"
         if key not in done:
-            some = masks[first : first + MASKS_AT_ONCE]
-            sets = [units.mask(m) for m in some]
-            found = scores_of_sets(cfg, host, donor, sets, metric, budget=budget, fits=fits)
-            done[key] = found.astype(np.float64)
+            sets = [units.mask(m) for m in masks[first : first + MASKS_AT_ONCE]]
+            values_of_part = scores_of_sets(cfg, host, donor, sets, metric, budget=budget, fits=fits)
+            done[key] = values_of_part.astype(np.float64)
         progress(f"random masks, p = {p:g}", min(first + MASKS_AT_ONCE, n_masks), n_masks)
     parts = []
     for first in range(0, n_masks, MASKS_AT_ONCE):
@@ -188,15 +215,18 @@ def random_masks(
 
 
 def run(job: Job) -> Found:
-    """The method: shares of the gap by what each component does in random sets; intervals are over sets."""
+    """The step of method "masks": beta at each p of `SHARES`, as shares of the gap.
+
+    `redundancy` is beta at the smallest p minus beta at the largest. Intervals are over random sets, not over prompts.
+    """
     pair, gap, z = job.pair, job.gap.mean(), float(norm.ppf(0.975))
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # name -> value and standard error, [C] each
     for name, p in SHARES.items():
-        made = random_masks(
+        betas = random_masks(
             pair.cfg, pair.base, pair.expert, job.components, job.metric, p,
             n_masks=job.n_masks, seed=job.seed, budget=job.budget, done=job.done, progress=job.progress,
         )  # fmt: skip
-        found[name] = made.beta.mean(1) / gap, made.se / gap
-    (low, low_se), (high, high_se) = found["beta_low"], found["beta_high"]
-    found["redundancy"] = low - high, np.hypot(low_se, high_se)
-    return Found(shares={name: np.stack([v, v - z * se, v + z * se]) for name, (v, se) in found.items()})
+        columns[name] = betas.beta.mean(1) / gap, betas.se / gap
+    (low, low_se), (high, high_se) = columns["beta_low"], columns["beta_high"]
+    columns["redundancy"] = low - high, np.hypot(low_se, high_se)  # the sets of the two p are independent
+    return Found(shares={name: np.stack([v, v - z * se, v + z * se]) for name, (v, se) in columns.items()})

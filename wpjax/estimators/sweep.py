@@ -1,4 +1,4 @@
-"""The sweep: from a pair, prompts and a metric to a ranked result with its controls."""
+"""The sweep: from a pair of models, prompts and a metric to a result that ranks components, with its controls."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress, silent
 
 DEFAULT_KINDS = ("head", "kv_group", "neuron")
+"""The finest kinds. Together they own every weight of a layer but its norms and the output biases of its modules."""
 
 
 def sweep(
@@ -54,46 +55,67 @@ def sweep(
 
         effect(c) = sum over prompts of F(base with c of the expert) - F(base)  /  sum of F(expert) - F(base)
 
+    (docs/method.md, "Weight patching")
+
+    The methods are entries of `wpjax.methods`:
+
+        exact           replaces every component for real
+        screen          scores every component by its output-linearised first-order effect (`estimators.screens`)
+        screen+exact    makes the same screen, then replaces the `top` components of each kind
+        gradient        scores every component by the gradient of its weights
+        gradient+exact  makes the same screen, then replaces the `top` components of each kind
+        ig              integrated gradients: that gradient, averaged on the way from base to expert
+        secant          the secant adjoint, whose scores sum to the gap (`estimators.secant`)
+        race            replaces every component on a few prompts, and on more prompts only those that can still be
+                        among the `top` of their kind (`estimators.race`)
+        masks           replaces random sets: what does a component do beside few, half or most of the others
+                        (`estimators.masks`)
+        activation      patches the expert's activations instead of its weights; attribution patching is the screen
+        factorial       all cells of the 2x2 of weights and input (source, relay, interaction; `estimators.factorial`)
+                        and the knock-out in the expert, for the `top` components of both screens
+
     Args:
         pair: base and expert.
-        batch: prompts; only those with the instruction are used.
-        metric: what is measured: an anchor, or a metric made on this batch (`response_metric`, `decision_metric`,
-            `kl_metric`), or an anchor along each model's own answer (`OnPolicy`, see `engines.on_policy`).
-        given: both models are held at the expert's mean state on this anchor, and what comes after it is swept: which
-            components execute the behaviour (see `Anchor.clamp_to`)?
+        batch: prompts; those with the instruction are used.
+        metric: what is measured. An `Anchor`; a metric made on this batch (`response_metric`, `decision_metric`,
+            `kl_metric`); or an `OnPolicy`, which reads an anchor along each model's own answer.
+        given: anchor whose state is given to both models: they are held at the expert's mean score on it, and only
+            components after it are swept. Their effects tell which of them execute the behaviour (see
+            `Anchor.clamp_to`). None to hold nothing.
         kinds: kinds of components to sweep, in all layers that the metric depends on.
-        components: sweep these instead of whole kinds, by name or as `Component`s.
-        method: how, by the name of an entry of `wpjax.methods`. "exact" replaces every component for real; "screen"
-            scores all of them by the output-linearised first-order effect; "screen+exact" screens, then replaces the
-            `top` ones of each kind; "gradient" is the weight-gradient screen, "gradient+exact" replaces its `top` ones,
-            "ig" is its average on the way from base to expert, "secant" the secant adjoint, whose scores sum to the
-            gap; "race" replaces every component on a few prompts and only those that can still be among the `top` of
-            their kind on more (see `estimators.race`); "masks" replaces random sets (see `estimators.masks`): what a
-            component does among few, half or most of the others; "activation" patches the expert's activations instead
-            of its weights, after attribution patching as the screen; "factorial" measures all cells of the 2x2 (source,
-            relay, interaction, see `estimators.factorial`) and the knock-out in the expert, for the `top` ones of both
-            screens.
-        top: how many of each kind are replaced after a screen, chosen by its magnitude (on-policy, as many again by
-            that of the decision score's, where words may change); k of a race.
-        stratum: how many of the others of each kind are replaced too, at random, to estimate what the screen missed.
-        confidence: of a race, that none of the true `top` is lost.
-        n_masks: random sets at each share of components, with method "masks".
-        seed: of resampling, sign flips, shams, nulls and random sets.
-        n_resamples: bootstrap samples of the intervals.
-        budget: bytes for a chunk's activations; None to choose from the device.
-        devices: that share every chunk of patches; None for all of this process.
-        done: finished parts of an earlier attempt, extended as the sweep goes on (see `results.Shards`).
-        progress: called as work gets done.
+        components: components to sweep instead of whole kinds, as names or `Component`s.
+        method: name of the method.
+        top: number of components of each kind to replace after a screen: those of largest magnitude. In a race it is k.
+            On-policy, as many again are chosen by a screen of the decision score, as words may change there.
+        stratum: number of other components of each kind to replace, too. They are drawn at random and show what the
+            screen missed.
+        confidence: probability that a race loses none of the true `top`.
+        n_masks: number of random sets at each share of components, with method "masks".
+        seed: seed of resampling, sign flips, shams, nulls and random sets.
+        n_resamples: number of bootstrap samples behind the intervals.
+        budget: bytes for the activations of patches that run at once; None to choose from the device.
+        devices: devices among which patches are divided; None for all devices of this process.
+        done: finished parts of an earlier attempt (see `runtime.shards.Shards`). New parts are added as they finish.
+        progress: function that is called as work gets done.
 
     Returns:
-        the result; components in the order of the table of kinds, of layers and of indices.
+        the result. Components are in the order of the table of kinds, then of layers, then of indices.
 
     Raises:
-        WpjaxError: a method that does not exist, or that needs fixed words; or two arguments that do not fit.
-        ComponentError: a kind or component that does not exist, or that comes after what the metric reads.
+        WpjaxError: the method does not exist, or needs fixed words and the metric has none; or two arguments that do
+            not fit each other.
+        ComponentError: a kind or component does not exist, or comes after what the metric reads.
         AnchorRejected: the anchor belongs to another expert.
         MetricRejected: the gap on these prompts may be zero.
-        BehaviourError: prompts that the model cannot take.
+        BehaviourError: the model cannot take the prompts.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> batch = task.encode(pair.tokenizer, n_prompts=4)
+    >>> anchor = wp.fit_anchor(pair, task, causal="skip", n_prompts=16)
+    >>> result = wp.sweep(pair, batch, anchor, kinds=("head",), method="screen")
+    >>> result.ranking, len(result.values("screen"))  # 8 heads in each of the layers up to the anchor
+    ('screen', 56)
     """
     started = time.perf_counter()
     chosen_method = check_method(method, metric.has_fixed_words)
@@ -105,7 +127,7 @@ def sweep(
         raise WpjaxError(
             f"the metric has {len(prepared.metric)} prompts, the batch {len(batch)}; make it on this batch"
         )
-    if given is not None:
+    if given is not None:  # the same metric, with both models held at the given anchor's state
         given.check_belongs(pair)
         held = given.clamp_to(pair, batch, prepared.metric)
         attributes = {**prepared.attributes, "anchor_acceptance": given.acceptance}
@@ -127,7 +149,7 @@ def sweep(
 
 
 def _controls(job: Job, found: Found) -> Controls:
-    """Shams and nulls of the patches that were made, and what all components recover together."""
+    """Noise floor and nulls for the patches that were made, and the share that all components recover together."""
     floor: dict[str, float] = {}
     nulls: dict[str, dict[str, float]] = {}
     if found.plan is not None:
@@ -140,6 +162,7 @@ def _controls(job: Job, found: Found) -> Controls:
 def _swept_components(
     pair: Pair, metric: Metric, kinds: Sequence[str], components: Iterable[Component | str] | None
 ) -> list[Component]:
+    """The components to sweep, each once and in order; all of them must be able to change the metric."""
     if components is not None:
         components = [components] if isinstance(components, str) else list(components)
         if not components:
@@ -150,10 +173,10 @@ def _swept_components(
         for kind in kinds:
             check_kind(kind)
         named = enumerate_components(pair.cfg, dict.fromkeys(kinds), range(metric.first_layer, metric.layer + 1))
-    beside = [c for c in named if not metric.reaches(c)]
-    if beside:
-        names = ", ".join(c.name for c in beside[:4])
-        if metric.held is not None and beside[0].layer < metric.first_layer:
+    unreachable = [c for c in named if not metric.reaches(c)]
+    if unreachable:
+        names = ", ".join(c.name for c in unreachable[:4])
+        if metric.held is not None and unreachable[0].layer < metric.first_layer:
             raise ComponentError(
                 f"{names}: not after layer {metric.first_layer - 1}, where a state is given; sweep later layers"
             )
@@ -173,12 +196,13 @@ def _coverage(
     budget: int | None,
     progress: Progress,
 ) -> dict[str, float]:
-    """Share of the gap recovered by all swept components of each kind together, and by all of them ("all")."""
+    """Share of the gap that the swept components of each kind recover together, and that all of them do ("all")."""
     sets = {kind: [c for c in chosen if c.kind == kind] for kind in dict.fromkeys(c.kind for c in chosen)}
     sets["all"] = list(chosen)
     progress("joint patches", 0, len(sets))
+    # The empty set is the base. It runs in the same program as the others, so it has the same rounding.
     masks = [PatchMask.of(engine.pair.cfg, members) for members in (*sets.values(), [])]
     *joint, nothing = engine.joint(masks, budget)
     progress("joint patches", len(sets), len(sets))
-    share = (np.stack(joint) - nothing).mean(1, dtype=np.float64) / gap.mean()  # of one program, as rounding is
+    share = (np.stack(joint) - nothing).mean(1, dtype=np.float64) / gap.mean()
     return dict(zip(sets, share.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Fitting anchors: a direction at every layer, measured on other queries, tried causally, accepted or refused."""
+"""Fits anchors: a direction at every layer, measured on other queries, tested causally, then accepted or refused."""
 
 from __future__ import annotations
 
@@ -26,19 +26,28 @@ from wpjax.runtime.progress import Progress, silent
 from wpjax.stats import mean_interval, resample
 
 Causal: TypeAlias = Literal["require", "report", "skip"]
+"""What to do with the causal tests of an anchor; see `fit_anchor`."""
 
 N_CANDIDATES = 4
-"""Layers that are tried causally."""
+"""Layers that are tested causally, at most."""
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _mean_states(cfg: ModelConfig, params: Params, ids: Array, at: Array, weight: Array) -> Float[Array, "L B D"]:
     resid = forward(cfg, params, ids, sites=(Site.RESID_POST,), logits=False).sites[Site.RESID_POST]
-    return jnp.einsum("lbsd,bs->lbd", jnp.take_along_axis(resid, at[None, ..., None], axis=2), weight)
+    picked = jnp.take_along_axis(resid, at[None, ..., None], axis=2)  # [L, B, T, D] -> [L, B, S, D]
+    return jnp.einsum("lbsd,bs->lbd", picked, weight)
 
 
 def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: int = 32) -> Float[np.ndarray, "L B D"]:
-    """`resid_post` of every layer where it is read, float32."""
+    """The residual stream after every layer, averaged over the positions that are read, in float32.
+
+    Args:
+        cfg: architecture of the model.
+        params: its parameters.
+        reading: tokens of B prompts, positions and weights.
+        batch_size: prompts of one forward pass, at most.
+    """
     tokens, at, weight = reading
 
     def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "L N D"]:
@@ -50,13 +59,24 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
 def split_half_cosine(
     contrast: Float[np.ndarray, "L B D"], queries: np.ndarray, n_splits: int = 20, seed: int = 0
 ) -> Float[np.ndarray, " L"]:
-    """Mean cosine, over random halvings of the queries, of the two halves' mean contrasts."""
+    """How stable a direction is: the mean cosine between directions fitted on two random halves of the queries.
+
+    Args:
+        contrast: [L, B, D], stream with the instruction minus stream without it, by layer and prompt.
+        queries: [B], index of each prompt's query; the halves are of whole queries.
+        n_splits: number of random halvings.
+        seed: seed of the halvings.
+
+    Returns:
+        [L], in [-1, 1].
+    """
     rng, distinct = np.random.default_rng(seed), np.unique(queries)
     cosines = []
     for _ in range(n_splits):
         half = np.isin(queries, rng.permutation(distinct)[: len(distinct) // 2])
         a, b = contrast[:, half].mean(1), contrast[:, ~half].mean(1)
-        cosines.append((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1) + 1e-30))
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        cosines.append((a * b).sum(-1) / (norms + 1e-30))  # 0, not NaN, where there is no contrast
     return np.mean(cosines, axis=0)
 
 
@@ -73,33 +93,41 @@ def fit_anchor(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Anchor:
-    """Fit a direction at every layer, measure its gap on other queries, try it causally, and choose the layer.
+    """Fit a direction at every layer, test it, and choose the layer of the anchor.
 
-    First by projections: the split-half cosine must be at least `MIN_STABILITY`, and gap and specific gap positive
-    with their whole intervals. Of the layers that pass, the `N_CANDIDATES` whose specific gap is largest against its
-    spread over prompts are steered along (see `evaluation.steering`): the direction must bring the behaviour into the
-    base and its removal take it from the expert, each more than a random direction does, by the checker. The layer
-    where gain times loss is largest is chosen. The last sixth of the layers is not considered: there the stream at the
-    last prompt token already holds the first token of the answer. These rules are our choice; the paper's are not
-    known.
+    1. By projections. The split-half cosine must be at least `MIN_STABILITY`. On queries that were not used for
+       fitting, the gap and the specific gap must be positive with their whole 95 % intervals. The last sixth of the
+       layers is left out: there the stream at the last prompt token already holds the first token of the answer.
+    2. By cause, at the `N_CANDIDATES` layers whose specific gap is largest against its spread over prompts (see
+       `evaluation.steering`). The direction must bring the behaviour into the base, and its removal must take it from
+       the expert, each surely more than a random direction does. The checker of the behaviour judges the answers.
+
+    The layer where gain times loss is largest is chosen. These rules are our choice; the paper's are not known
+    (docs/method.md, "The anchor").
 
     Args:
         pair: base and expert.
         behaviour: prompts and checker.
-        layer: force this layer; it must still pass.
-        n_response: read the stream as the mean over so many first tokens of the expert's own greedy answer (with the
-            instruction and without, each its own); 0: at the last prompt token.
-        n_prompts: at most this many for fitting, and for measuring.
-        causal: "require" the causal tests; "report" them, and take the best layer also if none passes; "skip" them
-            and choose the layer by its projections alone.
-        n_steered: prompts of the causal tests, at most.
-        max_new_tokens: length of the answers that are judged.
-        seed: of splits, resampling and random directions.
-        progress: called as work gets done.
+        layer: 0-based layer to use, which must still pass; None to choose one.
+        n_response: 0 to read the stream at the last prompt token; n to read its mean over the first n tokens of the
+            expert's greedy answer. Prompts without the instruction have answers of their own.
+        n_prompts: number of prompts for fitting, and for measuring, at most; None for all.
+        causal: "require" refuses the anchor if no layer passes the causal tests. "report" makes the tests, and takes
+            the best layer even so. "skip" leaves them out, and chooses the layer by projections alone.
+        n_steered: number of prompts for the causal tests, at most.
+        max_new_tokens: length of the answers that are judged, at most.
+        seed: seed of splits, resampling and random directions.
+        progress: function that is called as work gets done.
 
     Raises:
-        AnchorRejected: no layer passes, or the forced one does not; with the test that failed and its figure.
-        BehaviourError: prompts that the model cannot take, or a checker that fails.
+        AnchorRejected: no layer passes, or `layer` does not. The message names the test that failed, with its figures.
+        BehaviourError: the model cannot take the prompts, or the checker fails.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> anchor = wp.fit_anchor(pair, task, causal="skip", n_prompts=16)  # the causal tests would take longer
+    >>> anchor.vector.shape, anchor.acceptance
+    ((128,), 'not tested')
     """
     if layer is not None and not 0 <= layer < pair.cfg.n_layers:
         raise AnchorRejected(f"layer {layer}: the model has layers 0 to {pair.cfg.n_layers - 1}")
@@ -107,9 +135,9 @@ def fit_anchor(
     check = behaviour.encode(pair.tokenizer, "sweep", n_prompts)
     for batch in (fit, check):
         batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
-    told, alone = _readings(pair, fit, n_response)
-    state = mean_states(pair.cfg, pair.expert, told)
-    contrast = state - mean_states(pair.cfg, pair.expert, alone)
+    instructed, plain = _readings(pair, fit, n_response)
+    state = mean_states(pair.cfg, pair.expert, instructed)
+    contrast = state - mean_states(pair.cfg, pair.expert, plain)  # [L, B, D]
     direction = contrast.mean(1)
     norm = np.linalg.norm(direction, axis=-1)
     unit = direction / np.maximum(norm, 1e-30)[:, None]
@@ -118,23 +146,23 @@ def fit_anchor(
     candidates = _candidates(diagnostics, behaviour.name, layer)
     best = candidates[0]
     if causal != "skip":
-        host_state = mean_states(pair.cfg, pair.base, told)
-        means = [np.einsum("lbd,ld->l", s, unit) / s.shape[1] for s in (host_state, state)]
+        base_state = mean_states(pair.cfg, pair.base, instructed)
+        means = [np.einsum("lbd,ld->l", s, unit) / s.shape[1] for s in (base_state, state)]
         judge = Judge(pair, behaviour, behaviour.encode(pair.tokenizer, "sweep", n_steered), max_new_tokens)
         tried = [d.layer for d in candidates[:N_CANDIDATES]]
         tests = steering_tests(judge, tried, unit, *means, seed=seed, progress=progress)
         best = diagnostics[_choose(tests, behaviour.name, causal).layer]
-        found = {test.layer: dataclasses.asdict(test) for test in tests}
-        diagnostics = tuple(dataclasses.replace(d, **found.get(d.layer, {})) for d in diagnostics)
-    vector, of = jnp.asarray(unit[best.layer]), pair.fingerprints[1]
-    return Anchor(vector, best.layer, behaviour.name, of, diagnostics, n_response)
+        by_layer = {test.layer: dataclasses.asdict(test) for test in tests}
+        diagnostics = tuple(dataclasses.replace(d, **by_layer.get(d.layer, {})) for d in diagnostics)
+    vector, fingerprint = jnp.asarray(unit[best.layer]), pair.fingerprints[1]
+    return Anchor(vector, best.layer, behaviour.name, fingerprint, diagnostics, n_response)
 
 
 def _readings(pair: Pair, batch: PromptBatch, n_response: int) -> tuple[Reading, Reading]:
-    """Where prompts with the instruction are read, and those without."""
+    """Where to read the prompts with the instruction, and where to read those without it."""
     sides = (batch.with_instruction, batch.without)
-    told, alone = (read_at(prompts, first_answers(pair, prompts, n_response)) for prompts in sides)
-    return told, alone
+    instructed, plain = (read_at(prompts, first_answers(pair, prompts, n_response)) for prompts in sides)
+    return instructed, plain
 
 
 def _diagnose(
@@ -146,16 +174,18 @@ def _diagnose(
     stability: Float[np.ndarray, " L"],
     seed: int,
 ) -> tuple[LayerDiagnostics, ...]:
+    """The diagnostics of every layer, from prompts that the directions were not fitted on."""
+
     def project(params: Params, reading: Reading) -> Float[np.ndarray, "L B"]:
         return np.einsum("lbd,ld->lb", mean_states(pair.cfg, params, reading), unit)
 
-    told, alone = _readings(pair, check, n_response)
-    expert, base = project(pair.expert, told), project(pair.base, told)
-    expert_alone, base_alone = project(pair.expert, alone), project(pair.base, alone)
+    instructed, plain = _readings(pair, check, n_response)
+    expert, base = project(pair.expert, instructed), project(pair.base, instructed)
+    expert_plain, base_plain = project(pair.expert, plain), project(pair.base, plain)
     gap, resamples = expert - base, resample(check.queries, seed=seed)
-    specific = gap - (expert_alone - base_alone)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a layer without any trace of the instruction
-        trace = (base - base_alone).mean(1) / (expert - expert_alone).mean(1)
+    specific = gap - (expert_plain - base_plain)
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 in a layer where the instruction leaves no trace
+        trace = (base - base_plain).mean(1) / (expert - expert_plain).mean(1)
     rows = []
     for i in range(len(gap)):
         figures = [(*mean_interval(values, resamples), float(values.std(ddof=1))) for values in (gap[i], specific[i])]
@@ -168,7 +198,8 @@ def _diagnose(
 
 
 def _candidates(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | None) -> list[LayerDiagnostics]:
-    """The layers that pass by their projections, the strongest signal first."""
+    """The layers that pass the tests of projections, the one of strongest signal first."""
+    # The last sixth of the layers is left out, at least one layer, but never all of them.
     early = len(diagnostics) - max(1, len(diagnostics) // 6) if len(diagnostics) > 1 else 1
     considered = diagnostics[:early] if layer is None else diagnostics[layer : layer + 1]
     passing = [d for d in considered if not d.verdict()]
@@ -183,7 +214,7 @@ def _candidates(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int
 
 
 def _choose(tests: Sequence[SteeringTest], name: str, causal: Causal) -> SteeringTest:
-    """The layer whose direction does most, among those that pass both causal tests."""
+    """The outcome at the layer of largest effect, among layers that pass both causal tests if there are any."""
     best = max(tests, key=lambda t: (not t.verdict(), t.size))
     if best.verdict() and causal == "require":
         raise AnchorRejected(

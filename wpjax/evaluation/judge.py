@@ -1,4 +1,4 @@
-"""What models answer, and what a behaviour's checker says of it."""
+"""Lets models answer prompts, and asks a behaviour's checker about the answers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,22 @@ from wpjax.stats import mean_interval, resample
 
 
 class Judge:
-    """Answers a pair's models give to some prompts, steered or not, and what the checker says of them.
+    """Generates the answers of a pair's models to some prompts, steered or not, and has the checker judge them.
 
     Args:
         pair: base and expert.
-        behaviour: its checker judges.
-        batch: prompts with the instruction.
-        max_new_tokens: length of an answer.
+        behaviour: the behaviour, whose checker judges.
+        batch: prompts; those with the instruction are used.
+        max_new_tokens: length of an answer, at most.
+
+    >>> import wpjax as wp
+    >>> from wpjax.evaluation.judge import Judge
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> judge = Judge(pair, task, task.encode(pair.tokenizer, "test", n_prompts=4), max_new_tokens=8)
+    >>> judge.passes(judge.answers(pair.expert)).tolist()
+    [True, True, True, True]
+    >>> judge.passes(judge.answers(pair.base)).tolist()
+    [False, False, False, False]
     """
 
     def __init__(self, pair: Pair, behaviour: Behaviour, batch: PromptBatch, max_new_tokens: int = 32):
@@ -37,9 +46,10 @@ class Judge:
         """Greedy answers to the prompts.
 
         Args:
-            params: of the model that answers.
-            clamp: holds the stream after `layer`, at the last prompt token and at every new one; None for none.
-            layer: 0-based.
+            params: parameters of the model that answers.
+            clamp: operation that holds the residual stream after `layer`, at the last prompt token and at every new
+                token; None for no operation.
+            layer: 0-based layer.
         """
         prompts, stop = self.batch.with_instruction, self.pair.stop_tokens
         start = jnp.asarray(prompts.last)
@@ -47,7 +57,7 @@ class Judge:
         return generate_batched(self.pair.cfg, params, *prompts, stop, self.max_new_tokens, edits=edits)
 
     def texts(self, answers: Generation) -> list[str]:
-        """Answers as text."""
+        """The answers as texts, without special tokens."""
         decode = self.pair.tokenizer.decode
         return [
             decode(ids[:n], skip_special_tokens=True)
@@ -58,16 +68,16 @@ class Judge:
         """Which answers the checker accepts.
 
         Args:
-            answers: to the prompts.
-            how: `behaviours.strict`, or `behaviours.loose`.
+            answers: an answer to each prompt.
+            how: `behaviours.strict` or `behaviours.loose`.
 
         Raises:
-            BehaviourError: the checker fails on an answer.
+            BehaviourError: the checker raises an error on an answer.
         """
-        found = []
+        accepted = []
         for text, prompt in zip(self.texts(answers), self.batch.pairs, strict=True):
             try:
-                found.append(bool(how(self.behaviour.checker, text, prompt.args)))
+                accepted.append(bool(how(self.behaviour.checker, text, prompt.args)))
             except BehaviourError:
                 raise
             except Exception as error:  # whatever a user's function raises
@@ -75,19 +85,25 @@ class Judge:
                     f"{self.behaviour.name}: the checker fails on the answer {text[:40]!r} ({type(error).__name__}: "
                     f"{error}); make it return True or False for any text"
                 ) from error
-        return np.array(found)
+        return np.array(accepted)
 
     def nll(self, answers: Generation) -> float:
-        """Mean negative log-likelihood of answers under the base, nats a token."""
+        """Mean negative log-likelihood of answers under the base, in nats per token."""
         metric = answer_metric(self.pair.cfg, self.batch.with_instruction, answers)
         return -float(scores(self.pair.cfg, self.pair.base, metric).mean())
 
 
 def check_behaviour_differs(judge: Judge, base: Generation, expert: Generation) -> None:
-    """Refuse a behaviour that the base already has, or that the expert does not show, and models that say nothing.
+    """Refuse a behaviour in which base and expert do not differ, and models that say nothing.
+
+    Args:
+        judge: prompts and checker.
+        base: answers of the base.
+        expert: answers of the expert.
 
     Raises:
-        AnchorRejected: with the rates at which both pass.
+        AnchorRejected: the expert does not surely pass the checker more often than the base (the 95 % interval of the
+            difference reaches 0), or all answers of a model are empty.
     """
     name = judge.behaviour.name
     for which, answers in (("base", base), ("expert", expert)):
@@ -95,11 +111,11 @@ def check_behaviour_differs(judge: Judge, base: Generation, expert: Generation) 
             raise AnchorRejected(
                 f"{name}: the {which}'s answers are all empty; check its chat template and stop tokens"
             )
-    ours, theirs = judge.passes(base), judge.passes(expert)
-    more = theirs.astype(float) - ours
-    _, low, _ = mean_interval(more, resample(judge.batch.queries))
+    by_base, by_expert = judge.passes(base), judge.passes(expert)
+    difference = by_expert.astype(float) - by_base
+    _, low, _ = mean_interval(difference, resample(judge.batch.queries))
     if not low > 0:
         raise AnchorRejected(
-            f"{name}: the base passes the checker on {ours.mean():.0%} of {len(ours)} prompts, the expert on "
-            f"{theirs.mean():.0%}: not surely more, so there is no behaviour to find; check the pair and the checker"
+            f"{name}: the base passes the checker on {by_base.mean():.0%} of {len(by_base)} prompts, the expert on "
+            f"{by_expert.mean():.0%}: not surely more, so there is no behaviour to find; check the pair and the checker"
         )

@@ -1,13 +1,14 @@
-"""Causal tests of a direction: does it bring the behaviour into the base, and does its removal take it from the expert?
+"""Causal tests of a direction: does it bring the behaviour into the base? Does its removal take it from the expert?
 
     into the base       h += (z - <h, u>) u,   z = z_B + s (z_E - z_B)         s: strength, 1 for the expert's own state
     out of the expert   h += (z_B - <h, u>) u
 
-z_B and z_E are the means of <h, u> in base and expert over the prompts with the instruction, where the anchor is read.
-The stream is held there, after one layer, at the last prompt token and at every new one, and the answers are judged by
-the checker (arXiv 2410.12877 for steering; the removal and the tests are ours). The control is a random direction
-along which the stream is moved as far. Answers, of either model, whose perplexity under the base is far above that of
-the expert's own are degenerate, whatever the checker says of them.
+u is the direction and h the residual stream after one layer. z_B and z_E are the means of <h, u> in base and expert,
+over prompts with the instruction, where the anchor is read. The stream is held there at the last prompt token and at
+every new token, and the checker judges the answers (steering: arXiv 2410.12877; the removal and the tests: ours).
+
+The control moves the stream as far along a random direction. Answers of either model are degenerate if their perplexity
+under the base is far above that of the expert's own answers. Then the test fails, whatever the checker says.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from wpjax.runtime.progress import Progress, silent
 from wpjax.stats import Resamples, mean_interval, resample
 
 STRENGTHS = (1.0, 1.5, 2.0)
-"""How far the base is steered, in units of the way from its own mean state to the expert's."""
+"""How far the base is steered, in units of the way from its own mean state (0) to the expert's (1)."""
 
 
 def steering_tests(
@@ -41,36 +42,41 @@ def steering_tests(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[SteeringTest]:
-    """Both causal tests of the direction at some layers.
+    """Both causal tests of a direction at each of some layers.
 
     Args:
         judge: prompts and checker.
-        layers: candidates.
-        unit: a unit direction a layer.
-        base_mean: mean projection of the base's state on it.
-        expert_mean: likewise of the expert's.
-        n_random: random directions a layer.
-        seed: of the random directions.
-        progress: called after every set of answers.
+        layers: 0-based layers to test.
+        unit: [L, D], unit direction of every layer.
+        base_mean: [L], mean projection of the base's state on the layer's direction, z_B.
+        expert_mean: [L], the same for the expert, z_E.
+        n_random: number of random directions for each layer.
+        seed: seed of the random directions and of resampling.
+        progress: function that is called after every set of answers.
+
+    Returns:
+        the outcome at each of `layers`, in their order.
 
     Raises:
-        AnchorRejected: the behaviour does not tell base and expert apart.
+        AnchorRejected: base and expert do not differ in the behaviour.
     """
     judge.behaviour.check_checker()
     pair, rng = judge.pair, np.random.default_rng(seed)
     own = judge.answers(pair.expert)
     check_behaviour_differs(judge, judge.answers(pair.base), own)
     nll_expert, resamples = judge.nll(own), resample(judge.batch.queries, seed=seed)
+    # For each layer: the base at every strength, the expert without the direction, and both along random ones.
     total = len(layers) * (len(STRENGTHS) + 1 + 2 * n_random)
-    made = 0
+    n_done = 0
 
     def answered(params: Params, layer: int, write: np.ndarray, target: float) -> Generation:
-        nonlocal made
+        """Answers with h += (target - <h, u>) write after a layer."""
+        nonlocal n_done
         read = jnp.asarray(unit[layer], jnp.float32)
         clamp = ClampTo(read, jnp.asarray(write, jnp.float32), jnp.asarray(target, jnp.float32))
         answers = judge.answers(params, clamp, layer)
-        made += 1
-        progress("steering tests", made, total)
+        n_done += 1
+        progress("steering tests", n_done, total)
         return answers
 
     return [
@@ -91,29 +97,32 @@ def _test_layer(
     n_random: int,
     rng: np.random.Generator,
 ) -> SteeringTest:
+    """Both causal tests at one layer; arguments as in `steering_tests`, with what all layers share."""
     base, expert = judge.pair.base, judge.pair.expert
-    here, way = float(base_mean[layer]), float(expert_mean[layer] - base_mean[layer])
+    z_base, way = float(base_mean[layer]), float(expert_mean[layer] - base_mean[layer])
     tries = []
     for strength in STRENGTHS:
-        answers = answered(base, layer, unit[layer], here + strength * way)
+        answers = answered(base, layer, unit[layer], z_base + strength * way)
         tries.append((strength, judge.passes(answers), judge.nll(answers)))
     sound = [t for t in tries if t[2] <= nll_expert + MAX_EXCESS_NLL]
-    strength, steered, nll = max(sound or tries, key=lambda t: (t[1].mean(), -t[0]))
-    without = answered(expert, layer, unit[layer], here)
+    strength, steered, nll = max(sound or tries, key=lambda t: (t[1].mean(), -t[0]))  # of equals the weakest
+    without = answered(expert, layer, unit[layer], z_base)
     removed = judge.passes(without)
+    # The control reads <h, u> as before but writes along another direction, so the stream is moved as far.
     random = rng.standard_normal((n_random, unit.shape[1]))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
-    moved = np.mean([judge.passes(answered(base, layer, w, here + strength * way)) for w in random], axis=0)
-    kept = np.mean([judge.passes(answered(expert, layer, w, here)) for w in random], axis=0)
+    # For each prompt, the share of random directions with which its answer passes.
+    steered_random = np.mean([judge.passes(answered(base, layer, w, z_base + strength * way)) for w in random], axis=0)
+    removed_random = np.mean([judge.passes(answered(expert, layer, w, z_base)) for w in random], axis=0)
     return SteeringTest(
         layer=layer,
         strength=strength,
         steered=float(steered.mean()),
-        steered_random=float(moved.mean()),
-        gain_low=mean_interval(steered - moved, resamples).low,
+        steered_random=float(steered_random.mean()),
+        gain_low=mean_interval(steered - steered_random, resamples).low,
         removed=float(removed.mean()),
-        removed_random=float(kept.mean()),
-        drop_low=mean_interval(kept - removed, resamples).low,
+        removed_random=float(removed_random.mean()),
+        drop_low=mean_interval(removed_random - removed, resamples).low,
         nll=nll,
         nll_expert=nll_expert,
         nll_removed=judge.nll(without),

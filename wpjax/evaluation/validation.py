@@ -1,13 +1,15 @@
-"""Behavioural curves: does patching the best components bring the behaviour back, and does taking them out remove it?
+"""Behavioural curves: does patching the best components bring the behaviour back? Does taking them out remove it?
 
     restore    the base with the k best components of the expert        is the set sufficient?
     knockout   the expert with the k best components of the base        is it necessary?
 
-for k on a logarithmic grid. Beside the ranking under test stand that of single effects, and controls with as many
-parameters: random components, those that changed most, and those that activation patching ranks first. Every patched
-model answers held-out prompts freely and is judged by the checker; beside it stand the scores that need no generation,
-each as a share of the way from base to expert, so that one can see what they promise
-(docs/method.md, "Restoration and knock-out curves"; ours).
+k is on a logarithmic grid. The ranking under test is compared with the ranking of single effects and with controls:
+random components, the components that changed most, and the order of activation patching. All get sets of about the
+same number of parameters.
+
+Every patched model answers held-out prompts freely, and the checker judges the answers. The scores that need no
+generation are measured, too, each as a share of the way from base to expert. So one can see whether they promise what
+the checker finds (docs/method.md, "Restoration and knock-out curves"; ours).
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class Step(NamedTuple):
     """One set of components on a curve.
 
     Attributes:
-        components: the set.
-        n_parameters: how many weights it owns.
+        components: components of the set, the best first.
+        n_parameters: number of weights that they own.
     """
 
     components: tuple[Component, ...]
@@ -56,24 +58,29 @@ class Step(NamedTuple):
 
 
 def log_grid(n: int, points: int) -> list[int]:
-    """At most `points` sizes from 1 to n, evenly spaced on a logarithmic scale."""
+    """At most `points` sizes from 1 to n, evenly spaced on a logarithmic scale.
+
+    >>> from wpjax.evaluation.validation import log_grid
+    >>> log_grid(100, 5)
+    [1, 3, 10, 32, 100]
+    """
     return np.unique(np.geomspace(1, n, points).round().astype(int)).tolist()
 
 
 def steps_of(order: Sequence[Component], sizes: Int[np.ndarray, " C"], budgets: Sequence[int]) -> list[Step]:
-    """For each budget of parameters the first components of an order that come nearest to it, at least one.
+    """For each budget, the first components of an order whose number of parameters comes nearest to it.
 
     Args:
         order: components, the best first.
-        sizes: parameters of each.
-        budgets: parameters a set may have.
+        sizes: [C], number of parameters of each component.
+        budgets: numbers of parameters to come near to. A set has at least one component.
     """
     total = np.cumsum(sizes)
-    found = []
+    steps = []
     for budget in budgets:
         k = 1 + int(np.abs(total - budget).argmin())
-        found.append(Step(tuple(order[:k]), int(total[k - 1])))
-    return found
+        steps.append(Step(tuple(order[:k]), int(total[k - 1])))
+    return steps
 
 
 def orders(
@@ -91,19 +98,22 @@ def orders(
 
     Args:
         pair: the models that were swept.
-        behaviour: its prompts.
-        result: the sweep.
-        anchor: for a sweep of the anchor metric.
-        by: the ranking under test; None for the result's `set_ranking`. A control that is the same ranking is left out.
-        n_random: random orders.
-        max_new_tokens: length of the answers that a metric reads.
-        seed: of random orders.
+        behaviour: the behaviour that was swept.
+        result: result of the sweep.
+        anchor: anchor of a sweep of the anchor metric, or None.
+        by: name of the ranking under test; None for the result's `set_ranking`.
+        n_random: number of random orders.
+        max_new_tokens: length of the answers that a metric reads, at most.
+        seed: seed of the random orders.
 
     Returns:
-        the order under test first, then, if it is another, the result's `ranking`; "activation" where the result has
-        patched activations (what it has not, by their first order), otherwise "attribution", their first order
-        everywhere, made on the sweep's prompts if the result lacks it (without the state that an execution sweep was
-        given); then "delta_norm" and "random i".
+        name -> order; a ranking that appears twice is listed once:
+
+        1. the ranking under test;
+        2. the result's `ranking`;
+        3. "activation" if the result has patched activations, otherwise "attribution" (see `activation_values`);
+        4. "delta_norm", the size of the change;
+        5. "random 1" and so on.
 
     Raises:
         WpjaxError: the result has no such ranking, or lacks its anchor.
@@ -112,12 +122,13 @@ def orders(
     by = by or result.set_ranking
     components = [parse_component(pair.cfg, str(name)) for name in data["name"].values]
     patched = "activation" if "activation" in result.dataset else "attribution"
-    made: dict[str, Callable[[], np.ndarray]] = {  # rankings that fall back on another where nothing was replaced
+    # These two rankings fall back on first-order ones for components that were not replaced.
+    with_fallback: dict[str, Callable[[], np.ndarray]] = {
         "effect": result.best,
         patched: lambda: activation_values(pair, behaviour, result, anchor, max_new_tokens),
     }
     names = dict.fromkeys((by, result.ranking, patched, "delta_norm"))
-    values = {name: made[name]() if name in made else result.values(name) for name in names}
+    values = {name: with_fallback[name]() if name in with_fallback else result.values(name) for name in names}
     values |= {f"random {i + 1}": rng.standard_normal(len(components)) for i in range(n_random)}
     return {
         name: [components[i] for i in np.argsort(-np.nan_to_num(v, nan=-np.inf), kind="stable")]
@@ -128,22 +139,29 @@ def orders(
 def activation_values(
     pair: Pair, behaviour: Behaviour, result: SweepResult, anchor: Anchor | None, max_new_tokens: int = 32
 ) -> Float[np.ndarray, " C"]:
-    """What activation patching ranks a sweep's components by: patched ones by their effect, others by first order.
+    """The value by which activation patching ranks each component of a sweep.
+
+    It is the effect of the patched activation, if the result has that. It is the first-order effect (attribution)
+    elsewhere. A result without either gets attribution made here, on the prompts of the sweep. That does not hold the
+    models at a given anchor's state, even if the sweep did.
 
     Args:
         pair: the models that were swept.
-        behaviour: its prompts.
-        result: the sweep; what it lacks is made on its prompts.
-        anchor: for a sweep of the anchor metric.
-        max_new_tokens: length of the answers that a metric reads.
+        behaviour: the behaviour that was swept.
+        result: result of the sweep.
+        anchor: anchor of a sweep of the anchor metric, or None.
+        max_new_tokens: length of the answers that a metric reads, at most.
+
+    Returns:
+        [C], shares of the gap.
 
     Raises:
-        WpjaxError: the result lacks its anchor.
+        WpjaxError: attribution has to be made, and the result lacks its anchor.
     """
     data, attrs = result.dataset, result.dataset.attrs
-    found = [data[name].values.astype(float) for name in ("activation", "attribution") if name in data]
-    if found:
-        return np.where(np.isfinite(found[0]), found[0], found[-1])
+    known = [data[name].values.astype(float) for name in ("activation", "attribution") if name in data]
+    if known:  # the first is the more trustworthy one, and the last fills its gaps
+        return np.where(np.isfinite(known[0]), known[0], known[-1])
     components = [parse_component(pair.cfg, str(name)) for name in data["name"].values]
     batch = behaviour.encode(pair.tokenizer, attrs["split"], int(attrs["n_prompts"]))
     if attrs["metric"] in answer_metrics():
@@ -173,26 +191,40 @@ def validate(
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> Curves:
-    """Restoration and knock-out curves of a sweep's ranking, with three controls at equal numbers of parameters.
+    """Restoration and knock-out curves of a sweep's ranking and its controls.
+
+    Sets grow along a ranking. For each set, the base gets the expert's components (restore), and the expert gets the
+    base's (knockout). Each patched model answers the "test" prompts, and the checker judges.
 
     Args:
         pair: the models that were swept.
-        behaviour: its "test" prompts and its checker judge.
-        result: the sweep.
-        anchor: whose recovery is measured too; None for the one that was swept on, if any.
-        by: the ranking under test; None for the result's `set_ranking`.
-        n_prompts: held-out prompts, at most.
-        n_points: sizes of sets, from one component to all of them on a logarithmic grid.
-        n_random: random orders.
-        max_new_tokens: length of the answers.
-        seed: of random orders and resampling.
-        done: finished parts of an earlier attempt (see `results.Shards`).
-        progress: called after every patched model.
+        behaviour: the behaviour that was swept.
+        result: result of the sweep.
+        anchor: anchor whose score is measured, too; None for the anchor that was swept on, if any.
+        by: name of the ranking under test; None for the result's `set_ranking`.
+        n_prompts: number of held-out prompts, at most.
+        n_points: number of sets of a ranking, at most; from one component to all, on a logarithmic grid.
+        n_random: number of random orders.
+        max_new_tokens: length of an answer, at most.
+        seed: seed of random orders and resampling.
+        done: finished parts of an earlier attempt (see `runtime.shards.Shards`). New parts are added as they finish.
+        progress: function that is called after every patched model.
+
+    Returns:
+        the curves; `Curves` says what they hold.
 
     Raises:
         AnchorRejected: base and expert do not differ in the behaviour on these prompts.
         WpjaxError: the result is of another pair, or has no such ranking.
-        BehaviourError: prompts that the model cannot take, or a checker that fails.
+        BehaviourError: the model cannot take the prompts, or the checker fails.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> decision = wp.decision_metric(pair, task.encode(pair.tokenizer, n_prompts=4), max_new_tokens=8)
+    >>> result = wp.sweep(pair, task.encode(pair.tokenizer, n_prompts=4), decision, kinds=("mlp",), method="screen")
+    >>> curves = wp.validate(pair, task, result, n_prompts=4, n_points=2, n_random=0, max_new_tokens=8)
+    >>> curves.dataset["n_components"].values[0].tolist()  # one MLP, then all eight
+    [1, 8]
     """
     check_same_pair(pair, result)
     behaviour.check_checker()
@@ -201,40 +233,44 @@ def validate(
     if anchor is not None:
         anchor.check_belongs(pair)
     done = {} if done is None else done
-    found = orders(pair, behaviour, result, anchor, by=by, n_random=n_random, max_new_tokens=max_new_tokens, seed=seed)
-    test = next(iter(found))
-    sizes = {name: np.array([n_parameters(pair.cfg, c) for c in order]) for name, order in found.items()}
-    totals = np.cumsum(sizes[test])
+    ranked = orders(pair, behaviour, result, anchor, by=by, n_random=n_random, max_new_tokens=max_new_tokens, seed=seed)
+    under_test = next(iter(ranked))
+    sizes = {name: np.array([n_parameters(pair.cfg, c) for c in order]) for name, order in ranked.items()}
+    # The ranking under test sets the budgets of parameters. The controls come as near to them as they can.
+    totals = np.cumsum(sizes[under_test])
     budgets = [int(totals[k - 1]) for k in log_grid(len(totals), n_points)]
-    steps = {name: steps_of(order, sizes[name], budgets) for name, order in found.items()}
+    steps = {name: steps_of(order, sizes[name], budgets) for name, order in ranked.items()}
 
     batch = behaviour.encode(pair.tokenizer, "test", n_prompts)
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
     judge = Judge(pair, behaviour, batch, max_new_tokens)
-    said, own = judge.answers(pair.base), judge.answers(pair.expert)
-    check_behaviour_differs(judge, said, own)
-    metrics = {name: make(pair, batch, max_new_tokens, own) for name, make in answer_metrics().items()}
+    by_base, by_expert = judge.answers(pair.base), judge.answers(pair.expert)
+    check_behaviour_differs(judge, by_base, by_expert)
+    metrics = {name: make(pair, batch, max_new_tokens, by_expert) for name, make in answer_metrics().items()}
     if anchor is not None:
         metrics = {"anchor": anchor.metric(pair, batch), **metrics}
     names = (*CHECKS, *metrics, *(() if anchor is None else ("on_policy",)))
 
     def measure(params: Params, answers: Generation) -> Float[np.ndarray, "M B"]:
+        """Every measure of one model, in the order of `names`."""
         checked = [judge.passes(answers, check).astype(np.float64) for check in (strict, loose)]
-        read = [joint_scores(pair.cfg, params, list(metrics.values()))]
+        scored = [joint_scores(pair.cfg, params, list(metrics.values()))]
         if anchor is not None:
-            read.append(scores(pair.cfg, params, along(anchor, batch, answers))[None])
-        return np.concatenate([checked, *read]).astype(np.float64)
+            scored.append(scores(pair.cfg, params, along(anchor, batch, answers))[None])
+        return np.concatenate([checked, *scored]).astype(np.float64)
 
-    ends = np.stack([measure(pair.base, said), measure(pair.expert, own)])
+    ends = np.stack([measure(pair.base, by_base), measure(pair.expert, by_expert)])
     models = {"restore": (pair.base, pair.expert), "knockout": (pair.expert, pair.base)}
     total = len(DIRECTIONS) * sum(map(len, steps.values()))
+    # Direction, ranking, set, measure, prompt.
     values = np.full((len(DIRECTIONS), len(steps), len(budgets), len(names), len(batch)), np.nan)
-    made = 0
+    n_done = 0
     for d, direction in enumerate(DIRECTIONS):
         host, donor = models[direction]
-        known: dict[frozenset[Component], np.ndarray] = {}  # rankings share sets, that of everything at least
-        for r, (name, some) in enumerate(steps.items()):
-            for k, step in enumerate(some):
+        # Rankings share sets, at least the set of all components. Each set is measured once.
+        known: dict[frozenset[Component], np.ndarray] = {}
+        for r, (name, steps_of_ranking) in enumerate(steps.items()):
+            for k, step in enumerate(steps_of_ranking):
                 key, members = f"{direction}-{name.replace(' ', '-')}-{k}", frozenset(step.components)
                 if key not in done and members in known:
                     done[key] = known[members]
@@ -242,16 +278,16 @@ def validate(
                     patched = materialize(host, donor, PatchMask.of(pair.cfg, step.components))
                     done[key] = measure(patched, judge.answers(patched))
                 known[members] = values[d, r, k] = finished_part(done, key, values.shape[-2:])
-                made += 1
-                progress("patched models", made, total)
+                n_done += 1
+                progress("patched models", n_done, total)
     if not (np.isfinite(values).all() and np.isfinite(ends).all()):
         raise WpjaxError("a patched model gives scores that are not finite; check the checkpoints for NaN")
-    made_of = _dataset(pair, result, batch.queries, steps, names, values, ends, seed, n_prompts, max_new_tokens)
-    return Curves(made_of.assign_attrs({} if acceptance is None else {"anchor_acceptance": acceptance}))
+    dataset = _dataset(pair, result, batch.queries, steps, names, values, ends, seed, n_prompts, max_new_tokens)
+    return Curves(dataset.assign_attrs({} if acceptance is None else {"anchor_acceptance": acceptance}))
 
 
 def anchor_of(result: SweepResult) -> Anchor | None:
-    """The anchor that was swept on, without its diagnostics; None if it was another metric."""
+    """The anchor that was swept on, without its diagnostics; None if the sweep was of another metric."""
     data, attrs = result.dataset, result.dataset.attrs
     if "anchor_vector" not in data:
         return None
@@ -263,8 +299,12 @@ def anchor_of(result: SweepResult) -> Anchor | None:
 def check_same_pair(pair: Pair, result: SweepResult) -> None:
     """Refuse a result of other models.
 
+    Args:
+        pair: the models at hand.
+        result: result of a sweep.
+
     Raises:
-        WpjaxError: the fingerprints differ.
+        WpjaxError: the fingerprints of base or expert differ.
     """
     theirs = tuple(result.dataset.attrs.get(f"{end}_fingerprint") for end in ("base", "expert"))
     if theirs != pair.fingerprints:
@@ -286,29 +326,39 @@ def _dataset(
     n_prompts: int,
     max_new_tokens: int,
 ) -> xr.Dataset:
+    """The dataset of the curves; `Curves` says what it holds."""
     variables: dict[str, Any] = {
-        "n_components": (("ranking", "point"), [[len(s.components) for s in some] for some in steps.values()]),
-        "n_parameters": (("ranking", "point"), [[s.n_parameters for s in some] for some in steps.values()]),
+        "n_components": (("ranking", "point"), [[len(s.components) for s in row] for row in steps.values()]),
+        "n_parameters": (("ranking", "point"), [[s.n_parameters for s in row] for row in steps.values()]),
         "query": ("prompt", queries),
     }
     for i, name in enumerate(names):
-        kind = np.float32 if name not in CHECKS else bool
-        variables[name if name in CHECKS else f"score_{name}"] = (DIMS, values[:, :, :, i].astype(kind))
-        variables[f"end_{name}"] = (("end", "prompt"), ends[:, i].astype(kind))
+        dtype = np.float32 if name not in CHECKS else bool
+        variables[name if name in CHECKS else f"score_{name}"] = (DIMS, values[:, :, :, i].astype(dtype))
+        variables[f"end_{name}"] = (("end", "prompt"), ends[:, i].astype(dtype))
     coords = {
         "direction": ("direction", np.array(DIRECTIONS, dtype=object)),
         "ranking": ("ranking", np.array(list(steps), dtype=object)),
         "end": ("end", np.array(["base", "expert"], dtype=object)),
     }
-    kept = ("base", "expert", "base_fingerprint", "expert_fingerprint", "behaviour", "metric", "metric_layer", "dtype")
-    attributes = {name: result.dataset.attrs[name] for name in kept}
+    copied = (
+        "base",
+        "expert",
+        "base_fingerprint",
+        "expert_fingerprint",
+        "behaviour",
+        "metric",
+        "metric_layer",
+        "dtype",
+    )
+    attributes = {name: result.dataset.attrs[name] for name in copied}
     attributes |= {
         "what": "curves",
         "schema": SCHEMA,
         "n_prompts": n_prompts,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-        "largest_sets": json.dumps({name: [c.name for c in some[-1].components[:64]] for name, some in steps.items()}),
+        "largest_sets": json.dumps({name: [c.name for c in row[-1].components[:64]] for name, row in steps.items()}),
         "device": jax.devices()[0].platform,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

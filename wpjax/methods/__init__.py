@@ -1,6 +1,7 @@
-"""The methods of a sweep, one entry each (see `registry`); every module of this package registers its own.
+"""The methods of a sweep and the metrics, one entry each (see `registry` and `metrics`).
 
-Modules in here are imported with the command line, so they hold entries only: what is heavy is imported when it runs.
+Every module of this package is imported here, and registers its entries. The command line imports the package to show
+its help, so modules hold entries only: heavy code is imported when it runs.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The methods that come with the package, the one to begin with first."""
+"""The methods that come with the package, the simplest one first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 
 from wpjax.columns import Column
 from wpjax.methods.registry import Estimate, Method, lazily, register
+
+# First-order estimates, from the most to the least trustworthy one (`trust`).
 
 SCREEN = Estimate(
     Column("screen", trust=70, estimates_effect=True), lazily("wpjax.estimators.screens", "output_linearised")
@@ -24,22 +26,63 @@ ATTRIBUTION = Estimate(
 ACTIVATION = Column("activation", "activation patching", has_interval=True, trust=90, is_tested=True)
 
 REPLACE = lazily("wpjax.estimators.job", "estimate_and_replace")
+"""The step of most methods: make the estimates; if the method has cells, replace components there."""
+
+# Each help goes on after the method's name, and stands by itself: "gradient+exact scores every component by ...".
 
 register(Method("exact", "replaces every component for real", REPLACE, cells=("exact",), needs_fixed_words=False))
-register(Method("screen", "scores all by first order", REPLACE, (SCREEN,), needs_fixed_words=False))
-register(Method("screen+exact", "then replaces the top ones", REPLACE, (SCREEN,), ("exact",), needs_fixed_words=False))
-register(Method("gradient", "scores all by the plain weight gradient", REPLACE, (GRADIENT,), needs_fixed_words=False))
 register(
-    Method("gradient+exact", "then replaces the top ones", REPLACE, (GRADIENT,), ("exact",), needs_fixed_words=False)
+    Method("screen", "scores every component by its first-order effect", REPLACE, (SCREEN,), needs_fixed_words=False)
 )
-register(Method("ig", "averages that gradient on the way from base to expert", REPLACE, (IG,)))
 register(
-    Method("secant", "takes slopes from base to expert instead, so that scores sum to the gap", REPLACE, (SECANT,))
+    Method(
+        "screen+exact",
+        "scores every component by its first-order effect and replaces the top ones for real",
+        REPLACE,
+        (SCREEN,),
+        ("exact",),
+        needs_fixed_words=False,
+    )
+)
+register(
+    Method(
+        "gradient",
+        "scores every component by the gradient of its weights",
+        REPLACE,
+        (GRADIENT,),
+        needs_fixed_words=False,
+    )
+)
+register(
+    Method(
+        "gradient+exact",
+        "scores every component by the gradient of its weights and replaces the top ones for real",
+        REPLACE,
+        (GRADIENT,),
+        ("exact",),
+        needs_fixed_words=False,
+    )
+)
+register(
+    Method(
+        "ig",
+        "scores every component by integrated gradients: the weight gradient averaged from base to expert",
+        REPLACE,
+        (IG,),
+    )
+)
+register(
+    Method(
+        "secant",
+        "scores every component by slopes between base and expert, so that scores sum to the gap",
+        REPLACE,
+        (SECANT,),
+    )
 )
 register(
     Method(
         "race",
-        "replaces all on a few prompts, and on more only what can still be among the top",
+        "replaces every component on a few prompts, and on more prompts only those that can still be among the top",
         lazily("wpjax.estimators.race", "run"),
         cells=("exact",),
         columns=(Column("race", trust=80, estimates_effect=True),),
@@ -50,7 +93,7 @@ register(
 register(
     Method(
         "masks",
-        "replaces random sets, to see redundancy and synergy",
+        "replaces random sets of components, to see redundancy and synergy",
         lazily("wpjax.estimators.masks", "run"),
         columns=tuple(
             Column(name, has_interval=True, trust=20) for name in ("banzhaf", "beta_low", "beta_high", "redundancy")
@@ -60,7 +103,7 @@ register(
 register(
     Method(
         "activation",
-        "patches the expert's activations instead",
+        "patches the expert's activations instead of its weights",
         REPLACE,
         (ATTRIBUTION,),
         ("activation",),
@@ -70,7 +113,8 @@ register(
 register(
     Method(
         "factorial",
-        "tells sources from relays and adds the knock-out in the expert",
+        "crosses whose weights a component has with whose input it sees, to tell sources from relays, and adds the "
+        "knock-out in the expert",
         lazily("wpjax.estimators.factorial", "run"),
         (SCREEN, ATTRIBUTION),
         ("exact", "activation", "relay", "knockout"),

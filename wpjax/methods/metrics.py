@@ -1,6 +1,6 @@
-"""What a sweep can measure: one entry a metric, with its help, its label and how it is made.
+"""The metrics that a sweep can measure: one entry each, with its help, its label and the function that makes it.
 
-The command line, the page and `validate` read these entries, so a new metric is a function that makes it and one call
+The command line, the page and `validate` read these entries. So a new metric is a function that makes it, and one call
 of `register_metric`. Nothing here imports JAX (see `registry.lazily`).
 """
 
@@ -16,15 +16,15 @@ from wpjax.methods.registry import lazily
 
 @dataclasses.dataclass(frozen=True)
 class MetricEntry:
-    """One thing that can be measured.
+    """One metric that a sweep can measure.
 
     Attributes:
-        name: what `--metric` takes.
-        help: the question that it answers.
-        label: what figures call it.
-        make: a function of (pair, batch, max_new_tokens, answers of the expert) that returns the `Metric`; None for
-            what is read along an anchor.
-        has_fixed_words: it reads every model along the same words.
+        name: name that users give to `--metric`.
+        help: what the metric is, for the help of the command line; it goes on after "NAME: ".
+        label: what figures call the metric.
+        make: function of (pair, batch, max_new_tokens, answers of the expert) that returns the `Metric`. None for
+            metrics that read an anchor.
+        has_fixed_words: True if every model is read along the same words, False if along what it says itself.
     """
 
     name: str
@@ -35,7 +35,7 @@ class MetricEntry:
 
     @property
     def reads_anchor(self) -> bool:
-        """Whether it is read along an anchor."""
+        """Whether the metric reads an anchor."""
         return self.make is None
 
 
@@ -43,10 +43,13 @@ _metrics: dict[str, MetricEntry] = {}
 
 
 def register_metric(entry: MetricEntry) -> MetricEntry:
-    """Add a metric: `--metric` takes its name from now on, and `validate` shows it.
+    """Add a metric. From now on `--metric` takes its name; if it has a function `make`, `validate` measures it, too.
+
+    Returns:
+        the entry.
 
     Raises:
-        ValueError: there is another metric of this name.
+        ValueError: there is a different metric of the same name.
     """
     if _metrics.setdefault(entry.name, entry) != entry:
         raise ValueError(f"there is another metric {entry.name!r} already; choose another name")
@@ -59,20 +62,24 @@ def metric_entries() -> tuple[MetricEntry, ...]:
 
 
 def answer_metrics() -> dict[str, Callable[..., Any]]:
-    """By name, the functions that make metrics of an answer: of (pair, batch, max_new_tokens, answers)."""
+    """Name -> function that makes the metric, for all metrics that read an answer; see `MetricEntry.make`."""
     return {entry.name: entry.make for entry in metric_entries() if entry.make is not None}
 
 
 def reads_anchor(name: str) -> bool:
-    """Whether a metric of a name is read along an anchor; not, if someone made one that is not registered."""
+    """Whether the metric of a name reads an anchor; False for a name that is not registered."""
     return name in _metrics and _metrics[name].reads_anchor
 
 
 def check_metric(name: str) -> MetricEntry:
-    """A metric by its name.
+    """The metric of a name.
 
     Raises:
-        WpjaxError: there is no such metric; with those that there are.
+        WpjaxError: there is no such metric; the message lists those that there are.
+
+    >>> from wpjax.methods.metrics import check_metric
+    >>> check_metric("kl").label
+    'nearness to the expert (KL)'
     """
     if name not in _metrics:
         raise WpjaxError(f"unknown metric {name!r}; metrics: {', '.join(_metrics)}")
@@ -80,11 +87,15 @@ def check_metric(name: str) -> MetricEntry:
 
 
 def metrics_described() -> str:
-    """All metrics and what they answer, in a sentence each."""
+    """The help of `--metric`: every metric with its help."""
     return " ".join(f"{entry.name}: {entry.help}" for entry in metric_entries())
 
 
-register_metric(MetricEntry("anchor", "has the control state formed?", "anchor score"))
+# Each help stands by itself, whatever the order of the entries.
+
+register_metric(
+    MetricEntry("anchor", "projection on the anchor: has the behaviour's control state formed?", "anchor score")
+)
 register_metric(
     MetricEntry(
         "response",
@@ -96,7 +107,7 @@ register_metric(
 register_metric(
     MetricEntry(
         "decision",
-        "log-odds where base and expert first part ways.",
+        "log-odds of the expert's token against the base's, where the two first part ways.",
         "log-odds where they part",
         lazily("wpjax.metrics.answers", "decision_metric"),
     )
@@ -104,7 +115,7 @@ register_metric(
 register_metric(
     MetricEntry(
         "kl",
-        "divergence from the expert along its answer.",
+        "minus the divergence from the expert, along the expert's own answer.",
         "nearness to the expert (KL)",
         lazily("wpjax.metrics.answers", "kl_metric"),
     )
@@ -112,7 +123,8 @@ register_metric(
 register_metric(
     MetricEntry(
         "on_policy",
-        "the anchor along each patched model's own answer. All but the first count components after the anchor too.",
+        "projection on the anchor along each patched model's own answer. Every metric but anchor counts components "
+        "after the anchor, too.",
         "anchor score in its own answer",
         has_fixed_words=False,
     )

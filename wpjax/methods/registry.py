@@ -1,8 +1,8 @@
-"""The methods of a sweep: one entry each, which says what it does, what it needs and what columns it makes.
+"""The registry of methods. An entry says what a method does, what it needs and which columns it makes.
 
-`sweep` runs what the entry says. The result file, the report and the command line read the same entries, so a new
-method is one file with one call of `register`. Nothing here imports JAX, so that the command line's help is quick; a
-run step that lives beside heavy code is named, not imported (`lazily`).
+`sweep` runs the entry. The result file, the report and the command line read the same entries, so a new method is one
+file with one call of `register`. Nothing here imports JAX, so that the command line's help is quick. A step that stands
+in a heavy module is named here, and imported when it runs (`lazily`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from wpjax.errors import WpjaxError
 
 
 def lazily(module: str, name: str) -> Callable[..., Any]:
-    """A function that is imported when it is first called.
+    """A stand-in for a function whose module is imported when the function is called.
 
     Args:
-        module: where it is.
-        name: of the function.
+        module: full name of the module.
+        name: name of the function.
+
+    >>> from wpjax.methods import lazily
+    >>> lazily("math", "sqrt")(9)
+    3.0
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -34,12 +38,12 @@ def lazily(module: str, name: str) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What one or two passes over the prompts say of all components; it makes one column.
+    """An estimate of the effects of all components at once, from a few passes over the prompts. It makes one column.
 
     Attributes:
-        column: what it makes.
-        compute: a function of (cfg, base, expert, components, metric) that returns the change of the metric that it
-            expects of each component on each prompt, [C, B].
+        column: column of the result that it makes.
+        compute: function of (cfg, base, expert, components, metric) that returns [C, B], the expected change of the
+            metric by each component on each prompt.
     """
 
     column: Column
@@ -51,16 +55,18 @@ class Method:
     """One way to measure what components do.
 
     Attributes:
-        name: what `sweep(method=...)` and `--method` take.
-        help: what it does, in words that go on after its name: "replaces every component".
-        run: the step that does it: takes a `estimators.job.Job`, returns what it found, a `estimators.job.Found`.
-        estimates: that it makes first. If it replaces components, these choose which.
-        cells: of the 2x2 that it replaces components in, by name of `engines.engine.CELLS`, the main one first.
-        columns: that it makes, besides those of its estimates.
-        needs_fixed_words: it reads every model along the same words, so it cannot be used where each says its own.
-        marks: attributes of its own in the result, which the command line prints beside the ranking: numbers, or
-            mappings, which are stored as JSON.
-        note: a function of the result that returns what the command line adds below the ranking; None for nothing.
+        name: name that users give to `sweep(method=...)` and `--method`.
+        help: what the method does, as the rest of a sentence that begins with its name: "replaces every component".
+        run: step that does it: a function from an `estimators.job.Job` to an `estimators.job.Found`.
+        estimates: estimates that the step makes first. They choose which components are replaced, if any are.
+        cells: names of the cells of the 2x2 in which components are replaced (`engines.engine.CELLS`), the main one
+            first.
+        columns: columns that the method makes, without those of its estimates.
+        needs_fixed_words: whether every model must be read along the same words. Then the method cannot measure the
+            on-policy score.
+        marks: names of attributes that the method adds to the result, and that the command line prints beside the
+            ranking. Values are numbers, or mappings, which are stored as JSON.
+        note: function from the result to a line that the command line prints below the ranking; None for no line.
     """
 
     name: str
@@ -78,13 +84,13 @@ _methods: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Add a method: `sweep` takes its name from now on, and its columns can be ranked by.
+    """Add a method. From now on `sweep` takes its name, and components can be ranked by its columns.
 
     Returns:
         the method.
 
     Raises:
-        ValueError: there is another method or column of a name.
+        ValueError: there is a different method, or a different column, of the same name.
     """
     if _methods.get(method.name, method) != method:
         raise ValueError(f"there is another method {method.name!r} already; choose another name")
@@ -98,19 +104,24 @@ def methods() -> tuple[Method, ...]:
 
 
 def find_method(name: str) -> Method | None:
-    """A method by its name; None for one that is not registered, say of a file that someone else's made."""
+    """The method of a name; None if it is not registered. A result file may come from a method that is unknown here."""
     return _methods.get(name)
 
 
 def check_method(name: str, has_fixed_words: bool = True) -> Method:
-    """A method by its name.
+    """The method of a name, if it can measure what is to be measured.
 
     Args:
-        name: of it.
-        has_fixed_words: whether what is measured reads every model along the same words.
+        name: name of the method.
+        has_fixed_words: whether the measure reads every model along the same words.
 
     Raises:
-        WpjaxError: there is no such method, or it needs fixed words; with those that there are.
+        WpjaxError: there is no such method, or it needs fixed words and there are none. The message lists the methods
+            that can be used.
+
+    >>> from wpjax.methods import check_method
+    >>> check_method("exact").cells
+    ('exact',)
     """
     if name not in _methods:
         raise WpjaxError(f"unknown method {name!r}; methods: {', '.join(_methods)}")
@@ -124,5 +135,5 @@ def check_method(name: str, has_fixed_words: bool = True) -> Method:
 
 
 def described() -> str:
-    """All methods and what they do, in one sentence each."""
+    """The help of `--method`: every method with its help."""
     return "; ".join(f"{method.name} {method.help}" for method in methods()) + "."

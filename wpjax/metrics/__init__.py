@@ -1,1 +1,1 @@
-"""What is measured: a number for each prompt from one forward pass; the anchor is one of these."""
+"""Metrics: one number for each prompt, read from one forward pass. The anchor score is one of them."""

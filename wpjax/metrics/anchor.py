@@ -1,12 +1,15 @@
-"""Anchors: a direction in the residual stream that says whether the control state of a behaviour has formed.
+"""Anchors: a direction in the residual stream that tells whether a behaviour's control state has formed.
 
     u_l = mean over prompts of h_l(x+) - h_l(x-), in the expert, at the last prompt token      (arXiv 2410.12877)
     F(M, x) = <r_a^M(x)[t*], v>,  v = u_a / |u_a|                                               (arXiv 2604.13694)
     G(x) = F(expert, x) - F(base, x)
 
-x+ is a query with the instruction and x- the query alone; layer l is read at its `resid_post`. The direction is
-fitted on the "fit" queries; the gap is measured on the "sweep" queries. Instead of the last prompt token, the mean over
-the first tokens of the expert's own answer may be read, everywhere alike (ours; the paper's rule is not known).
+x+ is a query with the instruction, x- the query alone, and t* the last prompt token. h_l and r_l are the residual
+stream after layer l (`resid_post`), and a is the layer of the anchor. The direction is fitted on the "fit" queries; the
+gap G is measured on the "sweep" queries.
+
+The stream may instead be read as the mean over the first tokens of the expert's own answer. Then every model reads
+those tokens (ours; the paper's rule is not known).
 """
 
 from __future__ import annotations
@@ -39,28 +42,39 @@ from wpjax.pairs import Pair
 from wpjax.runtime.files import atomic_output, write_tensors
 
 MIN_STABILITY = 0.9
-"""Least split-half cosine of an accepted anchor."""
+"""Smallest split-half cosine at which an anchor is accepted."""
 
 MAX_EXCESS_NLL = 1.0
-"""Nats a token by which steered answers may be less likely under the base than the expert's own; beyond: degenerate."""
+"""Steered answers that are less likely under the base than the expert's own by more nats per token are degenerate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SteeringTest:
-    """What moving the residual stream along a direction does to answers; shares of prompts that pass the checker.
+    """What happens to answers when the residual stream is moved along a direction: both causal tests at one layer.
+
+    A share is the part of the prompts, from 0 to 1, whose answers pass the checker. Log-likelihoods are always under
+    the base.
 
     Attributes:
-        layer: after which the stream is moved.
-        strength: of those tried, the one at which the base passes most without being degenerate.
-        steered: base, steered by it.
-        steered_random: base, moved as far along random directions.
-        gain_low: lower end of the 95 % interval of the difference, over queries.
-        removed: expert, held at the base's state.
-        removed_random: expert, moved as far along random directions.
-        drop_low: lower end of the interval of that difference, random minus removed.
-        nll: mean negative log-likelihood, in nats a token, of the steered answers under the base.
-        nll_expert: the same of the expert's own answers.
-        nll_removed: the same of the answers of the expert that is held at the base's state; NaN where it was not read.
+        layer: 0-based layer after which the stream is moved.
+        strength: how far the base was steered, 1 for the expert's own state. Of the strengths tried, the one at which
+            the base passes most; strengths that make degenerate answers are left out if any other is there.
+        steered: share of the base, steered along the direction.
+        steered_random: share of the base, moved as far along random directions.
+        gain_low: lower end of the 95 % interval of `steered - steered_random`, resampled over queries.
+        removed: share of the expert, held at the base's state along the direction.
+        removed_random: share of the expert, moved as far along random directions.
+        drop_low: lower end of the 95 % interval of `removed_random - removed`, resampled over queries.
+        nll: mean negative log-likelihood of the steered answers, in nats per token.
+        nll_expert: the same for the answers of the expert that is not steered.
+        nll_removed: the same for the answers of the expert held at the base's state; NaN if not measured.
+
+    >>> import wpjax as wp
+    >>> from wpjax.metrics.anchor import SteeringTest
+    >>> test = SteeringTest(4, 1.5, steered=0.8, steered_random=0.1, gain_low=-0.05, removed=0.0, removed_random=0.9,
+    ...                     drop_low=0.8, nll=1.2, nll_expert=1.1)
+    >>> print(test.verdict())
+    steering the base along it passes the checker on 80% of prompts, a random direction on 10%: not surely more
     """
 
     layer: int
@@ -77,11 +91,12 @@ class SteeringTest:
 
     @property
     def size(self) -> float:
-        """What layers are chosen by: gain of the steered base times loss of the expert, both above the control."""
+        """Gain of the steered base times loss of the expert, each beyond its control. The layer is chosen by it."""
         return max(self.steered - self.steered_random, 0.0) * max(self.removed_random - self.removed, 0.0)
 
     def verdict(self) -> str:
-        """Empty if both tests pass, otherwise the one that does not, with its figure."""
+        """An empty text if both tests pass, otherwise the first one that fails, with its figures."""
+        # Written with `not`, so that a figure that is NaN fails. `nll_removed` alone may be NaN.
         if not self.nll <= self.nll_expert + MAX_EXCESS_NLL:
             return (
                 f"steered answers are degenerate: {self.nll:.2f} nats a token under the base, the expert's own "
@@ -107,19 +122,22 @@ class SteeringTest:
 
 @dataclasses.dataclass(frozen=True)
 class LayerDiagnostics:
-    """What a candidate anchor at one layer looks like.
+    """Diagnostics of a candidate anchor at one layer.
+
+    F_E and F_B are F of the expert and of the base, G their difference.
 
     Attributes:
-        layer: 0-based block whose `resid_post` is read.
+        layer: 0-based layer whose `resid_post` is read.
         stability: mean cosine between directions fitted on random halves of the queries.
-        norm: |u|, the size of the instruction's trace in the expert.
-        gap: mean of G over the "sweep" prompts, with `gap_low` and `gap_high` its 95 % interval.
+        norm: |u|, length of the mean difference that the instruction makes in the expert.
+        gap: mean of G over the "sweep" prompts. `gap_low` and `gap_high` are the ends of its 95 % interval.
         gap_sd: standard deviation of G over prompts.
-        specific: mean of [F_E - F_B](x+) - [F_E - F_B](x-), the part of the gap that the instruction makes, without
-            what the expert moved anyway (difference in differences), with `specific_low` and `specific_high`.
-        specific_sd: its standard deviation over prompts.
-        base_trace: mean of F(base, x+) - F(base, x-), as a share of the same in the expert.
-        strength: the first of the figures of `SteeringTest`, which see; NaN where it was not made.
+        specific: specific gap, the part of the gap that the instruction makes: the mean of
+            [F_E - F_B](x+) - [F_E - F_B](x-), a difference in differences. What the expert moves without the
+            instruction (drift) is not in it. `specific_low` and `specific_high` are the ends of its 95 % interval.
+        specific_sd: standard deviation of the specific gap over prompts.
+        base_trace: mean of F_B(x+) - F_B(x-), as a share of the same mean in the expert.
+        strength: this and all later fields are those of `SteeringTest`; NaN if this layer was not steered.
     """
 
     layer: int
@@ -147,18 +165,18 @@ class LayerDiagnostics:
 
     @property
     def steering(self) -> SteeringTest | None:
-        """The causal tests at this layer, if they were made."""
+        """The causal tests at this layer; None if they were not made."""
         if math.isnan(self.strength):
             return None
         return SteeringTest(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SteeringTest)})
 
     @property
     def signal(self) -> float:
-        """What the instruction makes of the gap, in standard deviations over prompts."""
+        """The specific gap in units of its standard deviation over prompts."""
         return self.specific / max(self.specific_sd, 1e-30)
 
     def verdict(self) -> str:
-        """Empty if the layer can carry an anchor as far as projections say, otherwise the test it fails."""
+        """An empty text if the layer passes the tests of projections, otherwise the first test that it fails."""
         if not self.stability >= MIN_STABILITY:  # written so that NaN fails
             return f"split-half cosine {self.stability:.2f} < {MIN_STABILITY}"
         if not self.gap_low > 0:
@@ -179,17 +197,27 @@ class LayerDiagnostics:
 class Anchor:
     """A unit direction at one layer; a pytree, so it can be an argument of a jitted function.
 
-    Only the vector, the layer and where it is read go through JAX's transformations and tree operations: what comes out
-    of one has no labels, so `check_belongs` comes before.
+    JAX's transformations and tree operations keep `vector`, `layer` and `n_response`, and drop the other fields. So
+    call `check_belongs` before such an operation, not after.
 
     Attributes:
-        vector: [D] float32, unit norm.
-        layer: 0-based block whose `resid_post` is read (static).
-        behaviour: what it stands for.
-        expert_fingerprint: the model it was fitted in.
-        diagnostics: every layer that was considered.
-        n_response: read as the mean over so many first tokens of the expert's answer; 0: at the last prompt token
+        vector: [D] float32, the direction, of norm 1.
+        layer: 0-based layer whose `resid_post` is read (static).
+        behaviour: name of the behaviour.
+        expert_fingerprint: fingerprint of the expert that the anchor was fitted in.
+        diagnostics: diagnostics of every layer of that expert.
+        n_response: 0 to read the last prompt token; n to read the mean over the first n tokens of the expert's answer
             (static).
+
+    >>> import jax.numpy as jnp
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> batch = task.encode(pair.tokenizer, n_prompts=4)
+    >>> anchor = wp.Anchor(jnp.eye(pair.cfg.d_model)[0], layer=2)  # made by hand; `fit_anchor` fits one
+    >>> anchor.score(pair.cfg, pair.expert, batch).shape  # one projection for each prompt
+    (4,)
+    >>> anchor.acceptance
+    'not tested'
     """
 
     vector: Float[Array, " D"]
@@ -202,14 +230,14 @@ class Anchor:
     has_fixed_words: ClassVar[bool] = True
 
     def on(self, batch: PromptBatch | Tokens, answers: Generation | None = None) -> Metric:
-        """F on some prompts: the residual stream after the anchor's layer, along the vector.
+        """The metric F on some prompts: the projection of the residual stream after the anchor's layer.
 
         Args:
-            batch: prompts.
-            answers: read their tokens, averaged; None to read the last prompt token.
+            batch: prompts; of a `PromptBatch` those with the instruction.
+            answers: answers to the prompts; F is then the mean over their tokens. None to read the last prompt token.
 
         Raises:
-            WpjaxError: the anchor is read on answers, and there are none; see `metric`.
+            WpjaxError: the anchor is read on answers, and `answers` is None; `metric` makes them.
         """
         if self.n_response and answers is None:
             raise WpjaxError(
@@ -220,31 +248,31 @@ class Anchor:
         return Metric(tokens, jnp.asarray(at), jnp.asarray(weight), Projection(self.vector), self.layer, "anchor")
 
     def metric(self, pair: Pair, batch: PromptBatch) -> Metric:
-        """F on some prompts, on the expert's answers to them if that is where the anchor is read."""
+        """The metric F on some prompts. If the anchor is read on the expert's answers, they are generated here."""
         return self.on(batch, first_answers(pair, batch.with_instruction, self.n_response))
 
     def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
-        """What a sweep needs of it.
+        """What a sweep needs to measure this anchor.
 
         Raises:
-            AnchorRejected: it belongs to another expert.
+            AnchorRejected: the anchor belongs to another expert.
         """
         self.check_belongs(pair)
         return Prepared(self.metric(pair, batch), columns=self.columns, attributes=self.attributes)
 
     @property
     def columns(self) -> dict[str, tuple[str, Any]]:
-        """What a sweep's result keeps of it: dimension and values by name."""
-        kept: dict[str, tuple[str, Any]] = {"anchor_vector": ("d_model", np.asarray(self.vector))}
+        """Variables of a sweep's result that describe the anchor: name -> (dimension, values)."""
+        variables: dict[str, tuple[str, Any]] = {"anchor_vector": ("d_model", np.asarray(self.vector))}
         for field in dataclasses.fields(LayerDiagnostics) if self.diagnostics else ():
             if field.name != "layer":
                 values = [getattr(d, field.name) for d in self.diagnostics]
-                kept[f"anchor_{field.name}"] = ("model_layer", values)
-        return kept
+                variables[f"anchor_{field.name}"] = ("model_layer", values)
+        return variables
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Attributes of a sweep's result: whether the causal tests hold, and where it is read."""
+        """Attributes of a sweep's result that describe the anchor: `acceptance` and `n_response`."""
         return {"anchor_acceptance": self.acceptance, "anchor_n_response": self.n_response}
 
     def score(
@@ -252,7 +280,13 @@ class Anchor:
     ) -> Float[Array, " B"]:
         """F(M, x) of each prompt, in the units of the residual stream.
 
-        Pure in all its arguments: it composes with `jit`, `vmap` and `grad`, and `params` may hold `Blend`s.
+        The function is pure, so it composes with `jit`, `vmap` and `grad`.
+
+        Args:
+            cfg: architecture of the model M.
+            params: its parameters; they may hold `Blend`s.
+            batch: prompts; see `on`.
+            answers: answers to read instead of the last prompt token; see `on`.
 
         Raises:
             WpjaxError: the model has no such layer, a prompt exceeds its context, or answers are missing.
@@ -260,16 +294,17 @@ class Anchor:
         return self.on(batch, answers)(cfg, params)
 
     def clamp_to(self, pair: Pair, batch: PromptBatch, metric: Metric) -> Metric:
-        """A metric of models that are given the anchor's state: what comes after it executes the behaviour.
+        """The same metric with every model held at the expert's state on the anchor.
 
+        All models then have the state, so only components that act on it differ: those that execute the behaviour.
         From the last prompt token on, the stream after the anchor's layer is held at the expert's mean score:
 
             h += (mean F(expert) - <h, v>) v        (ours)
 
         Args:
             pair: base and expert.
-            batch: prompts with the instruction, those of the metric.
-            metric: what is measured; it must read a later layer.
+            batch: the prompts that the metric was made on.
+            metric: a metric that reads a later layer.
 
         Raises:
             WpjaxError: the metric reads no later layer, or has another number of prompts.
@@ -288,10 +323,14 @@ class Anchor:
         return dataclasses.replace(metric, held=Edit(Site.RESID_POST, clamp, jnp.asarray(self.layer), start))
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the vector as safetensors, with everything else in its metadata.
+        """Write a safetensors file: the vector as a tensor, everything else in the metadata.
+
+        Args:
+            path: file to write.
+            overwrite: whether an existing file is replaced.
 
         Raises:
-            OutputError: the place exists or cannot be written.
+            OutputError: the file exists or cannot be written.
         """
         metadata = {
             "layer": str(self.layer),
@@ -305,10 +344,10 @@ class Anchor:
 
     @classmethod
     def load(cls, path: str | Path) -> Anchor:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            CheckpointError: not an anchor file.
+            CheckpointError: the file is not an anchor file.
         """
         try:
             with safe_open(path, framework="np") as file:
@@ -318,18 +357,18 @@ class Anchor:
             if not all(isinstance(v, int | float) for d in diagnostics for v in dataclasses.astuple(d)):
                 raise ValueError("diagnostics that are not numbers")
             layer, n_response = int(meta["layer"]), int(meta["n_response"])
-            behaviour, of = meta["behaviour"], meta["expert_fingerprint"]
+            behaviour, fingerprint = meta["behaviour"], meta["expert_fingerprint"]
             if n_response < 0:
                 raise ValueError("n_response is negative")
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
         if vector.ndim != 1 or vector.dtype != np.float32 or not np.isclose(np.linalg.norm(vector), 1, atol=1e-3):
             raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")
-        return cls(jnp.asarray(vector), layer, behaviour, of, diagnostics, n_response)
+        return cls(jnp.asarray(vector), layer, behaviour, fingerprint, diagnostics, n_response)
 
     @property
     def acceptance(self) -> str:
-        """Whether the causal tests hold: "accepted", "not tested", or the test that failed."""
+        """Outcome of the causal tests at the anchor's layer: "accepted", "not tested", or the test that failed."""
         tests = [d.steering for d in self.diagnostics if d.layer == self.layer]
         if not tests or tests[0] is None:
             return "not tested"
@@ -339,7 +378,7 @@ class Anchor:
         """Refuse an anchor of another expert.
 
         Raises:
-            AnchorRejected: the fingerprints differ, or the vector or layer does not fit the model.
+            AnchorRejected: the fingerprint is another expert's, or the vector or the layer does not fit the model.
         """
         if self.vector.shape != (pair.cfg.d_model,) or not 0 <= self.layer < pair.cfg.n_layers:
             raise AnchorRejected(
@@ -354,7 +393,13 @@ class Anchor:
 
 
 class Reading(NamedTuple):
-    """Where the stream is read: tokens, positions [B, S] in them, and the weight [B, S] of each in the mean."""
+    """Where the stream is read.
+
+    Attributes:
+        tokens: token ids of B prompts, with their answers if those are read.
+        at: [B, S], token positions that are read.
+        weight: [B, S], weight of each position in the mean over S.
+    """
 
     tokens: Tokens
     at: Int[Array | np.ndarray, "B S"]
@@ -362,14 +407,15 @@ class Reading(NamedTuple):
 
 
 def read_at(prompts: Tokens, answers: Generation | None) -> Reading:
-    """The last prompt token, or all tokens of some answers, the end token included."""
+    """Where to read prompts: at the last prompt token, or at all tokens of their answers, the end token included."""
     if answers is None:
         return Reading(prompts, prompts.last[:, None], np.ones((len(prompts.ids), 1), np.float32))
-    at, here = answer_positions(prompts, answers)
-    # A position predicts the token after it; the state of a token is read where it stands.
-    return Reading(with_answers(prompts, answers), np.where(here > 0, at + 1, 0), here / here.sum(1, keepdims=True))
+    at, is_token = answer_positions(prompts, answers)
+    # `at` predicts a token, so it is one position before it. The state of a token is read where the token stands.
+    where = np.where(is_token > 0, at + 1, 0)
+    return Reading(with_answers(prompts, answers), where, is_token / is_token.sum(1, keepdims=True))
 
 
 def first_answers(pair: Pair, prompts: Tokens, n: int) -> Generation | None:
-    """The first n tokens of the expert's greedy answers; None for n = 0."""
+    """Greedy answers of the expert, n tokens at most; None for n = 0."""
     return answer_of(pair, pair.expert, prompts, n) if n else None

@@ -1,4 +1,4 @@
-"""Metrics that read answers: of the expert's own words, and of where base and expert part ways."""
+"""Metrics that read answers: the expert's own words, and the first word at which base and expert differ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from wpjax.runtime.batching import map_batches
 
 
 def with_answers(tokens: Tokens, answers: Generation) -> Tokens:
-    """Prompts followed by answers, [B, T + N]."""
+    """Prompts followed by their answers, [B, T + N], padded on the right.
+
+    Args:
+        tokens: prompts, [B, T].
+        answers: answers to them, [B, N].
+    """
     n_prompt, n_new = np.asarray(tokens.lengths), np.asarray(answers.lengths)
     ids = np.zeros((len(n_prompt), tokens.ids.shape[1] + answers.tokens.shape[1]), np.int32)
     for row, prompt, new, n, m in zip(ids, tokens.ids, np.asarray(answers.tokens), n_prompt, n_new, strict=True):
@@ -31,30 +36,56 @@ def with_answers(tokens: Tokens, answers: Generation) -> Tokens:
 
 
 def answer_positions(tokens: Tokens, answers: Generation) -> tuple[Int[np.ndarray, "B N"], Float[np.ndarray, "B N"]]:
-    """Positions that predict each token of the answers, and 1 where there is such a token (0 fills up)."""
+    """The position that predicts each token of the answers: the one just before it.
+
+    Args:
+        tokens: prompts, [B, T].
+        answers: answers to them, [B, N].
+
+    Returns:
+        positions, [B, N], in the tokens that `with_answers` makes; and 1 for each token of an answer, 0 where the array
+        is only filled up.
+    """
     step = np.arange(answers.tokens.shape[1])
-    here = step < np.asarray(answers.lengths)[:, None]
-    return np.where(here, np.asarray(tokens.last)[:, None] + step, 0), here.astype(np.float32)
+    is_token = step < np.asarray(answers.lengths)[:, None]
+    # The last prompt token predicts the first token of the answer, and so on.
+    return np.where(is_token, np.asarray(tokens.last)[:, None] + step, 0), is_token.astype(np.float32)
 
 
 def answer_metric(cfg: ModelConfig, prompts: Tokens, answers: Generation) -> Metric:
-    """Mean log-probability of the tokens of some answers, teacher-forced; of one shape for all answers of a length."""
-    at, here = answer_positions(prompts, answers)
-    readout = LogProb(jnp.asarray(np.where(here > 0, np.asarray(answers.tokens), 0)))
-    weight = jnp.asarray(here / here.sum(1, keepdims=True))
+    """Mean log-probability, in nats, of the tokens of given answers.
+
+    The model reads the prompt and the answer (teacher forcing); nothing is generated. Shapes depend on the width of
+    `answers.tokens` alone, so answers of one width share a compiled program.
+
+    Args:
+        cfg: architecture of the models that are measured.
+        prompts: prompts, [B, T].
+        answers: answers to them, [B, N].
+    """
+    at, is_token = answer_positions(prompts, answers)
+    readout = LogProb(jnp.asarray(np.where(is_token > 0, np.asarray(answers.tokens), 0)))
+    weight = jnp.asarray(is_token / is_token.sum(1, keepdims=True))
     return Metric(with_answers(prompts, answers), jnp.asarray(at), weight, readout, cfg.n_layers - 1, "response")
 
 
 def trimmed(answers: Generation) -> Generation:
-    """Answers without the columns that none of them fills."""
+    """The same answers, as narrow as the longest of them."""
     return Generation(np.asarray(answers.tokens)[:, : int(np.asarray(answers.lengths).max())], answers.lengths)
 
 
 def answer_of(pair: Pair, params: Params, tokens: Tokens, max_new_tokens: int = 32, batch_size: int = 32) -> Generation:
-    """Greedy answers of a model of the pair's architecture to encoded prompts.
+    """Greedy answers of one model to prompts.
+
+    Args:
+        pair: gives the architecture and the stop tokens.
+        params: parameters of the model that answers.
+        tokens: prompts.
+        max_new_tokens: length of an answer, at most.
+        batch_size: prompts that are answered at once, at most.
 
     Raises:
-        WpjaxError: prompts and answers would outgrow the context.
+        WpjaxError: a prompt and its answer may exceed the context.
     """
     return generate_batched(pair.cfg, params, *tokens, pair.stop_tokens, max_new_tokens, batch_size)
 
@@ -62,19 +93,26 @@ def answer_of(pair: Pair, params: Params, tokens: Tokens, max_new_tokens: int = 
 def response_metric(
     pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
 ) -> Metric:
-    """Mean log-probability of the tokens of the expert's own greedy answer, the end token included.
+    """Mean log-probability, in nats, of the expert's own greedy answer y, the end token included.
 
         F_r(M, x) = 1 / |y| sum_t log p_M(y_t | x, y_<t)        (docs/method.md, "What the model says"; ours)
 
     Args:
         pair: base and expert.
-        batch: prompts with the instruction.
-        max_new_tokens: length of an answer.
-        answers: the expert's, if they are known already.
+        batch: prompts; those with the instruction are used.
+        max_new_tokens: length of an answer, at most.
+        answers: answers of the expert, if they are known already; None to generate them.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> metric = wp.response_metric(pair, task.encode(pair.tokenizer, n_prompts=4), max_new_tokens=8)
+    >>> metric.at.shape, metric.layer  # 4 answers of 8 tokens, read after the last of 8 layers
+    ((4, 8), 7)
     """
     prompts = batch.with_instruction
     answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
     metric = answer_metric(pair.cfg, prompts, trimmed(answers))
+    # The longest prompt need not have the longest answer: drop columns that are padding in every row.
     width = int(metric.tokens.lengths.max())
     return dataclasses.replace(metric, tokens=Tokens(metric.tokens.ids[:, :width], metric.tokens.lengths))
 
@@ -85,66 +123,83 @@ def _picked(cfg: ModelConfig, params: Params, metric: Metric) -> Float[Array, "B
 
 
 def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None) -> Metric:
-    """How near the model's next-token distributions are to the expert's, along the expert's own greedy answer.
+    """Minus the divergence of the model's next-token distributions from the expert's, along the expert's answer y.
 
-        F_k(M, x) = -1 / |y| sum_t KL(p_E(. | x, y_<t) || p_M(. | x, y_<t))        (nats a token; 0 for the expert)
+        F_k(M, x) = -1 / |y| sum_t KL(p_E(. | x, y_<t) || p_M(. | x, y_<t))        (nats per token; 0 for the expert)
+
+    (docs/method.md, "What the model says"; ours)
 
     Args:
         pair: base and expert.
-        batch: prompts with the instruction.
-        max_new_tokens: length of an answer.
-        answers: the expert's, if they are known already.
+        batch: prompts; those with the instruction are used.
+        max_new_tokens: length of an answer, at most.
+        answers: answers of the expert, if they are known already; None to generate them.
+
+    >>> import wpjax as wp
+    >>> from wpjax.metrics.metric import scores
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> metric = wp.kl_metric(pair, task.encode(pair.tokenizer, n_prompts=4), max_new_tokens=8)
+    >>> base, expert = (scores(pair.cfg, params, metric) for params in (pair.base, pair.expert))
+    >>> bool((base < -0.1).all()), bool((abs(expert) < 1e-4).all())
+    (True, True)
     """
     metric = response_metric(pair, batch, max_new_tokens, answers)
-    resid = jnp.asarray(over_prompts(metric, lambda some: _picked(pair.cfg, pair.expert, some)))
+    resid = jnp.asarray(over_prompts(metric, lambda part: _picked(pair.cfg, pair.expert, part)))
     return dataclasses.replace(metric, readout=Divergence(resid, pair.expert), name="kl")
 
 
 def decision_metric(
     pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
 ) -> Metric:
-    """Log-odds of the expert's token against the base's, where the two first part ways.
+    """Log-odds, in nats, of the expert's token against the base's, where the two first part ways.
 
         F_d(M, x) = log p_M(y_t | x, y_<t) - log p_M(b_t | x, y_<t),   t = min{t : b_t != y_t}
         (docs/method.md, "What the model says"; ours)
 
-    y is the expert's greedy answer and b_t what the base would say after y_<t: no context gives the behaviour away
-    yet. A prompt on which they never part counts 0.
+    y is the expert's greedy answer, and b_t is the base's first choice after y_<t. Up to t the base would say the same
+    words, so they do not give the behaviour away yet. A prompt on which the two never part has F_d = 0.
 
     Args:
         pair: base and expert.
-        batch: prompts with the instruction.
-        max_new_tokens: how far to look.
-        answers: the expert's, if they are known already.
+        batch: prompts; those with the instruction are used.
+        max_new_tokens: tokens of the answer that are searched for t.
+        answers: answers of the expert, if they are known already; None to generate them.
 
     Raises:
-        MetricRejected: base and expert answer most prompts alike.
+        MetricRejected: base and expert part ways on fewer than half of the prompts.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> metric = wp.decision_metric(pair, task.encode(pair.tokenizer, n_prompts=4), max_new_tokens=8)
+    >>> metric.at.shape  # one position for each prompt
+    (4, 1)
     """
     prompts = batch.with_instruction
     answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    tokens, (at, here) = with_answers(prompts, answers), answer_positions(prompts, answers)
-    theirs = np.asarray(answers.tokens)[:, : at.shape[1]]
-    ours = _base_choices(pair, tokens, at)
-    parts = (here > 0) & (ours != theirs)
-    parted = parts.any(1)
+    tokens, (at, is_token) = with_answers(prompts, answers), answer_positions(prompts, answers)
+    experts = np.asarray(answers.tokens)[:, : at.shape[1]]
+    bases = _base_choices(pair, tokens, at)
+    differs = (is_token > 0) & (bases != experts)  # [B, N]
+    parted = differs.any(1)
     if parted.mean() < 0.5:
         raise MetricRejected(
             f"base and expert part ways on {int(parted.sum())} of {len(batch)} prompts of {batch.behaviour} only: the "
             "base answers them as the expert does; use other prompts, or a longer answer"
         )
-    first = parts.argmax(1)[:, None]
-    where = [np.take_along_axis(a, first, axis=1) for a in (at, theirs, ours)]
-    longest = int(where[0].max()) + 1  # what comes after the decision is not needed
+    first = differs.argmax(1)[:, None]  # [B, 1], the step t; 0 where they never part, which gets weight 0 below
+    at_decision, experts, bases = (np.take_along_axis(a, first, axis=1) for a in (at, experts, bases))
+    longest = int(at_decision.max()) + 1  # tokens after the decision are not needed
     tokens = Tokens(tokens.ids[:, :longest], np.minimum(tokens.lengths, longest))
-    readout = LogOdds(jnp.asarray(where[1]), jnp.asarray(where[2]))
+    readout = LogOdds(jnp.asarray(experts), jnp.asarray(bases))
     weight = jnp.asarray(parted[:, None].astype(np.float32))
-    return Metric(tokens, jnp.asarray(where[0]), weight, readout, pair.cfg.n_layers - 1, "decision")
+    return Metric(tokens, jnp.asarray(at_decision), weight, readout, pair.cfg.n_layers - 1, "decision")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _choices(cfg: ModelConfig, params: Params, ids: Array, at: Array) -> Int[Array, "B S"]:
     resid = forward(cfg, params, ids, logits=False).resid
     picked = jnp.take_along_axis(resid, at[..., None], axis=1)
+    # One prompt at a time: the logits of all of them, [B, S, V], may not fit in memory.
     return jax.lax.map(lambda row: decoder(cfg, params).logits(row).argmax(-1), picked)
 
 

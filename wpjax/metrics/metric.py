@@ -1,18 +1,22 @@
-"""Metrics: what a patch is measured by, one number a prompt, read from the residual stream at some positions.
+"""Metrics: the number by which a patch is measured, one for each prompt, read from one forward pass.
 
     F(M, x) = sum_s w_s(x) readout(r_l^M(x)[t_s])
+
+M is a model and x a prompt; r_l is the residual stream after layer l. The metric reads it at the positions t_s, and
+weights them by w_s(x).
 
     anchor      readout = <r, v>                            has the control state formed?     (arXiv 2604.13694)
     response    readout = log p_M(y_t | x, y_<t)            the expert's own answer y, teacher-forced, mean over t
     decision    readout = log p_M(y_E) - log p_M(y_B)       at the first token where base and expert part ways
     kl          readout = -KL(p_E(. | x, y_<t) || p_M)      along the same answer y, mean over t
 
-The last three are ours (docs/method.md, "What the model says"): they reach past the anchor to the output, so that
-components after it count too.
-All are differentiable, and every sweep and screen takes any of them. The anchor read along a model's own answer is
-one of them along given answers only, `Anchor.on(batch, answers)`: what is said depends on the patch.
-`engines.on_policy` measures that. A metric that agrees is not yet a behaviour: only a checker on generated text says
-that.
+The last three are ours (docs/method.md, "What the model says"). They read the output of the model, so components after
+the anchor count too. All four are differentiable, and every sweep and screen takes any of them.
+
+The on-policy score reads the anchor along a model's own answer. A patch may change that answer, so it is a `Metric`
+only once the answers are given: `Anchor.on(batch, answers)`. `engines.on_policy` does the rest.
+
+A metric that comes back is not yet a behaviour that comes back. Only a checker of generated text can tell.
 """
 
 from __future__ import annotations
@@ -53,13 +57,25 @@ class Metric:
     """A number for each prompt, read from one forward pass over fixed tokens; a pytree.
 
     Attributes:
-        tokens: what every model is given: prompts, or prompts and the expert's answers.
-        at: [B, S], the positions that are read.
-        weight: [B, S], how much each counts; 0 fills up.
-        readout: what is read there.
-        layer: 0-based block whose `resid_post` is read; later ones are not run (static).
-        name: "anchor", "response", "decision" or "kl", or what an on-policy sweep reads (static).
-        held: an edit of every model that holds it at a state, so that only what executes it counts; None for none.
+        tokens: the tokens that every model reads: prompts, or prompts followed by the expert's answers.
+        at: [B, S], token positions that are read.
+        weight: [B, S], weight of each position in the sum. Positions that only fill up the array have weight 0.
+        readout: turns the residual stream at a position into a number.
+        layer: 0-based layer whose `resid_post` is read. Later layers are not run (static).
+        name: "anchor", "response", "decision" or "kl"; "on_policy" along a model's own answer (static).
+        held: an edit that holds every model at a given state (see `Anchor.clamp_to`), or None. With it, only components
+            that act on that state count.
+
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> import wpjax as wp
+    >>> from wpjax.behaviours import Tokens
+    >>> from wpjax.metrics.readouts import Projection
+    >>> cfg = wp.ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16
+    >>> tokens = Tokens(np.array([[3, 1, 4], [1, 5, 0]]), np.array([3, 2]))  # two prompts, padded with 0
+    >>> last, first_coordinate = jnp.asarray(tokens.last[:, None]), Projection(jnp.eye(16)[0])
+    >>> metric = wp.Metric(tokens, last, jnp.ones((2, 1)), first_coordinate, layer=1, name="first coordinate")
+    >>> metric(cfg, wp.init_params(cfg, jax.random.key(0))).shape  # one number for each prompt
+    (2,)
     """
 
     tokens: Tokens
@@ -76,12 +92,14 @@ class Metric:
         return len(self.tokens.ids)
 
     def __call__(self, cfg: ModelConfig, params: Params) -> Float[Value, " B"]:
-        """F of each prompt; pure, so it composes with `jit`, `vmap` and `grad`. `params` may hold `Blend`s.
+        """F of each prompt.
 
-        Of `patching.secant_patch` it is a `Secant`: F of base and expert, and its change, linear in the units.
+        The function is pure, so it composes with `jit`, `vmap` and `grad`. `params` may hold `Blend`s, that is, be a
+        patched model. For parameters made by `patching.secant_patch` it returns a `Secant`: F of the base, F of the
+        expert, and the change from one to the other, which is linear in the units.
 
         Raises:
-            WpjaxError: a layer that the model does not have, or tokens beyond its context.
+            WpjaxError: the model has no such layer, or the tokens exceed its context.
         """
         if not 0 <= self.layer < cfg.n_layers:
             raise WpjaxError(
@@ -90,17 +108,18 @@ class Metric:
         return self.read(cfg, params, self.pick(self.run(cfg, params).resid))
 
     def run(self, cfg: ModelConfig, params: Params, edits: Sequence[Edit] = (), sites: tuple[Site, ...] = ()) -> Output:
-        """The forward pass that is read, up to the metric's layer; arguments as `forward` takes them."""
+        """The forward pass that the metric reads, up to its layer; arguments as in `models.decoder.forward`."""
         ids = jnp.asarray(self.tokens.ids)
         given = () if self.held is None else (self.held,)
         return forward(cfg, params, ids, stop=self.layer + 1, logits=False, edits=(*edits, *given), sites=sites)
 
     def pick(self, resid: Float[Value, "B T D"]) -> Float[Value, "B S D"]:
         """The residual stream at the positions that are read."""
+        # `ops.linear` also moves a `Secant`: picking is linear, so base, expert and change are picked alike.
         return ops.linear(lambda a: jnp.take_along_axis(a, jnp.asarray(self.at)[..., None], axis=1), resid)
 
     def read(self, cfg: ModelConfig, params: Params, picked: Float[Value, "B S D"]) -> Float[Value, " B"]:
-        """F from the residual stream at the positions that are read; `params` matter to logits only."""
+        """F from the residual stream at the positions that are read. `params` are used by readouts of logits only."""
         return (self.readout(cfg, params, picked) * self.weight).sum(-1)
 
     def take(self, rows: Int[Array, " N"]) -> Metric:
@@ -111,36 +130,50 @@ class Metric:
         return Metric(tokens, at, weight, self.readout.take(rows), self.layer, self.name, held)
 
     def reaches(self, component: Component) -> bool:
-        """Whether a component comes early enough to change the metric, and after a state that is held."""
+        """Whether a patch of a component can change the metric.
+
+        A component inside a layer must come no later than the layer that is read, and after a state that is held.
+        Embedding, final norm and unembedding belong to no layer.
+        """
         if KINDS[component.kind].in_layer:
             return self.first_layer <= component.layer <= self.layer
         return self.held is None if component.kind == "embed" else self.readout.reads_logits
 
     def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
-        """What a sweep needs of it: itself."""
+        """What a sweep needs to measure this metric: the metric itself, and nothing more."""
         return Prepared(self)
 
     @property
     def first_layer(self) -> int:
-        """The first layer that counts: 0, or the one after a state that is held."""
+        """The first layer whose components can change the metric: 0, or the layer after a state that is held."""
         return 0 if self.held is None else int(self.held.layer) + 1  # type: ignore[arg-type]
 
     @property
     def digest(self) -> str:
-        """A hash of everything that is measured, to tell one metric of a pair from another."""
-        found = hashlib.blake2b(f"{self.name} {self.layer}".encode(), digest_size=16)
-        # A reference model's weights are gigabytes, and its residual stream tells it as well.
+        """A hash of everything that the metric reads, to tell one metric of a pair from another."""
+        hasher = hashlib.blake2b(f"{self.name} {self.layer}".encode(), digest_size=16)
+        # `Divergence` holds a whole reference model. Hashing gigabytes is slow, and its residual stream identifies it.
         readout = self.readout.resid if isinstance(self.readout, Divergence) else self.readout
         for leaf in jax.tree.leaves((self.tokens, self.at, self.weight, readout, self.held)):
-            found.update(np.asarray(leaf).tobytes())
-        return found.hexdigest()
+            hasher.update(np.asarray(leaf).tobytes())
+        return hasher.hexdigest()
 
 
 PROMPTS_AT_ONCE = 16
+"""Prompts of one forward pass, at most."""
 
 
 def over_prompts(metric: Metric, run: Callable[[Metric], Any], axis: int = 0) -> Any:
-    """Run something on a metric of a few prompts at a time; see `map_batches`."""
+    """Run a function on the metric, a few prompts at a time; see `map_batches`.
+
+    Args:
+        metric: the metric on all prompts.
+        run: a function of the metric on some of the prompts. It returns a tree of arrays that have a prompt axis.
+        axis: the prompt axis of those arrays.
+
+    Returns:
+        the arrays of all prompts, on the host.
+    """
     return map_batches(len(metric), PROMPTS_AT_ONCE, lambda rows: run(metric.take(jnp.asarray(rows))), axis)
 
 
@@ -150,14 +183,27 @@ def _scores(cfg: ModelConfig, params: Params, metric: Metric) -> Float[Array, " 
 
 
 def scores(cfg: ModelConfig, params: Params, metric: Metric) -> Float[np.ndarray, " B"]:
-    """F of each prompt, a few at a time, on the host; one program serves all parameters and masks.
+    """F of each prompt as a NumPy array, computed for a few prompts at a time.
+
+    All models of one shape, and all masks of a patched model, run in one compiled program.
 
     Args:
-        cfg: the model.
-        params: may hold `Blend`s.
-        metric: what is measured.
+        cfg: architecture of the model.
+        params: its parameters; they may hold `Blend`s.
+        metric: the metric.
+
+    Returns:
+        [B], in the units of the metric.
+
+    >>> import wpjax as wp
+    >>> from wpjax.metrics.metric import scores
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> metric = wp.decision_metric(pair, task.encode(pair.tokenizer, n_prompts=4), max_new_tokens=8)
+    >>> gap = scores(pair.cfg, pair.expert, metric) - scores(pair.cfg, pair.base, metric)
+    >>> gap.shape, bool((gap > 0).all())
+    ((4,), True)
     """
-    return over_prompts(metric, lambda some: _scores(cfg, params, some))
+    return over_prompts(metric, lambda part: _scores(cfg, params, part))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -168,32 +214,45 @@ def _joint_scores(cfg: ModelConfig, params: Params, metrics: tuple[Metric, ...])
 
 
 def joint_scores(cfg: ModelConfig, params: Params, metrics: Sequence[Metric]) -> Float[np.ndarray, "M B"]:
-    """F of each prompt by several metrics, from one forward pass over the longest tokens among them.
+    """F of each prompt by several metrics, from as few forward passes as possible.
 
-    What a causal model does at a token does not depend on what follows, so a metric whose tokens begin another's can be
-    read there; one whose tokens do not, or that is given a state, has a pass of its own.
+    What a causal model computes at a token does not depend on later tokens. So a metric whose tokens are the beginning
+    of another metric's tokens can be read from the same pass. One pass runs over the longest tokens. A metric whose
+    tokens differ, or that holds the model at a state, has a pass of its own.
+
+    Args:
+        cfg: architecture of the model.
+        params: its parameters; they may hold `Blend`s.
+        metrics: M metrics on the same prompts.
     """
     longest = max((m for m in metrics if m.held is None), key=lambda m: m.tokens.ids.shape[1], default=None)
-    found: dict[int, Float[np.ndarray, " B"]] = {}
+    from_one_pass: dict[int, Float[np.ndarray, " B"]] = {}  # by the metric's number
     if longest is not None:
         joint = [i for i, m in enumerate(metrics) if m.held is None and _begins(m.tokens, longest.tokens)]
-        some = tuple(dataclasses.replace(metrics[i], tokens=longest.tokens) for i in joint)
+        same_tokens = tuple(dataclasses.replace(metrics[i], tokens=longest.tokens) for i in joint)
 
         def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "N M"]:
-            return _joint_scores(cfg, params, tuple(m.take(jnp.asarray(rows)) for m in some))
+            return _joint_scores(cfg, params, tuple(m.take(jnp.asarray(rows)) for m in same_tokens))
 
-        found = dict(zip(joint, map_batches(len(longest), PROMPTS_AT_ONCE, run).T, strict=True))
-    return np.stack([found[i] if i in found else scores(cfg, params, m) for i, m in enumerate(metrics)])
+        from_one_pass = dict(zip(joint, map_batches(len(longest), PROMPTS_AT_ONCE, run).T, strict=True))
+    return np.stack([from_one_pass[i] if i in from_one_pass else scores(cfg, params, m) for i, m in enumerate(metrics)])
 
 
 def _begins(short: Tokens, long: Tokens) -> bool:
+    """Whether every row of one is the beginning of that row of the other; padding does not count."""
     ids, n = np.asarray(short.ids), np.asarray(short.lengths)[:, None]
     same = ids == np.asarray(long.ids)[:, : ids.shape[1]]
     return bool((same | (np.arange(ids.shape[1]) >= n)).all() and (n <= np.asarray(long.lengths)[:, None]).all())
 
 
 def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Int[np.ndarray, " B"], name: str, seed: int = 0) -> None:
-    """Refuse to divide by a gap that may be zero.
+    """Refuse a gap that may be zero, as effects are divided by it.
+
+    Args:
+        gap: [B], metric of the expert minus that of the base, for each prompt.
+        queries: [B], index of each prompt's query.
+        name: name of the metric, for the message.
+        seed: seed of the bootstrap.
 
     Raises:
         MetricRejected: the 95 % interval of the mean gap reaches zero.
@@ -208,18 +267,20 @@ def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Int[np.ndarray, "
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a sweep needs of what it measures on a pair and some prompts.
+    """Everything a sweep needs to measure something on one pair and one batch of prompts.
+
+    A metric of fixed words needs only `metric`. The other fields are for the on-policy score.
 
     Attributes:
-        metric: what is read, along fixed words.
-        reached_by: a metric that is changed by all components that count (see `Metric.reaches`), if `metric` is not.
-        score: a function of a model's parameters that returns F of each prompt, [B]; None: `metric` along its words.
-        make_engine: a function of (components, finished parts, progress, placement) that returns the engine which
-            replaces components (see `engines.engine`); None: that of fixed words.
-        chooses_too: a function that returns one more metric whose first-order effects choose what is replaced after a
-            screen, or None; None: there is none.
-        columns: variables that the result has of it: dimension and values by name.
-        attributes: of the result.
+        metric: a metric along fixed words. Screens differentiate it.
+        reached_by: a metric whose `reaches` says which components can be swept; None for `metric` itself.
+        score: a function from a model's parameters to F of each prompt, [B]; None to read `metric`.
+        make_engine: a function of (components, finished parts, progress, placement) that returns the engine that
+            replaces components; None for the `engines.engine.Engine` of fixed words.
+        chooses_too: a function that returns one more metric, or None if there is none on these prompts. After a screen,
+            the first-order effects on that metric choose components to replace, too. None for no such metric.
+        columns: variables to add to the result: name -> (dimension, values).
+        attributes: attributes to add to the result.
     """
 
     metric: Metric
@@ -233,18 +294,19 @@ class Prepared:
 
 @runtime_checkable
 class Measure(Protocol):
-    """Anything that a sweep can measure: a `Metric`, an `Anchor`, an `OnPolicy`, or what has these two.
+    """Anything that a sweep can measure: a `Metric`, an `Anchor`, an `OnPolicy`, or any class with these two members.
 
     Attributes:
-        has_fixed_words: every model is read along the same words; not, if what is said depends on the patch.
+        has_fixed_words: True if every model is read along the same words. False if each model is read along what it
+            says itself, so that a patch may change the words.
     """
 
     has_fixed_words: ClassVar[bool]
 
     def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
-        """Make it ready for a pair and some prompts.
+        """Make everything that a sweep of this pair on these prompts needs.
 
         Raises:
-            WpjaxError: it does not fit them.
+            WpjaxError: the measure does not fit the pair or the prompts.
         """
         ...

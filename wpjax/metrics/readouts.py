@@ -1,6 +1,6 @@
-"""Readouts: how the residual stream at some positions becomes numbers. A new one is a class here.
+"""Readouts: how the residual stream at a position becomes a number. A new readout is a class here.
 
-Written with the operations of `models.ops` it serves the secant adjoint as well.
+Write it with the operations of `models.ops`; then the secant adjoint works for it too.
 """
 
 from __future__ import annotations
@@ -21,19 +21,25 @@ from wpjax.models.secant import Value
 
 @runtime_checkable
 class Readout(Protocol):
-    """How the residual stream at the positions that are read becomes numbers; a pytree."""
+    """Turns the residual stream at each position that is read into a number; a pytree."""
 
     @property
     def reads_logits(self) -> bool:
-        """Whether final norm and unembedding take part."""
+        """Whether the readout uses the final norm and the unembedding."""
         ...
 
     def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
-        """One number a position."""
+        """One number for each position.
+
+        Args:
+            cfg: architecture of the model.
+            params: parameters of the model that is read; only readouts of logits use them.
+            resid: [B, S, D], residual stream at the positions that are read.
+        """
         ...
 
     def take(self, rows: Int[Array, " N"]) -> Readout:
-        """The readout of some of the prompts."""
+        """The same readout for some of the prompts."""
         ...
 
 
@@ -43,7 +49,7 @@ class Projection:
     """Projection on a direction, in full float32 on every device.
 
     Attributes:
-        vector: [D].
+        vector: [D], the direction; `Anchor` uses a unit vector.
     """
 
     vector: Float[Array, " D"]
@@ -55,20 +61,21 @@ class Projection:
 
     def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
         """<r, v>, in the units of the residual stream."""
+        # Accelerators multiply float32 in lower precision by default; small effects would drown in that.
         return ops.linear(lambda a: jnp.matmul(a, self.vector, precision=jax.lax.Precision.HIGHEST), resid)
 
     def take(self, rows: Int[Array, " N"]) -> Projection:
-        """The same for every prompt."""
+        """Itself: the direction is the same for every prompt."""
         return self
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogProb:
-    """Log-probability, in nats, of a token.
+    """Log-probability, in nats, of the next token.
 
     Attributes:
-        tokens: [B, S], the token that follows each position.
+        tokens: [B, S], token after each position.
     """
 
     tokens: Int[Array, "B S"]
@@ -91,11 +98,14 @@ class LogProb:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogOdds:
-    """Log-odds, in nats, of one token against another; the vocabulary is never multiplied out.
+    """Log-odds, in nats, of one next token against another.
+
+    The difference of two log-probabilities is the difference of two logits, so only those two are computed and never
+    the logits of the whole vocabulary.
 
     Attributes:
-        tokens: [B, S], the token that counts for it.
-        foils: [B, S], the token that counts against it.
+        tokens: [B, S], token whose log-probability counts positively.
+        foils: [B, S], token whose log-probability counts negatively.
     """
 
     tokens: Int[Array, "B S"]
@@ -107,22 +117,22 @@ class LogOdds:
         return True
 
     def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
-        """<norm(r), W_U[:, token] - W_U[:, foil]>, see `Decoder.log_odds`."""
+        """<norm(r), W_U[:, token] - W_U[:, foil]>; see `Decoder.log_odds`."""
         return decoder(cfg, params).log_odds(resid, self.tokens, self.foils)
 
     def take(self, rows: Int[Array, " N"]) -> LogOdds:
-        """The tokens of some prompts."""
+        """Tokens and foils of some prompts."""
         return LogOdds(self.tokens[rows], self.foils[rows])
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens"], meta_fields=["margin"])
 @dataclasses.dataclass(frozen=True)
 class TokensUnchanged:
-    """Whether a token is surely the first choice; without a slope.
+    """Whether a model would surely choose a token greedily: 1 or 0, so its gradient is zero.
 
     Attributes:
-        tokens: [B, S], the token that follows each position.
-        margin: by how much, in nats, its logit must exceed every other (static).
+        tokens: [B, S], token after each position.
+        margin: amount, in nats, by which the token's logit must exceed every other logit (static).
     """
 
     tokens: Int[Array, "B S"]
@@ -134,11 +144,11 @@ class TokensUnchanged:
         return True
 
     def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
-        """1 or 0."""
+        """1 where the token is chosen with the margin, otherwise 0."""
         logits = decoder(cfg, params).logits(resid)
-        mine = jnp.arange(logits.shape[-1]) == self.tokens[..., None]
-        best, other = (jnp.where(some, logits, -jnp.inf).max(-1) for some in (mine, ~mine))
-        return (best > other + self.margin).astype(jnp.float32)
+        is_token = jnp.arange(logits.shape[-1]) == self.tokens[..., None]  # [B, S, V]
+        own, other = (jnp.where(chosen, logits, -jnp.inf).max(-1) for chosen in (is_token, ~is_token))
+        return (own > other + self.margin).astype(jnp.float32)
 
     def take(self, rows: Int[Array, " N"]) -> TokensUnchanged:
         """The tokens of some prompts."""
@@ -148,11 +158,13 @@ class TokensUnchanged:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """How near next-token distributions are to those of a reference model, in nats; 0 is equal.
+    """Minus the KL divergence of the model's next-token distribution from a reference model's, in nats.
+
+    It is 0 where the two are equal, and negative elsewhere.
 
     Attributes:
-        resid: [B, S, D], the reference's residual stream after its last layer.
-        params: the reference's parameters; its final norm and unembedding are used.
+        resid: [B, S, D], residual stream of the reference after its last layer.
+        params: parameters of the reference, whose final norm and unembedding are used.
     """
 
     resid: Float[Array, "B S D"]
@@ -164,11 +176,11 @@ class Divergence:
         return True
 
     def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
-        """-KL(reference || model)."""
+        """-KL(reference || model) = -sum_v p_v (log p_v - log q_v); p: reference, q: model."""
         log_p = ops.log_softmax(decoder(cfg, self.params).logits(self.resid))
         log_q = ops.log_softmax(decoder(cfg, params).logits(resid))
         return -(jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
     def take(self, rows: Int[Array, " N"]) -> Divergence:
-        """The reference on some prompts."""
+        """The reference's residual stream on some prompts."""
         return Divergence(self.resid[rows], self.params)
