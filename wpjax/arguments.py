@@ -28,7 +28,7 @@ class Setting:
         choices: function that returns the values allowed, where the list is known at run time only.
         separator: text between the values of a tuple on the command line; empty: the option is repeated.
         option: name of the option, say "--json"; empty: made from the argument's name.
-        is_of_sweep: whether the function `sweep` takes the argument too, under the same name.
+        passed_to_sweep: whether the function `sweep` takes the argument too, under the same name.
     """
 
     help: str | Callable[[], str]
@@ -37,7 +37,7 @@ class Setting:
     choices: Callable[[], tuple[str, ...]] | None = None
     separator: str = ""
     option: str = ""
-    is_of_sweep: bool = False
+    passed_to_sweep: bool = False
 
     @property
     def text(self) -> str:
@@ -106,7 +106,7 @@ Dtype = Annotated[
         "weights alone: it keeps 16 bits of each activation, at twice the operations."
     ),
 ]
-Seed = Annotated[int, Setting("Seed of everything random.", least=0, most=2**32 - 1, is_of_sweep=True)]
+Seed = Annotated[int, Setting("Seed of everything random.", least=0, most=2**32 - 1, passed_to_sweep=True)]
 NPrompts = Annotated[int, Setting("Most prompts to use.", least=4)]
 Overwrite = Annotated[bool, Setting("Replace files that exist.")]
 Resume = Annotated[bool, Setting("Go on with a run that was interrupted.")]
@@ -128,7 +128,7 @@ def _metric_names() -> tuple[str, ...]:
 class SweepConfig:
     """The arguments of a study (see `run_study`). The `Setting` of each says what it is for, as `--help` does.
 
-    >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", Path("title.nc"), method="exact")
+    >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", "title.nc", method="exact")
     >>> config.n_prompts
     64
     >>> config.check()  # no error: nothing is in the way
@@ -162,7 +162,7 @@ class SweepConfig:
             "Kinds of components, comma-separated: head, kv_group, neuron, attn, mlp, layer, norm, embed, unembed, "
             "final_norm. The last two come after every anchor, so they need another metric.",
             separator=",",
-            is_of_sweep=True,
+            passed_to_sweep=True,
         ),
     ] = ("head", "kv_group", "neuron")
     components: Annotated[
@@ -170,21 +170,23 @@ class SweepConfig:
         Setting(
             "Names to sweep instead of whole kinds, comma-separated: L3.head.5,L4.mlp.",
             separator=",",
-            is_of_sweep=True,
+            passed_to_sweep=True,
         ),
     ] = None
-    method: Annotated[str, Setting(described, choices=_method_names, is_of_sweep=True)] = "screen+exact"
+    method: Annotated[str, Setting(described, choices=_method_names, passed_to_sweep=True)] = "screen+exact"
     top: Annotated[
         int,
         Setting(
             "After a screen: how many components of each kind are replaced. In a race: how many of each kind can win.",
             least=1,
-            is_of_sweep=True,
+            passed_to_sweep=True,
         ),
     ] = 512
     confidence: Annotated[
         float,
-        Setting("In a race: probability that none of the true top is lost.", least=0.5, most=0.9999, is_of_sweep=True),
+        Setting(
+            "In a race: probability that none of the true top is lost.", least=0.5, most=0.9999, passed_to_sweep=True
+        ),
     ] = 0.95
     stratum: Annotated[
         int,
@@ -192,13 +194,13 @@ class SweepConfig:
             "After a screen: how many of the other components of each kind are replaced too, chosen at random, to see "
             "what the screen missed.",
             least=0,
-            is_of_sweep=True,
+            passed_to_sweep=True,
         ),
     ] = 64
     n_masks: Annotated[
         int,
         Setting(
-            "With --method masks: random sets at each share of components (.1, .5, .9).", least=8, is_of_sweep=True
+            "With --method masks: random sets at each share of components (.1, .5, .9).", least=8, passed_to_sweep=True
         ),
     ] = 256
     set_score: Annotated[
@@ -222,15 +224,24 @@ class SweepConfig:
     ignore_config: IgnoreConfig = ()
     overwrite: Overwrite = False
 
+    def __post_init__(self) -> None:
+        for arg in arguments_of(type(self)):
+            value, kinds = getattr(self, arg.name), (arg.type, *typing.get_args(arg.type))
+            if isinstance(value, str) and Path in kinds:  # text will do for a path
+                object.__setattr__(self, arg.name, Path(value))
+            elif isinstance(value, str) and arg.setting.separator:  # and for several names, as on the command line
+                names = tuple(part.strip() for part in value.split(arg.setting.separator) if part.strip())
+                object.__setattr__(self, arg.name, names)
+
     @property
     def reads_anchor(self) -> bool:
         """Whether the metric is read along an anchor."""
         return check_metric(self.metric).reads_anchor
 
     @property
-    def of_sweep(self) -> dict[str, Any]:
+    def sweep_arguments(self) -> dict[str, Any]:
         """The arguments of the function `sweep`, by name."""
-        return {arg.name: getattr(self, arg.name) for arg in arguments_of(SweepConfig) if arg.setting.is_of_sweep}
+        return {arg.name: getattr(self, arg.name) for arg in arguments_of(SweepConfig) if arg.setting.passed_to_sweep}
 
     def check(self) -> None:
         """Refuse what cannot work, before any work is done.

@@ -109,7 +109,7 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
             budget=None if config.memory_mb is None else int(config.memory_mb * 2**20),
             done=shards,
             progress=progress,
-            **config.of_sweep,
+            **config.sweep_arguments,
         )
     if measured.differs:
         result.dataset.attrs["behaviour_differs"] = measured.differs
@@ -187,7 +187,7 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
         "metric": [config.metric, measured.metric.digest, answer_length],
         "given": None if measured.given is None else measured.given.metric(pair, batch).digest,
         "dtype": config.dtype,
-        **config.of_sweep,
+        **config.sweep_arguments,
     }
 
 
