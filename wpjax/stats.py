@@ -77,6 +77,7 @@ def resample(queries: Int[np.ndarray, " B"], n_resamples: int = 1000, seed: int 
     """
     distinct, member = np.unique(queries, return_inverse=True)
     n = len(distinct)
+    # How often each query is drawn is multinomial; every phrasing of a query counts that often.
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
     return Resamples(draws[:, member].astype(np.float64), n)
 

@@ -184,6 +184,7 @@ class Behaviour:
         """
         if split not in SPLITS:
             raise BehaviourError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
+        # Always the same shuffle, so that no query is ever in two splits.
         queries = sorted({p.query for p in self.pairs})
         random.Random(0).shuffle(queries)
         of_split = queries[SPLITS.index(split) :: len(SPLITS)]
@@ -330,6 +331,7 @@ def _from_file(path: Path, checker: str | None) -> Behaviour:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise BehaviourError(f"{path}: cannot be read ({error})") from error
+    # Lines with the same query are phrasings of it and share its index.
     queries: dict[str, int] = {}
     pairs = [_parse_line(path, i + 1, line, queries) for i, line in enumerate(lines) if line.strip()]
     if len(queries) < MIN_QUERIES:

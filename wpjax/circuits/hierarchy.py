@@ -86,6 +86,7 @@ def significant(result: SweepResult, n: int) -> list[int]:
     effect = np.nan_to_num(data["effect"].values, nan=-np.inf)
     kinds = data["kind"].values.astype(str)
     fine = np.isin(kinds, FINEST)
+    # A component without a q-value (NaN) was not replaced, so it is never sure.
     sure = (effect > 0) & (np.nan_to_num(data["q_value"].values, nan=1.0) < 0.05) & ~data["below_noise_floor"].values
     usable = sure & (fine if fine.any() else True)
     if data.attrs["metric"] == "on_policy":  # components after the anchor act only by changing the words: no sources

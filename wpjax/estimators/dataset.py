@@ -73,6 +73,7 @@ def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls,
     for name, share in found.shares.items():
         values |= dict(zip((name, *_column(name).bounds), share, strict=True))
     values |= job.engine.columns
+    # The paper's figure: the mean over prompts of each prompt's ratio, where the effect is the ratio of means.
     values["effect_paper"] = np.where(exact, (delta / gap).mean(1), np.nan)
     # Tests are of the most trustworthy column that was measured: weight patches or, without them, activation patches.
     measured = [column.name for column in rankings() if column.is_tested and column.name in found.changes]
@@ -88,7 +89,7 @@ def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls,
     screens = [name for name in effect_estimates() if name in found.chosen_by]
     if screens and exact.any():
         values["screen_error"] = values[screens[0]] - values[EFFECT]
-    best = effect_or_estimate(values)
+    best = effect_or_estimate(values)  # for the sum of single effects: exact where it was measured, else estimated
     floor = np.array([controls.floor.get(kind, np.nan) for kind in kinds])
     values |= {
         "exact": exact,

@@ -155,6 +155,7 @@ def estimate_and_replace(job: Job) -> Found:
             choosing.append(output_linearised(pair.cfg, pair.base, pair.expert, job.components, second))
         positions, sampled = job.choose(choosing)
     plan, cells, flow = job.replace(positions)
+    # In the result, changes by weight patches are the column `effect`; other cells have columns of their own names.
     changes = {EFFECT if cell == "exact" else cell: delta for cell, delta in cells.items()}
     return Found(estimates | changes, plan=plan, flow=flow, sampled=sampled, chosen_by=tuple(estimates))
 

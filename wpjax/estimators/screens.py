@@ -250,7 +250,7 @@ def linearised_by_kind(
     ids = jnp.asarray(metric.tokens.ids)
     packed = Packed.side_by_side(len(ids), ids.shape[1], n_shared)
     is_exact = host["embed"]["W_E"].dtype == jnp.float32
-    any_layer = block(cfg, take_layer(host["blocks"], 0))
+    any_layer = block(cfg, take_layer(host["blocks"], 0))  # all layers have the same sites
     # An edit that adds 0 at a site, or multiplies by 1, changes nothing. The gradient in that 0 or 1 is the slope.
     shape = (n_layers, *ids.shape, cfg.d_model)
     edits = {site: Edit(site, Add(jnp.zeros(shape, jnp.float32))) for site in _slopes_at(any_layer, kinds)}
@@ -271,9 +271,10 @@ def linearised_by_kind(
         return result[0].score.sum(), result
 
     slopes, (own, picked) = jax.grad(score, has_aux=True)(edits)
-    # The gradient has the structure of the edits; the one array of an operation is the slope at its site.
+    # The gradient has the structure of the edits. The one array of an operation is the slope there, [A, B, T, D].
     slopes = {site: jax.tree.leaves(edit.operation)[0] for site, edit in slopes.items()}
     by_factor = [slopes.pop(site)[:, :, 0] if is_exact else None for site in (Site.Z, Site.NEURON)]
+    # [A, B, H, 1] -> [A, B, H]; neurons are [A, B, F] already.
     by_head, by_neuron = by_factor[0] if by_factor[0] is None else by_factor[0][..., 0], by_factor[1]
     runs = own, run(donor)[0] if inputs == "donor" else None
 

@@ -136,6 +136,7 @@ def sweep(
     read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
     gap = (expert_score - base_score).astype(np.float64)
+    # Effects are shares of the gap, so a sweep of a gap that may be zero is refused before any work is done.
     expect_positive_gap(gap, batch.queries, f"the {prepared.metric.name} metric of {batch.behaviour}", seed)
     job = Job(
         chosen_method, pair, prepared, swept, batch.queries, gap,
@@ -154,7 +155,7 @@ def _controls(job: Job, found: Found) -> Controls:
     nulls: dict[str, dict[str, float]] = {}
     if found.plan is not None:
         floor = job.engine.noise_floor(found.plan, job.gap, job.seed)
-        if EFFECT in found.changes:
+        if EFFECT in found.changes:  # nulls are of weight patches
             nulls = job.engine.nulls(found.plan, job.gap, job.seed)
     return Controls(_coverage(job.engine, job.components, job.gap, job.budget, job.progress), floor, nulls)
 

@@ -52,7 +52,7 @@ class Judge:
             layer: 0-based layer.
         """
         prompts, stop = self.batch.with_instruction, self.pair.stop_tokens
-        start = jnp.asarray(prompts.last)
+        start = jnp.asarray(prompts.last)  # the edit holds from this position of each prompt on
         edits = () if clamp is None else (Edit(Site.RESID_POST, clamp, jnp.asarray(layer), start),)
         return generate_batched(self.pair.cfg, params, *prompts, stop, self.max_new_tokens, edits=edits)
 

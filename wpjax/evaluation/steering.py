@@ -72,7 +72,7 @@ def steering_tests(
     def answered(params: Params, layer: int, write: np.ndarray, target: float) -> Generation:
         """Answers with h += (target - <h, u>) write after a layer."""
         nonlocal n_done
-        read = jnp.asarray(unit[layer], jnp.float32)
+        read = jnp.asarray(unit[layer], jnp.float32)  # u; `write` is u too, or a random direction
         clamp = ClampTo(read, jnp.asarray(write, jnp.float32), jnp.asarray(target, jnp.float32))
         answers = judge.answers(params, clamp, layer)
         n_done += 1

@@ -130,6 +130,7 @@ def orders(
     names = dict.fromkeys((by, result.ranking, patched, "delta_norm"))
     values = {name: with_fallback[name]() if name in with_fallback else result.values(name) for name in names}
     values |= {f"random {i + 1}": rng.standard_normal(len(components)) for i in range(n_random)}
+    # Components without a value come last; of equal ones the first in the result comes first.
     return {
         name: [components[i] for i in np.argsort(-np.nan_to_num(v, nan=-np.inf), kind="stable")]
         for name, v in values.items()
@@ -173,6 +174,7 @@ def activation_values(
     else:
         raise WpjaxError("the result lacks the anchor that was swept on: sweep again")
     change = output_linearised(pair.cfg, pair.base, pair.expert, components, metric, inputs="donor").mean(1)
+    # A component that cannot change the metric ranks below one that makes it worse.
     return np.where([metric.reaches(c) for c in components], change / float(attrs["gap_mean"]), -np.inf)
 
 

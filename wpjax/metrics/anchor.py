@@ -317,6 +317,7 @@ class Anchor:
         if len(metric) != len(batch):
             raise WpjaxError(f"the metric has {len(metric)} prompts, the batch {len(batch)}; make it on this batch")
         state = scores(pair.cfg, pair.expert, self.metric(pair, batch)).mean()
+        # Read and write along the same unit vector: the projection becomes the target, all else stays as it is.
         vector = jnp.asarray(self.vector)
         clamp = ClampTo(vector, vector, jnp.asarray(state, jnp.float32))
         start = jnp.asarray(batch.with_instruction.last)

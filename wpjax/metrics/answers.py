@@ -30,6 +30,7 @@ def with_answers(tokens: Tokens, answers: Generation) -> Tokens:
     """
     n_prompt, n_new = np.asarray(tokens.lengths), np.asarray(answers.lengths)
     ids = np.zeros((len(n_prompt), tokens.ids.shape[1] + answers.tokens.shape[1]), np.int32)
+    # Each answer begins where its prompt ends, so its padding moves behind the answer.
     for row, prompt, new, n, m in zip(ids, tokens.ids, np.asarray(answers.tokens), n_prompt, n_new, strict=True):
         row[:n], row[n : n + m] = prompt[:n], new[:m]
     return Tokens(ids, (n_prompt + n_new).astype(np.int32))
@@ -144,6 +145,7 @@ def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers:
     (True, True)
     """
     metric = response_metric(pair, batch, max_new_tokens, answers)
+    # Tokens, positions and weights are those of the response; the readout compares with the expert's own stream.
     resid = jnp.asarray(over_prompts(metric, lambda part: _picked(pair.cfg, pair.expert, part)))
     return dataclasses.replace(metric, readout=Divergence(resid, pair.expert), name="kl")
 

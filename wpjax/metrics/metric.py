@@ -66,16 +66,15 @@ class Metric:
         held: an edit that holds every model at a given state (see `Anchor.clamp_to`), or None. With it, only components
             that act on that state count.
 
-    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> import jax.numpy as jnp
     >>> import wpjax as wp
-    >>> from wpjax.behaviours import Tokens
     >>> from wpjax.metrics.readouts import Projection
-    >>> cfg = wp.ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16
-    >>> tokens = Tokens(np.array([[3, 1, 4], [1, 5, 0]]), np.array([3, 2]))  # two prompts, padded with 0
-    >>> last, first_coordinate = jnp.asarray(tokens.last[:, None]), Projection(jnp.eye(16)[0])
-    >>> metric = wp.Metric(tokens, last, jnp.ones((2, 1)), first_coordinate, layer=1, name="first coordinate")
-    >>> metric(cfg, wp.init_params(cfg, jax.random.key(0))).shape  # one number for each prompt
-    (2,)
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> prompts = task.encode(pair.tokenizer, n_prompts=4).with_instruction
+    >>> last, first_coordinate = jnp.asarray(prompts.last[:, None]), Projection(jnp.eye(pair.cfg.d_model)[0])
+    >>> metric = wp.Metric(prompts, last, jnp.ones((4, 1)), first_coordinate, layer=1, name="first coordinate")
+    >>> metric(pair.cfg, pair.base).shape  # one number for each prompt
+    (4,)
     """
 
     tokens: Tokens
@@ -124,6 +123,7 @@ class Metric:
 
     def take(self, rows: Int[Array, " N"]) -> Metric:
         """The same metric on some of the prompts."""
+        # `rows` may be traced, so everything that is indexed has to be a JAX array.
         tokens = Tokens(jnp.asarray(self.tokens.ids)[rows], jnp.asarray(self.tokens.lengths)[rows])
         at, weight = jnp.asarray(self.at)[rows], jnp.asarray(self.weight)[rows]
         held = None if self.held is None else self.held.take(rows)
@@ -209,6 +209,7 @@ def scores(cfg: ModelConfig, params: Params, metric: Metric) -> Float[np.ndarray
 @functools.partial(jax.jit, static_argnames="cfg")
 def _joint_scores(cfg: ModelConfig, params: Params, metrics: tuple[Metric, ...]) -> Float[Array, "B M"]:
     ids, stop = jnp.asarray(metrics[0].tokens.ids), 1 + max(m.layer for m in metrics)
+    # The stream after every layer, [L, B, T, D], as metrics may read different layers.
     resid = forward(cfg, params, ids, stop=stop, logits=False, sites=(Site.RESID_POST,)).sites[Site.RESID_POST]
     return jnp.stack([m.read(cfg, params, m.pick(resid[m.layer])) for m in metrics], axis=1)
 
@@ -228,6 +229,7 @@ def joint_scores(cfg: ModelConfig, params: Params, metrics: Sequence[Metric]) ->
     longest = max((m for m in metrics if m.held is None), key=lambda m: m.tokens.ids.shape[1], default=None)
     from_one_pass: dict[int, Float[np.ndarray, " B"]] = {}  # by the metric's number
     if longest is not None:
+        # Positions that a metric reads stay valid in the longer tokens, as prompts are padded on the right.
         joint = [i for i, m in enumerate(metrics) if m.held is None and _begins(m.tokens, longest.tokens)]
         same_tokens = tuple(dataclasses.replace(metrics[i], tokens=longest.tokens) for i in joint)
 
