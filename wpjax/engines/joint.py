@@ -207,7 +207,8 @@ def scores_of_sets(
     >>> from wpjax.metrics.readouts import Projection
     >>> from wpjax.models.decoder import init_params
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, 2 KV groups
-    >>> host, donor = (init_params(cfg, jax.random.key(seed)) for seed in (0, 1))
+    >>> host = init_params(cfg, jax.random.key(0))
+    >>> donor = jax.tree.map(lambda w: 1.5 * w, host)
     >>> tokens, last = Tokens(jnp.arange(8).reshape(2, 4), jnp.array([4, 4])), jnp.full((2, 1), 3)
     >>> metric = Metric(tokens, last, jnp.ones((2, 1)), Projection(jnp.ones(16) / 4), 1, "anchor")  # reads layer 1
     >>> masks = [PatchMask.of(cfg, names) for names in (["L0.head.1", "L1.mlp"], ["L1"])]

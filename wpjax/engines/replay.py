@@ -311,7 +311,8 @@ def replay(
     >>> from wpjax.engines.packing import pack
     >>> from wpjax.models.decoder import init_params
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, 2 KV groups
-    >>> host, donor = (init_params(cfg, jax.random.key(seed)) for seed in (0, 1))
+    >>> host = init_params(cfg, jax.random.key(0))
+    >>> donor = jax.tree.map(lambda w: 1.5 * w, host)
     >>> tokens, last = Tokens(jnp.arange(8).reshape(2, 4), jnp.array([4, 4])), jnp.full((2, 1), 3)
     >>> metric = Metric(tokens, last, jnp.ones((2, 1)), Projection(jnp.ones(16) / 4), 1, "anchor")  # reads layer 1
     >>> packing, heads = pack(metric), jnp.array([0, 3])  # two patches: heads 0 and 3 of layer 0
