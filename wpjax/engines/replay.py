@@ -306,21 +306,7 @@ def replay(
             row. Rounding depends on the shape of a batch, so the host's run in a program of its own may differ
             (static).
 
-    >>> import jax, jax.numpy as jnp
-    >>> from wpjax.behaviours import Tokens
-    >>> from wpjax.engines.packing import pack
-    >>> from wpjax.models.decoder import init_params
-    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, 2 KV groups
-    >>> host = init_params(cfg, jax.random.key(0))
-    >>> donor = jax.tree.map(lambda w: 1.5 * w, host)
-    >>> tokens, last = Tokens(jnp.arange(8).reshape(2, 4), jnp.array([4, 4])), jnp.full((2, 1), 3)
-    >>> metric = Metric(tokens, last, jnp.ones((2, 1)), Projection(jnp.ones(16) / 4), 1, "anchor")  # reads layer 1
-    >>> packing, heads = pack(metric), jnp.array([0, 3])  # two patches: heads 0 and 3 of layer 0
-    >>> runs = run_packed(cfg, host, metric, packing), None
-    >>> layer, step, seeds = jnp.asarray(0), jnp.asarray(0.0), jnp.zeros(2, jnp.uint32)
-    >>> done = replay(cfg, "head", host, donor, runs, metric, packing, layer, step, heads, seeds)
-    >>> done.change.shape, done.flow.shape  # [P, B] and [P, U]
-    ((2, 2), (2, 11))
+    `engines.exact.exact_changes` is the way to call it, with an example.
     """
     run = runs[0]
     # Three cases say what `rows` are, the streams with a patch, and from where on the host's layers run:
