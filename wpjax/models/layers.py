@@ -47,7 +47,7 @@ def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
 
 
 def _leaf(param: nnx.Param) -> Leaf:
-    """What a parameter holds: an array or another leaf. Flax's own operators would take it for an array."""
+    """What a parameter holds: an array or a `CustomLeaf`."""
     return param.get_value()
 
 
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         seen: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Value, "B T H Dh"]:
         """Each head's mix of values: softmax(scale q k) v; arguments as in `ops.attention`."""
-        # With split activations these products have no weight to take a dtype from, so they stay in float32.
+        # Two numbers an activation (bfloat16x2) are for precision, so attention is in float32 there.
         dtype = jnp.float32 if self.cfg.activation_splits > 1 else _leaf(self.W_O).dtype
         return ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, dtype)
 
