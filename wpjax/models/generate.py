@@ -101,7 +101,7 @@ def generate(
         return one.resid_post, (jnp.pad(one.k, room), jnp.pad(one.v, room))
 
     def extend(x: Array, layer: Any, at: Int[Array, " B"]) -> tuple[Array, tuple[Array, Array]]:
-        """One new token of each row through one layer; `at` is its position, where the cache takes its key and value."""
+        """One token of each row through one layer; its key and value enter the cache at its position `at`."""
         params, number, k_cache, v_cache = layer
         one = block(cfg, params)(x, Cached(at, k_cache, v_cache), edits=edits, layer=number)
         return one.resid_post, one.seen
