@@ -53,7 +53,7 @@ class Family:
         ignored: HF attributes that do not change the forward pass.
         tensors: a rule for every tensor. A rule does not apply if the configuration has no such leaf (a bias, say).
         skipped: suffixes of tensors that hold no parameters.
-        rotary: whether positions are rotary, as HF's `rope_parameters` say.
+        rotary: whether positions are rotary. If so, HF's `rope_parameters` say how.
         partly_rotary: whether the attribute `partial_rotary_factor` says how much of a head is rotated.
         rotary_attributes: attributes that say something of rotary positions, older names included. transformers merges
             these into `rope_parameters`.
