@@ -285,7 +285,12 @@ def save_checkpoint(
     Raises:
         OutputError: the folder exists already, or cannot be written.
 
-    `load_checkpoint` has an example.
+    >>> import tempfile
+    >>> import wpjax as wp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     wp.save_checkpoint(f"{folder}/model", wp.load_model("tiny:base"))
+    ...     Path(folder, "model", "model.safetensors").exists()
+    True
     """
     cfg = checkpoint.cfg
     dtype = str(checkpoint.params["embed"]["W_E"].dtype)

@@ -41,7 +41,7 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     Raises:
         ConfigError: the family or an attribute is unknown, or a value is missing, impossible or not implemented.
 
-    >>> raw = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "vocab_size": 50, "n_positions": 64}
+    >>> raw = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "vocab_size": 50257, "n_positions": 64}
     >>> cfg = parse_config(raw, "config.json")
     >>> cfg.n_layers, cfg.d_mlp, cfg.norm
     (2, 64, 'layer')
@@ -167,7 +167,7 @@ def _is_rope_value(name: str, value: Any) -> bool:
     """Whether a rotary option has a possible value.
 
     That is a positive number for most options, a list of these for factors by dimension, and a boolean for `truncate`.
-    Some scales may also be 0, which switches them off.
+    A few may also be 0, which counts as not given.
     """
     if name == "truncate":
         return isinstance(value, bool)
