@@ -1,7 +1,7 @@
 """A method in one file: what it is called, what column it makes, and the step that does it. `test_methods` uses it.
 
 A component's value is the size of its change times the sign of its first-order effect. To be found by `wpjax sweep`
-without an import of one's own, such a file is put into `wpjax/estimators/`.
+without an import of one's own, such a file is put into `wpjax/methods/`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Components: their kinds, names and enumeration, and which slice of which leaf each one owns.
+"""Components, the parts of a model that are patched: their kinds, their names, and which weights each one owns.
 
-Every parameter belongs to exactly one *unit*, the finest unit that can be patched on its own (arXiv 2604.13694
-for heads and neurons; the other units are ours, so that all parameters are covered):
+Every parameter belongs to exactly one *unit*. A unit is the finest piece that can be patched on its own. Heads and
+neurons are those of arXiv 2604.13694; the other units are ours, so that all parameters are covered:
 
     head[l, h]         W_Q[:, h, :]  W_O[h, :, :]  b_Q[h, :]
     kv_group[l, k]     W_K[:, k, :]  W_V[:, k, :]  b_K[k, :]  b_V[k, :]
@@ -10,8 +10,11 @@ for heads and neurons; the other units are ours, so that all parameters are cove
     mlp_bias[l]        b_out, shared by all neurons
     norm_attn[l]  norm_mlp[l]  norm_attn_out[l]  norm_mlp_out[l]  embed  unembed  final_norm
 
-A component is a set of units. To add a kind, add an entry to `KINDS` (and to `models.parameters`, if it owns leaves
-that no unit has yet): names, masks, patches and exact sweeps follow from the two tables.
+Units with a second index have *channels*: the heads, KV groups or neurons of a layer.
+
+A component is a set of units or of their channels. To add a kind of component, add an entry to `KINDS`; if it owns
+leaves that no unit has yet, add these to `models.parameters`. Names, masks, patches and exact sweeps follow from the
+two tables.
 """
 
 from __future__ import annotations
@@ -34,25 +37,33 @@ from wpjax.models.parameters import PARAMETERS
 
 
 class Owner(NamedTuple):
-    """The unit that owns a leaf, and the axis of one layer's leaf that the unit's channels run along."""
+    """Who owns a leaf of the parameter tree.
+
+    Attributes:
+        unit: the unit.
+        axis: the axis of the unit's channels in one layer's leaf; None if the unit has no channels.
+    """
 
     unit: str
     axis: int | None = None
 
 
 LEAVES: Mapping[str, Owner] = MappingProxyType({path: Owner(p.unit, p.channel_axis) for path, p in PARAMETERS.items()})
+"""Path of a leaf, such as "blocks/attn/W_Q" -> its owner."""
 
 
 class Kind(NamedTuple):
     """A kind of component.
 
     Attributes:
-        units: the units it opens.
-        opens: "channel": component i of a layer opens channel i of its one unit; "all": the one component of a
-            layer (or of the model) opens all of them; "part": component i of a layer opens the i-th, and is named
-            by `parts[i]`.
-        parts: names, for "part".
-        in_layer: whether it belongs to a layer or to the model.
+        units: the units that its components open.
+        opens: how they divide the units among them.
+
+            - "channel": component i of a layer opens channel i of the one unit, as a head does.
+            - "all": a layer (or the model) has one component, which opens all units, as an MLP does.
+            - "part": component i of a layer opens the i-th unit and is named `parts[i]`, as a norm is.
+        parts: names of the parts; empty unless `opens` is "part".
+        in_layer: true if its components belong to a layer, false if they belong to the model.
     """
 
     units: tuple[str, ...]
@@ -79,14 +90,24 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "final_norm": Kind(("final_norm",), in_layer=False),
     }
 )
+"""Every kind of component, by name."""
 
 MODEL_LAYER = -1
-"""The `layer` of components that belong to the model, not to a layer."""
+"""`Component.layer` of components that belong to the model, not to a layer."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Component:
-    """One component: its kind, its layer (`MODEL_LAYER` if it has none) and its index among its kind there."""
+    """One component.
+
+    Attributes:
+        kind: its kind, a key of `KINDS`.
+        layer: 0-based number of its layer; `MODEL_LAYER` if it belongs to the model.
+        index: its number among the components of its kind in that layer, from 0 on.
+
+    >>> Component("head", 3, 5).name, Component("mlp", 3).name, Component("norm", 3, 0).name
+    ('L3.head.5', 'L3.mlp', 'L3.norm.attn')
+    """
 
     kind: str
     layer: int = MODEL_LAYER
@@ -94,7 +115,7 @@ class Component:
 
     @property
     def name(self) -> str:
-        """As on the command line: `L3.head.5`, `L3.norm.attn`, `L3.mlp`, `L3`, `embed`."""
+        """Its name, as on the command line: `L3.head.5`, `L3.norm.attn`, `L3.mlp`, `L3` (a layer), `embed`."""
         kind = KINDS[self.kind]
         if not kind.in_layer:
             return self.kind
@@ -105,13 +126,20 @@ class Component:
 
 
 def unit_names() -> tuple[str, ...]:
-    """Every unit, in the order of `LEAVES`."""
+    """The names of all units that any model has, in the order of `LEAVES`."""
     return tuple(dict.fromkeys(owner.unit for owner in LEAVES.values()))
 
 
 @functools.cache
 def unit_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape of each unit the model has: [L, channels], [L] or []."""
+    """The shape of each unit's mask in a model.
+
+    It is [L, n] for units with n channels a layer, [L] for other units of layers, and [] for units of the model.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, 4 heads
+    >>> unit_shapes(cfg)["head"], unit_shapes(cfg)["norm_attn"], unit_shapes(cfg)["embed"]
+    ((2, 4), (2,), ())
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in flatten(abstract_params(cfg)).items():
         unit, axis = LEAVES[path]
@@ -123,9 +151,9 @@ def unit_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 @functools.cache
 def indices(cfg: ModelConfig, kind: str) -> tuple[int, ...]:
-    """Indices of the components of a kind in one layer (or in the model, for a kind outside the layers).
+    """The indices of the components of a kind in one layer (or in the model, for a kind outside the layers).
 
-    They are not always 0 to n - 1: a model that has norms only after its modules has the last of `Kind.parts` only.
+    They are not always 0 to n - 1. A model that has norms only after its modules has only the last of `Kind.parts`.
     """
     entry, shapes = KINDS[kind], unit_shapes(cfg)
     if not set(entry.units) & set(shapes):
@@ -136,7 +164,7 @@ def indices(cfg: ModelConfig, kind: str) -> tuple[int, ...]:
 
 
 def count(cfg: ModelConfig, kind: str) -> int:
-    """Components of a kind in one layer (or in the model, for a kind outside the layers)."""
+    """Number of components of a kind in one layer (or in the model, for a kind outside the layers)."""
     return len(indices(cfg, kind))
 
 
@@ -147,30 +175,39 @@ def enumerate_components(
 
     Args:
         cfg: the model.
-        kinds: names of kinds.
-        layers: which layers; None for all. Kinds outside the layers are always listed.
+        kinds: names of kinds, keys of `KINDS`.
+        layers: numbers of the layers; None for all. Components outside the layers are always listed.
 
     Raises:
-        ComponentError: an unknown kind.
+        ComponentError: a kind does not exist.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, 2 KV groups
+    >>> [c.name for c in enumerate_components(cfg, ["kv_group", "embed"])]
+    ['L0.kv_group.0', 'L0.kv_group.1', 'L1.kv_group.0', 'L1.kv_group.1', 'embed']
     """
-    found: list[Component] = []
+    components: list[Component] = []
     for kind in kinds:
         check_kind(kind)
         in_layer = KINDS[kind].in_layer
         for layer in (range(cfg.n_layers) if layers is None else layers) if in_layer else [MODEL_LAYER]:
-            found += [Component(kind, layer, i) for i in indices(cfg, kind)]
-    return found
+            components += [Component(kind, layer, i) for i in indices(cfg, kind)]
+    return components
 
 
 def units_of(component: Component) -> tuple[str, ...]:
-    """The units that a component opens, all or a channel of each; not every model has all of them."""
+    """The units that a component opens, in whole or one channel of each. Not every model has all of these units."""
     kind = KINDS[component.kind]
     return kind.units[component.index : component.index + 1] if kind.opens == "part" else kind.units
 
 
 @functools.cache
 def n_parameters(cfg: ModelConfig, component: Component) -> int:
-    """How many weights a component owns."""
+    """The number of weights that a component owns.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # D = 16, heads of width 4
+    >>> n_parameters(cfg, Component("head", 0, 0))  # 16 x 4 of W_Q and 4 x 16 of W_O
+    128
+    """
     kind, units, total = KINDS[component.kind], units_of(component), 0
     for path, leaf in flatten(abstract_params(cfg)).items():
         unit, axis = LEAVES[path]
@@ -185,17 +222,21 @@ def check_kind(kind: str) -> None:
     """Refuse a kind that does not exist.
 
     Raises:
-        ComponentError: with the nearest kind that does.
+        ComponentError: there is no such kind; the message names the most similar one.
     """
     if kind not in KINDS:
         raise ComponentError(f"unknown component kind {kind!r}{_nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
 def parse_component(cfg: ModelConfig, name: str) -> Component:
-    """The component of a name such as `L3.head.5`.
+    """The component that has a name such as `L3.head.5`.
 
     Raises:
-        ComponentError: not a component of this model; the message says why.
+        ComponentError: the model has no such component; the message says why.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
+    >>> parse_component(cfg, "L1.head.3")
+    Component(kind='head', layer=1, index=3)
     """
     component = _parse(name)
     if component is None:
@@ -203,19 +244,20 @@ def parse_component(cfg: ModelConfig, name: str) -> Component:
             f"{name!r} is not a component name; names look like L3.head.5, L3.kv_group.1, L3.neuron.1023, "
             "L3.attn, L3.mlp, L3, L3.norm.attn, embed, unembed, final_norm"
         )
-    there = indices(cfg, component.kind)
+    existing = indices(cfg, component.kind)
     if component.layer >= cfg.n_layers:
         raise ComponentError(f"{name}: the model has layers L0 to L{cfg.n_layers - 1}")
-    if not there:
+    if not existing:
         raise ComponentError(f"{name}: this model has none; its unembedding is tied to embed, so patch embed")
-    if component.index not in there:
+    if component.index not in existing:
         parts = KINDS[component.kind].parts
-        has = ", ".join(parts[i] for i in there) if parts else f"0 to {there[-1]}"
+        has = ", ".join(parts[i] for i in existing) if parts else f"0 to {existing[-1]}"
         raise ComponentError(f"{name}: a layer of this model has {component.kind} {has}")
     return component
 
 
 def _parse(name: str) -> Component | None:
+    """The component of a well-formed name, whether or not a model has it; None for other names."""
     if name in KINDS and not KINDS[name].in_layer:
         return Component(name)
     head, *rest = name.split(".")
@@ -237,6 +279,7 @@ def _parse(name: str) -> Component | None:
 
 
 def _is_index(text: str) -> bool:
+    """Whether a text is a number from 0 on. Leading zeros are refused, so that a component has one name only."""
     return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0") and len(text) < 10
 
 
@@ -246,24 +289,35 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def unit_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarray]:
-    """Where in each (flattened) unit of the model a component opens it."""
-    kind, shapes, found = KINDS[component.kind], unit_shapes(cfg), {}
+    """The entries of each unit's mask that a component opens: unit -> positions in the flattened mask."""
+    kind, shapes, positions = KINDS[component.kind], unit_shapes(cfg), {}
     for unit in units_of(component):
         if unit not in shapes:
             continue
         shape = shapes[unit]
-        width = math.prod(shape[1:]) if kind.in_layer else math.prod(shape)
+        width = math.prod(shape[1:]) if kind.in_layer else math.prod(shape)  # entries of one layer
         start = component.layer * width if kind.in_layer else 0
-        here = [component.index] if kind.opens == "channel" else np.arange(width)
-        found[unit] = start + np.asarray(here)
-    return found
+        opened = [component.index] if kind.opens == "channel" else np.arange(width)
+        positions[unit] = start + np.asarray(opened)
+    return positions
 
 
 def open_units(cfg: ModelConfig, components: Iterable[Component | str]) -> dict[str, np.ndarray]:
-    """Which units a set of components opens: a boolean array per unit of the model.
+    """The mask that opens a set of components.
+
+    Args:
+        cfg: the model.
+        components: components or their names.
+
+    Returns:
+        unit -> boolean array of its shape (`unit_shapes`), for all units of the model.
 
     Raises:
-        ComponentError: a name that is not a component of this model.
+        ComponentError: a name is not a component of this model.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, 4 heads
+    >>> open_units(cfg, ["L1.head.2"])["head"].astype(int).tolist()
+    [[0, 0, 0, 0], [0, 0, 1, 0]]
     """
     units = {unit: np.zeros(shape, bool) for unit, shape in unit_shapes(cfg).items()}
     for item in components:

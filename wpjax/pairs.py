@@ -1,4 +1,4 @@
-"""A base and an expert: two checkpoints of one architecture that read the same tokens."""
+"""Pairs: a base and an expert, two checkpoints of one architecture and one vocabulary."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 
 EMBEDDED = ("base", "expert", "planted")
+"""Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
 
 
 class DiffNorm(NamedTuple):
-    """How much of one unit's parameters the expert changed.
+    """How much the expert changed the parameters of one unit, over all layers.
 
     Attributes:
-        unit: the unit.
-        n_params: parameters it owns in the whole model.
-        n_changed: how many of them differ.
+        unit: name of the unit.
+        n_params: number of parameters that it owns.
+        n_changed: number of these that differ between base and expert.
         delta: Frobenius norm of expert - base.
         base: Frobenius norm of the base.
     """
@@ -51,9 +52,14 @@ class Pair:
         cfg: the architecture of both.
         base: parameters of the base.
         expert: parameters of the expert.
-        tokenizer: the expert's if it has a chat template, otherwise the base's.
-        base_checkpoint: where the base came from.
-        expert_checkpoint: where the expert came from.
+        tokenizer: the tokenizer of the expert if it has a chat template, otherwise that of the base.
+        base_checkpoint: the base as it was loaded.
+        expert_checkpoint: the expert as it was loaded.
+
+    >>> import wpjax as wp
+    >>> pair = wp.load_pair("tiny:base", "tiny:expert")
+    >>> pair.dtype, pair.base["blocks"]["attn"]["W_Q"].shape == pair.expert["blocks"]["attn"]["W_Q"].shape
+    ('float32', True)
     """
 
     cfg: ModelConfig
@@ -65,22 +71,22 @@ class Pair:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """Ids that end a generation of either model."""
+        """Ids that end an answer, of either model."""
         return tuple(sorted({*self.base_checkpoint.stop_tokens, *self.expert_checkpoint.stop_tokens}))
 
     @property
     def dtype(self) -> str:
-        """Of the weights, and of products with them: one of `checkpoint.PRECISIONS`."""
+        """The precision of the weights and of products with them, a key of `checkpoint.PRECISIONS`."""
         weights = str(self.base["embed"]["W_E"].dtype)
         return weights if self.cfg.activation_splits == 1 else f"{weights}x{self.cfg.activation_splits}"
 
     @functools.cached_property
     def fingerprints(self) -> tuple[str, str]:
-        """Hashes of base and expert."""
+        """Hashes of base and expert (see `checkpoint.fingerprint`)."""
         return fingerprint(self.cfg, self.base), fingerprint(self.cfg, self.expert)
 
     def diff_norms(self) -> list[DiffNorm]:
-        """What the expert changed, unit by unit, in the order of the component tables."""
+        """What the expert changed, unit by unit, in the order of `components.KINDS`."""
         ours, theirs = flatten(self.base), flatten(self.expert)
         units = dict.fromkeys(unit for kind in KINDS.values() for unit in kind.units)
         rows = []
@@ -101,15 +107,15 @@ class Pair:
         return rows
 
     def delta_norms(self, components: Sequence[Component]) -> Float[np.ndarray, " C"]:
-        """Frobenius norm of expert - base over each component's parameters."""
-        squares: dict[str, np.ndarray] = {}
+        """Frobenius norm of expert - base over the parameters of each of C components."""
+        squares: dict[str, np.ndarray] = {}  # unit -> sums of squares, of the shape of the unit's mask
         ours, theirs = flatten(self.base), flatten(self.expert)
         for path, leaf in ours.items():
             unit, axis = LEAVES[path]
             stacked = path.startswith("blocks/")
-            keep = {0} if stacked else set()
-            keep |= {axis + stacked} if axis is not None else set()
-            rest = tuple(i for i in range(leaf.ndim) if i not in keep)
+            mask_axes = {0} if stacked else set()
+            mask_axes |= {axis + stacked} if axis is not None else set()
+            rest = tuple(i for i in range(leaf.ndim) if i not in mask_axes)
             square = squared_change(leaf, theirs[path], rest)
             squares[unit] = np.asarray(squares.get(unit, 0.0) + np.asarray(square, np.float64))
         by_kind = {kind: _component_sums(squares, kind) for kind in {c.kind for c in components}}
@@ -118,25 +124,27 @@ class Pair:
 
 @functools.partial(jax.jit, static_argnames="over")
 def squared_change(base: Array, expert: Array, over: tuple[int, ...]) -> Array:
-    """Sum of squares of a leaf's change over some of its axes, in one program: no copy of it is kept in float32.
+    """Sum of the squared changes of a leaf, over some of its axes.
+
+    It is one compiled program, so that no copy of a leaf in float32 stays in memory.
 
     Args:
         base: a leaf of the base.
         expert: the same leaf of the expert.
-        over: axes that are summed over.
+        over: axes to sum over (static).
 
     Returns:
-        float32, of the axes that are left.
+        float32, with the axes that are left.
     """
     return jnp.square(expert.astype(jnp.float32) - base.astype(jnp.float32)).sum(over)
 
 
 def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarray, "L n"]:
-    """Per-unit sums -> sums of each component of a kind, by layer and index."""
+    """Sums of each component of a kind, by layer and index, from the sums of each unit."""
     entry = KINDS[kind]
-    if entry.opens == "part":  # a norm that the model does not have takes its place, so that indices stay
-        some = next(squares[unit] for unit in entry.units if unit in squares)
-        return np.stack([squares.get(unit, np.zeros_like(some)) for unit in entry.units], axis=1)
+    if entry.opens == "part":  # a norm that the model lacks gets zeros, so that the others keep their indices
+        any_part = next(squares[unit] for unit in entry.units if unit in squares)
+        return np.stack([squares.get(unit, np.zeros_like(any_part)) for unit in entry.units], axis=1)
     units = [squares[unit] for unit in entry.units if unit in squares]
     if entry.opens == "channel":
         return units[0]
@@ -146,10 +154,20 @@ def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarr
 
 
 def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
-    """Load one model: as `load_checkpoint`, and "tiny:base", "tiny:expert", "tiny:planted" from the package.
+    """Load one model: any source of `load_checkpoint`, or a tiny model inside the package.
+
+    Args:
+        source: folder, `.gguf` file or hub id; or "tiny:base", "tiny:expert" or "tiny:planted".
+        dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
+        ignore_config: attributes of config.json that you know not to matter.
 
     Raises:
         CheckpointError: the source cannot be read.
+
+    >>> import wpjax as wp
+    >>> model = wp.load_model("tiny:base")
+    >>> model.cfg.family, model.source
+    ('llama', 'tiny:base')
     """
     source = str(source)
     if not source.startswith("tiny:"):
@@ -167,7 +185,7 @@ def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[
 
 
 def planted_components() -> tuple[str, ...]:
-    """The components that "tiny:planted" was trained in: the truth its sweep should find."""
+    """Names of the components that "tiny:planted" was trained in: the truth that its sweep should find."""
     text = (resources.files("wpjax") / "assets" / "tiny" / "planted" / "planted.json").read_text(encoding="utf-8")
     return tuple(json.loads(text)["components"])
 
@@ -175,23 +193,32 @@ def planted_components() -> tuple[str, ...]:
 def load_pair(
     base: str | Path, expert: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()
 ) -> Pair:
-    """Load two checkpoints and check that they are a pair.
+    """Load two checkpoints and check that they fit each other.
 
     Args:
-        base: folder, `.gguf` file, hub id or embedded model.
-        expert: likewise.
+        base: source of the base, as `load_model` takes it.
+        expert: source of the expert, likewise.
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
-        ignore_config: attributes of config.json known not to matter.
+        ignore_config: attributes of config.json that you know not to matter.
 
     Raises:
-        PairError: different architectures or vocabularies, or equal weights; the message lists the differences.
+        PairError: the two differ in architecture or vocabulary, or have equal weights. The message says how.
         CheckpointError: a source cannot be read.
+
+    >>> import wpjax as wp
+    >>> pair = wp.load_pair("tiny:base", "tiny:expert")
+    >>> [norm.unit for norm in pair.diff_norms() if norm.n_changed][:3]
+    ['head', 'kv_group', 'neuron']
     """
     return make_pair(load_model(base, dtype, ignore_config), load_model(expert, dtype, ignore_config))
 
 
 def make_pair(base: Checkpoint, expert: Checkpoint) -> Pair:
-    """A pair from two models in memory.
+    """A pair of two models in memory.
+
+    Args:
+        base: the base.
+        expert: the expert.
 
     Raises:
         PairError: as `load_pair`.
@@ -208,6 +235,11 @@ def make_pair(base: Checkpoint, expert: Checkpoint) -> Pair:
 
 
 def _common_tokenizer(base: Checkpoint, expert: Checkpoint, names: str) -> Any:
+    """The tokenizer of a pair; see `Pair.tokenizer`.
+
+    Raises:
+        PairError: there is none, one belongs to another model, or the two give tokens different ids.
+    """
     first, second = base.tokenizer, expert.tokenizer
     if first is None and second is None:
         raise PairError(f"{names}: neither has a tokenizer; put tokenizer.json beside the weights of one")
@@ -224,9 +256,9 @@ def _common_tokenizer(base: Checkpoint, expert: Checkpoint, names: str) -> Any:
         moved = [t for t in ours if t in theirs and ours[t] != theirs[t]]
         only = [t for t in ours if t not in theirs] + [t for t in theirs if t not in ours]
         parts = [
-            f"{len(some)} tokens {what} (e.g. {', '.join(map(repr, some[:3]))})"
-            for what, some in (("with different ids", moved), ("in only one of them", only))
-            if some
+            f"{len(tokens)} tokens {what} (e.g. {', '.join(map(repr, tokens[:3]))})"
+            for what, tokens in (("with different ids", moved), ("in only one of them", only))
+            if tokens
         ]
         raise PairError(f"{names} do not share a vocabulary: {'; '.join(parts)}")
     return second if getattr(second, "chat_template", None) else first

@@ -1,10 +1,10 @@
-"""Patches: a mask over components, and a base whose masked slices come from the expert.
+"""Patches: a base with some slices of its weights taken from the expert, as a mask says.
 
     theta_patched[c] = theta_expert[c] if mask[c] else theta_base[c]        (arXiv 2604.13694)
 
-`materialize` is that definition, one select per leaf. `patch` returns the same model without forming it: leaves
-become `Blend`s that share both models' weights, so `vmap` over masks copies no weight and `grad` with respect to a
-float mask works. Swap the first two arguments for the reverse patch, base slices in the expert (knock-out).
+`materialize` is this definition: it makes plain arrays. `patch` gives the same model without making them: its leaves
+are `Blend`s, which refer to the weights of both models. So `vmap` over masks copies no weight, and `grad` by a float
+mask works. For the reverse patch, base slices in the expert (knock-out), swap the first two arguments.
 """
 
 from __future__ import annotations
@@ -28,37 +28,50 @@ from wpjax.models.leaves import Blend, CustomLeaf, Leaf, Mask
 from wpjax.models.secant import SecantWeight
 
 PatchedParams: TypeAlias = Params
-"""A parameter tree whose leaves may be `Blend`s."""
+"""A parameter tree whose leaves may be `Blend`s or other `CustomLeaf`s."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PatchMask:
-    """Which units are open: a pytree of arrays, boolean (select) or float in [0, 1] (a relaxed patch).
+    """Says which units of a model are patched. It is a pytree of arrays.
+
+    An entry is boolean (true: the expert's weights) or a float in [0, 1] (a relaxed patch, which interpolates). A unit
+    is *open* where its mask is true or 1, and *closed* where it is false or 0.
 
     Attributes:
-        units: unit -> array of the shape `components.unit_shapes` gives. A unit that is absent is closed, and the
-            leaves it owns stay plain arrays, which is cheaper.
+        units: unit -> array of the shape that `components.unit_shapes` gives. A unit that is absent is closed. Its
+            leaves then stay plain arrays, which is cheaper.
+
+    >>> from wpjax.models.config import ModelConfig
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, 4 heads, 32 neurons
+    >>> mask = PatchMask.of(cfg, ["L0.head.3", "L1.mlp"])
+    >>> mask.units["head"].astype(int).tolist(), int(mask.units["neuron"].sum())
+    ([[0, 0, 0, 1], [0, 0, 0, 0]], 32)
     """
 
     units: Mapping[str, Mask]
 
     @classmethod
     def empty(cls, cfg: ModelConfig, dtype: Any = bool) -> PatchMask:
-        """Nothing patched."""
+        """All units closed: nothing is patched."""
         return cls({unit: jnp.zeros(shape, dtype) for unit, shape in unit_shapes(cfg).items()})
 
     @classmethod
     def full(cls, cfg: ModelConfig, dtype: Any = bool) -> PatchMask:
-        """Everything patched."""
+        """All units open: everything is patched."""
         return cls({unit: jnp.ones(shape, dtype) for unit, shape in unit_shapes(cfg).items()})
 
     @classmethod
     def of(cls, cfg: ModelConfig, components: str | Iterable[Component | str]) -> PatchMask:
-        """The union of some components; one name alone will do.
+        """The mask that opens some components and nothing else.
+
+        Args:
+            cfg: the model.
+            components: components or their names; one name alone will do.
 
         Raises:
-            ComponentError: a name that is not a component of this model.
+            ComponentError: a name is not a component of this model.
         """
         names = [components] if isinstance(components, str) else components
         return cls({unit: jnp.asarray(value) for unit, value in open_units(cfg, names).items()})
@@ -68,23 +81,23 @@ class PatchMask:
         return jax.tree.map(lambda unit: unit.astype(dtype), self)
 
     def __or__(self, other: PatchMask) -> PatchMask:
-        """Union; of float units, the larger."""
-        both = {g: _pairwise(jnp.logical_or, jnp.maximum, self, other, g) for g in self.units if g in other.units}
+        """Union: open where either mask is. For floats, the larger of the two."""
+        both = {u: _pairwise(jnp.logical_or, jnp.maximum, self, other, u) for u in self.units if u in other.units}
         return PatchMask({**self.units, **other.units, **both})
 
     def __and__(self, other: PatchMask) -> PatchMask:
-        """Intersection; of float units, the smaller."""
+        """Intersection: open where both masks are. For floats, the smaller of the two."""
         return PatchMask(
-            {g: _pairwise(jnp.logical_and, jnp.minimum, self, other, g) for g in self.units if g in other.units}
+            {u: _pairwise(jnp.logical_and, jnp.minimum, self, other, u) for u in self.units if u in other.units}
         )
 
     def __invert__(self) -> PatchMask:
-        """Complement; of float units, 1 - m.
+        """Complement: open where this mask is closed. For floats, 1 - m.
 
         Raises:
-            ComponentError: a unit is absent, and the mask does not know its shape.
+            ComponentError: a unit is absent, so that its shape is not known.
         """
-        absent = [g for g in unit_names() if g not in self.units and g not in _OPTIONAL_GATES]
+        absent = [u for u in unit_names() if u not in self.units and u not in _OPTIONAL_UNITS]
         if absent:
             raise ComponentError(
                 f"the complement of a mask needs all its units, this one lacks {', '.join(absent)}; start from "
@@ -93,55 +106,82 @@ class PatchMask:
         return jax.tree.map(lambda m: ~m if m.dtype == jnp.bool_ else 1 - m, self)
 
 
-_OPTIONAL_GATES = frozenset(
+_OPTIONAL_UNITS = frozenset(
     {"attn_bias", "mlp_bias", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
 )
-"""UnitMasks that not every architecture has."""
+"""Units that not every architecture has."""
 
 
 def _pairwise(boolean: Any, real: Any, one: PatchMask, other: PatchMask, unit: str) -> Array:
+    """One unit of two masks combined: by `boolean` if both are boolean, otherwise by `real` in float32."""
     a, b = one.units[unit], other.units[unit]
     return boolean(a, b) if a.dtype == b.dtype == jnp.bool_ else real(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
-    """The base with the masked slices of the expert, as `Blend` leaves; nothing is copied.
+    """The base with the masked slices of the expert. Leaves become `Blend`s; no weight is copied.
 
     Args:
         base: parameter tree of the host.
-        expert: parameter tree of the donor, same structure and shapes.
-        mask: units; may be traced, batched by `vmap` or differentiated.
+        expert: parameter tree of the donor, of the same structure and shapes.
+        mask: what is patched. It may be traced, batched by `vmap` or differentiated.
 
     Raises:
-        ComponentError: a unit that does not exist or does not fit, or parameters that are patched already.
+        ComponentError: a unit does not exist or has another shape in this model, or the parameters are patched already.
+
+    >>> import wpjax as wp
+    >>> pair = wp.load_pair("tiny:base", "tiny:expert")
+    >>> tokens = jnp.arange(5)[None]
+    >>> patched = wp.patch(pair.base, pair.expert, wp.PatchMask.full(pair.cfg))  # everything: this is the expert
+    >>> out, expert = (wp.forward(pair.cfg, params, tokens).logits for params in (patched, pair.expert))
+    >>> bool(jnp.array_equal(out, expert))
+    True
     """
     return _masked(Blend, base, expert, mask.units, "")
 
 
 def secant_patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:
-    """The base and the expert at once, as `SecantWeight` leaves: what is computed with them is a `Secant`.
+    """Base and expert at once: leaves become `SecantWeight`s, and what is computed with them is a `Secant`.
 
-    Its change is linear in the units, and with all of them at 1 it is the expert's value minus the base's.
+    The change of that `Secant` is linear in the mask. With the full mask it is the expert's value minus the base's
+    (docs/method.md, "Path estimators").
 
     Args:
-        base: parameter tree of one end.
-        expert: parameter tree of the other end, same structure and shapes.
-        mask: float units, all of the model's; may be traced or differentiated.
+        base: parameter tree of one end of the way.
+        expert: parameter tree of the other end, of the same structure and shapes.
+        mask: float, with all units of the model; it may be traced or differentiated.
 
     Raises:
         ComponentError: as `patch`.
+
+    >>> import wpjax as wp
+    >>> pair = wp.load_pair("tiny:base", "tiny:expert")
+    >>> full = wp.PatchMask.full(pair.cfg, dtype=jnp.float32)
+    >>> logits = wp.forward(pair.cfg, secant_patch(pair.base, pair.expert, full), jnp.arange(5)[None]).logits
+    >>> bool(jnp.allclose(logits.change, logits.expert - logits.base, atol=1e-3))
+    True
     """
     return _masked(SecantWeight, base, expert, mask.units, "")
 
 
 def patch_layer(base: Params, expert: Params, units: Mapping[str, Mask]) -> PatchedParams:
-    """`patch` for the parameters of one layer (the "blocks" tree without its layer axis) and that layer's units."""
+    """`patch` for one layer.
+
+    Args:
+        base: parameters of the layer in the host: the tree "blocks" without its axis of layers.
+        expert: the same of the donor.
+        units: unit -> mask of that layer, without an axis of layers.
+
+    Raises:
+        ComponentError: as `patch`.
+    """
     return _masked(Blend, base, expert, units, "blocks/")
 
 
 def _masked(
     leaf_type: type[Blend] | type[SecantWeight], base: Params, expert: Params, units: Mapping[str, Mask], prefix: str
 ) -> PatchedParams:
+    """Masked leaves of a tree; `prefix` is what its paths lack at the front, "blocks/" for a single layer."""
     ours, theirs = flatten(base), flatten(expert)
     checked = _checked(units, {prefix + path: leaf for path, leaf in ours.items()}, stacked=not prefix)
 
@@ -153,7 +193,11 @@ def _masked(
 
 
 def _checked(units: Mapping[str, Mask], leaves: Mapping[str, Any], stacked: bool) -> dict[str, Mask]:
-    """The units as arrays, if each one fits the leaves that it owns."""
+    """The units as arrays, checked: each exists and fits the leaves that it owns.
+
+    Raises:
+        ComponentError: as `patch`.
+    """
     arrays = {name: jnp.asarray(unit) for name, unit in units.items()}
     for name, array in arrays.items():
         if array.dtype != jnp.bool_ and not jnp.issubdtype(array.dtype, jnp.floating):
@@ -182,11 +226,19 @@ def materialize(base: Params, expert: Params, mask: PatchMask) -> Params:
 
     Args:
         base: parameter tree of the host.
-        expert: parameter tree of the donor.
-        mask: units; float units interpolate.
+        expert: parameter tree of the donor, of the same structure and shapes.
+        mask: what is patched. Float entries interpolate.
 
     Raises:
         ComponentError: as `patch`.
+
+    >>> import wpjax as wp
+    >>> pair = wp.load_pair("tiny:base", "tiny:expert")
+    >>> model = wp.materialize(pair.base, pair.expert, wp.PatchMask.of(pair.cfg, ["L2.head.0"]))
+    >>> w_q = model["blocks"]["attn"]["W_Q"][2]  # [D, H, Dh] of layer 2
+    >>> theirs = pair.expert["blocks"]["attn"]["W_Q"][2]
+    >>> bool((w_q[:, 0] == theirs[:, 0]).all()), bool((w_q[:, 1] == theirs[:, 1]).all())
+    (True, False)
     """
     ours, theirs = flatten(base), flatten(expert)
     units = _checked(mask.units, ours, stacked=True)
@@ -196,7 +248,7 @@ def materialize(base: Params, expert: Params, mask: PatchMask) -> Params:
         if name not in units:
             return host
         unit, stacked = units[name], path.startswith("blocks/")
-        shape = [1] * host.ndim
+        shape = [1] * host.ndim  # the mask stands along the axes of layers and channels, and broadcasts along others
         if stacked:
             shape[0] = unit.shape[0]
         if axis is not None:
@@ -210,16 +262,16 @@ def materialize(base: Params, expert: Params, mask: PatchMask) -> Params:
 
 
 def permuted(base: Params, expert: Params, seed: int = 0) -> Params:
-    """An expert whose changes are dealt out anew among the heads, KV groups and neurons of each layer: a null model.
+    """A null model: an expert whose changes are dealt out anew among components of a kind and layer.
 
-    Every component gets the whole change of another one of its kind and layer. The sizes of the changes are the
-    expert's; what they do together with the weights that they change is not. Leaves that no channel owns are the
-    base's.
+    Each head, KV group and neuron gets the whole change of a random one of its kind in its layer. So the changes are
+    as large as the expert's, but they meet weights that they were not trained with. All other leaves are the base's
+    (docs/method.md, "Controls and statistics").
 
     Args:
-        base: parameter tree.
-        expert: parameter tree of the same structure.
-        seed: of the permutations.
+        base: parameter tree of the base.
+        expert: parameter tree of the expert, of the same structure and shapes.
+        seed: seed of the permutations.
     """
     rng = np.random.default_rng(seed)
     ours, theirs = flatten(base), flatten(expert)
@@ -239,18 +291,24 @@ def permuted(base: Params, expert: Params, seed: int = 0) -> Params:
 
 @functools.partial(jax.jit, static_argnames="axis")
 def deal_out(host: Array, donor: Array, order: Int[Array, "L n"], axis: int) -> Array:
-    """One stacked leaf with the changes of its channels in another order, in one program: no copy is kept in float32.
+    """One stacked leaf of the base, plus the changes of the expert's channels in another order.
+
+    It is one compiled program, so that no copy of a leaf in float32 stays in memory.
 
     Args:
         host: the base's leaf, layers first.
-        donor: the expert's.
-        order: layer by layer, whose change each channel gets.
-        axis: of the channels, in one layer's leaf.
+        donor: the expert's leaf, likewise.
+        order: [L, n], the channel whose change each channel gets, layer by layer.
+        axis: the axis of the channels in one layer's leaf (static).
+
+    >>> host, donor = jnp.zeros((1, 3)), jnp.array([[1.0, 2.0, 3.0]])  # one layer, three channels
+    >>> deal_out(host, donor, jnp.array([[2, 0, 1]]), axis=0).tolist()
+    [[3.0, 1.0, 2.0]]
     """
 
     def dealt(leaf: Array) -> Array:
         return jax.vmap(lambda a, to: jnp.take(a, to, axis=axis))(leaf, order).astype(jnp.float32)
 
-    kept = jnp.finfo(host.dtype)  # a change is rounded as the weights are
-    change = jax.lax.reduce_precision(dealt(donor) - dealt(host), kept.nexp, kept.nmant)
+    precision = jnp.finfo(host.dtype)  # a change is rounded to the precision of the weights
+    change = jax.lax.reduce_precision(dealt(donor) - dealt(host), precision.nexp, precision.nmant)
     return (host.astype(jnp.float32) + change).astype(host.dtype)

@@ -1,1 +1,1 @@
-"""Checkpoints: folders of transformers and GGUF files, to parameters and back."""
+"""Checkpoints: from Hugging Face folders and GGUF files to parameters, and from parameters to folders."""

@@ -1,6 +1,6 @@
 """Loading a model from a hub id, a local HF folder or a `.gguf` file, and saving it as an HF folder.
 
-Only safetensors and GGUF are read: no pickle, no code from a checkpoint.
+Only safetensors and GGUF files are read. Pickles are not read, and code from a checkpoint is not run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from wpjax.models.families import FAMILIES
 from wpjax.runtime.files import atomic_output, write_tensors
 
 MARKER = "config.json"
-"""What makes a folder a model."""
+"""The file that makes a folder a model."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -36,15 +36,20 @@ _HUB_REPEATS = ["*/*", "consolidated*"]  # the same weights once more, in anothe
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model in memory, with what is needed to write it back.
+    """A model in memory, with all that is needed to save it again.
 
     Attributes:
-        cfg: architecture.
+        cfg: the architecture.
         params: parameter tree on the default device.
-        tokenizer: transformers tokenizer, or None if the source has none.
-        hf_config: the HF configuration it came with.
-        generation_config: the HF generation configuration, if any.
-        source: where it was loaded from, as the user named it.
+        tokenizer: its transformers tokenizer; None if the source has none.
+        hf_config: the content of its config.json.
+        generation_config: the content of its generation_config.json; None if the source has none.
+        source: where it was loaded from, as the user wrote it.
+
+    >>> import wpjax as wp
+    >>> model = wp.load_model("tiny:base")
+    >>> model.params["embed"]["W_E"].shape == (model.cfg.d_vocab, model.cfg.d_model)
+    True
     """
 
     cfg: ModelConfig
@@ -56,21 +61,24 @@ class Checkpoint:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """Ids that end a generation, from both configurations and the tokenizer."""
-        found: set[int] = set()
+        """Ids that end an answer, gathered from both configurations and the tokenizer."""
+        stops: set[int] = set()
         for config in (self.generation_config or {}, self.hf_config):
             ids = config.get("eos_token_id")
-            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+            stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            found.add(self.tokenizer.eos_token_id)
-        return tuple(sorted(found))
+            stops.add(self.tokenizer.eos_token_id)
+        return tuple(sorted(stops))
 
 
 class SafetensorsFolder:
     """The safetensors files of an HF folder, as a `TensorSource`.
 
+    Args:
+        folder: the folder, with one model.safetensors or with shards and their index.
+
     Raises:
-        CheckpointError: no weights, a damaged or missing shard, or a tensor that stands in two shards.
+        CheckpointError: there are no weights, a shard is damaged or missing, or a tensor stands in two shards.
     """
 
     def __init__(self, folder: Path):
@@ -88,6 +96,7 @@ class SafetensorsFolder:
 
     @staticmethod
     def _shards(folder: Path) -> list[Path]:
+        """The weight files of a folder."""
         index = folder / "model.safetensors.index.json"
         if index.exists():
             weight_map = _read_json(index).get("weight_map")
@@ -109,11 +118,15 @@ class SafetensorsFolder:
         raise CheckpointError(f"{folder}: no model.safetensors{hint}")
 
     def names(self) -> list[str]:
-        """All tensor names."""
+        """The names of all tensors."""
         return list(self._files)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """One tensor.
+
+        Raises:
+            CheckpointError: it cannot be read as floats.
+        """
         try:
             return self._files[name].get_tensor(name)
         except (SafetensorError, TypeError, AttributeError) as error:  # a dtype NumPy lacks (fp8)
@@ -123,7 +136,9 @@ class SafetensorsFolder:
 PRECISIONS: Mapping[str, tuple[str, int]] = MappingProxyType(
     {"float32": ("float32", 1), "bfloat16": ("bfloat16", 1), "bfloat16x2": ("bfloat16", 2)}
 )
-"""By name: the weights' dtype, and how many numbers of it an activation is written as (`activation_splits`)."""
+"""Name of a precision -> dtype of the weights, and number of such numbers that make up an activation where it meets a
+weight (`ModelConfig.activation_splits`).
+"""
 
 
 def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
@@ -132,12 +147,26 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
     Args:
         source: a folder with config.json and safetensors, a `.gguf` file, or a hub id ("org/name" or
             "org/name@revision").
-        dtype: one of `PRECISIONS`: "float32"; "bfloat16", of weights and of the operands of products; or "bfloat16x2",
-            where each activation meets those weights as the sum of two bfloat16 numbers, for twice the operations.
-        ignore_config: attributes of config.json that the caller knows not to matter.
+        dtype: precision, a key of `PRECISIONS`:
+
+            - "float32";
+            - "bfloat16": weights and the operands of their products are bfloat16;
+            - "bfloat16x2": weights are bfloat16, and each activation that meets them is the sum of two bfloat16
+              numbers. This takes twice the operations of "bfloat16".
+        ignore_config: attributes of config.json that you know not to matter.
 
     Raises:
-        CheckpointError: with the file, the tensor or the attribute that is wrong.
+        CheckpointError: the model cannot be read. The message names the file, the tensor or the attribute.
+
+    Save a model to a folder, and load it from there:
+
+    >>> import tempfile
+    >>> import wpjax as wp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     wp.save_checkpoint(f"{folder}/model", wp.load_model("tiny:base"))
+    ...     model = wp.load_checkpoint(f"{folder}/model")
+    >>> model.cfg == wp.load_model("tiny:base").cfg
+    True
     """
     source = str(source)
     if dtype not in PRECISIONS:
@@ -163,7 +192,11 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
 
 
 def _download(hub_id: str) -> Path:
-    """Fetch (or find in the cache) the files of a hub model; weights in safetensors only."""
+    """The folder of a hub model, fetched or found in the cache. Of weights only safetensors are fetched.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -186,6 +219,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -211,16 +245,17 @@ def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str
 
 
 def _check_stop_tokens(path: Path, ids: Any) -> None:
+    """Refuse stop tokens that are not token ids."""
     for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
         if not (isinstance(token, int) and abs(token) < 2**31):
             raise CheckpointError(f"{path}: eos_token_id={ids!r} is not a token id or a list of them; correct it")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of an HF folder, or None if it holds none.
+    """The tokenizer of an HF folder; None if it holds none.
 
     Raises:
-        CheckpointError: tokenizer files that transformers cannot read.
+        CheckpointError: transformers cannot read its files.
     """
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((folder / name).exists() for name in names):
@@ -229,7 +264,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        tokenizer("text")
+        tokenizer("text")  # some damaged files fail only when the tokenizer is used
         return tokenizer
     except Exception as error:  # whatever the tokenizer's own parser raises
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
@@ -238,10 +273,24 @@ def load_tokenizer(folder: Path) -> Any:
 def save_checkpoint(
     path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write an HF folder that transformers loads: config.json, safetensors, tokenizer.
+    """Write a model as an HF folder, which transformers can load: config.json, safetensors, tokenizer.
+
+    Args:
+        path: the folder to write.
+        checkpoint: the model.
+        overwrite: whether to replace a model folder that is there.
+        max_shard_bytes: size of a weight file, at most; larger models are written in several. A single tensor may
+            exceed it.
 
     Raises:
-        OutputError: the place exists or cannot be written.
+        OutputError: the folder exists already, or cannot be written.
+
+    >>> import tempfile
+    >>> import wpjax as wp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     wp.save_checkpoint(f"{folder}/model", wp.load_model("tiny:base"))
+    ...     Path(folder, "model", "model.safetensors").exists()
+    True
     """
     cfg = checkpoint.cfg
     dtype = str(checkpoint.params["embed"]["W_E"].dtype)
@@ -259,6 +308,8 @@ def save_checkpoint(
 
 
 def _write_shards(folder: Path, cfg: ModelConfig, params: Params, limit: int) -> None:
+    """Write the weights, in files of at most `limit` bytes, and an index if there are several."""
+    # Final names hold the number of shards, which is known only at the end. Until then they are shard-0, shard-1, ...
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
 
@@ -288,7 +339,7 @@ def _write_shards(folder: Path, cfg: ModelConfig, params: Params, limit: int) ->
 
 
 def fingerprint(cfg: ModelConfig, params: Params) -> str:
-    """A hash of the configuration and of every parameter's name, dtype, shape and bytes (16 hex digits)."""
+    """A hash of a model: of its configuration and of every parameter's name, dtype, shape and bytes (16 hex digits)."""
     digest = hashlib.blake2b(repr(cfg).encode(), digest_size=8)
     for path, leaf in sorted(flatten(params).items()):
         value = np.asarray(leaf)

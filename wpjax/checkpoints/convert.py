@@ -1,4 +1,7 @@
-"""HF tensors <-> the parameter tree, strictly: every tensor accounted for, by name and shape."""
+"""From the tensors of a checkpoint to the parameter tree, and back.
+
+It is strict: every tensor must be known, and none may be missing or have another shape than the configuration says.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,26 @@ from wpjax.models.decoder import Params, abstract_params
 from wpjax.models.families import FAMILIES, Family, TensorRule
 
 flatten: Callable[[Params], dict[str, Any]] = functools.partial(flatten_dict, sep="/")
-"""The leaves of a parameter tree under their paths as `components.LEAVES` writes them, "blocks/attn/W_Q"."""
+"""The leaves of a parameter tree by path, such as "blocks/attn/W_Q"."""
 
 unflatten: Callable[[dict[str, Any]], Params] = functools.partial(unflatten_dict, sep="/")
-"""The inverse of `flatten`."""
+"""The parameter tree of leaves by path: the inverse of `flatten`."""
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 @runtime_checkable
 class TensorSource(Protocol):
-    """A set of named tensors under their HF names, read one at a time."""
+    """A set of tensors under their HF names, which are read one at a time.
+
+    Attributes:
+        where: the file or folder, for messages.
+    """
 
     where: str
 
     def names(self) -> list[str]:
-        """All tensor names."""
+        """The names of all tensors."""
         ...
 
     def read(self, name: str) -> np.ndarray:
@@ -45,12 +52,13 @@ class TensorSource(Protocol):
 
 @functools.cache
 def _rules(cfg: ModelConfig) -> tuple[TensorRule, ...]:
-    """The rules of the family that apply to this configuration."""
+    """The family's rules for tensors that a model of this configuration has."""
     present = set(flatten(abstract_params(cfg)))
     return tuple(r for r in FAMILIES[cfg.family].tensors if set(r.leaves) <= present)
 
 
 def _sizes(cfg: ModelConfig, pattern: str) -> dict[str, int]:
+    """The sizes of the axes that an einops pattern names; see `TensorRule.pattern`."""
     sizes = {
         "d": cfg.d_model,
         "h": cfg.n_heads,
@@ -65,7 +73,9 @@ def _sizes(cfg: ModelConfig, pattern: str) -> dict[str, int]:
 
 
 def _hf_shape(cfg: ModelConfig, rule: TensorRule) -> tuple[int, ...]:
+    """The shape that a tensor must have in the checkpoint."""
     sizes = _sizes(cfg, rule.pattern)
+    # Axes of the pattern's left side: groups such as "(h e)" and single names.
     axes = re.findall(r"\(([^)]*)\)|(\w+)", rule.pattern.split("->")[0])
     return tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in axes)
 
@@ -73,16 +83,16 @@ def _hf_shape(cfg: ModelConfig, rule: TensorRule) -> tuple[int, ...]:
 def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32") -> Params:
     """Read every tensor of a checkpoint into a parameter tree on the default device.
 
-    One stacked leaf is in host memory at a time.
+    Only the tensors of one rule, stacked over the layers, are in host memory at a time.
 
     Args:
-        cfg: the configuration the tensors must fit.
-        source: where the tensors are.
-        dtype: "float32" or "bfloat16", of all leaves.
+        cfg: the configuration that the tensors must fit.
+        source: the tensors.
+        dtype: dtype of all leaves, "float32" or "bfloat16".
 
     Raises:
-        CheckpointError: unknown, missing or misshapen tensors, a dtype that holds no floats, or values that are
-            not finite; all by name.
+        CheckpointError: a tensor is unknown, missing, of another shape, not of floats, or not finite. The message
+            names it.
     """
     family = FAMILIES[cfg.family]
     names = _match_names(cfg, family, source)
@@ -102,8 +112,12 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
 
 
 def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict[str, str]:
-    """Full HF name -> name in the source (a base model's checkpoint lacks the prefix)."""
-    if cfg.n_layers > len(source.names()):  # before that many names are made
+    """Full HF name -> name in the source. The two differ if the checkpoint leaves out the family's prefix.
+
+    Raises:
+        CheckpointError: tensors are missing or unknown.
+    """
+    if cfg.n_layers > len(source.names()):  # a damaged config.json may say millions; make no list of so many names
         raise CheckpointError(
             f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of config.json"
             "; the weights do not belong to it"
@@ -118,6 +132,7 @@ def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict
     names = {name: name.removeprefix(family.prefix) if bare else name for name in expected}
     missing = [n for n in names.values() if n not in set(present)]
     unknown = sorted(set(present) - set(names.values()))
+    # Some checkpoints of tied models hold the embedding once more, as the unembedding. That is fine if it is equal.
     if cfg.tied and unknown == ["lm_head.weight"]:
         embedding = next(names[r.hf] for r in _rules(cfg) if r.leaves == ("embed/W_E",))
         if not missing and np.array_equal(source.read("lm_head.weight"), source.read(embedding)):
@@ -126,20 +141,25 @@ def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict
         raise CheckpointError(
             f"{source.where}: "
             + "; ".join(
-                f"{what} tensor{'s' if len(some) > 1 else ''} {_some(some)}"
-                for what, some in (("missing", missing), ("unknown", unknown))
-                if some
+                f"{what} tensor{'s' if len(tensors) > 1 else ''} {_first_few(tensors)}"
+                for what, tensors in (("missing", missing), ("unknown", unknown))
+                if tensors
             )
             + "; the weights do not belong to this config.json"
         )
     return names
 
 
-def _some(names: list[str]) -> str:
+def _first_few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _checked(cfg: ModelConfig, rule: TensorRule, where: str, name: str, tensor: np.ndarray) -> np.ndarray:
+    """The tensor, if it has the right shape and finite floats.
+
+    Raises:
+        CheckpointError: it does not.
+    """
     shape = _hf_shape(cfg, rule)
     if tensor.shape != shape:
         raise CheckpointError(f"{where}: tensor {name} has shape {tensor.shape}, config.json says {shape}")
@@ -156,10 +176,20 @@ def _checked(cfg: ModelConfig, rule: TensorRule, where: str, name: str, tensor: 
 
 
 def hf_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a parameter tree under its HF name and in its HF layout, one at a time."""
+    """The tensors of a parameter tree as a checkpoint holds them, one at a time.
+
+    Yields:
+        the HF name of a tensor, and the tensor in HF's layout.
+
+    >>> from wpjax.models.decoder import init_params
+    >>> cfg = ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64)
+    >>> tensors = dict(hf_tensors(cfg, init_params(cfg, jax.random.key(0))))
+    >>> tensors["model.layers.0.self_attn.k_proj.weight"].shape  # [K Dh, D]
+    (8, 16)
+    """
     flat = flatten(params)
     for rule in _rules(cfg):
-        theirs, ours = (side.strip() for side in rule.pattern.split("->"))
+        theirs, ours = (side.strip() for side in rule.pattern.split("->"))  # the pattern is read backwards here
         leaves = [flat[path] for path in rule.leaves]
         for layer in range(cfg.n_layers) if "{l}" in rule.hf else [None]:
             parts = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]

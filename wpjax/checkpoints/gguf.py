@@ -1,4 +1,4 @@
-"""Reading `.gguf` files: tensors dequantised to float32 under HF names, configuration, tokenizer."""
+"""Reading `.gguf` files: tensors (dequantised to float32, under HF names), configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -36,13 +36,17 @@ _CONFIG = {
 
 
 class GgufFile:
-    """One llama-architecture GGUF file, as a `TensorSource` with a configuration and a tokenizer.
+    """A GGUF file of the llama architecture, as a `TensorSource` with a configuration and a tokenizer.
 
-    llama.cpp stores queries and keys in the interleaved rotary layout; they are returned in HF's half-split one.
+    llama.cpp stores queries and keys with the two dimensions of a rotated pair side by side. They are returned in HF's
+    layout, with these half a head apart.
+
+    Args:
+        path: the file.
 
     Raises:
         CheckpointError: the file is damaged, or holds another architecture.
-        WpjaxError: the `gguf` extra is not installed.
+        WpjaxError: the extra `gguf` is not installed.
     """
 
     def __init__(self, path: Path):
@@ -65,10 +69,12 @@ class GgufFile:
             raise CheckpointError(f"{path}: rope_freqs (scaled rotary) cannot be read; use the safetensors model")
 
     def _field(self, name: str) -> Any:
+        """An entry of the file's metadata; None if it has none of that name."""
         field = self._reader.get_field(name)
         return None if field is None else field.contents()
 
     def _hf_name(self, name: str) -> str:
+        """The HF name of a tensor: "blk.3.attn_q.weight" is "model.layers.3.self_attn.q_proj.weight"."""
         stem, _, suffix = name.rpartition(".")
         if stem.startswith("blk."):
             _, layer, part = stem.split(".", 2)
@@ -76,7 +82,7 @@ class GgufFile:
         return f"{_NAMES.get(stem, stem)}.{suffix}"
 
     def names(self) -> list[str]:
-        """All tensors, under HF names."""
+        """The HF names of all tensors."""
         return list(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
@@ -88,18 +94,22 @@ class GgufFile:
         for part, count in heads.items():
             if part in name:
                 n = self._field(f"llama.{count}")
-                pairs = value.reshape(n, value.shape[0] // n // 2, 2, *value.shape[1:])
+                pairs = value.reshape(n, value.shape[0] // n // 2, 2, *value.shape[1:])  # [heads, pairs, 2, D]
                 value = pairs.swapaxes(1, 2).reshape(value.shape)
         return value
 
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` that HF would write for this model."""
+        """The content of the config.json that HF would write for this model.
+
+        Raises:
+            CheckpointError: rotary positions are scaled in a way that is not read from GGUF files.
+        """
         config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         for ours, theirs in _CONFIG.items():
             value = self._field(f"llama.{ours}")
             if value is not None:
                 config[theirs] = value
-        config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # float32 in the file
+        config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # float32 in the file: 1e-05 comes inexact
         scaling = self._field("llama.rope.scaling.type")
         if scaling not in (None, "none"):
             raise CheckpointError(
@@ -113,7 +123,7 @@ class GgufFile:
         return config if pad is None else {**config, "pad_token_id": pad}
 
     def tokenizer(self) -> Any:
-        """The file's tokenizer with its chat template, built by transformers."""
+        """The file's tokenizer with its chat template, as a transformers tokenizer."""
         from tokenizers import pre_tokenizers
         from transformers import PreTrainedTokenizerFast
         from transformers.integrations.gguf.gguf_tokenizer_mapping import (

@@ -1,4 +1,4 @@
-"""HF `config.json` -> `ModelConfig`, refusing every attribute it does not know."""
+"""From HF's config.json to a `ModelConfig`. Attributes that are not known are refused: they may change the model."""
 
 from __future__ import annotations
 
@@ -34,12 +34,17 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     """Read an HF configuration.
 
     Args:
-        raw: the parsed `config.json`.
+        raw: the content of config.json.
         where: the file, for messages.
-        ignore: attributes the caller knows to be harmless.
+        ignore: attributes that the caller knows not to matter.
 
     Raises:
-        ConfigError: unknown family or attribute, or a value that is not implemented.
+        ConfigError: the family or an attribute is unknown, or a value is missing, impossible or not implemented.
+
+    >>> raw = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "vocab_size": 50257, "n_positions": 64}
+    >>> cfg = parse_config(raw, "config.json")
+    >>> cfg.n_layers, cfg.d_mlp, cfg.norm
+    (2, 64, 'layer')
     """
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
@@ -54,7 +59,7 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
             f"{where}: unknown attribute {', '.join(f'{k}={raw[k]!r}' for k in unknown)} for {family.model_type}; "
             f"if it does not change the forward pass, pass ignore_config={tuple(unknown)!r}"
         )
-    full = _with_defaults(family, raw, where)
+    full = _with_defaults(family, raw, where)  # what config.json leaves out has a default in transformers
     for name, value in family.required.items():
         if full.get(name, value) != value:
             raise ConfigError(f"{where}: {name}={full[name]!r} is not implemented, only {name}={value!r}")
@@ -68,7 +73,7 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
         if values.get(field) is None:
             values[field] = value_of(full)
     values["rope"] = _parse_rope(full, where, family.partly_rotary) if family.rotary else None
-    if values["rope"] and values["rope"].scaling == "longrope":
+    if values["rope"] and values["rope"].scaling == "longrope":  # its short factors hold up to the original context
         values["n_ctx"] = int(dict(values["rope"].options)["original_max_position_embeddings"])  # type: ignore[arg-type]
     may_lack = {field.name for field in dataclasses.fields(ModelConfig) if field.default is None} | {"rope"}
     missing = sorted(k for k, v in values.items() if v is None and k not in may_lack)
@@ -86,7 +91,11 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
 
 
 def _with_defaults(family: Family, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The configuration as transformers completes it: defaults filled in, legacy rope keys merged."""
+    """The configuration as transformers completes it: with defaults, and older rotary attributes merged.
+
+    Raises:
+        ConfigError: transformers does not accept it.
+    """
     from transformers import CONFIG_MAPPING
 
     try:
@@ -96,6 +105,7 @@ def _with_defaults(family: Family, raw: Mapping[str, Any], where: str) -> dict[s
 
 
 def _check_sizes(family: Family, values: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that are no positive integers; those that are not known yet (None) pass."""
     names = {ours: hf for hf, ours in family.fields.items()}
     for field in _SIZES:
         value = values.get(field)
@@ -104,6 +114,7 @@ def _check_sizes(family: Family, values: Mapping[str, Any], where: str) -> None:
 
 
 def _has_frequencies(cfg: ModelConfig) -> bool:
+    """Whether the rotary options give finite frequencies."""
     try:
         with np.errstate(all="ignore"):
             inv_freq, scale = frequencies(cfg)
@@ -113,15 +124,26 @@ def _has_frequencies(cfg: ModelConfig) -> bool:
 
 
 def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
-    given = dict(full.get("rope_parameters") or {})
-    scaling = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    theta = given.pop("rope_theta", None)
+    """The rotary embedding of a configuration.
+
+    Args:
+        full: the configuration with defaults.
+        where: the file, for messages.
+        partly: whether the family may rotate a part of each head (`Family.partly_rotary`).
+
+    Raises:
+        ConfigError: a variant or an option is unknown, missing or of no use.
+    """
+    parameters = dict(full.get("rope_parameters") or {})
+    scaling = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)  # the older name, if both are there
+    theta = parameters.pop("rope_theta", None)
     theta = next(value for value in (theta, full.get("rope_theta"), 10_000.0) if value is not None)
     if not isinstance(scaling, str) or scaling not in _ROPE_OPTIONS:
         raise ConfigError(f"{where}: rope_type {scaling!r} is not implemented; known: {', '.join(_ROPE_OPTIONS)}")
-    options = {k: v for k, v in given.items() if v is not None}
+    options = {k: v for k, v in parameters.items() if v is not None}
     fraction = 1.0
+    # A factor of 1.0 changes nothing, so any family may name it. Any other stays in `options` and is refused below.
     if partly or options.get("partial_rotary_factor") == 1.0:
         fraction = options.pop("partial_rotary_factor", 1.0)
     unknown = sorted(set(options) - _ROPE_OPTIONS[scaling])
@@ -137,12 +159,16 @@ def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
     missing = sorted({"linear": {"factor"}, "llama3": _ROPE_OPTIONS["llama3"]}.get(scaling, set()) - set(options))
     if missing:
         raise ConfigError(f"{where}: rope_parameters lacks {', '.join(missing)} for rope_type {scaling!r}")
-    packed = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return Rope(float(theta), scaling, tuple(sorted(packed.items())), float(fraction))
+    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return Rope(float(theta), scaling, tuple(sorted(hashable.items())), float(fraction))
 
 
 def _is_rope_value(name: str, value: Any) -> bool:
-    """A positive number; a list of them for factors by dimension; a switch is a switch, and 0 switches a scale off."""
+    """Whether a rotary option has a possible value.
+
+    That is a positive number for most options, a list of these for factors by dimension, and a boolean for `truncate`.
+    A few may also be 0, which counts as not given.
+    """
     if name == "truncate":
         return isinstance(value, bool)
     if name in ("short_factor", "long_factor"):

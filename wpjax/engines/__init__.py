@@ -1,1 +1,1 @@
-"""How patches are run: suffix replay and its parts, joint patches, and the reference that both are tested against."""
+"""How patches are run: suffix replay, joint patches, and the slow reference that both are tested against."""

@@ -1,19 +1,22 @@
-"""What a component contributes inside its layer, whichever weights and input it is given: one rule a kind.
+"""What a component adds inside its layer, given somebody's weights and somebody's input. There is one rule a kind.
 
     weights  input
     donor    host     weight patching (arXiv 2604.13694)
     donor    donor    activation patching: the donor's own output
     host     donor    relay: what the host makes of the donor's input
-    host     host     nothing; with the host as its own donor, a sham
+    host     host     no change. The same happens in a sham, a weight patch with the host as its own donor
 
     head      attn_proj' = attn_proj + z'[h] W_O'[h] - z[h] W_O[h]            input: normed stream, keys and values
     kv_group  attn_proj' = attn_proj + sum over its heads of (z' - z) W_O     input: normed stream; z' of host's q
     neuron    mlp_proj'  = mlp_proj + a'[f] W_out'[f] - a[f] W_out[f]         input: normed stream
     attn, mlp, layer, norm: likewise, as modules
 
-A rule asks the layer (`models.block`) for what passes at its sites, and says which value is replaced; how that reaches
-the stream is the layer's business. A kind without a rule of its own is weight-patched through `Blend`s
+Primed quantities have the new weights and input; z is a head's mix of values, a a neuron's activation. A rule asks the
+layer (`models.block`) for the values at its sites and says which value is replaced. How that value reaches the stream
+is the layer's business. A kind without a rule can still be weight-patched, through `Blend`s
 (docs/method.md, "Suffix replay" and "Source or relay").
+
+Streams are packed here: B is 1 and T is S, the packed tokens (see `engines.packing`). P counts patches.
 """
 
 from __future__ import annotations
@@ -44,12 +47,16 @@ Side: TypeAlias = Literal["host", "donor"]
 class Run(NamedTuple):
     """What a sweep keeps of a model's own forward pass, on packed prompts.
 
+    A is the number of layers up to the one that the metric reads.
+
     Attributes:
-        resid_pre: [l + 1, 1, S, D], the residual stream before each layer up to the one that the metric reads.
-        score: [B], the metric.
-        slope: [B, R, D], its gradient by the stream where it is read; None where flow is not followed.
-        written: what heads and MLPs write there, for the flow; None likewise.
-        kept: `resid_mid` and `resid_post` likewise; where they are not there, they are made again.
+        resid_pre: [A, 1, S, D], the residual stream before each layer.
+        score: [B], the metric of each prompt.
+        slope: [B, R, D], the gradient of the metric by the stream, at the positions that are read. None: the flow is
+            not followed.
+        written: what heads and MLPs write at these positions. None: the flow is not followed.
+        kept: [A, 1, S, D] each, values at other sites of every layer, such as `resid_post`. Values that are not kept
+            are computed again when a patch needs them.
     """
 
     resid_pre: Float[Array, "A B T D"]
@@ -60,11 +67,11 @@ class Run(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a model's heads and MLPs write where the metric reads, layer by layer.
+    """What a model's heads and MLPs write at the positions that the metric reads, layer by layer.
 
     Attributes:
-        z: [L, B, R, H, Dh], of each head before W_O.
-        mlp: [L, B], what the MLP adds to the stream, along the metric's slope.
+        z: [L, B, R, H, Dh], each head's mix of values, before W_O.
+        mlp: [L, B], the MLP's output times the metric's slope, in the metric's units.
     """
 
     z: Float[Array, "*L B R H Dh"]
@@ -72,12 +79,12 @@ class Written(NamedTuple):
 
 
 class LayerPatch(NamedTuple):
-    """One layer of the host, and where a component's new output comes from.
+    """One layer in which components are to be patched: whose stream they write to, whose weights and input they have.
 
     Attributes:
         host: the host's own pass through the layer.
-        weights: the layer whose weights the component takes.
-        source: the pass whose input it sees.
+        weights: the layer, of host or donor, that gives a component its weights.
+        source: the pass, of host or donor, that gives a component its input.
     """
 
     host: LayerPass
@@ -86,21 +93,25 @@ class LayerPatch(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        """How the tokens stand."""
+        """How the tokens of all these passes are laid out."""
         return self.host.layout
 
     def attention(self, **known: Array) -> LayerPass:
-        """The patching weights' attention on what the source's attention reads, some sites being known."""
+        """A pass with the new weights on the input of the source's attention.
+
+        Args:
+            known: values that are not computed but given, by the name of their site, such as `k=...`.
+        """
         sites = {Site.ATTN_INPUT: self.source.attn_input, **{Site(name): value for name, value in known.items()}}
         return self.weights(self.source.resid_pre, self.layout, known=sites)
 
 
 class Rows(NamedTuple):
-    """The residual stream of a layer with one component at a time patched.
+    """The residual stream of a layer in P versions, one for each patch.
 
     Attributes:
-        mid: [P, 1, S, D], after attention; None where the component changes nothing there.
-        post: [P, 1, S, D], after the layer; None where the host's own MLP is to read `mid`, as it reads any stream.
+        mid: [P, 1, S, D], the stream after attention. None: the component changes nothing there.
+        post: [P, 1, S, D], the stream after the layer. None: the host's own MLP is still to run on `mid`.
     """
 
     mid: Float[Array, "P B T D"] | None = None
@@ -108,11 +119,19 @@ class Rows(NamedTuple):
 
     @classmethod
     def of_attention(cls, patched: LayerPass) -> Rows:
-        """Of passes that are changed in attention: its own MLP goes on from there, if it reads what is changed."""
+        """Rows of a pass whose attention is patched.
+
+        If the MLP reads the changed stream, it is left to run with all other patches. If it stands beside attention
+        (`ModelConfig.parallel`), the layer is finished here.
+        """
         return cls(mid=patched.resid_mid) if patched.block.mlp_reads_attention else cls(post=patched.resid_post)
 
     def handed_over(self, at: LayerPatch) -> tuple[Site, Float[Array, "P B T D"], Float[Array, "B T D"]]:
-        """Where the host alone goes on: the site, these rows and the host's own stream there."""
+        """Where plain replay with the host's weights takes over.
+
+        Returns:
+            the site (`resid_mid` or `resid_post`); the patched rows there; the host's own stream there.
+        """
         if self.post is not None:
             return Site.RESID_POST, self.post, at.host.resid_post
         assert self.mid is not None
@@ -120,30 +139,35 @@ class Rows(NamedTuple):
 
 
 class HeadValues(NamedTuple):
-    """Attention of one layer before the output projection, as the host has it and as a patch would."""
+    """Each head's mix of values in one layer, before W_O.
+
+    Attributes:
+        host: in the host.
+        patched: with the patch of that head, or of its KV group.
+    """
 
     host: Float[Array, "B T H Dh"]
     patched: Float[Array, "B T H Dh"]
 
 
 def query_patch(at: LayerPatch) -> HeadValues:
-    """Every head as a component: its queries are its own, keys and values are input."""
+    """Every head as a component: queries by the new weights; keys and values are input, taken from the source."""
     return HeadValues(at.host.z, at.attention(k=at.source.k, v=at.source.v).z)
 
 
 def module_patch(at: LayerPatch) -> HeadValues:
-    """Attention as one component: queries, keys and values are its own, the normed stream is input."""
+    """Attention as one component: queries, keys and values by the new weights; the normed stream is input."""
     return HeadValues(at.host.z, at.attention().z)
 
 
 def kv_patch(at: LayerPatch) -> HeadValues:
-    """Every KV group as a component: the host's queries on its keys and values."""
+    """Every KV group as a component: keys and values by the new weights; the queries stay the host's."""
     new = at.attention()
     return HeadValues(at.host.z, at.host.replaced({Site.K: new.k, Site.V: new.v}).z)
 
 
 def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], splits: int) -> Float[Array, "n B T D"]:
-    """What each of some heads writes on its own."""
+    """What each of n heads writes to the stream on its own."""
     return jax.vmap(functools.partial(project, splits=splits), in_axes=(2, 0))(z, w_o)
 
 
@@ -151,6 +175,7 @@ def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     z, attn = query_patch(at), at.host.block.attn
     w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
     splits = attn.cfg.activation_splits
+    # [P, B, T, D]: z is indexed along its heads, so `index` picks one head a patch.
     delta = _write(z.patched[:, :, index], w_new[index], splits) - _write(z.host[:, :, index], w_host[index], splits)
     return Rows.of_attention(at.host.moved(Site.ATTN_PROJ, delta))
 
@@ -165,7 +190,8 @@ def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 
 def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     def write(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "P B T D"]:
-        a = b.mlp.neurons(x, lambda leaf: jnp.asarray(base_of(leaf))[..., index])  # those alone
+        # Only the P neurons are computed: their columns of the input weights give a [B, T, P].
+        a = b.mlp.neurons(x, lambda leaf: jnp.asarray(base_of(leaf))[..., index])
         w = b.mlp.W_out.get_value()[index].astype(jnp.float32)
         return jnp.moveaxis(a, 2, 0)[..., None] * w[:, None, None, :]
 
@@ -174,7 +200,7 @@ def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 
 
 def _repeated(x: Float[Array, "B T D"], index: Int[Array, " P"]) -> Float[Array, "P B T D"]:
-    """The one component of its kind in a layer fills all rows."""
+    """One stream for all P rows. A layer has one component of such a kind, and `index` only says how many rows."""
     return x[None].repeat(index.size, 0)
 
 
@@ -188,12 +214,15 @@ def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 
 
 def _layer_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    x = at.source.resid_pre
+    x = at.source.resid_pre  # what the layer adds to its own input is put onto the host's input
     return Rows(post=_repeated(at.host.resid_pre + (at.weights(x, at.layout).resid_post - x), index))
 
 
 def norm_inputs(at: LayerPatch) -> dict[Site, Array]:
-    """What each norm of the layer writes as a component, by the site that it makes; in the order of its parts."""
+    """What each norm of the layer gives as a component, by the site whose value it makes.
+
+    Norms that the model does not have are left out. The order is that of the parts of the kind "norm".
+    """
     reads = {
         Site.ATTN_INPUT: at.source.resid_pre,
         Site.MLP_INPUT: at.source.mlp_reads,
@@ -205,6 +234,7 @@ def norm_inputs(at: LayerPatch) -> dict[Site, Array]:
 
 def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     passes = [at.host.replaced({site: value}) for site, value in norm_inputs(at).items()]
+    # A part that the model lacks has an index but no pass, so indices are looked up among those that there are.
     place = jnp.searchsorted(jnp.asarray(indices(at.host.block.cfg, "norm")), index)
     return Rows(*(jnp.stack([p.at(site) for p in passes])[place] for site in (Site.RESID_MID, Site.RESID_POST)))
 
@@ -221,12 +251,19 @@ ROWS: Mapping[str, RowRule] = MappingProxyType(
         "norm": _norm_rows,
     }
 )
-"""What each kind in a layer contributes; weight patches of a kind without a rule go through `Blend`s."""
+"""The rule of each kind of component in a layer: from a layer and P indices to P rows of the stream.
+
+Kinds without a rule are weight-patched by `blend_rows`.
+"""
 
 
 @functools.cache
 def _layer_units(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
-    """For each component of a kind in one layer, the units it opens there: unit -> [n, ...]."""
+    """The units that each component of a kind opens in its own layer.
+
+    Returns:
+        unit -> boolean [n, channels] or [n], for the n components of a layer; units that none of them opens are absent.
+    """
     opened = [open_units(cfg, [Component(kind, 0, i)]) for i in indices(cfg, kind)]
     layered = [owner.unit for path, owner in LEAVES.items() if path.startswith("blocks/")]
     used = [unit for unit in unit_shapes(cfg) if unit in layered and any(units[unit][0].any() for units in opened)]
@@ -236,7 +273,16 @@ def _layer_units(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
 def blend_rows(
     cfg: ModelConfig, kind: str, host: Params, donor: Params, at: LayerPass, index: Int[Array, " P"]
 ) -> Float[Array, "P B T D"]:
-    """`resid_post` of a layer with each of some components of a kind weight-patched, for any kind in a layer."""
+    """The stream after a layer with each of P components weight-patched, for any kind in a layer.
+
+    Args:
+        cfg: the model.
+        kind: kind of the components.
+        host: the host's parameters of the layer ("blocks" without its axis of layers).
+        donor: the donor's, likewise.
+        at: the host's own pass through the layer.
+        index: which components of the kind.
+    """
     place = jnp.searchsorted(jnp.asarray(indices(cfg, kind)), index)
     units = {unit: jnp.asarray(value)[place] for unit, value in _layer_units(cfg, kind).items()}
     return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(at.resid_pre, at.layout).resid_post)(units)
@@ -252,27 +298,50 @@ def layer_patch(
     inputs: Side,
     layout: Layout,
 ) -> LayerPatch:
-    """The layer of host and donor, with weights and input taken from one or the other."""
+    """Set up one layer for patching, with weights and input taken from host or donor.
+
+    Args:
+        cfg: the model.
+        host: parameters of the host.
+        donor: parameters of the donor.
+        runs: the runs of host and donor. The donor's may be None if `inputs` is "host".
+        layer: number of the layer; traced.
+        weights: whose weights a component takes.
+        inputs: whose input it sees.
+        layout: how the tokens are laid out.
+    """
     blocks = {"host": block(cfg, take_layer(host["blocks"], layer)),
               "donor": block(cfg, take_layer(donor["blocks"], layer))}  # fmt: skip
 
-    def passed(side: Side, run: Run) -> LayerPass:
+    def own_pass(side: Side, run: Run) -> LayerPass:
         return blocks[side](take_layer(run.resid_pre, layer), layout, known=take_layer(run.kept, layer))
 
-    here = passed("host", runs[0])
+    host_pass = own_pass("host", runs[0])
     if inputs == "host":
-        return LayerPatch(here, blocks[weights], here)
+        return LayerPatch(host_pass, blocks[weights], host_pass)
     assert runs[1] is not None
-    return LayerPatch(here, blocks[weights], passed("donor", runs[1]))
+    return LayerPatch(host_pass, blocks[weights], own_pass("donor", runs[1]))
 
 
 def layer_rows(
     cfg: ModelConfig, kind: str, at: LayerPatch, models: tuple[Params, Params], layer: Array, index: Array
 ) -> Rows:
-    """The layer with each of some components patched, by the kind's rule or, for a weight patch, by `Blend`s."""
+    """The layer with each of P components patched, by the kind's rule in `ROWS` or else by `Blend`s.
+
+    Args:
+        cfg: the model.
+        kind: kind of the components.
+        at: the layer, from `layer_patch`.
+        models: parameters of host and donor.
+        layer: number of the layer; traced.
+        index: [P], which components of the kind.
+
+    Raises:
+        ComponentError: the kind has no rule, and another input than the host's is asked for.
+    """
     if kind in ROWS:
         return ROWS[kind](at, index)
-    if at.source is not at.host:
+    if at.source is not at.host:  # `Blend`s say what weights do, not what a component's output is
         raise ComponentError(
             f"no rule says what the output of {kind} is, so only its weights can be patched; add one to ROWS"
         )

@@ -1,4 +1,8 @@
-"""The engine of a sweep: chunks of patches in any cell of the 2x2, their shams and nulls, resumable part by part."""
+"""The engine of a sweep: it runs chunks of patches, keeps what is finished, and resumes.
+
+It runs any cell of the 2x2 (docs/method.md, "Source or relay"), knock-outs, and the two controls: shams and nulls
+(docs/method.md, "Controls and statistics").
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,14 @@ from wpjax.runtime.shards import finished_part
 
 
 class Cell(NamedTuple):
-    """Whose model a component is patched in, and whose weights and input it has there."""
+    """One kind of patch: whose model receives it, and whose weights and input the component has there.
+
+    Attributes:
+        host: the model that receives the patch.
+        donor: the other model. "permuted" is an expert whose changes are dealt out anew (`patching.permuted`).
+        weights: whose weights the component takes.
+        inputs: whose input the component sees.
+    """
 
     host: Literal["base", "expert"]
     donor: Literal["base", "expert", "permuted"]
@@ -48,25 +59,39 @@ CELLS: Mapping[str, Cell] = MappingProxyType(
         "permuted": Cell("base", "permuted"),
     }
 )
+"""Every kind of patch, by name."""
 
 
 N_DIRECTIONS = 2
-"""Random directions that are read beside an anchor."""
+"""Number of random directions that patches are read along, to compare with the anchor."""
 
 
 class Engine:
-    """Replaces components for real, cell by cell, keeping finished chunks in `done`.
+    """Replaces components for real, and keeps finished chunks in `done`.
 
     Args:
         pair: base and expert.
         metric: what is measured.
-        chosen: every component that is swept; changes come in its order.
-        done: finished parts, extended.
+        chosen: all C components that are swept. Results come in this order.
+        done: key -> finished part (`part_key`). The engine adds to it and runs nothing that is in it already.
         progress: called after every chunk.
         placement: the devices that share every chunk; None for one.
-        models: base and expert where they stand on the devices, if `placed` has put them and the metric there.
-        with_flow: follow by way of what effects arrive.
-        shape: to pack prompts into; None for what they need.
+        models: base and expert on the devices, if `placed` has put them and the metric there. None: the engine does.
+        with_flow: whether to follow by way of what effects arrive.
+        shape: shape to pack the prompts into; None for the cheapest.
+
+    >>> import numpy as np
+    >>> import wpjax as wp
+    >>> from wpjax.metrics.readouts import Projection
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> tokens = task.encode(pair.tokenizer, n_prompts=4).with_instruction
+    >>> direction = Projection(jnp.ones(pair.cfg.d_model) / pair.cfg.d_model**0.5)
+    >>> metric = Metric(tokens, tokens.last[:, None], np.ones((4, 1)), direction, 1, "anchor")  # reads layer 1
+    >>> heads = wp.enumerate_components(pair.cfg, ["head"], layers=[1])
+    >>> engine = Engine(pair, metric, heads, done={}, progress=lambda *_: None)
+    >>> changes, flow = engine.changes("exact", engine.plan(heads))
+    >>> changes.shape == (len(heads), 4), flow.shape == (len(heads), len(engine.targets))
+    (True, True)
     """
 
     def __init__(
@@ -90,7 +115,7 @@ class Engine:
         self.runs: dict[str, Run] = {}
 
     def beside(self, metric: Metric) -> Engine:
-        """An engine of the same components on another metric of the same prompts."""
+        """An engine of the same components with another metric of the same prompts; finished parts are shared."""
         return Engine(self.pair, metric, list(self.position), self.done, self.progress, self.placement, self.models)
 
     @property
@@ -100,24 +125,27 @@ class Engine:
 
     @property
     def columns(self) -> dict[str, Float[np.ndarray, " C"]]:
-        """What else this engine knows of components, once it has replaced some; by column of the result."""
+        """More that is known of each component after it was replaced, by column of the result; nothing here."""
         return {}
 
     def plan(self, components: Sequence[Component], budget: int | None = None) -> Plan:
-        """How patches of some components are cut up; see `make_plan`."""
+        """How patches of some components are cut into chunks; see `make_plan`."""
         return make_plan(self.pair.cfg, components, self.packing, budget, placement=self.placement)
 
     def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
-        """The base's metric with each of some sets of components of the expert.
+        """The metric of the base with each of M sets of components taken from the expert.
 
         Args:
-            masks: the sets.
+            masks: the M sets.
             budget: bytes for the activations of the sets that run at once; None to choose from the device.
+
+        Returns:
+            [M, B], F of each patched model and prompt.
         """
         return scores_of_sets(self.pair.cfg, self.pair.base, self.pair.expert, masks, self.metric, budget=budget)
 
     def run(self, model: str) -> Run:
-        """The model's own forward pass, once."""
+        """The packed run of a model, by its name in `models`. It is made once and then remembered."""
         if model not in self.runs:
             run = run_packed(self.pair.cfg, self.models[model], self.metric, self.packing, self.with_flow)
             self.runs[model] = run
@@ -126,7 +154,17 @@ class Engine:
     def perform(
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
     ) -> Iterator[Changes]:
-        """The chunks of a plan with their changes, in one cell; parts are kept under a label, the cell's name."""
+        """Run the chunks of a plan in one cell; those that are in `done` are not run again.
+
+        Args:
+            name: the cell, a key of `CELLS`.
+            plan: the chunks.
+            jitter_seed: seed of a sham; None for patches.
+            label: what the finished parts are filed under in `done`; None for the name of the cell.
+
+        Yields:
+            the changes of each chunk, in the plan's order.
+        """
         if not plan.chunks:
             return
         cell, label = CELLS[name], label or name
@@ -140,7 +178,7 @@ class Engine:
         n_done = len(keys) - len(waiting.chunks)
         doing = f"{label} patches, {plan}"
         runs: tuple[Run, Run | None] = (self.run(cell.host), None)
-        if cell.inputs == "donor":  # a program of its own, of which no flow is asked
+        if cell.inputs == "donor":  # another compiled program anyway, so it can leave out the flow, which nobody needs
             runs = runs[0]._replace(slope=None, written=None), self.run(cell.donor)._replace(slope=None, written=None)
         host, donor = self.models[cell.host], self.models[cell.donor]
         parts = exact_changes(
@@ -161,10 +199,17 @@ class Engine:
             yield Changes(chunk, finished_part(self.done, key, (n, len(self.metric))), flow)
 
     def changes(self, name: str, plan: Plan) -> tuple[Float[np.ndarray, "C B"], Float[np.ndarray, "C U"] | None]:
-        """Changes of the metric in one cell, and the flow; NaN for components that the plan leaves out.
+        """The change of the metric by each of the C components in one cell, and the flow.
+
+        Args:
+            name: the cell, a key of `CELLS`.
+            plan: the chunks.
+
+        Returns:
+            [C, B] changes and [C, U] flow (None if it is not followed); NaN for components that the plan leaves out.
 
         Raises:
-            WpjaxError: a change that is not finite.
+            WpjaxError: a change is not finite.
         """
         delta = np.full((len(self.position), len(self.metric)), np.nan)
         flow: np.ndarray | None = None
@@ -172,55 +217,71 @@ class Engine:
             if not np.isfinite(changes).all():
                 names = ", ".join(c.name for c in chunk.components[:4])
                 raise WpjaxError(f"a patch of {names} gives scores that are not finite; check the checkpoints for NaN")
-            where = [self.position[c] for c in chunk.components]
-            delta[where] = changes
+            rows = [self.position[c] for c in chunk.components]
+            delta[rows] = changes
             if through is not None:
                 flow = np.full((len(self.position), through.shape[1]), np.nan) if flow is None else flow
-                flow[where] = through
+                flow[rows] = through
         return delta, flow
 
     def noise_floor(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, float]:
-        """The largest effect of shams of each kind."""
+        """The largest effect of shams, by kind: what rounding alone can make.
+
+        Args:
+            plan: the plan of the sweep.
+            gap: F(expert) - F(base) of each prompt.
+            seed: seed of the rounding steps.
+        """
         floor = dict.fromkeys(plan.rows, 0.0)
         for chunk, changes, _ in self.perform("sham", sham_plan(plan), seed):
             floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
         return floor
 
     def nulls(self, plan: Plan, gap: Float[np.ndarray, " B"], seed: int) -> dict[str, dict[str, float]]:
-        """What effects there are where there is nothing to find, by kind: 95 % of them are smaller.
+        """How large effects get where there is nothing to find: 95 % of them are smaller.
 
-        "permuted": the same components, with changes of weights dealt out anew among their like. "direction" (for an
-        anchor): the true patches, read along random directions instead of the anchor, as shares of the same gap.
+        Args:
+            plan: the plan of the sweep; a few chunks of it are run.
+            gap: F(expert) - F(base) of each prompt.
+            seed: seed of the permutations and directions.
+
+        Returns:
+            null -> kind -> share of the gap, NaN where a null does not apply. The nulls are
+
+            - "permuted": patches from an expert whose changes of weights are dealt out anew among components of a
+              kind and layer;
+            - "direction", for an anchor: the true patches, read along random directions, as shares of the same gap.
         """
         few = sham_plan(plan)
-        channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind != "norm"]
-        dealt = few.with_chunks(chunk for chunk in few.chunks if chunk.kind in channels)
-        found: dict[str, list[Changes]] = {"permuted": [], "direction": []}
+        # Changes are dealt out among channels; norms and the kinds outside the layers have none.
+        with_channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind != "norm"]
+        dealt = few.with_chunks(chunk for chunk in few.chunks if chunk.kind in with_channels)
+        changes: dict[str, list[Changes]] = {"permuted": [], "direction": []}
         if dealt.chunks:
             self.models["permuted"] = permuted(self.pair.base, self.pair.expert, seed)
-            found["permuted"] = list(self.perform("permuted", dealt))
-            del self.models["permuted"]
+            changes["permuted"] = list(self.perform("permuted", dealt))
+            del self.models["permuted"]  # a whole model, not needed any more
         if isinstance(self.metric.readout, Projection):
             rng = np.random.default_rng(seed)
             for i in range(N_DIRECTIONS):
                 vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
                 readout = Projection(jnp.asarray(vector / np.linalg.norm(vector)))
                 metric = dataclasses.replace(self.metric, readout=readout)
-                found["direction"] += self.beside(metric).perform("exact", few, label=f"direction-{i}")
+                changes["direction"] += self.beside(metric).perform("exact", few, label=f"direction-{i}")
 
         def quantile(parts: Sequence[Changes], kind: str) -> float:
             sizes = [np.abs(part.delta.mean(1)) / gap.mean() for part in parts if part.chunk.kind == kind]
             return float(np.quantile(np.concatenate(sizes), 0.95)) if sizes else float("nan")
 
-        return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in found.items()}
+        return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in changes.items()}
 
 
 def placed(placement: Placement, pair: Pair, metric: Metric) -> tuple[dict[str, Params], Metric]:
-    """Base and expert, and a metric, on every device; together, as a metric may hold a model too."""
+    """Put base, expert and metric on every device. They go together, since a metric may hold one of the models."""
     return placement.whole(({"base": pair.base, "expert": pair.expert}, metric))
 
 
 def part_key(prefix: str, chunk: Chunk) -> str:
-    """Name of a chunk's finished part."""
+    """The key of a chunk's finished part: prefix, kind, layer and a hash of the components' names."""
     names = " ".join(c.name for c in chunk.components)
     return f"{prefix}-{chunk.kind}-{chunk.layer}-{hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"

@@ -1,4 +1,8 @@
-"""Exact sweeps: every component of a list replaced for real, in chunks of one shape a kind."""
+"""Exact sweeps: every component of a list is replaced for real.
+
+Components are cut into chunks: some of one kind and layer, which run in one program. `make_plan` says how many fit,
+`exact_changes` runs them. All chunks of a kind have one shape, so a kind needs one compiled program.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +34,20 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 MAX_IN_FLIGHT = 4
-"""Chunks that run, or have run and wait for their results to be fetched."""
+"""Chunks in flight at most: sent to the device, with results that are not fetched yet."""
 
 MOST_GROUPS = 8
-"""Groups of rows (`memory.groups`) of a chunk on a CPU, at most: a layer's weights are fetched once for all of them."""
+"""Groups of rows (`memory.groups`) of a chunk on a CPU, at most. They share one fetch of each layer's weights."""
 
 
 class Chunk(NamedTuple):
-    """Components of one kind and layer that run together; fewer than the program's rows are filled up."""
+    """Components of one kind and layer that run together. If they are fewer than the program's rows, it is filled up.
+
+    Attributes:
+        kind: kind of all components.
+        layer: layer of all components; `MODEL_LAYER` for kinds outside the layers.
+        components: the components.
+    """
 
     kind: str
     layer: int
@@ -45,13 +55,14 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a sweep is cut up.
+    """How a sweep is cut into chunks.
 
     Attributes:
-        rows: components a program of each kind takes at once; lowered where the device runs out of memory.
-        chunks: all chunks in order.
-        takes: estimate of the bytes that a chunk of so many components takes on a device.
-        budget: bytes a chunk may take there.
+        rows: kind -> number of components that its program takes at once. It is lowered, in place, if the device runs
+            out of memory.
+        chunks: all chunks, in order.
+        takes: number of components on a device -> bytes that they take there, estimated.
+        budget: bytes that a chunk may take on a device.
         placement: the devices that share the rows of a chunk.
     """
 
@@ -62,7 +73,7 @@ class Plan(NamedTuple):
     placement: Placement
 
     def with_chunks(self, chunks: Iterable[Chunk]) -> Plan:
-        """Other chunks at the same size; `rows` stays one and the same."""
+        """A plan of other chunks. It shares the dict `rows`, so that a size lowered by one holds for the other."""
         return self._replace(chunks=tuple(chunks))
 
     def __str__(self) -> str:
@@ -79,17 +90,17 @@ def make_plan(
     most_rows: int | None = None,
     placement: Placement | None = None,
 ) -> Plan:
-    """Group components by kind and layer, and choose the rows of each kind's program.
+    """Group components by kind and layer, and choose how many run at once.
 
-    The rows are the number that wastes least on filling up, among those that fit the budget and divide evenly among
-    the devices.
+    Of the numbers that fit the budget and divide evenly among the devices, the one is taken that costs least: few
+    chunks, and few rows that only fill up.
 
     Args:
         cfg: the model.
-        components: what to sweep; the order within a kind is kept.
-        packing: of the prompts.
+        components: what to sweep. The order within a kind and layer is kept.
+        packing: the packing of the prompts.
         budget: bytes for a chunk's activations on a device; None to choose from the device.
-        most_rows: of a chunk on a device, at most.
+        most_rows: rows of a chunk on a device, at most; None for no limit.
         placement: the devices; None for one.
     """
     takes = functools.partial(bytes_of_rows, cfg, packing)
@@ -102,10 +113,11 @@ def make_plan(
     rows: dict[str, int] = {}
     components = list(components)
     for kind, members in _grouped(components, lambda c: c.kind):
-        counts = [len(some) for _, some in _grouped(members, lambda c: c.layer)]
+        counts = [len(in_layer) for _, in_layer in _grouped(members, lambda c: c.layer)]
         largest = math.ceil(max(counts) / n_devices)
         shares = [p for p in range(1, min(largest, most_rows or largest) + 1) if takes(p) <= budget] or [1]
-        # A chunk costs its rows, filled or not, and about two rows' worth of what is not shared between chunks.
+        # Rows on a device -> cost of all chunks. A chunk costs all its rows, filled up or not, and about two rows more
+        # for the work that every chunk does anew.
         cost = {
             p: sum(math.ceil(n / (p * n_devices)) for n in counts) * (math.prod(groups(cfg, packing, p)) + 2)
             for p in shares
@@ -115,16 +127,29 @@ def make_plan(
 
 
 def cut(components: Iterable[Component], rows: Mapping[str, int]) -> tuple[Chunk, ...]:
-    """Chunks of components, in the order of their kinds and layers, for programs of given rows."""
+    """Cut components into chunks.
+
+    Args:
+        components: what to sweep.
+        rows: kind -> components of a chunk, at most.
+
+    Returns:
+        the chunks, with kinds and layers in the order in which they first appear.
+
+    >>> heads = [Component("head", layer, i) for layer in (0, 1) for i in range(3)]
+    >>> [[c.name for c in chunk.components] for chunk in cut(heads, {"head": 2})]
+    [['L0.head.0', 'L0.head.1'], ['L0.head.2'], ['L1.head.0', 'L1.head.1'], ['L1.head.2']]
+    """
     return tuple(
-        Chunk(kind, layer, tuple(some[i : i + rows[kind]]))
+        Chunk(kind, layer, tuple(in_layer[i : i + rows[kind]]))
         for kind, members in _grouped(components, lambda c: c.kind)
-        for layer, some in _grouped(members, lambda c: c.layer)
-        for i in range(0, len(some), rows[kind])
+        for layer, in_layer in _grouped(members, lambda c: c.layer)
+        for i in range(0, len(in_layer), rows[kind])
     )
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:
+    """Items by key, in order of first appearance; unlike `itertools.groupby` they need not be sorted."""
     groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -132,12 +157,13 @@ def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, lis
 
 
 class Changes(NamedTuple):
-    """What a chunk's patches do.
+    """What the patches of a chunk do.
 
     Attributes:
-        chunk: which components.
-        delta: [n, B], change of the metric.
-        flow: [n, U], by way of which target, mean over prompts (see `replay.Replayed`); None if it is not followed.
+        chunk: the n components.
+        delta: [n, B], change of the metric of each prompt.
+        flow: [n, U], the part of it that arrives by way of each target, mean over prompts (see `replay.Replayed`).
+            None: the flow is not followed.
     """
 
     chunk: Chunk
@@ -146,16 +172,21 @@ class Changes(NamedTuple):
 
 
 def rounding_step(cfg: ModelConfig, params: Params) -> float:
-    """The relative step in which activations meet the weights: of their dtype, or of so many numbers of it."""
+    """The relative rounding step of activations where they meet the weights.
+
+    It is the machine epsilon of the weights' dtype; for bfloat16x2, where two numbers make up an activation, its
+    square.
+    """
     dtype = params["embed"]["W_E"].dtype
     return float(jnp.finfo(dtype).eps) ** (cfg.activation_splits if dtype == jnp.bfloat16 else 1)
 
 
 def beside_the_host(host: Params, metric: Metric) -> bool:
-    """Whether patches are compared with the host in their own program, not with its own run.
+    """Whether each program of patches must run the host as one more row, to take changes from.
 
-    Rounding depends on a batch's shape, in bfloat16 and on an accelerator far more than in float32 on a CPU. Counts are
-    compared with the host's own.
+    Rounding depends on the shape of a batch. In float32 on a CPU that is too little to matter, so the host's own run
+    serves all programs. In bfloat16 or on an accelerator it matters. Counts of unchanged words
+    (`TokensUnchanged`) are compared with the host's own run everywhere.
     """
     is_rounded = host["embed"]["W_E"].dtype == jnp.bfloat16 or jax.default_backend() != "cpu"
     return is_rounded and not isinstance(metric.readout, TokensUnchanged)
@@ -174,22 +205,43 @@ def exact_changes(
     inputs: Side = "host",
     jitter_seed: int | None = None,
 ) -> Iterator[Changes]:
-    """The change of the metric by each component of a plan, chunk by chunk.
+    """How much each component of a plan changes the metric, chunk by chunk, in the plan's order.
 
-    Where the device runs out of memory, the sweep goes on with half as many components at once. No buffer is donated: a
-    chunk returns a few numbers a patch, and everything it takes is taken again by the next.
+    If the device runs out of memory, a warning says so and the sweep goes on with half as many components at once.
 
     Args:
         cfg: the model.
         host: parameters that receive the patches.
         donor: parameters that the components come from.
-        runs: the host's run on the metric's tokens (`run_packed`), and the donor's where its input is asked for.
+        runs: the packed runs (`run_packed`) of the host and, if `inputs` is "donor", of the donor.
         metric: what is measured.
-        packing: of its prompts.
-        plan: from `make_plan`.
+        packing: the packing of the metric's prompts.
+        plan: chunks, from `make_plan`.
         weights: whose weights a component takes.
         inputs: whose input it sees.
-        jitter_seed: for a sham, the seed of the rounding steps by which the residual stream is moved; None for patches.
+        jitter_seed: seed of a sham, which moves the residual stream by one rounding step up or down at random; None
+            for patches.
+
+    Raises:
+        WpjaxError: a single patch does not fit into memory.
+
+    >>> import jax
+    >>> from wpjax.behaviours import Tokens
+    >>> from wpjax.engines.packing import pack
+    >>> from wpjax.engines.reference import reference_changes
+    >>> from wpjax.engines.replay import run_packed
+    >>> from wpjax.metrics.readouts import Projection
+    >>> from wpjax.models.decoder import init_params
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, 2 KV groups
+    >>> host = init_params(cfg, jax.random.key(0))
+    >>> donor = jax.tree.map(lambda w: 1.5 * w, host)
+    >>> tokens, last = Tokens(jnp.arange(8).reshape(2, 4), jnp.array([4, 4])), jnp.full((2, 1), 3)
+    >>> metric = Metric(tokens, last, jnp.ones((2, 1)), Projection(jnp.ones(16) / 4), 1, "anchor")  # reads layer 1
+    >>> heads, packing = [Component("head", 0, i) for i in range(4)], pack(metric)
+    >>> runs, plan = (run_packed(cfg, host, metric, packing), None), make_plan(cfg, heads, packing)
+    >>> fast = np.concatenate([part.delta for part in exact_changes(cfg, host, donor, runs, metric, packing, plan)])
+    >>> fast.shape, bool(np.allclose(fast, reference_changes(cfg, host, donor, heads, metric), atol=1e-5))
+    ((4, 2), True)
     """
     with_reference = beside_the_host(host, metric)
     if not plan.chunks:
@@ -200,29 +252,34 @@ def exact_changes(
     step = 0.0 if jitter_seed is None else rounding_step(cfg, host)
 
     def dispatch(chunk: Chunk) -> list[Replayed]:
+        """Start a chunk, in one part; in several once `rows` was lowered."""
         return [part(chunk, first) for first in range(0, len(chunk.components), rows[chunk.kind])]
 
+    # No buffer is donated to these programs: a part returns a few numbers a patch, and the next part needs every
+    # argument again.
     def part(chunk: Chunk, first: int) -> Replayed:
         size = rows[chunk.kind]
         index = [c.index for c in chunk.components[first : first + size]]
-        index += index[-1:] * (size - len(index))
-        # Seeded by what the chunk is, so that a sweep that was interrupted draws the same.
+        index += index[-1:] * (size - len(index))  # filled up; `collect` cuts it off
+        # Seeds depend on the chunk alone, not on what ran before, so that a sweep that was interrupted draws the same.
         seed = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
         seeds = np.random.SeedSequence(seed).generate_state(size)
         split = [placement.split(a) for a in (np.asarray(index, np.int32), seeds)]
-        where, moved = placement.whole((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
+        layer_and_step = placement.whole((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
         if placement.n_devices == 1:
-            return replay(cfg, chunk.kind, *shared, where, moved, *split, **options)
-        return divided_replay(placement, cfg, chunk.kind, **options)(*shared, where, moved, *split)
+            return replay(cfg, chunk.kind, *shared, *layer_and_step, *split, **options)
+        return divided_replay(placement, cfg, chunk.kind, **options)(*shared, *layer_and_step, *split)
 
-    def collect(chunk: Chunk, made: list[Replayed]) -> Changes:
-        changes = [np.asarray(change, np.float64) for change, _ in made]
-        flow = [np.asarray(flow, np.float64) for _, flow in made if flow is not None]
+    def collect(chunk: Chunk, parts: list[Replayed]) -> Changes:
+        """Fetch the results of a chunk; this waits until they are there."""
+        changes = [np.asarray(change, np.float64) for change, _ in parts]
+        flow = [np.asarray(flow, np.float64) for _, flow in parts if flow is not None]
         n = len(chunk.components)
         return Changes(chunk, np.concatenate(changes)[:n], np.concatenate(flow)[:n] if flow else None)
 
     def halve(kind: str, error: Exception) -> None:
+        """Halve the rows of a kind's program."""
         share = rows[kind] // placement.n_devices
         if share == 1:
             raise WpjaxError(
@@ -232,6 +289,8 @@ def exact_changes(
         rows[kind] = (share + 1) // 2 * placement.n_devices
         warnings.warn(f"out of memory: {kind} patches go on {rows[kind]} at a time", stacklevel=3)
 
+    # Chunks go from `waiting` to `flying` to the caller, always in order. If memory runs out while several fly, the
+    # first of them is tried alone. If it fails alone as well, its rows are halved. If not, fewer fly from then on.
     waiting, flying = deque(plan.chunks), deque[tuple[Chunk, list[Replayed]]]()
     most, alone = MAX_IN_FLIGHT, False
     while waiting or flying:
@@ -248,10 +307,10 @@ def exact_changes(
             alone = len(flying) + more > 1
             if not alone:
                 halve((flying[0][0] if flying else waiting[0]).kind, error)
-            waiting.extendleft(chunk for chunk, _ in reversed(flying))
+            waiting.extendleft(chunk for chunk, _ in reversed(flying))  # all of them run again
             flying.clear()
             continue
-        if alone:  # it fits, but not beside others
+        if alone:  # it fits alone, but did not fit beside others
             most, alone = max(1, most // 2), False
             warnings.warn(f"out of memory: chunks go on {most} at a time", stacklevel=2)
         flying.popleft()
@@ -260,25 +319,32 @@ def exact_changes(
 
 @functools.cache
 def divided_replay(placement: Placement, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
-    """`replay` with the patches divided among devices, a program of what it takes after `cfg` and `kind`.
+    """`replay` with its patches divided among devices.
 
     Args:
         placement: the devices.
         cfg: the model.
-        kind: of the components.
-        options: of `replay`: `weights`, `inputs` and `with_reference`.
+        kind: kind of the components.
+        options: `weights`, `inputs` and `with_reference`, as `replay` takes them.
 
     Returns:
-        a compiled function of host, donor, runs, metric, packing, layer and step, of which each device has a copy, and
-        of the components' indices and seeds, which are divided: their number must be a multiple of the devices.
+        a compiled function of what `replay` takes after `cfg` and `kind`. Each device has its own copy of the first
+        seven (host, donor, runs, metric, packing, layer, step). The last two (indices and seeds) are divided; their
+        number must be a multiple of the number of devices.
     """
     return jax.jit(placement.divide(functools.partial(replay, cfg, kind, **options), 7, 2))
 
 
 def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:
-    """A few chunks of each kind, spread over the layers, to run with the host as its own donor."""
+    """A part of a plan, for shams: of each kind the first chunk of some layers, spread evenly over the layers.
+
+    Args:
+        plan: the plan of a sweep.
+        layers_per_kind: layers of each kind, at most.
+    """
     chosen: list[Chunk] = []
     for _, chunks in _grouped(plan.chunks, lambda chunk: chunk.kind):
+        # The first chunk of each layer, in the order of the layers: of equal keys a dict keeps the last value.
         firsts = list({chunk.layer: chunk for chunk in reversed(chunks)}.values())[::-1]
         at = np.unique(np.linspace(0, len(firsts) - 1, layers_per_kind).round().astype(int))
         chosen += [firsts[i] for i in at]

@@ -1,4 +1,4 @@
-"""What sweeps take of a device's memory, estimated, and how many patches run together."""
+"""Estimates of the memory that patches take on a device, and how many patches run together."""
 
 from __future__ import annotations
 
@@ -10,37 +10,51 @@ from wpjax.engines.packing import Packing
 from wpjax.models.config import ModelConfig
 
 CPU_BUDGET, CPU_TOKENS = 16 * 2**20, 1280
-"""Bytes of the rows that run together on a CPU, or so many tokens if these are more: these fill a product. Beyond twice
-that, what no longer fits a cache slows down all between the products.
+"""What runs together on a CPU: rows of so many bytes, or of so many tokens, whichever are more rows.
+
+Fewer tokens do not fill a matrix product. With more than twice these bytes the activations no longer fit the cache, and
+everything between the products slows down.
 """
 
 STREAMS = 3
-"""Residual streams that a row takes while others run: before a layer, after it, and as it entered."""
+"""Copies of the residual stream that a row keeps while other rows run: before a layer, after it, and as it entered."""
 
 
 def bytes_of_row(cfg: ModelConfig, n_tokens: int, n_keys: int, n_copied: int = 0) -> int:
-    """Estimate of the temporary memory of one forward pass: the widest layer's activations, float32.
+    """Bytes of temporary memory of one forward pass, estimated: the activations of one layer in float32.
 
     Args:
         cfg: the model.
-        n_tokens: that are computed.
-        n_keys: that each token is compared with.
-        n_copied: tokens whose keys and values are laid out again.
+        n_tokens: number of tokens that are computed.
+        n_keys: number of keys that each token is compared with.
+        n_copied: number of tokens whose keys and values are copied into another layout.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
+    >>> bytes_of_row(cfg, n_tokens=10, n_keys=10)
+    7680
     """
+    # Numbers a token: queries and outputs, keys and values, scores and probabilities. Attention and MLP take turns.
     attention = cfg.d_head * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) + 2 * cfg.n_heads * n_keys
     copied = 2 * n_copied * cfg.n_kv_heads * cfg.d_head
     return 4 * (n_tokens * (4 * cfg.d_model + max(attention, 3 * cfg.d_mlp)) + copied)
 
 
 def bytes_per_row(cfg: ModelConfig, packing: Packing) -> int:
-    """Estimate of the temporary memory of one patch on packed prompts."""
+    """Bytes of temporary memory of one patch on packed prompts, estimated."""
+    # Each bin has its own copy of the shared keys, and each prompt that of its bin in the layer that is read.
     n_copied = packing.n_keys * (len(packing.packed.segments) + len(packing.bin))
     return bytes_of_row(cfg, packing.n_tokens, packing.n_keys, n_copied)
 
 
 def rows_together(row_bytes: int, n_tokens: int) -> int | None:
-    """How many rows of so many bytes and tokens a CPU should take through a layer together, up to twice as many at
-    most; None on an accelerator, where more are better.
+    """How many rows a CPU should take through a layer together; it should not take more than twice as many.
+
+    Args:
+        row_bytes: temporary memory of a row.
+        n_tokens: tokens of a row.
+
+    Returns:
+        a number of rows; None on an accelerator, where more rows are always better.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -48,20 +62,27 @@ def rows_together(row_bytes: int, n_tokens: int) -> int | None:
 
 
 def groups(cfg: ModelConfig, packing: Packing, n_rows: int) -> tuple[int, int]:
-    """Into how many groups the rows of a program are divided, and how many run together; the last may be filled up."""
+    """How the rows of a program are divided into groups that run one after the other.
+
+    Returns:
+        (number of groups, rows of each). The last group is filled up if it is not full.
+    """
     n = max(1, n_rows // (rows_together(bytes_per_row(cfg, packing), packing.n_tokens) or n_rows))
     return n, math.ceil(n_rows / n)
 
 
 def bytes_of_rows(cfg: ModelConfig, packing: Packing, n_rows: int) -> int:
-    """Estimate of the temporary memory of a program of so many patches on a device."""
+    """Bytes of temporary memory of a program with so many patches on one device, estimated."""
     _, together = groups(cfg, packing, n_rows)
     waiting = 4 * STREAMS * packing.n_tokens * cfg.d_model
     return together * bytes_per_row(cfg, packing) + (n_rows - together) * waiting
 
 
 def device_budget() -> int | None:
-    """Bytes for temporary memory on a device, a third of what is free; None where JAX does not say: on CPUs."""
-    found = [device.memory_stats() for device in jax.local_devices()]
-    free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in found if stats and "bytes_limit" in stats]
+    """Bytes that temporary memory may take: a third of what is free on the fullest device.
+
+    None where JAX does not know, as on CPUs.
+    """
+    by_device = [device.memory_stats() for device in jax.local_devices()]
+    free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in by_device if stats and "bytes_limit" in stats]
     return int(min(free)) // 3 if free else None

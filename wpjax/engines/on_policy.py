@@ -1,16 +1,20 @@
-"""The anchor along a model's own words: does the state last while it speaks, and what does one component do to that?
+"""The anchor along a model's own words: does its state last while the model speaks?
 
     F_o(M, x) = 1 / |y| sum_t <r_a^M(x, y_<=t), v>,    y generated greedily by M itself
     (docs/method.md, "What the model says"; ours)
 
-A component acts on it twice: on the state along given words, and by changing the words. Few single components change
-any word, so every patch is replayed along the base's own answer, which gives the score there and tells whether each
-word stays the first choice, by a margin for what rounding does (in bfloat16 a guess). Only where one does not surely
-stay, the patched model answers anew and is read along that answer: exact, for the price of two replays and a few
-answers. (Those are not divided among devices.)
+A patch acts on F_o in two ways: it changes the state along given words, and it changes the words. Few single patches
+change any word. So each patch is run as follows:
 
-Greedy words are piecewise constant in the weights. So the slope of F_o is that along the base's own words, which every
-first-order screen takes; what comes after the anchor acts by words alone, and only a real replacement shows it.
+1. It is replayed along the base's own answer. That gives its score along these words.
+2. A second replay tells whether each of these words stays the patched model's first choice, by a margin that covers
+   rounding (in bfloat16 the margin is a guess).
+3. Only if some word may not stay, the patched model answers anew and is read along its own answer.
+
+The result is exact. It costs two replays and a few answers; answers are not divided among devices.
+
+Greedy words are piecewise constant in the weights. So the slope of F_o is the slope along the base's own words, and
+first-order screens take that. Components after the anchor act by words alone; only a real replacement shows them.
 """
 
 from __future__ import annotations
@@ -45,28 +49,32 @@ from wpjax.runtime.progress import Progress
 from wpjax.runtime.shards import finished_part
 
 ANSWERS_AT_ONCE = 32
-"""Patched models that answer a prompt each in one program."""
+"""Answers that one program generates, each by a patched model of its own."""
 
 
 def along(anchor: Anchor, batch: PromptBatch, answers: Generation) -> Metric:
-    """The anchor's score averaged over the tokens of some answers, the end token included.
+    """The anchor's score, averaged over the tokens of given answers, end token included.
 
     Args:
         anchor: the direction.
-        batch: prompts with the instruction.
-        answers: of the model that is scored, for its on-policy score.
+        batch: the prompts; those with the instruction are read.
+        answers: an answer to each prompt. With the answers of the scored model itself, the score is its F_o.
     """
     return dataclasses.replace(anchor.on(batch, answers), name="on_policy")
 
 
 class Speech:
-    """What the base says to some prompts, and what is measured along it.
+    """The base's answers to some prompts, and the metrics along them.
 
     Args:
         pair: base and expert.
-        batch: prompts with the instruction.
-        anchor: that is read.
-        max_new_tokens: length of an answer.
+        batch: the prompts; those with the instruction are answered.
+        anchor: the direction.
+        max_new_tokens: length of an answer, in tokens, at most.
+
+    Attributes:
+        answers: the base's greedy answers.
+        metric: the anchor's score along these answers.
     """
 
     def __init__(self, pair: Pair, batch: PromptBatch, anchor: Anchor, max_new_tokens: int):
@@ -75,33 +83,41 @@ class Speech:
         self.metric = along(anchor, batch, self.answers)
 
     def of(self, params: Params) -> Generation:
-        """Greedy answers of a model."""
+        """Greedy answers of a model to these prompts."""
         return answer_of(self.pair, params, self.batch.with_instruction, self.max_new_tokens)
 
     def score(self, params: Params) -> Float[np.ndarray, " B"]:
-        """F_o of a model, along its own answers."""
+        """F_o of a model for each prompt, along its own answers."""
         return scores(self.pair.cfg, params, along(self.anchor, self.batch, self.of(params)))
 
     @property
     def kept(self) -> Metric:
-        """How many of the base's words a model surely says too, when it is given those before."""
+        """A metric: the number of the base's words that are surely a model's first choice, given those before."""
         prompts, cfg = self.batch.with_instruction, self.pair.cfg
-        at, here = answer_positions(prompts, self.answers)
-        chosen = np.where(here > 0, np.asarray(self.answers.tokens), 0)
-        # Generation and replay round differently: what is nearer than this may fall either way.
+        at, weight = answer_positions(prompts, self.answers)
+        chosen = np.where(weight > 0, np.asarray(self.answers.tokens), 0)
+        # Generation and replay round differently. If two logits are nearer than this, either may come out larger.
         margin = 1e-3 if self.pair.base["embed"]["W_E"].dtype == jnp.float32 else 0.2
         readout = TokensUnchanged(jnp.asarray(chosen), margin)
         tokens = with_answers(prompts, self.answers)
-        return Metric(tokens, jnp.asarray(at), jnp.asarray(here), readout, cfg.n_layers - 1, "kept words")
+        return Metric(tokens, jnp.asarray(at), jnp.asarray(weight), readout, cfg.n_layers - 1, "kept words")
 
 
 @dataclasses.dataclass(frozen=True)
 class OnPolicy:
-    """An anchor that is read along each model's own greedy answer; what `sweep` takes as a metric.
+    """An anchor that is read along each model's own greedy answer. `sweep` takes it as a metric.
 
     Attributes:
         anchor: the direction.
-        max_new_tokens: length of an answer.
+        max_new_tokens: length of an answer, in tokens, at most.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> anchor = wp.fit_anchor(pair, task, causal="skip")
+    >>> batch = task.encode(pair.tokenizer, n_prompts=4)
+    >>> speech = wp.OnPolicy(anchor, max_new_tokens=8).speech(pair, batch)
+    >>> bool((speech.score(pair.expert) > speech.score(pair.base)).all())  # each model along its own answers
+    True
     """
 
     anchor: Anchor
@@ -110,11 +126,11 @@ class OnPolicy:
     has_fixed_words: ClassVar[bool] = False
 
     def speech(self, pair: Pair, batch: PromptBatch) -> Speech:
-        """What the base says to some prompts, and what is measured along it."""
+        """The base's answers to some prompts, and the metrics along them."""
         return Speech(pair, batch, self.anchor, self.max_new_tokens)
 
     def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
-        """What a sweep needs of it: every model is scored along its own words, and every component counts.
+        """What a sweep needs to measure it: every model is scored along its own words, and every component counts.
 
         Raises:
             AnchorRejected: the anchor belongs to another expert.
@@ -123,10 +139,14 @@ class OnPolicy:
         speech = self.speech(pair, batch)
 
         def decision() -> Metric | None:
-            """Words have no slope; where base and expert part ways, one may tip."""
+            """The decision metric, which chooses candidates too.
+
+            F_o has no slope by way of words. Words change first where base and expert part ways, and the decision
+            metric has a slope there.
+            """
             try:
                 return decision_metric(pair, batch, self.max_new_tokens)
-            except MetricRejected:  # they hardly part
+            except MetricRejected:  # base and expert part ways on too few prompts
                 return None
 
         return Prepared(
@@ -153,18 +173,31 @@ def _anew(
     layer: int,
     max_new_tokens: int,
 ) -> tuple[Float[Array, " P"], Generation]:
-    """Patched models' scores along their own answers, a prompt each, and the answers; weights are shared."""
+    """P patched models answer one prompt each, and are scored along their own answers; the weights are shared.
+
+    Args:
+        cfg: the model (static).
+        host: parameters that receive the patches.
+        donor: parameters that the components come from.
+        units: unit -> the masks of the P models, stacked along the first axis.
+        ids: one prompt for each model.
+        lengths: tokens of each prompt.
+        readout: the projection on the anchor.
+        stop_tokens: ids that end an answer.
+        layer: the anchor's layer (static).
+        max_new_tokens: length of an answer, at most (static).
+    """
 
     def one(mask: Mapping[str, Array], ids: Array, n: Array) -> tuple[Array, Generation]:
         params = patch(host, donor, PatchMask(mask))
         said = generate(cfg, params, ids[None], n[None], max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
         room = jnp.pad(ids, (0, max_new_tokens))
-        # What stands after the end of an answer is seen by nothing that is read.
+        # Prompt and answer in one row. Tokens after the end of the answer change nothing: attention is causal.
         full = jax.lax.dynamic_update_slice(room, said.tokens[0].astype(room.dtype), (n,))
         step = jnp.arange(max_new_tokens)
-        here = (step < said.lengths[0]).astype(jnp.float32)
+        counts = (step < said.lengths[0]).astype(jnp.float32)
         tokens = Tokens(full[None], n[None] + said.lengths)
-        at, weight = jnp.where(here > 0, n + step, 0)[None], (here / here.sum())[None]
+        at, weight = jnp.where(counts > 0, n + step, 0)[None], (counts / counts.sum())[None]
         score = Metric(tokens, at, weight, readout, layer, "on_policy")(cfg, params)
         return score[0], Generation(said.tokens[0], said.lengths[0])
 
@@ -172,17 +205,17 @@ def _anew(
 
 
 class OnPolicyEngine(Engine):
-    """An engine whose patched models say what they would say; see the module.
+    """An engine that reads every patched model along its own answer; this module says how.
 
     Args:
-        speech: of the base, on the metric's prompts.
-        chosen: every component that is swept; in any layer.
-        done: finished parts, extended.
+        speech: the base's answers to the metric's prompts.
+        chosen: all C components that are swept, in any layer.
+        done: key -> finished part; the engine adds to it.
         progress: called after every chunk.
-        metric: along the base's words; None for that of `speech`.
         placement: the devices that share every chunk; None for one.
-        models: base and expert where they stand on the devices.
-        words: the engine of the words; None for a new one.
+        metric: another metric along the base's answers; None for that of `speech`.
+        models: base and expert on the devices; None: the engine puts them there.
+        words: an engine whose metric is `speech.kept`, to share with this one; None for a new one.
     """
 
     def __init__(
@@ -205,46 +238,50 @@ class OnPolicyEngine(Engine):
             words = Engine(
                 speech.pair, whole(speech.kept), chosen, done, progress, placement, self.models, with_flow=False
             )
-            words.models = self.models  # that of a null comes and goes
+            words.models = self.models  # one dict for both: `nulls` puts a third model there for a while
         self.words = words
-        self.changed = np.full(len(chosen), np.nan)
+        self.changed = np.full(len(chosen), np.nan)  # share of prompts on which each component changes words
 
     def beside(self, metric: Metric) -> Engine:
-        """Along the same words."""
+        """An engine of the same components with another metric along the same words."""
         return OnPolicyEngine(
             self.speech, self.chosen, self.done, self.progress, self.placement, metric, self.models, self.words
         )
 
     @property
     def targets(self) -> list[str]:
-        """Of the flow along the base's words, and what other words do."""
+        """Names of the columns of the flow: those along the base's words, and "rest", what other words do."""
         return [*super().targets, "rest"]
 
     @property
     def columns(self) -> dict[str, Float[np.ndarray, " C"]]:
-        """On what share of prompts each component that was replaced changes words."""
+        """`words_changed`: the share of prompts on which a component changes words; NaN if it was not replaced."""
         return {"words_changed": self.changed} if np.isfinite(self.changed).any() else {}
 
     def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
-        """Each set's model answers for itself, one model after the other."""
+        """F_o of the base with each of M sets of the expert, [M, B]: each model answers, one after the other."""
         pair = self.pair
         return np.stack([self.speech.score(materialize(pair.base, pair.expert, mask)) for mask in masks])
 
     def perform(
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
     ) -> Iterator[Changes]:
-        """Changes along each patched model's own words; a sham answers without its step."""
+        """Run the chunks of a plan in one cell, along each patched model's own words; arguments as `Engine.perform`.
+
+        A sham that has to answer anew does so without its rounding step.
+        """
         label = label or name
-        felt = plan.with_chunks(c for c in plan.chunks if self.metric.reaches(c.components[0]))
-        given = {c.chunk: c for c in super().perform(name, felt, jitter_seed, label)}
-        # The words' replay depends on the cell alone, whatever direction is read.
+        # Components after the anchor do not change it along given words.
+        reaching = plan.with_chunks(c for c in plan.chunks if self.metric.reaches(c.components[0]))
+        along_base = {c.chunk: c for c in super().perform(name, reaching, jitter_seed, label)}
+        # Filed under the cell, not the label: which words stay does not depend on the direction that is read.
         kept = {c.chunk: c.delta for c in self.words.perform(name, plan, jitter_seed, f"{name}-words")}
         n_targets = len(self.targets)
         for i, chunk in enumerate(plan.chunks):
             shape = len(chunk.components), len(self.metric)
             delta, flow = np.zeros(shape), None
-            if chunk in given:
-                delta, flow = given[chunk].delta, given[chunk].flow
+            if chunk in along_base:
+                delta, flow = along_base[chunk].delta, along_base[chunk].flow
             key = part_key(f"{label}-anew", chunk)
             if key not in self.done:
                 self.done[key] = np.stack(self._corrected(name, chunk, delta, kept[chunk]))
@@ -253,28 +290,40 @@ class OnPolicyEngine(Engine):
             if label == "exact":
                 self.changed[[self.position[c] for c in chunk.components]] = changed.mean(1)
                 flow = np.zeros((shape[0], n_targets - 1)) if flow is None else flow
+                # "rest" is what the new words add to the change along the base's words.
                 flow = np.concatenate([flow, (spoken - delta).mean(1, keepdims=True)], axis=1)
             yield Changes(chunk, spoken, flow)
 
     def _corrected(
         self, name: str, chunk: Chunk, delta: Float[np.ndarray, "n B"], kept: Float[np.ndarray, "n B"]
     ) -> tuple[Float[np.ndarray, "n B"], Float[np.ndarray, "n B"]]:
-        """Changes of the score along each patched model's own words, and 1 where those are not the base's."""
+        """Correct the changes of a chunk where a patched model may say other words than the base.
+
+        Args:
+            name: the cell.
+            chunk: the n components.
+            delta: changes of the score along the base's words.
+            kept: changes of the number of the base's words that surely stay.
+
+        Returns:
+            changes of the score along each patched model's own words; and 1 where those are not the base's, else 0.
+        """
         answers, cfg = self.speech.answers, self.pair.cfg
         lengths = np.asarray(answers.lengths)
+        # Counts of words are whole numbers: all words stay if the count is that of the answer.
         same = np.asarray(self.words.run("base").score) + kept > lengths - 0.5
-        where = np.argwhere(~same)
+        anew = np.argwhere(~same)  # [n, 2]: component and prompt
         spoken, changed = delta.copy(), np.zeros(delta.shape)
-        if not len(where):
+        if not len(anew):
             return spoken, changed
         prompts, cell = self.speech.batch.with_instruction, CELLS[name]
         host, donor = self.models[cell.host], self.models[cell.donor]
         masks = [open_units(cfg, [c]) for c in chunk.components]
         stacked = {unit: np.stack([mask[unit] for mask in masks]) for unit in masks[0]}
-        units = {unit: value for unit, value in stacked.items() if value.any()}  # what is closed costs nothing
+        units = {unit: value for unit, value in stacked.items() if value.any()}  # leaves of absent units stay plain
 
         def run(rows: Int[np.ndarray, " N"]) -> tuple[Array, Generation]:
-            c, b = where[rows].T
+            c, b = anew[rows].T
             return _anew(
                 cfg,
                 host,
@@ -288,12 +337,14 @@ class OnPolicyEngine(Engine):
                 self.speech.max_new_tokens,
             )
 
-        rows = np.arange(-(-len(where) // ANSWERS_AT_ONCE) * ANSWERS_AT_ONCE) % len(where)  # one shape
+        # Filled up to full parts by repeating rows, so that one compiled program serves all.
+        rows = np.arange(-(-len(anew) // ANSWERS_AT_ONCE) * ANSWERS_AT_ONCE) % len(anew)
         score, said = map_batches(
-            len(rows), ANSWERS_AT_ONCE, lambda some: run(rows[some]), what="answers", fits=self.fits
+            len(rows), ANSWERS_AT_ONCE, lambda part: run(rows[part]), what="answers", fits=self.fits
         )
         own = np.asarray(self.run(cell.host).score)
-        for (c, b), f, tokens, n in zip(where, score, said.tokens, said.lengths, strict=False):
+        for (c, b), f, tokens, n in zip(anew, score, said.tokens, said.lengths, strict=False):
+            # If the words are the base's after all, `delta` is right already.
             if n != lengths[b] or (tokens[:n] != np.asarray(answers.tokens)[b, :n]).any():
-                spoken[c, b], changed[c, b] = f - own[b], 1.0  # the same words were read already
+                spoken[c, b], changed[c, b] = f - own[b], 1.0
         return spoken, changed

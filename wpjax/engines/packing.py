@@ -5,9 +5,15 @@
                  s s s b b
                  s s s c            shared once, then the rest of each prompt in bins of one width
 
-What a causal model does at the tokens that all prompts begin with, a system prompt or a template, is the same for all
-of them, whichever component is patched. What follows the last token that a prompt is read at does not count. Bins are
-as wide as the longest rest, or up to twice that where fewer slots stay empty.
+Three facts make this exact and cheap:
+
+- Prompts often begin with the same tokens: a system prompt or a template. A causal model does the same at these tokens
+  for every prompt, whichever component is patched. So they stand once.
+- Tokens after the last one that is read cannot change the metric. They are dropped.
+- The rest of each prompt goes into bins of one width, so that shapes are few. A bin may hold several prompts. Its width
+  is the longest rest, or up to twice that if fewer slots then stay empty.
+
+Letters: B prompts, R positions read of each, S packed tokens, N rows (one for each patch), C keys of a bin.
 """
 
 from __future__ import annotations
@@ -24,22 +30,25 @@ from wpjax.models.layers import Attention
 from wpjax.models.layouts import Packed
 
 COST_OF_KEY = 1 / 2000
-"""Of one key more that a token is compared with, in units of a layer's weights; about that of a small model."""
+"""Cost of comparing a token with one more key, in units of what the layer's weights cost a token.
+
+About right for a small model.
+"""
 
 N_WIDTHS = 32
-"""Widths of bins that are tried."""
+"""How many widths of bins are tried, about."""
 
 
 class Packing(NamedTuple):
-    """How the prompts of a metric are packed; S packed tokens.
+    """How the prompts of a metric are packed into one sequence of S tokens.
 
     Attributes:
-        packed: positions, and which tokens see each other.
+        packed: positions of the tokens, and which tokens see each other.
         ids: [1, S], token ids.
-        prompt: [S], the prompt that each token is taken from.
-        token: [S], its position there.
+        prompt: [S], the prompt that each token comes from.
+        token: [S], the position of each token in that prompt.
         bin: [B], the bin of each prompt.
-        at: [B, R], where in the sequence each prompt is read.
+        at: [B, R], the places in the packed sequence at which each prompt is read.
     """
 
     packed: Packed
@@ -51,51 +60,51 @@ class Packing(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """S."""
+        """S, empty slots included."""
         return self.ids.shape[1]
 
     @property
     def n_empty(self) -> int:
-        """Of them, how many fill up bins."""
+        """Number of empty slots, which fill up bins."""
         return int((np.asarray(self.packed.segments) < 0).sum())
 
     @property
     def n_keys(self) -> int:
-        """How many keys a token is compared with."""
+        """Number of keys that a token is compared with: the shared ones and those of its bin."""
         return self.packed.n_shared + self.packed.segments.shape[1]
 
     def gather(self, x: Float[np.ndarray | Array, "A B T D"]) -> Float[np.ndarray | Array, "A 1 S D"]:
-        """A stack of prompts' streams, packed."""
+        """Pack values that stand prompt by prompt: from [A, B, T, D] to [A, 1, S, D]."""
         return x[:, np.asarray(self.prompt), np.asarray(self.token)][:, None]
 
     def pick(self, x: Float[Array, "N S *n"]) -> Float[Array, "N B R *n"]:
-        """What belongs to the positions that are read."""
+        """The values at the positions that are read."""
         return x[:, self.at]
 
     @property
     def seen(self) -> Array:
-        """[B, R, C], which of its bin's keys each position that is read sees."""
+        """[B, R, C], true where a position that is read sees a key of its bin (the shared keys come first)."""
         width = self.packed.segments.shape[1]
         offset = self.at - self.packed.n_shared - self.bin[:, None] * width
         return self.packed.visible[self.bin[:, None], offset]
 
     def where_read(self, n_rows: int) -> WhereRead:
-        """The layout in which the output is wanted only where prompts are read, of some rows."""
+        """The layout of the layer that is read, for N rows; see `WhereRead`."""
         return WhereRead(self, n_rows)
 
     def by_prompt(self, x: Float[Array, "NB R *n"]) -> Float[Array, "N B R *n"]:
-        """What belongs to the positions that are read, from how `where_read` lays it."""
+        """Undo the layout of `where_read`: from [N B, R, ...] to [N, B, R, ...]."""
         return x.reshape(-1, *self.at.shape, *x.shape[2:])
 
 
 class WhereRead(NamedTuple):
-    """The layout of a layer that is read: keys and values of every token, output where the prompts are read only.
+    """The layout of the layer that is read: keys and values of every token, output only at the positions that are read.
 
-    The stream is [N, S, D], N rows of packed prompts; what is made of it is [N B, R, ...], a prompt a row.
+    The stream that enters is [N, S, D], packed. The output is [N B, R, ...]: one row for each prompt of each patch.
 
     Attributes:
-        packing: of the prompts.
-        n_rows: N (static).
+        packing: the packing of the prompts.
+        n_rows: N, rows of the stream (static).
     """
 
     packing: Packing
@@ -103,24 +112,24 @@ class WhereRead(NamedTuple):
 
     @property
     def positions(self) -> Int[Array, "1 S"]:
-        """Of the packed tokens."""
+        """Positions of the packed tokens in their prompts."""
         return self.packing.packed.positions
 
     @property
     def query_positions(self) -> Int[Array, "NB R"]:
-        """Positions, in their prompts, that are read."""
+        """Positions that are read, counted in their prompts."""
         read = jnp.asarray(self.positions)[0][self.packing.at]
         return jnp.tile(read, (self.n_rows, 1))
 
     def pick(self, x: Float[Array, "N S *n"]) -> Float[Array, "NB R *n"]:
-        """What belongs to the positions that are read."""
+        """The values at the positions that are read."""
         picked = self.packing.pick(x)
         return picked.reshape(-1, *picked.shape[2:])
 
     def extend(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        """Keys and values of each prompt's bin."""
-        found = (self.packing.packed.keys(x)[:, self.packing.bin] for x in (keys, values))
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in found)
+        """Keys and values of each prompt's bin, [N B, C, K, Dh] each."""
+        by_prompt = (self.packing.packed.keys(x)[:, self.packing.bin] for x in (keys, values))
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in by_prompt)
         return k, v
 
     def attend(self, attn: Attention, queries: Array, keys: Array, values: Array) -> Float[Array, "NB R H Dh"]:
@@ -129,7 +138,18 @@ class WhereRead(NamedTuple):
 
 
 def first_fit(sizes: Int[np.ndarray, " B"], width: int) -> Int[np.ndarray, "B 2"]:
-    """Bin of each thing and where in it, the largest things first, each into the first bin of a width that has room."""
+    """Put items into bins of one width: the largest item first, each into the first bin that has room.
+
+    Args:
+        sizes: size of each item, at most `width`.
+        width: width of the bins.
+
+    Returns:
+        [B, 2], the bin of each item and its offset there.
+
+    >>> first_fit(np.array([2, 3, 1]), width=3).tolist()  # 3 fills bin 0; 2 and 1 share bin 1
+    [[1, 0], [0, 0], [1, 2]]
+    """
     used: list[int] = []
     where = np.zeros((len(sizes), 2), int)
     for b in np.argsort(-sizes, kind="stable"):
@@ -143,12 +163,12 @@ def first_fit(sizes: Int[np.ndarray, " B"], width: int) -> Int[np.ndarray, "B 2"
 
 
 class Shape(NamedTuple):
-    """Of packed prompts: of one shape, different prompts run in one program.
+    """The shape of packed prompts. Sets of prompts that are packed into one shape share a compiled program.
 
     Attributes:
-        shared: tokens that stand once, before all bins.
-        width: tokens of a bin.
-        n_bins: bins; some may be empty.
+        shared: number of tokens that stand once, before all bins.
+        width: number of tokens of a bin.
+        n_bins: number of bins; some may be empty.
     """
 
     shared: int
@@ -157,12 +177,12 @@ class Shape(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Tokens, those that fill up included, with what each is compared with."""
+        """Cost of one pass, in units of what a layer's weights cost a token: every slot, and the keys it sees."""
         return (self.shared + self.width * self.n_bins) * (1 + COST_OF_KEY * (self.shared + self.width))
 
 
 def common_shape(*metrics: Metric) -> Shape:
-    """The cheapest shape that the prompts of each of some metrics fit in."""
+    """The cheapest shape into which the prompts of every one of these metrics can be packed."""
     spans = [_span(metric) for metric in metrics]
     shared = min(n for n, _, _ in spans)
     return _cheapest(shared, tuple(tuple((length - shared).tolist()) for _, _, length in spans))
@@ -170,27 +190,31 @@ def common_shape(*metrics: Metric) -> Shape:
 
 @functools.lru_cache(maxsize=256)  # sets are scored batch after batch on the same prompts
 def _cheapest(shared: int, rests: tuple[tuple[int, ...], ...]) -> Shape:
+    """The cheapest shape for several sets of prompts, given the number of tokens of each that are not shared."""
     longest = max(max(rest) for rest in rests)
 
     def shape(width: int) -> Shape:
         return Shape(shared, width, 1 + max(int(first_fit(np.array(rest), width)[:, 0].max()) for rest in rests))
 
-    return min(map(shape, range(longest, 2 * longest, -(-longest // N_WIDTHS))), key=lambda found: found.cost)
+    return min(map(shape, range(longest, 2 * longest, -(-longest // N_WIDTHS))), key=lambda candidate: candidate.cost)
 
 
 def shared_tokens(metric: Metric) -> int:
-    """How many tokens all prompts of a metric begin with, of those before any that counts."""
+    """Number of tokens that all prompts of a metric begin with, not beyond the first position that is read."""
     return _span(metric)[0]
 
 
 def _counts(metric: Metric) -> Bool[np.ndarray, "B S"]:
-    """Which positions count; all where none does, as the prompt must stand somewhere."""
+    """Which positions of `metric.at` count. If a prompt has none that does, all do: it must be packed all the same."""
     counts = np.asarray(metric.weight) != 0
     return counts | ~counts.any(1, keepdims=True)
 
 
 def _span(metric: Metric) -> tuple[int, Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
-    """How many tokens all prompts begin with, where each is read first, and where its last token that counts ends."""
+    """The number of shared tokens; the first position that is read of each prompt; and the tokens it needs, its length.
+
+    The shared tokens end before the first one that is read, and before the first one at which a state is held.
+    """
     ids, at, counts = np.asarray(metric.tokens.ids), np.asarray(metric.at), _counts(metric)
     first, length = np.where(counts, at, ids.shape[1]).min(1), np.where(counts, at, -1).max(1) + 1
     limit = int(first.min()) if metric.held is None else int(min(first.min(), np.asarray(metric.held.start).min()))
@@ -199,19 +223,35 @@ def _span(metric: Metric) -> tuple[int, Int[np.ndarray, " B"], Int[np.ndarray, "
 
 
 def pack(metric: Metric, shape: Shape | None = None) -> Packing:
-    """Pack the prompts of a metric, into a shape if one is given (see `common_shape`)."""
+    """Pack the prompts of a metric.
+
+    Args:
+        metric: whose prompts, and which positions of them are read.
+        shape: shape to pack them into (see `common_shape`); None for the cheapest.
+
+    Three prompts that begin with the same two tokens, each read at its last one:
+
+    >>> from wpjax.behaviours import Tokens
+    >>> from wpjax.metrics.readouts import Projection
+    >>> tokens = Tokens(np.array([[7, 8, 1, 2], [7, 8, 3, 0], [7, 8, 4, 0]]), np.array([4, 3, 3]))
+    >>> metric = Metric(tokens, tokens.last[:, None], np.ones((3, 1)), Projection(jnp.ones(16)), 0, "anchor")
+    >>> packing = pack(metric)
+    >>> packing.ids.tolist(), packing.at.tolist()  # shared, then bins of two tokens; where each prompt is read
+    ([[7, 8, 1, 2, 3, 4]], [[3], [4], [5]])
+    """
     shared, width, n_bins = common_shape(metric) if shape is None else shape
     ids, at, (_, first, length) = np.asarray(metric.tokens.ids), np.asarray(metric.at), _span(metric)
     rest = length - shared
-    where = first_fit(rest, width)
+    where = first_fit(rest, width)  # bin and offset of each prompt's rest
     segments = np.full((n_bins, width), -1, np.int32)
     prompt, token = np.zeros((2, shared + segments.size), int)
     token[:shared] = np.arange(shared)
     start = shared + where[:, 0] * width + where[:, 1]  # of each prompt's own tokens
     for b, (bin_, offset) in enumerate(where):
         segments[bin_, offset : offset + rest[b]] = b
-        here = slice(start[b], start[b] + rest[b])
-        prompt[here], token[here] = b, shared + np.arange(rest[b])
+        slots = slice(start[b], start[b] + rest[b])
+        prompt[slots], token[slots] = b, shared + np.arange(rest[b])
+    # A position that does not count has weight 0 and may lie beyond what is packed; it is read at one that is there.
     read = start[:, None] + np.where(_counts(metric), at, first[:, None]) - shared
     packed = Packed(jnp.asarray(token[None], jnp.int32), jnp.asarray(segments))
     arrays = (ids[prompt, token][None], prompt, token, where[:, 0], read)

@@ -1,20 +1,29 @@
-"""Suffix replay: the exact effect of single components, with the host's weights shared by all patches.
+"""Suffix replay: the exact effect of single components, without a full forward pass for each
+(docs/method.md, "Suffix replay"; ours).
 
-A component of layer l changes nothing before layer l. So the host runs once and its residual stream is kept; a
-patch recomputes only the component's own contribution inside layer l (see `engines.contributions`), and what comes
-after it, in that layer and the later ones, runs with the host's weights, for all patches x tokens in one matmul, up to
-the layer that the metric reads. There, only the positions that are read are computed; no token is computed twice (see
-`engines.packing`). One compiled program a kind serves every layer: the layer index is traced. Swap host and donor for
-knock-out, a component of the base in the expert.
+A component of layer l changes nothing before layer l. So:
 
-The stream is the sum of what everything has written, so the change of a metric is followed from the supplier c through
-every later head and MLP u on the way (docs/method.md, "Following an effect"; ours):
+1. The host runs once, and its residual stream before every layer is kept.
+2. A patch recomputes only what the component itself adds inside layer l (`engines.contributions`).
+3. The rest of layer l and all later layers run with the host's weights. All patches share each matrix product. The run
+   stops at the layer that the metric reads, and there it computes only the positions that are read.
+
+Prompts are packed, so that no token is computed twice (`engines.packing`). The number of the layer is traced, so one
+compiled program a kind serves every layer. For a knock-out, a component of the base in the expert, swap host and donor.
+
+The same pass follows an effect. The stream is the sum of what everything has written. So the change of the metric F by
+a patch of c splits over all later heads and MLPs u (docs/method.md, "Following an effect"; ours):
 
     dF_c = d_cc + sum_u d_cu + rest_c,    d_cu = <v, o_u(host with c) - o_u(host)>,    v = dF / dr at the host
 
-at the positions that are read. Of a projection v is its direction and nothing is left; of a metric that reads logits
-the rest is what its slope does not tell: the curve of the readout, and weights of the readout itself. Where a norm
-stands between heads and the stream, o_u is a head's share of what the norm makes, by the norm's secant.
+at the positions that are read. d_cc is what c itself writes, o_u is what u writes, r is the stream.
+
+- If F is a projection, v is its direction and the rest is 0.
+- If F reads logits, the rest is what the slope v misses: the curve of the readout, and changes of its own weights.
+- If a norm stands between the heads and the stream, o_u is a head's share of the norm's output, by the norm's secant.
+
+Letters: N rows of the stream, one for each of P patches and perhaps one for the host; B prompts; S packed tokens;
+R positions read of each prompt; G = H + 1 targets of a layer, its heads and then its MLP.
 """
 
 from __future__ import annotations
@@ -41,10 +50,27 @@ from wpjax.patching import PatchMask, patch
 
 
 def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, with_flow: bool = True) -> Run:
-    """Run a model once up to the layer that the metric reads, a few prompts at a time, and pack what `replay` takes of
-    it; to follow the flow, with the metric's slope and what is written along it.
+    """Run a model once, up to the layer that the metric reads, and pack what `replay` needs of that run.
+
+    Args:
+        cfg: the model.
+        params: its parameters.
+        metric: what is measured.
+        packing: the packing of the metric's prompts.
+        with_flow: whether to follow effects too; this adds `slope` and `written` to the run.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from wpjax.behaviours import Tokens
+    >>> from wpjax.engines.packing import pack
+    >>> from wpjax.models.decoder import init_params
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, 2 KV groups
+    >>> tokens, last = Tokens(jnp.arange(8).reshape(2, 4), jnp.array([4, 4])), jnp.full((2, 1), 3)
+    >>> metric = Metric(tokens, last, jnp.ones((2, 1)), Projection(jnp.ones(16) / 4), 1, "anchor")  # reads layer 1
+    >>> run = run_packed(cfg, init_params(cfg, jax.random.key(0)), metric, pack(metric))
+    >>> run.resid_pre.shape, run.score.shape  # [A, 1, S, D] and [B]
+    ((2, 1, 8, 16), (2,))
     """
-    sites, score = over_prompts(metric, functools.partial(streams, cfg, params), axis=1)
+    sites, score = over_prompts(metric, functools.partial(streams, cfg, params), axis=1)  # a few prompts at a time
     packed = {site: jnp.asarray(packing.gather(x)) for site, x in sites.items()}
     run = Run(packed.pop(Site.RESID_PRE), jnp.asarray(score[0]), kept=packed)
     return followed(cfg, params, metric, packing, run) if with_flow else run
@@ -54,14 +80,17 @@ def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packin
 def streams(
     cfg: ModelConfig, params: Params, metric: Metric
 ) -> tuple[dict[Site, Float[Array, "A B T D"]], Float[Array, "1 B"]]:
-    """A model's residual stream at every layer up to the one that is read, prompts side by side, and the metric."""
+    """A model's residual stream before and after every layer up to the one that is read, and the metric.
+
+    Prompts are not packed here. The metric has a first axis of 1, so that prompts are axis 1 of everything returned.
+    """
     out = metric.run(cfg, params, sites=(Site.RESID_PRE, Site.RESID_POST))
     return dict(out.sites), metric.read(cfg, params, metric.pick(out.resid))[None]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def followed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, run: Run) -> Run:
-    """A run with the metric's slope, and what the model's own heads and MLPs write where it reads."""
+    """Add to a run what following the flow needs: `slope` and `written` (see `Run`)."""
     assert run.kept is not None
     slope = slope_of(cfg, params, metric, packing.pick(run.kept[Site.RESID_POST][-1])[0])
 
@@ -73,27 +102,34 @@ def followed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing,
 
 
 def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
-    """Gradient of the metric by the residual stream where it is read; of a projection, its direction times weight."""
-    if isinstance(metric.readout, Projection):
+    """Gradient of the metric by the residual stream, at the positions that are read.
+
+    Args:
+        cfg: the model.
+        params: its parameters; they matter to metrics that read logits.
+        metric: what is measured.
+        picked: the model's own stream at these positions.
+    """
+    if isinstance(metric.readout, Projection):  # linear: its gradient needs no pass
         return jnp.asarray(metric.weight)[..., None] * metric.readout.vector
 
-    def one(b: Array) -> Float[Array, "R D"]:  # a vocabulary of logits takes its place for one prompt at a time
-        some = metric.take(b[None])
-        return jax.grad(lambda x: some.read(cfg, params, x[None])[0])(picked[b])
+    def one(b: Array) -> Float[Array, "R D"]:  # prompt by prompt: logits of the whole vocabulary take much memory
+        prompt = metric.take(b[None])
+        return jax.grad(lambda x: prompt.read(cfg, params, x[None])[0])(picked[b])
 
     return jax.lax.map(one, jnp.arange(len(metric)))
 
 
 def along(slope: Float[Array, "B R D"], x: Float[Array, "N B R D"]) -> Float[Array, "N B"]:
-    """What a change of the stream does to the metric, to first order."""
+    """The first-order change of the metric, by row and prompt, for changes x of the stream."""
     return jnp.einsum("nbrd,brd->nb", x, slope, precision=jax.lax.Precision.HIGHEST)
 
 
 class Tap(NamedTuple):
-    """Reads how far heads and MLPs write something else than the host's do, along the metric's slope.
+    """Reads on the way how much each head and MLP changes the metric by writing something else than in the host.
 
     Attributes:
-        slope: [B, R, D], of each prompt at the positions that are read.
+        slope: [B, R, D], gradient of the metric by the stream, at the positions that are read.
         host: what the host's own heads and MLPs write there.
     """
 
@@ -103,13 +139,13 @@ class Tap(NamedTuple):
     def __call__(
         self, one: LayerPass, layer: Array | int, picked: Callable[[Array], Array], heads: bool = True
     ) -> Float[Array, "N B G"]:
-        """Of one layer: its heads, and last what its MLP adds.
+        """The terms d_cu of one layer, without those of the host: first its H heads, last its MLP.
 
         Args:
-            one: the layer's pass, of N rows.
-            layer: its number.
-            picked: from what passes at a site of the pass to [N, B, R, ...], what is read of it.
-            heads: whether its heads ran; 0 for them if not.
+            one: the pass of N rows through the layer.
+            layer: number of the layer.
+            picked: a function that picks the positions that are read from a value of the pass: to [N, B, R, ...].
+            heads: whether attention ran in this pass. If not, its heads changed nothing and get 0.
         """
         host, highest = take_layer(self.host, layer), jax.lax.Precision.HIGHEST
         mlp = (along(self.slope, picked(one.mlp_out)) - host.mlp)[..., None]
@@ -117,17 +153,18 @@ class Tap(NamedTuple):
             return jnp.pad(mlp, ((0, 0), (0, 0), (one.block.cfg.n_heads, 0)))
         z, attn = picked(one.z), one.block.attn
         slope, prompts = self.slope, "brhk"
-        if one.block.has_norm(Site.ATTN_OUT):  # what a head's change does depends on what the other heads write
+        if one.block.has_norm(Site.ATTN_OUT):  # the norm mixes the heads: each row has its own slope before the norm
             slope, prompts = jnp.broadcast_to(slope, (len(z), *slope.shape)), "nbrhk"
             slope = one.block.attn_proj_slope(slope, jnp.broadcast_to(attn.out(host.z), slope.shape), attn.out(z))
         w_o = attn.W_O.get_value().astype(jnp.float32)
+        # The slope is taken back through W_O, so that [N, B, R, H, D], what each head writes, is never formed.
         by_head = jnp.einsum(f"hkd,{prompts[:-2]}d->{prompts}", w_o, slope, precision=highest)
         written = jnp.einsum(f"nbrhk,{prompts}->nbh", z - host.z, by_head, precision=highest)
         return jnp.concatenate([written, mlp], axis=-1)
 
 
 Carry: TypeAlias = tuple[Array, Array | None]
-"""Groups of rows of the residual stream, and what was tapped on their way."""
+"""Rows of the stream in groups, [groups, rows a group, ...], and what the tap has read so far (None without a tap)."""
 
 
 @jax.named_scope("suffix")
@@ -142,53 +179,59 @@ def suffix(
     *,
     mlp_first: bool = False,
 ) -> tuple[Float[Array, "N B R D"], Float[Array, "N B L G"] | None]:
-    """The residual stream at each prompt's positions after layer `last`, having entered at layer `start`.
+    """Run layers `start` to `last` with the host's weights on N versions of the residual stream.
 
     Args:
-        cfg: static.
-        blocks: the host's stacked layers.
+        cfg: the model (static).
+        blocks: the host's layers, stacked.
         resid: the packed stream before layer `start`, one row a patch.
-        start: traced; `last + 1` if nothing is left to run.
-        last: the layer whose `resid_post` is read, static.
-        packing: of the prompts.
-        tap: read there how far every head and MLP that runs adds something else than the host's, too; 0 of those that
-            do not.
-        mlp_first: enter halfway in the layer before, static: `resid` is its `resid_mid`, which its MLP reads first.
+        start: the first layer to run (traced); `last + 1` if none is left to run.
+        last: the layer whose `resid_post` is read (static).
+        packing: the packing of the prompts.
+        tap: reads the flow on the way; None for no flow.
+        mlp_first: whether `resid` is the `resid_mid` of layer `start - 1` instead (static). The MLP of that layer then
+            runs first.
+
+    Returns:
+        the stream after layer `last` at the positions that are read, and the flow by layer and target, 0 for targets
+        that did not run (None without a tap).
     """
     packed, pick = packing.packed, packing.pick
+    # On a CPU, rows run in groups that fit its cache. The last group is filled up with copies of the last row.
     n_groups, size = groups(cfg, packing, len(resid))
     filled = jnp.minimum(jnp.arange(n_groups * size), len(resid) - 1).reshape(n_groups, size)
 
+    # Four ways to run one layer. Each returns the stream after it, and what the tap reads.
     def whole(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
-        """A layer's `resid_post`, and what its parts add along the slope."""
+        """All of a layer, at all tokens."""
         one = b(x, packed)
         return one.resid_post, tap(one, layer, pick) if tap else None
 
     def where_read(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
-        """The same at the positions that are read."""
+        """All of a layer, with its output only at the positions that are read."""
         one = b(x, packing.where_read(len(x)))
         return packing.by_prompt(one.resid_post), tap(one, layer, packing.by_prompt) if tap else None
 
     def mlp(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
-        """A layer from `resid_mid` on."""
+        """The MLP of a layer, at all tokens; x is `resid_mid`."""
         one = b(x, packed, known={Site.RESID_MID: x})
         return one.resid_post, tap(one, layer, pick, heads=False) if tap else None
 
     def mlp_where_read(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
-        """The same at the positions that are read."""
+        """The MLP of a layer, only at the positions that are read; x is `resid_mid`."""
         one = b(x, packed, known={Site.RESID_MID: pick(x)})
         return one.resid_post, tap(one, layer, lambda x: x, heads=False) if tap else None
 
     def through(
         run: Callable[[Block, Array | int, Array], tuple[Array, Array | None]], layer: Array | int, carry: Carry
     ) -> Carry:
-        """One layer, group by group; its weights are fetched once for all of them."""
+        """One layer for all groups. Its weights are fetched once."""
         x, writes = carry
         one = functools.partial(run, block(cfg, take_layer(blocks, layer)), layer)
         out, added = jax.tree.map(lambda a: a[None], one(x[0])) if n_groups == 1 else jax.lax.map(one, x)
         return out, None if writes is None else writes.at[..., layer, :].set(added)
 
-    def flat(x: Float[Array, "G g *n"]) -> Float[Array, " N *n"]:
+    def flat(x: Float[Array, "G g *n"]) -> Float[Array, " N *n"]:  # here G counts groups; what fills up is cut off
         return x.reshape(-1, *x.shape[2:])[: len(resid)]
 
     writes = None
@@ -202,6 +245,7 @@ def suffix(
         return through(where_read, last, jax.lax.fori_loop(start, last, functools.partial(through, whole), carry))
 
     def none_left(carry: Carry) -> Carry:
+        """The patch is in layer `last` itself."""
         if mlp_first:
             return through(mlp_where_read, last, carry)
         return jax.vmap(pick)(carry[0]), carry[1]
@@ -211,12 +255,12 @@ def suffix(
 
 
 class Replayed(NamedTuple):
-    """What a program of patches returns.
+    """What P patches of one program do.
 
     Attributes:
-        change: [P, B], of the metric.
-        flow: [P, U], mean over prompts of the change of the metric by way of each of `flow_targets`; None where the
-            host's run does not follow it.
+        change: [P, B], change of the metric of each prompt, in its units.
+        flow: [P, U], the part of that change that arrives by way of each of `flow_targets`, mean over prompts. None:
+            the host's run does not follow the flow.
     """
 
     change: Float[Array, "P B"]
@@ -241,42 +285,48 @@ def replay(
     inputs: Side = "host",
     with_reference: bool = False,
 ) -> Replayed:
-    """The change of the host's metric by one component's output at a time replaced.
+    """How the host's metric changes when one component at a time is replaced; P components of one kind and layer.
 
     Args:
-        cfg: static.
-        kind: kind of all P components, static.
-        host: parameters of the host; shared by all patches.
-        donor: parameters of the donor.
-        runs: the host's own run on the metric's tokens, packed, and the donor's where its input is asked for.
+        cfg: the model (static).
+        kind: kind of all P components (static).
+        host: parameters that receive the patches, shared by all of them.
+        donor: parameters that the components come from.
+        runs: the packed runs (`run_packed`) of the host and, if `inputs` is "donor", of the donor.
         metric: what is measured.
-        packing: of its prompts.
-        layer: their layer, traced.
-        step: for a sham, the relative change, up or down at random, of the patched residual stream; 0 for a patch.
-        index: which of the layer's components.
-        seeds: of shams, one a patch.
-        weights: whose weights the component takes, static.
-        inputs: whose input it sees, static.
-        with_reference: run a row for the host itself too and take the change from it, since rounding depends on the
-            batch's shape.
+        packing: the packing of the metric's prompts.
+        layer: layer of the components (traced). Of no meaning for kinds outside the layers.
+        step: 0 for a patch. For a sham, the relative step by which every entry of the patched stream is moved, up or
+            down at random.
+        index: which components of the layer.
+        seeds: random seeds of the shams, one a patch.
+        weights: whose weights a component takes (static).
+        inputs: whose input it sees (static).
+        with_reference: whether to run the host itself as one more row of the program and to take changes from that
+            row. Rounding depends on the shape of a batch, so the host's run in a program of its own may differ
+            (static).
+
+    `engines.exact.exact_changes` is the way to call it, with an example.
     """
     run = runs[0]
-    found, site = Rows(), Site.RESID_POST
+    # Three cases say what `rows` are, the streams with a patch, and from where on the host's layers run:
+    # after the embedding, after a state that is given, or after (or halfway in) the layer of the components.
+    contributed, site = Rows(), Site.RESID_POST
     if not KINDS[kind].in_layer:
         giver = donor if weights == "donor" else host
         patched = patch(host, giver, PatchMask.of(cfg, kind))
-        if metric.held is None:  # the tokens are the only input
+        if metric.held is None:  # start from the (patched) embedding: the tokens are the only input
             after, unpatched = jnp.asarray(0), run.resid_pre[0]
             rows = decoder(cfg, patched).embed(jnp.asarray(packing.ids), packing.packed.positions)[None]
-        else:  # only readers come after the state that is given
+        else:  # a state is given: only final norm and unembedding count, and they act at the readout, in `patched`
             after, unpatched = jnp.asarray(metric.layer), run.resid_pre[metric.layer]
             rows = unpatched[None]
     else:
         patched, after = host, layer + 1
         at = layer_patch(cfg, host, donor, runs, layer, weights, inputs, packing.packed)
         with jax.named_scope(f"{kind} rows"):
-            found = layer_rows(cfg, kind, at, (host, donor), layer, index)
-        site, rows, unpatched = found.handed_over(at)
+            contributed = layer_rows(cfg, kind, at, (host, donor), layer, index)
+        site, rows, unpatched = contributed.handed_over(at)
     rows = jax.lax.cond(step > 0, functools.partial(_jittered, seeds, step), lambda rows: rows, rows)
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
@@ -284,43 +334,48 @@ def replay(
     picked, writes = suffix(
         cfg, host["blocks"], rows[:, 0], after, metric.layer, packing, tap, mlp_first=site is Site.RESID_MID
     )
-    # A vocabulary of logits takes its place for one patch at a time.
+    # Logits of the whole vocabulary take much memory, so they are read for one patch at a time.
     at_once = 1 if metric.readout.reads_logits else len(index)
-    n = len(index) if KINDS[kind].in_layer else 1
+    n = len(index) if KINDS[kind].in_layer else 1  # a component of the model is one row, however many indices
     with jax.named_scope("read"):
         scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[:n], batch_size=at_once)
         change = scores - (metric.read(cfg, host, picked[-1]) if with_reference else run.score)
     if tap is None or writes is None:
         return Replayed(change, None)
-    before = writes[-1] if with_reference else 0.0  # rounding of this program, as for the change
+    before = writes[-1] if with_reference else 0.0  # what rounding in this program alone makes of the host
+    # Only targets that ran after the patch count: [L, 1], or [L, H + 1] where a layer's MLP ran without its heads.
     later = jnp.arange(metric.layer + 1)[:, None] >= after
     if site is Site.RESID_MID:
         later = later.repeat(cfg.n_heads + 1, 1).at[layer, -1].set(True)
     through = jnp.where(later, writes[:n] - before, 0.0).mean(1)  # [P, L, H + 1]
     own = _own(tap, packing, rows[:n], unpatched)
-    if found.mid is not None and found.post is not None:  # what its MLP makes of a change is not the supplier's own
-        direct = _own(tap, packing, found.mid, at.host.resid_mid)
+    # Norms: their rows have gone through the layer's MLP already. What the MLP makes of it is that target's, not own.
+    if contributed.mid is not None and contributed.post is not None:
+        direct = _own(tap, packing, contributed.mid, at.host.resid_mid)
         through = through.at[:, layer, -1].set(own - direct)
         own = direct
-    flow = jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1)
+    flow = jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1)  # in the order of `flow_targets`
     if metric.readout.reads_logits:
         flow = jnp.concatenate([flow, change.mean(1, keepdims=True) - flow.sum(1, keepdims=True)], axis=1)
     return Replayed(change, flow)
 
 
 def _jittered(seeds: Array, step: Array, rows: Float[Array, "N 1 S D"]) -> Float[Array, "N 1 S D"]:
+    """Rows with every entry moved up or down by a relative step, at random: what a sham measures."""
     signs = jax.vmap(lambda seed: jax.random.rademacher(jax.random.key(seed), rows.shape[1:], jnp.float32))(seeds)
     return rows * (1 + step * signs)
 
 
 def _own(tap: Tap, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]) -> Float[Array, " P"]:
-    """What a change of the stream does to the metric, to first order, mean over prompts."""
+    """The first-order change of the metric by what the rows differ from the host's stream, mean over prompts."""
     return along(tap.slope, packing.pick(rows[:, 0]) - packing.pick(host)).mean(-1)
 
 
 def flow_targets(cfg: ModelConfig, metric: Metric) -> list[str]:
-    """Names of the columns of `Replayed.flow`: `self`, `L0.head.0` ... `L0.mlp` ... of layers up to the one that is
-    read, and `rest` where the metric is no projection.
+    """Names of the columns of `Replayed.flow`.
+
+    `self` is what the component itself writes. Then come the heads and the MLP of each layer up to the one that is
+    read: `L0.head.0`, ..., `L0.mlp`, `L1.head.0`, ... If the metric reads logits, the last is `rest`.
     """
     parts = [*(f"head.{h}" for h in range(cfg.n_heads)), "mlp"]
     layers = (f"L{layer}.{part}" for layer in range(metric.layer + 1) for part in parts)

@@ -1,4 +1,4 @@
-"""One layer: how its parts are wired to the residual stream. No other module says so.
+"""One layer: how its parts are wired to the residual stream. This is the only place that says so.
 
     attn_input = norm(resid_pre)              attn_proj = z W_O + b_O, all heads together
     resid_mid  = resid_pre + attn_out         attn_out  = attn_proj                (its norm in post-norm families)
@@ -35,11 +35,11 @@ NORMS: Mapping[Site, str] = MappingProxyType(
         Site.MLP_OUT: "norm_mlp_out",
     }
 )
-"""The norm that makes the value at a site, in families that have one there."""
+"""Site -> name of the norm that makes its value, in families with a norm there."""
 
 
 class Block(nnx.Module):
-    """The parts of one layer."""
+    """The parts of one layer: attention, MLP and norms. Call it on a stream to get a `LayerPass`."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -59,14 +59,14 @@ class Block(nnx.Module):
         edits: Sequence[Edit] = (),
         layer: Int[Array, ""] | int = 0,
     ) -> LayerPass:
-        """Run the layer; nothing is computed that is not asked for.
+        """Set up a pass through the layer. A value is computed when it is asked for, not before.
 
         Args:
             resid_pre: [B, S, D], the stream that enters.
-            layout: how its tokens stand.
-            known: values of some sites: what they are, or what they are to be. They are not edited.
-            edits: what is changed on the way.
-            layer: the number of the layer, for the edits; it may be traced.
+            layout: how the tokens of the stream are laid out.
+            known: values of some sites. They are used as they are, neither computed nor edited.
+            edits: changes on the way.
+            layer: number of the layer, which edits refer to; it may be traced.
 
         >>> import jax, jax.numpy as jnp
         >>> from wpjax.models.decoder import block, init_params, take_layer
@@ -80,21 +80,22 @@ class Block(nnx.Module):
         return LayerPass(self, resid_pre, layout, known, edits, layer)
 
     def normed(self, site: Site, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
-        """What passes at a site that a norm makes, or x itself in families without a norm there."""
+        """x after the norm at a site, or x itself in families without a norm there."""
         return getattr(self, NORMS[site])(x) if self.has_norm(site) else x
 
     def has_norm(self, site: Site) -> bool:
-        """Whether a norm makes the value at a site."""
+        """Whether this family has a norm at a site."""
         return hasattr(self, NORMS[site])
 
     @property
     def mlp_reads_attention(self) -> bool:
-        """Whether the MLP reads what attention of the same layer has written."""
+        """Whether the MLP reads the stream after attention of the same layer has written to it."""
         return not self.cfg.parallel
 
     def where_added(self, site: Site) -> Site:
-        """Where a change at `attn_proj` or `mlp_proj` has the same size: in the stream, or, if a norm stands before
-        that, at the site itself.
+        """The furthest site at which a change at `attn_proj` or `mlp_proj` can simply be added.
+
+        That is the stream; but if a norm stands between, it is the site itself.
         """
         in_the_stream = {Site.ATTN_PROJ: Site.RESID_MID, Site.MLP_PROJ: Site.RESID_POST}
         return site if self.cfg.post_norm else in_the_stream[site]
@@ -102,28 +103,32 @@ class Block(nnx.Module):
     def attn_proj_slope(
         self, slope: Float[Array, "*n D"], ours: Float[Array, "*n D"], theirs: Float[Array, "*n D"]
     ) -> Float[Array, "*n D"]:
-        """g such that <slope, attn_out' - attn_out> = <g, attn_proj' - attn_proj>, exactly.
+        """Take a slope from `attn_out` back to `attn_proj`, exactly for the difference of two passes.
 
-        Without a post-norm g is the slope. With one it is the slope, seen through the norm's secant between the two
-        values (docs/method.md, "Following an effect").
+        Returns g with <slope, attn_out' - attn_out> = <g, attn_proj' - attn_proj>. Without a post-norm g is the slope.
+        With one it is the slope, taken back through the norm's secant between the two passes
+        (docs/method.md, "Following an effect").
 
         Args:
-            slope: by what attention adds to the stream.
+            slope: slope of a metric by `attn_out`.
             ours: `attn_proj` of one pass.
-            theirs: `attn_proj` of another.
+            theirs: `attn_proj` of the other.
         """
         if not self.cfg.post_norm:
             return slope
 
-        def change(d: Array) -> Array:
-            way: Any = Secant(ours, theirs, d)
-            return self.normed(Site.ATTN_OUT, way).change  # type: ignore[attr-defined]
+        def change(d: Array) -> Array:  # linear in d, so its transpose takes a slope back
+            attn_proj: Any = Secant(ours, theirs, d)
+            return self.normed(Site.ATTN_OUT, attn_proj).change  # type: ignore[attr-defined]
 
         return jax.linear_transpose(change, ours)(slope)[0]
 
 
 def _site(make: Callable[[LayerPass], Value]) -> property:
-    """A property of a pass: the value at the site of that name, made by the function where it is not known."""
+    """A property of `LayerPass`: the value at the site that the function is named after.
+
+    `LayerPass.value` calls the function if the value is not known.
+    """
     site = Site(make.__name__)
 
     @functools.wraps(make)
@@ -134,9 +139,13 @@ def _site(make: Callable[[LayerPass], Value]) -> property:
 
 
 class LayerPass:
-    """One layer on one residual stream. Every site is a property, computed when it is first asked for.
+    """One pass of a residual stream through a layer.
 
-    Arguments as `Block.__call__` takes them.
+    Every site is a property, which is computed when it is first asked for. Shapes: S tokens enter; the output of T of
+    them is wanted, which the layout picks.
+
+    `Block.__call__` makes it and explains the arguments. There is one more, `origin`: the pass that this one is a
+    version of (see `replaced`), or None.
     """
 
     def __init__(
@@ -152,6 +161,7 @@ class LayerPass:
         self.block, self.layout, self.edits, self.layer = block, layout, tuple(edits), layer
         self._entering, self._origin = resid_pre, origin
         self._known, self._made = dict(known or {}), dict[Site, Value]()
+        # Sites whose values may differ from those of `origin`.
         self._changed = {after for site in self._known for after in downstream(site, block.cfg.parallel)}
 
     @_site
@@ -181,7 +191,7 @@ class LayerPass:
 
     @functools.cached_property
     def seen(self) -> tuple[Value, Value]:
-        """Keys and values that queries may see: the layer's own, and those that the layout has from before."""
+        """Keys and values that queries may see: those of this pass, and those that a cache holds from before."""
         return self.layout.extend(self.k, self.v)
 
     @_site
@@ -217,6 +227,7 @@ class LayerPass:
     @_site
     def mlp_proj(self) -> Value:
         """What all neurons write together, [B, T, D]."""
+        # The MLP as one call is cheaper for masked weights. It is split only if somebody changes its neurons.
         by_neuron = Site.NEURON in self._known or any(edit.site == Site.NEURON for edit in self.edits)
         return self.block.mlp.out(self.neuron) if by_neuron else self.block.mlp(self.mlp_input)
 
@@ -236,35 +247,52 @@ class LayerPass:
         return self.resid_mid if self.block.mlp_reads_attention else self.layout.pick(self.resid_pre)
 
     def at(self, site: Site) -> Value:
-        """What passes at a site."""
+        """The value at a site."""
         return getattr(self, site)
 
     def value(self, site: Site, make: Callable[[LayerPass], Value]) -> Value:
-        """What passes at a site: what is known of it, or what is made, edited."""
+        """The value at a site: the known one if there is one; otherwise computed by `make` and then edited."""
         if site in self._known:
             return self._known[site]
         if self._origin is not None and site not in self._changed:
             return self._origin.at(site)
         if site not in self._made:
+            # These four sites hold all S tokens that enter, the others the T whose output is wanted.
             reads_stream = site in (Site.RESID_PRE, Site.ATTN_INPUT, Site.K, Site.V)
             positions = self.layout.positions if reads_stream else self.layout.query_positions
             self._made[site] = apply(self.edits, site, make(self), self.layer, positions)
         return self._made[site]
 
     def replaced(self, values: Mapping[Site, Value]) -> LayerPass:
-        """This pass with other values at some sites, and all that follows from them."""
+        """This pass with other values at some sites, and with all values that follow from them.
+
+        Values that do not follow from them are shared with this pass, so they are not computed again.
+        """
         return LayerPass(self.block, self._entering, self.layout, values, self.edits, self.layer, origin=self)
 
     def moved(self, site: Site, change: Value) -> LayerPass:
-        """This pass with something added at `attn_proj` or `mlp_proj`; leading axes of the change come in front."""
-        where = self.block.where_added(site)
-        return self.replaced({where: self.at(where) + change})
+        """This pass with a change added at a site.
+
+        Args:
+            site: `attn_proj` or `mlp_proj`.
+            change: [*n, B, T, D], added to the value there; its leading axes lead all values that follow.
+        """
+        added_at = self.block.where_added(site)
+        return self.replaced({added_at: self.at(added_at) + change})
 
 
 @functools.cache
 def downstream(site: Site, parallel: bool) -> frozenset[Site]:
-    """The sites of a layer whose values follow from that at a site."""
-    reads = {
+    """The sites of a layer whose values depend on the value at a site.
+
+    Args:
+        site: the site.
+        parallel: whether the MLP stands beside attention (`ModelConfig.parallel`).
+
+    >>> sorted(downstream(Site.MLP_PROJ, parallel=False))
+    [<Site.MLP_OUT: 'mlp_out'>, <Site.RESID_POST: 'resid_post'>]
+    """
+    reads = {  # site -> the sites that its value is made of
         Site.ATTN_INPUT: (Site.RESID_PRE,),
         **dict.fromkeys((Site.Q, Site.K, Site.V), (Site.ATTN_INPUT,)),
         Site.Z: (Site.Q, Site.K, Site.V),
@@ -277,8 +305,8 @@ def downstream(site: Site, parallel: bool) -> frozenset[Site]:
         Site.MLP_OUT: (Site.MLP_PROJ,),
         Site.RESID_POST: (Site.RESID_MID, Site.MLP_OUT),
     }
-    found: set[Site] = set()
-    for after, before in reads.items():  # in order, so that one pass is enough
-        if any(b == site or b in found for b in before):
-            found.add(after)
-    return frozenset(found)
+    depending: set[Site] = set()
+    for after, before in reads.items():  # in the order of a forward pass, so that one loop is enough
+        if any(b == site or b in depending for b in before):
+            depending.add(after)
+    return frozenset(depending)

@@ -33,10 +33,10 @@ class Rope:
     """Rotary position embedding in the half-split layout, with its length-scaling variant.
 
     Attributes:
-        theta: base wavelength.
+        theta: base of the wavelengths: pair i of d dimensions turns by theta^(-2 i / d) radians a token.
         scaling: name of the variant, as in HF's `rope_type`.
-        options: the variant's numbers, sorted by name (a tuple, so that the whole stays hashable).
-        fraction: share of a head's dimensions that are rotated, the first ones; the others know no position.
+        options: the variant's numbers by name, sorted (a tuple, so that a configuration is hashable).
+        fraction: share of a head's dimensions that are rotated. These come first; the others have no position.
     """
 
     theta: float = 10_000.0
@@ -49,7 +49,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of one decoder; hashable, so it can be a static argument of a jitted function.
+    """Architecture of one decoder. It is hashable, so it can be a static argument of a jitted function.
 
     Shape letters used throughout: L layers, D model, H heads, K KV heads, F neurons, V vocabulary.
 
@@ -58,31 +58,36 @@ class ModelConfig:
         n_layers: L.
         d_model: D.
         n_heads: H, query heads.
-        n_kv_heads: K, key/value heads; query head `h` reads KV head `h // n_rep`.
+        n_kv_heads: K, key/value heads. Query head `h` reads KV head `h // n_rep`.
         d_head: width of one head.
-        d_mlp: F, hidden width of the MLP, i.e. neurons a layer.
-        d_vocab: V.
+        d_mlp: F, neurons of a layer: the hidden width of its MLP.
+        d_vocab: V, tokens of the vocabulary.
         n_ctx: longest sequence the model accepts, in tokens.
         norm: "rms" (scale only) or "layer" (centred, scale and bias).
-        norm_eps: added to the mean square (or variance).
+        norm_eps: small number that a norm adds to the mean square (or the variance).
+        norm_offset: number added to a norm's scale. It is 1 in families whose checkpoints hold scale - 1 (Gemma).
+        pre_norm: true if attention and MLP read a normed stream; false if they read the stream itself (OLMo 2).
+        post_norm: true if a norm stands between what they write and the stream (Gemma 2, OLMo 2).
+        parallel: true if the MLP reads the stream that enters the layer, beside attention (GPT-NeoX); false if it
+            reads the stream after attention.
         act: activation of the MLP.
-        gated: whether the MLP is act(x W_gate) * (x W_in) or act(x W_in).
-        rope: rotary embedding, or None for learned absolute positions.
-        qkv_bias: biases on queries, keys and values.
-        out_bias: bias on the attention's output.
-        mlp_bias: biases in the MLP.
-        tied: whether the unembedding is the embedding transposed.
-        activation_splits: bfloat16 numbers, 1 or 2, that each activation is written as where it meets a bfloat16
-            weight: the product in 8 bits of it or, for twice the operations, in 16. Of no effect on float32.
-        norm_offset: added to a norm's scale: 1 in families that write it as the difference from 1 (Gemma).
-        pre_norm: whether attention and MLP read a normed stream, or the stream itself (OLMo 2).
-        post_norm: whether what they write is normed before it is added to the stream (Gemma 2, OLMo 2).
-        parallel: whether the MLP reads the stream as it enters the layer, beside attention (GPT-NeoX), or the stream
-            that attention has written to.
-        attn_scale: of attention scores; None for d_head ** -0.5.
-        attn_softcap: bound on attention scores, see `ops.soft_cap`; None for none.
+        gated: true for act(x W_gate) * (x W_in), false for act(x W_in).
+        rope: rotary embedding; None for learned absolute positions.
+        qkv_bias: whether queries, keys and values have biases.
+        out_bias: whether the output of attention has a bias.
+        mlp_bias: whether the MLP has biases.
+        attn_scale: factor of attention scores; None for d_head ** -0.5.
+        attn_softcap: bound on attention scores, see `ops.soft_cap`; None for no bound.
         logit_softcap: bound on logits, likewise.
         embed_scale: factor of embedded tokens.
+        tied: whether the unembedding is the embedding transposed.
+        activation_splits: 1 or 2. Where an activation meets a bfloat16 weight, it is written as the sum of so many
+            bfloat16 numbers. 1 keeps 8 bits of it; 2 keeps 16 and takes twice the operations. With float32 weights
+            it changes nothing.
+
+    >>> cfg = ModelConfig("llama", 2, 16, n_heads=4, n_kv_heads=2, d_head=4, d_mlp=32, d_vocab=50, n_ctx=64)
+    >>> cfg.n_rep, cfg.score_scale
+    (2, 0.5)
     """
 
     family: str
@@ -103,7 +108,8 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
-    activation_splits: int = dataclasses.field(default=1, repr=False)  # how it is run, not what it is
+    # Not in the repr, which fingerprints hash: it says how the model is run, not what it is.
+    activation_splits: int = dataclasses.field(default=1, repr=False)
     norm_offset: float = _later(0.0)
     pre_norm: bool = _later(True)
     post_norm: bool = _later(False)
@@ -117,12 +123,12 @@ class ModelConfig:
 
     @property
     def score_scale(self) -> float:
-        """Of attention scores."""
+        """Factor of attention scores."""
         return self.d_head**-0.5 if self.attn_scale is None else self.attn_scale
 
     @property
     def n_rep(self) -> int:
-        """Query heads that share one KV head."""
+        """Number of query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
 
     def differences(self, other: ModelConfig) -> list[str]:

@@ -1,4 +1,7 @@
-"""The one decoder: a forward pass over a parameter tree, and the tree's shapes and initial values."""
+"""The decoder: a forward pass over a parameter tree, and the tree's shapes and random initial values.
+
+There is one decoder for all families. `forward` is the function to call.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from wpjax.models.secant import Value
 from wpjax.models.sites import Site
 
 Params: TypeAlias = dict[str, Any]
+"""A parameter tree: nested dicts of arrays or other leaves, such as `params["blocks"]["attn"]["W_Q"]`."""
 
 
 class Output(NamedTuple):
@@ -30,8 +34,9 @@ class Output(NamedTuple):
 
     Attributes:
         resid: [B, T, D], the residual stream after the last layer that ran.
-        logits: [B, T, V] float32, or None if they were not asked for.
-        sites: the requested sites, each [L, ...] float32 with the shape of the site (see `Site`).
+        logits: [B, T, V], float32; None if they were not asked for.
+        sites: the values at each requested site, float32: [L, ...], with L the layers that ran and the rest the shape
+            of the site (see `Site`).
     """
 
     resid: Value
@@ -40,7 +45,7 @@ class Output(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """Embedding, a stack of `Block`s along a leading axis, final norm, unembedding."""
+    """Embedding, layers, final norm and unembedding. The layers are one `Block` whose leaves have a leading axis."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=cfg.n_layers)
@@ -56,23 +61,25 @@ class Decoder(nnx.Module):
             self.unembed = Unembed(cfg, rngs=rngs)
 
     def logits(self, resid: Float[Value, "*n D"]) -> Float[Value, "*n V"]:
-        """Next-token logits from the residual stream after the last layer."""
+        """Logits of the next token, from the residual stream after the last layer."""
         x = self.final_norm(resid)
         if self.cfg.tied:
-            transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())  # a tied unit is a scalar
+            # This transposes the arrays of a `Blend` too. Its mask is a scalar, and a scalar transposed is itself.
+            transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())
             return self._capped(project(x, transposed, splits=self.cfg.activation_splits))
         return self._capped(self.unembed(x))
 
     def log_odds(
         self, resid: Float[Value, "*n D"], tokens: Int[Array, "*n"], foils: Int[Array, "*n"]
     ) -> Float[Value, "*n"]:
-        """Log-odds, in nats, of one token against another: the softmax's normaliser cancels, so that the vocabulary is
-        never multiplied out.
+        """Log-odds of one token against another, in nats: the difference of their logits.
+
+        The softmax's normaliser cancels. So only two logits are computed, not those of the whole vocabulary.
 
         Args:
             resid: the residual stream after the last layer.
-            tokens: ids of the tokens.
-            foils: ids of the others.
+            tokens: ids of the tokens that count for it.
+            foils: ids of the tokens that count against it.
         """
         x, ours, theirs = self.final_norm(resid), self.unembedding(tokens), self.unembedding(foils)
         if self.cfg.logit_softcap is None:
@@ -80,10 +87,11 @@ class Decoder(nnx.Module):
         return self._capped((x * ours).sum(-1)) - self._capped((x * theirs).sum(-1))
 
     def _capped(self, logits: Value) -> Value:
+        """Logits after the family's bound on them, if it has one."""
         return ops.soft_cap(logits, self.cfg.logit_softcap)
 
     def unembedding(self, tokens: Int[Array, "*n"]) -> Float[Value, "*n D"]:
-        """The direction of the normed residual stream whose projection is each token's logit."""
+        """The vector of each token whose product with the normed residual stream is the token's logit."""
         if self.cfg.tied:
             return lookup(self.embed.W_E.get_value(), tokens)
         return lookup(self.unembed.W_U.get_value(), tokens, axis=1)
@@ -98,20 +106,21 @@ class Decoder(nnx.Module):
         edits: Sequence[Edit] = (),
         layout: Layout | None = None,
     ) -> Output:
-        """See `forward`. With a `layout`, the tokens stand as it says."""
+        """See `forward`. A `layout` says how the tokens are laid out; None for prompts side by side."""
         graphdef, blocks = nnx.split(self.blocks)
         n_layers = self.cfg.n_layers if stop is None else stop
         layout = Causal.of(tokens.shape[1]) if layout is None else layout
+        # Edits of all layers have arrays with an axis of layers. The scan cuts these up as it does the weights.
         by_layer = {i: edit for i, edit in enumerate(edits) if edit.layer is None}
 
         def body(x: Value, layer: tuple[Any, Array, dict[int, Edit]]) -> tuple[Value, dict[Site, Value]]:
-            at, number, of_layer = layer
-            here = [of_layer.get(i, edit) for i, edit in enumerate(edits)]
-            block = nnx.merge(graphdef, at if stop is None else take_layer(blocks, at))
-            one = block(x, layout, edits=here, layer=number)
+            weights, number, of_layer = layer  # `weights` is a number too if only some of the layers run
+            layer_edits = [of_layer.get(i, edit) for i, edit in enumerate(edits)]
+            block = nnx.merge(graphdef, weights if stop is None else take_layer(blocks, weights))
+            one = block(x, layout, edits=layer_edits, layer=number)
             return one.resid_post, {site: one.at(site) for site in sites}
 
-        # A prefix of the layers is taken by index: slicing the stack would copy it.
+        # If only the first layers run, each is taken by its number: slicing the stack would copy it.
         numbers = jnp.arange(n_layers)
         per_layer = blocks if stop is None else numbers, numbers, by_layer
         x = self.embed(tokens, layout.positions)
@@ -120,30 +129,32 @@ class Decoder(nnx.Module):
 
 
 def take_layer(blocks: Any, layer: Int[Array, ""] | int) -> Any:
-    """One layer of a tree of stacked leaves; `layer` may be traced."""
+    """One layer of a tree whose leaves are stacked over layers; `layer` may be traced."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), blocks)
 
 
 def keep_products(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """A scan's layer that keeps its products for the backward pass, which makes everything else again.
+    """Wrap the body of a scan over layers, so that the backward pass finds the matrix products and nothing else.
 
-    Weights taken by index would else be kept, too: over the layers, a second copy of them. No product is made twice.
+    Everything else is computed again. Otherwise JAX would also keep the weights that each step takes by index, which
+    adds up to a second copy of the model. Matrix products are the expensive part, and none is made twice.
     """
     return jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
 
 
 @functools.cache
 def _graphdef(cfg: ModelConfig, kind: type[Decoder] | type[Block]) -> nnx.GraphDef:
+    """The structure of a module without its parameters; made without allocating any."""
     return nnx.split(nnx.eval_shape(lambda: kind(cfg, rngs=nnx.Rngs(0))))[0]
 
 
 def block(cfg: ModelConfig, layer_params: Any) -> Block:
-    """The `Block` of one layer's parameters (the "blocks" tree without its layer axis)."""
+    """The `Block` with the parameters of one layer: the tree "blocks" without its axis of layers (`take_layer`)."""
     return nnx.merge(_graphdef(cfg, Block), layer_params)
 
 
 def decoder(cfg: ModelConfig, params: Params) -> Decoder:
-    """The `Decoder` of a parameter tree; its leaves may be arrays or `Blend`s."""
+    """The `Decoder` with the parameters of a tree; its leaves may be arrays or `CustomLeaf`s."""
     return nnx.merge(_graphdef(cfg, Decoder), params)
 
 
@@ -157,20 +168,21 @@ def forward(
     logits: bool = True,
     edits: Sequence[Edit] = (),
 ) -> Output:
-    """Run the decoder; pure, so it composes with `jit`, `vmap` and `grad`. Token ids are not checked.
+    """Run the decoder. It is a pure function, so it composes with `jit`, `vmap` and `grad`.
 
     Args:
-        cfg: static.
-        params: nested dict of arrays or other leaves (see `leaves`), as `init_params` and the loaders make it.
-        tokens: token ids, padded on the right with any id.
+        cfg: the model (static).
+        params: parameter tree, as `init_params`, the loaders or `patch` make it.
+        tokens: token ids, padded on the right with any id. They are not checked: an id beyond the vocabulary is read
+            as the last.
         sites: sites whose values are returned, of every layer that runs.
-        stop: number of layers to run (static); None for all. Combine with `logits=False`.
+        stop: number of layers to run (static); None for all. Give `logits=False` with it.
         logits: whether to compute logits.
-        edits: what is changed on the way, in this order.
+        edits: changes on the way, made in this order.
 
     Raises:
-        WpjaxError: more layers than there are, more tokens than the context holds, or an edit of channels that a site
-            does not have.
+        WpjaxError: the model has fewer layers than `stop`, there are more tokens than the context holds, or an edit
+            names heads or neurons of a site that has none.
 
     >>> import jax, jax.numpy as jnp
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, V = 50
@@ -187,7 +199,18 @@ def forward(
 
 
 def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: normal weights scaled by fan-in, unit norms, zero biases."""
+    """Random parameters: normal weights scaled by fan-in, norms of scale 1, biases of 0.
+
+    Args:
+        cfg: the model.
+        key: random key.
+        dtype: dtype of every parameter.
+
+    >>> import jax
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads of width 4
+    >>> init_params(cfg, jax.random.key(0))["blocks"]["attn"]["W_Q"].shape  # [L, D, H, Dh]
+    (2, 16, 4, 4)
+    """
 
     @jax.jit
     def make(key: Array) -> Params:
@@ -199,5 +222,10 @@ def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Param
 
 @functools.cache
 def abstract_params(cfg: ModelConfig) -> Params:
-    """Shapes of every parameter (float32 `jax.ShapeDtypeStruct`s), without allocating any."""
+    """The parameter tree with shapes in place of arrays: float32 `jax.ShapeDtypeStruct`s. Nothing is allocated.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
+    >>> abstract_params(cfg)["embed"]["W_E"].shape  # [V, D]
+    (50, 16)
+    """
     return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param))

@@ -1,12 +1,12 @@
-"""Edits: changes of what passes at a site of a forward pass, as data.
+"""Edits: changes of the value at a site of a forward pass, as data.
 
-    Add        x + value                        a steering vector; zeros, to take the gradient there
+    Add        x + value                        steering; with zeros, a place to take a gradient at
     Scale      x * factor                       0 knocks out
     Set        value                            activation patching, mean-ablation
     ClampTo    x + (target - <x, read>) write   holds one coordinate of the stream
 
-Every forward pass takes a tuple of them. They are pytrees, so they can be arguments of a jitted function, `vmap` runs
-many of them at once, and `grad` differentiates by their values. All four are affine in x.
+Every forward pass takes a tuple of edits. They are pytrees: they can be arguments of a jitted function, `vmap` runs
+many of them at once, and `grad` differentiates by their values. All four operations are affine in x.
 """
 
 from __future__ import annotations
@@ -32,18 +32,24 @@ CHANNELS = (Site.Q, Site.K, Site.V, Site.Z, Site.NEURON)
 
 @runtime_checkable
 class Operation(Protocol):
-    """What becomes of the value at a site; affine in it, and a pytree."""
+    """A function of the value at a site. It must be affine in that value, and a pytree."""
 
     def __call__(self, x: Array) -> Array:
-        """The new value."""
+        """The new value, from the value x."""
         ...
 
     def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Operation:
-        """The operation on some prompts, where `axis` of its arrays counts prompts."""
+        """The operation for some of the prompts.
+
+        Args:
+            rows: which prompts.
+            axis: the axis of the operation's arrays that counts prompts.
+        """
         ...
 
 
 def _rows(x: Array, rows: Int[Array | np.ndarray, " N"], axis: int) -> Array:
+    """Some rows of an array, or all of it if it has no such axis or broadcasts along it."""
     return x if x.ndim <= axis or x.shape[axis] == 1 else jnp.take(x, jnp.asarray(rows), axis=axis)
 
 
@@ -53,7 +59,10 @@ class Add:
     """x + value.
 
     Attributes:
-        value: of a shape that broadcasts to the site's.
+        value: array that broadcasts to the site's shape.
+
+    >>> Add(jnp.array([1.0, 2.0]))(jnp.zeros((1, 3, 2)))[0, 0].tolist()  # the same at every token
+    [1.0, 2.0]
     """
 
     value: Float[Array, "..."]
@@ -73,7 +82,10 @@ class Scale:
     """x * factor.
 
     Attributes:
-        factor: of a shape that broadcasts to the site's.
+        factor: array that broadcasts to the site's shape.
+
+    >>> Scale(jnp.asarray(0.5))(jnp.ones((1, 3, 2)))[0, 0].tolist()
+    [0.5, 0.5]
     """
 
     factor: Float[Array, "..."]
@@ -90,10 +102,13 @@ class Scale:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Set:
-    """The value itself, whatever was there.
+    """The given value in place of x.
 
     Attributes:
-        value: of a shape that broadcasts to the site's.
+        value: array that broadcasts to the site's shape.
+
+    >>> Set(jnp.array([1.0, 2.0]))(jnp.ones((1, 3, 2)))[0, 0].tolist()
+    [1.0, 2.0]
     """
 
     value: Float[Array, "..."]
@@ -110,12 +125,17 @@ class Set:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClampTo:
-    """x + (target - <x, read>) write: one coordinate held, in full float32 on every device.
+    """x + (target - <x, read>) write: holds one coordinate of x, in full float32 on every device.
 
     Attributes:
-        read: [D], unit.
-        write: [D], unit: `read` to hold the coordinate, another direction for a control that moves the stream as far.
-        target: where the coordinate is held, in the units of the stream.
+        read: [D], unit vector, the coordinate that is measured.
+        write: [D], unit vector, the direction in which x is moved. With `read` itself, the coordinate becomes the
+            target. Any other direction is a control that moves x as far.
+        target: value of the coordinate, in the units of the stream.
+
+    >>> first = jnp.array([1.0, 0.0])
+    >>> ClampTo(first, first, jnp.asarray(5.0))(jnp.array([[[2.0, 3.0]]]))[0, 0].tolist()
+    [5.0, 3.0]
     """
 
     read: Float[Array, " D"]
@@ -124,11 +144,11 @@ class ClampTo:
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         """The new value."""
-        at = jnp.matmul(x, self.read, precision=jax.lax.Precision.HIGHEST)
-        return x + (self.target - at)[..., None] * self.write
+        coordinate = jnp.matmul(x, self.read, precision=jax.lax.Precision.HIGHEST)
+        return x + (self.target - coordinate)[..., None] * self.write
 
     def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> ClampTo:
-        """The same for every prompt."""
+        """The operation itself: it is the same for every prompt."""
         return self
 
 
@@ -139,19 +159,19 @@ class ClampTo:
 )
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One change at one site; everything but the site may be traced.
+    """One change at one site. Everything but the site may be traced.
 
     Attributes:
-        site: where (static).
+        site: the site (static).
         operation: what becomes of the value there.
-        layer: 0-based; it may be traced, so that one program serves all layers. None for all layers that run: every
-            array of the operation then has a leading axis of them.
-        start: the first position that is edited, a number or one a prompt [B]; None for 0.
-        stop: the first position that is not edited any more, likewise; None for no end.
-        channels: which heads, KV heads or neurons, at sites that have them: numbers, or a boolean for each of them;
-            None for all.
+        layer: 0-based number of the layer; it may be traced, so that one program serves all layers. None: all layers
+            that run; then every array of the operation has a leading axis of layers.
+        start: the first position that is edited: one number, or [B], one for each prompt. None: 0.
+        stop: the position before which editing ends: one number, or [B]. None: no end.
+        channels: the heads, KV heads or neurons that are edited, at sites that have them: their numbers, or a boolean
+            for each of the site. None: all.
 
-    Head 2 of layer 1 writes nothing, from the fourth token on:
+    Head 2 of layer 1 writes nothing from the fourth token on:
 
     >>> import jax.numpy as jnp
     >>> edit = Edit(Site.Z, Scale(jnp.zeros(())), layer=1, start=3, channels=2)
@@ -172,31 +192,38 @@ class Edit:
         """The value at the site after the edit.
 
         Args:
-            x: [B, T, ...], what passes there.
-            layer: whose site it is.
-            positions: of the tokens in their prompts.
+            x: [B, T, ...], the value before it.
+            layer: number of the layer of that site.
+            positions: positions of the tokens in their prompts.
+
+        Raises:
+            WpjaxError: the edit names channels of a site that has none, or its start or stop is by prompt and the
+                prompts are packed into one row.
         """
         changed = ops.affine(self.operation, x)
-        here = jnp.asarray(True) if self.layer is None else jnp.asarray(self.layer) == layer
+        # A mask that broadcasts to x: by layer (a scalar), by token on axes 0 and 1, by channel on axis 2.
+        edited = jnp.asarray(True) if self.layer is None else jnp.asarray(self.layer) == layer
         if self.start is not None or self.stop is not None:
             within = self._within(positions)
             if within.shape[0] not in (1, x.shape[0]):
                 raise WpjaxError(
                     "an edit that starts at another token of each prompt needs prompts side by side, not packed as one"
                 )
-            here = here & within.reshape(*within.shape, *(1,) * (x.ndim - 2))
+            edited = edited & within.reshape(*within.shape, *(1,) * (x.ndim - 2))
         if self.channels is not None:
-            here = here & self._chosen(x.shape[2]).reshape(-1, *(1,) * (x.ndim - 3))
-        if self.layer is None and here.ndim == 0:
+            edited = edited & self._chosen(x.shape[2]).reshape(-1, *(1,) * (x.ndim - 3))
+        if self.layer is None and edited.ndim == 0:
             return changed
-        return jax.tree.map(lambda new, old: jnp.where(here, new, old), changed, x)
+        return jax.tree.map(lambda new, old: jnp.where(edited, new, old), changed, x)
 
     def _within(self, positions: Int[Array, "#B T"]) -> Bool[Array, "B T"]:
+        """Which tokens stand between `start` and `stop`."""
         start, stop = (None if at is None else jnp.asarray(at)[..., None] for at in (self.start, self.stop))
         after = jnp.ones(positions.shape, bool) if start is None else positions >= start
         return after if stop is None else after & (positions < stop)
 
     def _chosen(self, n: int) -> Bool[Array, " n"]:
+        """Which of a site's n channels are edited."""
         if self.site not in CHANNELS:
             raise WpjaxError(f"the site {self.site} has no heads or neurons; leave `channels` out of its edit")
         channels = jnp.asarray(self.channels)
@@ -217,7 +244,7 @@ class Edit:
 def apply(
     edits: Sequence[Edit], site: Site, x: Value, layer: Int[Array, ""] | int, positions: Int[Array, "#B T"]
 ) -> Value:
-    """What passes at a site after the edits that are about it, one after the other."""
+    """The value at a site after all edits of that site, made one after the other; arguments as in `Edit.__call__`."""
     for edit in edits:
         if edit.site == site:
             x = edit(x, layer, positions)

@@ -1,4 +1,4 @@
-"""Greedy and sampled generation with a KV cache: one compiled program for the prompt and all new tokens."""
+"""Greedy and sampled generation with a KV cache. One compiled program reads the prompts and makes all new tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from wpjax.runtime.batching import map_batches
 
 
 class Generation(NamedTuple):
-    """New tokens of a batch of prompts.
+    """The new tokens of a batch of prompts.
 
     Attributes:
-        tokens: [B, N]; after a stop token (kept) a row holds that stop token only.
-        lengths: [B], new tokens up to and including the stop token.
+        tokens: [B, N], ids of the new tokens. After its stop token a row is filled up with that token.
+        lengths: [B], number of new tokens, stop token included.
     """
 
     tokens: Int[np.ndarray | Array, "B N"]
@@ -44,25 +44,33 @@ def generate(
     key: Array | None = None,
     edits: Sequence[Edit] = (),
 ) -> Generation:
-    """Continue prompts, all rows at once, until each has met a stop token.
+    """Continue prompts, all at once, until each has met a stop token.
 
-    A row's new tokens overwrite its padding, so every token sits at the position it would have alone and, decoded
-    greedily, a padded batch generates what single prompts do.
+    The new tokens of a row take the place of its padding. So every token has the position that it would have without
+    padding, and a padded batch decoded greedily gives what its prompts give alone.
 
     Args:
-        cfg: static.
-        params: parameter tree; leaves may be `Blend`s, so a patched model generates without being built.
+        cfg: the model (static).
+        params: parameter tree. Its leaves may be `Blend`s: a patched model generates without being formed.
         tokens: prompts, padded on the right.
-        lengths: tokens of each prompt.
-        max_new_tokens: N, at least 1; T + N must fit in `cfg.n_ctx`.
+        lengths: number of tokens of each prompt.
+        max_new_tokens: N, at least 1 (static). T + N must fit into `cfg.n_ctx`.
         stop_tokens: ids that end a row; may be empty.
-        temperature: 0 for greedy, otherwise (above 0) logits are divided by it and sampled.
-        key: random key, required when sampling.
-        edits: what is changed on the way, by position; each names its layer, and their arrays have no token axis
-            longer than 1, as new tokens come one at a time.
+        temperature: 0 for greedy decoding; above 0, logits are divided by it and tokens are sampled (static).
+        key: random key; needed for sampling.
+        edits: changes on the way. Each must name its layer. Arrays with an axis of tokens must have length 1 there, as
+            new tokens come one at a time; say by `start` and `stop` which positions are edited.
 
     Raises:
-        WpjaxError: sampling without a key, sequences that would outgrow the context, or a number out of range.
+        WpjaxError: a random key is missing, prompts and answers exceed the context, an edit names no layer, or a number
+            is out of range.
+
+    >>> import wpjax as wp
+    >>> model = wp.load_model("tiny:expert")
+    >>> ids = jnp.asarray(model.tokenizer("How do owls hunt?")["input_ids"])[None]
+    >>> out = generate(model.cfg, model.params, ids, jnp.array([ids.shape[1]]), max_new_tokens=5, stop_tokens=())
+    >>> out.tokens.shape, out.lengths.tolist()
+    ((1, 5), [5])
     """
     n_rows, n_prompt = tokens.shape
     if max_new_tokens < 1 or temperature < 0:
@@ -86,20 +94,22 @@ def generate(
         return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
 
     def prefill(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
+        """All prompt tokens through one layer; returns its cache, with room for the new tokens."""
         params, number = layer
         one = block(cfg, params)(x, Causal.of(n_prompt), edits=edits, layer=number)
         room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
         return one.resid_post, (jnp.pad(one.k, room), jnp.pad(one.v, room))
 
     def extend(x: Array, layer: Any, at: Int[Array, " B"]) -> tuple[Array, tuple[Array, Array]]:
-        """One token a row through one layer, its key and value written at the row's own position."""
+        """One token of each row through one layer; its key and value enter the cache at its position `at`."""
         params, number, k_cache, v_cache = layer
         one = block(cfg, params)(x, Cached(at, k_cache, v_cache), edits=edits, layer=number)
         return one.resid_post, one.seen
 
     def step(state: tuple) -> tuple:
+        """Run the token that was made last, and make the one after it."""
         i, last, done, cache, out = state
-        at = lengths + i - 1
+        at = lengths + i - 1  # position of `last`, new token i - 1
         x = model.embed(last[:, None], at[:, None])
         x, cache = jax.lax.scan(lambda x, layer: extend(x, layer, at), x, (params["blocks"], layers, *cache))
         new = jnp.where(done, last, pick(x[:, 0], i))
@@ -110,6 +120,7 @@ def generate(
     out = jnp.zeros((n_rows, max_new_tokens), first.dtype).at[:, 0].set(first)
     state = (jnp.int32(1), first, jnp.isin(first, stop_tokens), cache, out)
     n_done, last, _, _, out = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~s[2].all(), step, state)
+    # If all rows were done early, the columns that were never written are filled up with each row's stop token.
     out = jnp.where(jnp.arange(max_new_tokens) < n_done, out, last[:, None])
     stopped = jnp.isin(out, stop_tokens)
     n_new = jnp.where(stopped.any(1), stopped.argmax(1) + 1, max_new_tokens)
@@ -126,8 +137,9 @@ def generate_batched(
     batch_size: int = 32,
     edits: Sequence[Edit] = (),
 ) -> Generation:
-    """Greedy continuation of any number of prompts, at most `batch_size` at once, the result on the host. Arguments as
-    `generate`.
+    """Continue any number of prompts greedily, at most `batch_size` at once.
+
+    The other arguments are those of `generate`. The result is in NumPy arrays, on the host.
     """
 
     def run(rows: Int[np.ndarray, " N"]) -> Generation:

@@ -1,13 +1,15 @@
-"""The parts of a layer, in Flax NNX; families differ only in `ModelConfig`. How they are wired is in `block`.
+"""The parts of a decoder in Flax NNX: norm, attention, MLP, embedding. `models.block` wires them into a layer.
 
-Shapes in names of axes: B batch, T tokens, D model, H query heads, K KV heads, Dh head width, F neurons,
-V vocabulary, L layers. Weights keep their head and neuron axes explicit:
+All families share them; families differ in their `ModelConfig` only. Axes are named B batch, T tokens, D model,
+H query heads, K KV heads, Dh head width, F neurons, V vocabulary, L layers. Heads have an axis of their own in weights:
 
     W_Q [D, H, Dh]   W_K, W_V [D, K, Dh]   W_O [H, Dh, D]   W_gate, W_in [D, F]   W_out [F, D]
     W_E [V, D]       W_pos [n_ctx, D]      W_U [D, V]
 
-Parameters are a plain nested dict of arrays (or other leaves, see `leaves`); those under "blocks" carry a leading layer
-axis. The residual stream is float32 whatever the dtype of the weights.
+Parameters are a plain nested dict of arrays or other leaves (`models.leaves`). Those under "blocks" are stacked: they
+have a leading axis of layers. The residual stream is float32, whatever the dtype of the weights.
+
+Inputs may be arrays or `Secant`s (`Value`). `*n` in a shape stands for any number of axes.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ def activation(cfg: ModelConfig) -> Callable[[Array], Array]:
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    """A random normal weight of a given standard deviation."""
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
 def _leaf(param: nnx.Param) -> Leaf:
+    """What a parameter holds: an array or a `CustomLeaf`."""
     return param.get_value()
 
 
@@ -57,9 +61,9 @@ class Norm(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(cfg.d_model))
 
     def __call__(self, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
-        """Normalise each vector, then scale (and shift) it.
+        """Normalise each vector, then scale it: x (offset + scale) / sqrt(mean(x^2) + eps).
 
-        x (offset + scale) / sqrt(mean(x^2) + eps), where LayerNorm subtracts the mean of x first and adds a bias.
+        LayerNorm subtracts the mean of x before that, and adds a bias after it.
         """
         if self.cfg.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
@@ -70,7 +74,11 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped KV heads, in the three steps a patch can enter between."""
+    """Causal self-attention with grouped KV heads.
+
+    It has three steps, and a patch can change what passes between them: queries, keys and values of the input; their
+    mix for each head; what the heads write.
+    """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -87,14 +95,14 @@ class Attention(nnx.Module):
             self.b_O = nnx.Param(jnp.zeros(d))
 
     def queries(self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"]) -> Float[Value, "B T H Dh"]:
-        """Rotated queries of every head."""
+        """Queries of every head, after rotary positions if the family has them."""
         q = project(x, _leaf(self.W_Q), splits=self.cfg.activation_splits)
         if self.cfg.qkv_bias:
             q = q + resolve(_leaf(self.b_Q))
         return rotate(self.cfg, q, positions) if self.cfg.rope else q
 
     def keys(self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"]) -> Float[Value, "B T K Dh"]:
-        """Rotated keys of every KV head."""
+        """Keys of every KV head, after rotary positions if the family has them."""
         k = project(x, _leaf(self.W_K), splits=self.cfg.activation_splits)
         if self.cfg.qkv_bias:
             k = k + resolve(_leaf(self.b_K))
@@ -113,7 +121,8 @@ class Attention(nnx.Module):
         v: Float[Value, "B S K Dh"],
         seen: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Value, "B T H Dh"]:
-        """Attend; see `ops.attention`."""
+        """Each head's mix of values: softmax(scale q k) v; arguments as in `ops.attention`."""
+        # Two numbers an activation (bfloat16x2) are for precision, so attention is in float32 there.
         dtype = jnp.float32 if self.cfg.activation_splits > 1 else _leaf(self.W_O).dtype
         return ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, dtype)
 
@@ -125,7 +134,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated or plain MLP, split at its neurons."""
+    """Gated or plain MLP: `neurons` makes activations, `out` writes them to the stream."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -141,7 +150,12 @@ class MLP(nnx.Module):
             self.b_out = nnx.Param(jnp.zeros(d))
 
     def neurons(self, x: Float[Value, "*n D"], of: Callable[[Leaf], Leaf] = lambda leaf: leaf) -> Float[Value, "*n F"]:
-        """Activations: act(x W_gate) * (x W_in), or act(x W_in); `of` picks what each weight is taken to be."""
+        """Activations of the neurons: act(x W_gate) * (x W_in), or act(x W_in) without a gate.
+
+        Args:
+            x: what the MLP reads.
+            of: applied to each weight and bias before it is used, for example to pick one side of a `Blend`.
+        """
         act = activation(self.cfg)
         inner = project(x, of(_leaf(self.W_in)), splits=self.cfg.activation_splits)
         if self.cfg.mlp_bias:
@@ -158,14 +172,16 @@ class MLP(nnx.Module):
         return self._biased(project(a, _leaf(self.W_out), splits=self.cfg.activation_splits))
 
     def _biased(self, o: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
+        """o plus the output bias, if there is one."""
         return o + resolve(_leaf(self.b_out)) if self.cfg.mlp_bias else o
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
-        """What the neurons write together, from what the MLP reads."""
+        """What the neurons write together, bias included, from what the MLP reads."""
         w, splits = _leaf(self.W_out), self.cfg.activation_splits
         if isinstance(w, Blend) and w.mask.dtype == jnp.bool_:
-            # All weights of a neuron are the host's or the donor's, so that nothing is chosen before it writes.
+            # Under a 0/1 mask all weights of a neuron come from one model. So base and expert neurons are computed
+            # apart, and the choice is made once, at W_out; `neurons` would choose at every input weight.
             ours = self.neurons(x, base_of)
             o = w.by_extent(
                 lambda: project(ours, w.base, splits=splits),
@@ -176,7 +192,7 @@ class MLP(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Token embedding, plus learned positions where there is no rotary embedding."""
+    """Token embedding, plus learned positions in families without rotary embedding."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -185,7 +201,7 @@ class Embed(nnx.Module):
             self.W_pos = _weight(rngs, (cfg.n_ctx, cfg.d_model), 0.02)
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]) -> Float[Value, "B T D"]:
-        """Residual stream before the first layer."""
+        """The residual stream before the first layer."""
         x = lookup(_leaf(self.W_E), tokens)
         if self.cfg.embed_scale != 1.0:
             x = x * self.cfg.embed_scale
@@ -193,12 +209,12 @@ class Embed(nnx.Module):
 
 
 class Unembed(nnx.Module):
-    """Projection to the vocabulary, where it is not the embedding transposed."""
+    """Projection to the vocabulary, in models where it is not the embedding transposed."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.W_U = _weight(rngs, (cfg.d_model, cfg.d_vocab), cfg.d_model**-0.5)
 
     def __call__(self, x: Float[Value, "*n D"]) -> Float[Value, "*n V"]:
-        """Logits of a normed residual stream."""
+        """Logits from the stream after the final norm."""
         return project(x, _leaf(self.W_U), splits=self.cfg.activation_splits)

@@ -1,10 +1,11 @@
-"""Layouts: how the tokens of a forward pass stand, and which of them attend to which.
+"""Layouts: how the tokens of prompts are laid out in an array, and which of them attend to which.
 
-    Causal     prompts side by side, padded on the right
-    Packed     prompts as one sequence, shared tokens once
-    Cached     one new token a prompt, and the keys and values of those before it
+    Causal     prompts side by side, one a row, padded on the right
+    Packed     all prompts in one row, the tokens that they share once
+    Cached     one new token of each prompt, with the keys and values of those before it
 
-A layer asks a layout for the positions of its tokens, for the tokens whose output is wanted, and for attention.
+A layer asks its layout three things: the positions of its tokens, which of them need an output, and attention. Letters:
+B rows; S tokens in a row of the stream; T tokens of a row that need an output; C keys that a token may see.
 """
 
 from __future__ import annotations
@@ -22,45 +23,57 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Layout(Protocol):
-    """How tokens stand; S tokens are in the stream, and the output of T of them is wanted."""
+    """What a layer asks of a layout. S tokens are in a row of the stream, and T of them need an output."""
 
     @property
     def positions(self) -> Int[Array, "#B S"]:
-        """Of the tokens in their prompts."""
+        """Positions of the tokens in their prompts."""
         ...
 
     @property
     def query_positions(self) -> Int[Array, "#B T"]:
-        """Of the tokens whose output is wanted."""
+        """Positions of the tokens that need an output."""
         ...
 
     def pick(self, x: Value) -> Value:
-        """What belongs to the tokens whose output is wanted: [B, S, ...] to [B, T, ...]."""
+        """The values at the tokens that need an output: from [B, S, ...] to [B, T, ...]."""
         ...
 
     def extend(self, keys: Value, values: Value) -> tuple[Value, Value]:
-        """Keys and values that queries may see: [B, S, K, Dh] each, and those from before."""
+        """The keys and values that queries may see: those of this pass and, with a cache, those from before.
+
+        Args:
+            keys: [B, S, K, Dh], of this pass.
+            values: [B, S, K, Dh], of this pass.
+        """
         ...
 
     def attend(self, attn: Attention, queries: Value, keys: Value, values: Value) -> Value:
-        """Each head's mix of values, [B, T, H, Dh], from queries and what `extend` gives."""
+        """Each head's mix of values, [B, T, H, Dh].
+
+        Args:
+            attn: attention of the layer.
+            queries: [B, T, H, Dh].
+            keys: from `extend`.
+            values: from `extend`.
+        """
         ...
 
 
 class AllTokens:
-    """Of layouts in which the output of every token is wanted, and nothing came before."""
+    """A part of layouts in which every token needs an output and there is no cache."""
 
     @property
     def query_positions(self) -> Int[Array, "#B T"]:
-        """All of them."""
+        """Positions of all tokens."""
         return self.positions  # type: ignore[attr-defined, no-any-return]
 
     def pick(self, x: Value) -> Value:
-        """All of it."""
+        """All of x."""
         return x
 
     def extend(self, keys: Value, values: Value) -> tuple[Value, Value]:
-        """Nothing is added."""
+        """The keys and values as they are."""
         return keys, values
 
 
@@ -69,15 +82,18 @@ class _Causal(NamedTuple):
 
 
 class Causal(_Causal, AllTokens):
-    """Prompts side by side, padded on the right, where causal attention never looks.
+    """Prompts side by side, one a row. Padding on the right is never seen: attention is causal.
 
     Attributes:
-        positions: [#B, T].
+        positions: [#B, T], positions of the tokens.
+
+    >>> Causal.of(4).positions.tolist()
+    [[0, 1, 2, 3]]
     """
 
     @classmethod
     def of(cls, n_tokens: int) -> Causal:
-        """Prompts of one length, from position 0 on."""
+        """Rows of so many tokens, with positions from 0 on."""
         return cls(jnp.arange(n_tokens)[None])
 
     def attend(self, attn: Attention, queries: Value, keys: Value, values: Value) -> Value:
@@ -86,11 +102,11 @@ class Causal(_Causal, AllTokens):
 
 
 class Cached(NamedTuple):
-    """One new token a prompt, and the keys and values of the tokens before it.
+    """One new token of each prompt, and a cache of the keys and values of the tokens before it.
 
     Attributes:
         at: [B], position of the new token.
-        k_cache: [B, C, K, Dh], keys by position; those from `at` on are not there yet.
+        k_cache: [B, C, K, Dh], keys by position. Those from `at` on are not filled in yet.
         v_cache: [B, C, K, Dh], values likewise.
     """
 
@@ -100,20 +116,20 @@ class Cached(NamedTuple):
 
     @property
     def positions(self) -> Int[Array, "B 1"]:
-        """Of the new tokens."""
+        """Positions of the new tokens."""
         return self.at[:, None]
 
     @property
     def query_positions(self) -> Int[Array, "B 1"]:
-        """Of the new tokens."""
+        """Positions of the new tokens."""
         return self.positions
 
     def pick(self, x: Value) -> Value:
-        """All of it."""
+        """All of x."""
         return x
 
     def extend(self, keys: Value, values: Value) -> tuple[Value, Value]:
-        """The caches with the new tokens' keys and values, each at its own position."""
+        """The caches, with the key and the value of each new token written at its position."""
         rows = jnp.arange(len(self.at))
         return self.k_cache.at[rows, self.at].set(keys[:, 0]), self.v_cache.at[rows, self.at].set(values[:, 0])
 
@@ -129,43 +145,58 @@ class _Packed(NamedTuple):
 
 
 class Packed(_Packed, AllTokens):
-    """Prompts laid out as one sequence: the tokens that they share, once, then the rest of each, in bins of one width.
+    """Prompts in one row: first the tokens that all of them share, then the rest of each prompt, in G bins of width W.
 
     Attributes:
-        positions: [1, S], the position that each token has in its prompt; the first c = S - G W are shared.
-        segments: [G, W], the prompt that each of the others belongs to, -1 to fill up. A bin may hold several.
+        positions: [1, S], the position of each token in its prompt. The first S - G W tokens are the shared ones.
+        segments: [G, W], the prompt of each token in the bins, -1 for empty slots. A bin may hold several prompts.
+
+    Two prompts of four tokens that share the first two:
+
+    >>> packed = Packed.side_by_side(n_prompts=2, n_tokens=4, n_shared=2)
+    >>> packed.positions.tolist(), packed.segments.tolist()
+    ([[0, 1, 2, 3, 2, 3]], [[0, 0], [1, 1]])
     """
 
     @classmethod
     def side_by_side(cls, n_prompts: int, n_tokens: int, n_shared: int) -> Packed:
-        """Prompts padded to one length, of which all begin with the same tokens, each in a bin of its own."""
+        """The layout of prompts of one (padded) length, each in a bin of its own.
+
+        Args:
+            n_prompts: number of prompts.
+            n_tokens: tokens of each.
+            n_shared: tokens that all prompts begin with.
+        """
         own = jnp.broadcast_to(jnp.arange(n_prompts)[:, None], (n_prompts, n_tokens - n_shared))
         rest = jnp.tile(jnp.arange(n_shared, n_tokens), n_prompts)
         return cls(jnp.concatenate([jnp.arange(n_shared), rest])[None], own)
 
     def lay(self, x: Shaped[Array, "G T *n"]) -> Shaped[Array, "1 S *n"]:
-        """What belongs to prompts that stand side by side, packed; `keys` takes it apart again."""
+        """Pack values that stand prompt by prompt, as `side_by_side` lays them out; `keys` undoes it."""
         own = x[:, self.n_shared :]
         return jnp.concatenate([x[0, : self.n_shared], own.reshape(-1, *x.shape[2:])])[None]
 
     @property
     def n_shared(self) -> int:
-        """How many tokens all prompts share."""
+        """Number of tokens that all prompts share."""
         return self.positions.shape[1] - self.segments.size
 
     @property
     def visible(self) -> Bool[Array, "G W C"]:
-        """Which of a bin's keys (the shared tokens, then its own) each of its tokens attends to."""
+        """True where a token of a bin sees a key of it. The keys are the shared tokens, then the bin's own W.
+
+        A token sees all shared tokens, and those before it in its own prompt.
+        """
         n_bins, width = self.segments.shape
         own = (self.segments[:, :, None] == self.segments[:, None, :]) & jnp.tri(width, dtype=bool)
         return jnp.concatenate([jnp.ones((n_bins, width, self.n_shared), bool), own], axis=-1)
 
     def bins(self, x: Float[Array, "N S *n"]) -> Float[Array, "N G W *n"]:
-        """What belongs to the tokens that are not shared."""
+        """The values at the tokens in the bins."""
         return x[:, self.n_shared :].reshape(len(x), *self.segments.shape, *x.shape[2:])
 
     def keys(self, x: Float[Array, "N S *n"]) -> Float[Array, "N G C *n"]:
-        """Of each bin: what belongs to the shared tokens, as keys and values do, then to its own."""
+        """The values of each bin: those of the shared tokens (a copy for every bin), then those of its own."""
         own = self.bins(x)
         shared = jnp.broadcast_to(x[:, None, : self.n_shared], (*own.shape[:2], self.n_shared, *own.shape[3:]))
         return jnp.concatenate([shared, own], axis=2)
@@ -173,7 +204,8 @@ class Packed(_Packed, AllTokens):
     def attend(self, attn: Attention, queries: Value, keys: Value, values: Value) -> Value:
         """Each token sees the shared ones, itself and those before it in its own prompt."""
         c, n = self.n_shared, len(queries)
+        # Bins do not see each other, so they run as rows of a batch: [N, G, ...] becomes [N G, ...].
         own, ks, vs = (x.reshape(-1, *x.shape[2:]) for x in (self.bins(queries), self.keys(keys), self.keys(values)))
         z = attn.mix(own, ks, vs, jnp.tile(self.visible, (n, 1, 1)))
-        z = z.reshape(n, -1, *z.shape[2:])
+        z = z.reshape(n, -1, *z.shape[2:])  # [N, G W, H, Dh]
         return jnp.concatenate([attn.mix(queries[:, :c], keys[:, :c], values[:, :c]), z], axis=1) if c else z

@@ -1,10 +1,10 @@
-"""The table of parameters: the logical axes of every leaf a decoder may have, and the unit that owns it.
+"""The table of parameters: every leaf that a decoder may have, with the names of its axes and the unit that owns it.
 
-A family's checkpoint is read into these leaves. Masks, patches and placement on devices follow from the axes, so a new
-parameter is one line here.
+Checkpoints of all families are read into these leaves. Masks and patches follow from the axes. So a new parameter is
+one line here.
 
-Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron. Leaves under "blocks" have a leading axis
-of layers, which is not listed.
+Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron. Leaves under "blocks" have one more axis in
+front, that of the layers, which is not listed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ class Parameter(NamedTuple):
     """One leaf of the parameter tree.
 
     Attributes:
-        unit: the unit that owns it: what can be patched on its own, at the finest.
-        axes: names of its axes, without that of layers.
+        unit: the unit that owns it. A unit is the finest piece that can be patched on its own.
+        axes: names of its axes, without that of the layers.
+
+    >>> PARAMETERS["blocks/attn/W_O"].unit, PARAMETERS["blocks/attn/W_O"].channel_axis
+    ('head', 0)
     """
 
     unit: str
@@ -27,13 +30,13 @@ class Parameter(NamedTuple):
 
     @property
     def channel_axis(self) -> int | None:
-        """The axis that counts the unit's channels (heads, KV groups or neurons of a layer); None if it has none."""
+        """The axis that counts the unit's channels (heads, KV groups or neurons of a layer); None for other units."""
         axis = CHANNEL_AXES.get(self.unit)
         return None if axis is None else self.axes.index(axis)
 
 
 CHANNEL_AXES: Mapping[str, str] = MappingProxyType({"head": "head", "kv_group": "kv_head", "neuron": "neuron"})
-"""Units that have channels, and the axis that counts them."""
+"""Unit -> name of the axis that counts its channels, for units that have channels."""
 
 _D = ("d_model",)
 
@@ -68,3 +71,4 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
         "final_norm/bias": Parameter("final_norm", _D),
     }
 )
+"""Path of a leaf in the parameter tree -> its entry."""

@@ -15,16 +15,23 @@ from wpjax.models.secant import Value
 
 
 def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angular frequency of each rotated pair of dimensions, and the factor on cosine and sine.
+    """The frequency of each pair of dimensions that is rotated, and a factor on cosine and sine.
 
-    The variants follow HF's `modeling_rope_utils`, at sequences no longer than `cfg.n_ctx`:
-    linear (positions divided by `factor`), dynamic (plain up to `n_ctx`), llama3 (long wavelengths divided by
-    `factor`, with a smooth middle), yarn (arXiv 2309.00071) and longrope (arXiv 2402.13753; its short factors,
-    which hold up to the original context: the converter sets `n_ctx` to that).
+    The variants follow HF's `modeling_rope_utils`, for sequences of at most `cfg.n_ctx` tokens:
+
+    - linear: positions are divided by `factor`;
+    - dynamic: nothing changes up to `n_ctx`;
+    - llama3: low frequencies are divided by `factor`, with a smooth passage to high ones;
+    - yarn: arXiv 2309.00071;
+    - longrope: arXiv 2402.13753, with its short factors. These hold up to the original context, to which the reader of
+      config.json sets `n_ctx`.
 
     Returns:
-        (inverse frequencies in radians a token, one for each pair of dimensions that is rotated; scale of cosine and
-        sine).
+        (frequencies in radians a token, one for each pair; factor on cosine and sine).
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # heads of width 4: two pairs
+    >>> print(frequencies(cfg)[0])
+    [1.   0.01]
     """
     rope = cfg.rope
     assert rope is not None
@@ -44,6 +51,7 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def _llama3(inv_freq: np.ndarray, opt: dict[str, Any]) -> np.ndarray:
+    """Frequencies of Llama 3.1: high ones as they are, low ones divided by `factor`, between these a mix."""
     n_ctx, factor = opt["original_max_position_embeddings"], opt["factor"]
     low, high = opt["low_freq_factor"], opt["high_freq_factor"]
     turns = n_ctx * inv_freq / (2 * math.pi)  # rotations within the original context
@@ -52,6 +60,7 @@ def _llama3(inv_freq: np.ndarray, opt: dict[str, Any]) -> np.ndarray:
 
 
 def _yarn(cfg: ModelConfig, inv_freq: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Frequencies and scale of YaRN (arXiv 2309.00071)."""
     assert cfg.rope is not None
     n_ctx = opt["original_max_position_embeddings"]
     factor = opt["factor"]
@@ -65,7 +74,7 @@ def _yarn(cfg: ModelConfig, inv_freq: np.ndarray, opt: dict[str, Any]) -> tuple[
         both = opt.get("mscale") and opt.get("mscale_all_dim")
         scale = mscale(opt["mscale"]) / mscale(opt["mscale_all_dim"]) if both else mscale(1.0)
 
-    def dim_with(rotations: float) -> float:
+    def dim_with(rotations: float) -> float:  # the (fractional) pair that turns so many times within the context
         return (d * math.log(n_ctx / (rotations * 2 * math.pi))) / (2 * math.log(cfg.rope.theta))  # type: ignore[union-attr]
 
     low, high = dim_with(opt.get("beta_fast") or 32), dim_with(opt.get("beta_slow") or 1)
@@ -73,13 +82,14 @@ def _yarn(cfg: ModelConfig, inv_freq: np.ndarray, opt: dict[str, Any]) -> tuple[
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, d - 1)
     if low == high:
-        high += 0.001
+        high += 0.001  # as in transformers: no division by 0
     interpolated = np.clip((np.arange(d // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     mixed = inv_freq / factor * interpolated + inv_freq * (1 - interpolated)
     return mixed.astype(np.float32), float(scale)
 
 
 def _longrope(wavelength: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Frequencies and scale of LongRoPE (arXiv 2402.13753), with the short factors."""
     n_ctx, factor = opt["original_max_position_embeddings"], opt["factor"]
     scale = opt.get("attention_factor")
     if scale is None:
@@ -89,7 +99,20 @@ def _longrope(wavelength: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, 
 
 
 def rotate(cfg: ModelConfig, x: Float[Value, "B T N Dh"], positions: Int[Array, "#B T"]) -> Float[Value, "B T N Dh"]:
-    """Turn each pair (i, i + d/2) of a head's first d dimensions by position x frequency; d is all of them mostly."""
+    """Turn each pair (i, i + d/2) of a head's first d dimensions by the angle position * frequency.
+
+    d is the width of the head unless `Rope.fraction` is less than 1.
+
+    Args:
+        cfg: the model.
+        x: queries or keys, of N heads.
+        positions: positions of the tokens in their prompts.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
+    >>> x = jnp.ones((1, 2, 1, 4))
+    >>> bool((rotate(cfg, x, jnp.array([[0, 1]]))[0, 0] == x[0, 0]).all())  # nothing turns at position 0
+    True
+    """
     inv_freq, scale = frequencies(cfg)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)
     cos = (jnp.cos(angle) * scale)[:, :, None, :]

@@ -1,7 +1,7 @@
-"""Families as data: how transformers writes each one's configuration and tensors.
+"""Families of models, as data: how transformers writes the configuration and the tensors of each.
 
-A new family is one file here with a `Family`, and its name in the list below, if its arithmetic is one `ModelConfig`
-can say. A program that brings its own calls `register`.
+A new family is one file here with a `Family`, and its name in the list below. That is all if `ModelConfig` can describe
+its arithmetic. A program with a family of its own calls `register`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from wpjax.models.families.gpt2 import GPT2
 from wpjax.models.families.llama import LLAMA
 
 FAMILIES: dict[str, Family] = {}
-"""Every family, by the `model_type` of its configurations."""
+"""Every family by its `model_type`, as config.json names it."""
 
 
 def register(family: Family) -> None:
-    """Make checkpoints of a family readable."""
+    """Add a family, so that its checkpoints can be read. A family of the same `model_type` is replaced."""
     FAMILIES[family.model_type] = family
 
 

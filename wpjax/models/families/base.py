@@ -1,4 +1,4 @@
-"""What a family says: how transformers writes its configuration and its tensors."""
+"""What a family has to say: how transformers writes its configuration and its tensors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorRule:
-    """One HF tensor, and the leaf (or leaves) of the parameter tree that it holds.
+    """One tensor of a checkpoint, and the leaf (or leaves) of the parameter tree that it holds.
+
+    For example, a Llama query matrix [H Dh, D] becomes a leaf [D, H, Dh]:
+
+        TensorRule("model.layers.{l}.self_attn.q_proj.weight", ("blocks/attn/W_Q",), "(h e) d -> d h e")
 
     Attributes:
-        hf: HF name; "{l}" stands for the layer index.
-        leaves: paths in the tree, "/"-separated. With several, `pattern` yields them stacked on a first axis "n".
-        pattern: einops pattern from HF's axes to ours, over the names d h k f v c (k KV heads) and e (head width);
-            read backwards when saving.
+        hf: the tensor's name in the checkpoint; "{l}" stands for the number of the layer.
+        leaves: paths of the leaves in the tree, such as "blocks/attn/W_Q". If there are several, `pattern` must give
+            them stacked along a first axis "n".
+        pattern: einops pattern from the tensor's axes to the leaf's; it is read backwards when a checkpoint is saved.
+            Axes: d model, h heads, k KV heads, e head width, f neurons, v vocabulary, c context, n leaves.
     """
 
     hf: str
@@ -37,19 +42,21 @@ class Family:
     """How one `model_type` of transformers maps to `ModelConfig` and to the parameter tree.
 
     Attributes:
-        model_type: HF's name.
+        model_type: HF's name of the family, as in config.json.
         architecture: HF's class for language modelling.
-        prefix: in front of every tensor name of the base model; may be absent in a checkpoint.
-        fixed: `ModelConfig` fields that all members share.
-        fields: HF attribute -> `ModelConfig` field.
-        derived: `ModelConfig` field -> its value from HF's attributes, where none of them says it outright.
-        required: HF attributes and the only values implemented.
+        prefix: start of the tensor names of the model without its head. A checkpoint may leave it out.
+        fixed: `ModelConfig` field -> the value that all members of the family have.
+        fields: HF attribute -> the `ModelConfig` field that it gives.
+        derived: `ModelConfig` field -> a function of HF's attributes that gives its value. It is used if no attribute
+            gives the field.
+        required: HF attribute -> its only value that is implemented.
         ignored: HF attributes that do not change the forward pass.
-        tensors: rules for every tensor; a rule whose leaf the configuration lacks (a bias, say) does not apply.
+        tensors: a rule for every tensor. A rule does not apply if the configuration has no such leaf (a bias, say).
         skipped: suffixes of tensors that hold no parameters.
-        rotary: whether positions are rotary, read from HF's `rope_parameters`.
-        partly_rotary: whether a `partial_rotary_factor` says how much of a head is rotated.
-        rotary_attributes: older names of what `rope_parameters` says, which transformers merges into it.
+        rotary: whether positions are rotary. If so, HF's `rope_parameters` say how.
+        partly_rotary: whether the attribute `partial_rotary_factor` says how much of a head is rotated.
+        rotary_attributes: attributes that say something of rotary positions, older names included. transformers merges
+            these into `rope_parameters`.
     """
 
     model_type: str
@@ -78,5 +85,9 @@ COMMON_IGNORED = frozenset(
 
 
 def activation(name: str) -> str | None:
-    """Our name of an HF activation, or None if it is not implemented."""
+    """Our name of one of HF's activations; None if it is not implemented.
+
+    >>> activation("gelu_new")
+    'gelu_tanh'
+    """
     return _ACTIVATIONS.get(name)

@@ -1,4 +1,4 @@
-"""GPT-2."""
+"""The GPT-2 family. Its checkpoints hold matrices as [in, out], and queries, keys and values in one tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama, and what transformers reads as Llama (SmolLM2, TinyLlama, Yi, ...)."""
+"""The Llama family: Llama, and models with its `model_type` (SmolLM2, TinyLlama, Yi, ...)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from wpjax.models.families.base import Family, TensorRule
 
 
 def gated_mlp(layer: str) -> tuple[TensorRule, ...]:
-    """The gated MLP as Llama and its heirs name it; `layer` is the prefix of a layer."""
+    """Rules for a gated MLP, named as in Llama and its relatives.
+
+    Args:
+        layer: prefix of a layer's tensors, such as "model.layers.{l}".
+    """
     names = {"gate_proj": "gate", "up_proj": "in"}
     return (
         *(
@@ -22,7 +26,11 @@ def gated_mlp(layer: str) -> tuple[TensorRule, ...]:
 
 
 def split_attention(layer: str) -> tuple[TensorRule, ...]:
-    """Attention with a tensor each for queries, keys and values, as Llama and its heirs name them."""
+    """Rules for attention with one tensor each for queries, keys and values, named as in Llama and its relatives.
+
+    Args:
+        layer: prefix of a layer's tensors, such as "model.layers.{l}".
+    """
     heads = {"q_proj": ("Q", "h"), "k_proj": ("K", "k"), "v_proj": ("V", "k")}
     return (
         *(
