@@ -278,7 +278,7 @@ class Engine:
 
 def placed(placement: Placement, pair: Pair, metric: Metric) -> tuple[dict[str, Params], Metric]:
     """Put base, expert and metric on every device. They go together, since a metric may hold one of the models."""
-    return placement.whole(({"base": pair.base, "expert": pair.expert}, metric))
+    return placement.replicate(({"base": pair.base, "expert": pair.expert}, metric))
 
 
 def part_key(prefix: str, chunk: Chunk) -> str:

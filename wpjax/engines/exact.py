@@ -247,7 +247,7 @@ def exact_changes(
     if not plan.chunks:
         return
     placement = plan.placement
-    shared = placement.whole((host, donor, runs, metric, packing))
+    shared = placement.replicate((host, donor, runs, metric, packing))
     rows = plan.rows
     step = 0.0 if jitter_seed is None else rounding_step(cfg, host)
 
@@ -264,8 +264,8 @@ def exact_changes(
         # Seeds depend on the chunk alone, not on what ran before, so that a sweep that was interrupted draws the same.
         seed = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
         seeds = np.random.SeedSequence(seed).generate_state(size)
-        split = [placement.split(a) for a in (np.asarray(index, np.int32), seeds)]
-        layer_and_step = placement.whole((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
+        split = [placement.shard(a) for a in (np.asarray(index, np.int32), seeds)]
+        layer_and_step = placement.replicate((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
         options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
         if placement.n_devices == 1:
             return replay(cfg, chunk.kind, *shared, *layer_and_step, *split, **options)

@@ -230,13 +230,13 @@ class OnPolicyEngine(Engine):
         words: Engine | None = None,
     ):
         placement = Placement.single() if placement is None else placement
-        whole = placement.whole
-        super().__init__(speech.pair, whole(metric or speech.metric), chosen, done, progress, placement, models)
+        replicate = placement.replicate
+        super().__init__(speech.pair, replicate(metric or speech.metric), chosen, done, progress, placement, models)
         self.speech, self.chosen = speech, chosen
         self.fits: dict[str, int] = {}
         if words is None:
             words = Engine(
-                speech.pair, whole(speech.kept), chosen, done, progress, placement, self.models, with_flow=False
+                speech.pair, replicate(speech.kept), chosen, done, progress, placement, self.models, with_flow=False
             )
             words.models = self.models  # one dict for both: `nulls` puts a third model there for a while
         self.words = words

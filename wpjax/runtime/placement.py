@@ -52,7 +52,7 @@ class Placement(NamedTuple):
         """Number of devices. The length of an axis that is divided must be a multiple of it."""
         return int(self.mesh.size)
 
-    def whole(self, tree: T) -> T:
+    def replicate(self, tree: T) -> T:
         """The tree with a copy of every array on each device. An array that stands in it twice is copied once."""
         if self.n_devices == 1:
             return tree
@@ -61,7 +61,7 @@ class Placement(NamedTuple):
         placed = {id(leaf): jax.device_put(leaf, NamedSharding(self.mesh, WHOLE)) for leaf in leaves}
         return jax.tree.unflatten(structure, [placed[id(leaf)] for leaf in leaves])
 
-    def split(self, array: Any) -> jax.Array:
+    def shard(self, array: Any) -> jax.Array:
         """An array [N, ...] with its leading axis divided among the devices."""
         return jnp.asarray(array) if self.n_devices == 1 else jax.device_put(array, NamedSharding(self.mesh, SPLIT))
 
