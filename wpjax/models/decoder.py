@@ -211,13 +211,13 @@ def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Param
     >>> init_params(cfg, jax.random.key(0))["blocks"]["attn"]["W_Q"].shape  # [L, D, H, Dh]
     (2, 16, 4, 4)
     """
+    return _random_params(cfg, key, jnp.dtype(dtype))
 
-    @jax.jit
-    def make(key: Array) -> Params:
-        model = Decoder(cfg, rngs=nnx.Rngs(params=key))
-        return jax.tree.map(lambda a: a.astype(dtype), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
-    return make(key)
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))  # compiled once for a model
+def _random_params(cfg: ModelConfig, key: Array, dtype: Any) -> Params:
+    model = Decoder(cfg, rngs=nnx.Rngs(params=key))
+    return jax.tree.map(lambda a: a.astype(dtype), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 @functools.cache
