@@ -176,6 +176,23 @@ def test_activation_patching_by_suffix_replay_is_an_edit_of_a_forward_pass(pair,
         np.testing.assert_allclose(change, score(c.layer, c.index) - before, atol=3e-5, err_msg=c.name)
 
 
+def test_an_edit_of_some_prompts_is_theirs(pair):
+    """Arrays with an axis of prompts are taken apart; one vector for all of them is not."""
+    cfg, ids, rows = pair.cfg, jnp.asarray(TOKENS), np.array([2, 0])
+    rng = np.random.default_rng(5)
+    each = jnp.asarray(rng.standard_normal((3, 1, cfg.d_model)), jnp.float32)
+    one = jnp.asarray(rng.standard_normal(cfg.d_model), jnp.float32)
+    by_layer = jnp.asarray(rng.standard_normal((cfg.n_layers, 3, 1, cfg.d_model)), jnp.float32)
+    edits = (
+        Edit(Site.MLP_OUT, Add(each), layer=0, start=jnp.array([1, 5, 2])),
+        Edit(Site.RESID_POST, Add(one), layer=1),
+        Edit(Site.ATTN_OUT, Add(by_layer)),
+    )
+    whole = forward(cfg, pair.base, ids, edits=edits).logits
+    some = forward(cfg, pair.base, ids[rows], edits=[edit.take(rows) for edit in edits]).logits
+    np.testing.assert_allclose(some, whole[rows], atol=2e-5, rtol=1e-5)
+
+
 def test_what_cannot_be_edited_is_refused(pair):
     cfg, ids = pair.cfg, jnp.asarray(TOKENS)
     with pytest.raises(WpjaxError, match="the site resid_mid has no heads or neurons"):

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,27 +30,8 @@ CHANNELS = (Site.Q, Site.K, Site.V, Site.Z, Site.NEURON)
 """Sites whose third axis is heads, KV heads or neurons."""
 
 
-@runtime_checkable
-class Operation(Protocol):
-    """A function of the value at a site. It must be affine in that value, and a pytree."""
-
-    def __call__(self, x: Array) -> Array:
-        """The new value, from the value x."""
-        ...
-
-    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Operation:
-        """The operation for some of the prompts.
-
-        Args:
-            rows: which prompts.
-            axis: the axis of the operation's arrays that counts prompts.
-        """
-        ...
-
-
-def _rows(x: Array, rows: Int[Array | np.ndarray, " N"], axis: int) -> Array:
-    """Some rows of an array, or all of it if it has no such axis or broadcasts along it."""
-    return x if x.ndim <= axis or x.shape[axis] == 1 else jnp.take(x, jnp.asarray(rows), axis=axis)
+Operation: TypeAlias = Callable[[Array], Array]
+"""A function of the value at a site. It must be affine in that value, and a pytree."""
 
 
 @jax.tree_util.register_dataclass
@@ -71,10 +52,6 @@ class Add:
         """The new value."""
         return x + self.value
 
-    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Add:
-        """See `Operation`."""
-        return Add(_rows(self.value, rows, axis))
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +71,6 @@ class Scale:
         """The new value."""
         return x * self.factor
 
-    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Scale:
-        """See `Operation`."""
-        return Scale(_rows(self.factor, rows, axis))
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +89,6 @@ class Set:
     def __call__(self, x: Array) -> Array:
         """The new value."""
         return jnp.broadcast_to(self.value, x.shape).astype(x.dtype)
-
-    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> Set:
-        """See `Operation`."""
-        return Set(_rows(self.value, rows, axis))
 
 
 @jax.tree_util.register_dataclass
@@ -146,10 +115,6 @@ class ClampTo:
         """The new value."""
         coordinate = jnp.matmul(x, self.read, precision=jax.lax.Precision.HIGHEST)
         return x + (self.target - coordinate)[..., None] * self.write
-
-    def take(self, rows: Int[Array | np.ndarray, " N"], axis: int) -> ClampTo:
-        """The operation itself: it is the same for every prompt."""
-        return self
 
 
 @functools.partial(
@@ -233,12 +198,18 @@ class Edit:
 
     def take(self, rows: Int[Array | np.ndarray, " N"]) -> Edit:
         """The edit for some of the prompts."""
-        operation = self.operation.take(rows, axis=1 if self.layer is None else 0)
+        rows = jnp.asarray(rows)
+        axis = 1 if self.layer is None else 0
+        n_axes = (4 if self.site in (Site.Q, Site.K, Site.V, Site.Z) else 3) + axis
+
+        def some(a: Array) -> Array:
+            """An array with fewer axes than the site has no axis of prompts; one prompt stands for all of them."""
+            return jnp.take(a, rows, axis=axis) if a.ndim == n_axes and a.shape[axis] > 1 else a
+
         start, stop = (
-            at if at is None or jnp.ndim(at) == 0 else jnp.asarray(at)[jnp.asarray(rows)]
-            for at in (self.start, self.stop)
+            at if at is None or jnp.ndim(at) == 0 else jnp.asarray(at)[rows] for at in (self.start, self.stop)
         )
-        return dataclasses.replace(self, operation=operation, start=start, stop=stop)
+        return dataclasses.replace(self, operation=jax.tree.map(some, self.operation), start=start, stop=stop)
 
 
 def apply(
