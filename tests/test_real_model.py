@@ -63,7 +63,7 @@ def test_logits_and_every_residual_site_equal_hf(ours, theirs, prompt):
     assert np.abs(out.logits - true_logits).max() < 2 * np.abs(logits - true_logits).max()
     stream = (Site.RESID_PRE, Site.ATTN_INPUT, Site.RESID_MID, Site.MLP_INPUT, Site.RESID_POST)
     for site in Site:
-        near = 2 if site in stream else 4  # what single modules make is a difference of such channels
+        near = 2 if site in stream else 10  # what single modules make is a difference of such channels
         mine, hf = (np.abs(np.asarray(a) - truth[site]).max(axis=(1, 2, 3)) for a in (out.sites[site], sites[site]))
         assert (mine < np.maximum(1e-4, near * hf)).all(), site
 

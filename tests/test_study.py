@@ -100,12 +100,6 @@ def test_what_a_study_refuses(tmp_path, change, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_text_will_do_for_a_path_and_for_names():
-    made = wpjax.SweepConfig("a", "b", "c", "r.nc", anchor="a.safetensors", kinds="head, mlp", components="L0,embed")
-    assert (made.out, made.anchor) == (Path("r.nc"), Path("a.safetensors"))
-    assert (made.kinds, made.components) == (("head", "mlp"), ("L0", "embed"))
-
-
 def test_every_argument_is_an_option_with_its_help(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(sys, "argv", ["wpjax", "sweep", "--help"])

@@ -128,7 +128,7 @@ def _metric_names() -> tuple[str, ...]:
 class SweepConfig:
     """The arguments of a study (see `run_study`). The `Setting` of each says what it is for, as `--help` does.
 
-    >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", "title.nc", method="exact")
+    >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", Path("title.nc"), method="exact")
     >>> config.n_prompts
     64
     >>> config.check()  # no error: nothing is in the way
@@ -224,15 +224,6 @@ class SweepConfig:
     ignore_config: IgnoreConfig = ()
     overwrite: Overwrite = False
 
-    def __post_init__(self) -> None:
-        for arg in arguments_of(type(self)):
-            value, kinds = getattr(self, arg.name), (arg.type, *typing.get_args(arg.type))
-            if isinstance(value, str) and Path in kinds:  # text will do for a path
-                object.__setattr__(self, arg.name, Path(value))
-            elif isinstance(value, str) and arg.setting.separator:  # and for several names, as on the command line
-                names = tuple(part.strip() for part in value.split(arg.setting.separator) if part.strip())
-                object.__setattr__(self, arg.name, names)
-
     @property
     def reads_anchor(self) -> bool:
         """Whether the metric is read along an anchor."""
@@ -252,12 +243,12 @@ class SweepConfig:
         """
         from wpjax.runtime.files import check_output
 
+        check_values(self)
         check_output(self.out, self.overwrite)
         if self.profile is not None:
             if self.profile.exists():
                 raise OutputError(f"--profile {self.profile} exists; name a new folder")
             check_output(self.profile)
-        check_values(self)
         check_method(self.method, check_metric(self.metric).has_fixed_words)
         if self.anchor is not None and not self.reads_anchor:
             raise WpjaxError(
@@ -297,6 +288,8 @@ def check_values(config: Any) -> None:
     """
     for arg in arguments_of(type(config)):
         value, choices = getattr(config, arg.name), choices_of(arg)
+        if isinstance(value, str) and Path in (arg.type, *typing.get_args(arg.type)):
+            raise WpjaxError(f"{arg.name}={value!r} is text; give a path: {arg.name}=Path({value!r})")
         if choices and value not in choices:
             raise WpjaxError(f"{arg.name}={value!r}: there are {', '.join(map(str, choices))}")
         least, most = arg.setting.least, arg.setting.most

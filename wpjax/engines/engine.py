@@ -86,7 +86,8 @@ class Engine:
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
     >>> tokens = task.encode(pair.tokenizer, n_prompts=4).with_instruction
     >>> direction = Projection(jnp.ones(pair.cfg.d_model) / pair.cfg.d_model**0.5)
-    >>> metric = Metric(tokens, tokens.last[:, None], np.ones((4, 1)), direction, 1, "anchor")  # reads layer 1
+    >>> last = jnp.asarray(tokens.last)[:, None]
+    >>> metric = Metric(tokens, last, jnp.ones((4, 1)), direction, 1, "anchor")  # reads layer 1
     >>> heads = wp.enumerate_components(pair.cfg, ["head"], layers=[1])
     >>> engine = Engine(pair, metric, heads, done={}, progress=lambda *_: None)
     >>> changes, flow = engine.changes("exact", engine.plan(heads))

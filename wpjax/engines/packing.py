@@ -234,7 +234,7 @@ def pack(metric: Metric, shape: Shape | None = None) -> Packing:
     >>> from wpjax.behaviours import Tokens
     >>> from wpjax.metrics.readouts import Projection
     >>> tokens = Tokens(np.array([[7, 8, 1, 2], [7, 8, 3, 0], [7, 8, 4, 0]]), np.array([4, 3, 3]))
-    >>> metric = Metric(tokens, tokens.last[:, None], np.ones((3, 1)), Projection(jnp.ones(16)), 0, "anchor")
+    >>> metric = Metric(tokens, jnp.asarray(tokens.last)[:, None], jnp.ones((3, 1)), Projection(jnp.ones(16)), 0, "a")
     >>> packing = pack(metric)
     >>> packing.ids.tolist(), packing.at.tolist()  # shared, then bins of two tokens; where each prompt is read
     ([[7, 8, 1, 2, 3, 4]], [[3], [4], [5]])
