@@ -150,7 +150,7 @@ def unit_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 @functools.cache
-def indices(cfg: ModelConfig, kind: str) -> tuple[int, ...]:
+def indices(cfg: ModelConfig, kind: str) -> Sequence[int]:
     """The indices of the components of a kind in one layer (or in the model, for a kind outside the layers).
 
     They are not always 0 to n - 1. A model that has norms only after its modules has only the last of `Kind.parts`.
@@ -159,7 +159,7 @@ def indices(cfg: ModelConfig, kind: str) -> tuple[int, ...]:
     if not set(entry.units) & set(shapes):
         return ()  # the unembedding of a tied model
     if entry.opens == "channel":
-        return tuple(range(shapes[entry.units[0]][-1]))
+        return range(shapes[entry.units[0]][-1])  # not a tuple: whether a neuron is in it is asked thousands of times
     return tuple(i for i, unit in enumerate(entry.units) if unit in shapes) if entry.opens == "part" else (0,)
 
 

@@ -235,7 +235,7 @@ def norm_inputs(at: LayerPatch) -> dict[Site, Array]:
 def _norm_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     passes = [at.host.replaced({site: value}) for site, value in norm_inputs(at).items()]
     # A part that the model lacks has an index but no pass, so indices are looked up among those that there are.
-    place = jnp.searchsorted(jnp.asarray(indices(at.host.block.cfg, "norm")), index)
+    place = jnp.searchsorted(jnp.asarray(np.asarray(indices(at.host.block.cfg, "norm"))), index)
     return Rows(*(jnp.stack([p.at(site) for p in passes])[place] for site in (Site.RESID_MID, Site.RESID_POST)))
 
 
@@ -283,7 +283,7 @@ def blend_rows(
         at: the host's own pass through the layer.
         index: which components of the kind.
     """
-    place = jnp.searchsorted(jnp.asarray(indices(cfg, kind)), index)
+    place = jnp.searchsorted(jnp.asarray(np.asarray(indices(cfg, kind))), index)
     units = {unit: jnp.asarray(value)[place] for unit, value in _layer_units(cfg, kind).items()}
     return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(at.resid_pre, at.layout).resid_post)(units)
 

@@ -286,7 +286,7 @@ def linearised_by_kind(
         def change(kind: str) -> Array:
             if kind in CHANGES:
                 return CHANGES[kind](at, layer_slopes)
-            patched = layer_rows(cfg, kind, at, (host, donor), i, jnp.asarray(indices(cfg, kind)))
+            patched = layer_rows(cfg, kind, at, (host, donor), i, jnp.asarray(np.asarray(indices(cfg, kind))))
             site, rows, own = patched.handed_over(at)
             return jax.vmap(lambda row: layer_slopes.along(site, row - own))(rows)
 
@@ -369,14 +369,15 @@ def output_linearised(
         return linearised_by_kind(cfg, host, donor, part, kinds, weights, inputs, n_shared)
 
     by_kind = over_prompts(metric, run, axis=2)
-    # For each kind: position in `components`, layer (0 for kinds outside the layers), place among those of the layer.
+    # For each kind: position in `components`, layer (0 for kinds outside the layers), index.
     places: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in kinds}
     for i, c in enumerate(components):
-        places[c.kind].append((i, max(c.layer, 0), indices(cfg, c.kind).index(c.index)))
+        places[c.kind].append((i, max(c.layer, 0), c.index))
     changes = np.empty((len(components), len(metric)))
     for kind, triples in places.items():
         i, layer, index = np.array(triples).T
-        changes[i] = by_kind[kind][layer, index]
+        column = np.searchsorted(indices(cfg, kind), index)  # a model may lack the first norms of a layer
+        changes[i] = by_kind[kind][layer, column]
     return changes
 
 
