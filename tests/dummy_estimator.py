@@ -15,17 +15,16 @@ from wpjax.methods import Method, register
 from wpjax.methods.builtin import SCREEN
 
 if TYPE_CHECKING:
-    from wpjax.estimators.job import Found, Job
+    from wpjax.estimators.job import MethodOutput, SweepJob
 
 
-def run(job: Job) -> Found:
+def run(job: SweepJob) -> MethodOutput:
     """Norm of the change of each component's weights, times the sign of its screen."""
-    from wpjax.estimators.job import Found  # heavy, so only when it runs
 
     norm = job.pair.delta_norms(job.components)
     sign = np.sign(job.estimate(SCREEN).mean(1))
     # What a method finds are changes of the metric, and the result holds their shares of the gap.
-    return Found({"dummy": (norm * sign * job.gap.mean())[:, None]})
+    return MethodOutput({"dummy": (norm * sign * job.gap.mean())[:, None]})
 
 
 DUMMY = register(

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wpjax.engines.exact import exact_changes, make_plan
+from wpjax.engines.exact import exact_changes
 from wpjax.engines.packing import pack
+from wpjax.engines.plan import make_plan
 from wpjax.engines.replay import run_packed
 from wpjax.metrics.anchor import Anchor
 
@@ -26,7 +27,7 @@ def make_anchor_of(cfg, layer) -> Anchor:
 
 def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=None, plan=None):
     """Changes [C, B] by suffix replay, in the order of `components`; `anchor` may be any metric."""
-    metric = anchor.on(batch) if isinstance(anchor, Anchor) else anchor
+    metric = anchor.metric_along(batch) if isinstance(anchor, Anchor) else anchor
     packing = pack(metric)
     plan = make_plan(pair.cfg, components, packing, budget) if plan is None else plan
     runs = run_packed(pair.cfg, pair.base, metric, packing), None

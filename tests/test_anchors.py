@@ -16,7 +16,8 @@ from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import save_checkpoint
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.evaluation.fit_anchor import fit_anchor, split_half_cosine
-from wpjax.metrics.anchor import Anchor, LayerDiagnostics
+from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.diagnostics import LayerDiagnostics
 from wpjax.metrics.metric import scores
 from wpjax.pairs import load_pair, make_pair
 from wpjax.patching import PatchMask, materialize
@@ -134,7 +135,7 @@ def test_a_file_keeps_everything_and_belongs_to_its_expert(tiny_pair, tmp_path):
 
 
 def test_nan_is_never_accepted(tiny_pair):
-    """Written as "not positive", not as "negative": a comparison with NaN is false."""
+    """HostWrites as "not positive", not as "negative": a comparison with NaN is false."""
     damaged = jax.tree.map(lambda a: a, tiny_pair.expert)
     damaged["blocks"]["mlp"]["W_out"] = damaged["blocks"]["mlp"]["W_out"].at[0, 0, 0].set(np.nan)
     pair = dataclasses.replace(tiny_pair, expert=damaged)

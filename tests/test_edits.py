@@ -14,7 +14,7 @@ from tests.oracles import NAMES, hf_layers
 from tests.tiny import as_pair, build_pair
 from wpjax.components import Component
 from wpjax.engines.engine import Engine
-from wpjax.engines.exact import make_plan
+from wpjax.engines.plan import make_plan
 from wpjax.errors import WpjaxError
 from wpjax.models.decoder import decoder, forward
 from wpjax.models.edits import Add, ClampTo, Edit, Scale, Set
@@ -154,7 +154,7 @@ def test_a_clamped_coordinate_stands_at_its_target_from_its_token_on(pair):
 
 def test_activation_patching_by_suffix_replay_is_an_edit_of_a_forward_pass(pair, batch):
     """The sweep's fast path and the door that everything else uses say the same of every head."""
-    cfg, metric = pair.cfg, make_anchor(pair, 2).on(batch)
+    cfg, metric = pair.cfg, make_anchor(pair, 2).metric_along(batch)
     heads = [Component("head", layer, h) for layer in range(3) for h in range(cfg.n_heads)]
     engine = Engine(pair, metric, heads, {}, lambda *_: None)
     got, _ = engine.changes("activation", make_plan(cfg, heads, engine.packing))

@@ -10,8 +10,9 @@ import pytest
 from tests.helpers import make_anchor
 from tests.tiny import as_pair, build_pair
 from wpjax.components import KINDS, enumerate_components
-from wpjax.estimators.screens import integrated_gradients, unit_slopes, weight_gradient
+from wpjax.estimators.screens import integrated_gradients, weight_gradient
 from wpjax.estimators.secant import secant_adjoint, secant_change, secant_scores
+from wpjax.estimators.unit_slopes import unit_slopes
 from wpjax.metrics.answers import decision_metric, kl_metric, response_metric
 from wpjax.metrics.metric import scores
 from wpjax.models.secant import logarithmic_mean

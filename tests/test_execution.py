@@ -49,7 +49,7 @@ def hf_held(model, prompt, answer, vector, target):
 
 def test_a_given_state_equals_hf_torch_with_a_hook(hf_pair, pair, batch):
     metric, anchor = given(pair, batch), make_anchor(pair, ANCHOR_LAYER)
-    target = float(scores(pair.cfg, pair.expert, anchor.on(batch)).mean())
+    target = float(scores(pair.cfg, pair.expert, anchor.metric_along(batch)).mean())
     vector = torch.tensor(np.asarray(anchor.vector))
     tokens = batch.with_instruction
     expected = []
@@ -97,7 +97,7 @@ def test_estimators_know_of_the_given_state(pair, batch):
 def test_flow_after_a_given_state_sums_to_the_effects(pair, batch):
     """The metric is another anchor, above the one that is given."""
     later = make_anchor(pair, ANCHOR_LAYER + 1)
-    metric = make_anchor(pair, ANCHOR_LAYER).clamp_to(pair, batch, later.on(batch))
+    metric = make_anchor(pair, ANCHOR_LAYER).clamp_to(pair, batch, later.metric_along(batch))
     heads = enumerate_components(pair.cfg, ["head"], [ANCHOR_LAYER + 1])
     data = sweep(pair, batch, metric, components=heads).dataset
     np.testing.assert_allclose(data["flow"].sum("target"), data["effect"], rtol=1e-3, atol=1e-4)
@@ -111,4 +111,4 @@ def test_what_comes_before_the_state_is_refused(pair, batch):
             sweep(pair, batch, metric, components=[name])
     anchor = make_anchor(pair, ANCHOR_LAYER)
     with pytest.raises(WpjaxError, match="nothing comes between"):
-        anchor.clamp_to(pair, batch, anchor.on(batch))
+        anchor.clamp_to(pair, batch, anchor.metric_along(batch))

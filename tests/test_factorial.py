@@ -10,8 +10,9 @@ from tests.helpers import make_anchor
 from tests.oracles import NAMES, hf_layers
 from tests.tiny import as_pair, build_pair
 from wpjax.components import Component, enumerate_components
-from wpjax.engines.exact import exact_changes, make_plan
+from wpjax.engines.exact import exact_changes
 from wpjax.engines.packing import pack
+from wpjax.engines.plan import make_plan
 from wpjax.engines.replay import run_packed
 from wpjax.estimators.factorial import two_by_two
 from wpjax.estimators.screens import output_linearised
@@ -114,7 +115,7 @@ def test_activation_patches_equal_hf_torch_with_activations_swapped(name, tmp_pa
     anchor = make_anchor(pair, LAYER)
     heads = enumerate_components(pair.cfg, ["head"], [LAYER])
     modules = [Component(kind, LAYER) for kind in ("attn", "mlp", "layer")]
-    got = cell(pair, anchor.on(batch), heads + modules, "donor", "donor")
+    got = cell(pair, anchor.metric_along(batch), heads + modules, "donor", "donor")
     base, expert = Hooked(hf_pair.base.model), Hooked(hf_pair.expert.model)
     vector, tokens = np.asarray(anchor.vector), batch.with_instruction
     for i, n in enumerate(tokens.lengths):
@@ -136,7 +137,7 @@ def test_activation_patches_equal_hf_torch_with_activations_swapped(name, tmp_pa
 def test_an_expert_changed_upstream_only_is_all_relay(pair, batch):
     """Where the component's own weights are the base's, the weight patch is nothing and activation is relay."""
     upstream = materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, ["embed", "L0"]))
-    found = cells(pair, make_anchor(pair, LAYER).on(batch), upstream)
+    found = cells(pair, make_anchor(pair, LAYER).metric_along(batch), upstream)
     parts = two_by_two(found)
     assert np.abs(found["exact"]).max() < 1e-5
     assert np.abs(parts["source"]).max() < 2e-5
@@ -146,7 +147,7 @@ def test_an_expert_changed_upstream_only_is_all_relay(pair, batch):
 
 def test_an_expert_changed_in_one_component_is_all_source(pair, batch):
     """Where the input is the base's, activation patching is weight patching and the relay is nothing."""
-    metric = make_anchor(pair, LAYER).on(batch)
+    metric = make_anchor(pair, LAYER).metric_along(batch)
     for i, c in enumerate(of_the_layer(pair)):
         if c.index > 0:
             continue
@@ -156,7 +157,7 @@ def test_an_expert_changed_in_one_component_is_all_source(pair, batch):
 
 
 def test_the_cells_add_up(pair, batch):
-    found = cells(pair, make_anchor(pair, LAYER).on(batch))
+    found = cells(pair, make_anchor(pair, LAYER).metric_along(batch))
     parts = two_by_two(found)
     np.testing.assert_allclose(parts["source"] + parts["relay"], found["activation"], atol=1e-12)
     whole = found["exact"] + found["relay"] + parts["interaction"]
@@ -165,7 +166,7 @@ def test_the_cells_add_up(pair, batch):
 
 def test_neurons_of_the_layer_that_is_read_add_up_to_their_mlp(pair, batch):
     """There the metric is linear in what they write; the MLP has its output bias besides."""
-    metric = make_anchor(pair, LAYER).on(batch)
+    metric = make_anchor(pair, LAYER).metric_along(batch)
     bias = {"mlp_bias": jnp.ones(pair.cfg.n_layers, bool)} if pair.cfg.mlp_bias else {}
     expert = materialize(pair.expert, pair.base, PatchMask(bias))
     neurons = enumerate_components(pair.cfg, ["neuron"], [LAYER])
@@ -178,7 +179,7 @@ def test_neurons_of_the_layer_that_is_read_add_up_to_their_mlp(pair, batch):
 
 
 def test_attribution_patching_approaches_activation_patching(pair, batch):
-    metric = make_anchor(pair, LAYER).on(batch)
+    metric = make_anchor(pair, LAYER).metric_along(batch)
     near = jax.tree.map(lambda b, e: b + 1e-2 * (e - b), pair.base, pair.expert)
     components = of_the_layer(pair)
     effect = cell(pair, metric, components, "donor", "donor", donor=near)

@@ -12,10 +12,12 @@ from tests.helpers import make_anchor
 from tests.oracles import NAMES, hf_final_norm, hf_layers
 from tests.tiny import as_pair, build_pair, patched_torch
 from wpjax.components import Component, enumerate_components
-from wpjax.engines.exact import exact_changes, make_plan
+from wpjax.engines.exact import exact_changes
+from wpjax.engines.flow import flow_targets
 from wpjax.engines.packing import pack
+from wpjax.engines.plan import make_plan
 from wpjax.engines.reference import reference_changes
-from wpjax.engines.replay import flow_targets, run_packed
+from wpjax.engines.replay import run_packed
 from wpjax.metrics.answers import decision_metric, kl_metric
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import LogProb
@@ -33,7 +35,7 @@ def hf_pair(request, tmp_path_factory):
 def swept(pair, batch):
     """Components, their flow [C, U] and their mean change [C]."""
     components = [c for kind in KINDS for c in enumerate_components(pair.cfg, [kind])[:: 5 if kind == "neuron" else 1]]
-    return components, *flow_of(pair, make_anchor(pair, ANCHOR_LAYER).on(batch), components)
+    return components, *flow_of(pair, make_anchor(pair, ANCHOR_LAYER).metric_along(batch), components)
 
 
 def flow_of(pair, metric, components, donor=None):
@@ -50,7 +52,7 @@ def flow_of(pair, metric, components, donor=None):
 
 def test_rows_sum_to_the_effects(pair, batch, swept):
     _, flow, effect = swept
-    assert flow.shape[1] == len(flow_targets(pair.cfg, make_anchor(pair, ANCHOR_LAYER).on(batch)))
+    assert flow.shape[1] == len(flow_targets(pair.cfg, make_anchor(pair, ANCHOR_LAYER).metric_along(batch)))
     assert np.abs(effect).max() > 0.1
     np.testing.assert_allclose(flow.sum(1), effect, atol=3e-5)
 
@@ -112,7 +114,7 @@ def hf_flow(model, before, after, vectors):
 
 def test_flow_equals_hf_torch_with_hooks(hf_pair, pair, batch, swept):
     """Of a head, a KV group, a neuron, an MLP and a layer: the change of what every later head and MLP writes."""
-    metric = make_anchor(pair, ANCHOR_LAYER).on(batch)
+    metric = make_anchor(pair, ANCHOR_LAYER).metric_along(batch)
     vectors = [torch.tensor(np.asarray(metric.readout.vector))] * len(batch)
     components, flow, _ = swept
     expect_flow(hf_pair, batch, vectors, components, flow, flow_targets(pair.cfg, metric))
@@ -207,7 +209,7 @@ def test_the_rest_is_of_second_order(pair, batch, make):
 def test_what_nothing_reads_flows_nowhere(pair, batch, swept):
     """A neuron of the last layer: all of it is its own; a head there: its own and what that layer's MLP makes of it."""
     components, flow, effect = swept
-    targets = flow_targets(pair.cfg, make_anchor(pair, ANCHOR_LAYER).on(batch))
+    targets = flow_targets(pair.cfg, make_anchor(pair, ANCHOR_LAYER).metric_along(batch))
     for i, c in enumerate(components):
         if c.layer == ANCHOR_LAYER and c.kind in ("neuron", "head"):
             reached = {targets[u] for u in np.flatnonzero(flow[i])}

@@ -32,7 +32,7 @@ def one_by_one(pair, masks, metric):
     ("kinds", "size"), [(tuple(KINDS), 40), (("neuron",), 3), (("head", "neuron"), 2), (("kv_group",), 1)]
 )
 def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
-    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    pair, metric = family_pair, make_anchor(family_pair, 2).metric_along(batch)
     masks = [*sets_of(pair.cfg, kinds, size), PatchMask.of(pair.cfg, [])]
     expected = one_by_one(pair, masks, metric)
     assert np.ptp(expected, axis=0).max() > 0.02
@@ -43,7 +43,7 @@ def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
 
 def test_sets_of_one_layer_score_as_one_at_a_time(one_pair, batch):
     """They open most of its neurons, so the whole of the donor's matrices is used there and nothing elsewhere."""
-    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).metric_along(batch)
     rng, layer = np.random.default_rng(0), enumerate_components(pair.cfg, ["neuron"], [1])
     masks = [PatchMask.of(pair.cfg, [layer[i] for i in rng.permutation(len(layer))[: len(layer) // 2]]) for _ in "ab"]
     got = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
@@ -52,7 +52,7 @@ def test_sets_of_one_layer_score_as_one_at_a_time(one_pair, batch):
 
 def test_bfloat16_sets_score_as_the_rounded_weights_do(family_pair, batch):
     """Within bfloat16's digits of what the sets change."""
-    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    pair, metric = family_pair, make_anchor(family_pair, 2).metric_along(batch)
     coarse = [jax.tree.map(lambda a: a.astype("bfloat16"), model) for model in (pair.base, pair.expert)]
     fine = [jax.tree.map(lambda a: a.astype("float32"), model) for model in coarse]
     masks = [*sets_of(pair.cfg, tuple(KINDS), 40, n=2), *sets_of(pair.cfg, ("neuron",), 3, n=2)]
@@ -67,7 +67,7 @@ def test_bfloat16_sets_score_as_the_rounded_weights_do(family_pair, batch):
 
 def test_prompts_in_parts_score_as_together(one_pair, batch, monkeypatch):
     """20 prompts, of which a program takes 16: the second part is filled up, and packed in its own way."""
-    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).metric_along(batch)
     many = metric.take(jnp.arange(20) % len(batch))
     masks = sets_of(pair.cfg, ("head", "neuron"), 6, n=3)
     expected = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric)
@@ -107,7 +107,7 @@ def test_channels_that_a_batch_touches_by_hand():
 @pytest.mark.parametrize("crowded", [0, 2])
 def test_sets_of_few_channels_but_for_one_layer_score_as_one_at_a_time(family_pair, batch, crowded):
     """All forms in one program: a layer that takes all of the donor's, one a few channels, one none."""
-    pair, metric = family_pair, make_anchor(family_pair, 2).on(batch)
+    pair, metric = family_pair, make_anchor(family_pair, 2).metric_along(batch)
     rng, kinds = np.random.default_rng(0), ("neuron", "head", "kv_group")
     layer = enumerate_components(pair.cfg, kinds, [crowded])
     few = [c for c in enumerate_components(pair.cfg, ("neuron",), [1]) if c.index < 3]
@@ -122,7 +122,7 @@ def test_sets_of_few_channels_but_for_one_layer_score_as_one_at_a_time(family_pa
 
 def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch):
     """The device is said to hold two sets at a time; after the first batch of random ones, no more are tried."""
-    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).metric_along(batch)
     masks = sets_of(pair.cfg, ("head",), 2)
     sizes: list[int] = []
 
@@ -147,7 +147,7 @@ def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch
 
 def test_channel_zero_is_open_only_where_it_is_opened(one_pair, batch):
     """It fills up lists of touched channels, and must not be added for that."""
-    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).metric_along(batch)
     masks = [
         PatchMask.of(pair.cfg, names) for names in (["L0.neuron.0"], ["L1.neuron.0", "L0.neuron.1", "L0.neuron.2"])
     ]

@@ -10,7 +10,7 @@ from wpjax.behaviours import behaviour
 from wpjax.components import KINDS, Component, enumerate_components
 from wpjax.engines.reference import patched_score
 from wpjax.errors import WpjaxError
-from wpjax.estimators.masks import UnitMasks, draw, estimate, random_masks
+from wpjax.estimators.masks import UnitMasks, draw_masks, estimate_beta, random_masks
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair
@@ -41,7 +41,7 @@ def by_enumeration(p):
 
 
 def test_all_masks_once_give_the_banzhaf_value():
-    got = estimate(EVERY, game(EVERY))
+    got = estimate_beta(EVERY, game(EVERY))
     np.testing.assert_allclose(got.beta, by_enumeration(0.5), atol=1e-12)
     np.testing.assert_allclose(got.beta[:, 0], [0.5, 0.5, 1, 1, 0.5, 0], atol=1e-12)
 
@@ -49,17 +49,17 @@ def test_all_masks_once_give_the_banzhaf_value():
 def test_what_no_mask_tells_apart_is_unknown():
     """A component in every mask, one in none, one in a single mask, on a metric far from zero."""
     masks = np.array([[1, 0, 0, 1], [1, 0, 0, 0], [1, 0, 1, 1], [1, 0, 0, 0]], bool)
-    got = estimate(masks, np.array([[-30.0], [-31.0], [-29.0], [-31.0]]))
+    got = estimate_beta(masks, np.array([[-30.0], [-31.0], [-29.0], [-31.0]]))
     np.testing.assert_allclose(got.beta[:, 0], [np.nan, np.nan, 5 / 3, 1.5])
     np.testing.assert_allclose(got.se, [np.nan, np.nan, np.nan, 0.5])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_random_masks_meet_the_definition_within_their_error(p):
-    masks = draw(20_000, 6, p, seed=3)
+    masks = draw_masks(20_000, 6, p, seed=3)
     truth = by_enumeration(p)
     for slopes in (None, truth * 0.8):  # any control variate leaves the expectation
-        got = estimate(masks, game(masks), slopes)
+        got = estimate_beta(masks, game(masks), slopes)
         error = np.abs(got.beta - truth).mean(1)
         assert (error <= 4 * got.se + 1e-12).all()
     assert truth[0, 0] == pytest.approx(1 - p)  # either suffices: the more others, the less it does
@@ -68,18 +68,18 @@ def test_random_masks_meet_the_definition_within_their_error(p):
 
 def test_the_variance_formula_holds_over_repeated_draws():
     for p in (0.2, 0.5):
-        got = [estimate(m, game(m)) for m in (draw(200, 6, p, seed) for seed in range(600))]
+        got = [estimate_beta(m, game(m)) for m in (draw_masks(200, 6, p, seed) for seed in range(600))]
         spread = np.std([g.beta.mean(1) for g in got], axis=0)
         np.testing.assert_allclose(np.sqrt(np.mean([g.se**2 for g in got], axis=0)), spread, rtol=0.1)
 
 
 def test_of_a_linear_game_the_control_variate_leaves_nothing_to_chance():
     slopes = np.random.default_rng(0).normal(size=(40, 3))
-    masks = draw(64, 40, 0.3, seed=0)
-    got = estimate(masks, masks @ slopes + 5.0, slopes)
+    masks = draw_masks(64, 40, 0.3, seed=0)
+    got = estimate_beta(masks, masks @ slopes + 5.0, slopes)
     np.testing.assert_allclose(got.beta, slopes, atol=1e-12)
     np.testing.assert_allclose(got.se, 0, atol=1e-12)
-    assert estimate(masks, masks @ slopes).se.min() > 0.1
+    assert estimate_beta(masks, masks @ slopes).se.min() > 0.1
 
 
 def test_masks_of_sets_are_their_unions(one_pair):
@@ -100,12 +100,12 @@ def test_masks_of_sets_are_their_unions(one_pair):
 
 
 def test_random_masks_of_a_model_meet_every_subset(one_pair, batch):
-    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).metric_along(batch)
     components = [Component("attn", 0), Component("mlp", 0), Component("head", 1, 1), Component("mlp", 1)]
     units = UnitMasks(pair.cfg, components)
     subsets = EVERY[:16, 2:]
     f = np.stack([patched_score(pair.cfg, pair.base, pair.expert, units.mask(s), metric) for s in subsets])
-    truth = estimate(subsets, f.astype(np.float64)).beta
+    truth = estimate_beta(subsets, f.astype(np.float64)).beta
     plain, controlled = (
         random_masks(pair.cfg, pair.base, pair.expert, components, metric, 0.5, n_masks=128, control=control)
         for control in (False, True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from wpjax.behaviours import Tokens
-from wpjax.estimators.screens import linearised_by_kind, unit_gradient
+from wpjax.estimators.kind_slopes import linearised_by_kind
 from wpjax.estimators.secant import secant_scores
+from wpjax.estimators.unit_slopes import unit_gradient
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig

@@ -159,7 +159,7 @@ def test_several_metrics_read_from_one_pass_are_those_of_their_own(pair, batch):
     answers = (make(pair, batch, N_NEW) for make in answer_metrics().values())
     shifted = batch.with_instruction._replace(ids=(batch.with_instruction.ids + 1) % 61)
     given = anchor.clamp_to(pair, batch, response_metric(pair, batch, 2))
-    metrics = [anchor.on(batch), *answers, anchor.on(shifted), given]
+    metrics = [anchor.metric_along(batch), *answers, anchor.metric_along(shifted), given]
     got = joint_scores(pair.cfg, pair.expert, metrics)
     for metric, values in zip(metrics, got, strict=True):
         np.testing.assert_allclose(values, scores(pair.cfg, pair.expert, metric), atol=1e-5, err_msg=metric.name)

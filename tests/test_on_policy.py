@@ -11,15 +11,16 @@ from tests.oracles import hf_answer, hf_log_p
 from tests.tiny import build_pair, patched_torch
 from wpjax.components import Component, enumerate_components
 from wpjax.engines.engine import Engine
-from wpjax.engines.exact import make_plan
-from wpjax.engines.on_policy import OnPolicy, OnPolicyEngine, Speech
+from wpjax.engines.on_policy import BaseAnswers, OnPolicy, OnPolicyEngine
 from wpjax.engines.packing import pack
+from wpjax.engines.plan import make_plan
 from wpjax.errors import WpjaxError
 from wpjax.estimators.screens import output_linearised
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import mean_states
-from wpjax.metrics.anchor import Anchor, read_at
+from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.metric import scores
+from wpjax.metrics.reading import read_at
 from wpjax.patching import PatchMask, materialize
 
 N_NEW = 5
@@ -33,8 +34,8 @@ def hf_pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def speech(pair, batch):
-    return Speech(pair, batch, make_anchor(pair, ANCHOR_LAYER), N_NEW)
+def base_answers(pair, batch):
+    return BaseAnswers(pair, batch, make_anchor(pair, ANCHOR_LAYER), N_NEW)
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +44,17 @@ def components(pair):
     return [c for kind in KINDS for c in enumerate_components(pair.cfg, [kind])[:: 5 if kind == "neuron" else 1]]
 
 
-def swept(speech, components, donor=None):
+def swept(base_answers, components, donor=None):
     """Changes [C, B], flow [C, U] and the engine."""
-    models = {"base": speech.pair.base, "expert": speech.pair.expert if donor is None else donor}
-    engine = OnPolicyEngine(speech, components, {}, lambda *_: None, models=models)
-    plan = make_plan(speech.pair.cfg, components, engine.packing)
+    models = {"base": base_answers.pair.base, "expert": base_answers.pair.expert if donor is None else donor}
+    engine = OnPolicyEngine(base_answers, components, {}, lambda *_: None, models=models)
+    plan = make_plan(base_answers.pair.cfg, components, engine.packing)
     return *engine.changes("exact", plan), engine
 
 
 @pytest.fixture(scope="module")
-def found(speech, components):
-    return swept(speech, components)
+def found(base_answers, components):
+    return swept(base_answers, components)
 
 
 @torch.no_grad()
@@ -83,13 +84,13 @@ def test_single_components_equal_hf_torch(hf_pair, pair, batch, components, foun
     assert anew > 0
 
 
-def test_every_component_equals_answering_anew(pair, speech, components, found):
+def test_every_component_equals_answering_anew(pair, base_answers, components, found):
     delta, _, engine = found
-    before = speech.score(pair.base)
+    before = base_answers.score(pair.base)
     for c, got in zip(components, delta, strict=True):
         patched = materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, [c]))
-        np.testing.assert_allclose(got, speech.score(patched) - before, atol=5e-5, err_msg=c.name)
-    late = np.array([not speech.metric.reaches(c) for c in components])
+        np.testing.assert_allclose(got, base_answers.score(patched) - before, atol=5e-5, err_msg=c.name)
+    late = np.array([not base_answers.metric.reaches(c) for c in components])
     assert 0 < engine.changed.mean() < 1
     assert np.abs(delta[late]).max() > 0.01  # by other words alone
     assert (delta[late][engine.changed[late] == 0] == 0).all()
@@ -103,22 +104,22 @@ def test_rows_of_the_flow_sum_to_the_effects(pair, components, found):
     assert np.abs(flow[engine.changed == 0, -1]).max(initial=0.0) < 3e-5
 
 
-def test_while_words_last_the_screen_is_the_slope(pair, speech, components):
+def test_while_words_last_the_screen_is_the_slope(pair, base_answers, components):
     near = jax.tree.map(lambda b, e: b + 1e-3 * (e - b), pair.base, pair.expert)
-    delta, _, engine = swept(speech, components, near)
-    felt = [i for i, c in enumerate(components) if speech.metric.reaches(c)]
+    delta, _, engine = swept(base_answers, components, near)
+    felt = [i for i, c in enumerate(components) if base_answers.metric.reaches(c)]
     assert (engine.changed[felt] == 0).mean() > 0.9
-    expected = output_linearised(pair.cfg, pair.base, near, [components[i] for i in felt], speech.metric)
+    expected = output_linearised(pair.cfg, pair.base, near, [components[i] for i in felt], base_answers.metric)
     same = engine.changed[felt] == 0
     assert np.abs(delta[felt] - expected)[same].max() < 0.05 * np.abs(expected).max()
 
 
-def test_kept_words_are_hf_torch_s_first_choices(hf_pair, pair, batch, speech):
+def test_kept_words_are_hf_torch_s_first_choices(hf_pair, pair, batch, base_answers):
     """The expert, given the base's words: how many of them it would say."""
-    got = scores(pair.cfg, pair.expert, speech.kept)
+    got = scores(pair.cfg, pair.expert, base_answers.words_unchanged)
     for i, (ids, n) in enumerate(zip(batch.with_instruction.ids, batch.with_instruction.lengths, strict=True)):
-        m = int(speech.answers.lengths[i])
-        answer = np.asarray(speech.answers.tokens)[i, :m]
+        m = int(base_answers.answers.lengths[i])
+        answer = np.asarray(base_answers.answers.tokens)[i, :m]
         log_p = hf_log_p(hf_pair.expert.model, [*ids[:n], *answer])[n - 1 : n - 1 + m]
         top = log_p.topk(2, dim=-1)
         sure = (top.values[:, 0] - top.values[:, 1]).numpy() > 1e-3
@@ -127,26 +128,28 @@ def test_kept_words_are_hf_torch_s_first_choices(hf_pair, pair, batch, speech):
 
 def test_a_sweep_of_it(pair, batch, components):
     """Shares of the gap between both models' own answers, with every statistic; the screen leaves words out."""
-    speech = Speech(pair, batch, make_anchor(pair, ANCHOR_LAYER), N_NEW)
+    base_answers = BaseAnswers(pair, batch, make_anchor(pair, ANCHOR_LAYER), N_NEW)
     models = (pair.base, pair.expert)
     states = [
-        mean_states(pair.cfg, model, read_at(batch.with_instruction, speech.of(model)))[ANCHOR_LAYER].mean(0)
+        mean_states(pair.cfg, model, read_at(batch.with_instruction, base_answers.of(model)))[ANCHOR_LAYER].mean(0)
         for model in models
     ]
     vector = (states[1] - states[0]) / np.linalg.norm(states[1] - states[0])  # an anchor with a gap
     anchor = Anchor(jnp.asarray(vector), ANCHOR_LAYER)
-    before, after = (Speech(pair, batch, anchor, N_NEW).score(model) for model in models)
+    before, after = (BaseAnswers(pair, batch, anchor, N_NEW).score(model) for model in models)
     done: dict[str, np.ndarray] = {}
     heads = [c for c in components if c.kind == "head"]
     result = sweep(pair, batch, OnPolicy(anchor, N_NEW), components=heads, method="exact", done=done)
     data = result.dataset
     np.testing.assert_allclose(data["gap"], after - before, atol=1e-4)
-    delta, _, engine = swept(Speech(pair, batch, anchor, N_NEW), heads)
+    delta, _, engine = swept(BaseAnswers(pair, batch, anchor, N_NEW), heads)
     np.testing.assert_allclose(data["delta"], delta, atol=1e-5)
     np.testing.assert_allclose(data["words_changed"], engine.changed)
     np.testing.assert_allclose(data["flow"].sum("target"), data["effect"], atol=1e-4)
     everything = materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, heads))
-    joint = (engine.speech.score(everything) - engine.speech.score(pair.base)).mean() / data["gap"].values.mean()
+    joint = (engine.base_answers.score(everything) - engine.base_answers.score(pair.base)).mean() / data[
+        "gap"
+    ].values.mean()
     assert data.attrs["coverage"] == pytest.approx(joint, abs=1e-4)
     assert data.attrs["metric"] == "on_policy"
     assert np.isfinite(data["null_permuted"]).all()
@@ -156,11 +159,11 @@ def test_a_sweep_of_it(pair, batch, components):
     np.testing.assert_array_equal(again["words_changed"], data["words_changed"])
 
 
-def test_along_fixed_words_it_is_any_other_sweep(pair, speech, components, found):
+def test_along_fixed_words_it_is_any_other_sweep(pair, base_answers, components, found):
     """Where no word changes, the change is that of an engine of the anchor along the base's words."""
-    felt = [c for c in components if speech.metric.reaches(c)]
-    engine = Engine(pair, speech.metric, felt, {}, lambda *_: None)
-    delta, _ = engine.changes("exact", make_plan(pair.cfg, felt, pack(speech.metric)))
+    felt = [c for c in components if base_answers.metric.reaches(c)]
+    engine = Engine(pair, base_answers.metric, felt, {}, lambda *_: None)
+    delta, _ = engine.changes("exact", make_plan(pair.cfg, felt, pack(base_answers.metric)))
     at = [components.index(c) for c in felt]
     same = found[2].changed[at] == 0
     np.testing.assert_allclose(found[0][at][same], delta[same], atol=1e-6)

@@ -9,10 +9,10 @@ import pytest
 from tests.helpers import exact, make_anchor, make_anchor_of
 from wpjax.behaviours import Tokens
 from wpjax.components import enumerate_components
-from wpjax.engines.exact import make_plan
 from wpjax.engines.memory import bytes_of_rows, groups
 from wpjax.engines.packing import pack
-from wpjax.engines.replay import replay, run_packed, streams
+from wpjax.engines.plan import make_plan
+from wpjax.engines.replay import replay, run_packed, unpacked_run
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import init_params
@@ -46,7 +46,7 @@ def test_out_of_memory_the_sweep_goes_on_with_less_at_once(one_pair, batch, monk
     np.testing.assert_allclose(got, expected, atol=2e-5)
     assert {size > 5 for size in sizes} == {size > 3 for size in sizes} == {False, True}
 
-    plan = make_plan(pair.cfg, components, pack(anchor.on(batch)))
+    plan = make_plan(pair.cfg, components, pack(anchor.metric_along(batch)))
     before = dict(plan.rows)
     with pytest.warns(UserWarning, match="out of memory"):
         exact(pair, batch, anchor, components, plan=plan)
@@ -85,7 +85,7 @@ def test_what_does_not_fit_beside_others_goes_on_alone(one_pair, batch, monkeypa
         return made._replace(change=Fetched(made.change))
 
     monkeypatch.setattr("wpjax.engines.exact.replay", small)
-    plan = make_plan(pair.cfg, components, pack(anchor.on(batch)), budget=1 << 16)
+    plan = make_plan(pair.cfg, components, pack(anchor.metric_along(batch)), budget=1 << 16)
     before = dict(plan.rows)
     with pytest.warns(UserWarning, match="out of memory: chunks go on 2 at a time"):
         got = exact(pair, batch, anchor, components, plan=plan)
@@ -95,16 +95,16 @@ def test_what_does_not_fit_beside_others_goes_on_alone(one_pair, batch, monkeypa
 
 def test_a_models_own_run_goes_on_with_fewer_prompts(one_pair, batch, monkeypatch):
     """The device is said to hold three prompts at a time."""
-    metric = make_anchor(one_pair, 2).on(batch)
+    metric = make_anchor(one_pair, 2).metric_along(batch)
     packing = pack(metric)
     expected = run_packed(one_pair.cfg, one_pair.base, metric, packing)
 
     def small(cfg, params, some):
         if len(some) > 3:
             raise FULL
-        return streams(cfg, params, some)
+        return unpacked_run(cfg, params, some)
 
-    monkeypatch.setattr("wpjax.engines.replay.streams", small)
+    monkeypatch.setattr("wpjax.engines.replay.unpacked_run", small)
     with pytest.warns(UserWarning, match="out of memory: prompts go on"):
         got = run_packed(one_pair.cfg, one_pair.base, metric, packing)
     chex.assert_trees_all_close(got, expected, rtol=1e-7, atol=2e-5)
@@ -118,7 +118,7 @@ def test_the_estimate_of_memory_is_what_the_program_takes(kind):
     cfg = ModelConfig("llama", 3, 64, 4, 2, 16, 192, 61, 64)
     params = init_params(cfg, jax.random.key(0))
     ids = np.random.default_rng(0).integers(0, 61, (24, 24)).astype(np.int32)
-    metric = make_anchor_of(cfg, 2).on(Tokens(ids, np.full(24, 24, np.int32)))
+    metric = make_anchor_of(cfg, 2).metric_along(Tokens(ids, np.full(24, 24, np.int32)))
     packing = pack(metric)
     run = run_packed(cfg, params, metric, packing)
 

@@ -6,7 +6,8 @@ import pytest
 from tests.helpers import make_anchor
 from wpjax.behaviours import behaviour
 from wpjax.components import enumerate_components
-from wpjax.engines.replay import followed, replay
+from wpjax.engines.flow import followed
+from wpjax.engines.replay import replay
 from wpjax.estimators.race import eliminated, filled_up, rounds_of, still_in
 from wpjax.estimators.sweep import sweep
 from wpjax.pairs import load_pair, planted_components
@@ -116,9 +117,9 @@ def swept():
     done: dict[str, np.ndarray] = {}
     replay.clear_cache()
     followed.clear_cache()
-    raced = sweep(pair, batch, anchor.on(batch), method="race", top=6, done=done, **options)
+    raced = sweep(pair, batch, anchor.metric_along(batch), method="race", top=6, done=done, **options)
     programs = replay._cache_size(), followed._cache_size()
-    return raced, sweep(pair, batch, anchor.on(batch), method="exact", **options), done, programs
+    return raced, sweep(pair, batch, anchor.metric_along(batch), method="exact", **options), done, programs
 
 
 def test_a_race_finds_the_top_of_the_full_sweep_with_less(swept):

@@ -9,7 +9,7 @@ from scipy import stats as scipy_stats
 from wpjax.stats import (
     benjamini_hochberg,
     mean_interval,
-    missed,
+    missed_interval,
     ratio_of_means,
     resample,
     sign_flip_p,
@@ -110,12 +110,12 @@ def test_split_half_reliability_knows_signal_from_noise():
 
 
 def test_the_number_missed_by_hand():
-    none = missed(0, 64, 1000)
+    none = missed_interval(0, 64, 1000)
     assert (none.mean, none.low) == (0, 0)
     assert none.high == pytest.approx(1000 * (1 - 0.025 ** (1 / 64)))
-    some = missed(3, 30, 300)
+    some = missed_interval(3, 30, 300)
     by_quantiles = scipy_stats.beta.ppf(0.025, 3, 28), scipy_stats.beta.ppf(0.975, 4, 27)  # Clopper and Pearson's
     assert some.mean == 30
     assert (some.low, some.high) == pytest.approx((300 * by_quantiles[0], 300 * by_quantiles[1]))
-    assert missed(2, 5, 5) == (2, 2, 2)
-    assert np.isnan(missed(0, 0, 7).mean)
+    assert missed_interval(2, 5, 5) == (2, 2, 2)
+    assert np.isnan(missed_interval(0, 0, 7).mean)

@@ -14,8 +14,9 @@ from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.errors import AnchorRejected, BehaviourError
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
-from wpjax.metrics.anchor import MAX_EXCESS_NLL, Anchor, SteeringTest
+from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import answer_metric
+from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
 from wpjax.metrics.metric import scores
 from wpjax.models.edits import ClampTo, Edit
 from wpjax.models.generate import Generation, generate
@@ -75,7 +76,7 @@ def test_an_anchor_is_accepted_where_steering_and_removal_beat_chance(anchor):
     assert len(tests) == 4
     assert chosen.steered > chosen.steered_random + 0.05
     assert chosen.removed < chosen.removed_random - 0.5
-    assert chosen.size == max(t.size for t in tests if not t.verdict())
+    assert chosen.effect_size == max(t.effect_size for t in tests if not t.verdict())
 
 
 def test_the_removal_is_what_the_expert_says_when_held_at_the_base(tiny_pair, anchor):
@@ -151,7 +152,7 @@ def test_a_checker_that_raises_is_named(tiny_pair):
 def test_verdicts_name_the_test_that_failed():
     good = SteeringTest(3, 1.0, 0.8, 0.0, 0.6, 0.1, 0.9, 0.5, 2.0, 1.5)
     assert good.verdict() == ""
-    assert good.size == pytest.approx(0.8 * 0.8)
+    assert good.effect_size == pytest.approx(0.8 * 0.8)
     assert "degenerate" in dataclasses.replace(good, nll=1.5 + MAX_EXCESS_NLL + 0.1).verdict()
     assert "not surely more" in dataclasses.replace(good, gain_low=0.0).verdict()
     assert "not surely less" in dataclasses.replace(good, drop_low=float("nan")).verdict()

@@ -13,9 +13,10 @@ from tests.oracles import hf_layers
 from tests.tiny import patched_torch
 from wpjax.behaviours import PromptBatch, Tokens, behaviour
 from wpjax.components import KINDS, enumerate_components
-from wpjax.engines.exact import exact_changes, make_plan, sham_plan
+from wpjax.engines.exact import exact_changes
 from wpjax.engines.memory import groups
 from wpjax.engines.packing import pack, shared_tokens
+from wpjax.engines.plan import make_plan, sham_plan
 from wpjax.engines.reference import reference_changes
 from wpjax.engines.replay import replay, run_packed, suffix
 from wpjax.estimators.screens import output_linearised, weight_gradient, zero_beyond_reach
@@ -40,7 +41,9 @@ def swept(hf_pair, pair, batch):
 
 
 def assert_equals_reference(pair, batch, layer, components, got):
-    expected = reference_changes(pair.cfg, pair.base, pair.expert, components, make_anchor(pair, layer).on(batch))
+    expected = reference_changes(
+        pair.cfg, pair.base, pair.expert, components, make_anchor(pair, layer).metric_along(batch)
+    )
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
@@ -103,7 +106,7 @@ def test_chunk_size_does_not_matter(one_pair, batch):
 
 def test_positions_may_count_against_each_other(one_pair, batch):
     """A contrast of two positions: the change at one of them less that at the other."""
-    whole = make_anchor(one_pair, 2).on(batch)
+    whole = make_anchor(one_pair, 2).metric_along(batch)
     last = np.asarray(whole.at)[:, :1]
     at = np.concatenate([last, last - 2], axis=1)
     metric = dataclasses.replace(whole, at=jnp.asarray(at), weight=jnp.broadcast_to(jnp.array([1.0, -1.0]), at.shape))
@@ -118,7 +121,7 @@ def test_positions_may_count_against_each_other(one_pair, batch):
 @pytest.mark.parametrize("kind", ["head", "neuron"])
 def test_rows_in_groups_are_those_of_one(one_pair, batch, monkeypatch, kind, splits):
     """Changes and flow; in bfloat16 there is one more row, the host's, so that the last group is filled up."""
-    pair, metric = one_pair, make_anchor(one_pair, 2).on(batch)
+    pair, metric = one_pair, make_anchor(one_pair, 2).metric_along(batch)
     if splits == 2:
         models = {end: jax.tree.map(lambda a: a.astype("bfloat16"), getattr(pair, end)) for end in ("base", "expert")}
         pair = dataclasses.replace(pair, cfg=dataclasses.replace(pair.cfg, activation_splits=2), **models)
@@ -183,7 +186,7 @@ def test_a_whole_sweep_runs_in_one_program_a_kind(one_pair, batch):
 
 def test_at_the_last_layer_only_the_positions_that_are_read_are_computed(one_pair, batch):
     """By XLA's own count of operations: the MLP after a patched head there, against that MLP at every token."""
-    cfg, blocks, packing = one_pair.cfg, one_pair.base["blocks"], pack(make_anchor(one_pair, 2).on(batch))
+    cfg, blocks, packing = one_pair.cfg, one_pair.base["blocks"], pack(make_anchor(one_pair, 2).metric_along(batch))
     mid = jnp.zeros((4, packing.n_tokens, cfg.d_model))
 
     def operations(function):
@@ -217,7 +220,7 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
     components += [c for c in enumerate_components(pair.cfg, ("neuron",), range(3)) if c.index < 4]
     got = exact(coarse, batch, anchor, components, budget=1 << 16)
     fine = [jax.tree.map(lambda a: a.astype("float32"), params) for params in (coarse.base, coarse.expert)]
-    expected = reference_changes(pair.cfg, *fine, components, anchor.on(batch))
+    expected = reference_changes(pair.cfg, *fine, components, anchor.metric_along(batch))
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
     assert np.abs(exact(coarse, batch, anchor, components, donor=coarse.base)).max() < 1e-3 * np.abs(expected).max()
     twice = dataclasses.replace(coarse, cfg=dataclasses.replace(pair.cfg, activation_splits=2))
@@ -242,7 +245,10 @@ def test_bfloat16_effects_are_those_of_the_rounded_weights(one_pair, batch):
 )
 def test_bfloat16_screens_are_those_of_the_rounded_weights(family_pair, batch, screen, splits, most):
     """To their digits, kind by kind; with the host as its own donor nothing is left, though each half is rounded."""
-    metric, cfg = make_anchor(family_pair, 2).on(batch), dataclasses.replace(family_pair.cfg, activation_splits=splits)
+    metric, cfg = (
+        make_anchor(family_pair, 2).metric_along(batch),
+        dataclasses.replace(family_pair.cfg, activation_splits=splits),
+    )
     base, near = (
         jax.tree.map(lambda b, e, far=far: (b + far * (e - b)).astype("bfloat16"), family_pair.base, family_pair.expert)
         for far in (0, 0.2)
@@ -260,7 +266,7 @@ def test_bfloat16_screens_are_those_of_the_rounded_weights(family_pair, batch, s
 def test_shams_are_spread_over_the_layers(one_pair, batch):
     pair = one_pair
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
-    plan = make_plan(pair.cfg, components, pack(make_anchor(pair, 2).on(batch)))
+    plan = make_plan(pair.cfg, components, pack(make_anchor(pair, 2).metric_along(batch)))
     shams = sham_plan(plan, layers_per_kind=2)
     assert [(c.kind, c.layer) for c in shams.chunks] == [("head", 0), ("head", 2), ("neuron", 0), ("neuron", 2)]
 
@@ -277,7 +283,7 @@ def test_screens_are_exact_where_nothing_nonlinear_follows(wired_pair, batch):
         components = [c for c in enumerate_components(pair.cfg, ("norm",), [1]) if c.name == "L1.norm.mlp_out"]
     if pair.cfg.parallel:
         components = enumerate_components(pair.cfg, ("head", "kv_group", "attn"), [1]) + components
-    got = output_linearised(pair.cfg, pair.base, pair.expert, components, anchor.on(batch))
+    got = output_linearised(pair.cfg, pair.base, pair.expert, components, anchor.metric_along(batch))
     np.testing.assert_allclose(got, exact(pair, batch, anchor, components), atol=2e-5)
 
 
@@ -289,7 +295,7 @@ def test_screens_approach_the_exact_effect_of_a_small_change(wired_pair, batch):
     components = enumerate_components(pair.cfg, SWEPT, range(3))
     effect = exact(pair, batch, anchor, components, donor=near)
     for screen in (output_linearised, weight_gradient):
-        got = screen(pair.cfg, pair.base, near, components, anchor.on(batch))
+        got = screen(pair.cfg, pair.base, near, components, anchor.metric_along(batch))
         for kind in SWEPT:
             mine = [i for i, c in enumerate(components) if c.kind == kind]
             error = np.abs(got[mine] - effect[mine]).max() / np.abs(effect[mine]).max()
@@ -304,7 +310,7 @@ def test_what_a_metric_cannot_feel_is_not_screened(one_pair, batch):
         assert some == [c for c in components if c.layer <= 1]
         return np.ones((len(some), len(metric)))
 
-    got = screen(one_pair.cfg, one_pair.base, one_pair.expert, components, make_anchor(one_pair, 1).on(batch))
+    got = screen(one_pair.cfg, one_pair.base, one_pair.expert, components, make_anchor(one_pair, 1).metric_along(batch))
     assert got.shape == (len(components), len(batch))
     assert got.all(1).tolist() == [c.layer <= 1 for c in components]
 
@@ -328,9 +334,9 @@ def test_the_slopes_of_many_prompts_are_those_of_each_alone(screen):
     pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
     anchor, tokens = make_anchor(pair, 6), task.encode(pair.tokenizer, n_prompts=16).with_instruction
     components = enumerate_components(pair.cfg, SWEPT, range(7))
-    assert shared_tokens(anchor.on(tokens)) > 0
-    together = screen(pair.cfg, pair.base, pair.expert, components, anchor.on(tokens))
+    assert shared_tokens(anchor.metric_along(tokens)) > 0
+    together = screen(pair.cfg, pair.base, pair.expert, components, anchor.metric_along(tokens))
     for i in (0, 9):
         alone = Tokens(tokens.ids[i : i + 1], tokens.lengths[i : i + 1])
-        one = screen(pair.cfg, pair.base, pair.expert, components, anchor.on(alone))[:, 0]
+        one = screen(pair.cfg, pair.base, pair.expert, components, anchor.metric_along(alone))[:, 0]
         np.testing.assert_allclose(together[:, i], one, atol=1e-4)

@@ -15,19 +15,10 @@ from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.checkpoints.convert import flatten
 from wpjax.components import parse_component
 from wpjax.errors import BehaviourError, ComponentError, OutputError, WpjaxError
+from wpjax.finetuning import finetune, pass_rate, self_distill
 from wpjax.pairs import load_model
 from wpjax.patching import PatchMask, materialize
-from wpjax.training import (
-    Dataset,
-    TrainConfig,
-    batch_rows,
-    component_mask,
-    finetune,
-    loss_fn,
-    pass_rate,
-    self_distill,
-    train,
-)
+from wpjax.training import Dataset, TrainConfig, batch_rows, component_mask, loss_fn, train
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from wpjax.estimators.sets import add_set_score
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge
-from wpjax.evaluation.validation import activation_values, anchor_of, log_grid, orders, steps_of, validate
+from wpjax.evaluation.validation import activation_values, anchor_of, control_orders, curve_steps, log_grid, validate
 from wpjax.metrics.answers import decision_metric, response_metric
 from wpjax.metrics.metric import scores
 from wpjax.models.decoder import forward
@@ -51,7 +51,7 @@ def np_leaves(tree):
 
 def test_controls_come_nearest_to_the_budget():
     order = [Component("neuron", 0, i) for i in range(4)]
-    steps = steps_of(order, np.array([10, 1, 1, 30]), [1, 11, 13, 1000])
+    steps = curve_steps(order, np.array([10, 1, 1, 30]), [1, 11, 13, 1000])
     assert [(len(s.components), s.n_parameters) for s in steps] == [(1, 10), (2, 11), (3, 12), (4, 42)]
     assert log_grid(1000, 4) == [1, 10, 100, 1000]
     assert log_grid(3, 8) == [1, 2, 3]
@@ -102,7 +102,7 @@ def test_shares_areas_and_calibration_by_hand(tmp_path):
     # two points a hundredfold apart: the mean over the logarithm is that of the two
     assert curves.area("kl", "restore", 0).mean == pytest.approx(0.75)
     assert curves.area("strict", "knockout", 1).mean == pytest.approx(0.5)
-    np.testing.assert_allclose(curves.standing("kl"), [[[0.5, 1], [0, 0]], [[1, 0.25], [1, 0.25]]])
+    np.testing.assert_allclose(curves.position("kl"), [[[0.5, 1], [0, 0]], [[1, 0.25], [1, 0.25]]])
     (kl,) = curves.calibration()
     assert kl.n_sets == 6  # everything, in and out, counts once though both rankings end with it
     # by the score: 0 | 1/4 | 1/2 | 1, 1, 1; of them pass: 0 | 0 | 0 | 1, 1, 1
@@ -236,7 +236,7 @@ def test_finished_parts_are_used(planted, result, curves):
 
 def test_a_control_that_is_the_ranking_under_test_is_left_out(planted, result):
     for by in ("delta_norm", "effect"):
-        found = orders(*planted, result, anchor_of(result), by=by, n_random=1)
+        found = control_orders(*planted, result, anchor_of(result), by=by, n_random=1)
         assert list(found) == list(dict.fromkeys([by, "effect", "attribution", "delta_norm", "random 1"]))
         assert [c.name for c in found[by][:3]] == [row.name for row in result.top(3, by=by)]
 
@@ -255,7 +255,7 @@ def test_sets_are_ranked_by_a_score_that_sums_to_the_decisions_gap(planted, resu
     scored = add_set_score(pair, result, [anchor, metric])
     np.testing.assert_allclose(scored.values("set_score"), np.mean(alone, axis=0), rtol=1e-6)
     assert (result.set_ranking, scored.ranking, scored.set_ranking) == ("effect", "effect", "set_score")
-    found = orders(*planted, scored, anchor_of(result), n_random=1)
+    found = control_orders(*planted, scored, anchor_of(result), n_random=1)
     assert list(found) == ["set_score", "effect", "attribution", "delta_norm", "random 1"]
     truth = set(planted_components())
     assert np.mean([c.name in truth for c in found["set_score"][: len(truth)]]) > 0.8
@@ -271,9 +271,9 @@ def test_activations_that_were_patched_rank_the_control(planted, result):
         activation_values(*planted, found, None),
         [p if np.isfinite(p) else f for p, f in zip(patched, first, strict=True)],
     )
-    assert "activation" in orders(*planted, found, anchor_of(result), n_random=1)
+    assert "activation" in control_orders(*planted, found, anchor_of(result), n_random=1)
     alone = SweepResult(found.dataset.assign(effect=found.dataset["effect"] * np.nan))  # of a sweep of activations
-    order = orders(*planted, alone, None, n_random=1)
+    order = control_orders(*planted, alone, None, n_random=1)
     assert list(order) == ["activation", "delta_norm", "random 1"]
     expected = np.where(np.isfinite(patched), patched, first)
     assert [c.name for c in order["activation"]] == data["name"].values[np.argsort(-expected, kind="stable")].tolist()

@@ -18,6 +18,7 @@ from .estimators.sets import add_set_score as add_set_score
 from .estimators.sweep import sweep as sweep
 from .evaluation.fit_anchor import fit_anchor as fit_anchor
 from .evaluation.validation import validate as validate
+from .finetuning import finetune as finetune
 from .metrics.anchor import Anchor as Anchor
 from .metrics.answers import decision_metric as decision_metric
 from .metrics.answers import kl_metric as kl_metric
@@ -45,6 +46,5 @@ from .results.sweep_result import SweepResult as SweepResult
 from .study import Study as Study
 from .study import run_study as run_study
 from .training import TrainConfig as TrainConfig
-from .training import finetune as finetune
 
 __version__: str

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from wpjax.errors import OutputError, WpjaxError
-from wpjax.methods import check_method, described, methods
-from wpjax.methods.metrics import check_metric, metric_entries, metrics_described
+from wpjax.methods import check_method, methods, methods_help
+from wpjax.methods.metrics import check_metric, metric_entries, metrics_help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ class SweepConfig:
     anchor: Annotated[Path | None, Setting("Anchor file from `wpjax anchor`; fitted here if absent.")] = None
     metric: Annotated[
         str,
-        Setting(metrics_described, choices=_metric_names),
+        Setting(metrics_help, choices=_metric_names),
     ] = "anchor"
     given_anchor: Annotated[
         Path | None,
@@ -173,7 +173,7 @@ class SweepConfig:
             passed_to_sweep=True,
         ),
     ] = None
-    method: Annotated[str, Setting(described, choices=_method_names, passed_to_sweep=True)] = "screen+exact"
+    method: Annotated[str, Setting(methods_help, choices=_method_names, passed_to_sweep=True)] = "screen+exact"
     top: Annotated[
         int,
         Setting(

@@ -70,7 +70,7 @@ class Column:
         return f"{name}_low", f"{name}_high"
 
     @property
-    def together(self) -> str:
+    def group_name(self) -> str:
         """Name of its group; a column by itself is a group under its own name."""
         return self.group or self.name
 
@@ -78,7 +78,7 @@ class Column:
         """The column itself, then the columns for the ends of its interval. Components are not ranked by ends."""
         yield self
         for name in self.bounds:
-            yield Column(name, dims=self.dims, dtype=self.dtype, group=self.together, shown=False)
+            yield Column(name, dims=self.dims, dtype=self.dtype, group=self.group_name, shown=False)
 
 
 EFFECT = "effect"

@@ -220,7 +220,7 @@ def split_half_reliability(
     return 2 * r / (1 + r) if r > -1 else float("nan")
 
 
-def missed(n_hits: int, n_sampled: int, n_rest: int, level: float = 0.95) -> Interval:
+def missed_interval(n_hits: int, n_sampled: int, n_rest: int, level: float = 0.95) -> Interval:
     """Number of hits among the components that were left out, estimated from a random sample of them.
 
     Args:
@@ -232,10 +232,10 @@ def missed(n_hits: int, n_sampled: int, n_rest: int, level: float = 0.95) -> Int
     Returns:
         the estimate with its Clopper-Pearson interval; NaN without a sample.
 
-    >>> from wpjax.stats import missed
-    >>> missed(3, 10, 10)  # all were sampled, so the number is known
+    >>> from wpjax.stats import missed_interval
+    >>> missed_interval(3, 10, 10)  # all were sampled, so the number is known
     Interval(mean=3, low=3, high=3)
-    >>> missed(1, 10, 100).mean
+    >>> missed_interval(1, 10, 100).mean
     10.0
     """
     if n_sampled == 0:

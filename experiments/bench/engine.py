@@ -253,8 +253,8 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled counts
     pair, task = load_pair(args.base, args.expert, args.dtype), behaviour(args.behaviour)
     anchor = fit_anchor(pair, task, layer=args.layer, causal="skip")
-    metric = anchor.on(task.encode(pair.tokenizer, n_prompts=args.n_prompts))
-    screened = anchor.on(task.encode(pair.tokenizer, n_prompts=32))
+    metric = anchor.metric_along(task.encode(pair.tokenizer, n_prompts=args.n_prompts))
+    screened = anchor.metric_along(task.encode(pair.tokenizer, n_prompts=32))
     packing = pack(metric)
     report: dict[str, Any] = {
         "model": {"base": Path(args.base).name, "layers": pair.cfg.n_layers, "d_model": pair.cfg.d_model},

@@ -35,8 +35,9 @@ from experiments.records import machine, made, table, write
 from wpjax import Anchor, PatchMask, behaviour, enumerate_components, fit_anchor, load_pair, materialize
 from wpjax.behaviours import PromptBatch
 from wpjax.components import Component
-from wpjax.engines.exact import exact_changes, make_plan
+from wpjax.engines.exact import exact_changes
 from wpjax.engines.packing import pack
+from wpjax.engines.plan import make_plan
 from wpjax.engines.replay import run_packed
 from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
@@ -46,7 +47,7 @@ from wpjax.pairs import Pair
 
 def ours(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component]) -> Float[np.ndarray, "C B"]:
     """The exact sweep of the package."""
-    metric = anchor.on(batch)
+    metric = anchor.metric_along(batch)
     packing = pack(metric)
     plan = make_plan(pair.cfg, heads, packing)
     run = run_packed(pair.cfg, pair.base, metric, packing)
@@ -143,7 +144,7 @@ def scores_of_copies(cfg: ModelConfig, base: Params, expert: Params, masks: Patc
 
 def copied(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component]) -> Float[np.ndarray, "C B"]:
     """Whole patched models under `vmap`, with their own query and output matrices and the base's other weights."""
-    metric = anchor.on(batch)
+    metric = anchor.metric_along(batch)
     every = [PatchMask.of(pair.cfg, some) for some in ([], *([h] for h in heads))]
     masks = [PatchMask({"head": mask.units["head"]}) for mask in every]  # units that stay closed would be copied too
     masks += masks[:1] * (-len(masks) % AT_ONCE)
@@ -258,7 +259,7 @@ def main() -> None:
         "heads": len(heads),
         "prompts": len(batch),
         "tokens": int(batch.with_instruction.ids.shape[1]),
-        "packed_tokens": pack(anchor.on(batch)).n_tokens,
+        "packed_tokens": pack(anchor.metric_along(batch)).n_tokens,
         "seconds": seconds,
         "median_seconds": median,
         "speed_up": {name: median[name] / median["ours"] for name in median if name != "ours"},

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wpjax.components import Component
-from wpjax.engines.exact import Plan, beside_the_host, exact_changes, make_plan
+from wpjax.engines.exact import beside_the_host, exact_changes
 from wpjax.engines.memory import bytes_of_rows
 from wpjax.engines.packing import Packing, pack
+from wpjax.engines.plan import Plan, make_plan
 from wpjax.engines.replay import replay, run_packed
 from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig

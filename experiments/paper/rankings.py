@@ -29,7 +29,7 @@ from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.estimators.screens import integrated_gradients, output_linearised
 from wpjax.estimators.secant import secant_adjoint
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
-from wpjax.evaluation.validation import steps_of
+from wpjax.evaluation.validation import curve_steps
 from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.metric import Metric, expect_positive_gap, scores
@@ -106,7 +106,7 @@ def run_task(
     with progress_bars() as progress:
         for i, (name, values) in enumerate(ranked.items()):
             order = np.argsort(-values, kind="stable")
-            some = steps_of([components[j] for j in order], sizes[order], budgets.astype(int).tolist())
+            some = curve_steps([components[j] for j in order], sizes[order], budgets.astype(int).tolist())
             masks = (PatchMask.of(pair.cfg, step.components) for step in some)
             patched = (materialize(pair.base, pair.expert, mask) for mask in masks)
             passes[name] = np.stack([judge.passes(judge.answers(params)) for params in patched])

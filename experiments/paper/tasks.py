@@ -12,8 +12,9 @@ from wpjax.behaviours import Behaviour, behaviour
 from wpjax.checkpoints.checkpoint import save_checkpoint
 from wpjax.cli.console import progress_bars
 from wpjax.errors import AnchorRejected, MetricRejected
+from wpjax.finetuning import finetune
 from wpjax.pairs import Pair, load_model, load_pair
-from wpjax.training import TrainConfig, finetune
+from wpjax.training import TrainConfig
 
 
 def over_tasks(

@@ -24,10 +24,11 @@ from experiments.tiny_pair.experts import fine_tune, rounded
 from experiments.tiny_pair.inert import add_inert_changes
 from wpjax.behaviours import behaviour, strict
 from wpjax.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from wpjax.finetuning import answer
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.pairs import load_model
-from wpjax.training import Objective, TrainConfig, answer, loss_fn
+from wpjax.training import Objective, TrainConfig, loss_fn
 
 CONFIG = TrainConfig(steps=200, lr=2e-3, batch_size=32, seed=2)
 BEHAVIOUR = "english_capital"

@@ -20,7 +20,7 @@ from experiments.records import made, table, write
 from wpjax.behaviours import behaviour
 from wpjax.cli.console import progress_bars
 from wpjax.components import enumerate_components
-from wpjax.estimators.masks import SHARES, random_masks
+from wpjax.estimators.masks import PROBABILITIES, random_masks
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair
 
@@ -30,7 +30,7 @@ SIZES = (192, 768, 3072)
 def markdown(report: dict[str, Any]) -> str:
     """One line a share of the others, one column a number of sets."""
     rows = [[f"{p:.0%} of the others", *(f"{found[str(n)]:.3f}" for n in SIZES)]
-            for p, found in ((SHARES[name], found) for name, found in report["auroc"].items())]  # fmt: skip
+            for p, found in ((PROBABILITIES[name], found) for name, found in report["auroc"].items())]  # fmt: skip
     return table([f"AUROC, {report['expert']}", *(f"{n:,} sets" for n in SIZES)], rows)
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     truth = json.loads((args.expert / TRUTH).read_text())
     pair, task = load_pair("tiny:base", args.expert), behaviour(f"tiny:{BEHAVIOUR}")
     anchor = fit_anchor(pair, task, n_prompts=32, causal="skip")
-    metric = anchor.on(task.encode(pair.tokenizer, "sweep", args.n_prompts))
+    metric = anchor.metric_along(task.encode(pair.tokenizer, "sweep", args.n_prompts))
     components = enumerate_components(pair.cfg, ["head", "kv_group", "neuron"], range(metric.layer + 1))
     planted = np.isin([c.name for c in components], truth["components"])
     report: dict[str, Any] = {"expert": args.expert.name, "planted": int(planted.sum()), "components": len(components)}
@@ -55,7 +55,7 @@ def main() -> None:
         for name, found in report["auroc"].items():
             for n in SIZES:
                 made_of = random_masks(
-                    pair.cfg, pair.base, pair.expert, components, metric, SHARES[name],
+                    pair.cfg, pair.base, pair.expert, components, metric, PROBABILITIES[name],
                     n_masks=n, done=done, progress=progress,
                 )  # fmt: skip
                 found[str(n)] = float(roc_auc_score(planted, np.abs(made_of.beta.mean(1))))

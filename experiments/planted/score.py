@@ -62,7 +62,7 @@ def score(folder: Path, n_prompts: int, n_masks: int, progress: Callable[[str, i
     whole = sweep(pair, batch, anchor, method="factorial", top=10**6, stratum=0, progress=progress).dataset
     sets = sweep(pair, batch, anchor, method="masks", n_masks=n_masks, progress=progress).dataset
     components = [parse_component(pair.cfg, str(name)) for name in whole["name"].values]
-    metric = anchor.on(batch)
+    metric = anchor.metric_along(batch)
     args = (pair.cfg, pair.base, pair.expert, components, metric)
     masks = [PatchMask.empty(pair.cfg), *(PatchMask.of(pair.cfg, part) for part in truth["parts"])]
     values: dict[str, np.ndarray] = {

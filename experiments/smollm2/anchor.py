@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 from experiments.records import table, write
-from wpjax.metrics.anchor import Anchor, SteeringTest
+from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.diagnostics import SteeringTest
 
 
 def keep(path: Path) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from experiments.records import made, table, write
 from wpjax import Pair, PatchMask, SweepResult, behaviour, fit_anchor, load_pair, materialize
 from wpjax.behaviours import Behaviour, loose, strict
 from wpjax.cli.console import progress_bars
+from wpjax.finetuning import answer
 from wpjax.models.decoder import Params
-from wpjax.training import answer
 
 
 def spoken(pair: Pair, params: Params, task: Behaviour, n_prompts: int, max_new_tokens: int) -> dict[str, Any]:

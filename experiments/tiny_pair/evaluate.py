@@ -13,8 +13,8 @@ from experiments.records import made, table, write
 from experiments.tiny_pair.language import TAGS, questions, tagged
 from wpjax.behaviours import BUILT_IN, behaviour, strict
 from wpjax.checkpoints.checkpoint import Checkpoint
+from wpjax.finetuning import answer
 from wpjax.pairs import load_model
-from wpjax.training import answer
 
 
 def evaluate(model: Checkpoint, n_prompts: int = 64) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def measure(n_prompts: int) -> dict[str, Any]:
     weights = resample(batch.queries, 500).weights
     delta = data["delta"].values.astype(np.float64)
     components = [parse_component(pair.cfg, name) for name in names]
-    screens = (pair.cfg, pair.base, pair.expert, components, anchor.on(batch))
+    screens = (pair.cfg, pair.base, pair.expert, components, anchor.metric_along(batch))
     per_prompt = {
         "exact effect": delta,
         "output-linearised screen": output_linearised(*screens),

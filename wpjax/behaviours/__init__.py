@@ -1,16 +1,8 @@
 """Behaviours: prompts with and without an instruction, checkers of answers, and rewrites that make training targets."""
 
 from wpjax.behaviours.checkers import Checker, loose, parse_checker, strict
-from wpjax.behaviours.prompts import (
-    BUILT_IN,
-    Behaviour,
-    PromptBatch,
-    PromptPair,
-    Tokens,
-    behaviour,
-    encode_texts,
-    render,
-)
+from wpjax.behaviours.lookup import BUILT_IN, behaviour
+from wpjax.behaviours.prompts import Behaviour, PromptBatch, PromptPair, Tokens, encode_texts, render
 
 __all__ = [
     "BUILT_IN",

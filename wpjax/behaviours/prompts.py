@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int
 
-from wpjax.behaviours.checkers import CHECKERS, Checker, parse_checker
-from wpjax.behaviours.rewrites import REWRITES, Rewrite
+from wpjax.behaviours.checkers import Checker
+from wpjax.behaviours.rewrites import Rewrite
 from wpjax.errors import BehaviourError, CheckpointError
 
 Split = Literal["fit", "sweep", "test"]
@@ -272,118 +269,3 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Tokens:
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     return Tokens(ids, lengths)
-
-
-def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
-    """A behaviour by its name, or from a file of the user.
-
-    Args:
-        name: one of three:
-
-            - a name in `BUILT_IN`;
-            - `tiny:` and such a name: the same behaviour in the language of the embedded models;
-            - a path that ends in `.jsonl`. A line is {"with": ..., "without": ...} or
-              {"prompt": ..., "instruction": ...}, with optional "args" (for the checker) and "response" (an answer to
-              train on).
-        checker: checker for a file: a built-in name, `regex:...`, `contains:...` or `module:function`.
-
-    Raises:
-        BehaviourError: the name is unknown, or a line cannot be used; the message has its number.
-
-    >>> import wpjax as wp
-    >>> task = wp.behaviour("english_capital")
-    >>> print(task.pairs[0].without)
-    How do bees make honey?
-    >>> task.checker("THEY DRY NECTAR.", {})
-    True
-    """
-    name = str(name)
-    if name.endswith(".jsonl"):
-        return _from_file(Path(name), checker)
-    if checker is not None:
-        raise BehaviourError(f"{name} has its own checker; --checker goes with a .jsonl file")
-    base = name.removeprefix("tiny:")
-    instructions = json.loads(_data("behaviours/instructions.json"))
-    if base not in instructions:
-        raise BehaviourError(f"unknown behaviour {name!r}; built in: {', '.join(BUILT_IN)}; or a path ending in .jsonl")
-    queries = _data("assets/tiny/queries.txt" if base != name else "behaviours/queries.txt").splitlines()
-    pairs = tuple(
-        PromptPair(p["text"].replace("{query}", query), query, i, p.get("args", {}))
-        for i, query in enumerate(queries)
-        for p in instructions[base]
-    )
-    return Behaviour(name, pairs, CHECKERS[base], REWRITES[base])
-
-
-def _data(name: str) -> str:
-    """Text of a file of the package."""
-    return (resources.files("wpjax") / name).read_text(encoding="utf-8")
-
-
-BUILT_IN: tuple[str, ...] = tuple(REWRITES)
-"""Names of the behaviours that come with the package."""
-
-
-def _from_file(path: Path, checker: str | None) -> Behaviour:
-    """A behaviour from a JSONL file; its name is that of the file."""
-    try:
-        # Only newlines end a line: JSON allows Unicode's other separators inside a string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise BehaviourError(f"{path}: cannot be read ({error})") from error
-    # Lines with the same query are phrasings of it and share its index.
-    queries: dict[str, int] = {}
-    pairs = [_parse_line(path, i + 1, line, queries) for i, line in enumerate(lines) if line.strip()]
-    if len(queries) < MIN_QUERIES:
-        raise BehaviourError(
-            f"{path}: {len(queries)} different quer{'y' if len(queries) == 1 else 'ies'}, at least {MIN_QUERIES} are "
-            "needed to fit an anchor, sweep and test on different ones"
-        )
-    return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker)
-
-
-def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> PromptPair:
-    """The pair of one line.
-
-    Args:
-        path: the file, for messages.
-        number: number of the line, from 1.
-        line: its text.
-        queries: query -> its index; a new query is added.
-    """
-    where = f"{path}, line {number}"
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BehaviourError(f"{where}: not JSON ({error})") from error
-    if not isinstance(entry, dict):
-        raise BehaviourError(f"{where}: expected a JSON object")
-    keys = set(entry) - {"args", "response"}
-    prompts = [entry[key] for key in keys & {"prompt", "instruction", "with", "without"}]
-    if not all(_is_text(prompt) and prompt.strip() for prompt in prompts):
-        raise BehaviourError(f"{where}: prompts must be text that is not blank")
-    if keys == {"prompt", "instruction"}:
-        with_, without = f"{entry['prompt']} {entry['instruction']}", entry["prompt"]
-    elif keys == {"with", "without"}:
-        with_, without = entry["with"], entry["without"]
-    else:
-        raise BehaviourError(f'{where}: keys must be "with" and "without", or "prompt" and "instruction"; has {keys}')
-    args, response = entry.get("args", {}), entry.get("response")
-    if with_ == without:
-        raise BehaviourError(f"{where}: the prompt is the same with and without the instruction")
-    if not isinstance(args, dict) or not (response is None or _is_text(response)):
-        raise BehaviourError(f'{where}: "args" must be an object and "response" text')
-    return PromptPair(with_, without, queries.setdefault(without, len(queries)), args, response)
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is a string without lone surrogates. JSON can have them, and no tokenizer takes them."""
-    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
-
-
-def _no_checker(text: str, args: Mapping[str, Any]) -> bool:
-    """Stands for a checker that the user did not give, until it is needed."""
-    raise BehaviourError(
-        "this behaviour comes from a file without a checker, which judges generated answers; pass --checker, e.g. "
-        "'regex:^[A-Z ]+$' (or --causal skip, to take an anchor untested)"
-    )

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from wpjax.checkpoints.convert import flatten, hf_tensors, params_from_hf
+from wpjax.checkpoints.folder import SafetensorsFolder, read_json
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.errors import CheckpointError
@@ -69,68 +69,6 @@ class Checkpoint:
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             stops.add(self.tokenizer.eos_token_id)
         return tuple(sorted(stops))
-
-
-class SafetensorsFolder:
-    """The safetensors files of an HF folder, as a `TensorSource`.
-
-    Args:
-        folder: the folder, with one model.safetensors or with shards and their index.
-
-    Raises:
-        CheckpointError: there are no weights, a shard is damaged or missing, or a tensor stands in two shards.
-    """
-
-    def __init__(self, folder: Path):
-        self.where = str(folder)
-        self._files: dict[str, Any] = {}
-        for path in self._shards(folder):
-            try:
-                shard = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: damaged or truncated ({error}); download it again") from error
-            for name in shard.keys():  # noqa: SIM118  (not a mapping)
-                if name in self._files:
-                    raise CheckpointError(f"{folder}: tensor {name} stands in more than one file; remove one")
-                self._files[name] = shard
-
-    @staticmethod
-    def _shards(folder: Path) -> list[Path]:
-        """The weight files of a folder."""
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise CheckpointError(f"{index}: no weight_map from tensors to files; download it again")
-            present = {path.name for path in folder.iterdir() if path.is_file()}
-            files = sorted(set(weight_map.values()))
-            for name in files:
-                if Path(name).name != name or name == "..":
-                    raise CheckpointError(f"{index}: weight_map names {name!r}, which is outside the folder")
-                if name not in present:
-                    raise CheckpointError(f"{folder}: the shard {name} named by {index.name} is missing")
-            return [folder / name for name in files]
-        single = folder / "model.safetensors"
-        if single.is_file():
-            return [single]
-        pickles = [p.name for p in folder.glob("*.bin")]
-        hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
-        raise CheckpointError(f"{folder}: no model.safetensors{hint}")
-
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._files)
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor.
-
-        Raises:
-            CheckpointError: it cannot be read as floats.
-        """
-        try:
-            return self._files[name].get_tensor(name)
-        except (SafetensorError, TypeError, AttributeError) as error:  # a dtype NumPy lacks (fp8)
-            raise CheckpointError(f"{self.where}: tensor {name} cannot be read as floats ({error})") from error
 
 
 PRECISIONS: Mapping[str, tuple[str, int]] = MappingProxyType(
@@ -218,27 +156,16 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return value
-
-
 def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...]) -> Checkpoint:
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
-    raw = _read_json(config)
+    raw = read_json(config)
     weights, splits = PRECISIONS[dtype]
     cfg = dataclasses.replace(parse_config(raw, str(config), ignore_config), activation_splits=splits)
     params = params_from_hf(cfg, SafetensorsFolder(folder), weights)
     path = folder / "generation_config.json"
-    generation = _read_json(path) if path.exists() else None
+    generation = read_json(path) if path.exists() else None
     for file, content in ((config, raw), (path, generation or {})):
         _check_stop_tokens(file, content.get("eos_token_id"))
     return Checkpoint(cfg, params, load_tokenizer(folder), raw, generation, source)

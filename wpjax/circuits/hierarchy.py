@@ -1,10 +1,10 @@
 """Sources, aggregators and executors: three roles of components, assigned by rules (ours; the paper's are not known).
 
     source       A component whose weights alone move the metric, such as the anchor. Its effect is above 0 with
-                 q < 0.05, above the noise floor, and at least `LEAST` of the largest effect. The `n_sources` largest
-                 are taken, of the finest kinds that were swept.
+                 q < 0.05, above the noise floor, and at least `MIN_EFFECT` of the largest effect. The `n_sources`
+                 largest are taken, of the finest kinds that were swept.
     aggregator   A later head or MLP by way of which the sources' effects arrive. The inflow of target u is the sum of
-                 T_cu over all sources c. The fewest targets are taken that together hold `SHARE` of all positive
+                 T_cu over all sources c. The fewest targets are taken that together hold `INFLOW_SHARE` of all positive
                  inflow, at most `n_aggregators`. What sources write themselves is no inflow.
     executor     A component after the anchor whose weights matter once the anchor's state is given. The rule is that of
                  sources, in a sweep whose metric is held by `Anchor.clamp_to`.
@@ -26,13 +26,13 @@ from wpjax.methods import methods
 from wpjax.methods.metrics import reads_anchor
 from wpjax.results.sweep_result import SweepResult
 
-SHARE = 0.8
+INFLOW_SHARE = 0.8
 """Share of all positive inflow that the aggregators hold together."""
 
-LEAST = 0.02
+MIN_EFFECT = 0.02
 """Smallest effect of a source, as a share of the largest effect."""
 
-SAME = ("base_fingerprint", "expert_fingerprint", "behaviour")
+MUST_AGREE = ("base_fingerprint", "expert_fingerprint", "behaviour")
 """Attributes that must be equal in both sweeps of a hierarchy."""
 
 FINEST = ("head", "kv_group", "neuron")
@@ -91,7 +91,7 @@ def significant(result: SweepResult, n: int) -> list[int]:
     usable = sure & (fine if fine.any() else True)
     if data.attrs["metric"] == "on_policy":  # components after the anchor act only by changing the words: no sources
         usable &= (data["layer"].values <= data.attrs["metric_layer"]) & ~np.isin(kinds, ("final_norm", "unembed"))
-    usable &= effect >= LEAST * max(float(effect[usable].max(initial=0.0)), 0.0)
+    usable &= effect >= MIN_EFFECT * max(float(effect[usable].max(initial=0.0)), 0.0)
     return [int(i) for i in np.argsort(-effect, kind="stable") if usable[i]][:n]
 
 
@@ -133,8 +133,8 @@ def hierarchy(
     order = [int(u) for u in np.argsort(-inflow, kind="stable") if inflow[u] > 0]
     total = inflow[order].sum() if order else 0.0
     held = np.cumsum(inflow[order]) if order else np.zeros(0)
-    # Targets by falling inflow: take them until they hold `SHARE` of it.
-    taken = order[: min(n_aggregators, int(np.searchsorted(held, SHARE * total)) + 1)] if order else []
+    # Targets by falling inflow: take them until they hold `INFLOW_SHARE` of it.
+    taken = order[: min(n_aggregators, int(np.searchsorted(held, INFLOW_SHARE * total)) + 1)] if order else []
     executors: tuple[Node, ...] = ()
     if execution is not None:
         if int(execution.dataset.attrs.get("given_layer", -1)) < 0:
@@ -142,7 +142,7 @@ def hierarchy(
                 "the second result is no sweep from a given state: make it with `wpjax sweep --metric kl "
                 "--given-anchor ANCHOR`"
             )
-        if any(execution.dataset.attrs[n] != data.attrs[n] for n in SAME):
+        if any(execution.dataset.attrs[n] != data.attrs[n] for n in MUST_AGREE):
             raise WpjaxError("the second result is of another pair or behaviour; sweep what follows this anchor")
         executors = _nodes(execution, significant(execution, n_sources))
     aggregators = tuple(Node(names[u + 1], int(names[u + 1][1:].split(".")[0]), float(inflow[u])) for u in taken)

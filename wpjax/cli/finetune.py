@@ -44,8 +44,9 @@ def run(
     from wpjax import behaviours
     from wpjax.checkpoints.checkpoint import save_checkpoint
     from wpjax.cli.console import on_interrupt, print_json, print_table, progress_bars
+    from wpjax.finetuning import finetune, pass_rate
     from wpjax.pairs import load_model
-    from wpjax.training import TrainConfig, finetune, pass_rate
+    from wpjax.training import TrainConfig
 
     task = behaviours.behaviour(behaviour, checker)
     if eval_prompts:

@@ -62,11 +62,11 @@ class Run(NamedTuple):
     resid_pre: Float[Array, "A B T D"]
     score: Float[Array, " B"]
     slope: Float[Array, "B R D"] | None = None
-    written: Written | None = None
+    written: HostWrites | None = None
     kept: dict[Site, Float[Array, "A B T D"]] | None = None
 
 
-class Written(NamedTuple):
+class HostWrites(NamedTuple):
     """What a model's heads and MLPs write at the positions that the metric reads, layer by layer.
 
     Attributes:
@@ -126,7 +126,7 @@ class Rows(NamedTuple):
         """
         return cls(mid=patched.resid_mid) if patched.block.mlp_reads_attention else cls(post=patched.resid_post)
 
-    def handed_over(self, at: LayerPatch) -> tuple[Site, Float[Array, "P B T D"], Float[Array, "B T D"]]:
+    def handoff(self, at: LayerPatch) -> tuple[Site, Float[Array, "P B T D"], Float[Array, "B T D"]]:
         """Where plain replay with the host's weights takes over.
 
         Returns:
@@ -177,7 +177,7 @@ def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     splits = attn.cfg.activation_splits
     # [P, B, T, D]: z is indexed along its heads, so `index` picks one head a patch.
     delta = _write(z.patched[:, :, index], w_new[index], splits) - _write(z.host[:, :, index], w_host[index], splits)
-    return Rows.of_attention(at.host.moved(Site.ATTN_PROJ, delta))
+    return Rows.of_attention(at.host.shifted(Site.ATTN_PROJ, delta))
 
 
 def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
@@ -185,7 +185,7 @@ def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     heads = index[:, None] * attn.cfg.n_rep + jnp.arange(attn.cfg.n_rep)  # [P, n_rep]
     w_o, change = attn.W_O.get_value(), z.patched - z.host
     delta = jax.vmap(lambda h: project(change[:, :, h], w_o[h], n_in=2, splits=attn.cfg.activation_splits))(heads)
-    return Rows.of_attention(at.host.moved(Site.ATTN_PROJ, delta))
+    return Rows.of_attention(at.host.shifted(Site.ATTN_PROJ, delta))
 
 
 def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
@@ -196,7 +196,7 @@ def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
         return jnp.moveaxis(a, 2, 0)[..., None] * w[:, None, None, :]
 
     change = write(at.weights, at.source.mlp_input) - write(at.host.block, at.host.mlp_input)
-    return Rows(post=at.host.moved(Site.MLP_PROJ, change).resid_post)
+    return Rows(post=at.host.shifted(Site.MLP_PROJ, change).resid_post)
 
 
 def _repeated(x: Float[Array, "B T D"], index: Int[Array, " P"]) -> Float[Array, "P B T D"]:

@@ -18,10 +18,12 @@ from jaxtyping import Float
 
 from wpjax.components import KINDS, Component
 from wpjax.engines.contributions import Run, Side
-from wpjax.engines.exact import Changes, Chunk, Plan, exact_changes, make_plan, sham_plan
+from wpjax.engines.exact import Changes, exact_changes
+from wpjax.engines.flow import flow_targets
 from wpjax.engines.joint import scores_of_sets
 from wpjax.engines.packing import Shape, pack
-from wpjax.engines.replay import flow_targets, run_packed
+from wpjax.engines.plan import Chunk, Plan, make_plan, sham_plan
+from wpjax.engines.replay import run_packed
 from wpjax.errors import WpjaxError
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
@@ -115,7 +117,7 @@ class Engine:
         self.packing = pack(metric, shape)
         self.runs: dict[str, Run] = {}
 
-    def beside(self, metric: Metric) -> Engine:
+    def with_metric(self, metric: Metric) -> Engine:
         """An engine of the same components with another metric of the same prompts; finished parts are shared."""
         return Engine(self.pair, metric, list(self.position), self.done, self.progress, self.placement, self.models)
 
@@ -268,7 +270,7 @@ class Engine:
                 vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
                 readout = Projection(jnp.asarray(vector / np.linalg.norm(vector)))
                 metric = dataclasses.replace(self.metric, readout=readout)
-                changes["direction"] += self.beside(metric).perform("exact", few, label=f"direction-{i}")
+                changes["direction"] += self.with_metric(metric).perform("exact", few, label=f"direction-{i}")
 
         def quantile(parts: Sequence[Changes], kind: str) -> float:
             sizes = [np.abs(part.delta.mean(1)) / gap.mean() for part in parts if part.chunk.kind == kind]

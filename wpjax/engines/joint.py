@@ -48,12 +48,12 @@ class Touched(NamedTuple):
 
     Attributes:
         channels: [L, K], the channels of each layer, filled up with 0.
-        slot: [L, n], the place of each channel in `channels`; of no meaning for channels that are not there.
+        place: [L, n], the place of each channel in `channels`; of no meaning for channels that are not there.
         fits: [L], true in layers that open at most K channels. None: all layers do.
     """
 
     channels: Int[np.ndarray | Array, "L K"]
-    slot: Int[np.ndarray | Array, "L n"]
+    place: Int[np.ndarray | Array, "L n"]
     fits: Bool[np.ndarray | Array, " L"] | None
 
 
@@ -82,12 +82,12 @@ def touched(opened: Bool[np.ndarray, "M L n"]) -> Touched | None:
         return None
     width = min(widths, key=lambda w: (sum(n if count > w else w for count in counts), w))
     fits: Bool[np.ndarray, " L"] = np.asarray(counts <= width)
-    channels, slot = np.zeros((len(union), width), np.int32), np.zeros(union.shape, np.int32)
+    channels, place = np.zeros((len(union), width), np.int32), np.zeros(union.shape, np.int32)
     for layer in np.flatnonzero(fits):
         opens = np.flatnonzero(union[layer])
         channels[layer, : len(opens)] = opens
-        slot[layer, opens] = np.arange(len(opens))
-    return Touched(channels, slot, None if fits.all() else fits)
+        place[layer, opens] = np.arange(len(opens))
+    return Touched(channels, place, None if fits.all() else fits)
 
 
 def _rounded(count: int) -> int:
@@ -96,10 +96,10 @@ def _rounded(count: int) -> int:
     return max(-(-count // step) * step, 1)
 
 
-def _confined(
+def _narrowed(
     params: PatchedParams, few: Mapping[str, Touched], used: Mapping[str, Bool[Array, " L"]]
 ) -> PatchedParams:
-    """Patched parameters with both shortcuts of this module: see `extent` and `confined` of `Blend`.
+    """Patched parameters with both shortcuts of this module: see `breadth` and `narrow` of `Blend`.
 
     Args:
         params: parameters with `Blend` leaves.
@@ -107,22 +107,22 @@ def _confined(
         used: unit -> true in layers where any mask opens a channel of it.
     """
 
-    def confine(path: str, leaf: Array | Blend) -> Array | Blend:
+    def narrowed(path: str, leaf: Array | Blend) -> Array | Blend:
         unit, axis = LEAVES[path]
         if not isinstance(leaf, Blend) or unit not in used or axis is None:
             return leaf
-        extent = jnp.asarray(used[unit], jnp.int32)
+        breadth = jnp.asarray(used[unit], jnp.int32)
         if unit not in few:
-            return dataclasses.replace(leaf, extent=extent)
-        channels, slot, fits = few[unit]
+            return dataclasses.replace(leaf, breadth=breadth)
+        channels, place, fits = few[unit]
         expert = jax.vmap(lambda w, i: jnp.take(w, i, axis=axis))(leaf.expert, jnp.asarray(channels))
-        cut_down = dataclasses.replace(leaf, expert=expert, index=jnp.asarray(channels), slot=jnp.asarray(slot))
+        cut_down = dataclasses.replace(leaf, expert=expert, channels=jnp.asarray(channels), place=jnp.asarray(place))
         if fits is None:
-            return dataclasses.replace(cut_down, extent=extent)
+            return dataclasses.replace(cut_down, breadth=breadth)
         # Per layer: 0 if nothing is open, 1 if the cut-down form will do, 2 if all channels are needed.
-        return dataclasses.replace(leaf, confined=cut_down, extent=jnp.where(fits, extent, 2 * extent))
+        return dataclasses.replace(leaf, narrow=cut_down, breadth=jnp.where(fits, breadth, 2 * breadth))
 
-    return unflatten({path: confine(path, leaf) for path, leaf in flatten(params).items()})
+    return unflatten({path: narrowed(path, leaf) for path, leaf in flatten(params).items()})
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -151,7 +151,7 @@ def scores_at_once(
     """
 
     def patched(mask: Mapping[str, Array]) -> PatchedParams:
-        return _confined(patch(host, donor, PatchMask(mask)), few, used)
+        return _narrowed(patch(host, donor, PatchMask(mask)), few, used)
 
     def run(mask: Mapping[str, Array]) -> Float[Array, "B R D"]:
         """The stream at the positions that are read, with one set patched."""

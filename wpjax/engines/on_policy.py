@@ -32,11 +32,12 @@ from jaxtyping import Array, Float, Int
 from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.components import Component, open_units
 from wpjax.engines.engine import CELLS, Engine, part_key
-from wpjax.engines.exact import Changes, Chunk, Plan
+from wpjax.engines.exact import Changes
+from wpjax.engines.plan import Chunk, Plan
 from wpjax.errors import MetricRejected
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import answer_of, answer_positions, decision_metric, trimmed, with_answers
-from wpjax.metrics.metric import Metric, Prepared, scores
+from wpjax.metrics.metric import Metric, PreparedMetric, scores
 from wpjax.metrics.readouts import Readout, TokensUnchanged
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -52,7 +53,7 @@ ANSWERS_AT_ONCE = 32
 """Answers that one program generates, each by a patched model of its own."""
 
 
-def along(anchor: Anchor, batch: PromptBatch, answers: Generation) -> Metric:
+def along_answers(anchor: Anchor, batch: PromptBatch, answers: Generation) -> Metric:
     """The anchor's score, averaged over the tokens of given answers, end token included.
 
     Args:
@@ -60,10 +61,10 @@ def along(anchor: Anchor, batch: PromptBatch, answers: Generation) -> Metric:
         batch: the prompts; those with the instruction are read.
         answers: an answer to each prompt. With the answers of the scored model itself, the score is its F_o.
     """
-    return dataclasses.replace(anchor.on(batch, answers), name="on_policy")
+    return dataclasses.replace(anchor.metric_along(batch, answers), name="on_policy")
 
 
-class Speech:
+class BaseAnswers:
     """The base's answers to some prompts, and the metrics along them.
 
     Args:
@@ -80,7 +81,7 @@ class Speech:
     def __init__(self, pair: Pair, batch: PromptBatch, anchor: Anchor, max_new_tokens: int):
         self.pair, self.batch, self.anchor, self.max_new_tokens = pair, batch, anchor, max_new_tokens
         self.answers = trimmed(self.of(pair.base))
-        self.metric = along(anchor, batch, self.answers)
+        self.metric = along_answers(anchor, batch, self.answers)
 
     def of(self, params: Params) -> Generation:
         """Greedy answers of a model to these prompts."""
@@ -88,10 +89,10 @@ class Speech:
 
     def score(self, params: Params) -> Float[np.ndarray, " B"]:
         """F_o of a model for each prompt, along its own answers."""
-        return scores(self.pair.cfg, params, along(self.anchor, self.batch, self.of(params)))
+        return scores(self.pair.cfg, params, along_answers(self.anchor, self.batch, self.of(params)))
 
     @property
-    def kept(self) -> Metric:
+    def words_unchanged(self) -> Metric:
         """A metric: the number of the base's words that are surely a model's first choice, given those before."""
         prompts, cfg = self.batch.with_instruction, self.pair.cfg
         at, weight = answer_positions(prompts, self.answers)
@@ -115,8 +116,8 @@ class OnPolicy:
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
     >>> anchor = wp.fit_anchor(pair, task, causal="skip")
     >>> batch = task.encode(pair.tokenizer, n_prompts=4)
-    >>> speech = wp.OnPolicy(anchor, max_new_tokens=8).speech(pair, batch)
-    >>> bool((speech.score(pair.expert) > speech.score(pair.base)).all())  # each model along its own answers
+    >>> score = wp.OnPolicy(anchor, max_new_tokens=8).base_answers(pair, batch).score
+    >>> bool((score(pair.expert) > score(pair.base)).all())  # each model along its own answers
     True
     """
 
@@ -125,18 +126,18 @@ class OnPolicy:
 
     has_fixed_words: ClassVar[bool] = False
 
-    def speech(self, pair: Pair, batch: PromptBatch) -> Speech:
+    def base_answers(self, pair: Pair, batch: PromptBatch) -> BaseAnswers:
         """The base's answers to some prompts, and the metrics along them."""
-        return Speech(pair, batch, self.anchor, self.max_new_tokens)
+        return BaseAnswers(pair, batch, self.anchor, self.max_new_tokens)
 
-    def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
+    def prepare(self, pair: Pair, batch: PromptBatch) -> PreparedMetric:
         """What a sweep needs to measure it: every model is scored along its own words, and every component counts.
 
         Raises:
             AnchorRejected: the anchor belongs to another expert.
         """
         self.anchor.check_belongs(pair)
-        speech = self.speech(pair, batch)
+        base_answers = self.base_answers(pair, batch)
 
         def decision() -> Metric | None:
             """The decision metric, which chooses candidates too.
@@ -149,12 +150,12 @@ class OnPolicy:
             except MetricRejected:  # base and expert part ways on too few prompts
                 return None
 
-        return Prepared(
-            speech.metric,
-            reached_by=speech.kept,
-            score=speech.score,
-            make_engine=functools.partial(OnPolicyEngine, speech),
-            chooses_too=decision,
+        return PreparedMetric(
+            base_answers.metric,
+            reach_metric=base_answers.words_unchanged,
+            score=base_answers.score,
+            make_engine=functools.partial(OnPolicyEngine, base_answers),
+            second_metric=decision,
             columns=self.anchor.columns,
             attributes=self.anchor.attributes,
         )
@@ -208,19 +209,19 @@ class OnPolicyEngine(Engine):
     """An engine that reads every patched model along its own answer; this module says how.
 
     Args:
-        speech: the base's answers to the metric's prompts.
+        base_answers: the base's answers to the metric's prompts.
         chosen: all C components that are swept, in any layer.
         done: key -> finished part; the engine adds to it.
         progress: called after every chunk.
         placement: the devices that share every chunk; None for one.
-        metric: another metric along the base's answers; None for that of `speech`.
+        metric: another metric along the base's answers; None for that of `base_answers`.
         models: base and expert on the devices; None: the engine puts them there.
-        words: an engine whose metric is `speech.kept`, to share with this one; None for a new one.
+        words: an engine whose metric is `base_answers.words_unchanged`, to share with this one; None for a new one.
     """
 
     def __init__(
         self,
-        speech: Speech,
+        base_answers: BaseAnswers,
         chosen: Sequence[Component],
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
@@ -231,21 +232,30 @@ class OnPolicyEngine(Engine):
     ):
         placement = Placement.single() if placement is None else placement
         replicate = placement.replicate
-        super().__init__(speech.pair, replicate(metric or speech.metric), chosen, done, progress, placement, models)
-        self.speech, self.chosen = speech, chosen
+        super().__init__(
+            base_answers.pair, replicate(metric or base_answers.metric), chosen, done, progress, placement, models
+        )
+        self.base_answers, self.chosen = base_answers, chosen
         self.fits: dict[str, int] = {}
         if words is None:
             words = Engine(
-                speech.pair, replicate(speech.kept), chosen, done, progress, placement, self.models, with_flow=False
+                base_answers.pair,
+                replicate(base_answers.words_unchanged),
+                chosen,
+                done,
+                progress,
+                placement,
+                self.models,
+                with_flow=False,
             )
             words.models = self.models  # one dict for both: `nulls` puts a third model there for a while
         self.words = words
         self.changed = np.full(len(chosen), np.nan)  # share of prompts on which each component changes words
 
-    def beside(self, metric: Metric) -> Engine:
+    def with_metric(self, metric: Metric) -> Engine:
         """An engine of the same components with another metric along the same words."""
         return OnPolicyEngine(
-            self.speech, self.chosen, self.done, self.progress, self.placement, metric, self.models, self.words
+            self.base_answers, self.chosen, self.done, self.progress, self.placement, metric, self.models, self.words
         )
 
     @property
@@ -261,7 +271,7 @@ class OnPolicyEngine(Engine):
     def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
         """F_o of the base with each of M sets of the expert, [M, B]: each model answers, one after the other."""
         pair = self.pair
-        return np.stack([self.speech.score(materialize(pair.base, pair.expert, mask)) for mask in masks])
+        return np.stack([self.base_answers.score(materialize(pair.base, pair.expert, mask)) for mask in masks])
 
     def perform(
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
@@ -308,7 +318,7 @@ class OnPolicyEngine(Engine):
         Returns:
             changes of the score along each patched model's own words; and 1 where those are not the base's, else 0.
         """
-        answers, cfg = self.speech.answers, self.pair.cfg
+        answers, cfg = self.base_answers.answers, self.pair.cfg
         lengths = np.asarray(answers.lengths)
         # Counts of words are whole numbers: all words stay if the count is that of the answer.
         same = np.asarray(self.words.run("base").score) + kept > lengths - 0.5
@@ -316,7 +326,7 @@ class OnPolicyEngine(Engine):
         spoken, changed = delta.copy(), np.zeros(delta.shape)
         if not len(anew):
             return spoken, changed
-        prompts, cell = self.speech.batch.with_instruction, CELLS[name]
+        prompts, cell = self.base_answers.batch.with_instruction, CELLS[name]
         host, donor = self.models[cell.host], self.models[cell.donor]
         masks = [open_units(cfg, [c]) for c in chunk.components]
         stacked = {unit: np.stack([mask[unit] for mask in masks]) for unit in masks[0]}
@@ -334,7 +344,7 @@ class OnPolicyEngine(Engine):
                 self.metric.readout,
                 jnp.asarray(self.pair.stop_tokens, jnp.int32),
                 self.metric.layer,
-                self.speech.max_new_tokens,
+                self.base_answers.max_new_tokens,
             )
 
         # Filled up to full parts by repeating rows, so that one compiled program serves all.

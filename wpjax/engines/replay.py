@@ -11,16 +11,7 @@ A component of layer l changes nothing before layer l. So:
 Prompts are packed, so that no token is computed twice (`engines.packing`). The number of the layer is traced, so one
 compiled program a kind serves every layer. For a knock-out, a component of the base in the expert, swap host and donor.
 
-The same pass follows an effect. The stream is the sum of what everything has written. So the change of the metric F by
-a patch of c splits over all later heads and MLPs u (docs/method.md, "Following an effect"; ours):
-
-    dF_c = d_cc + sum_u d_cu + rest_c,    d_cu = <v, o_u(host with c) - o_u(host)>,    v = dF / dr at the host
-
-at the positions that are read. d_cc is what c itself writes, o_u is what u writes, r is the stream.
-
-- If F is a projection, v is its direction and the rest is 0.
-- If F reads logits, the rest is what the slope v misses: the curve of the readout, and changes of its own weights.
-- If a norm stands between the heads and the stream, o_u is a head's share of the norm's output, by the norm's secant.
+The same pass follows the effect on its way through the later heads and MLPs, if asked to (`engines.flow`).
 
 Letters: N rows of the stream, one for each of P patches and perhaps one for the host; B prompts; S packed tokens;
 R positions read of each prompt; G = H + 1 targets of a layer, its heads and then its MLP.
@@ -37,12 +28,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from wpjax.components import KINDS
-from wpjax.engines.contributions import Rows, Run, Side, Written, layer_patch, layer_rows
+from wpjax.engines.contributions import Rows, Run, Side, layer_patch, layer_rows
+from wpjax.engines.flow import FlowReader, add_flow, own_change
 from wpjax.engines.memory import groups
 from wpjax.engines.packing import Packing
 from wpjax.metrics.metric import Metric, over_prompts
-from wpjax.metrics.readouts import Projection
-from wpjax.models.block import Block, LayerPass
+from wpjax.models.block import Block
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder, take_layer
 from wpjax.models.sites import Site
@@ -70,14 +61,14 @@ def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packin
     >>> run.resid_pre.shape, run.score.shape  # [A, 1, S, D] and [B]
     ((2, 1, 8, 16), (2,))
     """
-    sites, score = over_prompts(metric, functools.partial(streams, cfg, params), axis=1)  # a few prompts at a time
+    sites, score = over_prompts(metric, functools.partial(unpacked_run, cfg, params), axis=1)  # a few prompts at a time
     packed = {site: jnp.asarray(packing.gather(x)) for site, x in sites.items()}
     run = Run(packed.pop(Site.RESID_PRE), jnp.asarray(score[0]), kept=packed)
-    return followed(cfg, params, metric, packing, run) if with_flow else run
+    return add_flow(cfg, params, metric, packing, run) if with_flow else run
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def streams(
+def unpacked_run(
     cfg: ModelConfig, params: Params, metric: Metric
 ) -> tuple[dict[Site, Float[Array, "A B T D"]], Float[Array, "1 B"]]:
     """A model's residual stream before and after every layer up to the one that is read, and the metric.
@@ -88,83 +79,8 @@ def streams(
     return dict(out.sites), metric.read(cfg, params, metric.pick(out.resid))[None]
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def followed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, run: Run) -> Run:
-    """Add to a run what following the flow needs: `slope` and `written` (see `Run`)."""
-    assert run.kept is not None
-    slope = slope_of(cfg, params, metric, packing.pick(run.kept[Site.RESID_POST][-1])[0])
-
-    def written(layer: Array) -> Written:
-        one = block(cfg, take_layer(params["blocks"], layer))(take_layer(run.resid_pre, layer), packing.where_read(1))
-        return Written(packing.by_prompt(one.z)[0], along(slope, packing.by_prompt(one.mlp_out))[0])
-
-    return run._replace(slope=slope, written=jax.lax.map(written, jnp.arange(metric.layer + 1)))
-
-
-def slope_of(cfg: ModelConfig, params: Params, metric: Metric, picked: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
-    """Gradient of the metric by the residual stream, at the positions that are read.
-
-    Args:
-        cfg: the model.
-        params: its parameters; they matter to metrics that read logits.
-        metric: what is measured.
-        picked: the model's own stream at these positions.
-    """
-    if isinstance(metric.readout, Projection):  # linear: its gradient needs no pass
-        return jnp.asarray(metric.weight)[..., None] * metric.readout.vector
-
-    def one(b: Array) -> Float[Array, "R D"]:  # prompt by prompt: logits of the whole vocabulary take much memory
-        prompt = metric.take(b[None])
-        return jax.grad(lambda x: prompt.read(cfg, params, x[None])[0])(picked[b])
-
-    return jax.lax.map(one, jnp.arange(len(metric)))
-
-
-def along(slope: Float[Array, "B R D"], x: Float[Array, "N B R D"]) -> Float[Array, "N B"]:
-    """The first-order change of the metric, by row and prompt, for changes x of the stream."""
-    return jnp.einsum("nbrd,brd->nb", x, slope, precision=jax.lax.Precision.HIGHEST)
-
-
-class Tap(NamedTuple):
-    """Reads on the way how much each head and MLP changes the metric by writing something else than in the host.
-
-    Attributes:
-        slope: [B, R, D], gradient of the metric by the stream, at the positions that are read.
-        host: what the host's own heads and MLPs write there.
-    """
-
-    slope: Float[Array, "B R D"]
-    host: Written
-
-    def __call__(
-        self, one: LayerPass, layer: Array | int, picked: Callable[[Array], Array], heads: bool = True
-    ) -> Float[Array, "N B G"]:
-        """The terms d_cu of one layer, without those of the host: first its H heads, last its MLP.
-
-        Args:
-            one: the pass of N rows through the layer.
-            layer: number of the layer.
-            picked: a function that picks the positions that are read from a value of the pass: to [N, B, R, ...].
-            heads: whether attention ran in this pass. If not, its heads changed nothing and get 0.
-        """
-        host, highest = take_layer(self.host, layer), jax.lax.Precision.HIGHEST
-        mlp = (along(self.slope, picked(one.mlp_out)) - host.mlp)[..., None]
-        if not heads:
-            return jnp.pad(mlp, ((0, 0), (0, 0), (one.block.cfg.n_heads, 0)))
-        z, attn = picked(one.z), one.block.attn
-        slope, prompts = self.slope, "brhk"
-        if one.block.has_norm(Site.ATTN_OUT):  # the norm mixes the heads: each row has its own slope before the norm
-            slope, prompts = jnp.broadcast_to(slope, (len(z), *slope.shape)), "nbrhk"
-            slope = one.block.attn_proj_slope(slope, jnp.broadcast_to(attn.out(host.z), slope.shape), attn.out(z))
-        w_o = attn.W_O.get_value().astype(jnp.float32)
-        # The slope is taken back through W_O, so that [N, B, R, H, D], what each head writes, is never formed.
-        by_head = jnp.einsum(f"hkd,{prompts[:-2]}d->{prompts}", w_o, slope, precision=highest)
-        written = jnp.einsum(f"nbrhk,{prompts}->nbh", z - host.z, by_head, precision=highest)
-        return jnp.concatenate([written, mlp], axis=-1)
-
-
 Carry: TypeAlias = tuple[Array, Array | None]
-"""Rows of the stream in groups, [groups, rows a group, ...], and what the tap has read so far (None without a tap)."""
+"""Rows of the stream in groups, [groups, rows a group, ...], and the flow that was read so far (None: none is read)."""
 
 
 @jax.named_scope("suffix")
@@ -175,7 +91,7 @@ def suffix(
     start: Int[Array, ""],
     last: int,
     packing: Packing,
-    tap: Tap | None = None,
+    reader: FlowReader | None = None,
     *,
     mlp_first: bool = False,
 ) -> tuple[Float[Array, "N B R D"], Float[Array, "N B L G"] | None]:
@@ -188,39 +104,39 @@ def suffix(
         start: the first layer to run (traced); `last + 1` if none is left to run.
         last: the layer whose `resid_post` is read (static).
         packing: the packing of the prompts.
-        tap: reads the flow on the way; None for no flow.
+        reader: reads the flow on the way; None for no flow.
         mlp_first: whether `resid` is the `resid_mid` of layer `start - 1` instead (static). The MLP of that layer then
             runs first.
 
     Returns:
         the stream after layer `last` at the positions that are read, and the flow by layer and target, 0 for targets
-        that did not run (None without a tap).
+        that did not run (None without a reader).
     """
     packed, pick = packing.packed, packing.pick
     # On a CPU, rows run in groups that fit its cache. The last group is filled up with copies of the last row.
     n_groups, size = groups(cfg, packing, len(resid))
     filled = jnp.minimum(jnp.arange(n_groups * size), len(resid) - 1).reshape(n_groups, size)
 
-    # Four ways to run one layer. Each returns the stream after it, and what the tap reads.
+    # Four ways to run one layer. Each returns the stream after it, and what the reader reads.
     def whole(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
         """All of a layer, at all tokens."""
         one = b(x, packed)
-        return one.resid_post, tap(one, layer, pick) if tap else None
+        return one.resid_post, reader(one, layer, pick) if reader else None
 
     def where_read(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
         """All of a layer, with its output only at the positions that are read."""
         one = b(x, packing.where_read(len(x)))
-        return packing.by_prompt(one.resid_post), tap(one, layer, packing.by_prompt) if tap else None
+        return packing.by_prompt(one.resid_post), reader(one, layer, packing.by_prompt) if reader else None
 
     def mlp(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
         """The MLP of a layer, at all tokens; x is `resid_mid`."""
         one = b(x, packed, known={Site.RESID_MID: x})
-        return one.resid_post, tap(one, layer, pick, heads=False) if tap else None
+        return one.resid_post, reader(one, layer, pick, heads=False) if reader else None
 
     def mlp_where_read(b: Block, layer: Array | int, x: Float[Array, "n S D"]) -> tuple[Array, Array | None]:
         """The MLP of a layer, only at the positions that are read; x is `resid_mid`."""
         one = b(x, packed, known={Site.RESID_MID: pick(x)})
-        return one.resid_post, tap(one, layer, lambda x: x, heads=False) if tap else None
+        return one.resid_post, reader(one, layer, lambda x: x, heads=False) if reader else None
 
     def through(
         run: Callable[[Block, Array | int, Array], tuple[Array, Array | None]], layer: Array | int, carry: Carry
@@ -235,7 +151,7 @@ def suffix(
         return x.reshape(-1, *x.shape[2:])[: len(resid)]
 
     writes = None
-    if tap is not None:
+    if reader is not None:
         writes = jnp.zeros((n_groups, size, len(packing.at), last + 1, cfg.n_heads + 1), jnp.float32)
     x = resid[None] if n_groups == 1 else resid[filled]
 
@@ -326,13 +242,13 @@ def replay(
         at = layer_patch(cfg, host, donor, runs, layer, weights, inputs, packing.packed)
         with jax.named_scope(f"{kind} rows"):
             contributed = layer_rows(cfg, kind, at, (host, donor), layer, index)
-        site, rows, unpatched = contributed.handed_over(at)
+        site, rows, unpatched = contributed.handoff(at)
     rows = jax.lax.cond(step > 0, functools.partial(_jittered, seeds, step), lambda rows: rows, rows)
     if with_reference:
         rows = jnp.concatenate([rows, unpatched[None]])
-    tap = None if run.slope is None or run.written is None else Tap(run.slope, run.written)
+    reader = None if run.slope is None or run.written is None else FlowReader(run.slope, run.written)
     picked, writes = suffix(
-        cfg, host["blocks"], rows[:, 0], after, metric.layer, packing, tap, mlp_first=site is Site.RESID_MID
+        cfg, host["blocks"], rows[:, 0], after, metric.layer, packing, reader, mlp_first=site is Site.RESID_MID
     )
     # Logits of the whole vocabulary take much memory, so they are read for one patch at a time.
     at_once = 1 if metric.readout.reads_logits else len(index)
@@ -340,7 +256,7 @@ def replay(
     with jax.named_scope("read"):
         scores = jax.lax.map(lambda x: metric.read(cfg, patched, x), picked[:n], batch_size=at_once)
         change = scores - (metric.read(cfg, host, picked[-1]) if with_reference else run.score)
-    if tap is None or writes is None:
+    if reader is None or writes is None:
         return Replayed(change, None)
     before = writes[-1] if with_reference else 0.0  # what rounding in this program alone makes of the host
     # Only targets that ran after the patch count: [L, 1], or [L, H + 1] where a layer's MLP ran without its heads.
@@ -348,10 +264,10 @@ def replay(
     if site is Site.RESID_MID:
         later = later.repeat(cfg.n_heads + 1, 1).at[layer, -1].set(True)
     through = jnp.where(later, writes[:n] - before, 0.0).mean(1)  # [P, L, H + 1]
-    own = _own(tap, packing, rows[:n], unpatched)
+    own = own_change(reader, packing, rows[:n], unpatched)
     # Norms: their rows have gone through the layer's MLP already. What the MLP makes of it is that target's, not own.
     if contributed.mid is not None and contributed.post is not None:
-        direct = _own(tap, packing, contributed.mid, at.host.resid_mid)
+        direct = own_change(reader, packing, contributed.mid, at.host.resid_mid)
         through = through.at[:, layer, -1].set(own - direct)
         own = direct
     flow = jnp.concatenate([own[:, None], through.reshape(n, -1)], axis=1)  # in the order of `flow_targets`
@@ -364,19 +280,3 @@ def _jittered(seeds: Array, step: Array, rows: Float[Array, "N 1 S D"]) -> Float
     """Rows with every entry moved up or down by a relative step, at random: what a sham measures."""
     signs = jax.vmap(lambda seed: jax.random.rademacher(jax.random.key(seed), rows.shape[1:], jnp.float32))(seeds)
     return rows * (1 + step * signs)
-
-
-def _own(tap: Tap, packing: Packing, rows: Float[Array, "P 1 S D"], host: Float[Array, "1 S D"]) -> Float[Array, " P"]:
-    """The first-order change of the metric by what the rows differ from the host's stream, mean over prompts."""
-    return along(tap.slope, packing.pick(rows[:, 0]) - packing.pick(host)).mean(-1)
-
-
-def flow_targets(cfg: ModelConfig, metric: Metric) -> list[str]:
-    """Names of the columns of `Replayed.flow`.
-
-    `self` is what the component itself writes. Then come the heads and the MLP of each layer up to the one that is
-    read: `L0.head.0`, ..., `L0.mlp`, `L1.head.0`, ... If the metric reads logits, the last is `rest`.
-    """
-    parts = [*(f"head.{h}" for h in range(cfg.n_heads)), "mlp"]
-    layers = (f"L{layer}.{part}" for layer in range(metric.layer + 1) for part in parts)
-    return ["self", *layers, *["rest"][: metric.readout.reads_logits]]

@@ -17,13 +17,13 @@ from jaxtyping import Bool, Float, Int
 import wpjax
 from wpjax.behaviours import PromptBatch
 from wpjax.columns import EFFECT, Column, effect_estimates, find_column, rankings
-from wpjax.estimators.job import Found, Job
+from wpjax.estimators.job import MethodOutput, SweepJob
 from wpjax.results.sweep_result import SCHEMA, effect_or_estimate
 from wpjax.stats import (
     Resamples,
     benjamini_hochberg,
     mean_interval,
-    missed,
+    missed_interval,
     ratio_of_means,
     resample,
     sign_flip_p,
@@ -46,13 +46,15 @@ class Controls(NamedTuple):
     nulls: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
-def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls, n_resamples: int) -> xr.Dataset:
+def make_dataset(
+    job: SweepJob, batch: PromptBatch, output: MethodOutput, controls: Controls, n_resamples: int
+) -> xr.Dataset:
     """The dataset of the result; `SweepResult` says what it holds.
 
     Args:
         job: the sweep.
         batch: prompts of the sweep.
-        found: what the method returned.
+        output: what the method returned.
         controls: the controls that were measured, too.
         n_resamples: number of bootstrap samples behind the intervals.
 
@@ -63,20 +65,20 @@ def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls,
     kinds = np.array([c.kind for c in job.components])
     swept = list(dict.fromkeys(kinds.tolist()))
     # NaN stands for components that were not replaced; a component counts as replaced if all its prompts are finite.
-    changes = {EFFECT: np.full((n, len(batch)), np.nan), **found.changes}
+    changes = {EFFECT: np.full((n, len(batch)), np.nan), **output.changes}
     delta = changes[EFFECT]
     exact = np.isfinite(delta).all(1)
 
     values: dict[str, Any] = {}
     for name, change in changes.items():
         values |= _shares(_column(name), change, gap, resamples)
-    for name, share in found.shares.items():
+    for name, share in output.shares.items():
         values |= dict(zip((name, *_column(name).bounds), share, strict=True))
     values |= job.engine.columns
     # The paper's figure: the mean over prompts of each prompt's ratio, where the effect is the ratio of means.
     values["effect_paper"] = np.where(exact, (delta / gap).mean(1), np.nan)
     # Tests are of the most trustworthy column that was measured: weight patches or, without them, activation patches.
-    measured = [column.name for column in rankings() if column.is_tested and column.name in found.changes]
+    measured = [column.name for column in rankings() if column.is_tested and column.name in output.changes]
     tested = changes[measured[0]] if measured else delta
     replaced = np.isfinite(tested).all(1)
     values |= {name: np.full(n, np.nan) for name in ("p_value", "q_value")}
@@ -85,8 +87,8 @@ def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls,
         # The family of tests is all swept components. The screen chose on the same prompts, so the false discovery
         # rate would not hold among the chosen alone. Components that were not replaced count with p = 1.
         values["q_value"][replaced] = benjamini_hochberg(np.where(replaced, values["p_value"], 1.0))[replaced]
-        values |= _kind_statistics(found.sampled, controls, tested, replaced, kinds, swept, batch.queries, job.seed)
-    screens = [name for name in effect_estimates() if name in found.chosen_by]
+        values |= _kind_statistics(output.sampled, controls, tested, replaced, kinds, swept, batch.queries, job.seed)
+    screens = [name for name in effect_estimates() if name in output.chosen_by]
     if screens and exact.any():
         values["screen_error"] = values[screens[0]] - values[EFFECT]
     best = effect_or_estimate(values)  # for the sum of single effects: exact where it was measured, else estimated
@@ -108,15 +110,15 @@ def make_dataset(job: Job, batch: PromptBatch, found: Found, controls: Controls,
         "prompt": np.array(batch.texts, dtype=object),
         "swept_kind": np.array(swept, dtype=object),
     }
-    if found.flow is not None:
-        values["flow"] = (found.flow / gap.mean()).astype(np.float32)
+    if output.flow is not None:
+        values["flow"] = (output.flow / gap.mean()).astype(np.float32)
         values["target"] = np.array(job.engine.targets, dtype=object)
     # Keyed by `is_coordinate`: xarray takes variables and coordinates apart.
     variables: dict[bool, dict[str, Any]] = {False: dict(job.prepared.columns), True: {}}
     for name, value in values.items():
         column = _column(name)
         variables[column.is_coordinate][name] = (column.dims, value)
-    return xr.Dataset(variables[False], variables[True], _attributes(job, batch, found, controls, resamples))
+    return xr.Dataset(variables[False], variables[True], _attributes(job, batch, output, controls, resamples))
 
 
 def _column(name: str) -> Column:
@@ -164,16 +166,18 @@ def _kind_statistics(
         of_kind, size = kinds == kind, np.abs(delta.mean(1))
         chosen, drawn = of_kind & replaced & ~sampled, of_kind & sampled
         hits = int((size[drawn] >= np.median(size[chosen])).sum()) if chosen.any() else 0
-        rows.append(missed(hits, int(drawn.sum()), int((of_kind & ~chosen).sum())))
+        rows.append(missed_interval(hits, int(drawn.sum()), int((of_kind & ~chosen).sum())))
     column = _column("missed")
     values = zip((column.name, *column.bounds), zip(*rows, strict=True), strict=True)
     return statistics | {"sampled": sampled} | {name: np.array(figures, float) for name, figures in values}
 
 
-def _attributes(job: Job, batch: PromptBatch, found: Found, controls: Controls, resamples: Resamples) -> dict[str, Any]:
+def _attributes(
+    job: SweepJob, batch: PromptBatch, output: MethodOutput, controls: Controls, resamples: Resamples
+) -> dict[str, Any]:
     pair, metric, device = job.pair, job.metric, jax.local_devices()[0]
     interval = mean_interval(job.gap, resamples)
-    rows = {} if found.plan is None else found.plan.rows
+    rows = {} if output.plan is None else output.plan.rows
     attributes = {
         "what": "sweep",
         "schema": SCHEMA,
@@ -205,7 +209,7 @@ def _attributes(job: Job, batch: PromptBatch, found: Found, controls: Controls, 
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "method": job.method.name,
         **job.prepared.attributes,
-        **found.attributes,
+        **output.attributes,
     }
     return {  # netCDF has no mappings
         name: json.dumps(dict(value)) if isinstance(value, Mapping) else value for name, value in attributes.items()

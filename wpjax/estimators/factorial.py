@@ -18,20 +18,20 @@ import numpy as np
 from jaxtyping import Float
 
 from wpjax.columns import EFFECT
-from wpjax.estimators.job import Found, Job, estimate_and_replace
+from wpjax.estimators.job import MethodOutput, SweepJob, estimate_and_replace
 
 
-def run(job: Job) -> Found:
+def run(job: SweepJob) -> MethodOutput:
     """The step of method "factorial".
 
     Components are chosen by a screen of weights and by one of activations. They are replaced in every cell of the 2x2
     and, for the knock-out, in the expert.
     """
-    found = estimate_and_replace(job)
-    changes = dict(found.changes)
+    output = estimate_and_replace(job)
+    changes = dict(output.changes)
     changes |= two_by_two({"exact": changes[EFFECT], **{cell: changes[cell] for cell in ("activation", "relay")}})
     changes["knockout"] = -changes["knockout"]  # the cell is F(knocked out) - F(expert); a loss counts as positive
-    return found._replace(changes=changes)
+    return output._replace(changes=changes)
 
 
 def two_by_two(cells: Mapping[str, Float[np.ndarray, "C B"]]) -> dict[str, Float[np.ndarray, "C B"]]:

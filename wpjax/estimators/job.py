@@ -1,4 +1,4 @@
-"""What a method gets (`Job`), what it returns (`Found`), and the step that most methods are: estimate, then replace."""
+"""What a method gets (`SweepJob`) and returns (`MethodOutput`), and the step of most: estimate, then replace."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxtyping import Bool, Float, Int
 from wpjax.columns import EFFECT
 from wpjax.components import Component
 from wpjax.engines.engine import Engine
-from wpjax.engines.exact import Plan
+from wpjax.engines.plan import Plan
 from wpjax.estimators.screens import output_linearised
 from wpjax.methods import Estimate, Method
-from wpjax.metrics.metric import Metric, Prepared
+from wpjax.metrics.metric import Metric, PreparedMetric
 from wpjax.pairs import Pair
 from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress
 from wpjax.runtime.shards import finished_part
 
 
-class Found(NamedTuple):
+class MethodOutput(NamedTuple):
     """What a method returns.
 
     Attributes:
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One sweep, as its method gets it. The other attributes are arguments of `sweep` under the same names.
 
     Attributes:
@@ -65,7 +65,7 @@ class Job:
 
     method: Method
     pair: Pair
-    prepared: Prepared
+    prepared: PreparedMetric
     components: Sequence[Component]
     queries: Int[np.ndarray, " B"]
     gap: Float[np.ndarray, " B"]
@@ -138,18 +138,18 @@ class Job:
         return plan, {cell: delta for cell, (delta, _) in by_cell.items()}, by_cell.get("exact", (None, None))[1]
 
 
-def estimate_and_replace(job: Job) -> Found:
+def estimate_and_replace(job: SweepJob) -> MethodOutput:
     """The step of most methods: make the method's estimates, then replace components in its cells.
 
     A method without cells only estimates. A method without estimates replaces every component.
     """
     estimates = {estimate.column.name: job.estimate(estimate) for estimate in job.method.estimates}
     if not job.method.cells:
-        return Found(estimates)
+        return MethodOutput(estimates)
     positions, sampled = list(range(len(job.components))), None
     if estimates:
         choosing = list(estimates.values())
-        second = None if job.prepared.chooses_too is None else job.prepared.chooses_too()
+        second = None if job.prepared.second_metric is None else job.prepared.second_metric()
         if second is not None:  # it chooses only: its estimate is no column of the result
             pair = job.pair
             choosing.append(output_linearised(pair.cfg, pair.base, pair.expert, job.components, second))
@@ -157,7 +157,7 @@ def estimate_and_replace(job: Job) -> Found:
     plan, cells, flow = job.replace(positions)
     # In the result, changes by weight patches are the column `effect`; other cells have columns of their own names.
     changes = {EFFECT if cell == "exact" else cell: delta for cell, delta in cells.items()}
-    return Found(estimates | changes, plan=plan, flow=flow, sampled=sampled, chosen_by=tuple(estimates))
+    return MethodOutput(estimates | changes, plan=plan, flow=flow, sampled=sampled, chosen_by=tuple(estimates))
 
 
 def _highest(components: Sequence[Component], values: Float[np.ndarray, " C"], top: int) -> list[int]:

@@ -30,8 +30,8 @@ from scipy.stats import norm
 from wpjax.components import Component, unit_positions, unit_shapes
 from wpjax.engines.joint import scores_of_sets
 from wpjax.errors import WpjaxError
-from wpjax.estimators.job import Found, Job
-from wpjax.estimators.screens import by_component, unit_slopes
+from wpjax.estimators.job import MethodOutput, SweepJob
+from wpjax.estimators.unit_slopes import by_component, unit_slopes
 from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -39,7 +39,7 @@ from wpjax.patching import PatchMask
 from wpjax.runtime.progress import Progress, silent
 from wpjax.runtime.shards import finished_part
 
-SHARES = {"beta_low": 0.1, "banzhaf": 0.5, "beta_high": 0.9}
+PROBABILITIES = {"beta_low": 0.1, "banzhaf": 0.5, "beta_high": 0.9}
 """Column -> p: few, half and most of the other components are in a set."""
 
 MASKS_AT_ONCE = 32
@@ -96,7 +96,7 @@ class UnitMasks:
         return PatchMask({unit: jnp.asarray(flat[a:b].reshape(shape)) for (unit, shape), a, b in parts})
 
 
-def draw(n_masks: int, n_components: int, p: float, seed: int) -> Bool[np.ndarray, "T C"]:
+def draw_masks(n_masks: int, n_components: int, p: float, seed: int) -> Bool[np.ndarray, "T C"]:
     """Random sets of components: each component is in each set with probability p, independently.
 
     Args:
@@ -109,7 +109,7 @@ def draw(n_masks: int, n_components: int, p: float, seed: int) -> Bool[np.ndarra
     return np.random.default_rng((seed, round(1000 * p))).random((n_masks, n_components)) < p
 
 
-def estimate(
+def estimate_beta(
     masks: Bool[np.ndarray, "T C"], values: Float[np.ndarray, "T B"], slopes: Float[np.ndarray, "C B"] | None = None
 ) -> MaskEstimate:
     """beta of every component, from the metric under random masks.
@@ -124,10 +124,10 @@ def estimate(
         for a component that is in exactly one mask, or in all but one.
 
     >>> import numpy as np
-    >>> from wpjax.estimators.masks import estimate
+    >>> from wpjax.estimators.masks import estimate_beta
     >>> masks = np.array([[True, False], [False, True], [True, True], [False, False]])
     >>> values = masks @ np.array([[2.0], [5.0]])  # two components that add 2 and 5 on one prompt
-    >>> estimate(masks, values).beta[:, 0].tolist()
+    >>> estimate_beta(masks, values).beta[:, 0].tolist()
     [2.0, 5.0]
     """
     z = masks.astype(np.float64)
@@ -191,7 +191,7 @@ def random_masks(
     if not 0 < p < 1 or n_masks < 2:
         raise WpjaxError(f"p={p}, n_masks={n_masks}: p lies between 0 and 1, and it takes at least 2 sets")
     done = {} if done is None else done
-    units, masks = UnitMasks(cfg, components), draw(n_masks, len(components), p, seed)
+    units, masks = UnitMasks(cfg, components), draw_masks(n_masks, len(components), p, seed)
     fits: dict[str, int] = {}
     for first in range(0, n_masks, MASKS_AT_ONCE):
         key = f"masks-{p:g}-{first}"
@@ -211,17 +211,17 @@ def random_masks(
     if control:
         at = units.mask(np.full(len(components), p, np.float32))
         slopes = by_component(unit_slopes(cfg, host, donor, metric, at), components)
-    return estimate(masks, values, slopes)
+    return estimate_beta(masks, values, slopes)
 
 
-def run(job: Job) -> Found:
-    """The step of method "masks": beta at each p of `SHARES`, as shares of the gap.
+def run(job: SweepJob) -> MethodOutput:
+    """The step of method "masks": beta at each p of `PROBABILITIES`, as shares of the gap.
 
     `redundancy` is beta at the smallest p minus beta at the largest. Intervals are over random sets, not over prompts.
     """
     pair, gap, z = job.pair, job.gap.mean(), float(norm.ppf(0.975))
     columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # name -> value and standard error, [C] each
-    for name, p in SHARES.items():
+    for name, p in PROBABILITIES.items():
         betas = random_masks(
             pair.cfg, pair.base, pair.expert, job.components, job.metric, p,
             n_masks=job.n_masks, seed=job.seed, budget=job.budget, done=job.done, progress=job.progress,
@@ -229,4 +229,4 @@ def run(job: Job) -> Found:
         columns[name] = betas.beta.mean(1) / gap, betas.se / gap
     (low, low_se), (high, high_se) = columns["beta_low"], columns["beta_high"]
     columns["redundancy"] = low - high, np.hypot(low_se, high_se)  # the sets of the two p are independent
-    return Found(shares={name: np.stack([v, v - z * se, v + z * se]) for name, (v, se) in columns.items()})
+    return MethodOutput(shares={name: np.stack([v, v - z * se, v + z * se]) for name, (v, se) in columns.items()})

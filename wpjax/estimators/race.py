@@ -28,9 +28,9 @@ from scipy.stats import t as student
 from wpjax.columns import EFFECT
 from wpjax.components import Component
 from wpjax.engines.engine import Engine, placed
-from wpjax.engines.exact import cut, make_plan
 from wpjax.engines.packing import common_shape, pack
-from wpjax.estimators.job import Found, Job
+from wpjax.engines.plan import cut, make_plan
+from wpjax.estimators.job import MethodOutput, SweepJob
 from wpjax.metrics.metric import Metric
 from wpjax.pairs import Pair
 from wpjax.results.sweep_result import SweepResult
@@ -215,7 +215,7 @@ def race(
     return Race(sorted(chosen), mean, share, undecided)
 
 
-def run(job: Job) -> Found:
+def run(job: SweepJob) -> MethodOutput:
     """The step of method "race": race, then replace the chosen components on all prompts."""
     raced = race(
         job.pair, job.metric, job.components, job.queries,
@@ -229,7 +229,7 @@ def run(job: Job) -> Found:
         "race_confidence": job.confidence,
         "race_undecided": raced.undecided,
     }
-    return Found(changes, plan=plan, flow=flow, attributes=attributes)
+    return MethodOutput(changes, plan=plan, flow=flow, attributes=attributes)
 
 
 def note(result: SweepResult) -> str:

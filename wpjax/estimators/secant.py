@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.components import Component
-from wpjax.estimators.screens import by_component, zero_beyond_reach
+from wpjax.estimators.screens import zero_beyond_reach
+from wpjax.estimators.unit_slopes import by_component
 from wpjax.metrics.metric import Metric, over_prompts
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params

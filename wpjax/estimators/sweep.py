@@ -17,7 +17,7 @@ from wpjax.components import KINDS, Component, check_kind, enumerate_components,
 from wpjax.engines.engine import Engine
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.estimators.dataset import Controls, make_dataset
-from wpjax.estimators.job import Found, Job
+from wpjax.estimators.job import MethodOutput, SweepJob
 from wpjax.methods import check_method
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.metric import Measure, Metric, expect_positive_gap, scores
@@ -132,31 +132,31 @@ def sweep(
         held = given.clamp_to(pair, batch, prepared.metric)
         attributes = {**prepared.attributes, "anchor_acceptance": given.acceptance}
         prepared = dataclasses.replace(prepared, metric=held, attributes=attributes)
-    swept = _swept_components(pair, prepared.reached_by or prepared.metric, kinds, components)
+    swept = _swept_components(pair, prepared.reach_metric or prepared.metric, kinds, components)
     read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
     gap = (expert_score - base_score).astype(np.float64)
     # Effects are shares of the gap, so a sweep of a gap that may be zero is refused before any work is done.
     expect_positive_gap(gap, batch.queries, f"the {prepared.metric.name} metric of {batch.behaviour}", seed)
-    job = Job(
+    job = SweepJob(
         chosen_method, pair, prepared, swept, batch.queries, gap,
         top=top, stratum=stratum, confidence=confidence, n_masks=n_masks, seed=seed, budget=budget,
         done={} if done is None else done, progress=progress, placement=Placement.on(devices),
     )  # fmt: skip
-    found: Found = chosen_method.run(job)
-    dataset = make_dataset(job, batch, found, _controls(job, found), n_resamples)
+    output: MethodOutput = chosen_method.run(job)
+    dataset = make_dataset(job, batch, output, _controls(job, output), n_resamples)
     dataset.attrs["wall_time_s"] = round(time.perf_counter() - started, 3)
     return SweepResult(dataset)
 
 
-def _controls(job: Job, found: Found) -> Controls:
+def _controls(job: SweepJob, output: MethodOutput) -> Controls:
     """Noise floor and nulls for the patches that were made, and the share that all components recover together."""
     floor: dict[str, float] = {}
     nulls: dict[str, dict[str, float]] = {}
-    if found.plan is not None:
-        floor = job.engine.noise_floor(found.plan, job.gap, job.seed)
-        if EFFECT in found.changes:  # nulls are of weight patches
-            nulls = job.engine.nulls(found.plan, job.gap, job.seed)
+    if output.plan is not None:
+        floor = job.engine.noise_floor(output.plan, job.gap, job.seed)
+        if EFFECT in output.changes:  # nulls are of weight patches
+            nulls = job.engine.nulls(output.plan, job.gap, job.seed)
     return Controls(_coverage(job.engine, job.components, job.gap, job.budget, job.progress), floor, nulls)
 
 

@@ -16,7 +16,9 @@ from wpjax.behaviours import Behaviour, PromptBatch
 from wpjax.errors import AnchorRejected
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.steering import steering_tests
-from wpjax.metrics.anchor import MIN_STABILITY, Anchor, LayerDiagnostics, Reading, SteeringTest, first_answers, read_at
+from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.diagnostics import MIN_STABILITY, LayerDiagnostics, SteeringTest
+from wpjax.metrics.reading import Reading, first_answers, read_at
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
 from wpjax.models.sites import Site
@@ -215,7 +217,7 @@ def _candidates(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int
 
 def _choose(tests: Sequence[SteeringTest], name: str, causal: Causal) -> SteeringTest:
     """The outcome at the layer of largest effect, among layers that pass both causal tests if there are any."""
-    best = max(tests, key=lambda t: (not t.verdict(), t.size))
+    best = max(tests, key=lambda t: (not t.verdict(), t.effect_size))
     if best.verdict() and causal == "require":
         raise AnchorRejected(
             f"anchor for {name} rejected: of {len(tests)} layers tried none passes the causal tests; the nearest, "

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
-from wpjax.metrics.anchor import MAX_EXCESS_NLL, SteeringTest
+from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
 from wpjax.models.decoder import Params
 from wpjax.models.edits import ClampTo
 from wpjax.models.generate import Generation

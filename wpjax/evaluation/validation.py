@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from wpjax.behaviours import Behaviour, loose, strict
 from wpjax.components import Component, n_parameters, parse_component
-from wpjax.engines.on_policy import along
+from wpjax.engines.on_policy import along_answers
 from wpjax.errors import WpjaxError
 from wpjax.estimators.screens import output_linearised
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
@@ -67,7 +67,7 @@ def log_grid(n: int, points: int) -> list[int]:
     return np.unique(np.geomspace(1, n, points).round().astype(int)).tolist()
 
 
-def steps_of(order: Sequence[Component], sizes: Int[np.ndarray, " C"], budgets: Sequence[int]) -> list[Step]:
+def curve_steps(order: Sequence[Component], sizes: Int[np.ndarray, " C"], budgets: Sequence[int]) -> list[Step]:
     """For each budget, the first components of an order whose number of parameters comes nearest to it.
 
     Args:
@@ -83,7 +83,7 @@ def steps_of(order: Sequence[Component], sizes: Int[np.ndarray, " C"], budgets: 
     return steps
 
 
-def orders(
+def control_orders(
     pair: Pair,
     behaviour: Behaviour,
     result: SweepResult,
@@ -168,7 +168,7 @@ def activation_values(
     if attrs["metric"] in answer_metrics():
         metric = answer_metrics()[attrs["metric"]](pair, batch, max_new_tokens)
     elif anchor is not None and attrs["metric"] == "on_policy":
-        metric = along(anchor, batch, answer_of(pair, pair.base, batch.with_instruction, max_new_tokens))
+        metric = along_answers(anchor, batch, answer_of(pair, pair.base, batch.with_instruction, max_new_tokens))
     elif anchor is not None:
         metric = anchor.metric(pair, batch)
     else:
@@ -235,13 +235,15 @@ def validate(
     if anchor is not None:
         anchor.check_belongs(pair)
     done = {} if done is None else done
-    ranked = orders(pair, behaviour, result, anchor, by=by, n_random=n_random, max_new_tokens=max_new_tokens, seed=seed)
+    ranked = control_orders(
+        pair, behaviour, result, anchor, by=by, n_random=n_random, max_new_tokens=max_new_tokens, seed=seed
+    )
     under_test = next(iter(ranked))
     sizes = {name: np.array([n_parameters(pair.cfg, c) for c in order]) for name, order in ranked.items()}
     # The ranking under test sets the budgets of parameters. The controls come as near to them as they can.
     totals = np.cumsum(sizes[under_test])
     budgets = [int(totals[k - 1]) for k in log_grid(len(totals), n_points)]
-    steps = {name: steps_of(order, sizes[name], budgets) for name, order in ranked.items()}
+    steps = {name: curve_steps(order, sizes[name], budgets) for name, order in ranked.items()}
 
     batch = behaviour.encode(pair.tokenizer, "test", n_prompts)
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
@@ -258,7 +260,7 @@ def validate(
         checked = [judge.passes(answers, check).astype(np.float64) for check in (strict, loose)]
         scored = [joint_scores(pair.cfg, params, list(metrics.values()))]
         if anchor is not None:
-            scored.append(scores(pair.cfg, params, along(anchor, batch, answers))[None])
+            scored.append(scores(pair.cfg, params, along_answers(anchor, batch, answers))[None])
         return np.concatenate([checked, *scored]).astype(np.float64)
 
     ends = np.stack([measure(pair.base, by_base), measure(pair.expert, by_expert)])

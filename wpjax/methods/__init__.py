@@ -12,10 +12,10 @@ from wpjax.methods.registry import (
     Estimate,
     Method,
     check_method,
-    described,
     find_method,
     lazily,
     methods,
+    methods_help,
     register,
 )
 
@@ -27,9 +27,9 @@ __all__ = [
     "Method",
     "builtin",
     "check_method",
-    "described",
     "find_method",
     "lazily",
     "methods",
+    "methods_help",
     "register",
 ]

@@ -86,7 +86,7 @@ def check_metric(name: str) -> MetricEntry:
     return _metrics[name]
 
 
-def metrics_described() -> str:
+def metrics_help() -> str:
     """The help of `--metric`: every metric with its help."""
     return " ".join(f"{entry.name}: {entry.help}" for entry in metric_entries())
 

@@ -57,7 +57,7 @@ class Method:
     Attributes:
         name: name that users give to `sweep(method=...)` and `--method`.
         help: what the method does, as the rest of a sentence that begins with its name: "replaces every component".
-        run: step that does it: a function from an `estimators.job.Job` to an `estimators.job.Found`.
+        run: step that does it: a function from an `estimators.job.SweepJob` to an `estimators.job.MethodOutput`.
         estimates: estimates that the step makes first. They choose which components are replaced, if any are.
         cells: names of the cells of the 2x2 in which components are replaced (`engines.engine.CELLS`), the main one
             first.
@@ -134,6 +134,6 @@ def check_method(name: str, has_fixed_words: bool = True) -> Method:
     return method
 
 
-def described() -> str:
+def methods_help() -> str:
     """The help of `--method`: every method with its help."""
     return "; ".join(f"{method.name} {method.help}" for method in methods()) + "."

@@ -17,21 +17,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 
 from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
-from wpjax.metrics.answers import answer_of, answer_positions, with_answers
-from wpjax.metrics.metric import Metric, Prepared, scores
+from wpjax.metrics.diagnostics import LayerDiagnostics
+from wpjax.metrics.metric import Metric, PreparedMetric, scores
+from wpjax.metrics.reading import first_answers, read_at
 from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -40,151 +40,6 @@ from wpjax.models.generate import Generation
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.runtime.files import atomic_output, write_tensors
-
-MIN_STABILITY = 0.9
-"""Smallest split-half cosine at which an anchor is accepted."""
-
-MAX_EXCESS_NLL = 1.0
-"""Steered answers that are less likely under the base than the expert's own by more nats per token are degenerate."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SteeringTest:
-    """What happens to answers when the residual stream is moved along a direction: both causal tests at one layer.
-
-    A share is the part of the prompts, from 0 to 1, whose answers pass the checker. Log-likelihoods are always under
-    the base.
-
-    Attributes:
-        layer: 0-based layer after which the stream is moved.
-        strength: how far the base was steered, 1 for the expert's own state. Of the strengths tried, the one at which
-            the base passes most; strengths that make degenerate answers are left out if any other is there.
-        steered: share of the base, steered along the direction.
-        steered_random: share of the base, moved as far along random directions.
-        gain_low: lower end of the 95 % interval of `steered - steered_random`, resampled over queries.
-        removed: share of the expert, held at the base's state along the direction.
-        removed_random: share of the expert, moved as far along random directions.
-        drop_low: lower end of the 95 % interval of `removed_random - removed`, resampled over queries.
-        nll: mean negative log-likelihood of the steered answers, in nats per token.
-        nll_expert: the same for the answers of the expert that is not steered.
-        nll_removed: the same for the answers of the expert held at the base's state; NaN if not measured.
-
-    >>> import wpjax as wp
-    >>> from wpjax.metrics.anchor import SteeringTest
-    >>> test = SteeringTest(4, 1.5, steered=0.8, steered_random=0.1, gain_low=-0.05, removed=0.0, removed_random=0.9,
-    ...                     drop_low=0.8, nll=1.2, nll_expert=1.1)
-    >>> print(test.verdict())
-    steering the base along it passes the checker on 80% of prompts, a random direction on 10%: not surely more
-    """
-
-    layer: int
-    strength: float
-    steered: float
-    steered_random: float
-    gain_low: float
-    removed: float
-    removed_random: float
-    drop_low: float
-    nll: float
-    nll_expert: float
-    nll_removed: float = math.nan
-
-    @property
-    def size(self) -> float:
-        """Gain of the steered base times loss of the expert, each beyond its control. The layer is chosen by it."""
-        return max(self.steered - self.steered_random, 0.0) * max(self.removed_random - self.removed, 0.0)
-
-    def verdict(self) -> str:
-        """An empty text if both tests pass, otherwise the first one that fails, with its figures."""
-        # Written with `not`, so that a figure that is NaN fails. `nll_removed` alone may be NaN.
-        if not self.nll <= self.nll_expert + MAX_EXCESS_NLL:
-            return (
-                f"steered answers are degenerate: {self.nll:.2f} nats a token under the base, the expert's own "
-                f"{self.nll_expert:.2f}"
-            )
-        if not self.gain_low > 0:
-            return (
-                f"steering the base along it passes the checker on {self.steered:.0%} of prompts, a random direction "
-                f"on {self.steered_random:.0%}: not surely more"
-            )
-        if not self.drop_low > 0:
-            return (
-                f"without it the expert passes on {self.removed:.0%} of prompts, without a random direction on "
-                f"{self.removed_random:.0%}: not surely less"
-            )
-        if self.nll_removed > self.nll_expert + MAX_EXCESS_NLL:
-            return (
-                f"without it the expert's answers are degenerate: {self.nll_removed:.2f} nats a token under the base, "
-                f"before {self.nll_expert:.2f}"
-            )
-        return ""
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerDiagnostics:
-    """Diagnostics of a candidate anchor at one layer.
-
-    F_E and F_B are F of the expert and of the base, G their difference.
-
-    Attributes:
-        layer: 0-based layer whose `resid_post` is read.
-        stability: mean cosine between directions fitted on random halves of the queries.
-        norm: |u|, length of the mean difference that the instruction makes in the expert.
-        gap: mean of G over the "sweep" prompts. `gap_low` and `gap_high` are the ends of its 95 % interval.
-        gap_sd: standard deviation of G over prompts.
-        specific: specific gap, the part of the gap that the instruction makes: the mean of
-            [F_E - F_B](x+) - [F_E - F_B](x-), a difference in differences. What the expert moves without the
-            instruction (drift) is not in it. `specific_low` and `specific_high` are the ends of its 95 % interval.
-        specific_sd: standard deviation of the specific gap over prompts.
-        base_trace: mean of F_B(x+) - F_B(x-), as a share of the same mean in the expert.
-        strength: this and all later fields are those of `SteeringTest`; NaN if this layer was not steered.
-    """
-
-    layer: int
-    stability: float
-    norm: float
-    gap: float
-    gap_low: float
-    gap_high: float
-    gap_sd: float
-    specific: float
-    specific_low: float
-    specific_high: float
-    specific_sd: float
-    base_trace: float
-    strength: float = math.nan
-    steered: float = math.nan
-    steered_random: float = math.nan
-    gain_low: float = math.nan
-    removed: float = math.nan
-    removed_random: float = math.nan
-    drop_low: float = math.nan
-    nll: float = math.nan
-    nll_expert: float = math.nan
-    nll_removed: float = math.nan
-
-    @property
-    def steering(self) -> SteeringTest | None:
-        """The causal tests at this layer; None if they were not made."""
-        if math.isnan(self.strength):
-            return None
-        return SteeringTest(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SteeringTest)})
-
-    @property
-    def signal(self) -> float:
-        """The specific gap in units of its standard deviation over prompts."""
-        return self.specific / max(self.specific_sd, 1e-30)
-
-    def verdict(self) -> str:
-        """An empty text if the layer passes the tests of projections, otherwise the first test that it fails."""
-        if not self.stability >= MIN_STABILITY:  # written so that NaN fails
-            return f"split-half cosine {self.stability:.2f} < {MIN_STABILITY}"
-        if not self.gap_low > 0:
-            return f"gap {self.gap:.3g} [{self.gap_low:.3g}, {self.gap_high:.3g}] is not positive"
-        if not self.specific_low > 0:
-            specific = f"{self.specific:.3g} [{self.specific_low:.3g}, {self.specific_high:.3g}]"
-            return f"gap {self.gap:.3g} is drift: what the instruction makes of it is {specific}, not positive"
-        return ""
 
 
 @functools.partial(
@@ -229,7 +84,7 @@ class Anchor:
 
     has_fixed_words: ClassVar[bool] = True
 
-    def on(self, batch: PromptBatch | Tokens, answers: Generation | None = None) -> Metric:
+    def metric_along(self, batch: PromptBatch | Tokens, answers: Generation | None = None) -> Metric:
         """The metric F on some prompts: the projection of the residual stream after the anchor's layer.
 
         Args:
@@ -249,16 +104,16 @@ class Anchor:
 
     def metric(self, pair: Pair, batch: PromptBatch) -> Metric:
         """The metric F on some prompts. If the anchor is read on the expert's answers, they are generated here."""
-        return self.on(batch, first_answers(pair, batch.with_instruction, self.n_response))
+        return self.metric_along(batch, first_answers(pair, batch.with_instruction, self.n_response))
 
-    def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
+    def prepare(self, pair: Pair, batch: PromptBatch) -> PreparedMetric:
         """What a sweep needs to measure this anchor.
 
         Raises:
             AnchorRejected: the anchor belongs to another expert.
         """
         self.check_belongs(pair)
-        return Prepared(self.metric(pair, batch), columns=self.columns, attributes=self.attributes)
+        return PreparedMetric(self.metric(pair, batch), columns=self.columns, attributes=self.attributes)
 
     @property
     def columns(self) -> dict[str, tuple[str, Any]]:
@@ -285,13 +140,13 @@ class Anchor:
         Args:
             cfg: architecture of the model M.
             params: its parameters; they may hold `Blend`s.
-            batch: prompts; see `on`.
-            answers: answers to read instead of the last prompt token; see `on`.
+            batch: prompts; see `metric_along`.
+            answers: answers to read instead of the last prompt token; see `metric_along`.
 
         Raises:
             WpjaxError: the model has no such layer, a prompt exceeds its context, or answers are missing.
         """
-        return self.on(batch, answers)(cfg, params)
+        return self.metric_along(batch, answers)(cfg, params)
 
     def clamp_to(self, pair: Pair, batch: PromptBatch, metric: Metric) -> Metric:
         """The same metric with every model held at the expert's state on the anchor.
@@ -391,32 +246,3 @@ class Anchor:
                 f"the anchor was fitted in another expert (fingerprint {self.expert_fingerprint}, this one is "
                 f"{pair.fingerprints[1]}), or in this one at another dtype; fit one with `wpjax anchor`"
             )
-
-
-class Reading(NamedTuple):
-    """Where the stream is read.
-
-    Attributes:
-        tokens: token ids of B prompts, with their answers if those are read.
-        at: [B, S], token positions that are read.
-        weight: [B, S], weight of each position in the mean over S.
-    """
-
-    tokens: Tokens
-    at: Int[Array | np.ndarray, "B S"]
-    weight: Float[Array | np.ndarray, "B S"]
-
-
-def read_at(prompts: Tokens, answers: Generation | None) -> Reading:
-    """Where to read prompts: at the last prompt token, or at all tokens of their answers, the end token included."""
-    if answers is None:
-        return Reading(prompts, prompts.last[:, None], np.ones((len(prompts.ids), 1), np.float32))
-    at, is_token = answer_positions(prompts, answers)
-    # `at` predicts a token, so it is one position before it. The state of a token is read where the token stands.
-    where = np.where(is_token > 0, at + 1, 0)
-    return Reading(with_answers(prompts, answers), where, is_token / is_token.sum(1, keepdims=True))
-
-
-def first_answers(pair: Pair, prompts: Tokens, n: int) -> Generation | None:
-    """Greedy answers of the expert, n tokens at most; None for n = 0."""
-    return answer_of(pair, pair.expert, prompts, n) if n else None

@@ -14,7 +14,7 @@ The last three are ours (docs/method.md, "What the model says"). They read the o
 the anchor count too. All four are differentiable, and every sweep and screen takes any of them.
 
 The on-policy score reads the anchor along a model's own answer. A patch may change that answer, so it is a `Metric`
-only once the answers are given: `Anchor.on(batch, answers)`. `engines.on_policy` does the rest.
+only once the answers are given: `Anchor.metric_along(batch, answers)`. `engines.on_policy` does the rest.
 
 A metric that comes back is not yet a behaviour that comes back. Only a checker of generated text can tell.
 """
@@ -139,9 +139,9 @@ class Metric:
             return self.first_layer <= component.layer <= self.layer
         return self.held is None if component.kind == "embed" else self.readout.reads_logits
 
-    def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
+    def prepare(self, pair: Pair, batch: PromptBatch) -> PreparedMetric:
         """What a sweep needs to measure this metric: the metric itself, and nothing more."""
-        return Prepared(self)
+        return PreparedMetric(self)
 
     @property
     def first_layer(self) -> int:
@@ -268,28 +268,28 @@ def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Int[np.ndarray, "
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedMetric:
     """Everything a sweep needs to measure something on one pair and one batch of prompts.
 
     A metric of fixed words needs only `metric`. The other fields are for the on-policy score.
 
     Attributes:
         metric: a metric along fixed words. Screens differentiate it.
-        reached_by: a metric whose `reaches` says which components can be swept; None for `metric` itself.
+        reach_metric: a metric whose `reaches` says which components can be swept; None for `metric` itself.
         score: a function from a model's parameters to F of each prompt, [B]; None to read `metric`.
         make_engine: a function of (components, finished parts, progress, placement) that returns the engine that
             replaces components; None for the `engines.engine.Engine` of fixed words.
-        chooses_too: a function that returns one more metric, or None if there is none on these prompts. After a screen,
-            the first-order effects on that metric choose components to replace, too. None for no such metric.
+        second_metric: a function that returns one more metric, or None if there is none on these prompts. After a
+            screen, the first-order effects on that metric choose components to replace, too. None for no such metric.
         columns: variables to add to the result: name -> (dimension, values).
         attributes: attributes to add to the result.
     """
 
     metric: Metric
-    reached_by: Metric | None = None
+    reach_metric: Metric | None = None
     score: Callable[[Params], Float[np.ndarray, " B"]] | None = None
     make_engine: Callable[..., Any] | None = None
-    chooses_too: Callable[[], Metric | None] | None = None
+    second_metric: Callable[[], Metric | None] | None = None
     columns: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -305,7 +305,7 @@ class Measure(Protocol):
 
     has_fixed_words: ClassVar[bool]
 
-    def prepare(self, pair: Pair, batch: PromptBatch) -> Prepared:
+    def prepare(self, pair: Pair, batch: PromptBatch) -> PreparedMetric:
         """Make everything that a sweep of this pair on these prompts needs.
 
         Raises:

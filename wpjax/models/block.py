@@ -92,7 +92,7 @@ class Block(nnx.Module):
         """Whether the MLP reads the stream after attention of the same layer has written to it."""
         return not self.cfg.parallel
 
-    def where_added(self, site: Site) -> Site:
+    def residual_site(self, site: Site) -> Site:
         """The furthest site at which a change at `attn_proj` or `mlp_proj` can simply be added.
 
         That is the stream; but if a norm stands between, it is the site itself.
@@ -270,14 +270,14 @@ class LayerPass:
         """
         return LayerPass(self.block, self._entering, self.layout, values, self.edits, self.layer, origin=self)
 
-    def moved(self, site: Site, change: Value) -> LayerPass:
+    def shifted(self, site: Site, change: Value) -> LayerPass:
         """This pass with a change added at a site.
 
         Args:
             site: `attn_proj` or `mlp_proj`.
             change: [*n, B, T, D], added to the value there; its leading axes lead all values that follow.
         """
-        added_at = self.block.where_added(site)
+        added_at = self.block.residual_site(site)
         return self.replaced({added_at: self.at(added_at) + change})
 
 

@@ -72,16 +72,16 @@ class Blend(CustomLeaf):
         mask: boolean, or float in [0, 1]. Shape [n] for the n channels along `axis`, or [] for the whole weight. If
             the leaves are stacked over layers, the mask has the same leading axis.
         axis: the axis of the channels in one layer's weight (static); None if the mask is a scalar.
-        index: [K], the channels that `expert` holds, if it was cut down to these. The mask must be closed at all other
-            channels. None: `expert` holds all channels.
-        slot: [n], the place of each channel in `index`; given together with `index`.
-        confined: the same leaf with an `expert` that is cut down to few channels. It is used in layers where the mask
+        channels: [K], the channels that `expert` holds, if it was cut down to these. The mask must be closed at all
+            other channels. None: `expert` holds all channels.
+        place: [n], the place of each channel in `channels`; given together with `channels`.
+        narrow: the same leaf with an `expert` that is cut down to few channels. It is used in layers where the mask
             is open at no other channel. None: there is no such leaf.
-        extent: [] integer, how much of `expert` this layer needs. None: all of it.
+        breadth: [] integer, how much of `expert` this layer needs. None: all of it.
 
             0. Nothing: the mask is closed everywhere. The layer costs what a plain one does.
-            1. The few channels of `confined`; without `confined`, all channels.
-            2. All channels, with `confined`.
+            1. The few channels of `narrow`; without `narrow`, all channels.
+            2. All channels, with `narrow`.
 
     Columns 0 and 2 of the base, column 1 of the expert:
 
@@ -96,29 +96,29 @@ class Blend(CustomLeaf):
     expert: Array
     mask: Mask
     axis: int | None = dataclasses.field(metadata={"static": True})
-    index: Int[Array, "..."] | None = None
-    slot: Int[Array, "..."] | None = None
-    confined: Blend | None = None
-    extent: Int[Array, "..."] | None = None
+    channels: Int[Array, "..."] | None = None
+    place: Int[Array, "..."] | None = None
+    narrow: Blend | None = None
+    breadth: Int[Array, "..."] | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the weights, not of the mask."""
         return self.base.dtype
 
-    def by_extent(self, plain: Callable[[], Array], blended: Callable[[Form], Array]) -> Array:
-        """Compute something with no more of `expert` than this layer needs; see `extent`.
+    def by_breadth(self, plain: Callable[[], Array], blended: Callable[[Form], Array]) -> Array:
+        """Compute something with no more of `expert` than this layer needs; see `breadth`.
 
         Args:
             plain: computes it from `base` alone.
             blended: computes it from both weights. It is given a function that maps a leaf with this mask to the form
-                to use: the leaf itself, or its `confined`.
+                to use: the leaf itself, or its `narrow`.
         """
-        # `extent` is shared by all masks of a vmap. So one branch runs, where a batched index would run them all.
-        if self.extent is None:
+        # `breadth` is shared by all masks of a vmap. So one branch runs, where a batched index would run them all.
+        if self.breadth is None:
             return blended(_all_channels)
-        forms = [_all_channels] if self.confined is None else [_few_channels, _all_channels]
-        return jax.lax.switch(self.extent, [plain, *(functools.partial(blended, form) for form in forms)])
+        forms = [_all_channels] if self.narrow is None else [_few_channels, _all_channels]
+        return jax.lax.switch(self.breadth, [plain, *(functools.partial(blended, form) for form in forms)])
 
     def mix(self, base: Array, expert: Array, axis: int) -> Array:
         """Choose between two results, channel by channel.
@@ -128,8 +128,8 @@ class Blend(CustomLeaf):
             expert: what `expert` gives, for the channels that it holds.
             axis: the axis of the channels in both, counted from the end (negative).
         """
-        if self.slot is not None:  # from the K channels that are held back to all n; closed ones get any value
-            expert = jnp.take(expert, self.slot, axis=axis)
+        if self.place is not None:  # from the K channels that are held back to all n; closed ones get any value
+            expert = jnp.take(expert, self.place, axis=axis)
         return _blend(self._along(self.mask, axis), base, expert)
 
     def closed(self, x: Array, axis: int) -> Array:
@@ -144,11 +144,11 @@ class Blend(CustomLeaf):
             axis: its axis of channels, counted from the end (negative).
         """
         mask = self.mask
-        if self.index is not None:
-            assert self.slot is not None
-            # Rows of `index` are filled up to one length. The filling is no channel of its own and must add nothing.
-            is_held = self.slot[self.index] == jnp.arange(self.index.size)
-            mask = jnp.where(is_held, mask[self.index], jnp.zeros_like(mask[:1]))
+        if self.channels is not None:
+            assert self.place is not None
+            # Rows of `channels` are filled up to one length. The filling is no channel of its own and must add nothing.
+            is_held = self.place[self.channels] == jnp.arange(self.channels.size)
+            mask = jnp.where(is_held, mask[self.channels], jnp.zeros_like(mask[:1]))
         return _blend(self._along(mask, axis), jnp.zeros_like(x), x)
 
     def _along(self, mask: Mask, axis: int) -> Mask:
@@ -173,7 +173,7 @@ class Blend(CustomLeaf):
 
         Shapes as in the function `project`.
         """
-        return self.by_extent(
+        return self.by_breadth(
             lambda: contract(x, self.base, n_in, splits), lambda form: _blended(x, form(self), n_in, splits)
         )
 
@@ -184,8 +184,8 @@ def _all_channels(leaf: Leaf) -> Leaf:
 
 def _few_channels(leaf: Leaf) -> Leaf:
     assert isinstance(leaf, Blend)
-    assert leaf.confined is not None
-    return leaf.confined
+    assert leaf.narrow is not None
+    return leaf.narrow
 
 
 def _blend(mask: Mask, base: Array, expert: Array) -> Array:
@@ -276,14 +276,14 @@ def take_rows(w: Array, ids: Int[Array, "*ids"], axis: int) -> Float[Array, "*id
 
 
 def _blended(x: Array, leaf: Leaf, n_in: int, splits: int) -> Array:
-    """x W through both weights of a leaf in the form that `Blend.by_extent` chose."""
+    """x W through both weights of a leaf in the form that `Blend.by_breadth` chose."""
     assert isinstance(leaf, Blend)
     if leaf.axis is None or leaf.axis >= n_in:  # masked outputs: both products, then choose
         base, expert = (contract(x, w, n_in, splits) for w in (leaf.base, leaf.expert))
         return leaf.mix(base, expert, leaf._mask_axis)
     # Masked inputs: `expert` needs x at the channels that it holds only.
     return project_both(
-        x, x if leaf.index is None else jnp.take(x, leaf.index, axis=leaf.axis - n_in), leaf, n_in, splits
+        x, x if leaf.channels is None else jnp.take(x, leaf.channels, axis=leaf.axis - n_in), leaf, n_in, splits
     )
 
 

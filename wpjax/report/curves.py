@@ -89,12 +89,12 @@ def make_calibration(curves: Curves) -> Figure:
     Each dot is a patched model. On the dotted line the score keeps what it promises.
     """
     calibrations = curves.calibration()
-    passing = curves.standing("strict")  # [direction, ranking, point]
+    passing = curves.position("strict")  # [direction, ranking, point]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.9 * len(calibrations), 3.1), layout="constrained")
         grid = figure.subplots(1, len(calibrations), squeeze=False, sharey=True)[0]
         for axes, calibration in zip(grid, calibrations, strict=True):
-            claimed = curves.standing(calibration.measure)
+            claimed = curves.position(calibration.measure)
             for r, name in enumerate(curves.rankings):
                 axes.scatter(claimed[:, r], passing[:, r], s=14, color=_colour(name, r == 0), alpha=0.8, lw=0)
             axes.plot([0, 1], [0, 1], color="#222", lw=0.6, ls=":")

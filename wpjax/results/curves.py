@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 
 from wpjax.errors import WpjaxError
-from wpjax.results.sweep_result import fits, read_dataset, write_dataset
+from wpjax.results.files import has_form, read_dataset, write_dataset
 from wpjax.stats import Interval, Resamples, mean_interval, resample
 
 SCHEMA = 1
@@ -81,7 +81,7 @@ class Curves:
     ...         attrs={"seed": 0},
     ...     )
     ... )
-    >>> curves.standing("strict")[0]  # restored, [ranking, point]
+    >>> curves.position("strict")[0]  # restored, [ranking, point]
     array([[0.5, 1. ]])
     >>> curves.area("strict", "restore", 0).mean
     0.75
@@ -144,7 +144,7 @@ class Curves:
         sums = np.array([gap.sum(), *(self._resamples.weights @ gap)])
         return sums if self.gap(measure).low > 0 else np.full_like(sums, np.nan)
 
-    def standing(self, measure: str) -> Float[np.ndarray, "2 R K"]:
+    def position(self, measure: str) -> Float[np.ndarray, "2 R K"]:
         """How far from base (0) to expert (1) each patched model stands by a measure, [direction, ranking, point]."""
         restored, lost = self.share(measure)[0][0]
         return np.stack([restored, 1 - lost])
@@ -180,9 +180,9 @@ class Curves:
         sizes = self.dataset["n_components"].values  # [ranking, point]
         repeated = sizes == sizes[0].max()  # the model with all components is the same whatever the ranking:
         repeated[0] = False  # it counts once, with the first
-        passing, calibrations = self.standing("strict")[:, ~repeated].ravel(), []
+        passing, calibrations = self.position("strict")[:, ~repeated].ravel(), []
         for measure in (m for m in self.measures if m not in CHECKS):
-            claimed = self.standing(measure)[:, ~repeated].ravel()
+            claimed = self.position(measure)[:, ~repeated].ravel()
             bins = [passing[(claimed >= low) & (claimed < high)] for low, high in BINS]
             rho = float(spearmanr(claimed, passing).statistic) if np.ptp(claimed) and np.ptp(passing) else float("nan")
             shares = tuple(float(b.mean()) if b.size else float("nan") for b in bins)
@@ -247,7 +247,7 @@ def _damage(data: xr.Dataset) -> list[str]:
         **{f"end_{m}": (("end", "prompt"), "fb") for m in (*CHECKS, *measures)},
         **{m if m in CHECKS else f"score_{m}": (DIMS, "fb") for m in (*CHECKS, *measures)},
     }
-    wrong = [name for name, (dims, kinds) in layout.items() if not fits(data, name, dims, kinds)]
+    wrong = [name for name, (dims, kinds) in layout.items() if not has_form(data, name, dims, kinds)]
     wrong += [n for n in layout if n not in wrong and data[n].dtype.kind == "f" and np.isnan(data[n].values).any()]
     if not wrong and (data.sizes["direction"], data.sizes["end"]) != (2, 2):
         wrong.append("direction and end")

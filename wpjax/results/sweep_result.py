@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from wpjax.columns import ALWAYS, EFFECT, columns, effect_estimates, rankings
 from wpjax.errors import WpjaxError
 from wpjax.methods import methods
-from wpjax.runtime.files import atomic_output
+from wpjax.results.files import has_form, read_dataset, write_dataset
 
 SCHEMA = 4
 """Version of the layout of the file; the file holds it as its attribute `schema`."""
@@ -53,43 +52,6 @@ class Row(NamedTuple):
     ci_high: float
     q_value: float
     below_noise_floor: bool
-
-
-def write_dataset(dataset: xr.Dataset, path: Path, overwrite: bool = False) -> None:
-    """Write a netCDF file, whole or not at all.
-
-    Raises:
-        OutputError: the place exists or cannot be written.
-    """
-    encoding = {v: {"zlib": True} for v, a in dataset.data_vars.items() if a.dtype.kind == "f" and a.ndim}
-    with atomic_output(path, overwrite) as temporary:
-        dataset.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-
-
-def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.Dataset:
-    """Read a netCDF file of this package.
-
-    Args:
-        path: the file.
-        what: kind of result that the file must hold, as its attribute `what` says it: "sweep" or "curves".
-        schema: version of the layout that the caller can read.
-        command: command that makes such files, for the error message.
-
-    Raises:
-        WpjaxError: there is no such file, or it holds something else.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about HDF5 that is not netCDF
-            dataset = xr.load_dataset(path, engine="h5netcdf")
-    except Exception as error:  # HDF5's readers raise what they like on a damaged file
-        raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `{command}`") from error
-    kind: Any = dataset.attrs.get("what")
-    if isinstance(kind, str) and kind != what:
-        raise WpjaxError(f"{path}: holds {kind}, not {what}; make that with `{command}`")
-    written: Any = dataset.attrs.get("schema")
-    if not np.array_equal(written, schema):  # the attribute of somebody else's file may be anything, arrays too
-        raise WpjaxError(f"{path}: schema {written}, this version reads {schema}; make it anew with `{command}`")
-    return dataset
 
 
 class SweepResult:
@@ -273,25 +235,6 @@ def _measured(data: xr.Dataset) -> list[str]:
     return [c.name for c in rankings() if c.name in data and np.isfinite(data[c.name].values).any()]
 
 
-def fits(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str, is_finite: bool = True) -> bool:
-    """Whether a dataset has a variable of a certain form.
-
-    Args:
-        data: the dataset.
-        name: name of the variable.
-        dims: dimensions that the variable must have, in order; none may be empty.
-        kinds: kinds of dtype allowed, as NumPy's letters: "f" for floats, "iu" for integers.
-        is_finite: whether numbers must be finite. NaN is always allowed: it says that nothing was measured.
-    """
-    if name not in data:
-        return False
-    variable = data[name]
-    if variable.dims != dims or variable.dtype.kind not in kinds or not variable.size:
-        return False
-    # nothing that is measured is as large as 1e30, so that is damage too
-    return not is_finite or variable.dtype.kind != "f" or not (np.abs(variable.values) > 1e30).any()
-
-
 def _are_targets(values: np.ndarray, last: float) -> bool:
     """Whether names are those of the flow's targets: "self", heads and MLPs up to layer `last`, perhaps "rest"."""
     names = [str(value) for value in values]
@@ -303,11 +246,11 @@ def _are_targets(values: np.ndarray, last: float) -> bool:
 def _damage(data: xr.Dataset) -> list[str]:
     """Names of what a dataset lacks, or has in another form than the table of columns says; empty if it is whole."""
     # of a group the file has all columns or none: one column that is there asks for the others
-    groups = {ALWAYS, *(column.together for column in columns() if column.name in data.variables)}
+    groups = {ALWAYS, *(column.group_name for column in columns() if column.name in data.variables)}
     wrong = [
         column.name
         for column in columns()
-        if column.together in groups and not fits(data, column.name, column.dims, column.dtype, column.is_finite)
+        if column.group_name in groups and not has_form(data, column.name, column.dims, column.dtype, column.is_finite)
     ]
     wrong += [name for name in TEXTS if not isinstance(data.attrs.get(name), str)]
     wrong += [name for name in NUMBERS if not isinstance(data.attrs.get(name), int | float | np.number)]

@@ -1,0 +1,78 @@
+"""Behaviours from a file of the user: one pair of prompts on each line, as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wpjax.behaviours.checkers import parse_checker
+from wpjax.behaviours.prompts import MIN_QUERIES, Behaviour, PromptPair
+from wpjax.errors import BehaviourError
+
+
+def from_file(path: Path, checker: str | None) -> Behaviour:
+    """A behaviour from a JSONL file; its name is that of the file."""
+    try:
+        # Only newlines end a line: JSON allows Unicode's other separators inside a string.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise BehaviourError(f"{path}: cannot be read ({error})") from error
+    # Lines with the same query are phrasings of it and share its index.
+    queries: dict[str, int] = {}
+    pairs = [_parse_line(path, i + 1, line, queries) for i, line in enumerate(lines) if line.strip()]
+    if len(queries) < MIN_QUERIES:
+        raise BehaviourError(
+            f"{path}: {len(queries)} different quer{'y' if len(queries) == 1 else 'ies'}, at least {MIN_QUERIES} are "
+            "needed to fit an anchor, sweep and test on different ones"
+        )
+    return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker)
+
+
+def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> PromptPair:
+    """The pair of one line.
+
+    Args:
+        path: the file, for messages.
+        number: number of the line, from 1.
+        line: its text.
+        queries: query -> its index; a new query is added.
+    """
+    where = f"{path}, line {number}"
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BehaviourError(f"{where}: not JSON ({error})") from error
+    if not isinstance(entry, dict):
+        raise BehaviourError(f"{where}: expected a JSON object")
+    keys = set(entry) - {"args", "response"}
+    prompts = [entry[key] for key in keys & {"prompt", "instruction", "with", "without"}]
+    if not all(_is_text(prompt) and prompt.strip() for prompt in prompts):
+        raise BehaviourError(f"{where}: prompts must be text that is not blank")
+    if keys == {"prompt", "instruction"}:
+        with_, without = f"{entry['prompt']} {entry['instruction']}", entry["prompt"]
+    elif keys == {"with", "without"}:
+        with_, without = entry["with"], entry["without"]
+    else:
+        raise BehaviourError(f'{where}: keys must be "with" and "without", or "prompt" and "instruction"; has {keys}')
+    args, response = entry.get("args", {}), entry.get("response")
+    if with_ == without:
+        raise BehaviourError(f"{where}: the prompt is the same with and without the instruction")
+    if not isinstance(args, dict) or not (response is None or _is_text(response)):
+        raise BehaviourError(f'{where}: "args" must be an object and "response" text')
+    return PromptPair(with_, without, queries.setdefault(without, len(queries)), args, response)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string without lone surrogates. JSON can have them, and no tokenizer takes them."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
+
+
+def _no_checker(text: str, args: Mapping[str, Any]) -> bool:
+    """Stands for a checker that the user did not give, until it is needed."""
+    raise BehaviourError(
+        "this behaviour comes from a file without a checker, which judges generated answers; pass --checker, e.g. "
+        "'regex:^[A-Z ]+$' (or --causal skip, to take an anchor untested)"
+    )
