@@ -4,6 +4,11 @@ Everything that the package raises on purpose is a `WpjaxError`. The command lin
 code 2. Any other exception is a bug.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 
 class WpjaxError(ValueError):
     """Bad input; the message is one line that also says how to mend it.
@@ -42,7 +47,15 @@ class MetricRejected(WpjaxError):
 
 
 class AnchorRejected(MetricRejected):
-    """The anchor, or the behaviour, fails a test; the message names the test and gives its figure."""
+    """The anchor, or the behaviour, fails a test; the message names the test and gives its figure.
+
+    Attributes:
+        diagnostics: what the tests of an anchor found at each layer, as far as they came (`LayerDiagnostics`).
+    """
+
+    def __init__(self, message: str, diagnostics: Sequence[Any] = ()):
+        super().__init__(message)
+        self.diagnostics = tuple(diagnostics)
 
 
 class OutputError(WpjaxError):

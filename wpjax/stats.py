@@ -244,3 +244,57 @@ def missed_interval(n_hits: int, n_sampled: int, n_rest: int, level: float = 0.9
         return Interval(n_hits, n_hits, n_hits)
     share = binomtest(n_hits, n_sampled).proportion_ci(level, method="exact")
     return Interval(n_rest * n_hits / n_sampled, max(float(share.low * n_rest), n_hits), float(share.high * n_rest))
+
+
+def by_query(queries: Int[np.ndarray, " B"], values: Float[np.ndarray, " B"]) -> Float[np.ndarray, " n"]:
+    """The mean over each query's prompts, in the order in which the queries first appear.
+
+    >>> by_query(np.array([7, 3, 7]), np.array([1.0, 5.0, 2.0])).tolist()
+    [1.5, 5.0]
+    """
+    return np.array([values[queries == query].mean() for query in dict.fromkeys(queries.tolist())])
+
+
+def confidence_sequence(values: Float[np.ndarray, " n"], level: float = 0.95) -> Interval:
+    """The mean of numbers in [-1, 1], with an interval that holds at every n at once.
+
+    One may look after every new number and stop when one likes: the chance that the interval ever misses the true mean
+    is at most 1 - level, whatever the distribution. An interval for one fixed n is narrower, but not valid so.
+
+    The method is betting (Waudby-Smith and Ramdas, arXiv 2010.09686, Theorem 3: hedged capital, predictable plug-in
+    bets, c = 3/4). For x = (value + 1) / 2 and every possible mean m
+
+        K+_n(m) = prod_i 1 + min(|l_i|, c / m) (x_i - m),    K-_n(m) = prod_i 1 - min(|l_i|, c / (1 - m)) (x_i - m)
+
+    are what a gambler has who bets that the mean is above m, or below. m is ruled out once either exceeds
+    2 / (1 - level). l_i depends on x_1 to x_(i-1) alone.
+
+    Args:
+        values: [n], in [-1, 1], in the order in which they came; one for each independent unit (query).
+        level: probability that the interval holds.
+
+    Returns:
+        the mean of `values`, and the interval; [-1, 1] before the first.
+
+    >>> confidence_sequence(np.ones(6)).low > 0, confidence_sequence(np.ones(7)).low > 0
+    (False, True)
+    """
+    x, alpha = (np.asarray(values, float) + 1) / 2, 1 - level
+    if not len(x):
+        return Interval(float("nan"), -1.0, 1.0)
+    i = np.arange(1, len(x) + 1)
+    # Running estimates that start from a mean of 1/2 and a variance of 1/4, as if one number had been seen before.
+    mean = (0.5 + np.cumsum(x)) / (i + 1)
+    variance = (0.25 + np.cumsum(np.square(x - mean))) / (i + 1)
+    before = np.concatenate([[0.25], variance[:-1]])
+    bet = np.sqrt(2 * np.log(2 / alpha) / (before * i * np.log(i + 1)))[:, None]
+    m = np.linspace(0, 1, 2001)[None, 1:-1]
+    above = np.log1p(np.minimum(bet, 0.75 / m) * (x[:, None] - m)).cumsum(0)
+    below = np.log1p(-np.minimum(bet, 0.75 / (1 - m)) * (x[:, None] - m)).cumsum(0)
+    # Once ruled out, a mean stays so.
+    possible = np.flatnonzero(np.maximum(above, below).max(0) < np.log(2 / alpha))
+    if not len(possible):  # an interval narrower than the grid
+        return Interval(float(np.mean(values)), *(2 * float(x.mean()) - 1 + step for step in (-2e-3, 2e-3)))
+    # One step of the grid wider, so that what lies between two points of it is not ruled out by mistake.
+    low, high = (float(m[0, possible[at]]) + step for at, step in ((0, -5e-4), (-1, 5e-4)))
+    return Interval(float(np.mean(values)), max(2 * low - 1, -1.0), min(2 * high - 1, 1.0))

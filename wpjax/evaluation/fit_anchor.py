@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Literal, TypeAlias
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from wpjax.behaviours import Behaviour, PromptBatch
 from wpjax.errors import AnchorRejected
 from wpjax.evaluation.judge import Judge
-from wpjax.evaluation.steering import steering_tests
+from wpjax.evaluation.steering import Directions, screen_layers, steering_tests
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.diagnostics import MIN_STABILITY, LayerDiagnostics, SteeringTest
 from wpjax.metrics.reading import Reading, first_answers, read_at
@@ -30,8 +30,11 @@ from wpjax.stats import mean_interval, resample
 Causal: TypeAlias = Literal["require", "report", "skip"]
 """What to do with the causal tests of an anchor; see `fit_anchor`."""
 
-N_CANDIDATES = 4
-"""Layers that are tested causally, at most."""
+N_CANDIDATES = 2
+"""Layers that are tested causally, at most: the best of those that are screened."""
+
+N_SCREENED_PROMPTS = 16
+"""Prompts on which layers are screened for the causal tests, at most."""
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -93,6 +96,7 @@ def fit_anchor(
     n_steered: int = 64,
     max_new_tokens: int = 32,
     seed: int = 0,
+    done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> Anchor:
     """Fit a direction at every layer, test it, and choose the layer of the anchor.
@@ -100,12 +104,13 @@ def fit_anchor(
     1. By projections. The split-half cosine must be at least `MIN_STABILITY`. On queries that were not used for
        fitting, the gap and the specific gap must be positive with their whole 95 % intervals. The last sixth of the
        layers is left out: there the stream at the last prompt token already holds the first token of the answer.
-    2. By cause, at the `N_CANDIDATES` layers whose specific gap is largest against its spread over prompts (see
-       `evaluation.steering`). The direction must bring the behaviour into the base, and its removal must take it from
-       the expert, each surely more than a random direction does. The checker of the behaviour judges the answers.
+    2. By cause (see `evaluation.steering`). Steered models are screened without generation; the `N_CANDIDATES` best
+       layers are tested. The direction must bring the behaviour into the base, and its removal must take it from the
+       expert, each surely more than a random direction does. The checker of the behaviour judges the answers.
 
-    The layer where gain times loss is largest is chosen. These rules are our choice; the paper's are not known
-    (docs/method.md, "The anchor").
+    An anchor is "accepted", "rejected" if it surely does too little, and "undecided" if the prompts do not tell
+    (`SteeringTest.verdict`). Of the layers with the best outcome, the one where gain times loss is largest is chosen.
+    These rules are our choice; the paper's are not known (docs/method.md, "The anchor").
 
     Args:
         pair: base and expert.
@@ -114,15 +119,18 @@ def fit_anchor(
         n_response: 0 to read the stream at the last prompt token; n to read its mean over the first n tokens of the
             expert's greedy answer. Prompts without the instruction have answers of their own.
         n_prompts: number of prompts for fitting, and for measuring, at most; None for all.
-        causal: "require" refuses the anchor if no layer passes the causal tests. "report" makes the tests, and takes
-            the best layer even so. "skip" leaves them out, and chooses the layer by projections alone.
-        n_steered: number of prompts for the causal tests, at most.
+        causal: "require" refuses an anchor that is rejected; one that is undecided is returned, and says so. "report"
+            makes the tests, and takes the best layer whatever they say. "skip" leaves them out, and chooses the layer
+            by projections alone.
+        n_steered: number of prompts for the causal tests, at most; they stop as soon as they are decided.
         max_new_tokens: length of the answers that are judged, at most.
         seed: seed of splits, resampling and random directions.
+        done: finished answers of an earlier attempt; new ones are added.
         progress: function that is called as work gets done.
 
     Raises:
-        AnchorRejected: no layer passes, or `layer` does not. The message names the test that failed, with its figures.
+        AnchorRejected: no layer passes, or `layer` does not. The message names the test that failed, with its figures;
+            the error's `diagnostics` are those of all layers.
         BehaviourError: the model cannot take the prompts, or the checker fails.
 
     >>> import wpjax as wp
@@ -150,12 +158,18 @@ def fit_anchor(
     if causal != "skip":
         base_state = mean_states(pair.cfg, pair.base, instructed)
         means = [np.einsum("lbd,ld->l", s, unit) / s.shape[1] for s in (base_state, state)]
+        directions = Directions(unit, *means)
+        layers = [d.layer for d in candidates]
+        few = fit.take(np.arange(min(len(fit), N_SCREENED_PROMPTS)))
+        screening = Judge(pair, behaviour, few, max_new_tokens)
+        progress("layers screened", 0, 1)
+        screened = screen_layers(pair, few, screening.answers(pair.expert), layers, directions)
+        progress("layers screened", 1, 1)
         judge = Judge(pair, behaviour, behaviour.encode(pair.tokenizer, "sweep", n_steered), max_new_tokens)
-        tried = [d.layer for d in candidates[:N_CANDIDATES]]
-        tests = steering_tests(judge, tried, unit, *means, seed=seed, progress=progress)
-        best = diagnostics[_choose(tests, behaviour.name, causal).layer]
+        tests = steering_tests(judge, screened[:N_CANDIDATES], directions, seed=seed, done=done, progress=progress)
         by_layer = {test.layer: dataclasses.asdict(test) for test in tests}
         diagnostics = tuple(dataclasses.replace(d, **by_layer.get(d.layer, {})) for d in diagnostics)
+        best = diagnostics[_choose(tests, diagnostics, behaviour.name, causal).layer]
     vector, fingerprint = jnp.asarray(unit[best.layer]), pair.fingerprints[1]
     return Anchor(vector, best.layer, behaviour.name, fingerprint, diagnostics, n_response)
 
@@ -215,13 +229,19 @@ def _candidates(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int
     )
 
 
-def _choose(tests: Sequence[SteeringTest], name: str, causal: Causal) -> SteeringTest:
-    """The outcome at the layer of largest effect, among layers that pass both causal tests if there are any."""
-    best = max(tests, key=lambda t: (not t.verdict(), t.effect_size))
-    if best.verdict() and causal == "require":
+def _choose(
+    tests: Sequence[SteeringTest], diagnostics: tuple[LayerDiagnostics, ...], name: str, causal: Causal
+) -> SteeringTest:
+    """The outcome at the layer of the best outcome and, of equals, of the largest effect."""
+    order = ("rejected", "undecided", "accepted")
+    best = max(tests, key=lambda t: (order.index(t.outcome), t.effect_size))
+    if best.outcome == "rejected" and causal == "require":
+        reason = best.verdict().removeprefix("rejected: ")
         raise AnchorRejected(
             f"anchor for {name} rejected: of {len(tests)} layers tried none passes the causal tests; the nearest, "
-            f"layer {best.layer}: {best.verdict()}; use more prompts, or accept it unproven (causal='report', "
-            "`--causal report`): its result is marked"
+            f"layer {best.layer}: {reason}; try other prompts or a longer answer (--max-new-tokens), another metric "
+            "(--metric decision needs no anchor), or accept it unproven (causal='report', `--causal report`): its "
+            "result is marked",
+            diagnostics,
         )
     return best

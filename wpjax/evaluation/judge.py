@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from wpjax.behaviours import Behaviour, PromptBatch, strict
 from wpjax.errors import AnchorRejected, BehaviourError
-from wpjax.metrics.answers import answer_metric
+from wpjax.metrics.answers import answer_metric, answer_of
 from wpjax.metrics.metric import scores
 from wpjax.models.decoder import Params
-from wpjax.models.edits import ClampTo, Edit
-from wpjax.models.generate import Generation, generate_batched
-from wpjax.models.sites import Site
+from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.stats import mean_interval, resample
 
 
 class Judge:
-    """Generates the answers of a pair's models to some prompts, steered or not, and has the checker judge them.
+    """Generates the answers of a pair's models to some prompts, and has the checker judge them.
 
     Args:
         pair: base and expert.
@@ -42,19 +39,13 @@ class Judge:
     def __init__(self, pair: Pair, behaviour: Behaviour, batch: PromptBatch, max_new_tokens: int = 32):
         self.pair, self.behaviour, self.batch, self.max_new_tokens = pair, behaviour, batch, max_new_tokens
 
-    def answers(self, params: Params, clamp: ClampTo | None = None, layer: int = 0) -> Generation:
-        """Greedy answers to the prompts.
+    def take(self, rows: Int[np.ndarray, " n"]) -> Judge:
+        """A judge of some of the prompts."""
+        return Judge(self.pair, self.behaviour, self.batch.take(rows), self.max_new_tokens)
 
-        Args:
-            params: parameters of the model that answers.
-            clamp: operation that holds the residual stream after `layer`, at the last prompt token and at every new
-                token; None for no operation.
-            layer: 0-based layer.
-        """
-        prompts, stop = self.batch.with_instruction, self.pair.stop_tokens
-        start = jnp.asarray(prompts.last)  # the edit holds from this position of each prompt on
-        edits = () if clamp is None else (Edit(Site.RESID_POST, clamp, jnp.asarray(layer), start),)
-        return generate_batched(self.pair.cfg, params, *prompts, stop, self.max_new_tokens, edits=edits)
+    def answers(self, params: Params) -> Generation:
+        """Greedy answers of a model to the prompts."""
+        return answer_of(self.pair, params, self.batch.with_instruction, self.max_new_tokens)
 
     def texts(self, answers: Generation) -> list[str]:
         """The answers as texts, without special tokens."""
@@ -92,6 +83,21 @@ class Judge:
         metric = answer_metric(self.pair.cfg, self.batch.with_instruction, answers)
         return -float(scores(self.pair.cfg, self.pair.base, metric).mean())
 
+    def check_not_empty(self, which: str, answers: Generation) -> None:
+        """Refuse a model that says nothing.
+
+        Args:
+            which: "base" or "expert", for the message.
+            answers: its answers.
+
+        Raises:
+            AnchorRejected: all answers are blank.
+        """
+        if not any(text.strip() for text in self.texts(answers)):
+            raise AnchorRejected(
+                f"{self.behaviour.name}: the {which}'s answers are all empty; check its chat template and stop tokens"
+            )
+
 
 def check_behaviour_differs(judge: Judge, base: Generation, expert: Generation) -> None:
     """Refuse a behaviour in which base and expert do not differ, and models that say nothing.
@@ -102,20 +108,31 @@ def check_behaviour_differs(judge: Judge, base: Generation, expert: Generation) 
         expert: answers of the expert.
 
     Raises:
-        AnchorRejected: the expert does not surely pass the checker more often than the base (the 95 % interval of the
-            difference reaches 0), or all answers of a model are empty.
+        AnchorRejected: see `check_pass_rates_differ`; or all answers of a model are blank.
     """
-    name = judge.behaviour.name
-    for which, answers in (("base", base), ("expert", expert)):
-        if not any(text.strip() for text in judge.texts(answers)):
-            raise AnchorRejected(
-                f"{name}: the {which}'s answers are all empty; check its chat template and stop tokens"
-            )
-    by_base, by_expert = judge.passes(base), judge.passes(expert)
-    difference = by_expert.astype(float) - by_base
-    _, low, _ = mean_interval(difference, resample(judge.batch.queries))
+    judge.check_not_empty("base", base)
+    judge.check_not_empty("expert", expert)
+    check_pass_rates_differ(judge.behaviour.name, judge.batch.queries, judge.passes(base), judge.passes(expert))
+
+
+def check_pass_rates_differ(
+    name: str, queries: Int[np.ndarray, " B"], base: Bool[np.ndarray, " B"], expert: Bool[np.ndarray, " B"]
+) -> None:
+    """Refuse a behaviour in which base and expert do not differ.
+
+    Args:
+        name: name of the behaviour, for the message.
+        queries: index of each prompt's query.
+        base: whether the base's answer to each prompt passes the checker.
+        expert: the same of the expert.
+
+    Raises:
+        AnchorRejected: the expert does not surely pass the checker more often than the base: the 95 % interval of the
+            difference, over queries, reaches 0.
+    """
+    _, low, _ = mean_interval(expert.astype(float) - base, resample(queries))
     if not low > 0:
         raise AnchorRejected(
-            f"{name}: the base passes the checker on {by_base.mean():.0%} of {len(by_base)} prompts, the expert on "
-            f"{by_expert.mean():.0%}: not surely more, so there is no behaviour to find; check the pair and the checker"
+            f"{name}: the base passes the checker on {base.mean():.0%} of {len(base)} prompts, the expert on "
+            f"{expert.mean():.0%}: not surely more, so there is no behaviour to find; check the pair and the checker"
         )

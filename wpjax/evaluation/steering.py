@@ -9,121 +9,434 @@ every new token, and the checker judges the answers (steering: arXiv 2410.12877;
 
 The control moves the stream as far along a random direction. Answers of either model are degenerate if their perplexity
 under the base is far above that of the expert's own answers. Then the test fails, whatever the checker says.
+
+Answers are dear, so they come last, and no more of them than needed:
+
+1. `screen_layers` ranks layers and strengths by the decision log-odds of the steered models, on a few "fit" prompts.
+   Nothing is generated for it.
+2. `steering_tests` lets the best answer the "sweep" prompts, a few queries at a time. It stops as soon as an anchor is
+   accepted, or all are rejected. The intervals hold however often one looks (`stats.confidence_sequence`).
+
+Steering changes nothing before the last prompt token. So each model reads the prompts once, and all steered versions of
+it go on from there in one program (`Continued`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
-from wpjax.evaluation.judge import Judge, check_behaviour_differs
-from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
-from wpjax.models.decoder import Params
-from wpjax.models.edits import ClampTo
-from wpjax.models.generate import Generation
+from wpjax.behaviours import PromptBatch, Tokens
+from wpjax.errors import MetricRejected
+from wpjax.evaluation.judge import Judge, check_pass_rates_differ
+from wpjax.metrics.answers import answer_metric, decision_metric
+from wpjax.metrics.diagnostics import SteeringTest
+from wpjax.metrics.metric import Metric
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, decoder
+from wpjax.models.edits import ClampTo, Edit
+from wpjax.models.generate import Generation, Prefix, continue_prompts, prefill, read_on
+from wpjax.models.ops import log_softmax
+from wpjax.models.sites import Site
+from wpjax.pairs import Pair
+from wpjax.runtime.batching import map_batches
 from wpjax.runtime.progress import Progress, silent
-from wpjax.stats import Resamples, mean_interval, resample
+from wpjax.runtime.shards import finished_part
+from wpjax.stats import by_query, confidence_sequence
 
 STRENGTHS = (1.0, 1.5, 2.0)
 """How far the base is steered, in units of the way from its own mean state (0) to the expert's (1)."""
 
+ENOUGH = 0.9
+"""Of the strengths that bring back this share of the decision log-odds, the weakest is taken."""
+
+N_SCREENED = 12
+"""Layers that are screened, at most."""
+
+PROMPTS_A_LOOK = 16
+"""Prompts that are answered between two looks at the outcome, about."""
+
+ROWS_AT_ONCE = 128
+"""Answers of one program, at most: steered models times prompts."""
+
+
+class Steer(NamedTuple):
+    """S ways to steer a model, stacked.
+
+    Attributes:
+        layer: [S], 0-based layer after which the stream is held.
+        read: [S, D], unit vector, the coordinate that is measured.
+        write: [S, D], unit vector along which the stream is moved; 0 moves nothing.
+        target: [S], value that the coordinate would get if `write` were `read`.
+    """
+
+    layer: Int[np.ndarray | Array, " S"]
+    read: Float[np.ndarray | Array, "S D"]
+    write: Float[np.ndarray | Array, "S D"]
+    target: Float[np.ndarray | Array, " S"]
+
+    def take(self, rows: Int[np.ndarray, " n"]) -> Steer:
+        """Some of the ways."""
+        return Steer(*(a[rows] for a in self))
+
+    def edit(self, start: Int[Array, " B"]) -> Edit:
+        """One way as an edit from a position of each prompt on; the arrays are those of this way alone."""
+        clamp = ClampTo(jnp.asarray(self.read), jnp.asarray(self.write), jnp.asarray(self.target))
+        return Edit(Site.RESID_POST, clamp, jnp.asarray(self.layer), start)
+
+
+def steer(ways: Sequence[tuple[int, np.ndarray, np.ndarray, float]]) -> Steer:
+    """Stack (layer, read, write, target) of S ways to steer."""
+    layer, read, write, target = zip(*ways, strict=True)
+    return Steer(np.asarray(layer, np.int32), *(np.asarray(a, np.float32) for a in (read, write, target)))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens"))
+def _answers(
+    cfg: ModelConfig, params: Params, prefix: Prefix, ways: Steer, stop_tokens: Int[Array, " E"], max_new_tokens: int
+) -> Generation:
+    """Greedy answers of S steered versions of a model, [S, B, N]; the weights and the prefix are shared."""
+
+    def one(way: Steer) -> Generation:
+        edits = (way.edit(prefix.at),)
+        options = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens, "edits": edits}
+        return continue_prompts(cfg, params, prefix, **options)  # type: ignore[arg-type]
+
+    return jax.vmap(one)(ways)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _scores(
+    cfg: ModelConfig,
+    params: Params,
+    prefix: Prefix,
+    ways: Steer,
+    tokens: Int[Array, "B N"],
+    step: Int[Array, "B R"],
+    metric: Metric,
+) -> Float[Array, "S B"]:
+    """A metric of S steered versions of a model, which read the same words."""
+
+    def one(way: Steer) -> Float[Array, " B"]:
+        resid = read_on(cfg, params, prefix, tokens, edits=(way.edit(prefix.at),))
+        return metric.read(cfg, params, jnp.take_along_axis(resid, step[..., None], axis=1))
+
+    return jax.vmap(one)(ways)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _nll(
+    cfg: ModelConfig, params: Params, prefix: Prefix, tokens: Int[Array, "S B N"], lengths: Int[Array, "S B"]
+) -> Float[Array, "S B"]:
+    """Mean negative log-likelihood of answers, in nats per token."""
+
+    def one(tokens: Int[Array, "B N"], lengths: Int[Array, " B"]) -> Float[Array, " B"]:
+        resid = read_on(cfg, params, prefix, tokens)
+
+        def step(at: tuple[Array, Array]) -> Float[Array, " B"]:  # logits of one token at a time take less memory
+            logp = log_softmax(decoder(cfg, params).logits(at[0]))
+            return jnp.take_along_axis(jnp.asarray(logp), at[1][:, None], axis=1)[:, 0]
+
+        logp = jax.lax.map(step, (jnp.moveaxis(resid, 1, 0), tokens.T)).T  # [B, N]
+        is_token = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        return -jnp.where(is_token, logp, 0.0).sum(1) / lengths
+
+    return jax.vmap(one)(tokens, lengths)
+
+
+class Continued:
+    """A model that has read some prompts, and goes on from there in many steered versions.
+
+    Args:
+        cfg: the model.
+        params: its parameters.
+        prompts: B prompts, few enough to run at once.
+        room: longest continuation, in tokens.
+
+    >>> import wpjax as wp
+    >>> model, task = wp.load_model("tiny:base"), wp.behaviour("tiny:english_capital")
+    >>> prompts = task.encode(model.tokenizer, n_prompts=4).with_instruction
+    >>> still = steer([(0, np.zeros(128), np.zeros(128), 0.0)] * 3)  # three versions, none of them moved
+    >>> Continued(model.cfg, model.params, prompts, room=5).answers(still, ()).tokens.shape
+    (3, 4, 5)
+    """
+
+    def __init__(self, cfg: ModelConfig, params: Params, prompts: Tokens, room: int):
+        self.cfg, self.params, self.room = cfg, params, room
+        self.at_once = max(1, ROWS_AT_ONCE // len(prompts.lengths))
+        self.prefix = prefill(cfg, params, jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths), room=room)
+
+    def answers(self, ways: Steer, stop_tokens: tuple[int, ...]) -> Generation:
+        """Greedy answers of each version, [S, B, room].
+
+        Args:
+            ways: how the versions are steered.
+            stop_tokens: ids that end an answer.
+        """
+        stop = jnp.asarray(stop_tokens, jnp.int32)
+
+        def run(rows: Int[np.ndarray, " n"]) -> Generation:
+            return _answers(self.cfg, self.params, self.prefix, ways.take(rows), stop, self.room)
+
+        return map_batches(len(ways.layer), self.at_once, run, what="steered models")
+
+    def scores(
+        self, ways: Steer, tokens: Int[np.ndarray, "B N"], step: Int[np.ndarray, "B R"], metric: Metric
+    ) -> Array:
+        """A metric of each version along given words, [S, B].
+
+        Args:
+            ways: how the versions are steered.
+            tokens: the words after each prompt; N is at most `room`.
+            step: for every position that the metric reads, the word that is predicted there, from 0.
+            metric: its readout and its weights are used.
+        """
+        given = jnp.asarray(tokens), jnp.asarray(step), metric
+
+        def run(rows: Int[np.ndarray, " n"]) -> Array:
+            return _scores(self.cfg, self.params, self.prefix, ways.take(rows), *given)
+
+        return map_batches(len(ways.layer), self.at_once, run, what="steered models")
+
+    def nll(self, answers: Generation) -> Float[np.ndarray, "S B"]:
+        """Mean negative log-likelihood of answers under the model as it is, in nats per token.
+
+        Args:
+            answers: S answers to each prompt, [S, B, N].
+        """
+
+        def run(rows: Int[np.ndarray, " n"]) -> Array:
+            some = jnp.asarray(answers.tokens[rows]), jnp.asarray(answers.lengths[rows])
+            return _nll(self.cfg, self.params, self.prefix, *some)
+
+        return map_batches(len(answers.tokens), self.at_once, run, what="steered models")
+
+
+class Directions(NamedTuple):
+    """The direction of every layer, and where the two models stand on it.
+
+    Attributes:
+        unit: [L, D], unit direction.
+        base: [L], mean projection of the base's state, z_B.
+        expert: [L], the same of the expert, z_E.
+    """
+
+    unit: Float[np.ndarray, "L D"]
+    base: Float[np.ndarray, " L"]
+    expert: Float[np.ndarray, " L"]
+
+    def target(self, layer: int, strength: float) -> float:
+        """The state at a strength: 0 for the base's, 1 for the expert's."""
+        return float(self.base[layer] + strength * (self.expert[layer] - self.base[layer]))
+
+    def way(self, layer: int, strength: float, write: np.ndarray | None = None) -> tuple:
+        """A way to steer, as `steer` takes it; along another direction if `write` is given."""
+        unit = self.unit[layer]
+        return layer, unit, unit if write is None else write, self.target(layer, strength)
+
+
+class Candidate(NamedTuple):
+    """A layer to be tested.
+
+    Attributes:
+        layer: 0-based layer.
+        strength: how far the base is steered.
+        score: share of the decision log-odds that steering brings into the base, times the share that the removal
+            takes from the expert.
+    """
+
+    layer: int
+    strength: float
+    score: float
+
+
+def screen_layers(
+    pair: Pair, batch: PromptBatch, answers: Generation, layers: Sequence[int], directions: Directions
+) -> list[Candidate]:
+    """Rank layers by what steering does to the log-odds of the expert's word against the base's, where they part.
+
+    Args:
+        pair: base and expert.
+        batch: a few prompts, of queries that the tests do not use.
+        answers: the expert's answers to them.
+        layers: 0-based layers, the most promising first; the first `N_SCREENED` are screened.
+        directions: directions and states.
+
+    Returns:
+        the layers that were screened with the strength that suits each, the best first. If base and expert part ways on
+        too few prompts, the likelihood of the expert's whole answers takes the place of the log-odds.
+    """
+    layers = layers[:N_SCREENED]
+    prompts = batch.with_instruction
+    try:
+        metric = decision_metric(pair, batch, answers.tokens.shape[1], answers)
+    except MetricRejected:
+        metric = answer_metric(pair.cfg, prompts, answers)
+    step = np.maximum(np.asarray(metric.at) - np.asarray(prompts.last)[:, None], 0)
+    n = int(step.max()) + 1
+    words = np.asarray(answers.tokens)[:, :n]
+    still = directions.way(0, 0.0, np.zeros(directions.unit.shape[1]))
+    steered = [still, *(directions.way(layer, s) for layer in layers for s in STRENGTHS)]
+    removed = [still, *(directions.way(layer, 0.0) for layer in layers)]
+
+    def scores(params: Params, ways: list) -> Float[np.ndarray, " S"]:
+        return np.asarray(Continued(pair.cfg, params, prompts, n).scores(steer(ways), words, step, metric)).mean(1)
+
+    base, expert = scores(pair.base, steered), scores(pair.expert, removed)
+    gap = float(expert[0] - base[0])
+    gain = ((base[1:] - base[0]) / gap).reshape(len(layers), len(STRENGTHS)).clip(0, 1)
+    loss = ((expert[0] - expert[1:]) / gap).clip(0, 1)
+    found = []
+    for layer, gains, lost in zip(layers, gain, loss, strict=True):
+        at = next((i for i, g in enumerate(gains) if g >= ENOUGH), int(np.argmax(gains)))
+        found.append(Candidate(layer, STRENGTHS[at], float(gains[at] * lost)))
+    return sorted(found, key=lambda c: -c.score)
+
 
 def steering_tests(
     judge: Judge,
-    layers: Sequence[int],
-    unit: Float[np.ndarray, "L D"],
-    base_mean: Float[np.ndarray, " L"],
-    expert_mean: Float[np.ndarray, " L"],
+    candidates: Sequence[Candidate],
+    directions: Directions,
     *,
     n_random: int = 2,
     seed: int = 0,
+    done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> list[SteeringTest]:
-    """Both causal tests of a direction at each of some layers.
+    """Both causal tests at each of some layers, with as many of the prompts as it takes to decide them.
 
     Args:
         judge: prompts and checker.
-        layers: 0-based layers to test.
-        unit: [L, D], unit direction of every layer.
-        base_mean: [L], mean projection of the base's state on the layer's direction, z_B.
-        expert_mean: [L], the same for the expert, z_E.
+        candidates: layers and strengths to test.
+        directions: directions and states.
         n_random: number of random directions for each layer.
-        seed: seed of the random directions and of resampling.
-        progress: function that is called after every set of answers.
+        seed: seed of the random directions.
+        done: finished looks of an earlier attempt; new ones are added.
+        progress: function that is called after every look.
 
     Returns:
-        the outcome at each of `layers`, in their order.
+        the outcome at each candidate, in their order. The intervals hold for all of them at once (Bonferroni).
 
     Raises:
         AnchorRejected: base and expert do not differ in the behaviour.
     """
     judge.behaviour.check_checker()
-    pair, rng = judge.pair, np.random.default_rng(seed)
-    own = judge.answers(pair.expert)
-    check_behaviour_differs(judge, judge.answers(pair.base), own)
-    nll_expert, resamples = judge.nll(own), resample(judge.batch.queries, seed=seed)
-    # For each layer: the base at every strength, the expert without the direction, and both along random ones.
-    total = len(layers) * (len(STRENGTHS) + 1 + 2 * n_random)
-    n_done = 0
+    done = {} if done is None else done
+    rng = np.random.default_rng(seed)
+    random = rng.standard_normal((len(candidates), n_random, directions.unit.shape[1]))
+    random /= np.linalg.norm(random, axis=-1, keepdims=True)
+    looks = _looks(judge.batch)
+    level, tests = 1 - 0.05 / len(candidates), list[SteeringTest]()
+    order, parts = np.concatenate(looks), list[np.ndarray]()
+    for i, rows in enumerate(looks):
+        progress("steering tests", i, len(looks))
+        key, n_versions = f"steering-{i}", 2 * (1 + len(candidates) * (1 + n_random))
+        if key not in done:
+            done[key] = _look(judge.take(rows), candidates, directions, random)
+        parts.append(finished_part(done, key, (2, n_versions, len(rows))))
+        figures = np.concatenate(parts, axis=2)
+        seen = judge.take(order[: figures.shape[2]])
+        tests = _outcomes(seen.batch.queries, figures, candidates, n_random, level)
+        if tests[0].difference > 0 and _is_decided(tests):
+            break
+    progress("steering tests", len(looks), len(looks))
+    passes = figures[0].astype(bool)
+    check_pass_rates_differ(judge.behaviour.name, seen.batch.queries, passes[0], passes[figures.shape[1] // 2])
+    return tests
 
-    def answered(params: Params, layer: int, write: np.ndarray, target: float) -> Generation:
-        """Answers with h += (target - <h, u>) write after a layer."""
-        nonlocal n_done
-        read = jnp.asarray(unit[layer], jnp.float32)  # u; `write` is u too, or a random direction
-        clamp = ClampTo(read, jnp.asarray(write, jnp.float32), jnp.asarray(target, jnp.float32))
-        answers = judge.answers(params, clamp, layer)
-        n_done += 1
-        progress("steering tests", n_done, total)
-        return answers
 
-    return [
-        _test_layer(judge, layer, answered, unit, base_mean, expert_mean, nll_expert, resamples, n_random, rng)
-        for layer in layers
-    ]
+def _is_decided(tests: Sequence[SteeringTest]) -> bool:
+    outcomes = [test.outcome for test in tests]
+    return "accepted" in outcomes or "undecided" not in outcomes
 
 
-def _test_layer(
-    judge: Judge,
-    layer: int,
-    answered: Callable[[Params, int, np.ndarray, float], Generation],
-    unit: Float[np.ndarray, "L D"],
-    base_mean: Float[np.ndarray, " L"],
-    expert_mean: Float[np.ndarray, " L"],
-    nll_expert: float,
-    resamples: Resamples,
+def _looks(batch: PromptBatch) -> list[Int[np.ndarray, " n"]]:
+    """Rows of the prompts of each look: whole queries, in the order of the batch."""
+    queries = batch.queries
+    looks: list[list[int]] = [[]]
+    for query in dict.fromkeys(queries.tolist()):
+        of_query = np.flatnonzero(queries == query).tolist()
+        if looks[-1] and len(looks[-1]) + len(of_query) > PROMPTS_A_LOOK:
+            looks.append([])
+        looks[-1] += of_query
+    return [np.array(rows) for rows in looks]
+
+
+def _look(
+    judge: Judge, candidates: Sequence[Candidate], directions: Directions, random: Float[np.ndarray, "A R D"]
+) -> Float[np.ndarray, "2 V B"]:
+    """Answers of all versions of both models to some prompts: whether each passes, and its nats per token.
+
+    The V versions are, of the base, then of the expert: the model itself, and for each candidate the version steered
+    along its direction, then along each random one.
+    """
+    pair, prompts = judge.pair, judge.batch.with_instruction
+    still = directions.way(0, 0.0, np.zeros(directions.unit.shape[1]))
+    # The control reads <h, u> as well but writes along another direction, so the stream is moved as far.
+    versions: Mapping[str, list] = {"base": [still], "expert": [still]}
+    for candidate, writes in zip(candidates, random, strict=True):
+        for write in (None, *writes):
+            versions["base"].append(directions.way(candidate.layer, candidate.strength, write))
+            versions["expert"].append(directions.way(candidate.layer, 0.0, write))
+    base = Continued(pair.cfg, pair.base, prompts, judge.max_new_tokens)
+    expert = Continued(pair.cfg, pair.expert, prompts, judge.max_new_tokens)
+    figures = []
+    for name, model in (("base", base), ("expert", expert)):
+        answers = model.answers(steer(versions[name]), pair.stop_tokens)
+        by_version = [Generation(*one) for one in zip(answers.tokens, answers.lengths, strict=True)]
+        judge.check_not_empty(name, by_version[0])
+        passes = np.stack([judge.passes(one) for one in by_version])
+        figures.append(np.stack([passes.astype(np.float64), np.asarray(base.nll(answers), np.float64)]))
+    return np.concatenate(figures, axis=1)
+
+
+def _outcomes(
+    queries: Int[np.ndarray, " B"],
+    figures: Float[np.ndarray, "2 V B"],
+    candidates: Sequence[Candidate],
     n_random: int,
-    rng: np.random.Generator,
-) -> SteeringTest:
-    """Both causal tests at one layer; arguments as in `steering_tests`, with what all layers share."""
-    base, expert = judge.pair.base, judge.pair.expert
-    z_base, way = float(base_mean[layer]), float(expert_mean[layer] - base_mean[layer])
-    tries = []
-    for strength in STRENGTHS:
-        answers = answered(base, layer, unit[layer], z_base + strength * way)
-        tries.append((strength, judge.passes(answers), judge.nll(answers)))
-    sound = [t for t in tries if t[2] <= nll_expert + MAX_EXCESS_NLL]
-    strength, steered, nll = max(sound or tries, key=lambda t: (t[1].mean(), -t[0]))  # of equals the weakest
-    without = answered(expert, layer, unit[layer], z_base)
-    removed = judge.passes(without)
-    # The control reads <h, u> as before but writes along another direction, so the stream is moved as far.
-    random = rng.standard_normal((n_random, unit.shape[1]))
-    random /= np.linalg.norm(random, axis=1, keepdims=True)
-    # For each prompt, the share of random directions with which its answer passes.
-    steered_random = np.mean([judge.passes(answered(base, layer, w, z_base + strength * way)) for w in random], axis=0)
-    removed_random = np.mean([judge.passes(answered(expert, layer, w, z_base)) for w in random], axis=0)
-    return SteeringTest(
-        layer=layer,
-        strength=strength,
-        steered=float(steered.mean()),
-        steered_random=float(steered_random.mean()),
-        gain_low=mean_interval(steered - steered_random, resamples).low,
-        removed=float(removed.mean()),
-        removed_random=float(removed_random.mean()),
-        drop_low=mean_interval(removed_random - removed, resamples).low,
-        nll=nll,
-        nll_expert=nll_expert,
-        nll_removed=judge.nll(without),
-    )
+    level: float,
+) -> list[SteeringTest]:
+    """The tests at each candidate, from the figures of all looks so far (see `_look`)."""
+    passes, nll = figures
+    half = passes.shape[0] // 2
+    own_base, own_expert = passes[0], passes[half]
+
+    def interval(values: Float[np.ndarray, " B"]) -> tuple[float, float]:
+        _, low, high = confidence_sequence(by_query(queries, values), level)
+        return low, high
+
+    tests = []
+    for i, candidate in enumerate(candidates):
+        first = 1 + i * (1 + n_random)
+        along, controls = first, slice(first + 1, first + 1 + n_random)
+        steered, steered_random = passes[:half][along], passes[:half][controls].mean(0)
+        removed, removed_random = passes[half:][along], passes[half:][controls].mean(0)
+        gain_low, gain_high = interval(steered - steered_random)
+        drop_low, drop_high = interval(removed_random - removed)
+        tests.append(
+            SteeringTest(
+                layer=candidate.layer,
+                strength=candidate.strength,
+                steered=float(steered.mean()),
+                steered_random=float(steered_random.mean()),
+                gain_low=gain_low,
+                removed=float(removed.mean()),
+                removed_random=float(removed_random.mean()),
+                drop_low=drop_low,
+                nll=float(nll[along].mean()),
+                nll_expert=float(nll[half].mean()),
+                nll_removed=float(nll[half + along].mean()),
+                gain_high=gain_high,
+                drop_high=drop_high,
+                difference=float(own_expert.mean() - own_base.mean()),
+                n_queries=float(len(np.unique(queries))),
+            )
+        )
+    return tests

@@ -12,34 +12,40 @@ MIN_STABILITY = 0.9
 MAX_EXCESS_NLL = 1.0
 """Steered answers that are less likely under the base than the expert's own by more nats per token are degenerate."""
 
+LEAST_SHARE = 0.25
+"""An anchor is rejected if its direction surely moves less than this share of what base and expert differ by."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SteeringTest:
     """What happens to answers when the residual stream is moved along a direction: both causal tests at one layer.
 
     A share is the part of the prompts, from 0 to 1, whose answers pass the checker. Log-likelihoods are always under
-    the base.
+    the base. Intervals hold at 95 %, whenever the test stopped (`stats.confidence_sequence`, over queries).
 
     Attributes:
         layer: 0-based layer after which the stream is moved.
-        strength: how far the base was steered, 1 for the expert's own state. Of the strengths tried, the one at which
-            the base passes most; strengths that make degenerate answers are left out if any other is there.
+        strength: how far the base was steered, 1 for the expert's own state.
         steered: share of the base, steered along the direction.
         steered_random: share of the base, moved as far along random directions.
-        gain_low: lower end of the 95 % interval of `steered - steered_random`, resampled over queries.
+        gain_low: lower end of the interval of `steered - steered_random`.
         removed: share of the expert, held at the base's state along the direction.
         removed_random: share of the expert, moved as far along random directions.
-        drop_low: lower end of the 95 % interval of `removed_random - removed`, resampled over queries.
+        drop_low: lower end of the interval of `removed_random - removed`.
         nll: mean negative log-likelihood of the steered answers, in nats per token.
         nll_expert: the same for the answers of the expert that is not steered.
         nll_removed: the same for the answers of the expert held at the base's state; NaN if not measured.
+        gain_high: upper end of the interval of `steered - steered_random`; NaN in files of earlier versions.
+        drop_high: upper end of the interval of `removed_random - removed`; NaN likewise.
+        difference: share of the expert minus share of the base, neither of them moved; NaN likewise.
+        n_queries: number of queries whose prompts were answered; NaN likewise.
 
-    >>> import wpjax as wp
-    >>> from wpjax.metrics.anchor import SteeringTest
+    >>> from wpjax.metrics.diagnostics import SteeringTest
     >>> test = SteeringTest(4, 1.5, steered=0.8, steered_random=0.1, gain_low=-0.05, removed=0.0, removed_random=0.9,
-    ...                     drop_low=0.8, nll=1.2, nll_expert=1.1)
+    ...                     drop_low=0.8, nll=1.2, nll_expert=1.1, gain_high=0.9, drop_high=1, difference=0.9)
     >>> print(test.verdict())
-    steering the base along it passes the checker on 80% of prompts, a random direction on 10%: not surely more
+    undecided: steering the base along it passes the checker on 80% of prompts, a random direction on 10%: not surely \
+    more
     """
 
     layer: int
@@ -53,36 +59,68 @@ class SteeringTest:
     nll: float
     nll_expert: float
     nll_removed: float = math.nan
+    gain_high: float = math.nan
+    drop_high: float = math.nan
+    difference: float = math.nan
+    n_queries: float = math.nan
 
     @property
     def effect_size(self) -> float:
         """Gain of the steered base times loss of the expert, each beyond its control. The layer is chosen by it."""
         return max(self.steered - self.steered_random, 0.0) * max(self.removed_random - self.removed, 0.0)
 
+    @property
+    def outcome(self) -> str:
+        """ "accepted", "undecided" or "rejected"; `verdict` says why."""
+        return self.verdict().split(":")[0] or "accepted"
+
     def verdict(self) -> str:
-        """An empty text if both tests pass, otherwise the first one that fails, with its figures."""
-        # Written with `not`, so that a figure that is NaN fails. `nll_removed` alone may be NaN.
+        """An empty text if both tests pass, otherwise the outcome and the test that it is due to, with its figures.
+
+        - rejected: the direction surely moves less than `LEAST_SHARE` of the difference between expert and base, in one
+          of the tests. Or the answers are degenerate.
+        - undecided: more prompts are needed to tell.
+        """
+        steering = (
+            f"steering the base along it passes the checker on {self.steered:.0%} of prompts, a random direction on "
+            f"{self.steered_random:.0%}"
+        )
+        removal = (
+            f"without it the expert passes on {self.removed:.0%} of prompts, without a random direction on "
+            f"{self.removed_random:.0%}"
+        )
+        # Comparisons are written so that a figure that is NaN never accepts. `nll_removed` alone may be NaN.
         if not self.nll <= self.nll_expert + MAX_EXCESS_NLL:
             return (
-                f"steered answers are degenerate: {self.nll:.2f} nats a token under the base, the expert's own "
-                f"{self.nll_expert:.2f}"
+                f"rejected: steered answers are degenerate: {self.nll:.2f} nats a token under the base, the expert's "
+                f"own {self.nll_expert:.2f}"
             )
-        if not self.gain_low > 0:
-            return (
-                f"steering the base along it passes the checker on {self.steered:.0%} of prompts, a random direction "
-                f"on {self.steered_random:.0%}: not surely more"
-            )
-        if not self.drop_low > 0:
-            return (
-                f"without it the expert passes on {self.removed:.0%} of prompts, without a random direction on "
-                f"{self.removed_random:.0%}: not surely less"
-            )
+        least = LEAST_SHARE * self.difference
+        if self.gain_high < least:
+            return f"rejected: {steering}: surely less than {LEAST_SHARE:.0%} of what base and expert differ by"
+        if self.drop_high < least:
+            return f"rejected: {removal}: surely less than {LEAST_SHARE:.0%} of what base and expert differ by"
         if self.nll_removed > self.nll_expert + MAX_EXCESS_NLL:
             return (
-                f"without it the expert's answers are degenerate: {self.nll_removed:.2f} nats a token under the base, "
-                f"before {self.nll_expert:.2f}"
+                f"rejected: without it the expert's answers are degenerate: {self.nll_removed:.2f} nats a token under "
+                f"the base, before {self.nll_expert:.2f}"
             )
+        if not self.gain_low > 0:
+            return f"undecided: {steering}: not surely more{self._needed(self.gain_low, self.gain_high)}"
+        if not self.drop_low > 0:
+            return f"undecided: {removal}: not surely less{self._needed(self.drop_low, self.drop_high)}"
         return ""
+
+    def _needed(self, low: float, high: float) -> str:
+        """How many queries would decide a test whose interval is [low, high], in words; empty if it is not known."""
+        middle, half = (low + high) / 2, (high - low) / 2
+        if not math.isfinite(self.n_queries * half) or not half > 0:
+            return ""
+        # The interval's width falls with the root of the number of queries. It must leave out 0, or `least`.
+        least = LEAST_SHARE * self.difference
+        room = max(middle, least - middle)
+        n = math.ceil(self.n_queries * (half / room) ** 2) if room > 0 else math.inf
+        return f"; about {n} queries would decide it, {self.n_queries:.0f} were tried" if n < 10_000 else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +165,10 @@ class LayerDiagnostics:
     nll: float = math.nan
     nll_expert: float = math.nan
     nll_removed: float = math.nan
+    gain_high: float = math.nan
+    drop_high: float = math.nan
+    difference: float = math.nan
+    n_queries: float = math.nan
 
     @property
     def steering(self) -> SteeringTest | None:

@@ -1,4 +1,8 @@
-"""Greedy and sampled generation with a KV cache. One compiled program reads the prompts and makes all new tokens."""
+"""Greedy and sampled generation with a KV cache. One compiled program reads the prompts and makes all new tokens.
+
+A prompt can be read once and continued many times (`prefill`, then `continue_prompts` or `read_on`): steering that
+starts at the last prompt token changes nothing before it.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,193 @@ class Generation(NamedTuple):
     lengths: Int[np.ndarray | Array, " B"]
 
 
+class Prefix(NamedTuple):
+    """Prompts as a model has read them. The last token of each is still to be run: its output makes the first new one.
+
+    Attributes:
+        last: [B], id of the last token of each prompt.
+        at: [B], its position.
+        keys: [L, B, C, K, Dh], keys of every layer by position, with room for new tokens. From `at` on they are of no
+            meaning yet.
+        values: [L, B, C, K, Dh], values likewise.
+    """
+
+    last: Int[Array, " B"]
+    at: Int[Array, " B"]
+    keys: Float[Array, "L B C K Dh"]
+    values: Float[Array, "L B C K Dh"]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "room"))
+def prefill(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    *,
+    room: int,
+    edits: Sequence[Edit] = (),
+) -> Prefix:
+    """Read prompts, and keep what their continuations need.
+
+    Args:
+        cfg: the model (static).
+        params: parameter tree; its leaves may be `Blend`s.
+        tokens: prompts, padded on the right.
+        lengths: number of tokens of each prompt.
+        room: number of new tokens that the prefix has room for (static).
+        edits: changes on the way; see `generate`.
+
+    Raises:
+        WpjaxError: prompts and new tokens exceed the context, or an edit names no layer.
+    """
+    n_prompt = tokens.shape[1]
+    if n_prompt + room > cfg.n_ctx:
+        raise WpjaxError(
+            f"{n_prompt} prompt tokens and {room} new ones exceed the context of {cfg.n_ctx}; shorten the prompts or "
+            "lower max_new_tokens"
+        )
+    _check_edits(edits)
+
+    def through(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
+        """All prompt tokens through one layer; returns its cache, with room for the new tokens."""
+        params, number = layer
+        one = block(cfg, params)(x, Causal.of(n_prompt), edits=edits, layer=number)
+        free = ((0, 0), (0, room), (0, 0), (0, 0))
+        return one.resid_post, (jnp.pad(one.k, free), jnp.pad(one.v, free))
+
+    x = decoder(cfg, params).embed(tokens, jnp.arange(n_prompt)[None])
+    _, (keys, values) = jax.lax.scan(through, x, (params["blocks"], jnp.arange(cfg.n_layers)))
+    at = lengths - 1
+    return Prefix(jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0], at, keys, values)
+
+
+def _check_edits(edits: Sequence[Edit]) -> None:
+    if any(edit.layer is None for edit in edits):
+        raise WpjaxError("an edit of a generation names its layer: pass one Edit(..., layer=i) for each")
+
+
+Cache = tuple[Array, Array]
+"""Keys and values of every layer, each [L, B, C, K, Dh]."""
+
+
+def _step(
+    cfg: ModelConfig, params: Params, edits: Sequence[Edit], token: Int[Array, " B"], at: Int[Array, " B"], cache: Cache
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Run one token of each row through all layers.
+
+    Args:
+        cfg: the model.
+        params: its parameters.
+        edits: changes on the way.
+        token: id of the token of each row.
+        at: its position.
+        cache: keys and values of the tokens before it.
+
+    Returns:
+        the stream after the last layer, and the cache with the token's own keys and values.
+    """
+
+    def through(x: Array, layer: Any) -> tuple[Array, Cache]:
+        params, number, keys, values = layer
+        one = block(cfg, params)(x, Cached(at, keys, values), edits=edits, layer=number)
+        return one.resid_post, one.seen
+
+    x = decoder(cfg, params).embed(token[:, None], at[:, None])
+    x, cache = jax.lax.scan(through, x, (params["blocks"], jnp.arange(cfg.n_layers), *cache))
+    return x[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
+def continue_prompts(
+    cfg: ModelConfig,
+    params: Params,
+    prefix: Prefix,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Int[Array, " S"] | tuple[int | Int[Array, ""], ...],
+    temperature: float = 0.0,
+    key: Array | None = None,
+    edits: Sequence[Edit] = (),
+) -> Generation:
+    """Continue prompts that were read before, all at once, until each has met a stop token.
+
+    Args:
+        cfg: the model (static).
+        params: the parameters that `prefix` was read with.
+        prefix: the prompts, with room for `max_new_tokens`.
+        max_new_tokens: N, at least 1 (static).
+        stop_tokens: ids that end a row; may be empty.
+        temperature: 0 for greedy decoding; above 0, logits are divided by it and tokens are sampled (static).
+        key: random key; needed for sampling.
+        edits: changes from the last prompt token on; see `generate`.
+
+    >>> import wpjax as wp
+    >>> model = wp.load_model("tiny:expert")
+    >>> ids = jnp.asarray(model.tokenizer("How do owls hunt?")["input_ids"])[None]
+    >>> prefix = prefill(model.cfg, model.params, ids, jnp.array([ids.shape[1]]), room=5)
+    >>> continue_prompts(model.cfg, model.params, prefix, max_new_tokens=5, stop_tokens=()).tokens.shape
+    (1, 5)
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise WpjaxError(f"max_new_tokens={max_new_tokens}, temperature={temperature}: at least 1, and not below 0")
+    if temperature > 0 and key is None:
+        raise WpjaxError("sampling needs a random key: pass key=jax.random.key(seed), or temperature=0")
+    _check_edits(edits)
+    stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
+    model = decoder(cfg, params)
+
+    def pick(resid: Float[Array, "B D"], step: Array) -> Int[Array, " B"]:
+        logits = model.logits(resid)
+        if key is None or temperature == 0:
+            return jnp.argmax(logits, -1)
+        return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
+
+    def step(state: tuple) -> tuple:
+        """Run the token that came last, and make the one after it."""
+        i, last, done, cache, out = state
+        resid, cache = _step(cfg, params, edits, last, prefix.at + i, cache)
+        new = jnp.where(done, last, pick(resid, i))
+        return i + 1, new, done | jnp.isin(new, stop_tokens), cache, out.at[:, i].set(new)
+
+    n_rows = len(prefix.last)
+    out = jnp.zeros((n_rows, max_new_tokens), prefix.last.dtype)
+    state = (jnp.int32(0), prefix.last, jnp.zeros(n_rows, bool), (prefix.keys, prefix.values), out)
+    n_done, last, _, _, out = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~s[2].all(), step, state)
+    # If all rows were done early, the columns that were never written are filled up with each row's stop token.
+    out = jnp.where(jnp.arange(max_new_tokens) < n_done, out, last[:, None])
+    stopped = jnp.isin(out, stop_tokens)
+    n_new = jnp.where(stopped.any(1), stopped.argmax(1) + 1, max_new_tokens)
+    return Generation(out, n_new)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def read_on(
+    cfg: ModelConfig, params: Params, prefix: Prefix, tokens: Int[Array, "B N"], *, edits: Sequence[Edit] = ()
+) -> Float[Array, "B N D"]:
+    """Let a model read given continuations of prompts that it has read before (teacher forcing).
+
+    Args:
+        cfg: the model (static).
+        params: the parameters that `prefix` was read with.
+        prefix: the prompts, with room for N tokens.
+        tokens: the continuations.
+        edits: changes from the last prompt token on; see `generate`.
+
+    Returns:
+        the stream after the last layer from which each of the N tokens is predicted.
+    """
+    _check_edits(edits)
+
+    def step(carry: tuple[Array, Array, Cache], new: Int[Array, " B"]) -> tuple[Any, Array]:
+        i, last, cache = carry
+        resid, cache = _step(cfg, params, edits, last, prefix.at + i, cache)
+        return (i + 1, new.astype(last.dtype), cache), resid
+
+    start = (jnp.int32(0), prefix.last, (prefix.keys, prefix.values))
+    return jnp.moveaxis(jax.lax.scan(step, start, tokens.T)[1], 0, 1)
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
 def generate(
     cfg: ModelConfig,
@@ -44,7 +235,7 @@ def generate(
     key: Array | None = None,
     edits: Sequence[Edit] = (),
 ) -> Generation:
-    """Continue prompts, all at once, until each has met a stop token.
+    """Read prompts and continue them, all at once, until each has met a stop token.
 
     The new tokens of a row take the place of its padding. So every token has the position that it would have without
     padding, and a padded batch decoded greedily gives what its prompts give alone.
@@ -72,59 +263,9 @@ def generate(
     >>> out.tokens.shape, out.lengths.tolist()
     ((1, 5), [5])
     """
-    n_rows, n_prompt = tokens.shape
-    if max_new_tokens < 1 or temperature < 0:
-        raise WpjaxError(f"max_new_tokens={max_new_tokens}, temperature={temperature}: at least 1, and not below 0")
-    if temperature > 0 and key is None:
-        raise WpjaxError("sampling needs a random key: pass key=jax.random.key(seed), or temperature=0")
-    if n_prompt + max_new_tokens > cfg.n_ctx:
-        raise WpjaxError(
-            f"{n_prompt} prompt tokens and {max_new_tokens} new ones exceed the context of {cfg.n_ctx}; "
-            "shorten the prompts or lower max_new_tokens"
-        )
-    if any(edit.layer is None for edit in edits):
-        raise WpjaxError("an edit of a generation names its layer: pass one Edit(..., layer=i) for each")
-    stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
-    model, rows, layers = decoder(cfg, params), jnp.arange(n_rows), jnp.arange(cfg.n_layers)
-
-    def pick(resid: Float[Array, "B D"], step: Array) -> Int[Array, " B"]:
-        logits = model.logits(resid)
-        if key is None or temperature == 0:
-            return jnp.argmax(logits, -1)
-        return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
-
-    def prefill(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
-        """All prompt tokens through one layer; returns its cache, with room for the new tokens."""
-        params, number = layer
-        one = block(cfg, params)(x, Causal.of(n_prompt), edits=edits, layer=number)
-        room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
-        return one.resid_post, (jnp.pad(one.k, room), jnp.pad(one.v, room))
-
-    def extend(x: Array, layer: Any, at: Int[Array, " B"]) -> tuple[Array, tuple[Array, Array]]:
-        """One token of each row through one layer; its key and value enter the cache at its position `at`."""
-        params, number, k_cache, v_cache = layer
-        one = block(cfg, params)(x, Cached(at, k_cache, v_cache), edits=edits, layer=number)
-        return one.resid_post, one.seen
-
-    def step(state: tuple) -> tuple:
-        """Run the token that was made last, and make the one after it."""
-        i, last, done, cache, out = state
-        at = lengths + i - 1  # position of `last`, new token i - 1
-        x = model.embed(last[:, None], at[:, None])
-        x, cache = jax.lax.scan(lambda x, layer: extend(x, layer, at), x, (params["blocks"], layers, *cache))
-        new = jnp.where(done, last, pick(x[:, 0], i))
-        return i + 1, new, done | jnp.isin(new, stop_tokens), cache, out.at[:, i].set(new)
-
-    x, cache = jax.lax.scan(prefill, model.embed(tokens, jnp.arange(n_prompt)[None]), (params["blocks"], layers))
-    first = pick(x[rows, lengths - 1], jnp.int32(0))
-    out = jnp.zeros((n_rows, max_new_tokens), first.dtype).at[:, 0].set(first)
-    state = (jnp.int32(1), first, jnp.isin(first, stop_tokens), cache, out)
-    n_done, last, _, _, out = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~s[2].all(), step, state)
-    # If all rows were done early, the columns that were never written are filled up with each row's stop token.
-    out = jnp.where(jnp.arange(max_new_tokens) < n_done, out, last[:, None])
-    stopped = jnp.isin(out, stop_tokens)
-    n_new = jnp.where(stopped.any(1), stopped.argmax(1) + 1, max_new_tokens)
-    return Generation(out, n_new)
+    prefix = prefill(cfg, params, tokens, lengths, room=max(max_new_tokens, 0), edits=edits)
+    options: dict[str, Any] = {"stop_tokens": stop_tokens, "temperature": temperature, "key": key, "edits": edits}
+    return continue_prompts(cfg, params, prefix, max_new_tokens=max_new_tokens, **options)
 
 
 def generate_batched(
