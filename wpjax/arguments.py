@@ -80,11 +80,11 @@ Causal = Annotated[
     Literal["require", "report", "skip"],
     Setting(
         "Causal tests of the anchor: steered models answer, and the checker judges. With other metrics: do base and "
-        "expert differ in the behaviour? require: stop where they fail; report: go on and mark the result; skip: "
-        "leave them out."
+        "expert differ in the behaviour? require: stop if the anchor is rejected, go on and mark the result if the "
+        "tests are undecided; report: go on whatever they say; skip: leave them out."
     ),
 ]
-NSteered = Annotated[int, Setting("Most prompts that the causal tests use.", least=4)]
+NSteered = Annotated[int, Setting("Most prompts that the causal tests use; they stop once they are decided.", least=4)]
 ResponseTokens = Annotated[
     int,
     Setting(

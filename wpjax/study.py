@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -29,6 +30,7 @@ from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import decision_metric
+from wpjax.metrics.diagnostics import diagnostics_kept
 from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
@@ -120,12 +122,18 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
         progress("set score", 1, 1)
     study.result.to_netcdf(config.out, config.overwrite)
     shards.discard()
+    shutil.rmtree(anchor_parts_folder(config.out), ignore_errors=True)
     return study
 
 
 def parts_folder(out: Path) -> Path:
     """The folder of a study's finished parts, beside its result file; removed once the result is written."""
     return out.with_name(f".{out.name}.sweep")
+
+
+def anchor_parts_folder(out: Path) -> Path:
+    """The folder of the finished answers of an anchor's causal tests; removed once the result is written."""
+    return out.with_name(f".{out.name}.anchor")
 
 
 def _measured(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, progress: Progress) -> Measured:
@@ -162,18 +170,28 @@ def _differing(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBa
 
 
 def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress) -> Anchor:
-    """An anchor that is fitted here, as the config says."""
-    return fit_anchor(
-        pair,
-        task,
-        n_response=config.response_tokens,
-        n_prompts=config.n_prompts,
-        causal=config.causal,
-        n_steered=config.n_steered,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        progress=progress,
-    )
+    """An anchor that is fitted here, as the config says. If it is rejected, its diagnostics are written to a file."""
+    options: dict[str, Any] = {
+        "n_response": config.response_tokens,
+        "n_prompts": config.n_prompts,
+        "n_steered": config.n_steered,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+    }
+    identity = {
+        "versions": _versions(),
+        "pair": pair.fingerprints,
+        "prompts": [(p.with_instruction, p.without) for p in task.pairs],
+        "dtype": config.dtype,
+        **options,
+    }
+    done = Shards(anchor_parts_folder(config.out), identity, config.resume)
+    try:
+        with diagnostics_kept(config.out):
+            return fit_anchor(pair, task, causal=config.causal, done=done, progress=progress, **options)
+    except AnchorRejected:
+        done.discard()  # other settings are to be tried next
+        raise
 
 
 def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Measured) -> dict[str, object]:
@@ -181,7 +199,7 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
     # A metric's digest covers the words that it reads. On-policy the words are the patched models' own, of this length.
     answer_length = None if check_metric(config.metric).has_fixed_words else config.max_new_tokens
     return {
-        "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
+        "versions": _versions(),
         "pair": pair.fingerprints,
         "prompts": batch.texts,
         "metric": [config.metric, measured.metric.digest, answer_length],
@@ -189,6 +207,11 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
         "dtype": config.dtype,
         **config.sweep_arguments,
     }
+
+
+def _versions() -> list[str]:
+    """What rounding depends on beside the numbers themselves."""
+    return [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"]
 
 
 def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, metric: Metric, result: SweepResult) -> Study:

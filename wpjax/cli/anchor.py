@@ -25,7 +25,10 @@ from wpjax.arguments import (
 from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from wpjax.metrics.anchor import Anchor
+    from wpjax.metrics.diagnostics import SteeringTest
 
 EXAMPLE = (
     "Example: wpjax anchor --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.anchor.safetensors"
@@ -50,7 +53,7 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Fit an anchor, the direction that tells whether the behaviour's state has formed. Causal tests must accept it."""
+    """Fit an anchor, the direction that tells whether the behaviour's state has formed, and test it by steering."""
     from wpjax.runtime.files import check_output
 
     check_output(out, overwrite)
@@ -58,11 +61,12 @@ def run(
     from wpjax import behaviours
     from wpjax.cli.console import on_interrupt, print_json, progress_bars
     from wpjax.evaluation.fit_anchor import fit_anchor
+    from wpjax.metrics.diagnostics import diagnostics_kept
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, ignore_config)
-    with on_interrupt(lambda: "nothing was written"), progress_bars() as progress:
+    with on_interrupt(lambda: "nothing was written"), diagnostics_kept(out), progress_bars() as progress:
         anchor = fit_anchor(
             pair,
             task,
@@ -140,8 +144,22 @@ def show_steering(anchor: Anchor) -> None:
                 f"{t.removed:.0%}",
                 f"{t.removed_random:.0%}",
                 f"{t.nll:.2f}, {t.nll_removed:.2f} ({t.nll_expert:.2f})",
-                "rejected" if t.verdict() else "accepted",
+                t.outcome,
             )
             for t in tests
         ],
     )
+    for line in notes(tests):
+        print(line)
+
+
+def notes(tests: Sequence[SteeringTest]) -> list[str]:
+    """What to say of the causal tests beside their figures: why they were not accepted, and answers that were cut."""
+    lines = [f"layer {t.layer}: {t.verdict()}" for t in tests if t.verdict()]
+    if tests and tests[0].cut > 0:
+        n = int(tests[0].max_new_tokens)
+        lines.append(
+            f"{tests[0].cut:.0%} of the expert's answers were cut at {n} tokens; if the checker needs their end: "
+            f"--max-new-tokens {2 * n}"
+        )
+    return lines

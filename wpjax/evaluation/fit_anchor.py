@@ -123,7 +123,8 @@ def fit_anchor(
             makes the tests, and takes the best layer whatever they say. "skip" leaves them out, and chooses the layer
             by projections alone.
         n_steered: number of prompts for the causal tests, at most; they stop as soon as they are decided.
-        max_new_tokens: length of the answers that are judged, at most.
+        max_new_tokens: length of the answers that are judged, at most. It grows where the checker needs their end
+            (`Judge.with_room`).
         seed: seed of splits, resampling and random directions.
         done: finished answers of an earlier attempt; new ones are added.
         progress: function that is called as work gets done.
@@ -161,11 +162,12 @@ def fit_anchor(
         directions = Directions(unit, *means)
         layers = [d.layer for d in candidates]
         few = fit.take(np.arange(min(len(fit), N_SCREENED_PROMPTS)))
-        screening = Judge(pair, behaviour, few, max_new_tokens)
         progress("layers screened", 0, 1)
-        screened = screen_layers(pair, few, screening.answers(pair.expert), layers, directions)
+        screening, answers = Judge(pair, behaviour, few, max_new_tokens).with_room(pair.expert)
+        screened = screen_layers(pair, few, answers, layers, directions)
         progress("layers screened", 1, 1)
-        judge = Judge(pair, behaviour, behaviour.encode(pair.tokenizer, "sweep", n_steered), max_new_tokens)
+        batch = behaviour.encode(pair.tokenizer, "sweep", n_steered)
+        judge = Judge(pair, behaviour, batch, screening.max_new_tokens)
         tests = steering_tests(judge, screened[:N_CANDIDATES], directions, seed=seed, done=done, progress=progress)
         by_layer = {test.layer: dataclasses.asdict(test) for test in tests}
         diagnostics = tuple(dataclasses.replace(d, **by_layer.get(d.layer, {})) for d in diagnostics)

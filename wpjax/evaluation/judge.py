@@ -16,6 +16,12 @@ from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.stats import mean_interval, resample
 
+LONGEST_ANSWER = 128
+"""Tokens of an answer, at most, where its length is chosen (`Judge.with_room`)."""
+
+MANY = 0.1
+"""Share of the answers that makes it worth while to let them be longer."""
+
 
 class Judge:
     """Generates the answers of a pair's models to some prompts, and has the checker judge them.
@@ -42,6 +48,30 @@ class Judge:
     def take(self, rows: Int[np.ndarray, " n"]) -> Judge:
         """A judge of some of the prompts."""
         return Judge(self.pair, self.behaviour, self.batch.take(rows), self.max_new_tokens)
+
+    def cut(self, answers: Generation) -> Bool[np.ndarray, " B"]:
+        """Which answers were cut off by `max_new_tokens`: they are that long, and end in no stop token."""
+        tokens, lengths = np.asarray(answers.tokens), np.asarray(answers.lengths)
+        last = np.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
+        return (lengths == self.max_new_tokens) & ~np.isin(last, self.pair.stop_tokens)
+
+    def with_room(self, params: Params) -> tuple[Judge, Generation]:
+        """A judge that lets a model finish its answers, if the checker needs that, and the model's answers.
+
+        The length of an answer is doubled, up to `LONGEST_ANSWER`, as long as answers that are cut off fail the checker
+        and longer ones pass it.
+
+        Args:
+            params: parameters of the model.
+        """
+        answers = self.answers(params)
+        passes = self.passes(answers)
+        longest = self.pair.cfg.n_ctx - self.batch.with_instruction.ids.shape[1]
+        length = min(2 * self.max_new_tokens, LONGEST_ANSWER, longest)
+        if length <= self.max_new_tokens or (self.cut(answers) & ~passes).mean() < MANY:
+            return self, answers
+        longer, theirs = Judge(self.pair, self.behaviour, self.batch, length).with_room(params)
+        return (longer, theirs) if longer.passes(theirs).mean() > passes.mean() + MANY else (self, answers)
 
     def answers(self, params: Params) -> Generation:
         """Greedy answers of a model to the prompts."""

@@ -339,10 +339,10 @@ def steering_tests(
         key, n_versions = f"steering-{i}", 2 * (1 + len(candidates) * (1 + n_random))
         if key not in done:
             done[key] = _look(judge.take(rows), candidates, directions, random)
-        parts.append(finished_part(done, key, (2, n_versions, len(rows))))
+        parts.append(finished_part(done, key, (3, n_versions, len(rows))))
         figures = np.concatenate(parts, axis=2)
         seen = judge.take(order[: figures.shape[2]])
-        tests = _outcomes(seen.batch.queries, figures, candidates, n_random, level)
+        tests = _outcomes(seen.batch.queries, figures, candidates, n_random, level, judge.max_new_tokens)
         if tests[0].difference > 0 and _is_decided(tests):
             break
     progress("steering tests", len(looks), len(looks))
@@ -370,8 +370,9 @@ def _looks(batch: PromptBatch) -> list[Int[np.ndarray, " n"]]:
 
 def _look(
     judge: Judge, candidates: Sequence[Candidate], directions: Directions, random: Float[np.ndarray, "A R D"]
-) -> Float[np.ndarray, "2 V B"]:
-    """Answers of all versions of both models to some prompts: whether each passes, and its nats per token.
+) -> Float[np.ndarray, "3 V B"]:
+    """Answers of all versions of both models to some prompts: whether each passes, its nats per token, whether
+    it was cut off.
 
     The V versions are, of the base, then of the expert: the model itself, and for each candidate the version steered
     along its direction, then along each random one.
@@ -392,19 +393,21 @@ def _look(
         by_version = [Generation(*one) for one in zip(answers.tokens, answers.lengths, strict=True)]
         judge.check_not_empty(name, by_version[0])
         passes = np.stack([judge.passes(one) for one in by_version])
-        figures.append(np.stack([passes.astype(np.float64), np.asarray(base.nll(answers), np.float64)]))
+        cut = np.stack([judge.cut(one) for one in by_version])
+        figures.append(np.stack([passes, base.nll(answers), cut]).astype(np.float64))
     return np.concatenate(figures, axis=1)
 
 
 def _outcomes(
     queries: Int[np.ndarray, " B"],
-    figures: Float[np.ndarray, "2 V B"],
+    figures: Float[np.ndarray, "3 V B"],
     candidates: Sequence[Candidate],
     n_random: int,
     level: float,
+    max_new_tokens: int,
 ) -> list[SteeringTest]:
     """The tests at each candidate, from the figures of all looks so far (see `_look`)."""
-    passes, nll = figures
+    passes, nll, cut = figures
     half = passes.shape[0] // 2
     own_base, own_expert = passes[0], passes[half]
 
@@ -437,6 +440,8 @@ def _outcomes(
                 drop_high=drop_high,
                 difference=float(own_expert.mean() - own_base.mean()),
                 n_queries=float(len(np.unique(queries))),
+                max_new_tokens=float(max_new_tokens),
+                cut=float(cut[half].mean()),
             )
         )
     return tests

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from wpjax.errors import AnchorRejected
+from wpjax.runtime.files import atomic_output
 
 MIN_STABILITY = 0.9
 """Smallest split-half cosine at which an anchor is accepted."""
@@ -39,6 +46,8 @@ class SteeringTest:
         drop_high: upper end of the interval of `removed_random - removed`; NaN likewise.
         difference: share of the expert minus share of the base, neither of them moved; NaN likewise.
         n_queries: number of queries whose prompts were answered; NaN likewise.
+        max_new_tokens: length of an answer, in tokens, at most; NaN likewise.
+        cut: share of the expert's own answers that this length cut off; NaN likewise.
 
     >>> from wpjax.metrics.diagnostics import SteeringTest
     >>> test = SteeringTest(4, 1.5, steered=0.8, steered_random=0.1, gain_low=-0.05, removed=0.0, removed_random=0.9,
@@ -63,6 +72,8 @@ class SteeringTest:
     drop_high: float = math.nan
     difference: float = math.nan
     n_queries: float = math.nan
+    max_new_tokens: float = math.nan
+    cut: float = math.nan
 
     @property
     def effect_size(self) -> float:
@@ -169,6 +180,8 @@ class LayerDiagnostics:
     drop_high: float = math.nan
     difference: float = math.nan
     n_queries: float = math.nan
+    max_new_tokens: float = math.nan
+    cut: float = math.nan
 
     @property
     def steering(self) -> SteeringTest | None:
@@ -192,3 +205,31 @@ class LayerDiagnostics:
             specific = f"{self.specific:.3g} [{self.specific_low:.3g}, {self.specific_high:.3g}]"
             return f"gap {self.gap:.3g} is drift: what the instruction makes of it is {specific}, not positive"
         return ""
+
+
+@contextlib.contextmanager
+def diagnostics_kept(out: Path) -> Iterator[None]:
+    """If an anchor is rejected in the body, write what was found at each layer to a file beside an output, and say so.
+
+    The file is JSON, a list with an object for each layer; NaN becomes null. One of an earlier attempt is replaced.
+
+    Args:
+        out: the output that will be missing; the file is called as it is, with ".rejected.json" behind.
+
+    Raises:
+        AnchorRejected: that of the body, with the name of the file.
+        OutputError: the file cannot be written.
+    """
+    try:
+        yield
+    except AnchorRejected as error:
+        if not error.diagnostics:
+            raise
+        path = out.with_name(f"{out.name}.rejected.json")
+        layers = [
+            dataclasses.asdict(d) | {"verdict": d.steering.verdict() if d.steering else ""} for d in error.diagnostics
+        ]
+        finite = [{k: None if v != v else v for k, v in layer.items()} for layer in layers]
+        with atomic_output(path, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
+        raise AnchorRejected(f"{error}; what was found at each layer is in {path}", error.diagnostics) from error
