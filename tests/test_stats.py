@@ -8,6 +8,7 @@ from scipy import stats as scipy_stats
 
 from wpjax.stats import (
     benjamini_hochberg,
+    confidence_sequence,
     mean_interval,
     missed_interval,
     ratio_of_means,
@@ -119,3 +120,36 @@ def test_the_number_missed_by_hand():
     assert (some.low, some.high) == pytest.approx((300 * by_quantiles[0], 300 * by_quantiles[1]))
     assert missed_interval(2, 5, 5) == (2, 2, 2)
     assert np.isnan(missed_interval(0, 0, 7).mean)
+
+
+def capital(x, m, side, alpha=0.05):
+    """What a gambler has at each step, by the formulas of arXiv 2010.09686, (24) to (27), written out step by step."""
+    money, variance = [1.0], 0.25
+    for i, value in enumerate(x, 1):
+        bet = np.sqrt(2 * np.log(2 / alpha) / (variance * i * np.log(i + 1)))
+        bet = min(bet, 0.75 / m if side > 0 else 0.75 / (1 - m))
+        money.append(money[-1] * (1 + side * bet * (value - m)))
+        seen = np.array(x[:i])
+        means = [(0.5 + seen[: j + 1].sum()) / (j + 2) for j in range(i)]
+        variance = (0.25 + sum((s - u) ** 2 for s, u in zip(seen, means, strict=True))) / (i + 1)
+    return np.array(money[1:])
+
+
+def test_a_confidence_sequence_is_what_a_gambler_cannot_rule_out():
+    values = np.random.default_rng(0).choice([-1.0, 0.0, 0.5, 1.0], 12, p=[0.1, 0.2, 0.2, 0.5])
+    _, low, high = confidence_sequence(values)
+    x, enough = (values + 1) / 2, 2 / 0.05
+    for m, is_in in ((low + 0.01, True), (high - 0.01, True), (low - 0.01, False), (high + 0.01, False)):
+        most = max(capital(x, (m + 1) / 2, side).max() for side in (1, -1))
+        assert (most < enough) == is_in
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+def test_a_confidence_sequence_holds_at_every_look(p):
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(200):
+        values = 2.0 * (rng.random(40) < p) - 1
+        looks = [confidence_sequence(values[:n]) for n in range(4, 41, 4)]
+        missed += any(not low <= 2 * p - 1 <= high for _, low, high in looks)
+        assert all(b.low >= a.low - 1e-9 and b.high <= a.high + 1e-9 for a, b in itertools.pairwise(looks))
+    assert missed <= 0.05 * 200 + 8  # within chance of 1 in 20

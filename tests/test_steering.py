@@ -1,6 +1,10 @@
-"""Steered generation against HF torch with hooks; the causal tests of anchors on the embedded pair."""
+"""Steered generation against HF torch with hooks; the causal tests of anchors on the embedded pair.
+
+Versions that are steered together, from one reading of the prompts, are held to the same versions one by one.
+"""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +13,19 @@ import torch
 
 from tests.oracles import hf_layers
 from tests.tiny import build
-from wpjax.behaviours import behaviour
+from wpjax.behaviours import Tokens, behaviour
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.errors import AnchorRejected, BehaviourError
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.evaluation.steering import Candidate, Continued, Directions, steer, steering_tests
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import answer_metric
 from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
 from wpjax.metrics.metric import scores
+from wpjax.models.decoder import forward
 from wpjax.models.edits import ClampTo, Edit
-from wpjax.models.generate import Generation, generate
+from wpjax.models.generate import Generation, generate, generate_batched
 from wpjax.models.sites import Site
 
 N_NEW = 6
@@ -64,6 +70,48 @@ def test_steered_generation_equals_hf_torch_token_for_token(name, tmp_path):
         assert (np.asarray(unmoved) != expected).any()
 
 
+def random_ways(cfg, n, seed=0):
+    """Ways to steer at several layers, the last of which moves nothing."""
+    rng = np.random.default_rng(seed)
+    unit = rng.standard_normal((n, 2, cfg.d_model))
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    ways = [(i % cfg.n_layers, read, write, 5.0 * (i - 1)) for i, (read, write) in enumerate(unit)]
+    return [*ways, (0, unit[0, 0], np.zeros(cfg.d_model), 9.0)]
+
+
+def edits_of(way, start):
+    layer, read, write, target = way
+    vectors = (jnp.asarray(v, jnp.float32) for v in (read, write))
+    return (Edit(Site.RESID_POST, ClampTo(*vectors, jnp.asarray(target, jnp.float32)), layer, start),)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa3", "gpt2-tied"])
+def test_versions_steered_together_are_the_same_versions_one_by_one(name, tmp_path):
+    """Answers token for token; the likelihood of answers; and a metric along given words."""
+    hf = build(name, tmp_path)
+    ours = load_checkpoint(str(hf.folder))
+    cfg, params, rng = ours.cfg, ours.params, np.random.default_rng(0)
+    prompts = Tokens(rng.integers(0, 61, (4, 14)).astype(np.int32), np.array([14, 6, 9, 12], np.int32))
+    ways, stop = random_ways(cfg, 5), (3, 5)
+    together = Continued(cfg, params, prompts, N_NEW)
+    together.at_once = 4  # two programs' worth
+    answers = together.answers(steer(ways), stop)
+    assert len({a.tobytes() for a in answers.tokens}) > 2
+    metric = answer_metric(cfg, prompts, Generation(answers.tokens[0], answers.lengths[0]))
+    step = np.asarray(metric.at) - prompts.last[:, None]
+    scored = together.scores(steer(ways), answers.tokens[0], np.maximum(step, 0), metric)
+    nll = together.nll(answers)
+    for i, way in enumerate(ways):
+        edits = edits_of(way, jnp.asarray(prompts.last))
+        alone = generate_batched(cfg, params, *prompts, stop, N_NEW, edits=edits)
+        np.testing.assert_array_equal(answers.tokens[i], alone.tokens)
+        np.testing.assert_array_equal(answers.lengths[i], alone.lengths)
+        own = scores(cfg, params, answer_metric(cfg, prompts, alone))
+        np.testing.assert_allclose(nll[i], -own, atol=1e-5)
+        held = dataclasses.replace(metric, held=edits[0])
+        np.testing.assert_allclose(scored[i], scores(cfg, params, held), atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def anchor(tiny_pair):
     return fit_anchor(tiny_pair, behaviour("tiny:multiple_sections"))
@@ -73,36 +121,82 @@ def test_an_anchor_is_accepted_where_steering_and_removal_beat_chance(anchor):
     tests = [d.steering for d in anchor.diagnostics if d.steering]
     chosen = next(t for t in tests if t.layer == anchor.layer)
     assert anchor.acceptance == "accepted"
-    assert len(tests) == 4
     assert chosen.steered > chosen.steered_random + 0.05
     assert chosen.removed < chosen.removed_random - 0.5
-    assert chosen.effect_size == max(t.effect_size for t in tests if not t.verdict())
+    assert chosen.effect_size == max(t.effect_size for t in tests if t.outcome == "accepted")
 
 
 def test_the_removal_is_what_the_expert_says_when_held_at_the_base(tiny_pair, anchor):
-    """Recomputed by hand from the anchor: the chosen layer's pass rates."""
-    task = behaviour("tiny:multiple_sections")
+    """Recomputed by hand from the anchor: the chosen layer's pass rates, on the queries that were needed."""
+    task, chosen = behaviour("tiny:multiple_sections"), anchor.diagnostics[anchor.layer]
     fit, check = (task.encode(tiny_pair.tokenizer, split) for split in ("fit", "sweep"))
     base, expert = (float(anchor.score(tiny_pair.cfg, p, fit).mean()) for p in (tiny_pair.base, tiny_pair.expert))
-    chosen = anchor.diagnostics[anchor.layer]
-    judge = Judge(tiny_pair, task, check)
+    first = list(dict.fromkeys(check.queries.tolist()))[: int(chosen.n_queries)]
+    judge = Judge(tiny_pair, task, check.take(np.flatnonzero(np.isin(check.queries, first))))
+    prompts, vector = judge.batch.with_instruction, np.asarray(anchor.vector)
 
     def rate(params, target):
-        clamp = ClampTo(anchor.vector, anchor.vector, jnp.asarray(target, jnp.float32))
-        return judge.passes(judge.answers(params, clamp, anchor.layer)).mean()
+        edits = edits_of((anchor.layer, vector, vector, target), jnp.asarray(prompts.last))
+        answers = generate_batched(tiny_pair.cfg, params, *prompts, tiny_pair.stop_tokens, 32, edits=edits)
+        return judge.passes(answers).mean()
 
     assert rate(tiny_pair.expert, base) == pytest.approx(chosen.removed, abs=0.02)
-    target = base + chosen.strength * (expert - base)
-    assert rate(tiny_pair.base, target) == pytest.approx(chosen.steered, abs=0.02)
+    assert rate(tiny_pair.base, base + chosen.strength * (expert - base)) == pytest.approx(chosen.steered, abs=0.02)
 
 
 def test_an_anchor_that_changes_no_answer_is_rejected_with_its_figures(tiny_pair):
     task = behaviour("tiny:no_comma")
-    with pytest.raises(AnchorRejected, match=r"of 1 layers tried none passes .* layer 3: .*checker on 0% of prompts"):
+    with pytest.raises(AnchorRejected, match=r"of 1 layers tried none passes .* layer 3: .*surely less than 25%") as e:
         fit_anchor(tiny_pair, task, layer=3)
+    assert [d.layer for d in e.value.diagnostics] == list(range(tiny_pair.cfg.n_layers))
+    assert e.value.diagnostics[3].steering.outcome == "rejected"
     marked = fit_anchor(tiny_pair, task, layer=3, causal="report")
-    assert marked.acceptance.startswith("steering the base along it passes the checker on 0% of prompts")
+    assert marked.acceptance.startswith("rejected: steering the base along it passes the checker on 0% of prompts")
     assert fit_anchor(tiny_pair, task, layer=3, causal="skip").acceptance == "not tested"
+
+
+def test_few_prompts_leave_an_anchor_undecided(tiny_pair):
+    """Four queries cannot tell, whatever the answers: it is said, with how many would, and the anchor is returned."""
+    anchor = fit_anchor(tiny_pair, behaviour("tiny:multiple_sections"), n_steered=4)
+    assert re.match(r"undecided: .*; about \d+ queries would decide it, 4 were tried", anchor.acceptance)
+
+
+def test_a_random_direction_is_rejected(tiny_pair):
+    task = behaviour("tiny:multiple_sections")
+    judge = Judge(tiny_pair, task, task.encode(tiny_pair.tokenizer, "sweep"))
+    unit = np.random.default_rng(1).standard_normal((tiny_pair.cfg.n_layers, tiny_pair.cfg.d_model))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    prompts = judge.batch.with_instruction
+    means = []
+    for params in (tiny_pair.base, tiny_pair.expert):
+        resid = forward(tiny_pair.cfg, params, jnp.asarray(prompts.ids), sites=(Site.RESID_POST,)).sites
+        last = np.asarray(resid[Site.RESID_POST])[:, np.arange(len(judge.batch)), prompts.last]
+        means.append(np.einsum("lbd,ld->l", last, unit) / len(judge.batch))
+    (test,) = steering_tests(judge, [Candidate(4, 1.0, 0.0)], Directions(unit, *means))
+    assert test.outcome == "rejected"
+    assert test.n_queries < 32  # it stops once that is sure
+
+
+def test_finished_looks_are_not_answered_again(tiny_pair):
+    task, done = behaviour("tiny:multiple_sections"), {}
+    first = fit_anchor(tiny_pair, task, n_steered=8, done=done)
+    assert done
+    done = {key: np.zeros_like(part) for key, part in done.items()}
+    with pytest.raises(AnchorRejected, match="base passes the checker on 0% of 8 prompts, the expert on 0%"):
+        fit_anchor(tiny_pair, task, n_steered=8, done=done)
+    assert first.layer >= 0
+
+
+def test_answers_grow_where_the_checker_needs_their_end(tiny_pair):
+    task = behaviour("tiny:quotation")
+    few = task.encode(tiny_pair.tokenizer, "fit", 8)
+    short = Judge(tiny_pair, task, few, max_new_tokens=4)
+    assert short.cut(short.answers(tiny_pair.expert)).all()
+    judge, answers = short.with_room(tiny_pair.expert)
+    assert judge.max_new_tokens > 8
+    assert judge.passes(answers).mean() > 0.8
+    capital = Judge(tiny_pair, behaviour("tiny:english_capital"), few, max_new_tokens=4)
+    assert capital.with_room(tiny_pair.expert)[0] is capital
 
 
 def test_answers_that_fool_the_checker_are_degenerate(tiny_pair):
@@ -150,12 +244,19 @@ def test_a_checker_that_raises_is_named(tiny_pair):
 
 
 def test_verdicts_name_the_test_that_failed():
-    good = SteeringTest(3, 1.0, 0.8, 0.0, 0.6, 0.1, 0.9, 0.5, 2.0, 1.5)
-    assert good.verdict() == ""
+    ends = {"gain_high": 0.9, "drop_high": 0.95, "difference": 0.9, "n_queries": 16.0}
+    good = SteeringTest(3, 1.0, 0.8, 0.0, 0.6, 0.1, 0.9, 0.5, 2.0, 1.5, **ends)
+    assert (good.verdict(), good.outcome) == ("", "accepted")
     assert good.effect_size == pytest.approx(0.8 * 0.8)
-    assert "degenerate" in dataclasses.replace(good, nll=1.5 + MAX_EXCESS_NLL + 0.1).verdict()
-    assert "not surely more" in dataclasses.replace(good, gain_low=0.0).verdict()
-    assert "not surely less" in dataclasses.replace(good, drop_low=float("nan")).verdict()
-    broken = dataclasses.replace(good, nll_removed=1.5 + MAX_EXCESS_NLL + 0.1)
-    assert "without it the expert's answers are degenerate: 2.60" in broken.verdict()
+
+    def outcome(**changed):
+        return dataclasses.replace(good, **changed).verdict()
+
+    assert outcome(nll=1.5 + MAX_EXCESS_NLL + 0.1).startswith("rejected: steered answers are degenerate")
+    assert outcome(nll_removed=1.5 + MAX_EXCESS_NLL + 0.1).startswith("rejected: without it the expert's answers are")
+    assert outcome(gain_high=0.2, gain_low=-0.2).startswith("rejected: steering")  # a quarter of .9 is .225
+    assert outcome(drop_high=0.2, drop_low=-0.2).startswith("rejected: without it")
+    # [-.3, .9] is half .6 wide about .3: 16 (.6 / .3)^2 = 64 queries
+    assert outcome(gain_low=-0.3).endswith("not surely more; about 64 queries would decide it, 16 were tried")
+    assert outcome(drop_low=float("nan")).startswith("undecided: without it")
     assert Anchor(jnp.ones(1), 0).acceptance == "not tested"
