@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from wpjax.errors import OutputError, WpjaxError
-from wpjax.methods import check_method, methods, methods_help
+from wpjax.methods import DEFAULT_METHOD, check_method, methods, methods_help
 from wpjax.methods.metrics import check_metric, metric_entries, metrics_help
 
 
@@ -124,6 +124,10 @@ def _metric_names() -> tuple[str, ...]:
     return tuple(entry.name for entry in metric_entries())
 
 
+QUICK = {"n_prompts": 16, "n_steered": 16, "top": 32, "stratum": 8, "n_masks": 32}
+"""What `--quick` lowers arguments of a study to."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
     """The arguments of a study (see `run_study`). The `Setting` of each says what it is for, as `--help` does.
@@ -173,7 +177,7 @@ class SweepConfig:
             passed_to_sweep=True,
         ),
     ] = None
-    method: Annotated[str, Setting(methods_help, choices=_method_names, passed_to_sweep=True)] = "screen+exact"
+    method: Annotated[str, Setting(methods_help, choices=_method_names, passed_to_sweep=True)] = DEFAULT_METHOD
     top: Annotated[
         int,
         Setting(
@@ -210,6 +214,13 @@ class SweepConfig:
             "`wpjax validate` uses this ranking."
         ),
     ] = True
+    quick: Annotated[
+        bool,
+        Setting(
+            "A first look: at most 16 prompts, and 32 components of each kind replaced, 8 more at random. The result is "
+            "marked."
+        ),
+    ] = False
     n_prompts: NPrompts = 64
     dtype: Dtype = "float32"
     memory_mb: Annotated[
@@ -223,6 +234,14 @@ class SweepConfig:
     seed: Seed = 0
     ignore_config: IgnoreConfig = ()
     overwrite: Overwrite = False
+
+    @property
+    def resolved(self) -> SweepConfig:
+        """The same config with what `quick` lowers; itself if it is not quick."""
+        if not self.quick:
+            return self
+        lowered = {name: min(getattr(self, name), most) for name, most in QUICK.items()}
+        return dataclasses.replace(self, **lowered)
 
     @property
     def reads_anchor(self) -> bool:

@@ -95,6 +95,7 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     (True, ['L4.mlp', 'L2.head.0'])
     """
     config.check()
+    config = config.resolved
     for kind in config.kinds:
         check_kind(kind)
     task = behaviour(config.behaviour, config.checker)
@@ -113,6 +114,8 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
             progress=progress,
             **config.sweep_arguments,
         )
+    if config.quick:
+        result.dataset.attrs["quick"] = "a first look, at few prompts and components (--quick)"
     if measured.differs:
         result.dataset.attrs["behaviour_differs"] = measured.differs
     study = Study(result)

@@ -32,7 +32,7 @@ def measure(n_prompts: int) -> dict[str, Any]:
     anchor = fit_anchor(pair, task)
     batch = task.encode(pair.tokenizer, n_prompts=n_prompts)
     with progress_bars() as progress:
-        result = sweep(pair, batch, anchor, progress=progress)
+        result = sweep(pair, batch, anchor, method="exact", progress=progress)
     data = result.dataset
     names, kinds = data["name"].values.astype(str), data["kind"].values.astype(str)
     truth = np.isin(names, planted_components())

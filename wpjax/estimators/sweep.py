@@ -18,7 +18,7 @@ from wpjax.engines.engine import Engine
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.estimators.dataset import Controls, make_dataset
 from wpjax.estimators.job import MethodOutput, SweepJob
-from wpjax.methods import check_method
+from wpjax.methods import DEFAULT_METHOD, check_method
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.metric import Measure, Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
@@ -39,7 +39,7 @@ def sweep(
     given: Anchor | None = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
     components: Iterable[Component | str] | None = None,
-    method: str = "exact",
+    method: str = DEFAULT_METHOD,
     top: int = 512,
     stratum: int = 64,
     confidence: float = 0.95,

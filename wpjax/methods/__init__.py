@@ -9,6 +9,7 @@ import pkgutil
 
 from wpjax.methods import builtin
 from wpjax.methods.registry import (
+    DEFAULT_METHOD,
     Estimate,
     Method,
     check_method,
@@ -23,6 +24,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "DEFAULT_METHOD",
     "Estimate",
     "Method",
     "builtin",

@@ -15,6 +15,9 @@ from typing import Any
 from wpjax.columns import Column, add_columns
 from wpjax.errors import WpjaxError
 
+DEFAULT_METHOD = "screen+exact"
+"""The method of a sweep that names none, in Python and on the command line."""
+
 
 def lazily(module: str, name: str) -> Callable[..., Any]:
     """A stand-in for a function whose module is imported when the function is called.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, block, decoder
+from wpjax.models.decoder import Params, block, decoder, take_layer
 from wpjax.models.edits import Edit
 from wpjax.models.layouts import Cached, Causal
 from wpjax.runtime.batching import map_batches
@@ -122,14 +122,19 @@ def _step(
         the stream after the last layer, and the cache with the token's own keys and values.
     """
 
-    def through(x: Array, layer: Any) -> tuple[Array, Cache]:
-        params, number, keys, values = layer
-        one = block(cfg, params)(x, Cached(at, keys, values), edits=edits, layer=number)
-        return one.resid_post, one.seen
+    rows = jnp.arange(len(token))
+
+    def through(layer: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        x, keys, values = carry
+        layout = Cached(at, take_layer(keys, layer), take_layer(values, layer))
+        one = block(cfg, take_layer(params["blocks"], layer))(x, layout, edits=edits, layer=layer)
+        # Only the new token is written, in place: the cache is too large to be copied for every token.
+        keys, values = (cache.at[layer, rows, at].set(new[:, 0]) for cache, new in ((keys, one.k), (values, one.v)))
+        return one.resid_post, keys, values
 
     x = decoder(cfg, params).embed(token[:, None], at[:, None])
-    x, cache = jax.lax.scan(through, x, (params["blocks"], jnp.arange(cfg.n_layers), *cache))
-    return x[:, 0], cache
+    x, *cache = jax.lax.fori_loop(0, cfg.n_layers, through, (x, *cache))
+    return x[:, 0], (cache[0], cache[1])
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
