@@ -172,7 +172,7 @@ def test_a_random_direction_is_rejected(tiny_pair):
         resid = forward(tiny_pair.cfg, params, jnp.asarray(prompts.ids), sites=(Site.RESID_POST,)).sites
         last = np.asarray(resid[Site.RESID_POST])[:, np.arange(len(judge.batch)), prompts.last]
         means.append(np.einsum("lbd,ld->l", last, unit) / len(judge.batch))
-    (test,) = steering_tests(judge, [Candidate(4, 1.0, 0.0)], Directions(unit, *means))
+    (test,) = steering_tests(judge, [Candidate(4, 1.0)], Directions(unit, *means))
     assert test.outcome == "rejected"
     assert test.n_queries < 32  # it stops once that is sure
 

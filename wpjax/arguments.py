@@ -217,7 +217,7 @@ class SweepConfig:
     quick: Annotated[
         bool,
         Setting(
-            "A first look: at most 16 prompts, and 32 components of each kind replaced, 8 more at random. The result is "
+            "A first look: at most 16 prompts; of each kind 32 components are replaced, and 8 at random. The result is "
             "marked."
         ),
     ] = False

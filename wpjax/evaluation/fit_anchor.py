@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from wpjax.behaviours import Behaviour, PromptBatch
 from wpjax.errors import AnchorRejected
 from wpjax.evaluation.judge import Judge
-from wpjax.evaluation.steering import Directions, screen_layers, steering_tests
+from wpjax.evaluation.steering import Directions, choose_strengths, screen_layers, steering_tests
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.diagnostics import MIN_STABILITY, LayerDiagnostics, SteeringTest
 from wpjax.metrics.reading import Reading, first_answers, read_at
@@ -31,10 +31,13 @@ Causal: TypeAlias = Literal["require", "report", "skip"]
 """What to do with the causal tests of an anchor; see `fit_anchor`."""
 
 N_CANDIDATES = 2
-"""Layers that are tested causally, at most: the best of those that are screened."""
+"""Layers that are tested causally, at most."""
 
-N_SCREENED_PROMPTS = 16
-"""Prompts on which layers are screened for the causal tests, at most."""
+N_TRIED = 4
+"""Layers at which the strengths are tried, at most."""
+
+N_SCREENED_PROMPTS, N_TRIED_PROMPTS = 16, 8
+"""Prompts on which layers are screened for the causal tests, and strengths tried, at most."""
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -104,8 +107,7 @@ def fit_anchor(
     1. By projections. The split-half cosine must be at least `MIN_STABILITY`. On queries that were not used for
        fitting, the gap and the specific gap must be positive with their whole 95 % intervals. The last sixth of the
        layers is left out: there the stream at the last prompt token already holds the first token of the answer.
-    2. By cause (see `evaluation.steering`). Steered models are screened without generation; the `N_CANDIDATES` best
-       layers are tested. The direction must bring the behaviour into the base, and its removal must take it from the
+    2. By cause (see `evaluation.steering`), at the `N_CANDIDATES` best layers of a screen. The direction must bring the behaviour into the base, and its removal must take it from the
        expert, each surely more than a random direction does. The checker of the behaviour judges the answers.
 
     An anchor is "accepted", "rejected" if it surely does too little, and "undecided" if the prompts do not tell
@@ -164,8 +166,11 @@ def fit_anchor(
         few = fit.take(np.arange(min(len(fit), N_SCREENED_PROMPTS)))
         progress("layers screened", 0, 1)
         screening, answers = Judge(pair, behaviour, few, max_new_tokens).with_room(pair.expert)
-        screened = screen_layers(pair, few, answers, layers, directions)
+        layers = screen_layers(pair, few, answers, layers, directions)[:N_TRIED]
         progress("layers screened", 1, 1)
+        progress("strengths tried", 0, 1)
+        screened = choose_strengths(screening.take(np.arange(min(len(few), N_TRIED_PROMPTS))), layers, directions)
+        progress("strengths tried", 1, 1)
         batch = behaviour.encode(pair.tokenizer, "sweep", n_steered)
         judge = Judge(pair, behaviour, batch, screening.max_new_tokens)
         tests = steering_tests(judge, screened[:N_CANDIDATES], directions, seed=seed, done=done, progress=progress)

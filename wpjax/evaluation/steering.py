@@ -12,9 +12,10 @@ under the base is far above that of the expert's own answers. Then the test fail
 
 Answers are dear, so they come last, and no more of them than needed:
 
-1. `screen_layers` ranks layers and strengths by the decision log-odds of the steered models, on a few "fit" prompts.
-   Nothing is generated for it.
-2. `steering_tests` lets the best answer the "sweep" prompts, a few queries at a time. It stops as soon as an anchor is
+1. `screen_layers` ranks layers by the decision log-odds of the steered models, on a few "fit" prompts. Nothing is
+   generated for it.
+2. `choose_strengths` lets the best of them answer a few "fit" prompts at every strength.
+3. `steering_tests` lets the best answer the "sweep" prompts, a few queries at a time. It stops as soon as an anchor is
    accepted, or all are rejected. The intervals hold however often one looks (`stats.confidence_sequence`).
 
 Steering changes nothing before the last prompt token. So each model reads the prompts once, and all steered versions of
@@ -35,8 +36,8 @@ from jaxtyping import Array, Float, Int
 from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.errors import MetricRejected
 from wpjax.evaluation.judge import Judge, check_pass_rates_differ
-from wpjax.metrics.answers import answer_metric, decision_metric
-from wpjax.metrics.diagnostics import SteeringTest
+from wpjax.metrics.answers import decision_metric
+from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
 from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder
@@ -52,9 +53,6 @@ from wpjax.stats import by_query, confidence_sequence
 
 STRENGTHS = (1.0, 1.5, 2.0)
 """How far the base is steered, in units of the way from its own mean state (0) to the expert's (1)."""
-
-ENOUGH = 0.9
-"""Of the strengths that bring back this share of the decision log-odds, the weakest is taken."""
 
 N_SCREENED = 12
 """Layers that are screened, at most."""
@@ -145,7 +143,7 @@ def _nll(
 
         logp = jax.lax.map(step, (jnp.moveaxis(resid, 1, 0), tokens.T)).T  # [B, N]
         is_token = jnp.arange(tokens.shape[1]) < lengths[:, None]
-        return -jnp.where(is_token, logp, 0.0).sum(1) / lengths
+        return -jnp.mean(logp, axis=1, where=is_token)
 
     return jax.vmap(one)(tokens, lengths)
 
@@ -170,7 +168,7 @@ class Continued:
     def __init__(self, cfg: ModelConfig, params: Params, prompts: Tokens, room: int):
         self.cfg, self.params, self.room = cfg, params, room
         self.at_once = max(1, ROWS_AT_ONCE // len(prompts.lengths))
-        self.prefix = prefill(cfg, params, jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths), room=room)
+        self.prefix = prefill(cfg, params, jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths))
 
     def answers(self, ways: Steer, stop_tokens: tuple[int, ...]) -> Generation:
         """Greedy answers of each version, [S, B, room].
@@ -188,7 +186,7 @@ class Continued:
 
     def scores(
         self, ways: Steer, tokens: Int[np.ndarray, "B N"], step: Int[np.ndarray, "B R"], metric: Metric
-    ) -> Array:
+    ) -> Float[np.ndarray, "S B"]:
         """A metric of each version along given words, [S, B].
 
         Args:
@@ -235,6 +233,11 @@ class Directions(NamedTuple):
         """The state at a strength: 0 for the base's, 1 for the expert's."""
         return float(self.base[layer] + strength * (self.expert[layer] - self.base[layer]))
 
+    @property
+    def still(self) -> tuple:
+        """A way that moves nothing."""
+        return self.way(0, 0.0, np.zeros(self.unit.shape[1]))
+
     def way(self, layer: int, strength: float, write: np.ndarray | None = None) -> tuple:
         """A way to steer, as `steer` takes it; along another direction if `write` is given."""
         unit = self.unit[layer]
@@ -247,19 +250,20 @@ class Candidate(NamedTuple):
     Attributes:
         layer: 0-based layer.
         strength: how far the base is steered.
-        score: share of the decision log-odds that steering brings into the base, times the share that the removal
-            takes from the expert.
     """
 
     layer: int
     strength: float
-    score: float
 
 
 def screen_layers(
     pair: Pair, batch: PromptBatch, answers: Generation, layers: Sequence[int], directions: Directions
-) -> list[Candidate]:
+) -> list[int]:
     """Rank layers by what steering does to the log-odds of the expert's word against the base's, where they part.
+
+    A layer's score is the share of the log-odds that the expert's own state brings into the base, times the share that
+    the base's state takes from the expert. Nothing is generated. The log-odds tell layers apart but not strengths: they
+    grow with the strength long after the answers have become nonsense.
 
     Args:
         pair: base and expert.
@@ -269,34 +273,55 @@ def screen_layers(
         directions: directions and states.
 
     Returns:
-        the layers that were screened with the strength that suits each, the best first. If base and expert part ways on
-        too few prompts, the likelihood of the expert's whole answers takes the place of the log-odds.
+        the layers that were screened, the best first. If base and expert part ways on too few prompts, they keep their
+        order.
     """
-    layers = layers[:N_SCREENED]
-    prompts = batch.with_instruction
+    layers, prompts = list(layers[:N_SCREENED]), batch.with_instruction
     try:
         metric = decision_metric(pair, batch, answers.tokens.shape[1], answers)
     except MetricRejected:
-        metric = answer_metric(pair.cfg, prompts, answers)
+        return layers
     step = np.maximum(np.asarray(metric.at) - np.asarray(prompts.last)[:, None], 0)
-    n = int(step.max()) + 1
-    words = np.asarray(answers.tokens)[:, :n]
-    still = directions.way(0, 0.0, np.zeros(directions.unit.shape[1]))
-    steered = [still, *(directions.way(layer, s) for layer in layers for s in STRENGTHS)]
-    removed = [still, *(directions.way(layer, 0.0) for layer in layers)]
+    words = np.asarray(answers.tokens)[:, : int(step.max()) + 1]
 
-    def scores(params: Params, ways: list) -> Float[np.ndarray, " S"]:
-        return np.asarray(Continued(pair.cfg, params, prompts, n).scores(steer(ways), words, step, metric)).mean(1)
+    def scores(params: Params, strength: float) -> Float[np.ndarray, " S"]:
+        """Mean log-odds of a model as it is, then with its state at each layer held at a strength."""
+        ways = [directions.still, *(directions.way(layer, strength) for layer in layers)]
+        return Continued(pair.cfg, params, prompts, words.shape[1]).scores(steer(ways), words, step, metric).mean(1)
 
-    base, expert = scores(pair.base, steered), scores(pair.expert, removed)
+    base, expert = scores(pair.base, 1.0), scores(pair.expert, 0.0)
     gap = float(expert[0] - base[0])
-    gain = ((base[1:] - base[0]) / gap).reshape(len(layers), len(STRENGTHS)).clip(0, 1)
-    loss = ((expert[0] - expert[1:]) / gap).clip(0, 1)
-    found = []
-    for layer, gains, lost in zip(layers, gain, loss, strict=True):
-        at = next((i for i, g in enumerate(gains) if g >= ENOUGH), int(np.argmax(gains)))
-        found.append(Candidate(layer, STRENGTHS[at], float(gains[at] * lost)))
-    return sorted(found, key=lambda c: -c.score)
+    share = ((base[1:] - base[0]) / gap).clip(0, 1) * ((expert[0] - expert[1:]) / gap).clip(0, 1)
+    return [layers[i] for i in np.argsort(-share, kind="stable")]
+
+
+def choose_strengths(judge: Judge, layers: Sequence[int], directions: Directions) -> list[Candidate]:
+    """Choose the strength for each of some layers, by answers to a few prompts, and rank the layers.
+
+    Of the strengths whose answers are not degenerate, the one is taken at which the base passes most, the weaker one of
+    equals; if all are degenerate, the one whose answers are likeliest.
+
+    Args:
+        judge: a few prompts, of queries that the tests do not use.
+        layers: 0-based layers.
+        directions: directions and states.
+
+    Returns:
+        a candidate for each layer, the best first: by the base's gain times the expert's loss.
+    """
+    steered = [directions.still, *(directions.way(layer, s) for layer in layers for s in STRENGTHS)]
+    removed = [directions.still, *(directions.way(layer, 0.0) for layer in layers)]
+    passes, nll, _ = _figures(judge, {"base": steered, "expert": removed}, 1).mean(2)
+    by_base, by_expert = passes[: len(steered)], passes[len(steered) :]
+    gain = (by_base[1:] - by_base[0]).reshape(len(layers), len(STRENGTHS))
+    excess = nll[1 : len(steered)].reshape(gain.shape) - nll[len(steered)]
+    ranked = []
+    for layer, gains, above, left in zip(layers, gain, excess, by_expert[1:], strict=True):
+        sound = np.flatnonzero(above <= MAX_EXCESS_NLL)
+        at = int(sound[np.argmax(gains[sound])]) if len(sound) else int(np.argmin(above))
+        score = gains[at] * (by_expert[0] - left) if len(sound) else -above[at]
+        ranked.append((float(score), Candidate(layer, STRENGTHS[at])))
+    return [candidate for _, candidate in sorted(ranked, key=lambda r: -r[0])]
 
 
 def steering_tests(
@@ -371,30 +396,42 @@ def _looks(batch: PromptBatch) -> list[Int[np.ndarray, " n"]]:
 def _look(
     judge: Judge, candidates: Sequence[Candidate], directions: Directions, random: Float[np.ndarray, "A R D"]
 ) -> Float[np.ndarray, "3 V B"]:
-    """Answers of all versions of both models to some prompts: whether each passes, its nats per token, whether
-    it was cut off.
+    """Answers of all versions of both models to some prompts: whether each passes; its nats per token (NaN
+    for random directions); whether it was cut off.
 
     The V versions are, of the base, then of the expert: the model itself, and for each candidate the version steered
     along its direction, then along each random one.
     """
-    pair, prompts = judge.pair, judge.batch.with_instruction
-    still = directions.way(0, 0.0, np.zeros(directions.unit.shape[1]))
     # The control reads <h, u> as well but writes along another direction, so the stream is moved as far.
-    versions: Mapping[str, list] = {"base": [still], "expert": [still]}
+    versions: dict[str, list] = {"base": [directions.still], "expert": [directions.still]}
     for candidate, writes in zip(candidates, random, strict=True):
         for write in (None, *writes):
             versions["base"].append(directions.way(candidate.layer, candidate.strength, write))
             versions["expert"].append(directions.way(candidate.layer, 0.0, write))
-    base = Continued(pair.cfg, pair.base, prompts, judge.max_new_tokens)
-    expert = Continued(pair.cfg, pair.expert, prompts, judge.max_new_tokens)
+    return _figures(judge, versions, 1 + random.shape[1])
+
+
+def _figures(judge: Judge, versions: Mapping[str, list], every: int) -> Float[np.ndarray, "3 V B"]:
+    """Answers of versions of both models: whether each passes; its nats per token; whether it was cut off.
+
+    Args:
+        judge: prompts and checker.
+        versions: "base" and "expert" -> ways to steer that model; the first leaves it as it is.
+        every: after the first, nats per token are asked of every such version; of the others they are NaN.
+    """
+    pair, prompts = judge.pair, judge.batch.with_instruction
+    models = {"base": pair.base, "expert": pair.expert}
+    read = {name: Continued(pair.cfg, params, prompts, judge.max_new_tokens) for name, params in models.items()}
     figures = []
-    for name, model in (("base", base), ("expert", expert)):
-        answers = model.answers(steer(versions[name]), pair.stop_tokens)
+    for name, ways in versions.items():
+        answers = read[name].answers(steer(ways), pair.stop_tokens)
         by_version = [Generation(*one) for one in zip(answers.tokens, answers.lengths, strict=True)]
         judge.check_not_empty(name, by_version[0])
         passes = np.stack([judge.passes(one) for one in by_version])
         cut = np.stack([judge.cut(one) for one in by_version])
-        figures.append(np.stack([passes, base.nll(answers), cut]).astype(np.float64))
+        asked, nll = [0, *range(1, len(ways), every)], np.full(passes.shape, np.nan)
+        nll[asked] = read["base"].nll(Generation(answers.tokens[asked], answers.lengths[asked]))
+        figures.append(np.stack([passes, nll, cut]).astype(np.float64))
     return np.concatenate(figures, axis=1)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, block, decoder, take_layer
+from wpjax.models.decoder import Params, block, decoder
 from wpjax.models.edits import Edit
 from wpjax.models.layouts import Cached, Causal
 from wpjax.runtime.batching import map_batches
@@ -41,25 +41,23 @@ class Prefix(NamedTuple):
     Attributes:
         last: [B], id of the last token of each prompt.
         at: [B], its position.
-        keys: [L, B, C, K, Dh], keys of every layer by position, with room for new tokens. From `at` on they are of no
-            meaning yet.
-        values: [L, B, C, K, Dh], values likewise.
+        keys: [L, B, T, K, Dh], keys of every layer by position. From `at` on they are of no meaning.
+        values: [L, B, T, K, Dh], values likewise.
     """
 
     last: Int[Array, " B"]
     at: Int[Array, " B"]
-    keys: Float[Array, "L B C K Dh"]
-    values: Float[Array, "L B C K Dh"]
+    keys: Float[Array, "L B T K Dh"]
+    values: Float[Array, "L B T K Dh"]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "room"))
+@functools.partial(jax.jit, static_argnames="cfg")
 def prefill(
     cfg: ModelConfig,
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     *,
-    room: int,
     edits: Sequence[Edit] = (),
 ) -> Prefix:
     """Read prompts, and keep what their continuations need.
@@ -69,28 +67,20 @@ def prefill(
         params: parameter tree; its leaves may be `Blend`s.
         tokens: prompts, padded on the right.
         lengths: number of tokens of each prompt.
-        room: number of new tokens that the prefix has room for (static).
         edits: changes on the way; see `generate`.
 
     Raises:
-        WpjaxError: prompts and new tokens exceed the context, or an edit names no layer.
+        WpjaxError: an edit names no layer.
     """
-    n_prompt = tokens.shape[1]
-    if n_prompt + room > cfg.n_ctx:
-        raise WpjaxError(
-            f"{n_prompt} prompt tokens and {room} new ones exceed the context of {cfg.n_ctx}; shorten the prompts or "
-            "lower max_new_tokens"
-        )
     _check_edits(edits)
 
     def through(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
-        """All prompt tokens through one layer; returns its cache, with room for the new tokens."""
+        """All prompt tokens through one layer; returns its keys and values."""
         params, number = layer
-        one = block(cfg, params)(x, Causal.of(n_prompt), edits=edits, layer=number)
-        free = ((0, 0), (0, room), (0, 0), (0, 0))
-        return one.resid_post, (jnp.pad(one.k, free), jnp.pad(one.v, free))
+        one = block(cfg, params)(x, Causal.of(tokens.shape[1]), edits=edits, layer=number)
+        return one.resid_post, (one.k, one.v)
 
-    x = decoder(cfg, params).embed(tokens, jnp.arange(n_prompt)[None])
+    x = decoder(cfg, params).embed(tokens, jnp.arange(tokens.shape[1])[None])
     _, (keys, values) = jax.lax.scan(through, x, (params["blocks"], jnp.arange(cfg.n_layers)))
     at = lengths - 1
     return Prefix(jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0], at, keys, values)
@@ -102,11 +92,33 @@ def _check_edits(edits: Sequence[Edit]) -> None:
 
 
 Cache = tuple[Array, Array]
-"""Keys and values of every layer, each [L, B, C, K, Dh]."""
+"""Keys and values of the new tokens in every layer, each [L, B, N, K, Dh]."""
+
+
+def _no_tokens(cfg: ModelConfig, prefix: Prefix, room: int) -> Cache:
+    """A cache with room for so many new tokens.
+
+    Raises:
+        WpjaxError: prompts and new tokens exceed the context.
+    """
+    n_layers, n_rows, n_prompt, *rest = prefix.keys.shape
+    if n_prompt + room > cfg.n_ctx:
+        raise WpjaxError(
+            f"{n_prompt} prompt tokens and {room} new ones exceed the context of {cfg.n_ctx}; shorten the prompts or "
+            "lower max_new_tokens"
+        )
+    empty = jnp.zeros((n_layers, n_rows, room, *rest), prefix.keys.dtype)
+    return empty, empty
 
 
 def _step(
-    cfg: ModelConfig, params: Params, edits: Sequence[Edit], token: Int[Array, " B"], at: Int[Array, " B"], cache: Cache
+    cfg: ModelConfig,
+    params: Params,
+    edits: Sequence[Edit],
+    prefix: Prefix,
+    token: Int[Array, " B"],
+    step: Int[Array, ""],
+    cache: Cache,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Run one token of each row through all layers.
 
@@ -114,27 +126,28 @@ def _step(
         cfg: the model.
         params: its parameters.
         edits: changes on the way.
+        prefix: the prompts.
         token: id of the token of each row.
-        at: its position.
+        step: 0 for the last token of a prompt, 1 for the first new one, and so on.
         cache: keys and values of the tokens before it.
 
     Returns:
         the stream after the last layer, and the cache with the token's own keys and values.
     """
 
-    rows = jnp.arange(len(token))
+    def through(x: Array, layer: Any) -> tuple[Array, Cache]:
+        params, number, prompt, new = layer
+        layout = Cached(prefix.at, prompt, step, new)
+        one = block(cfg, params)(x, layout, edits=edits, layer=number)
+        return one.resid_post, (one.k, one.v)
 
-    def through(layer: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        x, keys, values = carry
-        layout = Cached(at, take_layer(keys, layer), take_layer(values, layer))
-        one = block(cfg, take_layer(params["blocks"], layer))(x, layout, edits=edits, layer=layer)
-        # Only the new token is written, in place: the cache is too large to be copied for every token.
-        keys, values = (cache.at[layer, rows, at].set(new[:, 0]) for cache, new in ((keys, one.k), (values, one.v)))
-        return one.resid_post, keys, values
-
+    at = prefix.at + step
     x = decoder(cfg, params).embed(token[:, None], at[:, None])
-    x, *cache = jax.lax.fori_loop(0, cfg.n_layers, through, (x, *cache))
-    return x[:, 0], (cache[0], cache[1])
+    layers = (params["blocks"], jnp.arange(cfg.n_layers), (prefix.keys, prefix.values), cache)
+    x, own = jax.lax.scan(through, x, layers)
+    # Written once for all layers, so that the compiler can do it in place.
+    keys, values = (jax.lax.dynamic_update_slice_in_dim(c, o, step, axis=2) for c, o in zip(cache, own, strict=True))
+    return x[:, 0], (keys, values)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
@@ -154,7 +167,7 @@ def continue_prompts(
     Args:
         cfg: the model (static).
         params: the parameters that `prefix` was read with.
-        prefix: the prompts, with room for `max_new_tokens`.
+        prefix: the prompts.
         max_new_tokens: N, at least 1 (static).
         stop_tokens: ids that end a row; may be empty.
         temperature: 0 for greedy decoding; above 0, logits are divided by it and tokens are sampled (static).
@@ -164,7 +177,7 @@ def continue_prompts(
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:expert")
     >>> ids = jnp.asarray(model.tokenizer("How do owls hunt?")["input_ids"])[None]
-    >>> prefix = prefill(model.cfg, model.params, ids, jnp.array([ids.shape[1]]), room=5)
+    >>> prefix = prefill(model.cfg, model.params, ids, jnp.array([ids.shape[1]]))
     >>> continue_prompts(model.cfg, model.params, prefix, max_new_tokens=5, stop_tokens=()).tokens.shape
     (1, 5)
     """
@@ -185,13 +198,13 @@ def continue_prompts(
     def step(state: tuple) -> tuple:
         """Run the token that came last, and make the one after it."""
         i, last, done, cache, out = state
-        resid, cache = _step(cfg, params, edits, last, prefix.at + i, cache)
+        resid, cache = _step(cfg, params, edits, prefix, last, i, cache)
         new = jnp.where(done, last, pick(resid, i))
         return i + 1, new, done | jnp.isin(new, stop_tokens), cache, out.at[:, i].set(new)
 
     n_rows = len(prefix.last)
     out = jnp.zeros((n_rows, max_new_tokens), prefix.last.dtype)
-    state = (jnp.int32(0), prefix.last, jnp.zeros(n_rows, bool), (prefix.keys, prefix.values), out)
+    state = (jnp.int32(0), prefix.last, jnp.zeros(n_rows, bool), _no_tokens(cfg, prefix, max_new_tokens), out)
     n_done, last, _, _, out = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~s[2].all(), step, state)
     # If all rows were done early, the columns that were never written are filled up with each row's stop token.
     out = jnp.where(jnp.arange(max_new_tokens) < n_done, out, last[:, None])
@@ -209,7 +222,7 @@ def read_on(
     Args:
         cfg: the model (static).
         params: the parameters that `prefix` was read with.
-        prefix: the prompts, with room for N tokens.
+        prefix: the prompts.
         tokens: the continuations.
         edits: changes from the last prompt token on; see `generate`.
 
@@ -220,10 +233,10 @@ def read_on(
 
     def step(carry: tuple[Array, Array, Cache], new: Int[Array, " B"]) -> tuple[Any, Array]:
         i, last, cache = carry
-        resid, cache = _step(cfg, params, edits, last, prefix.at + i, cache)
+        resid, cache = _step(cfg, params, edits, prefix, last, i, cache)
         return (i + 1, new.astype(last.dtype), cache), resid
 
-    start = (jnp.int32(0), prefix.last, (prefix.keys, prefix.values))
+    start = (jnp.int32(0), prefix.last, _no_tokens(cfg, prefix, tokens.shape[1]))
     return jnp.moveaxis(jax.lax.scan(step, start, tokens.T)[1], 0, 1)
 
 
@@ -268,7 +281,7 @@ def generate(
     >>> out.tokens.shape, out.lengths.tolist()
     ((1, 5), [5])
     """
-    prefix = prefill(cfg, params, tokens, lengths, room=max(max_new_tokens, 0), edits=edits)
+    prefix = prefill(cfg, params, tokens, lengths, edits=edits)
     options: dict[str, Any] = {"stop_tokens": stop_tokens, "temperature": temperature, "key": key, "edits": edits}
     return continue_prompts(cfg, params, prefix, max_new_tokens=max_new_tokens, **options)
 

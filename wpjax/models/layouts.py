@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -102,22 +103,28 @@ class Causal(_Causal, AllTokens):
 
 
 class Cached(NamedTuple):
-    """One new token of each prompt, and a cache of the keys and values of the tokens before it.
+    """One new token of each prompt, with the keys and values of the tokens before it.
+
+    Those of the prompts stand apart from those of new tokens: they are never written to, and many versions of a model
+    that go on from one reading of the prompts share them.
 
     Attributes:
-        at: [B], position of the new token.
-        k_cache: [B, C, K, Dh], keys by position. Those from `at` on are not filled in yet.
-        v_cache: [B, C, K, Dh], values likewise.
+        n_prompt: [B], number of tokens of each prompt that stand before all new ones.
+        prompt: keys and values of the prompts by position, each [B, P, K, Dh].
+        step: number of new tokens before this one.
+        new: keys and values of new tokens in their order, each [B, N, K, Dh]. Those from `step` on are of no meaning
+            yet.
     """
 
-    at: Int[Array, " B"]
-    k_cache: Float[Array, "B C K Dh"]
-    v_cache: Float[Array, "B C K Dh"]
+    n_prompt: Int[Array, " B"]
+    prompt: tuple[Float[Array, "B P K Dh"], Float[Array, "B P K Dh"]]
+    step: Int[Array, ""]
+    new: tuple[Float[Array, "B N K Dh"], Float[Array, "B N K Dh"]]
 
     @property
     def positions(self) -> Int[Array, "B 1"]:
         """Positions of the new tokens."""
-        return self.at[:, None]
+        return (self.n_prompt + self.step)[:, None]
 
     @property
     def query_positions(self) -> Int[Array, "B 1"]:
@@ -129,14 +136,20 @@ class Cached(NamedTuple):
         return x
 
     def extend(self, keys: Value, values: Value) -> tuple[Value, Value]:
-        """The caches, with the key and the value of each new token written at its position."""
-        rows = jnp.arange(len(self.at))
-        return self.k_cache.at[rows, self.at].set(keys[:, 0]), self.v_cache.at[rows, self.at].set(values[:, 0])
+        """Keys and values of the prompts, then of new tokens, with those of this pass at their place."""
+        both = zip(self.prompt, self.new, (keys, values), strict=True)
+        extended = [
+            jnp.concatenate([prompt, jax.lax.dynamic_update_slice_in_dim(new, own, self.step, axis=1)], axis=1)
+            for prompt, new, own in both
+        ]
+        return extended[0], extended[1]
 
     def attend(self, attn: Attention, queries: Value, keys: Value, values: Value) -> Value:
         """The new token sees itself and those before it."""
-        seen = (jnp.arange(keys.shape[1]) <= self.at[:, None])[:, None]
-        return attn.mix(queries, keys, values, seen)
+        n_places, n_new = self.prompt[0].shape[1], self.new[0].shape[1]
+        prompt = jnp.arange(n_places) < self.n_prompt[:, None]
+        new = jnp.broadcast_to(jnp.arange(n_new) <= self.step, (len(prompt), n_new))
+        return attn.mix(queries, keys, values, jnp.concatenate([prompt, new], axis=1)[:, None])
 
 
 class _Packed(NamedTuple):
