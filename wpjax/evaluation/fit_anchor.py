@@ -107,8 +107,9 @@ def fit_anchor(
     1. By projections. The split-half cosine must be at least `MIN_STABILITY`. On queries that were not used for
        fitting, the gap and the specific gap must be positive with their whole 95 % intervals. The last sixth of the
        layers is left out: there the stream at the last prompt token already holds the first token of the answer.
-    2. By cause (see `evaluation.steering`), at the `N_CANDIDATES` best layers of a screen. The direction must bring the behaviour into the base, and its removal must take it from the
-       expert, each surely more than a random direction does. The checker of the behaviour judges the answers.
+    2. By cause (see `evaluation.steering`), at the `N_CANDIDATES` best layers of a screen. The direction must bring the
+       behaviour into the base, and its removal must take it from the expert, each surely more than a random direction
+       does. The checker of the behaviour judges the answers.
 
     An anchor is "accepted", "rejected" if it surely does too little, and "undecided" if the prompts do not tell
     (`SteeringTest.verdict`). Of the layers with the best outcome, the one where gain times loss is largest is chosen.
