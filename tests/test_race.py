@@ -6,7 +6,7 @@ import pytest
 from tests.helpers import make_anchor
 from wpjax.behaviours import behaviour
 from wpjax.components import enumerate_components
-from wpjax.engines.flow import followed
+from wpjax.engines.flow import add_flow
 from wpjax.engines.replay import replay
 from wpjax.estimators.race import eliminated, filled_up, rounds_of, still_in
 from wpjax.estimators.sweep import sweep
@@ -116,9 +116,9 @@ def swept():
     anchor = make_anchor(pair, 5)
     done: dict[str, np.ndarray] = {}
     replay.clear_cache()
-    followed.clear_cache()
+    add_flow.clear_cache()
     raced = sweep(pair, batch, anchor.metric_along(batch), method="race", top=6, done=done, **options)
-    programs = replay._cache_size(), followed._cache_size()
+    programs = replay._cache_size(), add_flow._cache_size()
     return raced, sweep(pair, batch, anchor.metric_along(batch), method="exact", **options), done, programs
 
 

@@ -25,7 +25,7 @@ N_RESPONSE = (0, 4, 16)
 def run_task(config: dict[str, Any], task: Behaviour) -> dict[str, Any]:
     """What the chosen layer's causal tests say for each place of reading."""
     pair, found = pair_of(config, task), dict[str, Any]()
-    options = {"n_steered": int(config["n_steered"]), "max_new_tokens": int(config["max_new_tokens"])}
+    options: dict[str, Any] = {name: int(config[name]) for name in ("n_steered", "max_new_tokens")}
     for n in N_RESPONSE:
         try:
             with progress_bars() as progress:

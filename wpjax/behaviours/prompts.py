@@ -103,9 +103,9 @@ class PromptBatch:
 
     def take(self, rows: Int[np.ndarray, " n"]) -> PromptBatch:
         """Some of the pairs, in this order; the tokens keep their width."""
-        sides = (Tokens(t.ids[rows], t.lengths[rows]) for t in (self.with_instruction, self.without))
-        texts, pairs = (tuple(one[i] for i in rows.tolist()) for one in (self.texts, self.pairs))
-        return PromptBatch(self.behaviour, self.split, *sides, texts, pairs)
+        with_, without = (Tokens(t.ids[rows], t.lengths[rows]) for t in (self.with_instruction, self.without))
+        texts, pairs = tuple(self.texts[i] for i in rows.tolist()), tuple(self.pairs[i] for i in rows.tolist())
+        return PromptBatch(self.behaviour, self.split, with_, without, texts, pairs)
 
     def check_fits(self, n_ctx: int, d_vocab: int) -> None:
         """Refuse prompts that a model cannot take.
