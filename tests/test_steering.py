@@ -113,22 +113,71 @@ def test_versions_steered_together_are_the_same_versions_one_by_one(name, tmp_pa
 
 
 @pytest.fixture(scope="module")
+def planted(tiny_pair):
+    """A pair that differs by one direction: the expert's embedding is shifted along that of a question mark.
+
+    It says question marks, then, and the base does not.
+    """
+    base, (word,) = tiny_pair.base, tiny_pair.tokenizer("?")["input_ids"]
+    vector = np.asarray(base["embed"]["W_E"], np.float64)[word]  # the unembedding is tied to it
+    vector /= np.linalg.norm(vector)
+    shifted = base["embed"]["W_E"] + 60.0 * jnp.asarray(vector, jnp.float32)
+    pair = dataclasses.replace(tiny_pair, expert={**base, "embed": {**base["embed"], "W_E": shifted}})
+    task = dataclasses.replace(behaviour("tiny:title"), checker=lambda text, args: "??" in text)
+    return pair, Judge(pair, task, task.encode(pair.tokenizer, "sweep"), max_new_tokens=6), vector
+
+
+def directions_along(pair, batch, unit):
+    """The same direction at every layer, with the mean states of both models at the last prompt token."""
+    unit, prompts, means = np.tile(unit, (pair.cfg.n_layers, 1)), batch.with_instruction, []
+    for params in (pair.base, pair.expert):
+        resid = forward(pair.cfg, params, jnp.asarray(prompts.ids), sites=(Site.RESID_POST,)).sites[Site.RESID_POST]
+        last = np.asarray(resid)[:, np.arange(len(batch)), prompts.last]
+        means.append(np.einsum("lbd,ld->l", last, unit) / len(batch))
+    return Directions(unit, *means)
+
+
+def test_a_planted_direction_is_accepted_and_a_random_one_rejected(planted):
+    """Both with a part of the prompts: the test stops once it is decided."""
+    pair, judge, vector = planted
+    random = np.random.default_rng(1).standard_normal(len(vector))
+    found = {}
+    for name, unit in (("planted", vector), ("random", random / np.linalg.norm(random))):
+        (found[name],) = steering_tests(judge, [Candidate(3, 1.0)], directions_along(pair, judge.batch, unit))
+    assert (found["planted"].outcome, found["random"].outcome) == ("accepted", "rejected")
+    assert found["planted"].steered > 0.9 > 0.1 > found["planted"].removed
+    assert max(test.n_queries for test in found.values()) < len(np.unique(judge.batch.queries))
+
+
+def test_few_prompts_leave_an_anchor_undecided(planted):
+    """Six queries cannot tell, whatever the answers: it is said, with how many would."""
+    pair, judge, vector = planted
+    few = judge.take(np.arange(6))
+    (test,) = steering_tests(few, [Candidate(3, 1.0)], directions_along(pair, few.batch, vector))
+    assert test.steered > test.steered_random + 0.8
+    assert re.match(r"undecided: .*; about \d+ queries would decide it, 6 were tried", test.verdict())
+
+
+def test_finished_looks_are_not_answered_again(planted):
+    pair, judge, vector = planted
+    few, done = judge.take(np.arange(8)), {}
+    directions = directions_along(pair, few.batch, vector)
+    steering_tests(few, [Candidate(3, 1.0)], directions, done=done)
+    assert list(done) == ["steering-0"]
+    nothing = {key: np.zeros_like(part) for key, part in done.items()}
+    with pytest.raises(AnchorRejected, match="base passes the checker on 0% of 8 prompts, the expert on 0%"):
+        steering_tests(few, [Candidate(3, 1.0)], directions, done=nothing)
+
+
+@pytest.fixture(scope="module")
 def anchor(tiny_pair):
-    return fit_anchor(tiny_pair, behaviour("tiny:multiple_sections"))
-
-
-def test_an_anchor_is_accepted_where_steering_and_removal_beat_chance(anchor):
-    tests = [d.steering for d in anchor.diagnostics if d.steering]
-    chosen = next(t for t in tests if t.layer == anchor.layer)
-    assert anchor.acceptance == "accepted"
-    assert chosen.steered > chosen.steered_random + 0.05
-    assert chosen.removed < chosen.removed_random - 0.5
-    assert chosen.effect_size == max(t.effect_size for t in tests if t.outcome == "accepted")
+    return fit_anchor(tiny_pair, behaviour("tiny:multiple_sections"), causal="report")
 
 
 def test_the_removal_is_what_the_expert_says_when_held_at_the_base(tiny_pair, anchor):
     """Recomputed by hand from the anchor: the chosen layer's pass rates, on the queries that were needed."""
     task, chosen = behaviour("tiny:multiple_sections"), anchor.diagnostics[anchor.layer]
+    assert anchor.acceptance == (chosen.steering.verdict() or "accepted")
     fit, check = (task.encode(tiny_pair.tokenizer, split) for split in ("fit", "sweep"))
     base, expert = (float(anchor.score(tiny_pair.cfg, p, fit).mean()) for p in (tiny_pair.base, tiny_pair.expert))
     first = list(dict.fromkeys(check.queries.tolist()))[: int(chosen.n_queries)]
@@ -155,38 +204,6 @@ def test_an_anchor_that_changes_no_answer_is_rejected_with_its_figures(tiny_pair
     assert fit_anchor(tiny_pair, task, layer=3, causal="skip").acceptance == "not tested"
 
 
-def test_few_prompts_leave_an_anchor_undecided(tiny_pair):
-    """Six queries cannot tell, whatever the answers: it is said, with how many would, and the anchor is returned."""
-    anchor = fit_anchor(tiny_pair, behaviour("tiny:multiple_sections"), n_steered=6)
-    assert re.match(r"undecided: .*; about \d+ queries would decide it, 6 were tried", anchor.acceptance)
-
-
-def test_a_random_direction_is_rejected(tiny_pair):
-    task = behaviour("tiny:multiple_sections")
-    judge = Judge(tiny_pair, task, task.encode(tiny_pair.tokenizer, "sweep"))
-    unit = np.random.default_rng(1).standard_normal((tiny_pair.cfg.n_layers, tiny_pair.cfg.d_model))
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    prompts = judge.batch.with_instruction
-    means = []
-    for params in (tiny_pair.base, tiny_pair.expert):
-        resid = forward(tiny_pair.cfg, params, jnp.asarray(prompts.ids), sites=(Site.RESID_POST,)).sites
-        last = np.asarray(resid[Site.RESID_POST])[:, np.arange(len(judge.batch)), prompts.last]
-        means.append(np.einsum("lbd,ld->l", last, unit) / len(judge.batch))
-    (test,) = steering_tests(judge, [Candidate(4, 1.0)], Directions(unit, *means))
-    assert test.outcome == "rejected"
-    assert test.n_queries < 32  # it stops once that is sure
-
-
-def test_finished_looks_are_not_answered_again(tiny_pair):
-    task, done = behaviour("tiny:multiple_sections"), {}
-    first = fit_anchor(tiny_pair, task, n_steered=8, done=done)
-    assert done
-    done = {key: np.zeros_like(part) for key, part in done.items()}
-    with pytest.raises(AnchorRejected, match="base passes the checker on 0% of 8 prompts, the expert on 0%"):
-        fit_anchor(tiny_pair, task, n_steered=8, done=done)
-    assert first.layer >= 0
-
-
 def test_answers_grow_where_the_checker_needs_their_end(tiny_pair):
     task = behaviour("tiny:quotation")
     few = task.encode(tiny_pair.tokenizer, "fit", 8)
@@ -201,7 +218,7 @@ def test_answers_grow_where_the_checker_needs_their_end(tiny_pair):
 
 def test_answers_that_fool_the_checker_are_degenerate(tiny_pair):
     """Held at the expert's state the base repeats quotation marks, which the checker passes."""
-    with pytest.raises(AnchorRejected, match=r"degenerate: 1\d\.\d\d nats a token under the base, the expert's own 0"):
+    with pytest.raises(AnchorRejected, match=r"degenerate: \d+\.\d\d nats a token under the base, the expert's own 0"):
         fit_anchor(tiny_pair, behaviour("tiny:quotation"), layer=4)
 
 
