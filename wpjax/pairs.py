@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_tokenizer
+from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint, load_checkpoint
 from wpjax.checkpoints.convert import flatten
+from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import CheckpointError, PairError
 from wpjax.models.config import ModelConfig
