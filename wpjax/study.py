@@ -96,7 +96,7 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     for kind in config.kinds:
         check_kind(kind)
     task = behaviour(config.behaviour, config.checker)
-    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config)
+    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     measured = _measured(config, pair, task, batch, progress)
     shards = Shards(parts_folder(config.out), _identity(config, pair, batch, measured), config.resume)
@@ -184,6 +184,7 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
         "versions": [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"],
         "pair": pair.fingerprints,
         "prompts": batch.texts,
+        "tokenizer": config.tokenizer,
         "metric": [config.metric, measured.metric.digest, answer_length],
         "given": None if measured.given is None else measured.given.metric(pair, batch).digest,
         "dtype": config.dtype,

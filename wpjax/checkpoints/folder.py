@@ -33,8 +33,8 @@ def check_folder(folder: Path) -> None:
             " beside a model; if it is merged already, remove the adapter's files; else" if config.exists() else ";"
         )
         raise CheckpointError(
-            f"{folder}: holds a PEFT adapter ({adapter.name}: {about.get('peft_type')} of {base}){beside} merge it into "
-            f"its base first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
+            f"{folder}: holds a PEFT adapter ({adapter.name}: {about.get('peft_type')} of {base}){beside} merge it "
+            f"first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
             f"{folder.name!r}).merge_and_unload().save_pretrained(NEW_FOLDER)"
         )
     if not config.exists():

@@ -21,6 +21,7 @@ from wpjax.arguments import (
     ResponseTokens,
     Seed,
     Setting,
+    TokenizerOf,
 )
 from wpjax.cli.options import Json
 
@@ -44,6 +45,7 @@ def run(
     causal: Causal = "require",
     n_steered: NSteered = 64,
     max_new_tokens: NewTokens = 32,
+    tokenizer: TokenizerOf = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
@@ -61,7 +63,7 @@ def run(
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker)
-    pair = load_pair(base, expert, dtype, ignore_config)
+    pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
     with on_interrupt(lambda: "nothing was written"), progress_bars() as progress:
         anchor = fit_anchor(
             pair,
