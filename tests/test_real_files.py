@@ -184,7 +184,7 @@ def test_what_a_newer_transformers_declares_is_unknown_unless_it_has_its_default
     register(dataclasses.replace(gpt2, required=older))
     try:
         assert parse_config({**raw, "scale_attn_weights": True}, "config.json").n_layers == 2
-        with pytest.raises(CheckpointError, match="attribute scale_attn_weights=False .*--ignore-config scale_"):
+        with pytest.raises(CheckpointError, match=r"attribute scale_attn_weights=False .*--ignore-config scale_"):
             parse_config({**raw, "scale_attn_weights": False}, "config.json")
     finally:
         register(gpt2)
@@ -353,7 +353,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_says(copy):
     )
     settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
     write_tokenizer(folder, tokenizer, **settings)
-    with pytest.raises(CheckpointError, match="reads tokenizer.json as a LlamaTokenizer, .* set tokenizer_class to "):
+    with pytest.raises(CheckpointError, match=r"reads tokenizer.json as a LlamaTokenizer, .* set tokenizer_class to "):
         load_checkpoint(folder)
     write_tokenizer(folder, tokenizer, **settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
     assert prompt(folder, "Why") == tokenizer.encode("why").ids
@@ -505,7 +505,7 @@ def test_tokenizers_that_split_differently(copy, tmp_path):
     assert len(pair.notes) == 1
     assert pair.notes[0].startswith("the two tokenizers split ")
     assert pair.notes[0].endswith(f"questions differently: that of {base} is used")
-    with pytest.raises(PairError, match="split 8 of 8 prompts differently, .*--tokenizer base or --tokenizer expert"):
+    with pytest.raises(PairError, match=r"split 8 of 8 prompts differently, .*--tokenizer base or --tokenizer expert"):
         pair.check_prompts(questions(tmp_path, pair))
     for choice, tokenizer in (("base", byte_level()), ("expert", prefixed)):
         chosen = load_pair(base, expert, tokenizer=choice)
@@ -602,7 +602,7 @@ def test_an_anchor_without_a_fingerprint_is_refused(copy, tmp_path):
 def test_templates_without_an_end(models_of, template):
     tokenizer = load_checkpoint(models_of["llama"]).tokenizer
     tokenizer.chat_template = template
-    with pytest.raises(CheckpointError, match="the chat template fails .*it does not end, or takes too much memory"):
+    with pytest.raises(CheckpointError, match=r"the chat template fails .*it does not end, or takes too much memory"):
         render(tokenizer, "Why?")
 
 
@@ -627,7 +627,7 @@ def test_lines_that_share_a_prompt_are_one_query(tmp_path):
     path.write_text("\n".join(map(json.dumps, [*lines(13), *same, bridge])))
     assert [p.query for p in behaviour(path).pairs] == [0, 0, *range(1, 12), 12, 12, 12, 0]
     path.write_text("\n".join(map(json.dumps, [*lines(11), *same, bridge])))
-    with pytest.raises(BehaviourError, match="11 different queries, at least 12 .* lines that share a prompt count as"):
+    with pytest.raises(BehaviourError, match=r"11 different queries, at least 12 .* lines that share a prompt count"):
         behaviour(path)
 
 
@@ -691,7 +691,7 @@ def test_gguf_tensors_with_odd_names(gguf_llama, tmp_path):
     path = tmp_path / "m.gguf"
     write_gguf(path, gguf_llama)
     path.write_bytes(path.read_bytes().replace(b"blk.0.ffn_norm.weight", b"blk.0.........weight"))
-    with pytest.raises(CheckpointError, match="missing tensor model.layers.0.post_attention_layernorm.weight"):
+    with pytest.raises(CheckpointError, match=r"missing tensor model.layers.0.post_attention_layernorm.weight"):
         load_checkpoint(path)
 
 
