@@ -92,7 +92,7 @@ class GgufFile:
         check_file(path)
         try:
             return gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
+        except Exception as error:  # whatever the reader raises at a damaged file
             raise CheckpointError(f"{path}: not a readable GGUF file ({error}); download it again") from error
 
     def _other_parts(self, first: Path) -> list[Path]:
@@ -158,8 +158,11 @@ class GgufFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32, in HF's layout."""
         tensor = self._by_name[name]
-        value = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
-        value = value.reshape(tuple(int(n) for n in reversed(tensor.shape)))
+        try:
+            value = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
+            value = value.reshape(tuple(int(n) for n in reversed(tensor.shape)))
+        except (NotImplementedError, ValueError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{self.where}: tensor {name} cannot be dequantised ({error})") from error
         n_heads, n_kv_heads = self._n_heads
         for part, n in {"self_attn.q_proj": n_heads, "self_attn.k_proj": n_kv_heads}.items():
             if part in name and value.shape[0] % (2 * n) == 0:  # other shapes are refused by whoever asked
@@ -202,9 +205,10 @@ class GgufFile:
         config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # float32 in the file: 1e-05 comes inexact
         config |= self._head_width()
         config |= self._rope()
-        window = self._field("llama.attention.sliding_window")
-        if window and window < config["max_position_embeddings"] and "llama.attention.sliding_window" not in ignore:
-            raise ConfigError(f"{self.where}: llama.attention.sliding_window={window} is not implemented for llama")
+        name = "llama.attention.sliding_window"
+        window = self._number(name, self._field(name) or 0)
+        if 0 < window < config["max_position_embeddings"] and name not in ignore:
+            raise ConfigError(f"{self.where}: {name}={window} is not implemented for llama")
         config.setdefault("vocab_size", len(self._tokens))
         config["tie_word_embeddings"] = "lm_head.weight" not in self._by_name
         for kind in ("bos", "eos"):
@@ -264,7 +268,10 @@ class GgufFile:
     @functools.cached_property
     def _tokens(self) -> list[str]:
         """The vocabulary, by id."""
-        return self._needed("tokenizer.ggml.tokens")
+        tokens = self._needed("tokenizer.ggml.tokens")
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise CheckpointError(f"{self.where}: tokenizer.ggml.tokens is not a list of text; download the file again")
+        return tokens
 
     def tokenizer(self) -> Any:
         """The file's tokenizer with its chat template, as a transformers tokenizer.
@@ -291,7 +298,7 @@ class GgufFile:
         }
         read = {k: v for k, v in read.items() if v is not None}
         split = read.get("pre_tokenizer_type", "default")
-        if kind == "gpt2" and split not in {*_SPLITS_AS_GPT2, *_DIGITS_APART, *GGUF_PRE_TOKENIZER_SPLITS}:
+        if kind == "gpt2" and split not in [*_SPLITS_AS_GPT2, *_DIGITS_APART, *GGUF_PRE_TOKENIZER_SPLITS]:
             raise ConfigError(
                 f"{self.where}: tokenizer.ggml.pre={split!r}, a way to split text that is not known; use the "
                 "safetensors model"

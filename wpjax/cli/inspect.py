@@ -32,9 +32,10 @@ def run(
 
     model = load_model(base, ignore_config=ignore_config)
     pair = make_pair(model, load_model(expert, ignore_config=ignore_config), tokenizer) if expert else None
+    models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
+    model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
     counts = {k: count(cfg, k) * (cfg.n_layers if kind.in_layer else 1) for k, kind in KINDS.items()}
-    models = [model, pair.expert_checkpoint] if pair else [model]
     not_read = {
         m.source: [*(f"{name}={value!r}" for name, value in unread_attributes(m.hf_config).items()), *m.left_out]
         for m in models
