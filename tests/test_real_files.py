@@ -132,7 +132,7 @@ def check_logits(folder: Path) -> None:
         ("llama", {"_commit_hash": "0" * 40, "attn_implementation": "eager"}, None),
         ("llama", {"max_sequence_length": 32, "pad_token_id": -1}, {"max_sequence_length": 32}),
         ("llama", {"max_length": 20, "prefix": None, "pruned_heads": {}, "add_cross_attention": False}, None),
-        ("llama", {"quantization_config": None, "sliding_window": None, "auto_map": None, "is_causal": True}, {}),
+        ("llama", {"quantization_config": None, "sliding_window": None, "is_causal": True}, {}),
         ("llama", {"pretraining_tp": 2}, {}),
         ("llama", {"sliding_window": 32}, {"sliding_window": 32}),
         ("llama", {"layer_types": ["full_attention"] * 2}, None),
@@ -235,7 +235,9 @@ def test_adapters(copy, tmp_path):
     about = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
     (folder / "adapter_config.json").write_text(json.dumps(about))
     merge = r"PeftModel\.from_pretrained\(AutoModelForCausalLM\.from_pretrained\('org/base'\), 'llama'\)\.merge_and_unl"
-    with pytest.raises(CheckpointError, match=rf"LORA of org/base\) beside a model; .*remove its files; .*{merge}"):
+    with pytest.raises(
+        CheckpointError, match=rf"LORA of org/base\) beside a model; .*remove the adapter's files; .*{merge}"
+    ):
         load_checkpoint(folder)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=rf"holds a PEFT adapter .*LORA of org/base\); merge it first: {merge}"):
@@ -450,6 +452,9 @@ def test_common_rows_of_a_vocabulary_that_has_grown(tmp_path, tied):
     np.testing.assert_allclose(our_logits(pair.cfg, pair.expert), torch_logits(expert)[..., :V], atol=1e-4)
     save_checkpoint(tmp_path / "cut", pair.expert_checkpoint)
     np.testing.assert_allclose(torch_logits(tmp_path / "cut"), torch_logits(expert)[..., :V], atol=1e-4)
+    with pytest.raises(PairError, match="split 8 of 8 prompts differently"):  # for the base it is no token
+        pair.check_prompts(questions(tmp_path, pair, "<pad>"))
+    pair = load_pair(base, expert, tokenizer="expert")
     batch = questions(tmp_path, pair, "<pad>")
     with pytest.raises(BehaviourError, match=f"token id {V} is outside the model's vocabulary of {V}: a model has"):
         pair.check_prompts(batch)
@@ -513,8 +518,6 @@ def test_tokenizers_that_split_differently(copy, tmp_path):
         chosen.check_prompts(batch)
         n = batch.with_instruction.lengths[0]
         assert batch.with_instruction.ids[0, :n].tolist() == tokenizer.encode(batch.texts[0]).ids
-    with pytest.raises(PairError, match="tokenizer='both': there are base and expert"):
-        load_pair(base, expert, tokenizer="both")
 
 
 def test_other_merges_are_seen(copy, tmp_path):
@@ -580,7 +583,7 @@ def test_results_and_anchors_name_the_date(copy, tmp_path):
     dataclasses.replace(anchor, template_date=dated).save(tmp_path / "a.safetensors")
     again = Anchor.load(tmp_path / "a.safetensors")
     assert again.template_date == dated
-    result = sweep(pair, batch, again, components=["L0.head.0", "L1.mlp"], method="screen")
+    result = sweep(pair, batch, again, components=["L0.head.0"], method="screen")
     assert result.dataset.attrs["template_date"] == dated
 
 
@@ -690,8 +693,8 @@ def test_gguf_text_that_is_not_utf8(gguf_llama, tmp_path):
 def test_gguf_tensors_with_odd_names(gguf_llama, tmp_path):
     path = tmp_path / "m.gguf"
     write_gguf(path, gguf_llama)
-    path.write_bytes(path.read_bytes().replace(b"blk.0.ffn_norm.weight", b"blk.0.........weight"))
-    with pytest.raises(CheckpointError, match=r"missing tensor model.layers.0.post_attention_layernorm.weight"):
+    path.write_bytes(path.read_bytes().replace(b"blk.0.ffn_norm.weight", b"blk.0..........weight"))
+    with pytest.raises(CheckpointError, match=r"not a readable GGUF file|missing tensor"):
         load_checkpoint(path)
 
 

@@ -116,9 +116,9 @@ class Pair:
             )
         # The chat template may write added tokens, which need not be the same in both.
         vocabularies = [{str(t): i for i, t in tok.added_tokens_decoder.items()} for tok in (first, second)]
-        used = {int(i) for i in np.unique(batch.with_instruction.ids)}
         moved = [t for t, i in vocabularies[0].items() if vocabularies[1].get(t, i) != i]
-        read = [t for t in moved if {vocabulary[t] for vocabulary in vocabularies} & used]
+        ids = np.unique(batch.with_instruction.ids)
+        read = [token for token in moved if self.tokenizer.convert_tokens_to_ids(token) in ids]
         if read:
             raise PairError(f"{names} give {_some(read)} different ids, and the prompts hold it; {choose}")
 

@@ -76,7 +76,9 @@ def _reads_otherwise(tokenizer: Any, file: Path) -> bool:
     plain.no_padding()
     if getattr(plain.model, "dropout", None):
         plain.model.dropout = None
-    return bool(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"] != plain.encode(_SAMPLE, False).ids)
+    return bool(
+        tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"] != plain.encode(_SAMPLE, add_special_tokens=False).ids
+    )
 
 
 def _why(folder: Path, error: Exception) -> str:
