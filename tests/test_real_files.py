@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,11 +36,11 @@ from wpjax.pairs import load_pair, make_pair
 
 END = "<|endoftext|>"
 V = 270
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-GPT2 = {
+GPT2: dict[str, Any] = {
     "vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 IDS = np.random.default_rng(0).integers(0, 250, (2, 9))
@@ -68,7 +69,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, **config) -> None:
 
 def write_model(folder: Path, seed: int = 0, family: str = "llama", **changes) -> Path:
     """A random model as transformers saves it, with a byte-level tokenizer; the seed makes another one."""
-    config = transformers.AutoConfig.for_model(family, **({"llama": LLAMA, "gpt2": GPT2}[family] | changes))
+    config = transformers.AutoConfig.for_model(family, **(LLAMA if family == "llama" else GPT2) | changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -60,7 +60,7 @@ def without_dropout(tokenizer: Any) -> None:
     Args:
         tokenizer: a tokenizer of transformers, which is changed.
     """
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):
         model.dropout = None
 
