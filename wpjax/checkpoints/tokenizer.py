@@ -30,10 +30,14 @@ def load_tokenizer(folder: Path) -> Any:
         folder: the folder. Its files may be those of any class of transformers: tokenizer.json, or a vocabulary.
 
     Raises:
-        CheckpointError: transformers cannot read its files, or reads tokenizer.json otherwise than it says.
+        CheckpointError: a library is missing, transformers cannot read the files, or it reads tokenizer.json otherwise
+            than that says.
     """
     if not any((folder / name).exists() for name in _FILES):
         return None
+    missing = _missing_library(folder)
+    if missing:
+        raise CheckpointError(missing)
     from transformers import AutoTokenizer
 
     try:
@@ -42,7 +46,7 @@ def load_tokenizer(folder: Path) -> Any:
         without_dropout(tokenizer)
         differs = _reads_otherwise(tokenizer, folder / "tokenizer.json")
     except Exception as error:  # whatever the tokenizer's own parser raises
-        raise CheckpointError(_why(folder, error)) from error
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
     if differs:
         import transformers
 
@@ -81,12 +85,18 @@ def _reads_otherwise(tokenizer: Any, file: Path) -> bool:
     )
 
 
-def _why(folder: Path, error: Exception) -> str:
-    """What to say of a tokenizer that cannot be read."""
-    path = next((folder / name for name in _FILES if name.endswith(".model") and (folder / name).exists()), None)
-    if path is None or (folder / "tokenizer.json").exists() or importlib.util.find_spec("sentencepiece") is not None:
-        return f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})"
+def _missing_library(folder: Path) -> str:
+    """What is missing to read a folder that has tokenizer.model alone; empty if nothing is.
+
+    transformers would try one library after the other, and print what each says.
+    """
+    path = next((folder / name for name in _FILES if name.endswith(".model") and (folder / name).is_file()), None)
+    if path is None or (folder / "tokenizer.json").exists():
+        return ""
     # A sentencepiece model is a protocol buffer that begins with its pieces, field 1.
-    what = "sentencepiece" if path.read_bytes()[:1] == b"\n" else "tiktoken"
-    how = "'wpjax[sentencepiece]'" if what == "sentencepiece" else what
-    return f"{path}: {what} is needed to read it; pip install {how}, or put tokenizer.json beside it"
+    with path.open("rb") as file:
+        name = "sentencepiece" if file.read(1) == b"\n" else "tiktoken"
+    if importlib.util.find_spec(name) is not None:
+        return ""
+    how = "'wpjax[sentencepiece]'" if name == "sentencepiece" else name
+    return f"{path}: {name} is needed to read it; pip install {how}, or put tokenizer.json beside it"
