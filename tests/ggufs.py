@@ -45,7 +45,13 @@ def write_gguf(
         "tokenizer.ggml.eos_token_id": 2,
         **fields,
     }
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for name, value in metadata.items():
         if name not in without:
             add[type(value)](name, value)

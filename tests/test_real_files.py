@@ -720,6 +720,24 @@ def test_a_gguf_vocabulary_has_no_tokens_of_its_class(gguf_llama, tmp_path):
     assert make_pair(model, other).notes == ()
 
 
+@pytest.mark.parametrize("says", [None, True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gguf_prompts_begin_as_transformers_begins_them(gguf_llama, tmp_path, kind, says):
+    tokens = ["<unk>", "<s>", "</s>", "▁" if kind == "llama" else "Ġ", *(chr(33 + i) for i in range(56)), "AB"]
+    fields = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 61,
+        "tokenizer.ggml.token_type": [2, 3, 3, *[1] * 58],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.merges": ["A B"],
+    } | ({} if says is None else {"tokenizer.ggml.add_bos_token": says})
+    without = ["tokenizer.ggml.merges"] if kind == "llama" else []
+    ours = load_checkpoint(write_gguf(tmp_path / "m.gguf", gguf_llama, without=without, **fields)).tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    assert prompt(ours, "A C?") == theirs("A C?")["input_ids"]
+
+
 def test_a_gguf_in_parts(gguf_llama, tmp_path):
     whole = load_checkpoint(write_gguf(tmp_path / "whole.gguf", gguf_llama))
     parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]

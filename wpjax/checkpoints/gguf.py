@@ -305,6 +305,7 @@ class GgufFile:
             )
         special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         ids = {token: self._token_id(name) for token, name in special.items()}
+        begins = self._field("tokenizer.ggml.add_bos_token")  # older files do not say: sentencepiece begins texts
         try:
             backend, _ = convert_gguf_tokenizer("llama", read)
             if kind == "gpt2" and split in _DIGITS_APART:
@@ -318,6 +319,7 @@ class GgufFile:
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_object=backend,
                 chat_template=self._field("tokenizer.chat_template"),
+                add_bos_token=bool(kind == "llama" if begins is None else begins) and ids["bos_token"] is not None,
                 **{token: tokens[i] for token, i in ids.items() if i is not None},
             )
             without_dropout(tokenizer)
