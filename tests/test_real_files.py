@@ -22,11 +22,11 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tests.ggufs import TOKENS, write_gguf
-from tests.helpers import make_anchor
 from tests.tiny import build
 from wpjax.behaviours import TEMPLATE_DATE, behaviour, encode_texts, parse_checker, render
 from wpjax.checkpoints.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from wpjax.checkpoints.hf_config import unread_attributes
+from wpjax.cli import inspect
 from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, PairError
 from wpjax.estimators.sweep import sweep
 from wpjax.metrics.anchor import Anchor
@@ -314,12 +314,10 @@ def test_pipes_are_not_read(copy, tmp_path):
     os.mkfifo(tmp_path / "m.gguf")
     os.mkfifo(tmp_path / "lines.jsonl")
     folder = copy("llama")
-    os.mkfifo(folder / "generation_config2.json")
     (folder / "generation_config.json").unlink(missing_ok=True)
-    (folder / "generation_config2.json").rename(folder / "generation_config.json")
-    for read in (load_checkpoint, Anchor.load):
-        with pytest.raises(CheckpointError, match="not a regular file"):
-            read(tmp_path / "m.gguf")
+    os.mkfifo(folder / "generation_config.json")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_checkpoint(tmp_path / "m.gguf")
     with pytest.raises(CheckpointError, match=r"generation_config\.json: not a regular file"):
         load_checkpoint(folder)
     with pytest.raises(BehaviourError, match=r"lines\.jsonl: not a regular file"):
@@ -531,6 +529,21 @@ def test_other_merges_are_seen(copy, tmp_path):
         pair.check_prompts(questions(tmp_path, pair))
 
 
+def test_inspect_names_what_was_not_read_and_what_differs(copy, tmp_path, capsys):
+    base, expert = copy("llama"), write_model(tmp_path / "expert", seed=1, max_position_embeddings=32)
+    edit_json(base / "config.json", author="me")
+    edit_tensors(expert, lambda t: t.update({"score.weight": np.zeros((2, 16))}))
+    inspect.run(str(base), str(expert), as_json=True)
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["not_read"] == {str(base): ["author='me'"], str(expert): ["score.weight"]}
+    assert summary["notes"] == ["contexts of 64 and 32 tokens: the smaller is used"]
+    assert summary["config"]["n_ctx"] == 32
+    inspect.run(str(base), str(expert))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "not read, as they say nothing about the next token: author='me'" in printed
+    assert "Note: contexts of 64 and 32 tokens: the smaller is used." in printed
+
+
 # --- chat templates
 
 
@@ -586,13 +599,6 @@ def test_results_and_anchors_name_the_date(copy, tmp_path):
     assert again.template_date == dated
     result = sweep(pair, batch, again, components=["L0.head.0"], method="screen")
     assert result.dataset.attrs["template_date"] == dated
-
-
-def test_an_anchor_without_a_fingerprint_is_refused(copy, tmp_path):
-    pair = load_pair(copy("llama"), copy("llama-2"))
-    make_anchor(pair, 1).save(tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="does not say which expert it belongs to"):
-        Anchor.load(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,11 @@ class TensorSource(Protocol):
 
     Attributes:
         where: the file or folder, for messages.
+        configuration: what says how large its tensors are, for messages: "config.json".
     """
 
     where: str
+    configuration: str
 
     def names(self) -> list[str]:
         """The names of all tensors."""
@@ -109,7 +111,7 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
         parts: list[list[np.ndarray]] = [[] for _ in rule.leaves]
         for layer in layers:
             name = rule.hf.replace("{l}", str(layer))
-            tensor = _checked(cfg, rule, source.where, name, source.read(names[name]))
+            tensor = _checked(cfg, rule, source, name, source.read(names[name]))
             ours = einops.rearrange(tensor, rule.pattern, **_sizes(cfg, rule.pattern))
             for part, value in zip(parts, ours if len(rule.leaves) > 1 else [ours], strict=True):
                 part.append(value.astype(jnp.dtype(dtype)))
@@ -126,8 +128,8 @@ def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict
     """
     if cfg.n_layers > len(source.names()):  # a damaged config.json may say millions; make no list of so many names
         raise CheckpointError(
-            f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of config.json"
-            "; the weights do not belong to it"
+            f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of "
+            f"{source.configuration}; the weights do not belong to it"
         )
     expected = [
         rule.hf.replace("{l}", str(layer))
@@ -150,7 +152,7 @@ def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict
                 for what, tensors in (("missing", missing), ("unknown", unknown))
                 if tensors
             )
-            + "; the weights do not belong to this config.json"
+            + f"; the weights do not belong to this {source.configuration}"
         )
     return names
 
@@ -166,8 +168,8 @@ def _match_tied(cfg: ModelConfig, names: dict[str, str], source: TensorSource) -
         names[embedding] = "lm_head.weight"
     elif not np.array_equal(source.read("lm_head.weight"), source.read(names[embedding])):
         raise CheckpointError(
-            f"{source.where}: lm_head.weight differs from {names[embedding]}, although config.json ties them; if the "
-            "model has a head of its own, set tie_word_embeddings to false in its config.json"
+            f"{source.where}: lm_head.weight differs from {names[embedding]}, although {source.configuration} ties "
+            f"them; if the model has a head of its own, set tie_word_embeddings to false in its {source.configuration}"
         )
 
 
@@ -175,15 +177,15 @@ def _first_few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _checked(cfg: ModelConfig, rule: TensorRule, where: str, name: str, tensor: np.ndarray) -> np.ndarray:
+def _checked(cfg: ModelConfig, rule: TensorRule, source: TensorSource, name: str, tensor: np.ndarray) -> np.ndarray:
     """The tensor, if it has the right shape and finite floats.
 
     Raises:
         CheckpointError: it does not.
     """
-    shape = _hf_shape(cfg, rule)
+    where, shape = source.where, _hf_shape(cfg, rule)
     if tensor.shape != shape:
-        raise CheckpointError(f"{where}: tensor {name} has shape {tensor.shape}, config.json says {shape}")
+        raise CheckpointError(f"{where}: tensor {name} has shape {tensor.shape}, {source.configuration} says {shape}")
     if tensor.dtype.name not in _FLOATS:
         raise CheckpointError(
             f"{where}: tensor {name} has dtype {tensor.dtype.name}; only {', '.join(_FLOATS)} can be read, "

@@ -73,6 +73,8 @@ class SafetensorsFolder:
             two shards.
     """
 
+    configuration = "config.json"
+
     def __init__(self, folder: Path):
         self.where = str(folder)
         self._files: dict[str, Any] = {}

@@ -68,6 +68,8 @@ class GgufFile:
         WpjaxError: the extra `gguf` is not installed.
     """
 
+    configuration = "metadata"
+
     def __init__(self, path: Path):
         try:
             import gguf
