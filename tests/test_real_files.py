@@ -344,20 +344,35 @@ def test_a_byte_level_tokenizer_labelled_llama_keeps_its_spaces(copy):
     assert QUESTION in load_checkpoint(folder).tokenizer.decode(ids)
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_says(copy):
-    """LlamaTokenizer has a normaliser of its own and drops the file's, here one that makes all letters small."""
+def test_what_a_class_of_transformers_forgets_of_tokenizer_json(copy):
+    """LlamaTokenizer has no normaliser, and GPT2Tokenizer lets no digits stand alone; the files say otherwise."""
     folder = copy("llama")
     pieces = ["<unk>", "<s>", "</s>", "▁", *(chr(i) for i in range(33, 127))]
-    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>"))
-    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+    small = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>"))
+    small.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.Lowercase(), tokenizers.normalizers.Replace(" ", "▁")]
     )
-    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-    write_tokenizer(folder, tokenizer, **settings)
-    with pytest.raises(CheckpointError, match=r"reads tokenizer.json as a LlamaTokenizer, .* set tokenizer_class to "):
-        load_checkpoint(folder)
-    write_tokenizer(folder, tokenizer, **settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    assert prompt(folder, "Why") == tokenizer.encode("why").ids
+    write_tokenizer(folder, small, tokenizer_class="LlamaTokenizer", eos_token="</s>", unk_token="<unk>")
+    assert prompt(folder, "Why?") == small.encode("why?").ids
+
+    content = json.loads(byte_level().to_str())
+    content["model"]["vocab"]["12"] = V
+    content["model"]["merges"].append(["1", "2"])
+    digits = Tokenizer.from_str(json.dumps(content))
+    assert digits.encode("12").ids == [V]
+    digits.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    write_tokenizer(folder, digits, tokenizer_class="GPT2Tokenizer")
+    assert prompt(folder, "12") == digits.encode("12").ids != [V]
+
+
+def test_tokenizer_config_may_overrule_tokenizer_json(copy):
+    folder = copy("gpt2")
+    write_tokenizer(folder, byte_level(), tokenizer_class="GPT2Tokenizer", add_prefix_space=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)(QUESTION)["input_ids"]
+    assert theirs == byte_level().encode(f" {QUESTION}").ids
+    assert prompt(folder) == theirs
 
 
 def closing(opening: str, end: str) -> Tokenizer:

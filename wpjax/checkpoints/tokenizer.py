@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +31,70 @@ def load_tokenizer(folder: Path) -> Any:
         folder: the folder. Its files may be those of any class of transformers: tokenizer.json, or a vocabulary.
 
     Raises:
-        CheckpointError: a library is missing, transformers cannot read the files, or it reads tokenizer.json otherwise
-            than that says.
+        CheckpointError: a library is missing, or transformers cannot read the files.
     """
     if not any((folder / name).exists() for name in _FILES):
         return None
     missing = _missing_library(folder)
     if missing:
         raise CheckpointError(missing)
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        tokenizer("text")  # some damaged files fail only when the tokenizer is used
-        without_dropout(tokenizer)
-        differs = _reads_otherwise(tokenizer, folder / "tokenizer.json")
+        return _read(folder)
     except Exception as error:  # whatever the tokenizer's own parser raises
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
-    if differs:
-        import transformers
 
-        raise CheckpointError(
-            f"{folder}: transformers {transformers.__version__} reads tokenizer.json as a {type(tokenizer).__name__}, "
-            "which splits text otherwise than the file says; set tokenizer_class to PreTrainedTokenizerFast in its "
-            "tokenizer_config.json"
-        )
-    return tokenizer
+
+def _read(folder: Path) -> Any:
+    """The tokenizer as transformers reads it, unless its class forgets what tokenizer.json says.
+
+    Some classes of transformers take only the vocabulary and the merges from tokenizer.json, and make the rest
+    themselves. For a byte-level vocabulary that is labelled Llama, say, that would lose the spaces (before 5.22), and
+    for SmolLM2's, labelled GPT-2, that digits stand alone. The model was trained with what the file says.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+    without_dropout(tokenizer)
+    ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]  # some damaged files fail only here
+    file = _by_file(folder)
+    if file is None or ids == file.encode(_SAMPLE, add_special_tokens=False).ids:
+        return tokenizer
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that the class is not the one in tokenizer_config.json
+    try:
+        plain = PreTrainedTokenizerFast.from_pretrained(**where)
+    finally:
+        logging.set_verbosity(verbosity)
+    plain.backend_tokenizer.pre_tokenizer = file.pre_tokenizer
+    without_dropout(plain)
+    return plain
+
+
+def _by_file(folder: Path) -> Any:
+    """The tokenizer of the library tokenizers that a tokenizer.json describes, without dropout and truncation.
+
+    tokenizer_config.json may say otherwise whether a blank is set before a text. That is done here if the vocabulary is
+    byte-level. If it is not, or there is no tokenizer.json, there is nothing to compare with: None.
+    """
+    from tokenizers import Tokenizer
+
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    prefix = json.loads(settings.read_text(encoding="utf-8")).get("add_prefix_space") if settings.exists() else None
+    if prefix is not None:
+        splitter = content.get("pre_tokenizer") or {}
+        parts = [part for part in splitter.get("pretokenizers", [splitter]) if part.get("type") == "ByteLevel"]
+        if not parts:
+            return None
+        parts[0]["add_prefix_space"] = bool(prefix)
+    content |= {"truncation": None, "padding": None}
+    if content["model"].get("dropout"):
+        content["model"]["dropout"] = None
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def without_dropout(tokenizer: Any) -> None:
@@ -67,22 +106,6 @@ def without_dropout(tokenizer: Any) -> None:
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):
         model.dropout = None
-
-
-def _reads_otherwise(tokenizer: Any, file: Path) -> bool:
-    """Whether a tokenizer splits ordinary text otherwise than its tokenizer.json does by itself."""
-    if not file.exists():
-        return False
-    from tokenizers import Tokenizer
-
-    plain = Tokenizer.from_file(str(file))
-    plain.no_truncation()
-    plain.no_padding()
-    if getattr(plain.model, "dropout", None):
-        plain.model.dropout = None
-    return bool(
-        tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"] != plain.encode(_SAMPLE, add_special_tokens=False).ids
-    )
 
 
 def _missing_library(folder: Path) -> str:
