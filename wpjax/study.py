@@ -98,6 +98,7 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     task = behaviour(config.behaviour, config.checker)
     pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
+    pair.check_prompts(batch)
     measured = _measured(config, pair, task, batch, progress)
     shards = Shards(parts_folder(config.out), _identity(config, pair, batch, measured), config.resume)
     with contextlib.nullcontext() if config.profile is None else jax.profiler.trace(str(config.profile)):
