@@ -23,7 +23,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from tests.ggufs import TOKENS, write_gguf
 from tests.tiny import build
-from wpjax.behaviours import TEMPLATE_DATE, behaviour, encode_texts, parse_checker, render
+from wpjax.behaviours import (
+    TEMPLATE_DATE,
+    Behaviour,
+    PromptPair,
+    behaviour,
+    encode_texts,
+    parse_checker,
+    render,
+)
+from wpjax.behaviours.checkers import no_comma
 from wpjax.checkpoints.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from wpjax.checkpoints.hf_config import unread_attributes
 from wpjax.cli import inspect
@@ -408,6 +417,29 @@ def test_a_bert_vocabulary(copy):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)(QUESTION)["input_ids"]
     assert words[theirs[-1]] == "[SEP]"
     assert prompt(folder) == theirs[:-1]
+
+
+def test_prompts_that_a_tokenizer_cannot_tell_apart_are_one_query(copy, tmp_path):
+    """Here the words "north" and "south" are unknown."""
+    base, expert = copy("gpt2", "base"), copy("gpt2", "expert")
+    edit_tensors(expert, lambda t: t.update({"transformer.ln_f.weight": np.full(16, 2.0, np.float32)}))
+    for folder in (base, expert):
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+        (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "why", "shout"]))
+        edit_json(folder / "config.json", tokenizer_class="BertTokenizer")
+    pair = load_pair(base, expert)
+
+    def encoded(words):
+        task = Behaviour("x", tuple(PromptPair(f"why {w} shout", f"why {w}", i) for i, w in enumerate(words)), no_comma)
+        return task.encode(pair.tokenizer, "sweep", None)
+
+    with pytest.raises(BehaviourError, match="all 4 prompts have the same tokens"):
+        pair.check_prompts(encoded(["north", "south"] * 6))
+    batch = encoded(["north", "south", "why"] * 4)
+    assert len(set(batch.queries)) == 2
+    is_why = ["why why" in text for text in batch.texts]
+    assert [q == batch.queries[is_why.index(True)] for q in batch.queries] == is_why
 
 
 @pytest.mark.skipif(bool(transformers.utils.is_sentencepiece_available()), reason="sentencepiece is installed")

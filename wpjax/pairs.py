@@ -21,7 +21,7 @@ from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint, load_checkpoin
 from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.components import KINDS, LEAVES, Component
-from wpjax.errors import CheckpointError, PairError
+from wpjax.errors import BehaviourError, CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.families import FAMILIES
@@ -99,10 +99,16 @@ class Pair:
             batch: the prompts.
 
         Raises:
-            BehaviourError: a prompt is longer than the context, or holds a token that a model has no row for.
+            BehaviourError: a prompt is longer than the context, or holds a token that a model has no row for; or the
+                tokenizer makes the same tokens of all prompts.
             PairError: the tokenizers of base and expert split a prompt differently, and none was asked for.
         """
         batch.check_fits(self.cfg.n_ctx, self.cfg.d_vocab)
+        if len(np.unique(batch.queries)) < 2:
+            raise BehaviourError(
+                f"{batch.behaviour}: all {len(batch)} prompts have the same tokens, e.g. {batch.texts[0][:40]!r}; the "
+                "tokenizer does not know their words, or belongs to another model"
+            )
         first, second = self.base_checkpoint.tokenizer, self.expert_checkpoint.tokenizer
         if first is None or second is None or first is second:
             return

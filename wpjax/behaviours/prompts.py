@@ -101,8 +101,16 @@ class PromptBatch:
 
     @property
     def queries(self) -> Int[np.ndarray, " B"]:
-        """[B], index of each prompt's query. Queries are the unit of resampling."""
-        return np.array([p.query for p in self.pairs])
+        """[B], index of each prompt's query. Queries are the unit of resampling.
+
+        Prompts of the same tokens are one query's, whatever their text: the model cannot tell them apart.
+        """
+        queries = np.array([p.query for p in self.pairs])
+        first: dict[bytes, int] = {}  # tokens of a prompt -> the first prompt that has them
+        for i, (ids, n) in enumerate(zip(*map(np.asarray, self.with_instruction), strict=True)):
+            same = first.setdefault(ids[:n].tobytes(), i)
+            queries[queries == queries[i]] = queries[same]
+        return queries
 
     def check_fits(self, n_ctx: int, d_vocab: int) -> None:
         """Refuse prompts that a model cannot take.
