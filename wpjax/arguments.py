@@ -61,7 +61,7 @@ class Argument(NamedTuple):
     setting: Setting
 
 
-MODEL = "Hugging Face folder, .gguf file, hub id (org/name or org/name@revision) or embedded model (tiny:base)."
+MODEL = "Hugging Face folder, .gguf file, hub id (gpt2, org/name or org/name@revision) or embedded model (tiny:base)."
 
 Base = Annotated[str, Setting(f"The base model: {MODEL}")]
 Expert = Annotated[str, Setting("The expert model, named in the same ways.")]
@@ -73,7 +73,11 @@ BehaviourName = Annotated[
     ),
 ]
 Checker = Annotated[
-    str | None, Setting("Checker for a .jsonl file: regex:..., contains:..., module:function or a built-in behaviour.")
+    str | None,
+    Setting(
+        "Checker for a .jsonl file: regex:..., contains:..., a built-in behaviour, or module:function. The module is "
+        "imported from the working directory or from what is installed, and its code is run: name only what you trust."
+    ),
 ]
 Out = Annotated[Path, Setting("Where to write.")]
 Causal = Annotated[
@@ -110,6 +114,13 @@ Seed = Annotated[int, Setting("Seed of everything random.", least=0, most=2**32 
 NPrompts = Annotated[int, Setting("Most prompts to use.", least=4)]
 Overwrite = Annotated[bool, Setting("Replace files that exist.")]
 Resume = Annotated[bool, Setting("Go on with a run that was interrupted.")]
+TokenizerOf = Annotated[
+    Literal["base", "expert"] | None,
+    Setting(
+        "Whose tokenizer to use; without it the expert's if it has a chat template, otherwise the base's, and prompts "
+        "that the two split differently are refused."
+    ),
+]
 IgnoreConfig = Annotated[
     tuple[str, ...],
     Setting("Attribute of config.json that is known not to change the forward pass. Repeat the option for more."),
@@ -222,6 +233,7 @@ class SweepConfig:
         ),
     ] = False
     n_prompts: NPrompts = 64
+    tokenizer: TokenizerOf = None
     dtype: Dtype = "float32"
     memory_mb: Annotated[
         float | None,
@@ -296,7 +308,8 @@ def choices_of(arg: Argument) -> tuple[Any, ...]:
     """The values that an argument may have; empty if there is no list of them."""
     if arg.setting.choices is not None:
         return arg.setting.choices()
-    return typing.get_args(arg.type) if typing.get_origin(arg.type) is Literal else ()
+    kinds = (arg.type, *typing.get_args(arg.type))  # the argument may be optional
+    return next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal), ())
 
 
 def check_values(config: Any) -> None:
@@ -309,7 +322,8 @@ def check_values(config: Any) -> None:
         value, choices = getattr(config, arg.name), choices_of(arg)
         if isinstance(value, str) and Path in (arg.type, *typing.get_args(arg.type)):
             raise WpjaxError(f"{arg.name}={value!r} is text; give a path: {arg.name}=Path({value!r})")
-        if choices and value not in choices:
+        is_absent = value is None and type(None) in typing.get_args(arg.type)
+        if choices and value not in choices and not is_absent:
             raise WpjaxError(f"{arg.name}={value!r}: there are {', '.join(map(str, choices))}")
         least, most = arg.setting.least, arg.setting.most
         # `not value >= least` and not `value < least`: NaN is refused too

@@ -1,26 +1,30 @@
-"""Pairs: a base and an expert, two checkpoints of one architecture and one vocabulary."""
+"""Pairs: a base and an expert, two checkpoints of one architecture and one vocabulary of ordinary tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import typing
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_tokenizer
-from wpjax.checkpoints.convert import flatten
+from wpjax.behaviours import BUILT_IN, PromptBatch, behaviour, prompt_ids
+from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from wpjax.checkpoints.convert import flatten, unflatten
+from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.components import KINDS, LEAVES, Component
-from wpjax.errors import CheckpointError, PairError
+from wpjax.errors import BehaviourError, CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.models.families import FAMILIES
 
 EMBEDDED = ("base", "expert", "planted")
 """Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
@@ -52,9 +56,11 @@ class Pair:
         cfg: the architecture of both.
         base: parameters of the base.
         expert: parameters of the expert.
-        tokenizer: the tokenizer of the expert if it has a chat template, otherwise that of the base.
-        base_checkpoint: the base as it was loaded.
-        expert_checkpoint: the expert as it was loaded.
+        tokenizer: the tokenizer of the expert if it has a chat template, otherwise that of the base; or the one that
+            was asked for.
+        base_checkpoint: the base as it was loaded, cut to what the two have in common (see `make_pair`).
+        expert_checkpoint: the expert, likewise.
+        notes: in words, what differs in the two and may.
 
     >>> import wpjax as wp
     >>> pair = wp.load_pair("tiny:base", "tiny:expert")
@@ -68,6 +74,7 @@ class Pair:
     tokenizer: Any
     base_checkpoint: Checkpoint
     expert_checkpoint: Checkpoint
+    notes: tuple[str, ...] = ()
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -84,6 +91,42 @@ class Pair:
     def fingerprints(self) -> tuple[str, str]:
         """Hashes of base and expert (see `checkpoint.fingerprint`)."""
         return fingerprint(self.cfg, self.base), fingerprint(self.cfg, self.expert)
+
+    def check_prompts(self, batch: PromptBatch) -> None:
+        """Refuse prompts that the pair cannot take.
+
+        Args:
+            batch: the prompts.
+
+        Raises:
+            BehaviourError: a prompt is longer than the context, or holds a token that a model has no row for; or the
+                tokenizer makes the same tokens of all prompts.
+            PairError: the tokenizers of base and expert split a prompt differently, and none was asked for.
+        """
+        batch.check_fits(self.cfg.n_ctx, self.cfg.d_vocab)
+        if len(np.unique(batch.queries)) < 2:
+            raise BehaviourError(
+                f"{batch.behaviour}: all {len(batch)} prompts have the same tokens, e.g. {batch.texts[0][:40]!r}; the "
+                "tokenizer does not know their words, or belongs to another model"
+            )
+        first, second = self.base_checkpoint.tokenizer, self.expert_checkpoint.tokenizer
+        if first is None or second is None or first is second:
+            return
+        names = f"the tokenizers of {self.base_checkpoint.source} and {self.expert_checkpoint.source}"
+        choose = "say which is right: --tokenizer base or --tokenizer expert"
+        texts = list(dict.fromkeys(text for p in batch.pairs for text in (p.with_instruction, p.without)))
+        apart = _split_apart(first, second, texts, bool(getattr(self.tokenizer, "chat_template", None)))
+        if apart:
+            raise PairError(
+                f"{names} split {len(apart)} of {len(texts)} prompts differently, e.g. {apart[0][:40]!r}; {choose}"
+            )
+        # The chat template may write added tokens, which need not be the same in both.
+        vocabularies = [{str(t): i for i, t in tok.added_tokens_decoder.items()} for tok in (first, second)]
+        moved = [t for t, i in vocabularies[0].items() if vocabularies[1].get(t, i) != i]
+        ids = np.unique(batch.with_instruction.ids)
+        read = [token for token in moved if self.tokenizer.convert_tokens_to_ids(token) in ids]
+        if read:
+            raise PairError(f"{names} give {_some(read)} different ids, and the prompts hold it; {choose}")
 
     def diff_norms(self) -> list[DiffNorm]:
         """What the expert changed, unit by unit, in the order of `components.KINDS`."""
@@ -190,8 +233,16 @@ def planted_components() -> tuple[str, ...]:
     return tuple(json.loads(text)["components"])
 
 
+TokenizerOf: TypeAlias = Literal["base", "expert"]
+"""Whose tokenizer makes the prompts of a pair."""
+
+
 def load_pair(
-    base: str | Path, expert: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()
+    base: str | Path,
+    expert: str | Path,
+    dtype: str = "float32",
+    ignore_config: tuple[str, ...] = (),
+    tokenizer: TokenizerOf | None = None,
 ) -> Pair:
     """Load two checkpoints and check that they fit each other.
 
@@ -200,6 +251,7 @@ def load_pair(
         expert: source of the expert, likewise.
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
+        tokenizer: as for `make_pair`.
 
     Raises:
         PairError: the two differ in architecture or vocabulary, or have equal weights. The message says how.
@@ -210,55 +262,172 @@ def load_pair(
     >>> [norm.unit for norm in pair.diff_norms() if norm.n_changed][:3]
     ['head', 'kv_group', 'neuron']
     """
-    return make_pair(load_model(base, dtype, ignore_config), load_model(expert, dtype, ignore_config))
+    return make_pair(load_model(base, dtype, ignore_config), load_model(expert, dtype, ignore_config), tokenizer)
 
 
-def make_pair(base: Checkpoint, expert: Checkpoint) -> Pair:
+def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | None = None) -> Pair:
     """A pair of two models in memory.
+
+    Some differences are allowed; `Pair.notes` names them. Of two context lengths the smaller is used. Of two
+    vocabularies the common rows are used, as when a fine-tune added tokens at the end. If one model alone is tied, the
+    head of the other is compared with its embedding. Tokens that were added to a tokenizer may differ.
 
     Args:
         base: the base.
         expert: the expert.
+        tokenizer: whose tokenizer to use. None for the expert's if it has a chat template, otherwise the base's; then
+            prompts that the two split differently are refused.
 
     Raises:
         PairError: as `load_pair`.
     """
+    if tokenizer not in (None, *typing.get_args(TokenizerOf)):
+        raise PairError(f"tokenizer={tokenizer!r}: there are base and expert")
     names = f"{base.source} and {expert.source}"
-    differences = base.cfg.differences(expert.cfg)
-    if differences:
+    shared: dict[str, Any] = {
+        "n_ctx": min(base.cfg.n_ctx, expert.cfg.n_ctx),
+        "d_vocab": min(base.cfg.d_vocab, expert.cfg.d_vocab),
+        "tied": base.cfg.tied and expert.cfg.tied,
+    }
+    cfg, other = (dataclasses.replace(model.cfg, **shared) for model in (base, expert))
+    differences = cfg.differences(other)
+    if differences:  # others than those
         raise PairError(f"{names} are not one architecture: {'; '.join(differences)}")
-    tokenizer = _common_tokenizer(base, expert, names)
+    notes = _named_differences(base, expert)
+    chosen, about = _common_tokenizer(base, expert, names, tokenizer)
+    base, expert = (_fitted(model, cfg) for model in (base, expert))
     ours, theirs = flatten(base.params), flatten(expert.params)
     if all(bool(jnp.array_equal(ours[path], theirs[path])) for path in ours):
         raise PairError(f"{names} have equal weights; name a base and an expert that was trained from it")
-    return Pair(base.cfg, base.params, expert.params, tokenizer, base, expert)
+    if tokenizer is not None:
+        base, expert = (dataclasses.replace(model, tokenizer=chosen) for model in (base, expert))
+    return Pair(cfg, base.params, expert.params, chosen, base, expert, (*notes, *about))
 
 
-def _common_tokenizer(base: Checkpoint, expert: Checkpoint, names: str) -> Any:
-    """The tokenizer of a pair; see `Pair.tokenizer`.
+def _named_differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """What differs in two architectures and may, in words."""
+    a, b, notes = base.cfg, expert.cfg, []
+    if a.n_ctx != b.n_ctx:
+        notes.append(f"contexts of {a.n_ctx} and {b.n_ctx} tokens: the smaller is used")
+    if a.d_vocab != b.d_vocab:
+        notes.append(
+            f"vocabularies of {a.d_vocab} and {b.d_vocab} rows: the {min(a.d_vocab, b.d_vocab)} common are used"
+        )
+        lost = [t for model in (base, expert) for t in model.stop_tokens if t >= min(a.d_vocab, b.d_vocab)]
+        if lost:
+            notes.append(f"the end tokens {lost} are among the rows left out: answers that want them end at the limit")
+    if a.tied != b.tied:
+        tied, own = (base, expert) if a.tied else (expert, base)
+        notes.append(f"{own.source} has a head of its own; that of {tied.source} is its embedding")
+    return notes
+
+
+def _fitted(model: Checkpoint, cfg: ModelConfig) -> Checkpoint:
+    """A model cut to the context and the vocabulary of a pair, and untied if the other model is.
+
+    Its functions on prompts of the pair stay the same, but for the logits of tokens that are cut off.
+    """
+    if model.cfg == cfg:
+        return model
+    flat = flatten(model.params)
+    if model.cfg.tied and not cfg.tied:
+        flat["unembed/W_U"] = flat["embed/W_E"].T  # [V, D] -> [D, V]
+    flat["embed/W_E"] = flat["embed/W_E"][: cfg.d_vocab]
+    if "unembed/W_U" in flat:
+        flat["unembed/W_U"] = flat["unembed/W_U"][:, : cfg.d_vocab]
+    if "embed/W_pos" in flat:
+        flat["embed/W_pos"] = flat["embed/W_pos"][: cfg.n_ctx]
+    # So that the model can be saved again: the attributes of config.json that say what was changed.
+    attributes = {ours: hf for hf, ours in FAMILIES[cfg.family].fields.items()}
+    changed = {
+        attributes[field]: getattr(cfg, field)
+        for field in ("n_ctx", "d_vocab", "tied")
+        if field in attributes and getattr(cfg, field) != getattr(model.cfg, field)
+    }
+    return dataclasses.replace(model, cfg=cfg, params=unflatten(flat), hf_config={**model.hf_config, **changed})
+
+
+def _common_tokenizer(
+    base: Checkpoint, expert: Checkpoint, names: str, choice: TokenizerOf | None
+) -> tuple[Any, list[str]]:
+    """The tokenizer of a pair (see `Pair.tokenizer`), and what is to be said of the two.
 
     Raises:
-        PairError: there is none, one belongs to another model, or the two give tokens different ids.
+        PairError: there is none, one belongs to another model, or the two give ordinary tokens different ids.
     """
     first, second = base.tokenizer, expert.tokenizer
     if first is None and second is None:
         raise PairError(f"{names}: neither has a tokenizer; put tokenizer.json beside the weights of one")
-    for checkpoint in (base, expert):
-        if checkpoint.tokenizer is not None and len(checkpoint.tokenizer) > checkpoint.cfg.d_vocab:
-            raise PairError(
-                f"{checkpoint.source}: the tokenizer has {len(checkpoint.tokenizer)} tokens, the model "
-                f"{checkpoint.cfg.d_vocab}; it belongs to another model"
-            )
+    notes = [note for model in (base, expert) if model.tokenizer is not None for note in _beyond(model)]
     if first is None or second is None:
-        return first or second
+        return first or second, notes
+    notes += _differing_tokens(first, second, names)
+    use_second = choice == "expert" if choice else bool(getattr(second, "chat_template", None))
+    chosen, of = (second, expert.source) if use_second else (first, base.source)
+    questions = [pair.without for pair in behaviour(BUILT_IN[0]).select("sweep")]
+    questions = list(dict.fromkeys(questions))
+    n_apart = len(_split_apart(first, second, questions, bool(getattr(chosen, "chat_template", None))))
+    if n_apart:
+        notes.append(
+            f"the two tokenizers split {n_apart} of {len(questions)} questions differently: that of {of} is used"
+        )
+    return chosen, notes
+
+
+def _beyond(model: Checkpoint) -> list[str]:
+    """What to say of tokens for which a model has no row.
+
+    Raises:
+        PairError: one of them is an ordinary token.
+    """
+    added = {str(token) for token in model.tokenizer.added_tokens_decoder.values()}
+    beyond = sorted((t for t, i in model.tokenizer.get_vocab().items() if i >= model.cfg.d_vocab), key=str)
+    if any(token not in added for token in beyond):
+        raise PairError(
+            f"{model.source}: the tokenizer has {len(model.tokenizer)} tokens, the model {model.cfg.d_vocab}; it "
+            "belongs to another model"
+        )
+    return [f"{model.source} has no row for {_some(beyond)}: no prompt may hold such a token"] if beyond else []
+
+
+def _differing_tokens(first: Any, second: Any, names: str) -> list[str]:
+    """What to say of added tokens in which two tokenizers differ.
+
+    Raises:
+        PairError: they differ in an ordinary token.
+    """
     ours, theirs = first.get_vocab(), second.get_vocab()
-    if ours != theirs:
-        moved = [t for t in ours if t in theirs and ours[t] != theirs[t]]
-        only = [t for t in ours if t not in theirs] + [t for t in theirs if t not in ours]
+    if ours == theirs:
+        return []
+    mine, other = ({str(token) for token in t.added_tokens_decoder.values()} for t in (first, second))
+    differ = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
+    # A token is added if each tokenizer that has it says so. No ordinary text becomes such a token.
+    ordinary = [t for t in differ if not ((t not in ours or t in mine) and (t not in theirs or t in other))]
+    if ordinary:
+        moved = [t for t in ordinary if t in ours and t in theirs]
+        only = [t for t in ordinary if t not in ours or t not in theirs]
         parts = [
             f"{len(tokens)} tokens {what} (e.g. {', '.join(map(repr, tokens[:3]))})"
             for what, tokens in (("with different ids", moved), ("in only one of them", only))
             if tokens
         ]
         raise PairError(f"{names} do not share a vocabulary: {'; '.join(parts)}")
-    return second if getattr(second, "chat_template", None) else first
+    return [f"{len(differ)} added tokens differ, in name or id: {_some(sorted(differ))}"]
+
+
+def _some(tokens: Sequence[str]) -> str:
+    """A few tokens of a list, in quotes."""
+    return ", ".join(map(repr, tokens[:4])) + (f" and {len(tokens) - 4} more" if len(tokens) > 4 else "")
+
+
+def _split_apart(first: Any, second: Any, texts: Sequence[str], templated: bool) -> list[str]:
+    """The texts that two tokenizers split differently.
+
+    Args:
+        first: a tokenizer of transformers.
+        second: another.
+        texts: what users say, without a chat template.
+        templated: whether a chat template will stand around them. It then writes the special tokens.
+    """
+    rows = [[prompt_ids(tokenizer, text, templated) for text in texts] for tokenizer in (first, second)]
+    return [text for text, a, b in zip(texts, *rows, strict=True) if a != b]

@@ -99,8 +99,9 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     for kind in config.kinds:
         check_kind(kind)
     task = behaviour(config.behaviour, config.checker)
-    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config)
+    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
+    pair.check_prompts(batch)
     measured = _measured(config, pair, task, batch, progress)
     shards = Shards(parts_folder(config.out), _identity(config, pair, batch, measured), config.resume)
     with contextlib.nullcontext() if config.profile is None else jax.profiler.trace(str(config.profile)):
@@ -205,6 +206,7 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
         "versions": _versions(),
         "pair": pair.fingerprints,
         "prompts": batch.texts,
+        "tokenizer": config.tokenizer,
         "metric": [config.metric, measured.metric.digest, answer_length],
         "given": None if measured.given is None else measured.given.metric(pair, batch).digest,
         "dtype": config.dtype,

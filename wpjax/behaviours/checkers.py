@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -133,7 +135,8 @@ def parse_checker(spec: str) -> Checker:
 
     Args:
         spec: name of a built-in checker; or `regex:PATTERN`, a pattern that must occur in the text; or `contains:TEXT`;
-            or `module:function`, a function of the text that returns true or false.
+            or `module:function`, a function of the text that returns true or false. The module may be installed, or
+            lie in the working directory. **Its code is run**, with all your rights: name only what you trust.
 
     Raises:
         BehaviourError: the name is unknown, the pattern does not compile, or the function cannot be imported.
@@ -154,6 +157,9 @@ def parse_checker(spec: str) -> Checker:
     if how == "contains" and what:
         return lambda text, args: what in text
     if how and what:
+        here = str(Path.cwd())  # an installed command has its own folder there instead
+        if here not in sys.path and "" not in sys.path:
+            sys.path.append(here)
         try:
             function = getattr(importlib.import_module(how), what)
         except (Exception, SystemExit) as error:  # a user's module may raise anything when it is imported

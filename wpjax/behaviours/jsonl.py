@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -14,31 +15,52 @@ from wpjax.errors import BehaviourError
 
 
 def from_file(path: Path, checker: str | None) -> Behaviour:
-    """A behaviour from a JSONL file; its name is that of the file."""
+    """A behaviour from a JSONL file; its name is that of the file.
+
+    Lines that share a prompt, with the instruction or without it, are phrasings of one query: they are not independent.
+    """
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise BehaviourError(f"{path}: not a regular file; copy its lines to one")
     try:
         # Only newlines end a line: JSON allows Unicode's other separators inside a string.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise BehaviourError(f"{path}: cannot be read ({error})") from error
-    # Lines with the same query are phrasings of it and share its index.
-    queries: dict[str, int] = {}
-    pairs = [_parse_line(path, i + 1, line, queries) for i, line in enumerate(lines) if line.strip()]
-    if len(queries) < MIN_QUERIES:
+    pairs = _with_queries([_parse_line(path, i + 1, line) for i, line in enumerate(lines) if line.strip()])
+    n = len({pair.query for pair in pairs})
+    if n < MIN_QUERIES:
         raise BehaviourError(
-            f"{path}: {len(queries)} different quer{'y' if len(queries) == 1 else 'ies'}, at least {MIN_QUERIES} are "
-            "needed to fit an anchor, sweep and test on different ones"
+            f"{path}: {n} different quer{'y' if n == 1 else 'ies'}, at least {MIN_QUERIES} are needed to fit an "
+            "anchor, sweep and test on different ones; lines that share a prompt count as one"
         )
     return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker)
 
 
-def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> PromptPair:
-    """The pair of one line.
+def _with_queries(pairs: list[PromptPair]) -> list[PromptPair]:
+    """The pairs with the index of each one's query: pairs that share a prompt, directly or by others, have the same."""
+    groups: dict[tuple[str, str], int] = {}  # a prompt and which side it is of -> index of a pair that stands for it
+    stands_for = list(range(len(pairs)))
+
+    def first(i: int) -> int:
+        while stands_for[i] != i:
+            i = stands_for[i]
+        return i
+
+    for i, pair in enumerate(pairs):
+        for key in (("with", pair.with_instruction), ("without", pair.without)):
+            a, b = sorted((first(i), first(groups.setdefault(key, i))))
+            stands_for[b] = a
+    index = {root: n for n, root in enumerate(dict.fromkeys(first(i) for i in range(len(pairs))))}
+    return [dataclasses.replace(pair, query=index[first(i)]) for i, pair in enumerate(pairs)]
+
+
+def _parse_line(path: Path, number: int, line: str) -> PromptPair:
+    """The pair of one line; its query is not known yet.
 
     Args:
         path: the file, for messages.
         number: number of the line, from 1.
         line: its text.
-        queries: query -> its index; a new query is added.
     """
     where = f"{path}, line {number}"
     try:
@@ -48,6 +70,8 @@ def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> 
     if not isinstance(entry, dict):
         raise BehaviourError(f"{where}: expected a JSON object")
     keys = set(entry) - {"args", "response"}
+    if any("\0" in value for value in entry.values() if isinstance(value, str)):
+        raise BehaviourError(f"{where}: holds the character U+0000, which a result cannot store; remove it")
     prompts = [entry[key] for key in keys & {"prompt", "instruction", "with", "without"}]
     if not all(_is_text(prompt) and prompt.strip() for prompt in prompts):
         raise BehaviourError(f"{where}: prompts must be text that is not blank")
@@ -62,7 +86,7 @@ def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> 
         raise BehaviourError(f"{where}: the prompt is the same with and without the instruction")
     if not isinstance(args, dict) or not (response is None or _is_text(response)):
         raise BehaviourError(f'{where}: "args" must be an object and "response" text')
-    return PromptPair(with_, without, queries.setdefault(without, len(queries)), args, response)
+    return PromptPair(with_, without, 0, args, response)
 
 
 def _is_text(value: Any) -> bool:

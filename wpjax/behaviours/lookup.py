@@ -23,8 +23,9 @@ def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
             - `tiny:` and such a name: the same behaviour in the language of the embedded models;
             - a path that ends in `.jsonl`. A line is {"with": ..., "without": ...} or
               {"prompt": ..., "instruction": ...}, with optional "args" (for the checker) and "response" (an answer to
-              train on).
-        checker: checker for a file: a built-in name, `regex:...`, `contains:...` or `module:function`.
+              train on). Lines that share a prompt are phrasings of one query.
+        checker: checker for a file: a built-in name, `regex:...`, `contains:...` or `module:function`, whose module is
+            imported and run (see `parse_checker`).
 
     Raises:
         BehaviourError: the name is unknown, or a line cannot be used; the message has its number.

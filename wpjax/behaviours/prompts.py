@@ -13,7 +13,8 @@ from jaxtyping import Array, Int
 
 from wpjax.behaviours.checkers import Checker
 from wpjax.behaviours.rewrites import Rewrite
-from wpjax.errors import BehaviourError, CheckpointError
+from wpjax.behaviours.templates import render, template_date
+from wpjax.errors import BehaviourError
 
 Split = Literal["fit", "sweep", "test"]
 SPLITS: tuple[Split, ...] = ("fit", "sweep", "test")
@@ -78,6 +79,7 @@ class PromptBatch:
         without: tokens of the same queries alone, [B, T'].
         texts: the prompts with the instruction exactly as the model reads them, with the chat template.
         pairs: the pairs that the tokens were made from.
+        template_date: the date that the chat template wrote into the prompts (YYYY-MM-DD); empty if it wrote none.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -92,14 +94,23 @@ class PromptBatch:
     without: Tokens
     texts: tuple[str, ...]
     pairs: tuple[PromptPair, ...]
+    template_date: str = ""
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     @property
     def queries(self) -> Int[np.ndarray, " B"]:
-        """[B], index of each prompt's query. Queries are the unit of resampling."""
-        return np.array([p.query for p in self.pairs])
+        """[B], index of each prompt's query. Queries are the unit of resampling.
+
+        Prompts of the same tokens are one query's, whatever their text: the model cannot tell them apart.
+        """
+        queries = np.array([p.query for p in self.pairs])
+        first: dict[bytes, int] = {}  # tokens of a prompt -> the first prompt that has them
+        for i, (ids, n) in enumerate(zip(*map(np.asarray, self.with_instruction), strict=True)):
+            same = first.setdefault(ids[:n].tobytes(), i)
+            queries[queries == queries[i]] = queries[same]
+        return queries
 
     def take(self, rows: Int[np.ndarray, " n"]) -> PromptBatch:
         """Some of the pairs, in this order; the tokens keep their width."""
@@ -127,8 +138,9 @@ class PromptBatch:
                 )
             if tokens.ids.max() >= d_vocab:
                 raise BehaviourError(
-                    f"{self.behaviour}: token id {tokens.ids.max()} is outside the model's vocabulary of {d_vocab}; "
-                    "the tokenizer belongs to another model"
+                    f"{self.behaviour}: token id {tokens.ids.max()} is outside the model's vocabulary of {d_vocab}: a "
+                    "model has no row for a token that a prompt or the chat template holds; give it one "
+                    "(resize_token_embeddings), or take a tokenizer without it"
                 )
 
 
@@ -210,7 +222,8 @@ class Behaviour:
             n_prompts: number of prompts, at most; None for all.
 
         Raises:
-            BehaviourError: there is no such split, `n_prompts` is below `MIN_PROMPTS`, or a prompt has no tokens.
+            BehaviourError: there is no such split, `n_prompts` is below `MIN_PROMPTS`, or a prompt has no tokens or
+                holds the character U+0000.
         """
         if n_prompts is not None and n_prompts < MIN_PROMPTS:
             raise BehaviourError(
@@ -218,6 +231,9 @@ class Behaviour:
             )
         pairs = self.select(split, n_prompts)
         texts = [render(tokenizer, p.with_instruction) for p in pairs]
+        for text in texts:
+            if "\0" in text:  # netCDF cannot store it
+                raise BehaviourError(f"{self.name}: the prompt {text[:40]!r} holds the character U+0000; remove it")
         return PromptBatch(
             behaviour=self.name,
             split=split,
@@ -225,37 +241,15 @@ class Behaviour:
             without=encode_texts(tokenizer, [render(tokenizer, p.without) for p in pairs]),
             texts=tuple(texts),
             pairs=pairs,
+            template_date=template_date(tokenizer),
         )
-
-
-def render(tokenizer: Any, text: str) -> str:
-    """The text that the model reads for one message of a user.
-
-    It is the chat template, filled in up to where the answer begins. Without a template it is the message itself.
-
-    Args:
-        tokenizer: a tokenizer of the library transformers.
-        text: the message.
-
-    Raises:
-        CheckpointError: the chat template fails.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return text
-    message = [{"role": "user", "content": text}]
-    try:
-        rendered = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        rendered.encode("utf-8")  # fails on lone surrogates, which no tokenizer takes
-        return rendered
-    except Exception as error:  # a template is a program and may raise anything
-        raise CheckpointError(
-            f"{tokenizer.name_or_path}: the chat template fails ({type(error).__name__}: {error}); correct it, or "
-            "remove it to use the prompts as they are"
-        ) from error
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Tokens:
     """Texts from `render` as token ids, padded on the right with 0.
+
+    Without a chat template the tokenizer opens each text with its special tokens (say, a begin token), unless the text
+    begins with them already. It never closes one: the answer has yet to come.
 
     Args:
         tokenizer: the tokenizer that rendered them.
@@ -266,7 +260,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Tokens:
     """
     # A template writes the special tokens itself.
     templated = bool(getattr(tokenizer, "chat_template", None))
-    rows = [tokenizer(text, add_special_tokens=not templated)["input_ids"] for text in texts]
+    rows = [prompt_ids(tokenizer, text, templated) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if not row:
             raise BehaviourError(f"the prompt {text!r} has no tokens; remove it")
@@ -275,3 +269,22 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> Tokens:
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     return Tokens(ids, lengths)
+
+
+def prompt_ids(tokenizer: Any, text: str, templated: bool) -> list[int]:
+    """The tokens of one text, as `encode_texts` makes them.
+
+    Args:
+        tokenizer: a tokenizer of the library transformers.
+        text: the text.
+        templated: whether it comes from a chat template, which writes the special tokens itself.
+    """
+    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if templated:
+        return plain
+    full: list[int] = tokenizer(text)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if plain and full[start : start + len(plain)] == plain:
+            opening = full[:start]
+            return plain if plain[:start] == opening else opening + plain
+    return full

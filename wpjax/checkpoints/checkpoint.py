@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from wpjax.checkpoints.convert import flatten, hf_tensors, params_from_hf
-from wpjax.checkpoints.folder import SafetensorsFolder, read_json
+from wpjax.checkpoints.convert import flatten, hf_tensors, left_out, params_from_hf
+from wpjax.checkpoints.folder import SafetensorsFolder, check_file, check_folder, read_json
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config
+from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -29,7 +30,7 @@ from wpjax.runtime.files import atomic_output, write_tensors
 MARKER = "config.json"
 """The file that makes a folder a model."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")  # the oldest ids have no organisation: gpt2
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _HUB_REPEATS = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 
@@ -45,6 +46,7 @@ class Checkpoint:
         hf_config: the content of its config.json.
         generation_config: the content of its generation_config.json; None if the source has none.
         source: where it was loaded from, as the user wrote it.
+        left_out: names of tensors that were not loaded: heads for other tasks than the next token.
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
@@ -58,6 +60,7 @@ class Checkpoint:
     hf_config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None
     source: str
+    left_out: tuple[str, ...] = ()
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -83,8 +86,8 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
     """Load a model.
 
     Args:
-        source: a folder with config.json and safetensors, a `.gguf` file, or a hub id ("org/name" or
-            "org/name@revision").
+        source: a folder with config.json and safetensors, a `.gguf` file (of a split one, the first part), or a hub id
+            ("gpt2", "org/name" or "org/name@revision").
         dtype: precision, a key of `PRECISIONS`:
 
             - "float32";
@@ -111,21 +114,23 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
         raise CheckpointError(f"unknown dtype {dtype!r}; there are {', '.join(PRECISIONS)}")
     try:
         path = Path(source).expanduser()
-        is_folder, is_file = path.is_dir(), path.is_file()
+        is_folder, is_there = path.is_dir(), path.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
         raise CheckpointError(f"{source}: cannot be a folder or a file ({error}); correct the name") from error
     if is_folder:
         return _load_folder(path, source, dtype, ignore_config)
-    if is_file:
-        if path.suffix != ".gguf":
+    if is_there:
+        check_file(path)
+        if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{source}: a model is a folder, a .gguf file or a hub id; name the folder")
         file = GgufFile(path)
-        raw = file.hf_config()
+        raw = file.hf_config(ignore_config)
         weights, splits = PRECISIONS[dtype]
         cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
-        return Checkpoint(cfg, params_from_hf(cfg, file, weights), file.tokenizer(), raw, None, source)
+        tokenizer = file.tokenizer()  # before the weights, which take longer
+        return Checkpoint(cfg, params_from_hf(cfg, file, weights), tokenizer, raw, None, source)
     if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like org/name")
+        raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like gpt2 or org/name")
     return _load_folder(_download(source), source, dtype, ignore_config)
 
 
@@ -157,18 +162,19 @@ def _download(hub_id: str) -> Path:
 
 
 def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...]) -> Checkpoint:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
+    check_folder(folder)
+    config = folder / MARKER
     raw = read_json(config)
     weights, splits = PRECISIONS[dtype]
     cfg = dataclasses.replace(parse_config(raw, str(config), ignore_config), activation_splits=splits)
-    params = params_from_hf(cfg, SafetensorsFolder(folder), weights)
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else None
     for file, content in ((config, raw), (path, generation or {})):
         _check_stop_tokens(file, content.get("eos_token_id"))
-    return Checkpoint(cfg, params, load_tokenizer(folder), raw, generation, source)
+    tensors = SafetensorsFolder(folder)
+    tokenizer = load_tokenizer(folder)  # before the weights are read, which takes longer
+    params = params_from_hf(cfg, tensors, weights)
+    return Checkpoint(cfg, params, tokenizer, raw, generation, source, tuple(left_out(tensors)))
 
 
 def _check_stop_tokens(path: Path, ids: Any) -> None:
@@ -176,25 +182,6 @@ def _check_stop_tokens(path: Path, ids: Any) -> None:
     for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
         if not (isinstance(token, int) and abs(token) < 2**31):
             raise CheckpointError(f"{path}: eos_token_id={ids!r} is not a token id or a list of them; correct it")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of an HF folder; None if it holds none.
-
-    Raises:
-        CheckpointError: transformers cannot read its files.
-    """
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).exists() for name in names):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        tokenizer("text")  # some damaged files fail only when the tokenizer is used
-        return tokenizer
-    except Exception as error:  # whatever the tokenizer's own parser raises
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
 
 
 def save_checkpoint(
@@ -222,7 +209,7 @@ def save_checkpoint(
     cfg = checkpoint.cfg
     dtype = str(checkpoint.params["embed"]["W_E"].dtype)
     config = {k: v for k, v in checkpoint.hf_config.items() if k not in ("torch_dtype", "dtype")}
-    config |= {"architectures": [FAMILIES[cfg.family].architecture], "dtype": dtype}
+    config |= {"model_type": cfg.family, "architectures": [FAMILIES[cfg.family].architecture], "dtype": dtype}
     with atomic_output(Path(path), overwrite, MARKER) as folder:
         folder.mkdir()
         (folder / MARKER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

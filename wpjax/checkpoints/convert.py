@@ -29,6 +29,8 @@ unflatten: Callable[[dict[str, Any]], Params] = functools.partial(unflatten_dict
 """The parameter tree of leaves by path: the inverse of `flatten`."""
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
+# Heads for other tasks (classification, questions, rewards, multiple choice). They do not take part in the next token.
+_OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "v_head.", "value_head.", "multiple_choice_head.")
 
 
 @runtime_checkable
@@ -37,9 +39,11 @@ class TensorSource(Protocol):
 
     Attributes:
         where: the file or folder, for messages.
+        configuration: what says how large its tensors are, for messages: "config.json".
     """
 
     where: str
+    configuration: str
 
     def names(self) -> list[str]:
         """The names of all tensors."""
@@ -48,6 +52,11 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
         ...
+
+
+def left_out(source: TensorSource) -> list[str]:
+    """Names of the tensors of a checkpoint that are no part of its language model: heads for other tasks."""
+    return sorted(name for name in source.names() if name.startswith(_OTHER_HEADS))
 
 
 @functools.cache
@@ -102,7 +111,7 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
         parts: list[list[np.ndarray]] = [[] for _ in rule.leaves]
         for layer in layers:
             name = rule.hf.replace("{l}", str(layer))
-            tensor = _checked(cfg, rule, source.where, name, source.read(names[name]))
+            tensor = _checked(cfg, rule, source, name, source.read(names[name]))
             ours = einops.rearrange(tensor, rule.pattern, **_sizes(cfg, rule.pattern))
             for part, value in zip(parts, ours if len(rule.leaves) > 1 else [ours], strict=True):
                 part.append(value.astype(jnp.dtype(dtype)))
@@ -119,24 +128,22 @@ def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict
     """
     if cfg.n_layers > len(source.names()):  # a damaged config.json may say millions; make no list of so many names
         raise CheckpointError(
-            f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of config.json"
-            "; the weights do not belong to it"
+            f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of "
+            f"{source.configuration}; the weights do not belong to it"
         )
     expected = [
         rule.hf.replace("{l}", str(layer))
         for rule in _rules(cfg)
         for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [0])
     ]
-    present = [n for n in source.names() if not n.endswith(family.skipped)]
+    present = [n for n in source.names() if not n.endswith(family.skipped) and not n.startswith(_OTHER_HEADS)]
     bare = not any(name.startswith(family.prefix) for name in present)
     names = {name: name.removeprefix(family.prefix) if bare else name for name in expected}
+    if cfg.tied and "lm_head.weight" in present:
+        _match_tied(cfg, names, source)
+        present = [n for n in present if n != "lm_head.weight" or n in names.values()]
     missing = [n for n in names.values() if n not in set(present)]
     unknown = sorted(set(present) - set(names.values()))
-    # Some checkpoints of tied models hold the embedding once more, as the unembedding. That is fine if it is equal.
-    if cfg.tied and unknown == ["lm_head.weight"]:
-        embedding = next(names[r.hf] for r in _rules(cfg) if r.leaves == ("embed/W_E",))
-        if not missing and np.array_equal(source.read("lm_head.weight"), source.read(embedding)):
-            unknown = []
     if missing or unknown:
         raise CheckpointError(
             f"{source.where}: "
@@ -145,24 +152,40 @@ def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict
                 for what, tensors in (("missing", missing), ("unknown", unknown))
                 if tensors
             )
-            + "; the weights do not belong to this config.json"
+            + f"; the weights do not belong to this {source.configuration}"
         )
     return names
+
+
+def _match_tied(cfg: ModelConfig, names: dict[str, str], source: TensorSource) -> None:
+    """Settle what `lm_head.weight` is in the checkpoint of a tied model: the embedding itself, or a copy of it.
+
+    Raises:
+        CheckpointError: it differs from the embedding.
+    """
+    embedding = next(rule.hf for rule in _rules(cfg) if rule.leaves == ("embed/W_E",))
+    if names[embedding] not in source.names():  # safetensors.torch.save_model keeps one name of a shared tensor
+        names[embedding] = "lm_head.weight"
+    elif not np.array_equal(source.read("lm_head.weight"), source.read(names[embedding])):
+        raise CheckpointError(
+            f"{source.where}: lm_head.weight differs from {names[embedding]}, although {source.configuration} ties "
+            f"them; if the model has a head of its own, set tie_word_embeddings to false in its {source.configuration}"
+        )
 
 
 def _first_few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _checked(cfg: ModelConfig, rule: TensorRule, where: str, name: str, tensor: np.ndarray) -> np.ndarray:
+def _checked(cfg: ModelConfig, rule: TensorRule, source: TensorSource, name: str, tensor: np.ndarray) -> np.ndarray:
     """The tensor, if it has the right shape and finite floats.
 
     Raises:
         CheckpointError: it does not.
     """
-    shape = _hf_shape(cfg, rule)
+    where, shape = source.where, _hf_shape(cfg, rule)
     if tensor.shape != shape:
-        raise CheckpointError(f"{where}: tensor {name} has shape {tensor.shape}, config.json says {shape}")
+        raise CheckpointError(f"{where}: tensor {name} has shape {tensor.shape}, {source.configuration} says {shape}")
     if tensor.dtype.name not in _FLOATS:
         raise CheckpointError(
             f"{where}: tensor {name} has dtype {tensor.dtype.name}; only {', '.join(_FLOATS)} can be read, "

@@ -11,6 +11,56 @@ from safetensors import SafetensorError, safe_open
 
 from wpjax.errors import CheckpointError
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""Endings of the files of a folder that are read."""
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no whole model, before anything is read.
+
+    Raises:
+        CheckpointError: the folder holds an adapter, a git-lfs pointer, or something that is no regular file.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ:
+            check_file(path)
+    config, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.exists():
+        about = read_json(adapter)
+        base = about.get("base_model_name_or_path")
+        beside = (
+            " beside a model; if it is merged already, remove the adapter's files; else" if config.exists() else ";"
+        )
+        raise CheckpointError(
+            f"{folder}: holds a PEFT adapter ({adapter.name}: {about.get('peft_type')} of {base}){beside} merge it "
+            f"first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
+            f"{folder.name!r}).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
+    if not config.exists():
+        raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
+
+
+def check_file(path: Path) -> None:
+    """Refuse a path that is there but no regular file (reading a pipe would hang), and a git-lfs pointer.
+
+    Raises:
+        CheckpointError: it is one of these.
+    """
+    if path.is_dir() or not path.exists():
+        return
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file; copy its content to one")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); check its permissions") from error
+    if start == _POINTER:
+        raise CheckpointError(
+            f"{path}: a git-lfs pointer in place of the file; run `git lfs install` and `git lfs pull` in the folder"
+        )
+
 
 class SafetensorsFolder:
     """The safetensors files of an HF folder, as a `TensorSource`.
@@ -19,8 +69,11 @@ class SafetensorsFolder:
         folder: the folder, with one model.safetensors or with shards and their index.
 
     Raises:
-        CheckpointError: there are no weights, a shard is damaged or missing, or a tensor stands in two shards.
+        CheckpointError: there are no weights or two sets of them, a shard is damaged or missing, or a tensor stands in
+            two shards.
     """
+
+    configuration = "config.json"
 
     def __init__(self, folder: Path):
         self.where = str(folder)
@@ -38,7 +91,7 @@ class SafetensorsFolder:
     @staticmethod
     def _shards(folder: Path) -> list[Path]:
         """The weight files of a folder."""
-        index = folder / "model.safetensors.index.json"
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -48,10 +101,16 @@ class SafetensorsFolder:
             for name in files:
                 if Path(name).name != name or name == "..":
                     raise CheckpointError(f"{index}: weight_map names {name!r}, which is outside the folder")
-                if name not in present:
-                    raise CheckpointError(f"{folder}: the shard {name} named by {index.name} is missing")
+            absent = [name for name in files if name not in present]
+            if single.name in present and single.name not in files:
+                if len(absent) == len(files):  # saved anew as one file, and the old index forgotten
+                    return [single]
+                raise CheckpointError(
+                    f"{folder}: two sets of weights, {single.name} and the shards of {index.name}; remove one"
+                )
+            if absent:
+                raise CheckpointError(f"{folder}: the shard {absent[0]} named by {index.name} is missing")
             return [folder / name for name in files]
-        single = folder / "model.safetensors"
         if single.is_file():
             return [single]
         pickles = [p.name for p in folder.glob("*.bin")]
@@ -66,12 +125,15 @@ class SafetensorsFolder:
         """One tensor.
 
         Raises:
-            CheckpointError: it cannot be read as floats.
+            CheckpointError: it cannot be read as floats, say because it is of 8 bits (fp8).
         """
         try:
             return self._files[name].get_tensor(name)
         except (SafetensorError, TypeError, AttributeError) as error:  # a dtype NumPy lacks (fp8)
-            raise CheckpointError(f"{self.where}: tensor {name} cannot be read as floats ({error})") from error
+            raise CheckpointError(
+                f"{self.where}: tensor {name} cannot be read as floats ({error}); a quantised checkpoint (fp8, say) "
+                "must be dequantised first"
+            ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,13 @@
-"""From HF's config.json to a `ModelConfig`. Attributes that are not known are refused: they may change the model."""
+"""From HF's config.json to a `ModelConfig`. Attributes that may change the model and are not known are refused.
+
+An attribute that transformers' own configuration class does not declare cannot change its forward pass. It is accepted,
+and `unread_attributes` lists it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +32,15 @@ _ROPE_OPTIONS: dict[RopeScaling, frozenset[str]] = {
         {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
     ),
 }
+_ANY_ROPE_OPTION = frozenset[str]().union(*_ROPE_OPTIONS.values())
+# No configuration class declares these, but transformers acts on them. The value beside a name changes nothing.
+_ACTED_ON: dict[str, Any] = {
+    "auto_map": None,
+    "quantization_config": None,
+    "compression_config": None,
+    "per_layer_config": None,
+    "is_causal": True,
+}
 _SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 
 
@@ -39,29 +53,26 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
         ignore: attributes that the caller knows not to matter.
 
     Raises:
-        ConfigError: the family or an attribute is unknown, or a value is missing, impossible or not implemented.
+        ConfigError: the family or an attribute is unknown, or a value is missing, impossible or not implemented; or the
+            weights are quantised, or the checkpoint brings code of its own.
 
     >>> raw = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "vocab_size": 50257, "n_positions": 64}
     >>> cfg = parse_config(raw, "config.json")
     >>> cfg.n_layers, cfg.d_mlp, cfg.norm
     (2, 64, 'layer')
     """
-    family = FAMILIES.get(str(raw.get("model_type")))
-    if family is None:
-        raise ConfigError(
-            f"{where}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    known = COMMON_IGNORED | set(family.fields) | set(family.required) | family.ignored | set(ignore)
-    known |= family.rotary_attributes if family.rotary else set()
-    unknown = sorted(set(raw) - known)
+    family = _family(raw, where)
+    unknown = _unknown(family, raw, ignore)
+    _refuse_acted_on(raw, where, ignore)
     if unknown:
+        options = " ".join(f"--ignore-config {name}" for name in unknown)
         raise ConfigError(
             f"{where}: unknown attribute {', '.join(f'{k}={raw[k]!r}' for k in unknown)} for {family.model_type}; "
-            f"if it does not change the forward pass, pass ignore_config={tuple(unknown)!r}"
+            f"if it does not change the forward pass, pass {options} (in Python ignore_config={tuple(unknown)!r})"
         )
     full = _with_defaults(family, raw, where)  # what config.json leaves out has a default in transformers
     for name, value in family.required.items():
-        if full.get(name, value) != value:
+        if name not in ignore and full.get(name, value) != value:
             raise ConfigError(f"{where}: {name}={full[name]!r} is not implemented, only {name}={value!r}")
     values: dict[str, Any] = {**family.fixed, **{ours: full.get(hf) for hf, ours in family.fields.items()}}
     act = activation(str(values["act"]))
@@ -88,6 +99,103 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     if cfg.n_heads % cfg.n_kv_heads:
         raise ConfigError(f"{where}: {cfg.n_heads} query heads cannot share {cfg.n_kv_heads} KV heads evenly")
     return cfg
+
+
+def unread_attributes(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of an HF configuration that are accepted because transformers does not read them, with their values.
+
+    Its configuration class for the family does not declare them, or its rotary embedding has no use for them.
+
+    Args:
+        raw: the content of a config.json that `parse_config` accepts.
+
+    >>> unread_attributes({"model_type": "gpt2", "n_embd": 16, "author": "me"})
+    {'author': 'me'}
+    """
+    family = _family(raw, "config.json")
+    declared = _declared(family)
+    unread = {
+        name: raw[name]
+        for name in sorted(set(raw) - _known(family) - set(declared))
+        if raw[name] is not None and name not in _ACTED_ON
+    }
+    for name in ("rope_scaling", "rope_parameters"):
+        options = raw.get(name) if family.rotary else None
+        if isinstance(options, Mapping) and (options.get("rope_type") or options.get("type")) in (None, "default"):
+            unread |= {f"{name}.{key}": value for key, value in options.items() if key in _ANY_ROPE_OPTION}
+    return unread
+
+
+def _family(raw: Mapping[str, Any], where: str) -> Family:
+    """The family of a configuration, by its model_type or else by its architectures.
+
+    Raises:
+        ConfigError: it is not supported.
+    """
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    if model_type is None and isinstance(architectures, list):  # some early files have no model_type
+        model_type = next((f.model_type for f in FAMILIES.values() if f.architecture in architectures), None)
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise ConfigError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return family
+
+
+def _known(family: Family) -> set[str]:
+    """The attributes that we know for a family: those that say something to us, and those that change nothing."""
+    known = COMMON_IGNORED | set(family.fields) | set(family.required) | family.ignored
+    return set(known | family.rotary_attributes if family.rotary else known)
+
+
+@functools.cache
+def _declared_by(model_type: str) -> Mapping[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    default = kind()
+    declared = {field.name: getattr(default, field.name, None) for field in dataclasses.fields(kind)}
+    # Another name for a declared attribute: transformers moves its value there, and `full` has it there.
+    return declared | dict.fromkeys(kind.attribute_map, _ALIAS)
+
+
+_ALIAS = object()
+"""Stands for the default of an attribute that is another name of one."""
+
+
+def _declared(family: Family) -> Mapping[str, Any]:
+    """The attributes that transformers' configuration class of a family declares, with their defaults."""
+    return _declared_by(family.model_type)
+
+
+def _unknown(family: Family, raw: Mapping[str, Any], ignore: tuple[str, ...]) -> list[str]:
+    """Attributes that transformers reads and we do not know, with another value than the default."""
+    declared = _declared(family)
+    others = set(raw) - _known(family) - set(ignore) - set(_ACTED_ON)
+    return sorted(n for n in others if n in declared and declared[n] is not _ALIAS and raw[n] != declared[n])
+
+
+def _refuse_acted_on(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...]) -> None:
+    """Refuse attributes that no configuration class declares, but that transformers acts on.
+
+    Raises:
+        ConfigError: there is one; the message says what it is and how to mend it.
+    """
+    for name, harmless in _ACTED_ON.items():
+        value = raw.get(name, harmless)
+        if value == harmless or value is None or name in ignore:
+            continue
+        if name in ("quantization_config", "compression_config"):
+            how = value.get("quant_method") if isinstance(value, Mapping) else None
+            what = (
+                f"the weights are quantised{f' by {how}' if isinstance(how, str) else ''}; dequantise them first: load "
+                "the model with transformers, call model.dequantize(), and save it with model.save_pretrained(FOLDER)"
+            )
+        elif name == "auto_map":
+            what = "names code inside the checkpoint, and such code is never run; if the model is a plain one of its "
+            what += f"model_type, pass --ignore-config {name}"
+        else:
+            what = f"={value!r} is not implemented; if it does not change the forward pass, pass --ignore-config {name}"
+        raise ConfigError(f"{where}: {name}{'' if what.startswith('=') else ': '}{what}")
 
 
 def _with_defaults(family: Family, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -146,6 +254,8 @@ def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
     # A factor of 1.0 changes nothing, so any family may name it. Any other stays in `options` and is refused below.
     if partly or options.get("partial_rotary_factor") == 1.0:
         fraction = options.pop("partial_rotary_factor", 1.0)
+    if scaling == "default":  # transformers reads none of the other variants' numbers here
+        options = {k: v for k, v in options.items() if k not in _ANY_ROPE_OPTION}
     unknown = sorted(set(options) - _ROPE_OPTIONS[scaling])
     if unknown:
         raise ConfigError(f"{where}: rope_parameters has unknown {', '.join(unknown)} for rope_type {scaling!r}")

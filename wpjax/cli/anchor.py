@@ -21,6 +21,7 @@ from wpjax.arguments import (
     ResponseTokens,
     Seed,
     Setting,
+    TokenizerOf,
 )
 from wpjax.cli.options import Json
 
@@ -47,6 +48,7 @@ def run(
     causal: Causal = "require",
     n_steered: NSteered = 64,
     max_new_tokens: NewTokens = 32,
+    tokenizer: TokenizerOf = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
@@ -65,7 +67,7 @@ def run(
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker)
-    pair = load_pair(base, expert, dtype, ignore_config)
+    pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
     with on_interrupt(lambda: "nothing was written"), diagnostics_kept(out), progress_bars() as progress:
         anchor = fit_anchor(
             pair,

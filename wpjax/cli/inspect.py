@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
 
-from wpjax.arguments import MODEL, IgnoreConfig
+from wpjax.arguments import MODEL, IgnoreConfig, TokenizerOf
 from wpjax.cli.options import Json
 
 EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
@@ -16,35 +17,51 @@ EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
 def run(
     base: Annotated[str, typer.Argument(help=MODEL)],
     expert: Annotated[str | None, typer.Argument(help="A second model, to compare with the first.")] = None,
+    tokenizer: TokenizerOf = None,
     ignore_config: IgnoreConfig = (),
     as_json: Json = False,
 ) -> None:
     """Show a model's architecture and components, and what an expert changed of them."""
+    from rich.text import Text
+
     from wpjax.checkpoints.checkpoint import fingerprint
+    from wpjax.checkpoints.hf_config import unread_attributes
     from wpjax.cli.console import out, print_json, print_table
     from wpjax.components import KINDS, count, unit_shapes
     from wpjax.pairs import load_model, make_pair
 
     model = load_model(base, ignore_config=ignore_config)
-    pair = make_pair(model, load_model(expert, ignore_config=ignore_config)) if expert else None
+    pair = make_pair(model, load_model(expert, ignore_config=ignore_config), tokenizer) if expert else None
+    models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
+    model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
     counts = {k: count(cfg, k) * (cfg.n_layers if kind.in_layer else 1) for k, kind in KINDS.items()}
+    not_read = {
+        m.source: [*(f"{name}={value!r}" for name, value in unread_attributes(m.hf_config).items()), *m.left_out]
+        for m in models
+    }
     summary: dict[str, Any] = {
         "config": dataclasses.asdict(cfg),
         "components": counts,
         "units": {unit: list(shape) for unit, shape in unit_shapes(cfg).items()},
         "fingerprint": fingerprint(cfg, model.params),
+        "not_read": not_read,
     }
     norms = pair.diff_norms() if pair else []
     if pair:
         summary["expert_fingerprint"] = pair.fingerprints[1]
         summary["difference"] = [row._asdict() for row in norms]
+        summary["notes"] = list(pair.notes)
     if as_json:
         print_json(summary)
         return
     print_table(base, ("", "value"), [(k, str(v)) for k, v in summary["config"].items()])
     print_table("\nComponents", ("kind", "in the model"), [(k, f"{n:,}") for k, n in counts.items()])
     out.print(f"\nfingerprint {summary['fingerprint']}")
+    for source, names in not_read.items():
+        if names:
+            what = "not read, as they say nothing about the next token"
+            out.print(Text(f"\n{source}: {what}: {', '.join(shorten(n, 60) for n in names)}"))
     if pair:
         print_table(
             f"\nWhat {expert} changed",
@@ -60,4 +77,6 @@ def run(
                 for r in norms
             ],
         )
-        out.print("\nSame architecture, same vocabulary: a pair.")
+        for note in pair.notes:
+            out.print(Text(f"\nNote: {note}."))
+        out.print("\nOne architecture, one vocabulary: a pair.")

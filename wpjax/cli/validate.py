@@ -22,6 +22,7 @@ from wpjax.arguments import (
     Resume,
     Seed,
     Setting,
+    TokenizerOf,
 )
 from wpjax.cli.options import Json
 
@@ -47,6 +48,7 @@ def run(
     points: Annotated[int, Setting("Sizes of sets on each curve, from one component to all.", least=2)] = 10,
     n_random: Annotated[int, Setting("Random orders to compare with.", least=1)] = 3,
     max_new_tokens: NewTokens = 32,
+    tokenizer: TokenizerOf = None,
     dtype: Dtype = "float32",
     resume: Resume = False,
     seed: Seed = 0,
@@ -72,10 +74,11 @@ def run(
 
     swept = SweepResult.from_netcdf(result)
     task = behaviours.behaviour(behaviour, checker)
-    pair = load_pair(base, expert, dtype, ignore_config)
+    pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
     settings = {  # everything that finished parts depend on
         "version": wpjax.__version__,
         "pair": pair.fingerprints,
+        "tokenizer": tokenizer,
         "result": [swept.dataset.attrs["date"], swept.best().tolist(), by],
         "behaviour": [(p.with_instruction, dict(p.args)) for p in task.select("test", n_prompts)],
         "points": points,

@@ -119,7 +119,7 @@ def sweep(
     """
     started = time.perf_counter()
     chosen_method = check_method(method, metric.has_fixed_words)
-    batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
+    pair.check_prompts(batch)
     if given is not None and not metric.has_fixed_words:
         raise WpjaxError("the on-policy score reads the anchor, so its state cannot be given; drop one of them")
     prepared = metric.prepare(pair, batch)

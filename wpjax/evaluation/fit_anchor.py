@@ -148,7 +148,7 @@ def fit_anchor(
     fit = behaviour.encode(pair.tokenizer, "fit", n_prompts)
     check = behaviour.encode(pair.tokenizer, "sweep", n_prompts)
     for batch in (fit, check):
-        batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
+        pair.check_prompts(batch)
     instructed, plain = _readings(pair, fit, n_response)
     state = mean_states(pair.cfg, pair.expert, instructed)
     contrast = state - mean_states(pair.cfg, pair.expert, plain)  # [L, B, D]
@@ -179,7 +179,7 @@ def fit_anchor(
         diagnostics = tuple(dataclasses.replace(d, **by_layer.get(d.layer, {})) for d in diagnostics)
         best = diagnostics[_choose(tests, diagnostics, behaviour.name, causal).layer]
     vector, fingerprint = jnp.asarray(unit[best.layer]), pair.fingerprints[1]
-    return Anchor(vector, best.layer, behaviour.name, fingerprint, diagnostics, n_response)
+    return Anchor(vector, best.layer, behaviour.name, fingerprint, diagnostics, n_response, fit.template_date)
 
 
 def _readings(pair: Pair, batch: PromptBatch, n_response: int) -> tuple[Reading, Reading]:

@@ -246,7 +246,7 @@ def validate(
     steps = {name: curve_steps(order, sizes[name], budgets) for name, order in ranked.items()}
 
     batch = behaviour.encode(pair.tokenizer, "test", n_prompts)
-    batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
+    pair.check_prompts(batch)
     judge = Judge(pair, behaviour, batch, max_new_tokens)
     by_base, by_expert = judge.answers(pair.base), judge.answers(pair.expert)
     check_behaviour_differs(judge, by_base, by_expert)

@@ -46,7 +46,7 @@ from wpjax.runtime.files import atomic_output, write_tensors
     jax.tree_util.register_dataclass,
     data_fields=["vector"],
     meta_fields=["layer", "n_response"],
-    drop_fields=["behaviour", "expert_fingerprint", "diagnostics"],
+    drop_fields=["behaviour", "expert_fingerprint", "diagnostics", "template_date"],
 )
 @dataclasses.dataclass(frozen=True)
 class Anchor:
@@ -63,6 +63,7 @@ class Anchor:
         diagnostics: diagnostics of every layer of that expert.
         n_response: 0 to read the last prompt token; n to read the mean over the first n tokens of the expert's answer
             (static).
+        template_date: the date in the prompts that it was fitted on (see `PromptBatch`); empty if they have none.
 
     >>> import jax.numpy as jnp
     >>> import wpjax as wp
@@ -81,6 +82,7 @@ class Anchor:
     expert_fingerprint: str = ""
     diagnostics: tuple[LayerDiagnostics, ...] = ()
     n_response: int = 0
+    template_date: str = ""
 
     has_fixed_words: ClassVar[bool] = True
 
@@ -110,9 +112,15 @@ class Anchor:
         """What a sweep needs to measure this anchor.
 
         Raises:
-            AnchorRejected: the anchor belongs to another expert.
+            AnchorRejected: the anchor belongs to another expert, or was fitted on prompts of another date.
         """
         self.check_belongs(pair)
+        if self.expert_fingerprint and self.template_date != batch.template_date:
+            dates = [date or "no date" for date in (self.template_date, batch.template_date)]
+            raise AnchorRejected(
+                f"the chat template wrote {dates[0]} into the prompts of the anchor, and writes {dates[1]} into these; "
+                "fit one with `wpjax anchor`"
+            )
         return PreparedMetric(self.metric(pair, batch), columns=self.columns, attributes=self.attributes)
 
     @property
@@ -193,6 +201,7 @@ class Anchor:
             "n_response": str(self.n_response),
             "behaviour": self.behaviour,
             "expert_fingerprint": self.expert_fingerprint,
+            "template_date": self.template_date,
             "diagnostics": json.dumps([dataclasses.asdict(d) for d in self.diagnostics]),
         }
         with atomic_output(Path(path), overwrite) as temporary:
@@ -220,7 +229,8 @@ class Anchor:
             raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
         if vector.ndim != 1 or vector.dtype != np.float32 or not np.isclose(np.linalg.norm(vector), 1, atol=1e-3):
             raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")
-        return cls(jnp.asarray(vector), layer, behaviour, fingerprint, diagnostics, n_response)
+        date = meta.get("template_date", "")
+        return cls(jnp.asarray(vector), layer, behaviour, fingerprint, diagnostics, n_response, date)
 
     @property
     def acceptance(self) -> str:

@@ -79,8 +79,8 @@ LLAMA = Family(
         }
     ),
     derived=MappingProxyType({"out_bias": lambda hf: hf["attention_bias"]}),
-    required=MappingProxyType({"pretraining_tp": 1, "rope_interleaved": False}),
-    ignored=frozenset(),
+    required=MappingProxyType({"rope_interleaved": False}),
+    ignored=frozenset({"pretraining_tp"}),  # how pretraining was split; the products are the same
     tensors=TENSORS,
     skipped=("rotary_emb.inv_freq",),
 )
