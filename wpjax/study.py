@@ -187,6 +187,7 @@ def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress
         "pair": pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in task.pairs],
         "dtype": config.dtype,
+        "tokenizer": config.tokenizer,
         **options,
     }
     done = Shards(anchor_parts_folder(config.out), identity, config.resume)

@@ -116,7 +116,7 @@ class PromptBatch:
         """Some of the pairs, in this order; the tokens keep their width."""
         with_, without = (Tokens(t.ids[rows], t.lengths[rows]) for t in (self.with_instruction, self.without))
         texts, pairs = tuple(self.texts[i] for i in rows.tolist()), tuple(self.pairs[i] for i in rows.tolist())
-        return PromptBatch(self.behaviour, self.split, with_, without, texts, pairs)
+        return dataclasses.replace(self, with_instruction=with_, without=without, texts=texts, pairs=pairs)
 
     def check_fits(self, n_ctx: int, d_vocab: int) -> None:
         """Refuse prompts that a model cannot take.
