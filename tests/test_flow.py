@@ -26,7 +26,7 @@ ANCHOR_LAYER = 2
 KINDS = ("head", "kv_group", "neuron", "mlp", "layer", "norm", "embed")
 
 
-@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma2", "gpt-neox"])
+@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma3", "gpt-neox"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from wpjax.checkpoints.convert import flatten, hf_tensors, params_from_hf
+from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, params_from_hf
 from wpjax.checkpoints.folder import SafetensorsFolder, read_json
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config
+from wpjax.checkpoints.text_tower import TextTower, text_config
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -45,6 +46,7 @@ class Checkpoint:
         hf_config: the content of its config.json.
         generation_config: the content of its generation_config.json; None if the source has none.
         source: where it was loaded from, as the user wrote it.
+        left_out: parts of the source that are no part of the model: the vision tower of a model of images and text.
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
@@ -58,6 +60,7 @@ class Checkpoint:
     hf_config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None
     source: str
+    left_out: tuple[str, ...] = ()
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -160,15 +163,22 @@ def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
-    raw = read_json(config)
+    whole = read_json(config)
+    text = text_config(whole, str(config))
+    raw = whole if text is None else text
     weights, splits = PRECISIONS[dtype]
     cfg = dataclasses.replace(parse_config(raw, str(config), ignore_config), activation_splits=splits)
-    params = params_from_hf(cfg, SafetensorsFolder(folder), weights)
+    tensors: TensorSource = SafetensorsFolder(folder)
+    left_out: tuple[str, ...] = ()
+    if text is not None:
+        tensors = tower = TextTower(tensors)
+        left_out = tower.left_out
+    params = params_from_hf(cfg, tensors, weights)
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else None
     for file, content in ((config, raw), (path, generation or {})):
         _check_stop_tokens(file, content.get("eos_token_id"))
-    return Checkpoint(cfg, params, load_tokenizer(folder), raw, generation, source)
+    return Checkpoint(cfg, params, load_tokenizer(folder), raw, generation, source, left_out)
 
 
 def _check_stop_tokens(path: Path, ids: Any) -> None:

@@ -96,14 +96,14 @@ def generate(
     def prefill(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
         """All prompt tokens through one layer; returns its cache, with room for the new tokens."""
         params, number = layer
-        one = block(cfg, params)(x, Causal.of(n_prompt), edits=edits, layer=number)
+        one = block(cfg, params, number)(x, Causal.of(n_prompt), edits=edits)
         room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
         return one.resid_post, (jnp.pad(one.k, room), jnp.pad(one.v, room))
 
     def extend(x: Array, layer: Any, at: Int[Array, " B"]) -> tuple[Array, tuple[Array, Array]]:
         """One token of each row through one layer; its key and value enter the cache at its position `at`."""
         params, number, k_cache, v_cache = layer
-        one = block(cfg, params)(x, Cached(at, k_cache, v_cache), edits=edits, layer=number)
+        one = block(cfg, params, number)(x, Cached(at, k_cache, v_cache), edits=edits)
         return one.resid_post, one.seen
 
     def step(state: tuple) -> tuple:
