@@ -19,7 +19,7 @@ from wpjax.models.secant import logarithmic_mean
 from wpjax.patching import PatchMask
 
 
-@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma3", "gpt-neox"])
+@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma2", "gemma3", "gpt-neox"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -143,6 +143,7 @@ def test_what_published_models_differ_in():
         ("gemma-2-2b", {"query_pre_attn_scalar": 0}, "numbers do not fit together"),
         ("gemma-2-2b", {"query_pre_attn_scalar": -4}, "attn_scale=.* is not a positive number"),
         ("gemma-2-2b", {"layer_types": ["full_attention"]}, "transformers rejects it"),
+        ("gemma-3-270m", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not implemented"),
         ("gemma-3-270m", {"rope_local_base_freq": 0}, "rope_theta=0 is not a value"),
     ],
 )  # fmt: skip

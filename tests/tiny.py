@@ -32,7 +32,6 @@ GEMMA = {
     **LLAMA_TIED,
     "head_dim": 6,
     "query_pre_attn_scalar": 12,
-    "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 3.0,
     "sliding_window": 5,
 }
@@ -105,7 +104,7 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", LLAMA),
     "qwen3-biases": ("qwen3", {**LLAMA, "attention_bias": True}),
-    "gemma2": ("gemma2", GEMMA),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}),
     "gemma3": (
         "gemma3_text",
         {**GEMMA, "rope_parameters": GEMMA3_ROPE,

@@ -24,7 +24,6 @@ GEMMA_FIELDS = MappingProxyType(
         **{hf: ours for hf, ours in FIELDS.items() if ours != "act"},
         "hidden_activation": "act",
         "attention_bias": "qkv_bias",
-        "attn_logit_softcapping": "attn_softcap",
         "final_logit_softcapping": "logit_softcap",
         "sliding_window": "window",
     }
@@ -57,7 +56,7 @@ GEMMA2 = Family(
     architecture="Gemma2ForCausalLM",
     prefix="model.",
     fixed=MappingProxyType({"norm": "rms", "norm_offset": 1.0, "post_norm": True, "gated": True}),
-    fields=GEMMA_FIELDS,
+    fields=MappingProxyType({**GEMMA_FIELDS, "attn_logit_softcapping": "attn_softcap"}),
     derived=GEMMA_DERIVED,
     required=MappingProxyType({"use_bidirectional_attention": False}),
     ignored=GEMMA_IGNORED,

@@ -1,7 +1,7 @@
 """The text models of Gemma 3 (arXiv 2503.19786).
 
-They differ from Gemma 2 in three points. Queries and keys are normed, and nothing is bounded. Five of six layers have a
-sliding window. These turn queries and keys by a rotary embedding of their own.
+They differ from Gemma 2 in three points. Queries and keys are normed, and scores are not bounded. Five of six layers
+have a sliding window. These turn queries and keys by a rotary embedding of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ GEMMA3 = Family(
     fixed=MappingProxyType({"norm": "rms", "norm_offset": 1.0, "post_norm": True, "gated": True, "qk_norm": True}),
     fields=GEMMA_FIELDS,
     derived=GEMMA_DERIVED,
-    required=MappingProxyType({"use_bidirectional_attention": False}),
+    # transformers declares a bound on scores here, but does not apply it.
+    required=MappingProxyType({"use_bidirectional_attention": False, "attn_logit_softcapping": None}),
     # transformers makes `layer_types` of the pattern.
     ignored=GEMMA_IGNORED | {"sliding_window_pattern", "_sliding_window_pattern"},
     tensors=(*GEMMA_TENSORS, *QK_NORMS),
