@@ -288,10 +288,10 @@ def test_screens_are_exact_where_nothing_nonlinear_follows(wired_pair, batch):
 
 
 def test_screens_approach_the_exact_effect_of_a_small_change(wired_pair, batch):
-    """For a task vector scaled by 1e-2 both screens meet exact replacement to first order, for every kind."""
+    """For a task vector scaled by 3e-3 both screens meet exact replacement to first order, for every kind."""
     pair = wired_pair
     anchor = make_anchor(pair, 2)
-    near = jax.tree.map(lambda b, e: b + 1e-2 * (e - b), pair.base, pair.expert)
+    near = jax.tree.map(lambda b, e: b + 3e-3 * (e - b), pair.base, pair.expert)
     components = enumerate_components(pair.cfg, SWEPT, range(3))
     effect = exact(pair, batch, anchor, components, donor=near)
     for screen in (output_linearised, weight_gradient):
@@ -299,7 +299,7 @@ def test_screens_approach_the_exact_effect_of_a_small_change(wired_pair, batch):
         for kind in SWEPT:
             mine = [i for i, c in enumerate(components) if c.kind == kind]
             error = np.abs(got[mine] - effect[mine]).max() / np.abs(effect[mine]).max()
-            assert error < 0.06, (screen.__name__, kind, error)
+            assert error < 0.03, (screen.__name__, kind, error)
 
 
 def test_what_a_metric_cannot_feel_is_not_screened(one_pair, batch):
