@@ -118,10 +118,13 @@ def rotate(
     True
     """
     assert cfg.rope is not None
+    inv_freq: Any
+    scale: Any
     inv_freq, scale = frequencies(cfg.rope, cfg.d_head)
     if cfg.local_rope is not None:
-        is_local, local = jnp.asarray(cfg.sliding)[layer], frequencies(cfg.local_rope, cfg.d_head)
-        inv_freq, scale = (jnp.where(is_local, a, b) for a, b in zip(local, (inv_freq, scale), strict=True))
+        is_local = jnp.asarray(cfg.sliding)[layer]
+        local_freq, local_scale = frequencies(cfg.local_rope, cfg.d_head)
+        inv_freq, scale = jnp.where(is_local, local_freq, inv_freq), jnp.where(is_local, local_scale, scale)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)
     cos = (jnp.cos(angle) * scale)[:, :, None, :]
     sin = (jnp.sin(angle) * scale)[:, :, None, :]
