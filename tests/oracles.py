@@ -59,13 +59,16 @@ class Names:
     norm_mlp_out: str = ""
 
 
+LLAMA = Names("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp", "mlp.down_proj")
+GEMMA = Names("input_layernorm", "self_attn.o_proj", "pre_feedforward_layernorm", "mlp", "mlp.down_proj",
+              "post_attention_layernorm", "post_feedforward_layernorm")  # fmt: skip
 NAMES = {
-    "llama": Names("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp", "mlp.down_proj"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
     "gpt2": Names("ln_1", "attn.c_proj", "ln_2", "mlp", "mlp.c_proj"),
-    "gemma2": Names("input_layernorm", "self_attn.o_proj", "pre_feedforward_layernorm", "mlp", "mlp.down_proj",
-                    "post_attention_layernorm", "post_feedforward_layernorm"),
     "gpt_neox": Names("input_layernorm", "attention.dense", "post_attention_layernorm", "mlp", "mlp.dense_4h_to_h"),
-}  # fmt: skip
+    "starcoder2": dataclasses.replace(LLAMA, w_out="mlp.c_proj"),
+}
 
 
 def hf_sites(model, tokens):

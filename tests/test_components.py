@@ -28,12 +28,15 @@ def test_counts(pair):
 
 
 def test_finest_kinds_partition_all_parameters(pair):
-    """Heads, KV groups, neurons, norms and the whole-model kinds are disjoint; what they leave is b_O and b_out."""
+    """Heads, KV groups, neurons, norms and the whole-model kinds are disjoint.
+
+    What they leave is what all heads or neurons of a layer share: biases of outputs, and norms of queries and keys.
+    """
     finest = ["head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm"]
     opened = [open_units(pair.cfg, [c]) for c in enumerate_components(pair.cfg, finest)]
     for unit in opened[0]:
         times = np.sum([g[unit] for g in opened], axis=0)
-        assert (times == (0 if unit in ("attn_bias", "mlp_bias") else 1)).all(), unit
+        assert (times == (0 if unit in ("attn_bias", "qk_norm", "mlp_bias") else 1)).all(), unit
     layers = open_units(pair.cfg, enumerate_components(pair.cfg, ["layer", "embed", "unembed", "final_norm"]))
     assert all(unit.all() for unit in layers.values())
     assert set(flatten(abstract_params(pair.cfg))) <= set(LEAVES)

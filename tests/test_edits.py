@@ -25,7 +25,7 @@ from wpjax.models.sites import Site
 LAYER, TOKENS = 1, np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=["llama-gqa3", "gpt2-untied", "gemma2", "gpt-neox"])
+@pytest.fixture(scope="module", params=["llama-gqa3", "gpt2-untied", "gemma3", "gpt-neox"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -14,7 +14,7 @@ from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import block, init_params, take_layer
 from wpjax.models.edits import ClampTo, Edit
-from wpjax.models.layouts import Causal
+from wpjax.models.layouts import Causal, Window
 from wpjax.models.sites import Site
 
 PROMPTS = ([7, 7, 3, 1, 2], [7, 7, 4], [7, 7, 3, 5, 6, 8, 9], [7, 7, 4, 4], [7, 7, 5, 1])
@@ -31,12 +31,12 @@ def metric_of(prompts, at=None, weight=None) -> Metric:
     return Metric(Tokens(ids, lengths), jnp.asarray(at), jnp.asarray(weight), along, 0, "anchor")
 
 
-def seen_from(packing, slot) -> list[tuple[int, int]]:
+def seen_from(packing, slot, window=None) -> list[tuple[int, int]]:
     """(token id, position) of what a packed token sees, by the bin's keys."""
     c, width = packing.packed.n_shared, packing.packed.segments.shape[1]
     bin_, offset = divmod(slot - c, width)
     keys = np.concatenate([np.arange(c), c + bin_ * width + np.arange(width)])
-    here = keys[np.asarray(packing.packed.visible)[bin_, offset]]
+    here = keys[np.asarray(packing.packed.visible(window))[bin_, offset]]
     return [(int(packing.ids[0, i]), int(packing.packed.positions[0, i])) for i in here]
 
 
@@ -53,10 +53,19 @@ def test_prompts_by_hand():
 
 def test_each_position_that_is_read_sees_its_prompt_and_nothing_else():
     packing = pack(metric_of(PROMPTS))
-    visible, width = np.asarray(packing.packed.visible), packing.packed.segments.shape[1]
+    visible, width = np.asarray(packing.packed.visible()), packing.packed.segments.shape[1]
     for b, (prompt, (slot,)) in enumerate(zip(PROMPTS, np.asarray(packing.at), strict=True)):
-        assert packing.seen[b, 0].tolist() == visible[divmod(int(slot) - 2, width)].tolist()
+        assert packing.seen()[b, 0].tolist() == visible[divmod(int(slot) - 2, width)].tolist()
         assert seen_from(packing, int(slot)) == [(token, i) for i, token in enumerate(prompt)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_a_window_counts_tokens_of_the_prompt_not_of_the_pack(size):
+    packing = pack(metric_of(PROMPTS))
+    for prompt, (slot,) in zip(PROMPTS, np.asarray(packing.at), strict=True):
+        whole = [(token, i) for i, token in enumerate(prompt)]
+        assert seen_from(packing, int(slot), Window(size, jnp.array(True))) == whole[-size:]
+        assert seen_from(packing, int(slot), Window(size, jnp.array(False))) == whole
 
 
 def test_what_follows_the_last_position_that_counts_is_left_out():
@@ -105,10 +114,10 @@ def test_tokens_that_a_state_is_given_at_are_not_shared():
     assert pack(dataclasses.replace(metric, held=held)).packed.n_shared == 1
 
 
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-def test_a_packed_layer_is_the_layer(n_kv_heads):
-    cfg = ModelConfig("llama", 1, 32, 4, n_kv_heads, 8, 48, 16, 16)
-    layer = block(cfg, take_layer(init_params(cfg, jax.random.key(0))["blocks"], 0))
+@pytest.mark.parametrize(("n_kv_heads", "window"), [(1, None), (2, None), (4, None), (2, 1), (2, 3)])
+def test_a_packed_layer_is_the_layer(n_kv_heads, window):
+    cfg = ModelConfig("llama", 1, 32, 4, n_kv_heads, 8, 48, 16, 16, window=window, sliding=(True,))
+    layer = block(cfg, take_layer(init_params(cfg, jax.random.key(0))["blocks"], 0), 0)
     metric = metric_of(PROMPTS)
     ids, packing = jnp.asarray(metric.tokens.ids), pack(metric)
     stream = jax.random.normal(jax.random.key(1), (ids.shape[1], 16, 32))  # depends on position and token alone

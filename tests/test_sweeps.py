@@ -28,14 +28,14 @@ from wpjax.patching import PatchMask, materialize
 
 SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
 
-ATTENTION_DIFFERS = ("llama-mha", "llama-mqa", "llama-tied", "gpt2-untied")
+ATTENTION_DIFFERS = ("gpt2-untied", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 """Architectures that others of the table cover but for their heads and embeddings."""
 
 
 @pytest.fixture(scope="module")
 def swept(hf_pair, pair, batch):
     """Every component and its changes up to the last layer, by suffix replay."""
-    kinds = ("head", "kv_group", "embed") if hf_pair.name in ATTENTION_DIFFERS else SWEPT
+    kinds = ("head", "kv_group", "attn", "embed") if hf_pair.name in ATTENTION_DIFFERS else SWEPT
     components = enumerate_components(pair.cfg, kinds, range(3))
     return components, exact(pair, batch, make_anchor(pair, 2), components)
 
@@ -194,7 +194,7 @@ def test_at_the_last_layer_only_the_positions_that_are_read_are_computed(one_pai
 
     read = operations(lambda x: suffix(cfg, blocks, x, jnp.asarray(3), 2, packing, mlp_first=True)[0])
     everywhere = operations(
-        lambda x: block(cfg, take_layer(blocks, 2))(x, packing.packed, known={Site.RESID_MID: x}).resid_post
+        lambda x: block(cfg, take_layer(blocks, 2), 2)(x, packing.packed, known={Site.RESID_MID: x}).resid_post
     )
     assert read < 1.2 * everywhere * packing.at.size / packing.n_tokens < everywhere / 2
 
@@ -288,10 +288,10 @@ def test_screens_are_exact_where_nothing_nonlinear_follows(wired_pair, batch):
 
 
 def test_screens_approach_the_exact_effect_of_a_small_change(wired_pair, batch):
-    """For a task vector scaled by 1e-2 both screens meet exact replacement to first order, for every kind."""
+    """For a task vector scaled by 3e-3 both screens meet exact replacement to first order, for every kind."""
     pair = wired_pair
     anchor = make_anchor(pair, 2)
-    near = jax.tree.map(lambda b, e: b + 1e-2 * (e - b), pair.base, pair.expert)
+    near = jax.tree.map(lambda b, e: b + 3e-3 * (e - b), pair.base, pair.expert)
     components = enumerate_components(pair.cfg, SWEPT, range(3))
     effect = exact(pair, batch, anchor, components, donor=near)
     for screen in (output_linearised, weight_gradient):
@@ -299,7 +299,7 @@ def test_screens_approach_the_exact_effect_of_a_small_change(wired_pair, batch):
         for kind in SWEPT:
             mine = [i for i, c in enumerate(components) if c.kind == kind]
             error = np.abs(got[mine] - effect[mine]).max() / np.abs(effect[mine]).max()
-            assert error < 0.06, (screen.__name__, kind, error)
+            assert error < 0.03, (screen.__name__, kind, error)
 
 
 def test_what_a_metric_cannot_feel_is_not_screened(one_pair, batch):

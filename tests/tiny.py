@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-import tests.scratch_families  # noqa: F401  registers two families that the package does not have
+import tests.scratch_families  # noqa: F401  registers a family that the package does not have
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.pairs import Pair
 
@@ -26,12 +26,25 @@ LLAMA = {
 GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 64, "n_inner": 40}
 
 
-GEMMA2 = {
-    **{name: value for name, value in LLAMA.items() if name not in ("head_dim", "tie_word_embeddings")},
+LLAMA_TIED = {name: value for name, value in LLAMA.items() if name != "tie_word_embeddings"}  # as is their default
+NO_HEAD_DIM = {name: value for name, value in LLAMA.items() if name != "head_dim"}  # the heads share the width
+GEMMA = {
+    **LLAMA_TIED,
     "head_dim": 6,
     "query_pre_attn_scalar": 12,
-    "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 3.0,
+    "sliding_window": 5,
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+PHI3_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [2.0, 3.0, 4.0],
 }
 NEOX = {
     "vocab_size": 61,
@@ -81,9 +94,33 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-tied": ("gpt2", GPT2),
     "gpt2-untied": ("gpt2", {**GPT2, "tie_word_embeddings": False}),
     "gpt2-default-mlp": ("gpt2", {**GPT2, "n_inner": None, "activation_function": "relu"}),
-    "gemma2": ("gemma2", GEMMA2),
     "gpt-neox": ("gpt_neox", NEOX),
-}
+    "mistral": ("mistral", {**LLAMA, "num_key_value_heads": 6, "sliding_window": 5}),
+    "mistral-full": ("mistral", {**LLAMA, "sliding_window": None}),
+    "qwen2": (
+        "qwen2",
+        {**NO_HEAD_DIM, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5,
+         "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", LLAMA),
+    "qwen3-biases": ("qwen3", {**LLAMA, "attention_bias": True}),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}),
+    "gemma3": (
+        "gemma3_text",
+        {**GEMMA, "rope_parameters": GEMMA3_ROPE,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "gemma3-plain": ("gemma3_text", {**LLAMA_TIED, "query_pre_attn_scalar": 8}),
+    "phi3": (
+        "phi3",
+        {**NO_HEAD_DIM, "num_attention_heads": 3, "num_key_value_heads": 1, "sliding_window": 5,
+         "original_max_position_embeddings": 32, "rope_parameters": PHI3_ROPE, "pad_token_id": 0},
+    ),
+    "starcoder2": (
+        "starcoder2",
+        {**{name: value for name, value in NO_HEAD_DIM.items() if name != "rms_norm_eps"}, "sliding_window": 5},
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +155,7 @@ def build(name: str, folder: Path, seed: int = 0) -> HfModel:
 
 
 PAIR_SPECS = tuple(
-    "llama-mha llama-gqa3 llama-mqa llama-tied llama-biases gpt2-tied gpt2-untied gemma2 gpt-neox".split()
+    "llama-gqa3 llama-biases gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3".split()
 )
 
 
@@ -153,15 +190,17 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
 
     HF stacks heads along the rows of q_proj, k_proj and v_proj and along the columns of o_proj; GPT-2 stores its
     matrices transposed, with queries, keys and values fused along the columns of c_attn. GPT-NeoX fuses them along the
-    rows of query_key_value, head by head.
+    rows of query_key_value, head by head; Phi-3 along the rows of qkv_proj, all queries first. Norms of queries and
+    keys are no head's own.
     """
     c, config = component, model.config
     names = list(model.state_dict())
-    if config.model_type in ("llama", "gemma2"):
+    if config.model_type not in ("gpt2", "gpt_neox"):
         norms = ["input_layernorm", "post_attention_layernorm"]
-        if config.model_type == "gemma2":
+        if config.model_type.startswith("gemma"):
             norms = [norms[0], "pre_feedforward_layernorm", norms[1], "post_feedforward_layernorm"]
-        dh, layer = config.head_dim, f"model.layers.{c.layer}."
+        dh = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layer = f"model.layers.{c.layer}."
         rows = slice(c.index * dh, (c.index + 1) * dh)
         owned: dict[str, dict[str, Any]] = {
             "head": {"self_attn.q_proj.weight": rows, "self_attn.q_proj.bias": rows,
@@ -174,6 +213,11 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
             "layer": {n.removeprefix(layer): ... for n in names if n.startswith(layer)},
             "norm": {f"{norms[c.index % len(norms)]}.weight": ...},
         }  # fmt: skip
+        if config.model_type == "phi3":
+            first = [(config.num_attention_heads + i * config.num_key_value_heads + c.index) * dh for i in range(2)]
+            owned["head"]["self_attn.qkv_proj.weight"] = rows
+            owned["kv_group"] = {"self_attn.qkv_proj.weight": [slice(start, start + dh) for start in first]}
+            owned["neuron"]["mlp.gate_up_proj.weight"] = [c.index, config.intermediate_size + c.index]
         model_wide = {"embed": ["model.embed_tokens.weight"], "unembed": ["lm_head.weight"],
                       "final_norm": ["model.norm.weight"]}  # fmt: skip
     elif config.model_type == "gpt_neox":

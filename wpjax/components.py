@@ -7,6 +7,7 @@ neurons are those of arXiv 2604.13694; the other units are ours, so that all par
     kv_group[l, k]     W_K[:, k, :]  W_V[:, k, :]  b_K[k, :]  b_V[k, :]
     neuron[l, f]       W_gate[:, f]  W_in[:, f]  W_out[f, :]  b_gate[f]  b_in[f]
     attn_bias[l]       b_O, shared by all heads
+    qk_norm[l]         the norms of queries and keys, shared by all heads
     mlp_bias[l]        b_out, shared by all neurons
     norm_attn[l]  norm_mlp[l]  norm_attn_out[l]  norm_mlp_out[l]  embed  unembed  final_norm
 
@@ -72,7 +73,7 @@ class Kind(NamedTuple):
     in_layer: bool = True
 
 
-_ATTN = ("head", "kv_group", "attn_bias")
+_ATTN = ("head", "kv_group", "attn_bias", "qk_norm")
 _MLP = ("neuron", "mlp_bias")
 _NORM = ("norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out")
 

@@ -107,7 +107,7 @@ class PatchMask:
 
 
 _OPTIONAL_UNITS = frozenset(
-    {"attn_bias", "mlp_bias", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
+    {"attn_bias", "qk_norm", "mlp_bias", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
 )
 """Units that not every architecture has."""
 

@@ -43,9 +43,9 @@ def _traffic(cfg: ModelConfig, params: Params, tokens: Tokens) -> list[Traffic]:
     positions = jnp.arange(ids.shape[1])[None]
     found = []
     for i in range(cfg.n_layers):
-        b = block(cfg, take_layer(params["blocks"], i))
+        b = block(cfg, take_layer(params["blocks"], i), i)
         x = b.normed(Site.ATTN_INPUT, resid[i])
-        q, k = b.attn.queries(x, positions), b.attn.keys(x, positions)
+        q, k = b.attn.queries(x, positions, i), b.attn.keys(x, positions, i)
         energy = [np.square(np.asarray(a)[real]).mean(0) for a in (q, k)]  # [H, Dh], [K, Dh]
         planes = [e.reshape(cfg.n_kv_heads, -1, 2, cfg.d_head // 2).sum((1, 2)) for e in energy]
         w_o = np.asarray(b.attn.W_O.get_value()).reshape(cfg.n_kv_heads, cfg.n_rep, cfg.d_head, -1)

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from wpjax.checkpoints.convert import flatten, hf_tensors, left_out, params_from_hf
+from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_out, params_from_hf
 from wpjax.checkpoints.folder import SafetensorsFolder, check_file, check_folder, read_json
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config
+from wpjax.checkpoints.text_tower import TextTower, text_config
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
@@ -46,7 +47,8 @@ class Checkpoint:
         hf_config: the content of its config.json.
         generation_config: the content of its generation_config.json; None if the source has none.
         source: where it was loaded from, as the user wrote it.
-        left_out: names of tensors that were not loaded: heads for other tasks than the next token.
+        left_out: what was not loaded: heads for other tasks than the next token, by name; the parts of a model of
+            images and text beside its text tower.
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
@@ -164,17 +166,23 @@ def _download(hub_id: str) -> Path:
 def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...]) -> Checkpoint:
     check_folder(folder)
     config = folder / MARKER
-    raw = read_json(config)
+    whole = read_json(config)
+    text = text_config(whole, str(config))
+    raw = whole if text is None else text
     weights, splits = PRECISIONS[dtype]
     cfg = dataclasses.replace(parse_config(raw, str(config), ignore_config), activation_splits=splits)
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else None
     for file, content in ((config, raw), (path, generation or {})):
         _check_stop_tokens(file, content.get("eos_token_id"))
-    tensors = SafetensorsFolder(folder)
+    tensors: TensorSource = SafetensorsFolder(folder)
+    towers: tuple[str, ...] = ()
+    if text is not None:
+        tensors = tower = TextTower(tensors)
+        towers = tower.left_out
     tokenizer = load_tokenizer(folder)  # before the weights are read, which takes longer
     params = params_from_hf(cfg, tensors, weights)
-    return Checkpoint(cfg, params, tokenizer, raw, generation, source, tuple(left_out(tensors)))
+    return Checkpoint(cfg, params, tokenizer, raw, generation, source, (*towers, *left_out(tensors)))
 
 
 def _check_stop_tokens(path: Path, ids: Any) -> None:

@@ -81,12 +81,43 @@ def _sizes(cfg: ModelConfig, pattern: str) -> dict[str, int]:
     return {axis: sizes[axis] for axis in set(re.findall(r"\w", pattern))}
 
 
+def _patterns(rule: TensorRule) -> tuple[str, ...]:
+    """The patterns of the parts that stand one after the other in a tensor; most tensors have one part."""
+    return (rule.pattern,) if isinstance(rule.pattern, str) else rule.pattern
+
+
+def _part_shape(cfg: ModelConfig, pattern: str) -> tuple[int, ...]:
+    """The shape of a tensor in the checkpoint, or of a part of it, that has this pattern."""
+    sizes = _sizes(cfg, pattern)
+    # Axes of the pattern's left side: groups such as "(h e)" and single names.
+    axes = re.findall(r"\(([^)]*)\)|(\w+)", pattern.split("->")[0])
+    return tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in axes)
+
+
 def _hf_shape(cfg: ModelConfig, rule: TensorRule) -> tuple[int, ...]:
     """The shape that a tensor must have in the checkpoint."""
-    sizes = _sizes(cfg, rule.pattern)
-    # Axes of the pattern's left side: groups such as "(h e)" and single names.
-    axes = re.findall(r"\(([^)]*)\)|(\w+)", rule.pattern.split("->")[0])
-    return tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in axes)
+    (first, *rest), *others = (_part_shape(cfg, pattern) for pattern in _patterns(rule))
+    return (first + sum(shape[0] for shape in others), *rest)
+
+
+def _to_leaves(cfg: ModelConfig, rule: TensorRule, tensor: np.ndarray) -> list[np.ndarray]:
+    """What a tensor of the checkpoint holds of each leaf of its rule (see `TensorRule.pattern`)."""
+    patterns = _patterns(rule)
+    ends = np.cumsum([_part_shape(cfg, pattern)[0] for pattern in patterns])[:-1]
+    ours = [
+        einops.rearrange(part, pattern, **_sizes(cfg, pattern))
+        for part, pattern in zip(np.split(tensor, ends), patterns, strict=True)
+    ]
+    return ours if len(ours) == len(rule.leaves) else list(ours[0])
+
+
+def _from_leaves(cfg: ModelConfig, rule: TensorRule, leaves: list[np.ndarray]) -> np.ndarray:
+    """The tensor of the checkpoint that holds these leaves: the inverse of `_to_leaves`."""
+    patterns = _patterns(rule)
+    ours = leaves if len(leaves) == len(patterns) else [np.stack(leaves)]
+    backwards = [" -> ".join(side.strip() for side in reversed(pattern.split("->"))) for pattern in patterns]
+    parts = [einops.rearrange(a, p, **_sizes(cfg, p)) for a, p in zip(ours, backwards, strict=True)]
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32") -> Params:
@@ -112,8 +143,7 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
         for layer in layers:
             name = rule.hf.replace("{l}", str(layer))
             tensor = _checked(cfg, rule, source, name, source.read(names[name]))
-            ours = einops.rearrange(tensor, rule.pattern, **_sizes(cfg, rule.pattern))
-            for part, value in zip(parts, ours if len(rule.leaves) > 1 else [ours], strict=True):
+            for part, value in zip(parts, _to_leaves(cfg, rule, tensor), strict=True):
                 part.append(value.astype(jnp.dtype(dtype)))
         for path, part in zip(rule.leaves, parts, strict=True):
             flat[path] = jax.device_put(np.stack(part) if "{l}" in rule.hf else np.ascontiguousarray(part[0]))
@@ -212,10 +242,7 @@ def hf_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarr
     """
     flat = flatten(params)
     for rule in _rules(cfg):
-        theirs, ours = (side.strip() for side in rule.pattern.split("->"))  # the pattern is read backwards here
         leaves = [flat[path] for path in rule.leaves]
         for layer in range(cfg.n_layers) if "{l}" in rule.hf else [None]:
             parts = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-            value = np.stack(parts) if len(parts) > 1 else parts[0]
-            tensor = einops.rearrange(value, f"{ours} -> {theirs}", **_sizes(cfg, rule.pattern))
-            yield rule.hf.replace("{l}", str(layer)), np.ascontiguousarray(tensor)
+            yield rule.hf.replace("{l}", str(layer)), _from_leaves(cfg, rule, parts)

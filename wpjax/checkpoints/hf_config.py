@@ -41,7 +41,8 @@ _ACTED_ON: dict[str, Any] = {
     "per_layer_config": None,
     "is_causal": True,
 }
-_SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
+_SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "window")
+_FACTORS = ("attn_scale", "attn_softcap", "logit_softcap")
 
 
 def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = ()) -> ModelConfig:
@@ -72,7 +73,7 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
         )
     full = _with_defaults(family, raw, where)  # what config.json leaves out has a default in transformers
     for name, value in family.required.items():
-        if name not in ignore and full.get(name, value) != value:
+        if name not in ignore and full.get(name) not in (None, value):
             raise ConfigError(f"{where}: {name}={full[name]!r} is not implemented, only {name}={value!r}")
     values: dict[str, Any] = {**family.fixed, **{ours: full.get(hf) for hf, ours in family.fields.items()}}
     act = activation(str(values["act"]))
@@ -80,12 +81,24 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
         raise ConfigError(f"{where}: activation {values['act']!r} is not implemented")
     values["act"] = act
     _check_sizes(family, values, where)
-    for field, value_of in family.derived.items():
-        if values.get(field) is None:
-            values[field] = value_of(full)
-    values["rope"] = _parse_rope(full, where, family.partly_rotary) if family.rotary else None
+    _check_layer_types(family, full, where)
+    try:
+        values |= {field: of(full) for field, of in family.derived.items() if values.get(field) is None}
+    except (ArithmeticError, TypeError, KeyError) as error:
+        raise ConfigError(f"{where}: its numbers do not fit together ({error!r}); correct them") from error
+    values["rope"] = None
+    if family.rotary_by_layer:
+        by_layer = full["rope_parameters"]
+        values["rope"], values["local_rope"] = (
+            _parse_rope({**full, "rope_parameters": by_layer[kind]}, where, family.partly_rotary)
+            for kind in ("full_attention", "sliding_attention")
+        )
+    elif family.rotary:
+        values["rope"] = _parse_rope(full, where, family.partly_rotary)
     if values["rope"] and values["rope"].scaling == "longrope":  # its short factors hold up to the original context
         values["n_ctx"] = int(dict(values["rope"].options)["original_max_position_embeddings"])  # type: ignore[arg-type]
+    if values.get("window") is None or values["window"] >= values["n_ctx"] or not any(values["sliding"]):
+        values |= {"window": None, "sliding": () if values.get("local_rope") is None else values["sliding"]}
     may_lack = {field.name for field in dataclasses.fields(ModelConfig) if field.default is None} | {"rope"}
     missing = sorted(k for k, v in values.items() if v is None and k not in may_lack)
     if missing:
@@ -93,9 +106,15 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     _check_sizes(family, values, where)  # also those that were derived
     if not 0 <= values["norm_eps"] < math.inf:
         raise ConfigError(f"{where}: the epsilon of the norms is {values['norm_eps']}, not a small number; correct it")
+    names = {ours: hf for hf, ours in family.fields.items()}
+    for field in _FACTORS:
+        value = values.get(field)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ConfigError(f"{where}: {names.get(field, field)}={value!r} is not a positive number; correct it")
     cfg = ModelConfig(family=family.model_type, **values)
-    if cfg.rope and not _has_frequencies(cfg):
-        raise ConfigError(f"{where}: rope_parameters give no usable frequencies: {cfg.rope}; correct them")
+    for rope in (cfg.rope, cfg.local_rope):
+        if rope and not _has_frequencies(rope, cfg.d_head):
+            raise ConfigError(f"{where}: rope_parameters give no usable frequencies: {rope}; correct them")
     if cfg.n_heads % cfg.n_kv_heads:
         raise ConfigError(f"{where}: {cfg.n_heads} query heads cannot share {cfg.n_kv_heads} KV heads evenly")
     return cfg
@@ -116,7 +135,7 @@ def unread_attributes(raw: Mapping[str, Any]) -> dict[str, Any]:
     declared = _declared(family)
     unread = {
         name: raw[name]
-        for name in sorted(set(raw) - _known(family) - set(declared))
+        for name in sorted(set(raw) - (COMMON_IGNORED | family.attributes) - set(declared))
         if raw[name] is not None and name not in _ACTED_ON
     }
     for name in ("rope_scaling", "rope_parameters"):
@@ -137,14 +156,8 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
         model_type = next((f.model_type for f in FAMILIES.values() if f.architecture in architectures), None)
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise ConfigError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise ConfigError(f"{where}: {_unsupported(raw)}")
     return family
-
-
-def _known(family: Family) -> set[str]:
-    """The attributes that we know for a family: those that say something to us, and those that change nothing."""
-    known = COMMON_IGNORED | set(family.fields) | set(family.required) | family.ignored
-    return set(known | family.rotary_attributes if family.rotary else known)
 
 
 @functools.cache
@@ -170,7 +183,7 @@ def _declared(family: Family) -> Mapping[str, Any]:
 def _unknown(family: Family, raw: Mapping[str, Any], ignore: tuple[str, ...]) -> list[str]:
     """Attributes that transformers reads and we do not know, with another value than the default."""
     declared = _declared(family)
-    others = set(raw) - _known(family) - set(ignore) - set(_ACTED_ON)
+    others = set(raw) - (COMMON_IGNORED | family.attributes) - set(ignore) - set(_ACTED_ON)
     return sorted(n for n in others if n in declared and declared[n] is not _ALIAS and raw[n] != declared[n])
 
 
@@ -198,8 +211,53 @@ def _refuse_acted_on(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...]
         raise ConfigError(f"{where}: {name}{'' if what.startswith('=') else ': '}{what}")
 
 
+_FEATURES = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"), "experts"),
+    **dict.fromkeys(("state_size", "ssm_cfg", "mamba_d_state", "ssm_state_size", "d_state"), "state-space layers"),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), "latent attention"),
+    **dict.fromkeys(("alibi", "alibi_bias_max"), "ALiBi positions"),
+    **dict.fromkeys(("is_encoder_decoder", "encoder_layers", "num_encoder_layers"), "an encoder"),
+    **dict.fromkeys(("linear_num_key_heads", "linear_conv_kernel_dim"), "linear attention"),
+    **dict.fromkeys(("vision_config", "audio_config"), "images or sound"),
+}
+"""HF attributes that tell of something which no family here has, in words."""
+
+
+def _unsupported(raw: Mapping[str, Any]) -> str:
+    """Say of a family that is not supported what is missing, and which family here is nearest to it.
+
+    The nearest is the one that shares most attributes with it: of those that either of them has, the largest part.
+    """
+    attributes = set(raw) - COMMON_IGNORED
+
+    def shared(family: Family) -> float:
+        known = family.attributes - COMMON_IGNORED
+        return len(attributes & known) / len(attributes | known)
+
+    nearest = max(FAMILIES.values(), key=shared)
+    features = dict.fromkeys(what for name, what in _FEATURES.items() if raw.get(name))
+    lacking = sorted(attributes - nearest.attributes)
+    says = f"model_type {raw.get('model_type')!r} is not supported; "
+    if features:
+        says += f"it has {' and '.join(features)}, which no family here has; "
+    says += f"the nearest family is {nearest.model_type}"
+    if lacking:
+        more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
+        says += f", which does not know {', '.join(lacking[:6])}{more}"
+    return f"{says}; supported: {', '.join(FAMILIES)}"
+
+
 def _with_defaults(family: Family, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The configuration as transformers completes it: with defaults, and older rotary attributes merged.
+
+    Raises:
+        ConfigError: transformers does not accept it.
+    """
+    return transformers_config(family.model_type, raw, where).to_dict()
+
+
+def transformers_config(model_type: str, raw: Mapping[str, Any], where: str) -> Any:
+    """The configuration as an object of transformers.
 
     Raises:
         ConfigError: transformers does not accept it.
@@ -207,7 +265,7 @@ def _with_defaults(family: Family, raw: Mapping[str, Any], where: str) -> dict[s
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[family.model_type].from_dict(dict(raw)).to_dict()
+        return CONFIG_MAPPING[model_type].from_dict(dict(raw))
     except Exception as error:  # transformers validates with several exception types
         raise ConfigError(f"{where}: transformers rejects it: {' '.join(str(error).split())}") from error
 
@@ -221,11 +279,18 @@ def _check_sizes(family: Family, values: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {names.get(field, field)}={value!r} is not a size; correct it")
 
 
-def _has_frequencies(cfg: ModelConfig) -> bool:
+def _check_layer_types(family: Family, full: Mapping[str, Any], where: str) -> None:
+    """Refuse layers whose attention is neither full nor of a sliding window, in families that say so by layer."""
+    kinds = set(full.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if kinds and "layer_types" in family.attributes:
+        raise ConfigError(f"{where}: layer_types has {', '.join(sorted(map(str, kinds)))}, which is not implemented")
+
+
+def _has_frequencies(rope: Rope, d_head: int) -> bool:
     """Whether the rotary options give finite frequencies."""
     try:
         with np.errstate(all="ignore"):
-            inv_freq, scale = frequencies(cfg)
+            inv_freq, scale = frequencies(rope, d_head)
     except (ArithmeticError, ValueError):  # ValueError: factors for another number of dimensions
         return False
     return bool(np.isfinite(inv_freq).all()) and math.isfinite(scale)

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.components import LEAVES, Component, indices, open_units, unit_shapes
 from wpjax.errors import ComponentError
 from wpjax.models.block import Block, LayerPass
@@ -85,25 +86,29 @@ class LayerPatch(NamedTuple):
         host: the host's own pass through the layer.
         weights: the layer, of host or donor, that gives a component its weights.
         source: the pass, of host or donor, that gives a component its input.
+        channels: the layer that gives a head or KV group its weights. It is `weights`, except for what all heads share
+            and none of them owns, the norms of queries and keys: in a weight patch these stay the host's.
     """
 
     host: LayerPass
     weights: Block
     source: LayerPass
+    channels: Block
 
     @property
     def layout(self) -> Layout:
         """How the tokens of all these passes are laid out."""
         return self.host.layout
 
-    def attention(self, **known: Array) -> LayerPass:
-        """A pass with the new weights on the input of the source's attention.
+    def attention(self, weights: Block, **known: Array) -> LayerPass:
+        """A pass with new weights on the input of the source's attention.
 
         Args:
+            weights: the layer with these weights.
             known: values that are not computed but given, by the name of their site, such as `k=...`.
         """
         sites = {Site.ATTN_INPUT: self.source.attn_input, **{Site(name): value for name, value in known.items()}}
-        return self.weights(self.source.resid_pre, self.layout, known=sites)
+        return weights(self.source.resid_pre, self.layout, known=sites)
 
 
 class Rows(NamedTuple):
@@ -152,17 +157,17 @@ class HeadValues(NamedTuple):
 
 def query_patch(at: LayerPatch) -> HeadValues:
     """Every head as a component: queries by the new weights; keys and values are input, taken from the source."""
-    return HeadValues(at.host.z, at.attention(k=at.source.k, v=at.source.v).z)
+    return HeadValues(at.host.z, at.attention(at.channels, k=at.source.k, v=at.source.v).z)
 
 
 def module_patch(at: LayerPatch) -> HeadValues:
     """Attention as one component: queries, keys and values by the new weights; the normed stream is input."""
-    return HeadValues(at.host.z, at.attention().z)
+    return HeadValues(at.host.z, at.attention(at.weights).z)
 
 
 def kv_patch(at: LayerPatch) -> HeadValues:
     """Every KV group as a component: keys and values by the new weights; the queries stay the host's."""
-    new = at.attention()
+    new = at.attention(at.channels)
     return HeadValues(at.host.z, at.host.replaced({Site.K: new.k, Site.V: new.v}).z)
 
 
@@ -205,7 +210,7 @@ def _repeated(x: Float[Array, "B T D"], index: Int[Array, " P"]) -> Float[Array,
 
 
 def _attn_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
-    return Rows.of_attention(at.host.replaced({Site.ATTN_PROJ: _repeated(at.attention().attn_proj, index)}))
+    return Rows.of_attention(at.host.replaced({Site.ATTN_PROJ: _repeated(at.attention(at.weights).attn_proj, index)}))
 
 
 def _mlp_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
@@ -285,7 +290,18 @@ def blend_rows(
     """
     place = jnp.searchsorted(jnp.asarray(np.asarray(indices(cfg, kind))), index)
     units = {unit: jnp.asarray(value)[place] for unit, value in _layer_units(cfg, kind).items()}
-    return jax.vmap(lambda g: block(cfg, patch_layer(host, donor, g))(at.resid_pre, at.layout).resid_post)(units)
+
+    def patched(units: dict[str, Array]) -> Float[Array, "B T D"]:
+        return block(cfg, patch_layer(host, donor, units), at.block.layer)(at.resid_pre, at.layout).resid_post
+
+    return jax.vmap(patched)(units)
+
+
+def _with_channels_of(donor: Params, host: Params) -> Params:
+    """A layer's parameters: the donor's heads, KV groups and neurons, and what these share as the host has it."""
+    ours, theirs = flatten(host), flatten(donor)
+    owned = {path for path in ours if LEAVES[f"blocks/{path}"].axis is not None}
+    return unflatten({path: (theirs if path in owned else ours)[path] for path in ours})
 
 
 def layer_patch(
@@ -310,17 +326,18 @@ def layer_patch(
         inputs: whose input it sees.
         layout: how the tokens are laid out.
     """
-    blocks = {"host": block(cfg, take_layer(host["blocks"], layer)),
-              "donor": block(cfg, take_layer(donor["blocks"], layer))}  # fmt: skip
+    ours, theirs = take_layer(host["blocks"], layer), take_layer(donor["blocks"], layer)
+    blocks = {"host": block(cfg, ours, layer), "donor": block(cfg, theirs, layer)}
+    mixed = block(cfg, _with_channels_of(theirs, ours), layer)
 
     def own_pass(side: Side, run: Run) -> LayerPass:
         return blocks[side](take_layer(run.resid_pre, layer), layout, known=take_layer(run.kept, layer))
 
     host_pass = own_pass("host", runs[0])
     if inputs == "host":
-        return LayerPatch(host_pass, blocks[weights], host_pass)
+        return LayerPatch(host_pass, blocks[weights], host_pass, mixed if weights == "donor" else blocks["host"])
     assert runs[1] is not None
-    return LayerPatch(host_pass, blocks[weights], own_pass("donor", runs[1]))
+    return LayerPatch(host_pass, blocks[weights], own_pass("donor", runs[1]), blocks[weights])
 
 
 def layer_rows(

@@ -43,7 +43,8 @@ def add_flow(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing,
     slope = slope_of(cfg, params, metric, packing.pick(run.kept[Site.RESID_POST][-1])[0])
 
     def written(layer: Array) -> HostWrites:
-        one = block(cfg, take_layer(params["blocks"], layer))(take_layer(run.resid_pre, layer), packing.where_read(1))
+        layer_block = block(cfg, take_layer(params["blocks"], layer), layer)
+        one = layer_block(take_layer(run.resid_pre, layer), packing.where_read(1))
         return HostWrites(packing.by_prompt(one.z)[0], first_order_change(slope, packing.by_prompt(one.mlp_out))[0])
 
     return run._replace(slope=slope, written=jax.lax.map(written, jnp.arange(metric.layer + 1)))

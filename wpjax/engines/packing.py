@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wpjax.metrics.metric import Metric
 from wpjax.models.layers import Attention
-from wpjax.models.layouts import Packed
+from wpjax.models.layouts import Packed, Window
 
 COST_OF_KEY = 1 / 2000
 """Cost of comparing a token with one more key, in units of what the layer's weights cost a token.
@@ -81,12 +81,11 @@ class Packing(NamedTuple):
         """The values at the positions that are read."""
         return x[:, self.at]
 
-    @property
-    def seen(self) -> Array:
-        """[B, R, C], true where a position that is read sees a key of its bin (the shared keys come first)."""
+    def seen(self, window: Window | None = None) -> Bool[Array, "B R C"]:
+        """True where a position that is read sees a key of its bin; see `Packed.visible`."""
         width = self.packed.segments.shape[1]
         offset = self.at - self.packed.n_shared - self.bin[:, None] * width
-        return self.packed.visible[self.bin[:, None], offset]
+        return self.packed.visible(window)[self.bin[:, None], offset]
 
     def where_read(self, n_rows: int) -> WhereRead:
         """The layout of the layer that is read, for N rows; see `WhereRead`."""
@@ -132,9 +131,11 @@ class WhereRead(NamedTuple):
         k, v = (x.reshape(-1, *x.shape[2:]) for x in by_prompt)
         return k, v
 
-    def attend(self, attn: Attention, queries: Array, keys: Array, values: Array) -> Float[Array, "NB R H Dh"]:
+    def attend(
+        self, attn: Attention, queries: Array, keys: Array, values: Array, window: Window | None
+    ) -> Float[Array, "NB R H Dh"]:
         """Each position that is read sees the shared tokens, itself and those before it in its own prompt."""
-        return attn.mix(queries, keys, values, jnp.tile(self.packing.seen, (self.n_rows, 1, 1)))
+        return attn.mix(queries, keys, values, jnp.tile(self.packing.seen(window), (self.n_rows, 1, 1)))
 
 
 def first_fit(sizes: Int[np.ndarray, " B"], width: int) -> Int[np.ndarray, "B 2"]:

@@ -143,7 +143,7 @@ def suffix(
     ) -> Carry:
         """One layer for all groups. Its weights are fetched once."""
         x, writes = carry
-        one = functools.partial(run, block(cfg, take_layer(blocks, layer)), layer)
+        one = functools.partial(run, block(cfg, take_layer(blocks, layer), layer), layer)
         out, added = jax.tree.map(lambda a: a[None], one(x[0])) if n_groups == 1 else jax.lax.map(one, x)
         return out, None if writes is None else writes.at[..., layer, :].set(added)
 

@@ -207,7 +207,7 @@ def linearised_by_kind(
     ids = jnp.asarray(metric.tokens.ids)
     packed = Packed.side_by_side(len(ids), ids.shape[1], n_shared)
     is_exact = host["embed"]["W_E"].dtype == jnp.float32
-    any_layer = block(cfg, take_layer(host["blocks"], 0))  # all layers have the same sites
+    any_layer = block(cfg, take_layer(host["blocks"], 0), 0)  # all layers have the same sites
     # An edit that adds 0 at a site, or multiplies by 1, changes nothing. The gradient in that 0 or 1 is the slope.
     shape = (n_layers, *ids.shape, cfg.d_model)
     edits = {site: Edit(site, Add(jnp.zeros(shape, jnp.float32))) for site in _slopes_at(any_layer, kinds)}

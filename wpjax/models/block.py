@@ -17,13 +17,14 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from wpjax.models.config import ModelConfig
 from wpjax.models.edits import Edit, apply
 from wpjax.models.layers import MLP, Attention, Norm
-from wpjax.models.layouts import Layout
+from wpjax.models.layouts import Layout, Window
 from wpjax.models.secant import Secant, Value
 from wpjax.models.sites import Site
 
@@ -38,17 +39,27 @@ NORMS: Mapping[Site, str] = MappingProxyType(
 """Site -> name of the norm that makes its value, in families with a norm there."""
 
 
-class Block(nnx.Module):
-    """The parts of one layer: attention, MLP and norms. Call it on a stream to get a `LayerPass`."""
+class LayerNumber(nnx.Variable):
+    """The number of a layer. It is data, not a parameter: a compiled program may serve all layers."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+
+class Block(nnx.Module):
+    """The parts of one layer: attention, MLP and norms. Call it on a stream to get a `LayerPass`.
+
+    Args:
+        cfg: the model.
+        layer: number of the layer. In some families layers differ by more than their weights: in their window, say.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: Int[Array, ""] | int, *, rngs: nnx.Rngs):
         self.cfg = cfg
+        self.number = LayerNumber(jnp.asarray(layer))
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp = MLP(cfg, rngs=rngs)
         if cfg.pre_norm:
-            self.norm_attn, self.norm_mlp = Norm(cfg), Norm(cfg)
+            self.norm_attn, self.norm_mlp = (Norm(cfg, cfg.d_model) for _ in range(2))
         if cfg.post_norm:
-            self.norm_attn_out, self.norm_mlp_out = Norm(cfg), Norm(cfg)
+            self.norm_attn_out, self.norm_mlp_out = (Norm(cfg, cfg.d_model) for _ in range(2))
 
     def __call__(
         self,
@@ -57,7 +68,6 @@ class Block(nnx.Module):
         *,
         known: Mapping[Site, Value] | None = None,
         edits: Sequence[Edit] = (),
-        layer: Int[Array, ""] | int = 0,
     ) -> LayerPass:
         """Set up a pass through the layer. A value is computed when it is asked for, not before.
 
@@ -66,18 +76,29 @@ class Block(nnx.Module):
             layout: how the tokens of the stream are laid out.
             known: values of some sites. They are used as they are, neither computed nor edited.
             edits: changes on the way.
-            layer: number of the layer, which edits refer to; it may be traced.
 
         >>> import jax, jax.numpy as jnp
         >>> from wpjax.models.decoder import block, init_params, take_layer
         >>> from wpjax.models.layouts import Causal
         >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, 2 KV heads
         >>> params = init_params(cfg, jax.random.key(0))
-        >>> one = block(cfg, take_layer(params["blocks"], 0))(jnp.ones((1, 5, 16)), Causal.of(5))
+        >>> one = block(cfg, take_layer(params["blocks"], 0), 0)(jnp.ones((1, 5, 16)), Causal.of(5))
         >>> one.z.shape, one.neuron.shape, one.resid_post.shape
         ((1, 5, 4, 4), (1, 5, 32), (1, 5, 16))
         """
-        return LayerPass(self, resid_pre, layout, known, edits, layer)
+        return LayerPass(self, resid_pre, layout, known, edits)
+
+    @property
+    def layer(self) -> Int[Array, ""]:
+        """Number of the layer; it may be traced."""
+        return self.number.get_value()
+
+    @property
+    def window(self) -> Window | None:
+        """The window of attention. None: no layer of the model has one."""
+        if self.cfg.window is None:
+            return None
+        return Window(self.cfg.window, jnp.asarray(self.cfg.sliding)[self.layer])
 
     def normed(self, site: Site, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
         """x after the norm at a site, or x itself in families without a norm there."""
@@ -155,10 +176,9 @@ class LayerPass:
         layout: Layout,
         known: Mapping[Site, Value] | None = None,
         edits: Sequence[Edit] = (),
-        layer: Int[Array, ""] | int = 0,
         origin: LayerPass | None = None,
     ):
-        self.block, self.layout, self.edits, self.layer = block, layout, tuple(edits), layer
+        self.block, self.layout, self.edits = block, layout, tuple(edits)
         self._entering, self._origin = resid_pre, origin
         self._known, self._made = dict(known or {}), dict[Site, Value]()
         # Sites whose values may differ from those of `origin`.
@@ -177,12 +197,13 @@ class LayerPass:
     @_site
     def q(self) -> Value:
         """Queries, [B, T, H, Dh]."""
-        return self.block.attn.queries(self.layout.pick(self.attn_input), self.layout.query_positions)
+        x = self.layout.pick(self.attn_input)
+        return self.block.attn.queries(x, self.layout.query_positions, self.block.layer)
 
     @_site
     def k(self) -> Value:
         """Keys, [B, S, K, Dh]."""
-        return self.block.attn.keys(self.attn_input, self.layout.positions)
+        return self.block.attn.keys(self.attn_input, self.layout.positions, self.block.layer)
 
     @_site
     def v(self) -> Value:
@@ -197,7 +218,7 @@ class LayerPass:
     @_site
     def z(self) -> Value:
         """Each head's mix of values, [B, T, H, Dh]."""
-        return self.layout.attend(self.block.attn, self.q, *self.seen)
+        return self.layout.attend(self.block.attn, self.q, *self.seen, self.block.window)
 
     @_site
     def attn_proj(self) -> Value:
@@ -260,7 +281,7 @@ class LayerPass:
             # These four sites hold all S tokens that enter, the others the T whose output is wanted.
             reads_stream = site in (Site.RESID_PRE, Site.ATTN_INPUT, Site.K, Site.V)
             positions = self.layout.positions if reads_stream else self.layout.query_positions
-            self._made[site] = apply(self.edits, site, make(self), self.layer, positions)
+            self._made[site] = apply(self.edits, site, make(self), self.block.layer, positions)
         return self._made[site]
 
     def replaced(self, values: Mapping[Site, Value]) -> LayerPass:
@@ -268,7 +289,7 @@ class LayerPass:
 
         Values that do not follow from them are shared with this pass, so they are not computed again.
         """
-        return LayerPass(self.block, self._entering, self.layout, values, self.edits, self.layer, origin=self)
+        return LayerPass(self.block, self._entering, self.layout, values, self.edits, origin=self)
 
     def shifted(self, site: Site, change: Value) -> LayerPass:
         """This pass with a change added at a site.

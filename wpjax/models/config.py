@@ -73,7 +73,13 @@ class ModelConfig:
         act: activation of the MLP.
         gated: true for act(x W_gate) * (x W_in), false for act(x W_in).
         rope: rotary embedding; None for learned absolute positions.
+        local_rope: rotary embedding of the layers with a sliding window, if theirs is another one (Gemma 3).
+        window: size of the sliding window: a token sees itself and the `window` - 1 tokens before it. None: no layer
+            has a window, and tokens see all those before them.
+        sliding: [L], whether each layer has the window; empty without a window.
         qkv_bias: whether queries, keys and values have biases.
+        qk_norm: whether each head's queries and keys go through a norm over their d_head numbers, before rotary
+            positions. All heads of a layer share its scale (Qwen3, Gemma 3).
         out_bias: whether the output of attention has a bias.
         mlp_bias: whether the MLP has biases.
         attn_scale: factor of attention scores; None for d_head ** -0.5.
@@ -118,6 +124,10 @@ class ModelConfig:
     attn_softcap: float | None = _later(None)
     logit_softcap: float | None = _later(None)
     embed_scale: float = _later(1.0)
+    qk_norm: bool = _later(False)
+    window: int | None = _later(None)
+    sliding: tuple[bool, ...] = _later(())
+    local_rope: Rope | None = _later(None)  # noqa: RUF009  (a frozen field)
 
     __repr__ = _repr
 

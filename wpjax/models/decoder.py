@@ -50,13 +50,13 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=cfg.n_layers)
         @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(cfg, rngs=rngs)
+        def stack(rngs: nnx.Rngs, layer: Int[Array, ""]) -> Block:
+            return Block(cfg, layer, rngs=rngs)
 
         self.cfg = cfg
         self.embed = Embed(cfg, rngs=rngs)
-        self.blocks = stack(rngs)
-        self.final_norm = Norm(cfg)
+        self.blocks = stack(rngs, jnp.arange(cfg.n_layers))
+        self.final_norm = Norm(cfg, cfg.d_model)
         if not cfg.tied:
             self.unembed = Unembed(cfg, rngs=rngs)
 
@@ -113,16 +113,15 @@ class Decoder(nnx.Module):
         # Edits of all layers have arrays with an axis of layers. The scan cuts these up as it does the weights.
         by_layer = {i: edit for i, edit in enumerate(edits) if edit.layer is None}
 
-        def body(x: Value, layer: tuple[Any, Array, dict[int, Edit]]) -> tuple[Value, dict[Site, Value]]:
-            weights, number, of_layer = layer  # `weights` is a number too if only some of the layers run
+        def body(x: Value, layer: tuple[Any, dict[int, Edit]]) -> tuple[Value, dict[Site, Value]]:
+            weights, of_layer = layer  # `weights` is a number if only some of the layers run
             layer_edits = [of_layer.get(i, edit) for i, edit in enumerate(edits)]
             block = nnx.merge(graphdef, weights if stop is None else take_layer(blocks, weights))
-            one = block(x, layout, edits=layer_edits, layer=number)
+            one = block(x, layout, edits=layer_edits)
             return one.resid_post, {site: one.at(site) for site in sites}
 
         # If only the first layers run, each is taken by its number: slicing the stack would copy it.
-        numbers = jnp.arange(n_layers)
-        per_layer = blocks if stop is None else numbers, numbers, by_layer
+        per_layer = blocks if stop is None else jnp.arange(n_layers), by_layer
         x = self.embed(tokens, layout.positions)
         resid, read = jax.lax.scan(keep_products(body), x, per_layer, length=n_layers)
         return Output(resid, self.logits(resid) if logits else None, read)
@@ -145,17 +144,25 @@ def keep_products(layer: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _graphdef(cfg: ModelConfig, kind: type[Decoder] | type[Block]) -> nnx.GraphDef:
     """The structure of a module without its parameters; made without allocating any."""
-    return nnx.split(nnx.eval_shape(lambda: kind(cfg, rngs=nnx.Rngs(0))))[0]
+    number = () if kind is Decoder else (0,)
+    return nnx.split(nnx.eval_shape(lambda: kind(cfg, *number, rngs=nnx.Rngs(0))))[0]
 
 
-def block(cfg: ModelConfig, layer_params: Any) -> Block:
-    """The `Block` with the parameters of one layer: the tree "blocks" without its axis of layers (`take_layer`)."""
-    return nnx.merge(_graphdef(cfg, Block), layer_params)
+def block(cfg: ModelConfig, layer_params: Any, layer: Int[Array, ""] | int) -> Block:
+    """The `Block` with the parameters of one layer.
+
+    Args:
+        cfg: the model.
+        layer_params: the tree "blocks" without its axis of layers (`take_layer`).
+        layer: number of the layer, which may be traced. Layers may differ in more than their weights.
+    """
+    return nnx.merge(_graphdef(cfg, Block), {**layer_params, "number": jnp.asarray(layer)})
 
 
 def decoder(cfg: ModelConfig, params: Params) -> Decoder:
     """The `Decoder` with the parameters of a tree; its leaves may be arrays or `CustomLeaf`s."""
-    return nnx.merge(_graphdef(cfg, Decoder), params)
+    blocks = {**params["blocks"], "number": jnp.arange(cfg.n_layers)}
+    return nnx.merge(_graphdef(cfg, Decoder), {**params, "blocks": blocks})
 
 
 def forward(

@@ -77,7 +77,7 @@ def prefill(
     def through(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
         """All prompt tokens through one layer; returns its keys and values."""
         params, number = layer
-        one = block(cfg, params)(x, Causal.of(tokens.shape[1]), edits=edits, layer=number)
+        one = block(cfg, params, number)(x, Causal.of(tokens.shape[1]), edits=edits)
         return one.resid_post, (one.k, one.v)
 
     x = decoder(cfg, params).embed(tokens, jnp.arange(tokens.shape[1])[None])
@@ -138,7 +138,7 @@ def _step(
     def through(x: Array, layer: Any) -> tuple[Array, Cache]:
         params, number, prompt, new = layer
         layout = Cached(prefix.at, prompt, step, new)
-        one = block(cfg, params)(x, layout, edits=edits, layer=number)
+        one = block(cfg, params, number)(x, layout, edits=edits)
         return one.resid_post, (one.k, one.v)
 
     at = prefix.at + step

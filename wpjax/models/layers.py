@@ -52,15 +52,20 @@ def _leaf(param: nnx.Param) -> Leaf:
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over D, computed in float32."""
+    """RMSNorm or LayerNorm over the last axis, computed in float32.
 
-    def __init__(self, cfg: ModelConfig):
+    Args:
+        cfg: the model.
+        width: length of that axis: D, or Dh for the norms of queries and keys.
+    """
+
+    def __init__(self, cfg: ModelConfig, width: int):
         self.cfg = cfg
-        self.scale = nnx.Param(jnp.ones(cfg.d_model))
+        self.scale = nnx.Param(jnp.ones(width))
         if cfg.norm == "layer":
-            self.bias = nnx.Param(jnp.zeros(cfg.d_model))
+            self.bias = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
+    def __call__(self, x: Float[Value, "*n"]) -> Float[Value, "*n"]:
         """Normalise each vector, then scale it: x (offset + scale) / sqrt(mean(x^2) + eps).
 
         LayerNorm subtracts the mean of x before that, and adds a bias after it.
@@ -93,20 +98,36 @@ class Attention(nnx.Module):
             self.b_V = nnx.Param(jnp.zeros((k, dh)))
         if cfg.out_bias:
             self.b_O = nnx.Param(jnp.zeros(d))
+        if cfg.qk_norm:
+            self.norm_q, self.norm_k = Norm(cfg, dh), Norm(cfg, dh)
 
-    def queries(self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"]) -> Float[Value, "B T H Dh"]:
-        """Queries of every head, after rotary positions if the family has them."""
+    def queries(
+        self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int
+    ) -> Float[Value, "B T H Dh"]:
+        """Queries of every head, after their norm and rotary positions if the family has these.
+
+        Args:
+            x: what attention reads.
+            positions: positions of the tokens in their prompts.
+            layer: number of the layer, as some families rotate in two ways.
+        """
         q = project(x, _leaf(self.W_Q), splits=self.cfg.activation_splits)
         if self.cfg.qkv_bias:
             q = q + resolve(_leaf(self.b_Q))
-        return rotate(self.cfg, q, positions) if self.cfg.rope else q
+        if self.cfg.qk_norm:
+            q = self.norm_q(q)
+        return rotate(self.cfg, q, positions, layer) if self.cfg.rope else q
 
-    def keys(self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"]) -> Float[Value, "B T K Dh"]:
-        """Keys of every KV head, after rotary positions if the family has them."""
+    def keys(
+        self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int
+    ) -> Float[Value, "B T K Dh"]:
+        """Keys of every KV head, after their norm and rotary positions if the family has these; as `queries`."""
         k = project(x, _leaf(self.W_K), splits=self.cfg.activation_splits)
         if self.cfg.qkv_bias:
             k = k + resolve(_leaf(self.b_K))
-        return rotate(self.cfg, k, positions) if self.cfg.rope else k
+        if self.cfg.qk_norm:
+            k = self.norm_k(k)
+        return rotate(self.cfg, k, positions, layer) if self.cfg.rope else k
 
     def values(self, x: Float[Value, "B T D"]) -> Float[Value, "B T K Dh"]:
         """Values of every KV head."""

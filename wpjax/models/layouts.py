@@ -4,8 +4,9 @@
     Packed     all prompts in one row, the tokens that they share once
     Cached     one new token of each prompt, with the keys and values of those before it
 
-A layer asks its layout three things: the positions of its tokens, which of them need an output, and attention. Letters:
-B rows; S tokens in a row of the stream; T tokens of a row that need an output; C keys that a token may see.
+A layer asks its layout three things: the positions of its tokens, which of them need an output, and attention. It says
+how far back its tokens see (`Window`). Letters: B rows; S tokens in a row of the stream; T tokens of a row that need an
+output; C keys that a token may see.
 """
 
 from __future__ import annotations
@@ -20,6 +21,39 @@ from wpjax.models.secant import Value
 
 if TYPE_CHECKING:
     from wpjax.models.layers import Attention
+
+
+class Window(NamedTuple):
+    """The sliding window of a layer: how far back its tokens see.
+
+    Attributes:
+        size: number of tokens that a token sees, itself included (static). Tokens are counted in their prompt.
+        slides: whether this layer has the window; if not, its tokens see all those before them. It may be traced.
+    """
+
+    size: int
+    slides: Bool[Array, ""]
+
+
+def within(
+    window: Window | None, queries: Int[Array, "#B T"], keys: Int[Array, "#B C"]
+) -> Bool[Array, "#B T C"] | None:
+    """Which keys a layer's window reaches. None: it reaches all of them, so there is nothing to leave out.
+
+    Args:
+        window: the layer's window; None if it has none.
+        queries: positions of the tokens that look back.
+        keys: positions of all the tokens that may be seen: those of one prompt from 0 on, and perhaps others.
+
+    The last of four tokens sees the last two:
+
+    >>> at = jnp.arange(4)[None]
+    >>> within(Window(2, jnp.array(True)), at, at)[0, -1].tolist()
+    [False, False, True, True]
+    """
+    if window is None or keys.shape[-1] <= window.size:  # a prompt of that many tokens fits into the window
+        return None
+    return (queries[:, :, None] - keys[:, None, :] < window.size) | ~window.slides
 
 
 @runtime_checkable
@@ -49,7 +83,7 @@ class Layout(Protocol):
         """
         ...
 
-    def attend(self, attn: Attention, queries: Value, keys: Value, values: Value) -> Value:
+    def attend(self, attn: Attention, queries: Value, keys: Value, values: Value, window: Window | None) -> Value:
         """Each head's mix of values, [B, T, H, Dh].
 
         Args:
@@ -57,6 +91,7 @@ class Layout(Protocol):
             queries: [B, T, H, Dh].
             keys: from `extend`.
             values: from `extend`.
+            window: how far back tokens see; None for no bound.
         """
         ...
 
@@ -97,9 +132,11 @@ class Causal(_Causal, AllTokens):
         """Rows of so many tokens, with positions from 0 on."""
         return cls(jnp.arange(n_tokens)[None])
 
-    def attend(self, attn: Attention, queries: Value, keys: Value, values: Value) -> Value:
+    def attend(self, attn: Attention, queries: Value, keys: Value, values: Value, window: Window | None) -> Value:
         """Each token sees itself and those before it."""
-        return attn.mix(queries, keys, values)
+        near = within(window, self.positions, self.positions)
+        seen = None if near is None else near & jnp.tri(near.shape[-1], dtype=bool)
+        return attn.mix(queries, keys, values, seen)
 
 
 class Cached(NamedTuple):
@@ -144,12 +181,15 @@ class Cached(NamedTuple):
         ]
         return extended[0], extended[1]
 
-    def attend(self, attn: Attention, queries: Value, keys: Value, values: Value) -> Value:
+    def attend(self, attn: Attention, queries: Value, keys: Value, values: Value, window: Window | None) -> Value:
         """The new token sees itself and those before it."""
         n_places, n_new = self.prompt[0].shape[1], self.new[0].shape[1]
-        prompt = jnp.arange(n_places) < self.n_prompt[:, None]
-        new = jnp.broadcast_to(jnp.arange(n_new) <= self.step, (len(prompt), n_new))
-        return attn.mix(queries, keys, values, jnp.concatenate([prompt, new], axis=1)[:, None])
+        prompt = jnp.arange(n_places)[None]
+        new = self.n_prompt[:, None] + jnp.arange(n_new)
+        at = jnp.concatenate([jnp.broadcast_to(prompt, (len(new), n_places)), new], axis=1)  # positions of all keys
+        is_there = jnp.concatenate([prompt < self.n_prompt[:, None], new <= self.positions], axis=1)
+        seen, near = is_there[:, None], within(window, self.positions, at)
+        return attn.mix(queries, keys, values, seen if near is None else seen & near)
 
 
 class _Packed(NamedTuple):
@@ -194,31 +234,35 @@ class Packed(_Packed, AllTokens):
         """Number of tokens that all prompts share."""
         return self.positions.shape[1] - self.segments.size
 
-    @property
-    def visible(self) -> Bool[Array, "G W C"]:
+    def visible(self, window: Window | None = None) -> Bool[Array, "G W C"]:
         """True where a token of a bin sees a key of it. The keys are the shared tokens, then the bin's own W.
 
-        A token sees all shared tokens, and those before it in its own prompt.
+        A token sees the shared tokens, and those before it in its own prompt; of these, what its window reaches.
         """
         n_bins, width = self.segments.shape
         own = (self.segments[:, :, None] == self.segments[:, None, :]) & jnp.tri(width, dtype=bool)
-        return jnp.concatenate([jnp.ones((n_bins, width, self.n_shared), bool), own], axis=-1)
+        seen = jnp.concatenate([jnp.ones((n_bins, width, self.n_shared), bool), own], axis=-1)
+        near = within(window, self.bins(self.positions)[0], self.keys(self.positions)[0])
+        return seen if near is None else seen & near
 
-    def bins(self, x: Float[Array, "N S *n"]) -> Float[Array, "N G W *n"]:
+    def bins(self, x: Shaped[Array, "N S *n"]) -> Shaped[Array, "N G W *n"]:
         """The values at the tokens in the bins."""
         return x[:, self.n_shared :].reshape(len(x), *self.segments.shape, *x.shape[2:])
 
-    def keys(self, x: Float[Array, "N S *n"]) -> Float[Array, "N G C *n"]:
+    def keys(self, x: Shaped[Array, "N S *n"]) -> Shaped[Array, "N G C *n"]:
         """The values of each bin: those of the shared tokens (a copy for every bin), then those of its own."""
         own = self.bins(x)
         shared = jnp.broadcast_to(x[:, None, : self.n_shared], (*own.shape[:2], self.n_shared, *own.shape[3:]))
         return jnp.concatenate([shared, own], axis=2)
 
-    def attend(self, attn: Attention, queries: Value, keys: Value, values: Value) -> Value:
+    def attend(self, attn: Attention, queries: Value, keys: Value, values: Value, window: Window | None) -> Value:
         """Each token sees the shared ones, itself and those before it in its own prompt."""
         c, n = self.n_shared, len(queries)
         # Bins do not see each other, so they run as rows of a batch: [N, G, ...] becomes [N G, ...].
         own, ks, vs = (x.reshape(-1, *x.shape[2:]) for x in (self.bins(queries), self.keys(keys), self.keys(values)))
-        z = attn.mix(own, ks, vs, jnp.tile(self.visible, (n, 1, 1)))
+        z = attn.mix(own, ks, vs, jnp.tile(self.visible(window), (n, 1, 1)))
         z = z.reshape(n, -1, *z.shape[2:])  # [N, G W, H, Dh]
-        return jnp.concatenate([attn.mix(queries[:, :c], keys[:, :c], values[:, :c]), z], axis=1) if c else z
+        if not c:
+            return z
+        shared = Causal(self.positions[:, :c])
+        return jnp.concatenate([shared.attend(attn, queries[:, :c], keys[:, :c], values[:, :c], window), z], axis=1)

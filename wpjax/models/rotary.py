@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from wpjax.models.config import ModelConfig
+from wpjax.models.config import ModelConfig, Rope
 from wpjax.models.ops import linear
 from wpjax.models.secant import Value
 
 
-def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
+def frequencies(rope: Rope, d_head: int) -> tuple[np.ndarray, float]:
     """The frequency of each pair of dimensions that is rotated, and a factor on cosine and sine.
 
-    The variants follow HF's `modeling_rope_utils`, for sequences of at most `cfg.n_ctx` tokens:
+    The variants follow HF's `modeling_rope_utils`, for sequences that fit into the context (`ModelConfig.n_ctx`):
 
     - linear: positions are divided by `factor`;
     - dynamic: nothing changes up to `n_ctx`;
@@ -26,17 +26,18 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
     - longrope: arXiv 2402.13753, with its short factors. These hold up to the original context, to which the reader of
       config.json sets `n_ctx`.
 
+    Args:
+        rope: the embedding.
+        d_head: width of a head.
+
     Returns:
         (frequencies in radians a token, one for each pair; factor on cosine and sine).
 
-    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # heads of width 4: two pairs
-    >>> print(frequencies(cfg)[0])
+    >>> print(frequencies(Rope(), d_head=4)[0])  # two pairs
     [1.   0.01]
     """
-    rope = cfg.rope
-    assert rope is not None
     opt: dict[str, Any] = dict(rope.options)
-    d = int(cfg.d_head * rope.fraction)
+    d = int(d_head * rope.fraction)
     wavelength = np.float32(rope.theta) ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d))
     inv_freq = (np.float32(1.0) / wavelength).astype(np.float32)
     if rope.scaling in ("default", "dynamic"):
@@ -46,7 +47,7 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
     if rope.scaling == "llama3":
         return _llama3(inv_freq, opt), 1.0
     if rope.scaling == "yarn":
-        return _yarn(cfg, inv_freq, opt)
+        return _yarn(rope.theta, inv_freq, opt)
     return _longrope(wavelength, opt)
 
 
@@ -59,9 +60,8 @@ def _llama3(inv_freq: np.ndarray, opt: dict[str, Any]) -> np.ndarray:
     return ((1 - smooth) * inv_freq / factor + smooth * inv_freq).astype(np.float32)
 
 
-def _yarn(cfg: ModelConfig, inv_freq: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, float]:
+def _yarn(theta: float, inv_freq: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, float]:
     """Frequencies and scale of YaRN (arXiv 2309.00071)."""
-    assert cfg.rope is not None
     n_ctx = opt["original_max_position_embeddings"]
     factor = opt["factor"]
     d = 2 * len(inv_freq)
@@ -75,7 +75,7 @@ def _yarn(cfg: ModelConfig, inv_freq: np.ndarray, opt: dict[str, Any]) -> tuple[
         scale = mscale(opt["mscale"]) / mscale(opt["mscale_all_dim"]) if both else mscale(1.0)
 
     def dim_with(rotations: float) -> float:  # the (fractional) pair that turns so many times within the context
-        return (d * math.log(n_ctx / (rotations * 2 * math.pi))) / (2 * math.log(cfg.rope.theta))  # type: ignore[union-attr]
+        return (d * math.log(n_ctx / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
     low, high = dim_with(opt.get("beta_fast") or 32), dim_with(opt.get("beta_slow") or 1)
     if opt.get("truncate", True):
@@ -98,7 +98,9 @@ def _longrope(wavelength: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, 
     return (1.0 / (stretch * wavelength)).astype(np.float32), float(scale)
 
 
-def rotate(cfg: ModelConfig, x: Float[Value, "B T N Dh"], positions: Int[Array, "#B T"]) -> Float[Value, "B T N Dh"]:
+def rotate(
+    cfg: ModelConfig, x: Float[Value, "B T N Dh"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int
+) -> Float[Value, "B T N Dh"]:
     """Turn each pair (i, i + d/2) of a head's first d dimensions by the angle position * frequency.
 
     d is the width of the head unless `Rope.fraction` is less than 1.
@@ -107,13 +109,22 @@ def rotate(cfg: ModelConfig, x: Float[Value, "B T N Dh"], positions: Int[Array, 
         cfg: the model.
         x: queries or keys, of N heads.
         positions: positions of the tokens in their prompts.
+        layer: number of the layer; it may be traced. Layers with a sliding window turn by `cfg.local_rope`, if there
+            is one.
 
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
     >>> x = jnp.ones((1, 2, 1, 4))
-    >>> bool((rotate(cfg, x, jnp.array([[0, 1]]))[0, 0] == x[0, 0]).all())  # nothing turns at position 0
+    >>> bool((rotate(cfg, x, jnp.array([[0, 1]]), 0)[0, 0] == x[0, 0]).all())  # nothing turns at position 0
     True
     """
-    inv_freq, scale = frequencies(cfg)
+    assert cfg.rope is not None
+    inv_freq: Any
+    scale: Any
+    inv_freq, scale = frequencies(cfg.rope, cfg.d_head)
+    if cfg.local_rope is not None:
+        is_local = jnp.asarray(cfg.sliding)[layer]
+        local_freq, local_scale = frequencies(cfg.local_rope, cfg.d_head)
+        inv_freq, scale = jnp.where(is_local, local_freq, inv_freq), jnp.where(is_local, local_scale, scale)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)
     cos = (jnp.cos(angle) * scale)[:, :, None, :]
     sin = (jnp.sin(angle) * scale)[:, :, None, :]

@@ -26,15 +26,16 @@ class TensorRule:
 
     Attributes:
         hf: the tensor's name in the checkpoint; "{l}" stands for the number of the layer.
-        leaves: paths of the leaves in the tree, such as "blocks/attn/W_Q". If there are several, `pattern` must give
-            them stacked along a first axis "n".
+        leaves: paths of the leaves in the tree, such as "blocks/attn/W_Q".
         pattern: einops pattern from the tensor's axes to the leaf's; it is read backwards when a checkpoint is saved.
-            Axes: d model, h heads, k KV heads, e head width, f neurons, v vocabulary, c context, n leaves.
+            Axes: d model, h heads, k KV heads, e head width, f neurons, v vocabulary, c context, n leaves. Of several
+            leaves, one pattern gives all of them, stacked along a first axis "n"; or there are as many patterns, and
+            the tensor holds the leaves one after the other along its first axis.
     """
 
     hf: str
     leaves: tuple[str, ...]
-    pattern: str
+    pattern: str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Family:
         skipped: suffixes of tensors that hold no parameters.
         rotary: whether positions are rotary. If so, HF's `rope_parameters` say how.
         partly_rotary: whether the attribute `partial_rotary_factor` says how much of a head is rotated.
+        rotary_by_layer: whether `rope_parameters` has an entry for layers with a sliding window and one for the others.
         rotary_attributes: attributes that say something of rotary positions, older names included. transformers merges
             these into `rope_parameters`.
     """
@@ -71,7 +73,14 @@ class Family:
     skipped: tuple[str, ...] = ()
     rotary: bool = True
     partly_rotary: bool = False
+    rotary_by_layer: bool = False
     rotary_attributes: frozenset[str] = frozenset({"rope_parameters", "rope_theta", "rope_scaling"})
+
+    @property
+    def attributes(self) -> frozenset[str]:
+        """The HF attributes that are understood, besides those of any configuration (`COMMON_IGNORED`)."""
+        rotary = self.rotary_attributes if self.rotary else frozenset[str]()
+        return frozenset(self.fields) | frozenset(self.required) | self.ignored | rotary
 
 
 # Attributes of any configuration that say nothing about the forward pass at inference.
@@ -82,6 +91,15 @@ COMMON_IGNORED = frozenset(
     "task_specific_params id2label label2id is_decoder is_llama_config is_encoder_decoder tokenizer_class "
     "attention_dropout transformers.js_config license language tags".split()
 )
+
+
+def sliding_layers(hf: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Whether each layer has a sliding window, as `layer_types` says (`ModelConfig.sliding`).
+
+    >>> sliding_layers({"layer_types": ["sliding_attention", "full_attention"]})
+    (True, False)
+    """
+    return tuple(kind == "sliding_attention" for kind in hf["layer_types"])
 
 
 def activation(name: str) -> str | None:

@@ -46,38 +46,44 @@ def split_attention(layer: str) -> tuple[TensorRule, ...]:
     )
 
 
-TENSORS = (
+ENDS = (
     TensorRule("model.embed_tokens.weight", ("embed/W_E",), "v d -> v d"),
-    *split_attention("model.layers.{l}"),
-    *gated_mlp("model.layers.{l}"),
-    TensorRule("model.layers.{l}.input_layernorm.weight", ("blocks/norm_attn/scale",), "d -> d"),
-    TensorRule("model.layers.{l}.post_attention_layernorm.weight", ("blocks/norm_mlp/scale",), "d -> d"),
     TensorRule("model.norm.weight", ("final_norm/scale",), "d -> d"),
     TensorRule("lm_head.weight", ("unembed/W_U",), "v d -> d v"),
 )
+"""Rules for what stands before and after the layers, named as in Llama and its relatives."""
+
+PRE_NORMS = (
+    TensorRule("model.layers.{l}.input_layernorm.weight", ("blocks/norm_attn/scale",), "d -> d"),
+    TensorRule("model.layers.{l}.post_attention_layernorm.weight", ("blocks/norm_mlp/scale",), "d -> d"),
+)
+"""Rules for the norms of a layer, in families without post-norms."""
+
+TENSORS = (*ENDS, *split_attention("model.layers.{l}"), *gated_mlp("model.layers.{l}"), *PRE_NORMS)
+
+FIELDS = MappingProxyType(
+    {
+        "num_hidden_layers": "n_layers",
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "head_dim": "d_head",
+        "intermediate_size": "d_mlp",
+        "vocab_size": "d_vocab",
+        "max_position_embeddings": "n_ctx",
+        "rms_norm_eps": "norm_eps",
+        "hidden_act": "act",
+        "tie_word_embeddings": "tied",
+    }
+)
+"""HF attribute -> `ModelConfig` field, for the attributes that Llama shares with its relatives."""
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
     fixed=MappingProxyType({"norm": "rms", "gated": True}),
-    fields=MappingProxyType(
-        {
-            "num_hidden_layers": "n_layers",
-            "hidden_size": "d_model",
-            "num_attention_heads": "n_heads",
-            "num_key_value_heads": "n_kv_heads",
-            "head_dim": "d_head",
-            "intermediate_size": "d_mlp",
-            "vocab_size": "d_vocab",
-            "max_position_embeddings": "n_ctx",
-            "rms_norm_eps": "norm_eps",
-            "hidden_act": "act",
-            "attention_bias": "qkv_bias",
-            "mlp_bias": "mlp_bias",
-            "tie_word_embeddings": "tied",
-        }
-    ),
+    fields=MappingProxyType({**FIELDS, "attention_bias": "qkv_bias", "mlp_bias": "mlp_bias"}),
     derived=MappingProxyType({"out_bias": lambda hf: hf["attention_bias"]}),
     required=MappingProxyType({"rope_interleaved": False}),
     ignored=frozenset({"pretraining_tp"}),  # how pretraining was split; the products are the same

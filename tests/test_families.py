@@ -1,0 +1,238 @@
+"""What families say of themselves: published configurations, models of images and text, and what is refused."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from tests.tiny import GEMMA3_ROPE, LLAMA, LLAMA_TIED, NO_HEAD_DIM
+from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.checkpoints.hf_config import parse_config
+from wpjax.checkpoints.text_tower import text_config
+from wpjax.errors import ConfigError
+from wpjax.models.decoder import forward
+
+TOKENS = np.random.default_rng(3).integers(3, 50, (2, 9))
+
+PUBLISHED = {  # what the config.json files of published models say, sizes included
+    "Mistral-7B-v0.1": {
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "Qwen2.5-0.5B": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
+        "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2",
+        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False, "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Qwen3-0.6B": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "gemma-2-2b": {
+        "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+        "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "initializer_range": 0.02,
+        "intermediate_size": 9216, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
+        "num_hidden_layers": 26, "num_key_value_heads": 4, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32",
+        "transformers_version": "4.42.4", "use_cache": True, "vocab_size": 256000,
+    },
+    "gemma-3-270m": {
+        "architectures": ["Gemma3ForCausalLM"], "_sliding_window_pattern": 6, "attention_bias": False,
+        "attention_dropout": 0.0, "attn_logit_softcapping": None, "bos_token_id": 2, "eos_token_id": 1,
+        "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 640, "initializer_range": 0.02, "intermediate_size": 2048,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "max_position_embeddings": 32768,
+        "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 18, "num_key_value_heads": 1,
+        "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000.0,
+        "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512, "torch_dtype": "bfloat16",
+        "transformers_version": "4.55.0.dev0", "use_bidirectional_attention": False, "use_cache": True,
+        "vocab_size": 262144,
+    },
+    "Phi-3-mini-4k": {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "embd_pdrop": 0.0, "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 3072,
+        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "phi3",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "original_max_position_embeddings": 4096, "pad_token_id": 32000, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.2", "use_cache": True, "vocab_size": 32064,
+    },
+    "Phi-4-mini": {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 199999, "embd_pdrop": 0.0, "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu",
+        "hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 8192, "interpolate_factor": 1,
+        "lm_head_bias": False, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "phi3",
+        "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
+        "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+        "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0", "use_cache": True, "vocab_size": 200064,
+    },
+    "pythia-70m": {
+        "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+        "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048, "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 8, "num_hidden_layers": 6,
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+    },
+}  # fmt: skip
+NOT_READ = ("use_mrope", "attention_bias", "full_attn_mod", "interpolate_factor", "lm_head_bias", "mlp_bias")
+"""Attributes of these files that transformers' own classes do not have."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read(name):
+    raw = PUBLISHED[name]
+    cfg = parse_config(raw, "config.json", ignore=NOT_READ)
+    theirs = transformers.AutoConfig.for_model(**raw)
+    assert (cfg.n_layers, cfg.d_model, cfg.n_heads) == (
+        theirs.num_hidden_layers, theirs.hidden_size, theirs.num_attention_heads
+    )  # fmt: skip
+    assert cfg.tied == theirs.tie_word_embeddings
+
+
+def test_what_published_models_differ_in():
+    cfgs = {name: parse_config(raw, "config.json", ignore=NOT_READ) for name, raw in PUBLISHED.items()}
+    windows = {name: (cfg.window, sum(cfg.sliding)) for name, cfg in cfgs.items() if cfg.window}
+    assert windows == {
+        "Mistral-7B-v0.1": (4096, 32),
+        "gemma-2-2b": (4096, 13),
+        "gemma-3-270m": (512, 15),
+        "Phi-3-mini-4k": (2047, 32),
+    }
+    assert {name for name, cfg in cfgs.items() if cfg.qk_norm} == {"Qwen3-0.6B", "gemma-3-270m"}
+    assert {name for name, cfg in cfgs.items() if cfg.qkv_bias} == {"Qwen2.5-0.5B", "pythia-70m"}
+    gemma3, phi4 = cfgs["gemma-3-270m"], cfgs["Phi-4-mini"]
+    assert (gemma3.rope.theta, gemma3.local_rope.theta) == (1e6, 1e4)
+    assert (phi4.n_ctx, phi4.rope.fraction) == (4096, 0.75)  # its short factors hold up to there
+    assert (cfgs["gemma-2-2b"].attn_softcap, cfgs["gemma-2-2b"].logit_softcap) == (50.0, 30.0)
+    assert cfgs["pythia-70m"].parallel
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("Mistral-7B-v0.1", {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
+         "'mixtral' is not supported; it has experts, which no family here has; the nearest family is mistral, which "
+         "does not know num_experts_per_tok, num_local_experts; supported: llama, gpt2"),
+        ("Qwen3-0.6B", {"model_type": "olmo7"}, "'olmo7' is not supported; the nearest family is qwen3; supported"),
+        ("pythia-70m", {"model_type": "bloom", "alibi": True}, "ALiBi positions, which .* nearest family is gpt_neox"),
+        ("Qwen2.5-0.5B", {"layer_types": ["linear_attention"] * 24}, "layer_types has linear_attention"),
+        ("Mistral-7B-v0.1", {"sliding_window": 0}, "sliding_window=0 is not a size"),
+        ("gemma-2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not implemented"),
+        ("gemma-2-2b", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 is not a positive number"),
+        ("gemma-2-2b", {"query_pre_attn_scalar": 0}, "numbers do not fit together"),
+        ("gemma-2-2b", {"query_pre_attn_scalar": -4}, "attn_scale=.* is not a positive number"),
+        ("gemma-2-2b", {"layer_types": ["full_attention"]}, "transformers rejects it"),
+        ("gemma-3-270m", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not implemented"),
+        ("gemma-3-270m", {"rope_local_base_freq": 0}, "rope_theta=0 is not a value"),
+    ],
+)  # fmt: skip
+def test_configurations_are_refused_by_what_is_missing(name, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        parse_config({**PUBLISHED[name], **changes}, "config.json", ignore=NOT_READ)
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 8, "patch_size": 4}  # fmt: skip
+QWEN_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "patch_size": 4}
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [1, 1, 0]}
+BIASED = {**NO_HEAD_DIM, "rope_parameters": QWEN_ROPE}
+MODELS = {
+    "gemma3": {
+        "text_config": {**LLAMA_TIED, "query_pre_attn_scalar": 8, "sliding_window": 5, "rope_parameters": GEMMA3_ROPE},
+        "vision_config": {**VISION, "model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 60, "boi_token_index": 59, "eoi_token_index": 58,
+    },
+    "mistral3": {
+        "text_config": {**LLAMA, "model_type": "mistral", "sliding_window": None},
+        "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8},
+        "tie_word_embeddings": False, "image_token_index": 60,
+    },
+    "qwen2_vl": {
+        "text_config": BIASED, "vision_config": QWEN_VISION, "tie_word_embeddings": False,
+        "image_token_id": 60, "video_token_id": 59, "vision_start_token_id": 58, "vision_end_token_id": 57,
+    },
+    "qwen2_5_vl": {
+        "text_config": BIASED,
+        "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,
+                          "out_hidden_size": 24, "fullatt_block_indexes": [0]},
+        "tie_word_embeddings": False,
+        "image_token_id": 60, "video_token_id": 59, "vision_start_token_id": 58, "vision_end_token_id": 57,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_text_tower_of_a_model_of_images_and_text(model_type, tmp_path):
+    """Its logits are those of the whole model on text; the rest is named; saved, it is a model of text alone."""
+    config = transformers.AutoConfig.for_model(model_type, **MODELS[model_type])
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for p in whole.parameters():
+            p.copy_(torch.randn_like(p) * 0.2)
+        expected = whole(input_ids=torch.tensor(TOKENS)).logits.numpy()
+    whole.save_pretrained(tmp_path / "whole")
+    ours = load_checkpoint(tmp_path / "whole")
+    logits = forward(ours.cfg, ours.params, jnp.asarray(TOKENS)).logits
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
+    parts = ["visual"] if model_type.startswith("qwen") else ["multi_modal_projector", "vision_tower"]
+    assert sorted(part.split()[0] for part in ours.left_out) == parts
+    save_checkpoint(tmp_path / "text", ours)
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", attn_implementation="eager")
+    with torch.no_grad():
+        np.testing.assert_allclose(text(torch.tensor(TOKENS)).logits.numpy(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_names_and_configurations_of_both_ways_of_saving_are_read(tmp_path):
+    """Older files of Qwen2-VL have a flat configuration; newer ones name the text tower in every tensor."""
+    config = transformers.AutoConfig.for_model("qwen2_vl", **MODELS["qwen2_vl"])
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    expected = load_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    text = raw.pop("text_config")
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    path.write_text(
+        json.dumps({**text, **raw, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}), encoding="utf-8"
+    )
+    tensors = load_file(tmp_path / "model.safetensors")
+    other = {}
+    for name, value in tensors.items():
+        stem = name.removeprefix("model.").removeprefix("language_model.")
+        is_tower = not stem.startswith(("visual", "lm_head"))
+        other[f"model.language_model.{stem}" if is_tower and "language_model" not in name else
+              f"model.{stem}" if is_tower else name] = value  # fmt: skip
+    assert other.keys() != tensors.keys()
+    save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = load_checkpoint(tmp_path)
+    assert ours.cfg == expected.cfg
+    np.testing.assert_array_equal(ours.params["blocks"]["attn"]["W_Q"], expected.params["blocks"]["attn"]["W_Q"])
+
+
+def test_a_text_tower_of_another_family_is_refused():
+    raw = {"model_type": "gemma3", "text_config": {"model_type": "mistral"}}
+    with pytest.raises(ConfigError, match="text tower is of model_type 'mistral'"):
+        text_config(raw, "config.json")
