@@ -34,7 +34,6 @@ def run(
         "components": counts,
         "units": {unit: list(shape) for unit, shape in unit_shapes(cfg).items()},
         "fingerprint": fingerprint(cfg, model.params),
-        "left_out": list(model.left_out),
     }
     norms = pair.diff_norms() if pair else []
     if pair:
@@ -45,8 +44,6 @@ def run(
         return
     print_table(base, ("", "value"), [(k, str(v)) for k, v in summary["config"].items()])
     print_table("\nComponents", ("kind", "in the model"), [(k, f"{n:,}") for k, n in counts.items()])
-    if model.left_out:
-        out.print(f"\nOnly the text tower is read. Left out: {', '.join(model.left_out)}")
     out.print(f"\nfingerprint {summary['fingerprint']}")
     if pair:
         print_table(
