@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import make_anchor
+from tests.tiny import as_pair, build_pair
 from wpjax.components import KINDS, enumerate_components
 from wpjax.engines.joint import scores_at_once, scores_of_sets, touched
 from wpjax.engines.reference import patched_score
@@ -32,7 +33,16 @@ def one_by_one(pair, masks, metric):
     ("kinds", "size"), [(tuple(KINDS), 40), (("neuron",), 3), (("head", "neuron"), 2), (("kv_group",), 1)]
 )
 def test_sets_score_as_one_at_a_time(family_pair, batch, kinds, size):
-    pair, metric = family_pair, make_anchor(family_pair, 2).metric_along(batch)
+    expect_one_at_a_time(family_pair, batch, kinds, size)
+
+
+def test_sets_score_as_one_at_a_time_where_layers_differ(batch, tmp_path):
+    """In windows and rotary embeddings; and there are norms of queries and keys, and after modules."""
+    expect_one_at_a_time(as_pair(build_pair("gemma3", tmp_path)), batch, tuple(KINDS), 40)
+
+
+def expect_one_at_a_time(pair, batch, kinds, size):
+    metric = make_anchor(pair, 2).metric_along(batch)
     masks = [*sets_of(pair.cfg, kinds, size), PatchMask.of(pair.cfg, [])]
     expected = one_by_one(pair, masks, metric)
     assert np.ptp(expected, axis=0).max() > 0.02
