@@ -26,6 +26,10 @@ EMBEDDED = ("base", "expert", "planted")
 """Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
 
 
+LARGEST_WEIGHT = 1e9
+"""No trained model has a larger weight; sums of their squares would be infinite."""
+
+
 class DiffNorm(NamedTuple):
     """How much the expert changed the parameters of one unit, over all layers.
 
@@ -229,9 +233,35 @@ def make_pair(base: Checkpoint, expert: Checkpoint) -> Pair:
         raise PairError(f"{names} are not one architecture: {'; '.join(differences)}")
     tokenizer = _common_tokenizer(base, expert, names)
     ours, theirs = flatten(base.params), flatten(expert.params)
+    for checkpoint, leaves in ((base, ours), (expert, theirs)):
+        for path, leaf in leaves.items():
+            _check_size(checkpoint.source, path, leaf)
     if all(bool(jnp.array_equal(ours[path], theirs[path])) for path in ours):
         raise PairError(f"{names} have equal weights; name a base and an expert that was trained from it")
     return Pair(base.cfg, base.params, expert.params, tokenizer, base, expert)
+
+
+@jax.jit
+def _largest(leaf: Array) -> Array:
+    return jnp.abs(leaf).max()
+
+
+def _check_size(source: str, path: str, leaf: Array) -> None:
+    """Refuse weights that are not finite, or so large that what is computed from them would not be.
+
+    Raises:
+        CheckpointError: names the parameter, and the layer.
+    """
+    largest = float(_largest(leaf)) if leaf.size else 0.0
+    if largest <= LARGEST_WEIGHT:
+        return
+    at = np.unravel_index(int(np.argmax(np.nan_to_num(np.abs(np.asarray(leaf, np.float32)), nan=np.inf))), leaf.shape)
+    layer, rest = (f" of layer {at[0]}", at[1:]) if path.startswith("blocks/") else ("", at)
+    value = float(np.asarray(leaf[tuple(int(i) for i in at)], np.float32))
+    raise CheckpointError(
+        f"{source}: {path.removeprefix('blocks/')}{layer} is {value:g} at [{', '.join(map(str, rest))}]; no trained "
+        "weight is so large, so the checkpoint is damaged: download or train it again"
+    )
 
 
 def _common_tokenizer(base: Checkpoint, expert: Checkpoint, names: str) -> Any:

@@ -53,16 +53,16 @@ def run(
     """Fit an anchor, the direction that tells whether the behaviour's state has formed. Causal tests must accept it."""
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, inputs=(base, expert, behaviour))
 
     from wpjax import behaviours
-    from wpjax.cli.console import on_interrupt, print_json, progress_bars
+    from wpjax.cli.console import print_json, progress_bars
     from wpjax.evaluation.fit_anchor import fit_anchor
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, ignore_config)
-    with on_interrupt(lambda: "nothing was written"), progress_bars() as progress:
+    with progress_bars() as progress:
         anchor = fit_anchor(
             pair,
             task,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wpjax.behaviours import Behaviour, PromptBatch
-from wpjax.errors import AnchorRejected
+from wpjax.errors import AnchorRejected, CheckpointError
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.steering import steering_tests
 from wpjax.metrics.anchor import Anchor
@@ -49,13 +49,23 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
         params: its parameters.
         reading: tokens of B prompts, positions and weights.
         batch_size: prompts of one forward pass, at most.
+
+    Raises:
+        CheckpointError: a number is not finite; the message names the first layer.
     """
     tokens, at, weight = reading
 
     def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "L N D"]:
         return _mean_states(cfg, params, *(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight)))
 
-    return map_batches(len(at), batch_size, run, axis=1)
+    states = map_batches(len(at), batch_size, run, axis=1)
+    damaged = np.flatnonzero(~np.isfinite(states).all((1, 2)))
+    if damaged.size:
+        raise CheckpointError(
+            f"the residual stream is not finite from layer {damaged[0]} on; check the weights of base and expert there, "
+            "the norms above all"
+        )
+    return states
 
 
 def split_half_cosine(
