@@ -62,8 +62,8 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
     damaged = np.flatnonzero(~np.isfinite(states).all((1, 2)))
     if damaged.size:
         raise CheckpointError(
-            f"the residual stream is not finite from layer {damaged[0]} on; check the weights of base and expert there, "
-            "the norms above all"
+            f"the residual stream is not finite from layer {damaged[0]} on; check the weights of base and expert, the "
+            "norms above all"
         )
     return states
 
