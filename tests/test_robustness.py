@@ -344,7 +344,7 @@ def test_arguments_are_checked_before_the_work(tmp_path):
         pytest.fail(f"{what} was begun")
 
     refused = {
-        "the model has layers 0 to 7": study(tmp_path, components=("L99.head.0",)),
+        "L99.head.0: the model has layers L0 to L7": study(tmp_path, components=("L99.head.0",)),
         "goes with --anchor or --given-anchor": study(tmp_path, anchor_behaviour="tiny:title"),
         "an anchor of tiny:title, not of tiny:no_comma": study(
             tmp_path, behaviour="tiny:no_comma", anchor=SAVED / "title.anchor.safetensors"

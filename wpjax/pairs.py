@@ -242,8 +242,8 @@ def make_pair(base: Checkpoint, expert: Checkpoint) -> Pair:
 
 
 @jax.jit
-def _largest(leaf: Array) -> Array:
-    return jnp.abs(leaf).max()
+def _too_large(leaf: Array) -> Array:
+    return (~(jnp.abs(leaf) <= LARGEST_WEIGHT)).any()  # so written, NaN is too large
 
 
 def _check_size(source: str, path: str, leaf: Array) -> None:
@@ -252,8 +252,7 @@ def _check_size(source: str, path: str, leaf: Array) -> None:
     Raises:
         CheckpointError: names the parameter, and the layer.
     """
-    largest = float(_largest(leaf)) if leaf.size else 0.0
-    if largest <= LARGEST_WEIGHT:
+    if not _too_large(leaf):
         return
     at = np.unravel_index(int(np.argmax(np.nan_to_num(np.abs(np.asarray(leaf, np.float32)), nan=np.inf))), leaf.shape)
     layer, rest = (f" of layer {at[0]}", at[1:]) if path.startswith("blocks/") else ("", at)

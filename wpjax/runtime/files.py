@@ -186,7 +186,7 @@ def recover(path: Path) -> None:
                 if stage.name.endswith(READY):
                     _finish(stage, path.name)
                 else:
-                    shutil.rmtree(stage, ignore_errors=True)
+                    _delete(stage)
             finally:
                 release(lock)
 
@@ -231,7 +231,7 @@ def discard(folder: Path, name: str) -> None:
     with contextlib.suppress(OSError):
         (folder / LOCK).touch()  # the mark of our folders
         folder.rename(dead)
-        shutil.rmtree(dead, ignore_errors=True)
+        _delete(dead)
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -269,7 +269,7 @@ def _staging(path: Path) -> Iterator[Path]:
         (stage / NEW).mkdir()
         yield stage
     finally:
-        shutil.rmtree(stage, ignore_errors=True)  # not what was published: `recover` finishes that
+        _delete(stage)  # not what was published: `recover` finishes that
         if lock is not None:
             release(lock)
 
@@ -305,7 +305,19 @@ def _finish(ready: Path, main: str) -> None:
             target.rename(old / item.name)
         item.replace(target)
     flush(ready.parent)
-    shutil.rmtree(ready, ignore_errors=True)
+    _delete(ready)
+
+
+def _delete(stage: Path) -> None:
+    """Delete a staging folder. Its lock, by which `recover` knows it, goes last."""
+    with contextlib.suppress(OSError):
+        for item in stage.iterdir():
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            elif item.name != LOCK:
+                item.unlink()
+        (stage / LOCK).unlink(missing_ok=True)
+        stage.rmdir()
 
 
 def _exists(path: Path) -> bool:

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -220,7 +220,7 @@ class Shards(MutableMapping[str, np.ndarray]):
             interrupts.forget(self.folder)
         self._unlock()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, *error: object) -> None:
