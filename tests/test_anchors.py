@@ -139,7 +139,7 @@ def test_nan_is_never_accepted(tiny_pair):
     damaged = jax.tree.map(lambda a: a, tiny_pair.expert)
     damaged["blocks"]["mlp"]["W_out"] = damaged["blocks"]["mlp"]["W_out"].at[0, 0, 0].set(np.nan)
     pair = dataclasses.replace(tiny_pair, expert=damaged)
-    with pytest.raises(CheckpointError, match="not finite from layer 0 on"):
+    with pytest.raises(CheckpointError, match="stream reaches nan at layer 0"):
         fit_anchor(pair, behaviour("tiny:title"), n_prompts=8)
 
 

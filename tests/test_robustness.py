@@ -33,10 +33,13 @@ from wpjax.evaluation.validation import check_same_behaviour
 from wpjax.metrics.anchor import Anchor
 from wpjax.pairs import make_pair
 from wpjax.report import write_report
+from wpjax.results.files import netcdf_bytes
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import atomic_output, atomic_outputs, check_output, recover
 from wpjax.runtime.shards import Shards, check_parts, parts_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork")  # the children touch files only, never JAX
 
 SAVED = Path(__file__).parent / "data" / "schema4"
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
@@ -205,35 +208,36 @@ def test_a_folder_that_holds_an_input_is_not_replaced(tmp_path):
 
 def test_a_result_is_published_before_its_parts_go(tmp_path, saved):
     """Killed at any moment, either all parts are there, or the result is whole, with its set score."""
-    identity = {"seed": 0}
+    identity, data = {"seed": 0}, netcdf_bytes(saved.dataset)
     n = 0
+
+    def publish(out):
+        with Shards(out, "sweep", identity, resume=True) as shards:
+            with atomic_output(out) as temporary:
+                temporary.write_bytes(data)
+            shards.discard()
+
     while True:
         out = tmp_path / str(n) / "r.nc"
         out.parent.mkdir()
         with Shards(out, "sweep", identity, resume=False) as shards:
             for i in range(3):
                 shards[f"exact-{i}"] = np.full(4, float(i))
-
-        def finish(out=out):
-            with Shards(out, "sweep", identity, resume=True) as shards:
-                saved.to_netcdf(out)
-                shards.discard()
-
-        if not killed_at(n, finish):
+        if not killed_at(n, lambda out=out: publish(out)):
             break
         if out.exists():
-            assert SweepResult.from_netcdf(out).set_ranking == "set_score"
+            assert out.read_bytes() == data
             with pytest.raises(OutputError, match=r"r\.nc exists"):
                 check_output(out)
             check_parts(out, "sweep", resume=False)  # what is left of the parts is in nobody's way
         else:
             with Shards(out, "sweep", identity, resume=True) as shards:
                 assert [float(shards[f"exact-{i}"][0]) for i in range(3)] == [0, 1, 2]
-                saved.to_netcdf(out)
-                shards.discard()
+            publish(out)
         recover(out)
         assert names(out.parent) == ["r.nc"]
         n += 1
+    assert SweepResult.from_netcdf(out).set_ranking == "set_score"
     assert names(out.parent) == ["r.nc"]
     assert n > 10
 
@@ -364,15 +368,24 @@ def test_arguments_are_checked_before_the_work(tmp_path):
 
 
 def test_an_anchor_of_another_behaviour_is_used_by_name_only_and_marked(tmp_path, anchor, tiny_pair):
-    config = study(
-        tmp_path, behaviour="tiny:english_capital", anchor=SAVED / "title.anchor.safetensors", method="screen",
-        components=("L2.head.0", "L4.mlp"), set_score=False,
-    )  # fmt: skip
+    class Begun(Exception):
+        pass
+
+    def begin(what, done, total):
+        raise Begun
+
+    path = SAVED / "title.anchor.safetensors"
+    config = study(tmp_path, behaviour="tiny:english_capital", anchor=path, method="exact", components=("L2.head.0",))
     with pytest.raises(AnchorRejected, match="pass --anchor-behaviour tiny:title"):
-        run_study(config)
-    attrs = run_study(dataclasses.replace(config, anchor_behaviour="tiny:title")).result.dataset.attrs
-    assert attrs["anchor_behaviour"] == "tiny:title"
-    assert attrs["anchor_acceptance"] == "not tested: it is an anchor of tiny:title"
+        run_study(config, begin)
+    with pytest.raises(AnchorRejected, match="an anchor of tiny:title, not of tiny:quotation"):
+        run_study(dataclasses.replace(config, anchor_behaviour="tiny:quotation"), begin)
+    with pytest.raises(Begun):
+        run_study(dataclasses.replace(config, anchor_behaviour="tiny:title"), begin)
+    batch = behaviour("tiny:english_capital").encode(tiny_pair.tokenizer, n_prompts=4)
+    marks = anchor.prepare(tiny_pair, batch).attributes
+    assert marks["anchor_behaviour"] == "tiny:title"
+    assert marks["anchor_acceptance"] == "not tested: it is an anchor of tiny:title"
 
 
 def test_a_result_of_another_behaviour_is_validated_by_name_only(saved, tmp_path):
@@ -409,10 +422,10 @@ def test_scores_that_are_not_finite_are_refused_with_the_layer(tiny_pair, anchor
     bad = with_leaf(bad, "mlp", "W_gate", lambda w: w.at[2].set(1e9))
     pair = make_pair(tiny_pair.base_checkpoint, bad)
     task = behaviour("tiny:title")
-    with pytest.raises(CheckpointError, match="not finite from layer 2 on"):
+    with pytest.raises(CheckpointError, match=r"stream reaches \S+ at layer 2"):
         fit_anchor(pair, task, n_prompts=8, causal="skip")
     owned = dataclasses.replace(anchor, expert_fingerprint=pair.fingerprints[1])
-    with pytest.raises(MetricRejected, match=r"metric of the expert is .* not finite from layer 2 on; check its"):
+    with pytest.raises(MetricRejected, match=r"metric of the expert is .* reaches \S+ at layer 2; check its"):
         sweep(pair, task.encode(pair.tokenizer, n_prompts=4), owned, method="screen")
 
 
@@ -575,19 +588,20 @@ def test_output_that_nobody_reads_or_that_has_no_room():
         assert none.stderr == "error: the output cannot be printed (No space left on device)\n"
 
 
-def test_work_goes_on_when_its_messages_have_no_room(tmp_path, monkeypatch, capsys):
+def test_work_goes_on_when_its_messages_have_no_room(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["anchor", "--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:title"]
-    monkeypatch.setattr(sys, "argv", ["wpjax", *arguments, "--causal=skip", "--n-prompts=8", "--out=a"])
-    with Path("/dev/full").open("w", buffering=1) as full:
-        monkeypatch.setattr(sys, "stderr", full)
-        print("no room", file=sys.stderr, end="")
-        monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        monkeypatch.undo()
-    assert left.value.code == 2  # the table could not be printed; the anchor is whole
-    assert Anchor.load(tmp_path / "a").behaviour == "tiny:title"
+    models = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:title", "--n-prompts=4"]
+    anchored = ["--anchor", str(SAVED / "title.anchor.safetensors"), "--components=L2.head.0", "--no-set-score"]
+    monkeypatch.setattr(sys, "argv", ["wpjax", "sweep", *models, *anchored, "--method=screen", "--out=r.nc"])
+    with Path("/dev/full").open("w", buffering=1) as out, Path("/dev/full").open("w", buffering=1) as err:
+        with monkeypatch.context() as streams:
+            streams.setattr(sys, "stdout", out)
+            streams.setattr(sys, "stderr", err)
+            with pytest.raises(SystemExit) as left:
+                cli.main()
+    assert left.value.code == 2  # the table could not be printed
+    assert SweepResult.from_netcdf(tmp_path / "r.nc").top(1, by="screen")[0].name == "L2.head.0"
+    assert names(tmp_path) == ["r.nc"]
 
 
 def test_a_device_that_is_not_there_is_one_line():

@@ -18,6 +18,7 @@ from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.steering import steering_tests
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.diagnostics import MIN_STABILITY, LayerDiagnostics, SteeringTest
+from wpjax.metrics.metric import LARGEST_STATE
 from wpjax.metrics.reading import Reading, first_answers, read_at
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
@@ -51,7 +52,7 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
         batch_size: prompts of one forward pass, at most.
 
     Raises:
-        CheckpointError: a number is not finite; the message names the first layer.
+        CheckpointError: a number is not finite or larger than `LARGEST_STATE`; the message names the first layer.
     """
     tokens, at, weight = reading
 
@@ -59,11 +60,11 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
         return _mean_states(cfg, params, *(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight)))
 
     states = map_batches(len(at), batch_size, run, axis=1)
-    damaged = np.flatnonzero(~np.isfinite(states).all((1, 2)))
+    damaged = np.flatnonzero(~(np.abs(states) <= LARGEST_STATE).all((1, 2)))  # so written, NaN is too large
     if damaged.size:
         raise CheckpointError(
-            f"the residual stream is not finite from layer {damaged[0]} on; check the weights of base and expert, the "
-            "norms above all"
+            f"the residual stream reaches {np.abs(states[damaged[0]]).max():g} at layer {damaged[0]}, so no anchor can "
+            "be fitted; check the weights of base and expert there"
         )
     return states
 

@@ -247,6 +247,10 @@ def _begins(short: Tokens, long: Tokens) -> bool:
     return bool((same | (np.arange(ids.shape[1]) >= n)).all() and (n <= np.asarray(long.lengths)[:, None]).all())
 
 
+LARGEST_STATE = 1e15
+"""No residual stream is larger; squares of larger numbers would be infinite."""
+
+
 def expect_finite(cfg: ModelConfig, params: Params, metric: Metric, score: Float[np.ndarray, " B"], model: str) -> None:
     """Refuse scores of a model that are not finite, and say where in the model that begins.
 
@@ -258,18 +262,19 @@ def expect_finite(cfg: ModelConfig, params: Params, metric: Metric, score: Float
         model: what to call the model, say "the expert".
 
     Raises:
-        MetricRejected: names the prompt and the layer.
+        MetricRejected: a score is not finite or larger than `LARGEST_STATE`; the message names the prompt and the
+            layer.
     """
-    bad = np.flatnonzero(~np.isfinite(score))
+    bad = np.flatnonzero(~(np.abs(score) <= LARGEST_STATE))  # so written, NaN is too large
     if not bad.size:
         return
     ids = jnp.asarray(metric.tokens.ids)[bad[:1]]
     resid = forward(cfg, params, ids, sites=(Site.RESID_POST,), logits=False).sites[Site.RESID_POST]  # [L, 1, T, D]
-    layers = np.flatnonzero(~np.isfinite(np.asarray(resid)).all((1, 2, 3)))
-    where = f"its stream is not finite from layer {layers[0]} on" if layers.size else "its stream is finite"
+    largest = np.abs(np.asarray(resid, np.float32)).max((1, 2, 3))
+    layers = np.flatnonzero(~(largest <= LARGEST_STATE))
+    where = f"its stream reaches {largest[layers[0]]:g} at layer {layers[0]}" if layers.size else "its stream is finite"
     raise MetricRejected(
-        f"the {metric.name} metric of {model} is {score[bad[0]]} on prompt {bad[0]}: {where}; check its weights, the "
-        "norms above all"
+        f"the {metric.name} metric of {model} is {score[bad[0]]:g} on prompt {bad[0]}: {where}; check its weights there"
     )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 GRACE = 3.0
 """Seconds that work has to notice a signal, before the process is ended."""
 
-_received: list[int] = []  # numbers of the signals that came, the first one first
+_received: list[int] = []  # number of the signal that came, if one did
 _left: dict[Path, str] = {}  # what this process has left on the disk -> how to go on with it; "" for a whole file
 _busy: list[None] = []  # one entry for each piece of work that is not to be cut off
 
@@ -99,7 +99,9 @@ def listening(say: Callable[[], None]) -> Iterator[None]:
         say: called before the process is ended without the body's help; it says what was left. It is called from
             another thread.
     """
-    _received.clear()
+    global _received
+    # A list of this call's own: a thread of an earlier one that is late writes into its own.
+    _received = received = []
     _left.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -109,9 +111,9 @@ def listening(say: Callable[[], None]) -> Iterator[None]:
     os.set_blocking(writing, False)
     # Python itself writes the number of each signal there, at once, even while XLA keeps the main thread busy.
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    handlers = {n: signal.signal(n, lambda number, frame: _note(number)) for n in numbers}
+    handlers = {n: signal.signal(n, lambda number, frame: _note(received, number)) for n in numbers}
     over = threading.Event()
-    threading.Thread(target=_watch, args=(reading, over, say), daemon=True).start()
+    threading.Thread(target=_watch, args=(reading, received, over, say), daemon=True).start()
     try:
         yield
     finally:
@@ -120,21 +122,22 @@ def listening(say: Callable[[], None]) -> Iterator[None]:
             signal.signal(n, handler)
         signal.set_wakeup_fd(before)
         os.close(writing)  # ends the thread, which closes the other end
+        _received = []
 
 
-def _note(number: int) -> None:
-    if not _received:
-        _received.append(number)
+def _note(received: list[int], number: int) -> None:
+    if not received:
+        received.append(number)
 
 
-def _watch(reading: int, over: threading.Event, say: Callable[[], None]) -> None:
+def _watch(reading: int, received: list[int], over: threading.Event, say: Callable[[], None]) -> None:
     """Wait for signals; end the process if the first one goes unnoticed, or as soon as a second one comes."""
     n_heard = 0
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
             if number[0] not in (signal.SIGINT, signal.SIGTERM):
                 continue
-            _note(number[0])  # the handler does so too, but only once the main thread is back in Python
+            _note(received, number[0])  # the handler does so too, but only once the main thread is back in Python
             n_heard += 1
             if n_heard == 1:
                 threading.Thread(target=_leave_later, args=(over, say), daemon=True).start()
