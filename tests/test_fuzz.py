@@ -100,7 +100,7 @@ def test_result_files_with_damaged_bytes(tmp_path):
         "    at = int(rng.choice(marks)); return data[:at] + damaged_bytes(rng, data[at:at + 400]) + data[at + 400:]\n"
         "marks = [i for i in range(len(data) - 4) if data[i:i + 4] in (b'OHDR', b'TREE', b'HEAP', b'SNOD', b'GCOL', "
         "b'OCHK', b'FRHP', b'BTHD')] or [0]\n"
-        "for i in range(250):\n"
+        "for i in range(120):\n"
         "    path.write_bytes(spoilt(i))\n"
         "    ends_well(lambda: SweepResult.from_netcdf(path).top(5, by='screen'))\n"
     )
@@ -159,13 +159,13 @@ def test_result_files_with_other_values(tmp_path, kind, curves):
         result.top(5, by=result.set_ranking)
         result.best()
         render_page(result, {}, 10)
-        if n_drawn < 12:
+        if n_drawn < 3:
             for name in available(result):
                 make_figure(result, name)
 
     path = tmp_path / "r.nc"
     with np.errstate(all="ignore"):
-        for _ in range(120 if kind == "sweep" else 60):
+        for _ in range(50 if kind == "sweep" else 40):
             well = ends_well(read)
             n_read += well
             n_drawn += well
@@ -258,7 +258,9 @@ def test_configurations():
     for raw in good:
         parse_config(raw, "config.json")
     for i in range(600):
-        ends_well(lambda raw=good[i % 3]: parse_config(damaged_value(rng, raw) or raw, "config.json"))
+        raw = json.loads(as_json(damaged_value(rng, good[i % 3])))
+        if isinstance(raw, dict):
+            ends_well(lambda raw=raw: parse_config(raw, "config.json"))
 
 
 @pytest.fixture(scope="module")

@@ -593,12 +593,15 @@ def test_work_goes_on_when_its_messages_have_no_room(tmp_path, monkeypatch):
     models = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:title", "--n-prompts=4"]
     anchored = ["--anchor", str(SAVED / "title.anchor.safetensors"), "--components=L2.head.0", "--no-set-score"]
     monkeypatch.setattr(sys, "argv", ["wpjax", "sweep", *models, *anchored, "--method=screen", "--out=r.nc"])
-    with Path("/dev/full").open("w", buffering=1) as out, Path("/dev/full").open("w", buffering=1) as err:
-        with monkeypatch.context() as streams:
-            streams.setattr(sys, "stdout", out)
-            streams.setattr(sys, "stderr", err)
-            with pytest.raises(SystemExit) as left:
-                cli.main()
+    with (
+        Path("/dev/full").open("w", buffering=1) as out,
+        Path("/dev/full").open("w", buffering=1) as err,
+        monkeypatch.context() as streams,
+    ):
+        streams.setattr(sys, "stdout", out)
+        streams.setattr(sys, "stderr", err)
+        with pytest.raises(SystemExit) as left:
+            cli.main()
     assert left.value.code == 2  # the table could not be printed
     assert SweepResult.from_netcdf(tmp_path / "r.nc").top(1, by="screen")[0].name == "L2.head.0"
     assert names(tmp_path) == ["r.nc"]

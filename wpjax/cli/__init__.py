@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # Nothing slow is imported here, so that Ctrl-C is heard from the first moment on (`main`).
 from wpjax.runtime import interrupts
@@ -126,7 +126,7 @@ def _leave_at_once(code: int) -> NoReturn:
 class _Tolerant:
     """A text stream that drops what it is given once it cannot be written to, so that work goes on without it."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: Any):
         self._stream = stream
         self._failure: OSError | None = None
 
