@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -285,7 +286,9 @@ def _checkpoints(folder: Path | None, identity: Callable[[], str]) -> Iterator[_
     recover(folder)
     _check_training(folder, identity())
     lock = try_lock(folder / LOCK)
-    # Errors come as exceptions. What orbax logs of them beside that is hundreds of lines.
+    # Errors come as exceptions. What orbax and its threads print of them beside that is hundreds of lines.
+    shown = sys.unraisablehook
+    sys.unraisablehook = lambda seen: None if str(seen.exc_value) == "Event loop is closed" else shown(seen)
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -302,6 +305,7 @@ def _checkpoints(folder: Path | None, identity: Callable[[], str]) -> Iterator[_
     else:
         kept.close()
     finally:
+        sys.unraisablehook = shown
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if lock is not None:
@@ -318,6 +322,9 @@ def _steps(folder: Path) -> list[Path]:
 def _brief(error: Exception) -> str:
     """An error in some words, on one line."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    for known in ("No space left on device", "File too large", "Disk quota exceeded"):
+        if known in reason:
+            return known
     return reason if len(reason) <= 200 else reason[:200] + "..."
 
 
