@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from wpjax.runtime.shards import Shards, check_parts
 
 SAVED = Path(__file__).parent / "data" / "schema4"
 
-ODD = (
+ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 7, 10**7, 10**30, -(10**400), 1e300, -0.5, float("nan"), float("inf"), "", "0", "x" * 3000,
     "\x00", "\ud800", "$\\frac$ [b]<i>", "../../etc/passwd", [], {}, [[]], [1, 2.5], {"a": None},
 )  # fmt: skip

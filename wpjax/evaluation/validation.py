@@ -344,7 +344,7 @@ def check_same_behaviour(behaviour: Behaviour, result: SweepResult, swept_behavi
         if swept_behaviour != swept:
             raise WpjaxError(f"the result is of the behaviour {swept}, not of {swept_behaviour}; name that one")
         return
-    prompts = behaviour.select(str(data.attrs["split"]), int(data.attrs["n_prompts"]))
+    prompts = behaviour.select(data.attrs["split"], int(data.attrs["n_prompts"]))
     texts = [str(text) for text in data["prompt"].values]
     # A text is a prompt as the chat template shows it, which may add today's date.
     same = len(prompts) == len(texts) and all(

@@ -251,7 +251,7 @@ def _are_targets(values: np.ndarray, last: float) -> bool:
 
 def _is_number(value: Any) -> bool:
     """Whether an attribute is a number that can have been measured; NaN is one."""
-    return isinstance(value, int | float | np.integer | np.floating) and not abs(value) > LARGEST
+    return isinstance(value, int | float | np.integer | np.floating) and not abs(float(value)) > LARGEST
 
 
 def _damage(data: xr.Dataset) -> list[str]:

@@ -101,7 +101,8 @@ def listening(say: Callable[[], None]) -> Iterator[None]:
     """
     global _received
     # A list of this call's own: a thread of an earlier one that is late writes into its own.
-    _received = received = []
+    received: list[int] = []
+    _received = received
     _left.clear()
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -66,7 +66,9 @@ def check_parts(out: Path, command: str, resume: bool, known: Mapping[str, Any] 
     if not resume:
         raise OutputError(f"{folder} is left from a run that did not finish; pass --resume, or delete it")
     theirs = _manifest(folder).get("identity")
-    for name, value in (known or {}).items() if isinstance(theirs, dict) else ():
+    if not isinstance(theirs, dict):
+        return  # damaged: `Shards` refuses it
+    for name, value in (known or {}).items():
         ours = json.loads(json.dumps(value, default=str))
         if theirs.get(name) != ours:
             raise OutputError(
@@ -124,7 +126,10 @@ class Shards(MutableMapping[str, np.ndarray]):
     def __init__(self, out: Path, command: str, identity: dict[str, Any], resume: bool):
         self.out, self.folder = out, parts_folder(out, command)
         text = json.dumps(identity, sort_keys=True, default=str)
-        self._manifest = {"digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "identity": identity}
+        self._manifest: dict[str, Any] = {
+            "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+            "identity": identity,
+        }
         self._is_open = False
         self._lock: BaseFileLock | None = None
         recover(out)
