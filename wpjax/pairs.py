@@ -21,6 +21,8 @@ from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.runtime.files import recover
+from wpjax.runtime.placement import check_devices
 
 EMBEDDED = ("base", "expert", "planted")
 """Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
@@ -174,7 +176,9 @@ def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[
     ('llama', 'tiny:base')
     """
     source = str(source)
+    check_devices()
     if not source.startswith("tiny:"):
+        recover(Path(source).expanduser())  # a folder that a killed `finetune --overwrite` was about to replace
         return load_checkpoint(source, dtype, ignore_config)
     name = source.removeprefix("tiny:")
     if name not in EMBEDDED:

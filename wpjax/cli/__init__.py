@@ -96,8 +96,6 @@ def _run() -> int:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             less = "ask for less at once: fewer prompts, a smaller batch, a lower --memory-mb"
             return _print_error(f"out of memory ({error}); {less}")
-        if any(f"{says} backend" in str(error) for says in ("Unable to initialize", "Unknown")):
-            return _print_error(f"{error} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')})")
         raise
 
 
