@@ -93,9 +93,9 @@ def check_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # which of them depends on the name
-        asked = os.environ.get("JAX_PLATFORMS", "")
+        asked, why = os.environ.get("JAX_PLATFORMS", ""), str(error) or "it is not there"
         raise WpjaxError(
-            f"JAX finds no device for JAX_PLATFORMS={asked!r} ({error}); unset it, or install JAX for that device"
+            f"JAX finds no device for JAX_PLATFORMS={asked!r} ({why}); unset it, or install JAX for that device"
         ) from error
 
 
