@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from wpjax.columns import ALWAYS, Column, columns, effect_estimates
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime import interrupts
 from wpjax.runtime.files import atomic_outputs, check_output
 
 TITLES = {
@@ -68,11 +69,15 @@ def write_report(
     targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *names)}
     for target in (page, *targets.values()):  # all of them before the first is written
         check_output(target, overwrite)
-    figures = {name: make_figure(result, name, execution) for name in names}
+    figures = {}
+    for name in names:
+        interrupts.check()
+        figures[name] = make_figure(result, name, execution)
     pictures = {"overview": make_overview(result), **figures}
     with atomic_outputs((page, *(targets[name] for name in pictures)), overwrite) as (text, *images):
         text.write_text(render_page(result, figures, n_rows), encoding="utf-8")
         for figure, image in zip(pictures.values(), images, strict=True):
+            interrupts.check()
             with mpl.rc_context(STYLE):
                 figure.savefig(image, format="png", dpi=150)
     return [page, *(targets[name] for name in pictures)]
@@ -184,6 +189,7 @@ def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
 
 def _svg(figure: Figure) -> Markup:
     """A figure as inline SVG; matplotlib escapes the text it draws."""
+    interrupts.check()
     out = io.StringIO()
     with mpl.rc_context(STYLE):
         figure.savefig(out, format="svg", metadata={"Date": None})
