@@ -69,8 +69,9 @@ def written() -> list[str]:
 def account() -> str:
     """What the process has left on the disk, and how to go on; for the message of an interrupted command.
 
-    >>> account()
-    'interrupted; nothing was written'
+    >>> with listening(print):
+    ...     print(account())
+    interrupted; nothing was written
     """
     said = [f"written and whole: {', '.join(written())}"] if written() else []
     said += dict.fromkeys(how for path, how in _left.items() if how and path.exists())
