@@ -135,11 +135,11 @@ def test_a_file_keeps_everything_and_belongs_to_its_expert(tiny_pair, tmp_path):
 
 
 def test_nan_is_never_accepted(tiny_pair):
-    """HostWrites as "not positive", not as "negative": a comparison with NaN is false."""
+    """It is refused where it begins, before anything is fitted."""
     damaged = jax.tree.map(lambda a: a, tiny_pair.expert)
     damaged["blocks"]["mlp"]["W_out"] = damaged["blocks"]["mlp"]["W_out"].at[0, 0, 0].set(np.nan)
     pair = dataclasses.replace(tiny_pair, expert=damaged)
-    with pytest.raises(AnchorRejected, match="split-half cosine nan"):
+    with pytest.raises(CheckpointError, match="stream reaches nan at layer 0"):
         fit_anchor(pair, behaviour("tiny:title"), n_prompts=8)
 
 
@@ -152,7 +152,7 @@ def test_anchors_that_do_not_fit_the_model_are_refused(tiny_pair, tmp_path):
     for vector, layer in ((unit[:5], 3), (unit, 9)):
         with pytest.raises(AnchorRejected, match="dimensions at layer"):
             Anchor(jnp.asarray(vector), layer).check_belongs(tiny_pair)
-    Anchor(jnp.asarray(unit), 3, "x").save(tmp_path / "good")
+    Anchor(jnp.asarray(unit), 3, "x", "0123456789abcdef").save(tmp_path / "good")
     with safe_open(tmp_path / "good", framework="np") as file:
         metadata = file.metadata()
     for bad in (unit * 3, unit * np.nan, unit[None], unit.astype(np.float64)):

@@ -20,7 +20,7 @@ from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.metrics.answers import decision_metric
 from wpjax.pairs import load_pair
 from wpjax.results.sweep_result import SweepResult
-from wpjax.study import parts_folder
+from wpjax.runtime.shards import parts_folder
 
 NAMES = ("L1.head.0", "L2.head.0", "L3.head.1")
 
@@ -62,12 +62,12 @@ def test_the_file_is_written_once_and_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [parts_folder(tmp_path / "r.nc").name]
     with pytest.raises(OutputError, match="pass --resume, or delete it"):
         run_study(config(tmp_path))
-    parts = {path.name: path.stat().st_mtime_ns for path in parts_folder(tmp_path / "r.nc").iterdir()}
+    parts = {path.name: path.stat().st_mtime_ns for path in parts_folder(tmp_path / "r.nc").glob("*.npy")}
     kept = []
 
     def look(what, done, total):
         if what == "set score" and not done:
-            kept.append({path.name: path.stat().st_mtime_ns for path in parts_folder(tmp_path / "r.nc").iterdir()})
+            kept.append({path.name: path.stat().st_mtime_ns for path in parts_folder(tmp_path / "r.nc").glob("*.npy")})
 
     study = run_study(config(tmp_path, resume=True), look)
     assert kept == [parts]

@@ -18,7 +18,7 @@ from wpjax.errors import BehaviourError, ComponentError, OutputError, WpjaxError
 from wpjax.finetuning import finetune, pass_rate, self_distill
 from wpjax.pairs import load_model
 from wpjax.patching import PatchMask, materialize
-from wpjax.training import Dataset, TrainConfig, batch_rows, component_mask, loss_fn, train
+from wpjax.training import Dataset, TrainConfig, batch_rows, check_checkpoints, component_mask, loss_fn, train
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,45 @@ def test_checkpoints_of_another_training_are_refused(base, data, tmp_path):
 def test_a_training_that_diverges_is_refused(base, data):
     with pytest.raises(WpjaxError, match=r"the loss of step \d+ is nan: training diverged; lower"):
         train(base.cfg, base.params, data, dataclasses.replace(CONFIG, lr=float("inf")))
+
+
+def test_a_full_disk_is_one_line_and_the_last_state_stays(base, data, tmp_path, capfd):
+    """The third checkpoint has no room, nor has the second if it is not finished when the disk fills up."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "ck"
+
+    def fill(step, loss):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+
+    try:
+        with pytest.raises(OutputError, match=r"a checkpoint cannot be written .*that of step [24] is kept: make room"):
+            train(base.cfg, base.params, data, CONFIG, checkpoints=folder, on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Traceback" not in capfd.readouterr().err
+    steps = []
+    resumed = train(base.cfg, base.params, data, CONFIG, checkpoints=folder, on_step=lambda s, _: steps.append(s))
+    assert steps in ([3, 4, 5, 6], [5, 6])
+    chex.assert_trees_all_equal(resumed, train(base.cfg, base.params, data, CONFIG))
+
+
+def test_a_folder_without_a_checkpoint_is_in_nobodys_way(tmp_path):
+    folder, out = tmp_path / ".e.training", tmp_path / "e"
+    (folder / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    (folder / "training.txt").write_text("another")
+    check_checkpoints(folder, False, out)
+    assert not list(tmp_path.iterdir())
+    (folder / "2").mkdir(parents=True)
+    with pytest.raises(OutputError, match="pass --resume, or delete it"):
+        check_checkpoints(folder, False, out)
+    check_checkpoints(folder, True, out)
+    out.mkdir()
+    (out / "config.json").write_text("{}")  # the expert was written, and then the process was killed
+    check_checkpoints(folder, False, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
 def test_checkpoints_that_are_damaged_are_refused(base, data, tmp_path):

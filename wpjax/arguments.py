@@ -167,6 +167,13 @@ class SweepConfig:
             "or kl."
         ),
     ] = None
+    anchor_behaviour: Annotated[
+        str | None,
+        Setting(
+            "Behaviour of the anchor file, where it is meant to be another than --behaviour. The result says so, and "
+            "the anchor counts as untested."
+        ),
+    ] = None
     response_tokens: ResponseTokens = 0
     max_new_tokens: NewTokens = 32
     causal: Causal = "require"
@@ -215,7 +222,10 @@ class SweepConfig:
     n_masks: Annotated[
         int,
         Setting(
-            "With --method masks: random sets at each share of components (.1, .5, .9).", least=8, passed_to_sweep=True
+            "With --method masks: random sets at each share of components (.1, .5, .9).",
+            least=8,
+            most=2**16,
+            passed_to_sweep=True,
         ),
     ] = 256
     set_score: Annotated[
@@ -273,9 +283,13 @@ class SweepConfig:
             WpjaxError: a value that is not allowed, or two arguments that do not go together.
         """
         from wpjax.runtime.files import check_output
+        from wpjax.runtime.shards import check_parts
 
         check_values(self)
-        check_output(self.out, self.overwrite)
+        inputs = (self.base, self.expert, self.behaviour, self.anchor, self.given_anchor)
+        check_output(self.out, self.overwrite, inputs=inputs)
+        check_parts(self.out, "anchor", self.resume)
+        check_parts(self.out, "sweep", self.resume, {"dtype": self.dtype, **self.sweep_arguments})
         if self.profile is not None:
             if self.profile.exists():
                 raise OutputError(f"--profile {self.profile} exists; name a new folder")
@@ -286,6 +300,8 @@ class SweepConfig:
                 f"--anchor {self.anchor} goes with --metric anchor or on_policy, not with --metric {self.metric}; "
                 "drop one"
             )
+        if self.anchor_behaviour is not None and self.anchor is None and self.given_anchor is None:
+            raise WpjaxError("--anchor-behaviour goes with --anchor or --given-anchor; drop it, or name the file")
         if self.response_tokens and (self.anchor is not None or not self.reads_anchor):
             raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
         if self.given_anchor is not None and self.reads_anchor:

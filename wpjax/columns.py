@@ -94,7 +94,7 @@ _BASIC = (
     Column("prompt", dims=("prompt",), dtype=TEXT, group=ALWAYS, is_coordinate=True),
     Column("swept_kind", dims=_KINDS, dtype=TEXT, group=ALWAYS, is_coordinate=True),
     Column(EFFECT, "effect of the weights", has_interval=True, trust=100, is_tested=True, group=ALWAYS),
-    Column("effect_paper", group=ALWAYS, is_finite=False),  # mean over prompts of ratios, some of them by 0
+    Column("effect_paper", group=ALWAYS, is_finite=False),  # version 0.1.0 wrote means of ratios by 0
     Column("p_value", group=ALWAYS),
     Column("q_value", group=ALWAYS),
     Column("below_noise_floor", dtype=BOOL, group=ALWAYS),

@@ -25,9 +25,15 @@ from wpjax.errors import BehaviourError, CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.families import FAMILIES
+from wpjax.runtime.files import recover
+from wpjax.runtime.placement import check_devices
 
 EMBEDDED = ("base", "expert", "planted")
 """Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
+
+
+LARGEST_WEIGHT = 1e9
+"""No trained model has a larger weight; sums of their squares would be infinite."""
 
 
 class DiffNorm(NamedTuple):
@@ -213,7 +219,9 @@ def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[
     ('llama', 'tiny:base')
     """
     source = str(source)
+    check_devices()
     if not source.startswith("tiny:"):
+        recover(Path(source).expanduser())  # a folder that a killed `finetune --overwrite` was about to replace
         return load_checkpoint(source, dtype, ignore_config)
     name = source.removeprefix("tiny:")
     if name not in EMBEDDED:
@@ -297,6 +305,9 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     chosen, about = _common_tokenizer(base, expert, names, tokenizer)
     base, expert = (_fitted(model, cfg) for model in (base, expert))
     ours, theirs = flatten(base.params), flatten(expert.params)
+    for checkpoint, leaves in ((base, ours), (expert, theirs)):
+        for path, leaf in leaves.items():
+            _check_size(checkpoint.source, path, leaf)
     if all(bool(jnp.array_equal(ours[path], theirs[path])) for path in ours):
         raise PairError(f"{names} have equal weights; name a base and an expert that was trained from it")
     if tokenizer is not None:
@@ -345,6 +356,28 @@ def _fitted(model: Checkpoint, cfg: ModelConfig) -> Checkpoint:
         if field in attributes and getattr(cfg, field) != getattr(model.cfg, field)
     }
     return dataclasses.replace(model, cfg=cfg, params=unflatten(flat), hf_config={**model.hf_config, **changed})
+
+
+@jax.jit
+def _too_large(leaf: Array) -> Array:
+    return (~(jnp.abs(leaf) <= LARGEST_WEIGHT)).any()  # so written, NaN is too large
+
+
+def _check_size(source: str, path: str, leaf: Array) -> None:
+    """Refuse weights that are not finite, or so large that what is computed from them would not be.
+
+    Raises:
+        CheckpointError: names the parameter, and the layer.
+    """
+    if not _too_large(leaf):
+        return
+    at = np.unravel_index(int(np.argmax(np.nan_to_num(np.abs(np.asarray(leaf, np.float32)), nan=np.inf))), leaf.shape)
+    layer, rest = (f" of layer {at[0]}", at[1:]) if path.startswith("blocks/") else ("", at)
+    value = float(np.asarray(leaf[tuple(int(i) for i in at)], np.float32))
+    raise CheckpointError(
+        f"{source}: {path.removeprefix('blocks/')}{layer} is {value:g} at [{', '.join(map(str, rest))}]; no trained "
+        "weight is so large, so the checkpoint is damaged: download or train it again"
+    )
 
 
 def _common_tokenizer(

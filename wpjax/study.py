@@ -11,8 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +18,7 @@ import jax
 import wpjax
 from wpjax.arguments import SweepConfig
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.components import check_kind
+from wpjax.components import check_kind, parse_component
 from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.estimators.sets import add_set_score
@@ -35,8 +33,9 @@ from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.files import discard
 from wpjax.runtime.progress import Progress, silent
-from wpjax.runtime.shards import Shards
+from wpjax.runtime.shards import Shards, parts_folder
 
 
 class Study(NamedTuple):
@@ -72,8 +71,8 @@ class Measured(NamedTuple):
 def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     """Sweep a pair as a config says, and write the result.
 
-    If the study is interrupted, its finished parts stay in `parts_folder(config.out)`. The same config with
-    `resume=True` goes on with them.
+    If the study is interrupted, its finished parts stay in a folder beside its result file
+    (`runtime.shards.parts_folder`). The same config with `resume=True` goes on with them.
 
     Args:
         config: all arguments.
@@ -85,6 +84,7 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
         AnchorRejected: the anchor, or the behaviour, does not pass its tests.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> out = Path(tempfile.mkdtemp()) / "title.nc"
     >>> config = SweepConfig(
     ...     "tiny:base", "tiny:expert", "tiny:title", out, components=("L2.head.0", "L4.mlp"), method="exact",
@@ -100,61 +100,68 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
         check_kind(kind)
     task = behaviour(config.behaviour, config.checker)
     pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
+    for name in config.components or ():
+        parse_component(pair.cfg, name)
+    loaded = _loaded_anchor(config, pair, task)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     pair.check_prompts(batch)
-    measured = _measured(config, pair, task, batch, progress)
-    shards = Shards(parts_folder(config.out), _identity(config, pair, batch, measured), config.resume)
-    with contextlib.nullcontext() if config.profile is None else jax.profiler.trace(str(config.profile)):
-        result = sweep(
-            pair,
-            batch,
-            measured.measure,
-            given=measured.given,
-            budget=None if config.memory_mb is None else int(config.memory_mb * 2**20),
-            done=shards,
-            progress=progress,
-            **config.sweep_arguments,
-        )
-    if config.quick:
-        result.dataset.attrs["quick"] = "a first look, at few prompts and components (--quick)"
-    if measured.differs:
-        result.dataset.attrs["behaviour_differs"] = measured.differs
-    study = Study(result)
-    if config.set_score and measured.given is None:
-        progress("set score", 0, 1)
-        study = _with_set_score(config, pair, batch, measured.metric, result)
-        progress("set score", 1, 1)
-    study.result.to_netcdf(config.out, config.overwrite)
-    shards.discard()
-    shutil.rmtree(anchor_parts_folder(config.out), ignore_errors=True)
+    measured = _measured(config, pair, task, batch, loaded, progress)
+    with Shards(config.out, "sweep", _identity(config, pair, batch, measured), config.resume) as shards:
+        with contextlib.nullcontext() if config.profile is None else jax.profiler.trace(str(config.profile)):
+            result = sweep(
+                pair,
+                batch,
+                measured.measure,
+                given=measured.given,
+                budget=None if config.memory_mb is None else int(config.memory_mb * 2**20),
+                done=shards,
+                progress=progress,
+                **config.sweep_arguments,
+            )
+        if config.quick:
+            result.dataset.attrs["quick"] = "a first look, at few prompts and components (--quick)"
+        if measured.differs:
+            result.dataset.attrs["behaviour_differs"] = measured.differs
+        study = Study(result)
+        if config.set_score and measured.given is None:
+            progress("set score", 0, 1)
+            study = _with_set_score(config, pair, batch, measured.metric, result)
+            progress("set score", 1, 1)
+        study.result.to_netcdf(config.out, config.overwrite)  # once and whole; the parts go after it
+        shards.discard()
+        discard(parts_folder(config.out, "anchor"), config.out.name)
     return study
 
 
-def parts_folder(out: Path) -> Path:
-    """The folder of a study's finished parts, beside its result file; removed once the result is written."""
-    return out.with_name(f".{out.name}.sweep")
+def _loaded_anchor(config: SweepConfig, pair: Pair, task: Behaviour) -> Anchor | None:
+    """The anchor of the file that a config names, after a check that it belongs to this pair and behaviour."""
+    path = config.anchor or config.given_anchor
+    if path is None:
+        return None
+    anchor = Anchor.load(path)
+    anchor.check_belongs(pair)
+    expected = config.anchor_behaviour or task.name
+    if anchor.behaviour != expected:
+        raise AnchorRejected(
+            f"{path}: an anchor of {anchor.behaviour}, not of {expected}; fit one with `wpjax anchor`, or, if you mean "
+            f"this one, pass --anchor-behaviour {anchor.behaviour}"
+        )
+    return anchor
 
 
-def anchor_parts_folder(out: Path) -> Path:
-    """The folder of the finished answers of an anchor's causal tests; removed once the result is written."""
-    return out.with_name(f".{out.name}.anchor")
-
-
-def _measured(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, progress: Progress) -> Measured:
-    """Make the metric that a config names, after the tests that belong to it."""
+def _measured(
+    config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, loaded: Anchor | None, progress: Progress
+) -> Measured:
+    """Make the metric that a config names, after the tests that belong to it; `loaded` is the anchor of its file."""
     expert_answers, differs, entry = None, "", check_metric(config.metric)
     if not (entry.reads_anchor and entry.has_fixed_words):  # the metric `anchor` has causal tests instead
         expert_answers, differs = _differing(config, pair, task, batch)
     if entry.make is None:
-        anchor = Anchor.load(config.anchor) if config.anchor else _fitted(config, pair, task, progress)
-        anchor.check_belongs(pair)
+        anchor = _fitted(config, pair, task, progress) if loaded is None else loaded
         measure = anchor if entry.has_fixed_words else OnPolicy(anchor, config.max_new_tokens)
         return Measured(measure, anchor.metric(pair, batch), None, differs)
-    given = None if config.given_anchor is None else Anchor.load(config.given_anchor)
-    if given is not None:
-        given.check_belongs(pair)
     metric = entry.make(pair, batch, config.max_new_tokens, expert_answers)
-    return Measured(metric, metric, given, differs)
+    return Measured(metric, metric, loaded, differs)
 
 
 def _differing(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch) -> tuple[Generation, str]:
@@ -190,13 +197,13 @@ def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress
         "tokenizer": config.tokenizer,
         **options,
     }
-    done = Shards(anchor_parts_folder(config.out), identity, config.resume)
-    try:
-        with diagnostics_kept(config.out):
-            return fit_anchor(pair, task, causal=config.causal, done=done, progress=progress, **options)
-    except AnchorRejected:
-        done.discard()  # other settings are to be tried next
-        raise
+    with Shards(config.out, "anchor", identity, config.resume) as done:
+        try:
+            with diagnostics_kept(config.out):
+                return fit_anchor(pair, task, causal=config.causal, done=done, progress=progress, **options)
+        except AnchorRejected:
+            done.discard()  # other settings are to be tried next
+            raise
 
 
 def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Measured) -> dict[str, object]:

@@ -48,14 +48,13 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path, size: dict[s
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     place = folder / f"on_policy-{digest}.nc"
     if not place.exists():
-        done = Shards(place.with_suffix(".parts"), settings, resume=True)
-        with progress_bars() as progress:
+        with Shards(place, "parts", settings, resume=True) as done, progress_bars() as progress:
             swept = sweep(
                 pair, batch, OnPolicy(anchor, new_tokens), kinds=FINE, method="screen+exact",
                 top=size["top"], stratum=size["stratum"], done=done, progress=progress,
             )  # fmt: skip
-        swept.to_netcdf(place)
-        done.discard()
+            swept.to_netcdf(place)
+            done.discard()
     data = SweepResult.from_netcdf(place).dataset
     told = SweepResult.from_netcdf(folder / "sweep.nc").dataset
     replaced, late = data["exact"].values, data["layer"].values > anchor.layer

@@ -60,7 +60,7 @@ def run_task(config: dict[str, Any], task: Behaviour, folder: Path) -> dict[str,
     steered, validated = int(config["n_steered"]), int(config["n_validated"])
 
     def parts(step: str) -> Shards:
-        return Shards(folder / f".{step}", {"task": task.name, **config}, resume=True)
+        return Shards(places[f"{step}.nc"], "parts", {"task": task.name, **config}, resume=True)
 
     if not places["curves.nc"].exists():  # before anything long: is there a behaviour to find?
         judge = Judge(pair, task, task.encode(pair.tokenizer, "test", validated), new_tokens)

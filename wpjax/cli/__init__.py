@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import typer
-from typer.exceptions import TyperException
+# Nothing slow is imported here, so that Ctrl-C is heard from the first moment on (`main`).
+from wpjax.runtime import interrupts
 
-from wpjax.cli import anchor, demo, finetune, inspect, report, sweep, validate
-from wpjax.cli.compiled import keep_programs
-from wpjax.cli.options import with_options
-from wpjax.errors import WpjaxError
+if TYPE_CHECKING:
+    import typer
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+PIPE_CLOSED = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+"""Exit code when nobody reads the output any more, as in `wpjax inspect MODEL | head -1`; other tools have it too."""
 
 
 def make_app() -> typer.Typer:
     """The command line: one command a module of this package. Its help lists the methods registered so far."""
+    import typer
+
+    from wpjax.cli import anchor, demo, finetune, inspect, report, sweep, validate
+    from wpjax.cli.options import with_options
+
     app = typer.Typer(
         name="wpjax",
         help="Which weights of a fine-tuned model carry its new behaviour?",
@@ -31,59 +36,137 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
-    app.callback(invoke_without_command=True)(_root)
+
+    def root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+        if version:
+            import wpjax
+
+            print(f"wpjax {wpjax.__version__}")
+            raise typer.Exit
+
+    app.callback(invoke_without_command=True)(root)
     for command in (demo, inspect, anchor, sweep, report, validate, finetune):
         name = command.__name__.rpartition(".")[2]
         app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=name)(with_options(command.run))
     return app
 
 
-def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
-    if version:
-        import wpjax
-
-        print(f"wpjax {wpjax.__version__}")
-        raise typer.Exit
-
-
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug."""
+    """Run the command line.
+
+    Exit codes: 0 done, 2 bad input, 130 interrupted (143 terminated), 141 nobody reads the output, 1 a bug.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    with interrupts.listening(_say_what_is_left), _tolerant("stdout") as printed, _tolerant("stderr"):
+        try:
+            code = _run()
+        except KeyboardInterrupt:  # where Typer does not catch it
+            code = interrupts.exit_code()
+        if code == 128 + signal.SIGINT or interrupts.came():
+            _say_what_is_left()
+            _leave_at_once(interrupts.exit_code())
+        failure = printed.failure()
+        if isinstance(failure, BrokenPipeError):
+            code = code or PIPE_CLOSED
+        elif failure is not None:
+            written = ", ".join(interrupts.written())
+            also = f"; written and whole: {written}" if written else ""
+            code = _print_error(f"the output cannot be printed ({failure.strerror or failure}){also}")
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command that the arguments name; its exit code."""
+    from typer.exceptions import TyperException
+
+    from wpjax.cli.compiled import keep_programs
+    from wpjax.errors import WpjaxError
+
     keep_programs()
     try:
-        code = make_app()(standalone_mode=False)
+        return make_app()(standalone_mode=False) or 0
     except SystemExit as leaving:
-        if leaving.code == INTERRUPTED:  # the command has already said what was kept
-            _leave_at_once()
-        raise
+        return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
     except WpjaxError as error:
-        _fail(str(error))
+        return _print_error(str(error))
     except TyperException as error:  # an option that does not exist, a value that does not parse
-        _fail(f"{error.format_message().replace('Value error, ', '').rstrip('.')}. See --help.")
+        return _print_error(f"{error.format_message().replace('Value error, ', '').rstrip('.')}. See --help.")
     except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            _fail(f"out of memory ({error}); ask for less at once: fewer prompts, a smaller batch, a lower --memory-mb")
-        if "Unable to initialize backend" in str(error):  # JAX_PLATFORMS names a device that is not there
-            _fail(str(error))
+            less = "ask for less at once: fewer prompts, a smaller batch, a lower --memory-mb"
+            return _print_error(f"out of memory ({error}); {less}")
         raise
-    if code == INTERRUPTED:  # Typer's own answer to Ctrl-C, in commands that do not handle it
-        print("interrupted; nothing was written", file=sys.stderr)
-        _leave_at_once()
-    sys.exit(code or 0)
 
 
-def _fail(message: str) -> NoReturn:
-    """Print an error as one line, and exit with code 2."""
+def _print_error(message: str) -> int:
+    """Print an error as one line; returns the exit code of bad input."""
     line = " ".join(message.split())
     # A message may quote a file, say the name of a tensor: control characters in it must not reach the terminal.
     print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
-def _leave_at_once() -> NoReturn:
+def _say_what_is_left() -> None:
+    """Print what an interrupted command has left, and how to go on."""
+    with contextlib.suppress(Exception):  # said from another thread while the main one is busy: it may not fail
+        print(interrupts.account(), file=sys.stderr, flush=True)
+
+
+def _leave_at_once(code: int) -> NoReturn:
     """Exit without tearing the interpreter down, which crashes if XLA was cut off in the middle of a program."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
             stream.flush()
-    os._exit(INTERRUPTED)
+    os._exit(code)
+
+
+class _Tolerant:
+    """A text stream that drops what it is given once it cannot be written to, so that work goes on without it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._failure: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def failure(self) -> OSError | None:
+        """What went wrong, after all that was printed has been passed on; None if nothing did."""
+        self.flush()
+        return self._failure
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self._failure is None:
+            try:
+                action()
+            except OSError as error:
+                self._failure = error
+
+
+@contextlib.contextmanager
+def _tolerant(name: str) -> Iterator[_Tolerant]:
+    """Put a `_Tolerant` in the place of `sys.stdout` or `sys.stderr`."""
+    stream = getattr(sys, name)
+    if stream is None:  # closed from the start: print drops everything anyway
+        yield _Tolerant(io.StringIO())
+        return
+    tolerant = _Tolerant(stream)
+    setattr(sys, name, tolerant)
+    try:
+        yield tolerant
+    finally:
+        setattr(sys, name, stream)
+        if tolerant.failure() is not None:
+            # Python passes on what is left in its buffer as it exits, and that would fail too: give it a place to go.
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)

@@ -58,17 +58,17 @@ def run(
     """Fit an anchor, the direction that tells whether the behaviour's state has formed, and test it by steering."""
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, inputs=(base, expert, behaviour))
 
     from wpjax import behaviours
-    from wpjax.cli.console import on_interrupt, print_json, progress_bars
+    from wpjax.cli.console import print_json, progress_bars
     from wpjax.evaluation.fit_anchor import fit_anchor
     from wpjax.metrics.diagnostics import diagnostics_kept
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
-    with on_interrupt(lambda: "nothing was written"), diagnostics_kept(out), progress_bars() as progress:
+    with diagnostics_kept(out), progress_bars() as progress:
         anchor = fit_anchor(
             pair,
             task,

@@ -7,8 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from wpjax.runtime import interrupts
 from wpjax.runtime.progress import Progress
 
 out = Console(highlight=False)
@@ -59,10 +59,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def progress_bars() -> Iterator[Progress]:
     """Give a `Progress` that draws a bar for each piece of work, on the error stream.
 
-    If the error stream is not a terminal, it prints a plain line every few seconds instead.
+    If the error stream is not a terminal, it prints a plain line every few seconds instead. After Ctrl-C the next call
+    raises `KeyboardInterrupt` (see `runtime.interrupts`).
     """
     if not err.is_terminal:
-        yield _log_lines()
+        yield _heeding(_log_lines())
         return
     columns = (
         TextColumn("{task.description}"),
@@ -79,7 +80,17 @@ def progress_bars() -> Iterator[Progress]:
                 bars[what] = progress.add_task(what, total=total)
             progress.update(bars[what], completed=done, total=total)
 
-        yield update
+        yield _heeding(update)
+
+
+def _heeding(progress: Progress) -> Progress:
+    """The same progress, which stops the work if a signal came that asks for it."""
+
+    def update(what: str, done: int, total: int) -> None:
+        progress(what, done, total)
+        interrupts.check()
+
+    return update
 
 
 def _log_lines(seconds: float = 10.0) -> Progress:
@@ -95,18 +106,3 @@ def _log_lines(seconds: float = 10.0) -> Progress:
             print(f"[{now - start:5.0f} s] {what}: {done} of {total}", file=sys.stderr, flush=True)
 
     return update
-
-
-def kept(folder: Path) -> str:
-    """What to say of an interrupted command: whether finished parts are in its folder, and how to go on."""
-    return "finished parts are kept: go on with --resume" if any(folder.glob("*.npy")) else "nothing was written"
-
-
-@contextlib.contextmanager
-def on_interrupt(message: Callable[[], str]) -> Iterator[None]:
-    """On Ctrl-C, print a message that says what was kept and how to go on, and exit with code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"interrupted; {message()}", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -31,22 +31,19 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Make an expert: train a base on its own answers, rewritten so that they follow the instruction."""
-    import shutil
-
-    from wpjax.errors import OutputError
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite, "config.json")
-    checkpoints = out.with_name(f".{out.name}.training")
-    if checkpoints.exists() and not resume:
-        raise OutputError(f"{checkpoints} is left from an interrupted training; pass --resume, or delete it")
+    check_output(out, overwrite, "config.json", inputs=(base, behaviour))
 
     from wpjax import behaviours
     from wpjax.checkpoints.checkpoint import save_checkpoint
-    from wpjax.cli.console import on_interrupt, print_json, print_table, progress_bars
+    from wpjax.cli.console import print_json, print_table, progress_bars
     from wpjax.finetuning import finetune, pass_rate
     from wpjax.pairs import load_model
-    from wpjax.training import TrainConfig
+    from wpjax.training import TrainConfig, check_checkpoints, discard_checkpoints
+
+    checkpoints = out.with_name(f".{out.name}.training")
+    check_checkpoints(checkpoints, resume, out)
 
     task = behaviours.behaviour(behaviour, checker)
     if eval_prompts:
@@ -54,18 +51,7 @@ def run(
     model = load_model(base, ignore_config=ignore_config)
     config = TrainConfig(steps=steps, lr=lr, batch_size=batch_size, weight_decay=weight_decay, seed=seed)
 
-    saved = False
-
-    def kept() -> str:
-        """What to say after an interruption; deletes a folder that holds no checkpoint yet."""
-        if saved:
-            return f"the expert is written to {out}, but was not checked"
-        if any(path.name.isdigit() for path in checkpoints.glob("*")):
-            return "the training so far is kept: go on with --resume"
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        return "nothing was written"
-
-    with on_interrupt(kept), progress_bars() as progress:
+    with progress_bars() as progress:
         progress("answers to learn from", 0, 1)
         losses: list[float] = []
 
@@ -74,22 +60,17 @@ def run(
             progress("training", step, steps)
             losses.append(loss)
 
-        try:
-            expert = finetune(
-                model,
-                task,
-                config,
-                components=None if components is None else [c.strip() for c in components.split(",")],
-                max_new_tokens=max_new_tokens,
-                checkpoints=checkpoints,
-                on_step=on_step,
-            )
-        except Exception:
-            kept()  # for what it deletes
-            raise
+        expert = finetune(
+            model,
+            task,
+            config,
+            components=None if components is None else [c.strip() for c in components.split(",")],
+            max_new_tokens=max_new_tokens,
+            checkpoints=checkpoints,
+            on_step=on_step,
+        )
         save_checkpoint(out, expert, overwrite=overwrite)
-        saved = True
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        discard_checkpoints(checkpoints, out)
         rates: dict[str, float] = {}
         for i, (name, which) in enumerate({"base": model, "expert": expert}.items() if eval_prompts else ()):
             progress("checking on held-out prompts", i, 2)

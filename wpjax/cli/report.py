@@ -29,7 +29,7 @@ def run(
     from wpjax.results.sweep_result import SweepResult
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, inputs=(result, execution))
     swept, later = SweepResult.from_netcdf(result), None if execution is None else SweepResult.from_netcdf(execution)
     for path in write_report(swept, out, execution=later, n_rows=rows, overwrite=overwrite):
         print(path)

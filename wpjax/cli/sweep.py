@@ -28,10 +28,10 @@ def run(
     """Measure how much of the behaviour each component's weights carry, and write the result."""
     config.check()  # before anything heavy is imported
 
-    from wpjax.cli.console import kept, on_interrupt, progress_bars
-    from wpjax.study import parts_folder, run_study
+    from wpjax.cli.console import progress_bars
+    from wpjax.study import run_study
 
-    with on_interrupt(lambda: kept(parts_folder(config.out))), progress_bars() as progress:
+    with progress_bars() as progress:
         study = run_study(config, progress)
     if study.no_set_score:
         print(f"no set score: {study.no_set_score}", file=sys.stderr)

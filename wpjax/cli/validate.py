@@ -45,8 +45,11 @@ def run(
     checker: Checker = None,
     by: Annotated[str | None, Setting("The ranking to test, say effect or screen; the set score if absent.")] = None,
     n_prompts: NPrompts = 32,
-    points: Annotated[int, Setting("Sizes of sets on each curve, from one component to all.", least=2)] = 10,
-    n_random: Annotated[int, Setting("Random orders to compare with.", least=1)] = 3,
+    swept_behaviour: Annotated[
+        str | None, Setting("Behaviour of the result, where another one is validated on purpose; the curves say so.")
+    ] = None,
+    points: Annotated[int, Setting("Sizes of sets on each curve, from one component to all.", least=2, most=1000)] = 10,
+    n_random: Annotated[int, Setting("Random orders to compare with.", least=1, most=1000)] = 3,
     max_new_tokens: NewTokens = 32,
     tokenizer: TokenizerOf = None,
     dtype: Dtype = "float32",
@@ -58,20 +61,21 @@ def run(
 ) -> None:
     """Patch a sweep's best components into the base, and out of the expert; the checker judges the answers."""
     from wpjax.runtime.files import check_output
+    from wpjax.runtime.shards import Shards, check_parts
 
-    names = ("curves", "calibration")
-    for target in (out, *(out.with_name(f"{out.stem}-{name}.png") for name in names)):
-        check_output(target, overwrite)
+    check_output(out, overwrite, inputs=(result, base, expert, behaviour))
+    check_parts(out, "validate", resume)
 
     import wpjax
     from wpjax import behaviours
-    from wpjax.cli.console import kept, on_interrupt, progress_bars
+    from wpjax.cli.console import progress_bars
     from wpjax.evaluation.validation import validate
     from wpjax.pairs import load_pair
-    from wpjax.report.curves import write_curves
+    from wpjax.report.curves import curve_figures, write_curves
     from wpjax.results.sweep_result import SweepResult
-    from wpjax.runtime.shards import Shards
 
+    for figure in curve_figures(out):
+        check_output(figure, overwrite)
     swept = SweepResult.from_netcdf(result)
     task = behaviours.behaviour(behaviour, checker)
     pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
@@ -86,25 +90,24 @@ def run(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    shards = Shards(out.with_name(f".{out.name}.validate"), settings, resume)
-
-    with on_interrupt(lambda: kept(shards.folder)), progress_bars() as progress:
-        curves = validate(
-            pair,
-            task,
-            swept,
-            by=by,
-            n_prompts=n_prompts,
-            n_points=points,
-            n_random=n_random,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            done=shards,
-            progress=progress,
-        )
-    curves.to_netcdf(out, overwrite)
-    figures = write_curves(curves, out, overwrite)
-    shards.discard()
+    with Shards(out, "validate", settings, resume) as shards:
+        with progress_bars() as progress:
+            curves = validate(
+                pair,
+                task,
+                swept,
+                by=by,
+                n_prompts=n_prompts,
+                n_points=points,
+                n_random=n_random,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                swept_behaviour=swept_behaviour,
+                done=shards,
+                progress=progress,
+            )
+        figures = write_curves(curves, out, overwrite)
+        shards.discard()
     print_curves(curves, as_json)
     if not as_json:
         print(f"\nwrote {out}, {', '.join(map(str, figures))}")

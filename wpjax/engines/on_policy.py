@@ -157,7 +157,7 @@ class OnPolicy:
             make_engine=functools.partial(OnPolicyEngine, base_answers),
             second_metric=decision,
             columns=self.anchor.columns,
-            attributes=self.anchor.attributes,
+            attributes=self.anchor.attributes(batch.behaviour),
         )
 
 

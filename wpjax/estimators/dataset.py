@@ -76,7 +76,9 @@ def make_dataset(
         values |= dict(zip((name, *_column(name).bounds), share, strict=True))
     values |= job.engine.columns
     # The paper's figure: the mean over prompts of each prompt's ratio, where the effect is the ratio of means.
-    values["effect_paper"] = np.where(exact, (delta / gap).mean(1), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a prompt without a gap has no ratio, nor has their mean
+        ratio = (delta / gap).mean(1)
+    values["effect_paper"] = np.where(np.isfinite(ratio), ratio, np.nan)
     # Tests are of the most trustworthy column that was measured: weight patches or, without them, activation patches.
     measured = [column.name for column in rankings() if column.is_tested and column.name in output.changes]
     tested = changes[measured[0]] if measured else delta

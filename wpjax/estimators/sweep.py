@@ -20,7 +20,7 @@ from wpjax.estimators.dataset import Controls, make_dataset
 from wpjax.estimators.job import MethodOutput, SweepJob
 from wpjax.methods import DEFAULT_METHOD, check_method
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.metric import Measure, Metric, expect_positive_gap, scores
+from wpjax.metrics.metric import Measure, Metric, expect_finite, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results.sweep_result import SweepResult
@@ -130,11 +130,13 @@ def sweep(
     if given is not None:  # the same metric, with both models held at the given anchor's state
         given.check_belongs(pair)
         held = given.clamp_to(pair, batch, prepared.metric)
-        attributes = {**prepared.attributes, "anchor_acceptance": given.acceptance}
+        attributes = {**prepared.attributes, **given.attributes(batch.behaviour)}
         prepared = dataclasses.replace(prepared, metric=held, attributes=attributes)
     swept = _swept_components(pair, prepared.reach_metric or prepared.metric, kinds, components)
     read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
+    for params, score, name in ((pair.base, base_score, "the base"), (pair.expert, expert_score, "the expert")):
+        expect_finite(pair.cfg, params, prepared.metric, score, name)
     gap = (expert_score - base_score).astype(np.float64)
     # Effects are shares of the gap, so a sweep of a gap that may be zero is refused before any work is done.
     expect_positive_gap(gap, batch.queries, f"the {prepared.metric.name} metric of {batch.behaviour}", seed)

@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wpjax.behaviours import Behaviour, PromptBatch
-from wpjax.errors import AnchorRejected
+from wpjax.errors import AnchorRejected, CheckpointError
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.steering import Directions, choose_strengths, screen_layers, steering_tests
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.diagnostics import MIN_STABILITY, LayerDiagnostics, SteeringTest
+from wpjax.metrics.metric import LARGEST_STATE
 from wpjax.metrics.reading import Reading, first_answers, read_at
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
@@ -55,13 +56,23 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
         params: its parameters.
         reading: tokens of B prompts, positions and weights.
         batch_size: prompts of one forward pass, at most.
+
+    Raises:
+        CheckpointError: a number is not finite or larger than `LARGEST_STATE`; the message names the first layer.
     """
     tokens, at, weight = reading
 
     def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "L N D"]:
         return _mean_states(cfg, params, *(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight)))
 
-    return map_batches(len(at), batch_size, run, axis=1)
+    states = map_batches(len(at), batch_size, run, axis=1)
+    damaged = np.flatnonzero(~(np.abs(states) <= LARGEST_STATE).all((1, 2)))  # so written, NaN is too large
+    if damaged.size:
+        raise CheckpointError(
+            f"the residual stream reaches {np.abs(states[damaged[0]]).max():g} at layer {damaged[0]}, so no anchor can "
+            "be fitted; check the weights of base and expert there"
+        )
+    return states
 
 
 def split_half_cosine(

@@ -190,6 +190,7 @@ def validate(
     n_random: int = 2,
     max_new_tokens: int = 32,
     seed: int = 0,
+    swept_behaviour: str | None = None,
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> Curves:
@@ -200,7 +201,7 @@ def validate(
 
     Args:
         pair: the models that were swept.
-        behaviour: the behaviour that was swept.
+        behaviour: the behaviour that was swept; another one only with `swept_behaviour`.
         result: result of the sweep.
         anchor: anchor whose score is measured, too; None for the anchor that was swept on, if any.
         by: name of the ranking under test; None for the result's `set_ranking`.
@@ -209,6 +210,8 @@ def validate(
         n_random: number of random orders.
         max_new_tokens: length of an answer, at most.
         seed: seed of random orders and resampling.
+        swept_behaviour: name of the behaviour that the result is of, to validate its ranking on another behaviour on
+            purpose. The curves say so. None: it must be the same.
         done: finished parts of an earlier attempt (see `runtime.shards.Shards`). New parts are added as they finish.
         progress: function that is called after every patched model.
 
@@ -217,7 +220,7 @@ def validate(
 
     Raises:
         AnchorRejected: base and expert do not differ in the behaviour on these prompts.
-        WpjaxError: the result is of another pair, or has no such ranking.
+        WpjaxError: the result is of another pair or behaviour, or has no such ranking.
         BehaviourError: the model cannot take the prompts, or the checker fails.
 
     >>> import wpjax as wp
@@ -229,8 +232,13 @@ def validate(
     [1, 8]
     """
     check_same_pair(pair, result)
+    check_same_behaviour(behaviour, result, swept_behaviour)
     behaviour.check_checker()
-    acceptance = result.dataset.attrs.get("anchor_acceptance") if anchor is None else anchor.acceptance
+    acceptance = result.dataset.attrs.get("anchor_acceptance")
+    if anchor is not None:
+        acceptance = anchor.acceptance_for(behaviour.name)
+    elif acceptance is not None and behaviour.name != result.dataset.attrs["behaviour"]:
+        acceptance = f"not tested: it is an anchor of {result.dataset.attrs['behaviour']}"
     anchor = anchor_of(result) if anchor is None else anchor
     if anchor is not None:
         anchor.check_belongs(pair)
@@ -287,7 +295,8 @@ def validate(
     if not (np.isfinite(values).all() and np.isfinite(ends).all()):
         raise WpjaxError("a patched model gives scores that are not finite; check the checkpoints for NaN")
     dataset = _dataset(pair, result, batch.queries, steps, names, values, ends, seed, n_prompts, max_new_tokens)
-    return Curves(dataset.assign_attrs({} if acceptance is None else {"anchor_acceptance": acceptance}))
+    marks = {"behaviour": behaviour.name, "swept_behaviour": str(result.dataset.attrs["behaviour"])}
+    return Curves(dataset.assign_attrs(marks | ({} if acceptance is None else {"anchor_acceptance": acceptance})))
 
 
 def anchor_of(result: SweepResult) -> Anchor | None:
@@ -296,7 +305,7 @@ def anchor_of(result: SweepResult) -> Anchor | None:
     if "anchor_vector" not in data:
         return None
     vector = jnp.asarray(data["anchor_vector"].values)
-    labels = (attrs["behaviour"], attrs["expert_fingerprint"])
+    labels = (attrs.get("anchor_behaviour", attrs["behaviour"]), attrs["expert_fingerprint"])
     return Anchor(vector, int(attrs["metric_layer"]), *labels, n_response=int(attrs["anchor_n_response"]))
 
 
@@ -315,6 +324,37 @@ def check_same_pair(pair: Pair, result: SweepResult) -> None:
         raise WpjaxError(
             f"the result is of the pair {theirs[0]}, {theirs[1]}, these models are {pair.fingerprints[0]}, "
             f"{pair.fingerprints[1]}; name the models (and the dtype) that were swept"
+        )
+
+
+def check_same_behaviour(behaviour: Behaviour, result: SweepResult, swept_behaviour: str | None = None) -> None:
+    """Refuse a result of another behaviour, by its name or by its prompts.
+
+    Args:
+        behaviour: the behaviour at hand.
+        result: result of a sweep.
+        swept_behaviour: name of the behaviour of the result, if it is known to be another one; None: it must be the
+            same.
+
+    Raises:
+        WpjaxError: the result is of another behaviour, or not of the one that was named.
+    """
+    data, swept = result.dataset, str(result.dataset.attrs["behaviour"])
+    if swept_behaviour is not None:
+        if swept_behaviour != swept:
+            raise WpjaxError(f"the result is of the behaviour {swept}, not of {swept_behaviour}; name that one")
+        return
+    prompts = behaviour.select(data.attrs["split"], int(data.attrs["n_prompts"]))
+    texts = [str(text) for text in data["prompt"].values]
+    # A text is a prompt as the chat template shows it, which may add today's date.
+    same = len(prompts) == len(texts) and all(
+        p.with_instruction.strip() in text for p, text in zip(prompts, texts, strict=True)
+    )
+    if behaviour.name != swept or not same:
+        what = f"the behaviour {swept}" if behaviour.name != swept else f"other prompts, though also named {swept}"
+        raise WpjaxError(
+            f"the result is of {what}, and {behaviour.name} is to be validated; name the behaviour that was swept, or, "
+            f"to validate its ranking on another one, say so: swept_behaviour={swept!r} (--swept-behaviour {swept})"
         )
 
 

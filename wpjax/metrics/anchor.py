@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +41,9 @@ from wpjax.models.generate import Generation
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.runtime.files import atomic_output, write_tensors
+
+MAX_RESPONSE = 2**20
+"""Most tokens of an answer that the file of an anchor may ask for; more is damage."""
 
 
 @functools.partial(
@@ -121,7 +125,9 @@ class Anchor:
                 f"the chat template wrote {dates[0]} into the prompts of the anchor, and writes {dates[1]} into these; "
                 "fit one with `wpjax anchor`"
             )
-        return PreparedMetric(self.metric(pair, batch), columns=self.columns, attributes=self.attributes)
+        return PreparedMetric(
+            self.metric(pair, batch), columns=self.columns, attributes=self.attributes(batch.behaviour)
+        )
 
     @property
     def columns(self) -> dict[str, tuple[str, Any]]:
@@ -133,10 +139,25 @@ class Anchor:
                 variables[f"anchor_{field.name}"] = ("model_layer", values)
         return variables
 
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """Attributes of a sweep's result that describe the anchor: `acceptance` and `n_response`."""
-        return {"anchor_acceptance": self.acceptance, "anchor_n_response": self.n_response}
+    def attributes(self, behaviour: str) -> dict[str, Any]:
+        """Attributes of the result of a sweep of some behaviour, which describe the anchor."""
+        return {
+            "anchor_acceptance": self.acceptance_for(behaviour),
+            "anchor_n_response": self.n_response,
+            "anchor_behaviour": self.behaviour,
+        }
+
+    def acceptance_for(self, behaviour: str) -> str:
+        """The outcome of the causal tests, as a sweep of some behaviour says it.
+
+        The tests were made on the anchor's own behaviour, and say nothing of another one.
+
+        >>> Anchor(jnp.eye(4)[0], 2, "tiny:title").acceptance_for("tiny:no_comma")
+        'not tested: it is an anchor of tiny:title'
+        """
+        if self.behaviour in ("", behaviour):
+            return self.acceptance
+        return f"not tested: it is an anchor of {self.behaviour}"
 
     def score(
         self, cfg: ModelConfig, params: Params, batch: PromptBatch | Tokens, answers: Generation | None = None
@@ -195,7 +216,12 @@ class Anchor:
 
         Raises:
             OutputError: the file exists or cannot be written.
+            CheckpointError: the anchor does not say which expert it was fitted in, or its vector is not finite.
         """
+        if not self.expert_fingerprint:
+            raise CheckpointError("this anchor does not say which expert it belongs to; set its expert_fingerprint")
+        if not np.isfinite(self.vector).all():
+            raise CheckpointError("this anchor's vector is not finite; check the expert for damaged weights")
         metadata = {
             "layer": str(self.layer),
             "n_response": str(self.n_response),
@@ -215,6 +241,8 @@ class Anchor:
             CheckpointError: the file is not an anchor file.
         """
         try:
+            if not Path(path).is_file():  # nor a pipe, which never ends
+                raise ValueError("no such file")
             with safe_open(path, framework="np") as file:
                 meta: Mapping[str, str] = file.metadata() or {}
                 vector = file.get_tensor("vector")
@@ -223,9 +251,11 @@ class Anchor:
                 raise ValueError("diagnostics that are not numbers")
             layer, n_response = int(meta["layer"]), int(meta["n_response"])
             behaviour, fingerprint = meta["behaviour"], meta["expert_fingerprint"]
-            if n_response < 0:
-                raise ValueError("n_response is negative")
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+            if not 0 <= n_response <= MAX_RESPONSE:
+                raise ValueError(f"n_response is not between 0 and {MAX_RESPONSE}")
+            if not re.fullmatch("[0-9a-f]{16}", fingerprint):
+                raise ValueError("it does not say which expert it was fitted in")
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
         if vector.ndim != 1 or vector.dtype != np.float32 or not np.isclose(np.linalg.norm(vector), 1, atol=1e-3):
             raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")

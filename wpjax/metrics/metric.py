@@ -247,6 +247,37 @@ def _begins(short: Tokens, long: Tokens) -> bool:
     return bool((same | (np.arange(ids.shape[1]) >= n)).all() and (n <= np.asarray(long.lengths)[:, None]).all())
 
 
+LARGEST_STATE = 1e15
+"""No residual stream is larger; squares of larger numbers would be infinite."""
+
+
+def expect_finite(cfg: ModelConfig, params: Params, metric: Metric, score: Float[np.ndarray, " B"], model: str) -> None:
+    """Refuse scores of a model that are not finite, and say where in the model that begins.
+
+    Args:
+        cfg: architecture of the model.
+        params: its parameters.
+        metric: the metric; of the on-policy score one that reads the same prompts.
+        score: [B], the scores.
+        model: what to call the model, say "the expert".
+
+    Raises:
+        MetricRejected: a score is not finite or larger than `LARGEST_STATE`; the message names the prompt and the
+            layer.
+    """
+    bad = np.flatnonzero(~(np.abs(score) <= LARGEST_STATE))  # so written, NaN is too large
+    if not bad.size:
+        return
+    ids = jnp.asarray(metric.tokens.ids)[bad[:1]]
+    resid = forward(cfg, params, ids, sites=(Site.RESID_POST,), logits=False).sites[Site.RESID_POST]  # [L, 1, T, D]
+    largest = np.abs(np.asarray(resid, np.float32)).max((1, 2, 3))
+    layers = np.flatnonzero(~(largest <= LARGEST_STATE))
+    where = f"its stream reaches {largest[layers[0]]:g} at layer {layers[0]}" if layers.size else "its stream is finite"
+    raise MetricRejected(
+        f"the {metric.name} metric of {model} is {score[bad[0]]:g} on prompt {bad[0]}: {where}; check its weights there"
+    )
+
+
 def expect_positive_gap(gap: Float[np.ndarray, " B"], queries: Int[np.ndarray, " B"], name: str, seed: int = 0) -> None:
     """Refuse a gap that may be zero, as effects are divided by it.
 

@@ -14,7 +14,8 @@ from wpjax.columns import title_of
 from wpjax.methods.metrics import metric_entries
 from wpjax.report.figures import COLOURS, GREY, STYLE
 from wpjax.results.curves import CHECKS, DIRECTIONS, Curves
-from wpjax.runtime.files import atomic_output
+from wpjax.results.files import netcdf_bytes
+from wpjax.runtime.files import atomic_outputs
 
 # Titles of the measures, and colours of the controls.
 LABELS = {
@@ -107,11 +108,11 @@ def make_calibration(curves: Curves) -> Figure:
 
 
 def write_curves(curves: Curves, path: Path, overwrite: bool = False) -> list[Path]:
-    """Write both figures as PNG files.
+    """Write the result file and both figures, as PNG files beside it; all of them or none.
 
     Args:
         curves: the curves.
-        path: path of the result file; the figures are written beside it and named after it.
+        path: path of the result file; the figures are named after it.
         overwrite: whether files that exist may be replaced.
 
     Returns:
@@ -120,10 +121,15 @@ def write_curves(curves: Curves, path: Path, overwrite: bool = False) -> list[Pa
     Raises:
         OutputError: a file exists or cannot be written.
     """
-    written = []
-    for name, figure in (("curves", make_curves(curves)), ("calibration", make_calibration(curves))):
-        target = path.with_name(f"{path.stem}-{name}.png")
-        with atomic_output(target, overwrite) as temporary, mpl.rc_context(STYLE):
-            figure.savefig(temporary, format="png", dpi=150)
-        written.append(target)
-    return written
+    targets = (path, *curve_figures(path))
+    figures = (make_curves(curves), make_calibration(curves))
+    with atomic_outputs(targets, overwrite) as (file, *pictures), mpl.rc_context(STYLE):
+        file.write_bytes(netcdf_bytes(curves.dataset))
+        for figure, picture in zip(figures, pictures, strict=True):
+            figure.savefig(picture, format="png", dpi=150)
+    return list(targets[1:])
+
+
+def curve_figures(path: Path) -> tuple[Path, ...]:
+    """Paths of the figures that `write_curves` writes beside a result file."""
+    return tuple(path.with_name(f"{path.stem}-{name}.png") for name in ("curves", "calibration"))

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from wpjax.columns import ALWAYS, Column, columns, effect_estimates
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
 from wpjax.results.sweep_result import SweepResult
-from wpjax.runtime.files import atomic_output, check_output
+from wpjax.runtime import interrupts
+from wpjax.runtime.files import atomic_outputs, check_output
 
 TITLES = {
     "top": "Highest effects",
@@ -40,7 +41,7 @@ def write_report(
     n_rows: int = 100,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write a page about a sweep, and beside it its figures as PNG files.
+    """Write a page about a sweep, and beside it its figures as PNG files; all of them or none.
 
     Args:
         result: the sweep.
@@ -64,19 +65,22 @@ def write_report(
     ['title.html', 'title-overview.png', 'title-depth.png', 'title-coverage.png', 'title-anchor.png']
     """
     page = Path(path)
-    written = [page]
     names = tuple(available(result, execution))
     targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *names)}
     for target in (page, *targets.values()):  # all of them before the first is written
         check_output(target, overwrite)
-    figures = {name: make_figure(result, name, execution) for name in names}
-    with atomic_output(page, overwrite) as temporary:
-        temporary.write_text(render_page(result, figures, n_rows), encoding="utf-8")
-    for name, figure in {"overview": make_overview(result), **figures}.items():
-        with atomic_output(targets[name], overwrite) as temporary, mpl.rc_context(STYLE):
-            figure.savefig(temporary, format="png", dpi=150)
-        written.append(targets[name])
-    return written
+    figures = {}
+    for name in names:
+        interrupts.check()
+        figures[name] = make_figure(result, name, execution)
+    pictures = {"overview": make_overview(result), **figures}
+    with atomic_outputs((page, *(targets[name] for name in pictures)), overwrite) as (text, *images):
+        text.write_text(render_page(result, figures, n_rows), encoding="utf-8")
+        for figure, image in zip(pictures.values(), images, strict=True):
+            interrupts.check()
+            with mpl.rc_context(STYLE):
+                figure.savefig(image, format="png", dpi=150)
+    return [page, *(targets[name] for name in pictures)]
 
 
 def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) -> str:
@@ -185,6 +189,7 @@ def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
 
 def _svg(figure: Figure) -> Markup:
     """A figure as inline SVG; matplotlib escapes the text it draws."""
+    interrupts.check()
     out = io.StringIO()
     with mpl.rc_context(STYLE):
         figure.savefig(out, format="svg", metadata={"Date": None})

@@ -1,4 +1,7 @@
-"""Result files: netCDF, written whole or not at all, and checked when they are read."""
+"""Result files: netCDF, written whole or not at all, and checked when they are read.
+
+Nothing that a file says is followed outside it, and no number in it is infinite.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,45 @@ import xarray as xr
 from wpjax.errors import WpjaxError
 from wpjax.runtime.files import atomic_output
 
+LARGEST = 1e30
+"""No number that is measured is as large: a larger one is damage."""
+
+MAX_BYTES = 16 * 2**30
+"""Largest size of a result in memory; compressed, a small file can hold more."""
+
 
 def write_dataset(dataset: xr.Dataset, path: Path, overwrite: bool = False) -> None:
     """Write a netCDF file, whole or not at all.
 
     Raises:
         OutputError: the place exists or cannot be written.
+        WpjaxError: a number is infinite.
     """
-    encoding = {v: {"zlib": True} for v, a in dataset.data_vars.items() if a.dtype.kind == "f" and a.ndim}
     with atomic_output(path, overwrite) as temporary:
-        dataset.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        temporary.write_bytes(netcdf_bytes(dataset))
+
+
+def netcdf_bytes(dataset: xr.Dataset) -> bytes:
+    """A dataset as the bytes of a netCDF file.
+
+    They are made in memory: on a full disk HDF5 crashes, while writing bytes fails in an orderly way.
+
+    Raises:
+        WpjaxError: a number is infinite, or too large to have been measured. (NaN is allowed: it was not measured.)
+    """
+    wrong = [str(name) for name, values in dataset.variables.items() if _is_infinite(values.values)]
+    wrong += [str(name) for name, value in dataset.attrs.items() if _is_infinite(np.asarray(value))]
+    if wrong:
+        raise WpjaxError(
+            f"{', '.join(wrong[:4])}: infinite, so nothing is written; check base and expert for damaged weights"
+        )
+    encoding = {v: {"zlib": True} for v, a in dataset.data_vars.items() if a.dtype.kind == "f" and a.ndim}
+    return bytes(dataset.to_netcdf(None, engine="h5netcdf", encoding=encoding))
+
+
+def _is_infinite(values: np.ndarray) -> bool:
+    """Whether an array of floats holds a number that cannot have been measured."""
+    return values.dtype.kind == "f" and bool((np.abs(values) > LARGEST).any())
 
 
 def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.Dataset:
@@ -36,10 +68,15 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
     Raises:
         WpjaxError: there is no such file, or it holds something else.
     """
+    if not Path(path).is_file():
+        raise WpjaxError(f"{path}: not a readable result file (no such file); make one with `{command}`")
     try:
+        _check_self_contained(path)
         with warnings.catch_warnings(action="ignore"):  # about HDF5 that is not netCDF
             dataset = xr.load_dataset(path, engine="h5netcdf")
     except Exception as error:  # HDF5's readers raise what they like on a damaged file
+        if isinstance(error, WpjaxError):
+            raise
         raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `{command}`") from error
     kind: Any = dataset.attrs.get("what")
     if isinstance(kind, str) and kind != what:
@@ -48,6 +85,29 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
     if not np.array_equal(written, schema):  # the attribute of somebody else's file may be anything, arrays too
         raise WpjaxError(f"{path}: schema {written}, this version reads {schema}; make it anew with `{command}`")
     return dataset
+
+
+def _check_self_contained(path: str | Path) -> None:
+    """Refuse an HDF5 file that leads to other files, or to more memory than any result takes.
+
+    HDF5 lets a file name others, whose bytes are then read as if they stood in it: external links, external storage of
+    a dataset, and virtual datasets. A result of ours has none of them.
+    """
+    import h5py
+
+    n_bytes = 0
+    with h5py.File(path, "r") as file:
+        for name in file:
+            if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                raise WpjaxError(f"{path}: {name} is a link, perhaps to another file; it is refused: sweep again")
+            item = file[name]
+            if not isinstance(item, h5py.Dataset):
+                raise WpjaxError(f"{path}: {name} is no array; results hold nothing else: sweep again")
+            if item.external or item.is_virtual:
+                raise WpjaxError(f"{path}: {name} is read from another file; it is refused: sweep again")
+            n_bytes += item.size * item.dtype.itemsize if item.shape is not None else 0
+    if n_bytes > MAX_BYTES:
+        raise WpjaxError(f"{path}: holds {n_bytes:.1e} bytes, more than any result; it is damaged, sweep again")
 
 
 def has_form(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str, is_finite: bool = True) -> bool:
@@ -65,5 +125,4 @@ def has_form(data: xr.Dataset, name: str, dims: tuple[str, ...], kinds: str, is_
     variable = data[name]
     if variable.dims != dims or variable.dtype.kind not in kinds or not variable.size:
         return False
-    # nothing that is measured is as large as 1e30, so that is damage too
-    return not is_finite or variable.dtype.kind != "f" or not (np.abs(variable.values) > 1e30).any()
+    return not is_finite or not _is_infinite(variable.values)

@@ -15,10 +15,16 @@ from jaxtyping import Float
 from wpjax.columns import ALWAYS, EFFECT, columns, effect_estimates, rankings
 from wpjax.errors import WpjaxError
 from wpjax.methods import methods
-from wpjax.results.files import has_form, read_dataset, write_dataset
+from wpjax.results.files import LARGEST, has_form, read_dataset, write_dataset
 
 SCHEMA = 4
 """Version of the layout of the file; the file holds it as its attribute `schema`."""
+
+MAX_LAYERS, MAX_INDEX, MAX_HEADS = 4096, 2**20, 4096
+"""Bounds of what a file may say, larger than any model's: layers, components of a kind in a layer, heads in a layer.
+
+Figures have a place for every layer and every head, so a damaged file must not ask for billions of them.
+"""
 
 STORED_AS_JSON = ("noise_floor_by_kind", "rows_per_program")
 """Attributes that are mappings, which netCDF cannot hold: JSON text in the file. `Method.marks` may be such too."""
@@ -243,6 +249,11 @@ def _are_targets(values: np.ndarray, last: float) -> bool:
     return names[0] == "self" and all(m is not None and int(m[1]) <= last for m in matches)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether an attribute is a number that can have been measured; NaN is one."""
+    return isinstance(value, int | float | np.integer | np.floating) and not abs(float(value)) > LARGEST
+
+
 def _damage(data: xr.Dataset) -> list[str]:
     """Names of what a dataset lacks, or has in another form than the table of columns says; empty if it is whole."""
     # of a group the file has all columns or none: one column that is there asks for the others
@@ -253,7 +264,7 @@ def _damage(data: xr.Dataset) -> list[str]:
         if column.group_name in groups and not has_form(data, column.name, column.dims, column.dtype, column.is_finite)
     ]
     wrong += [name for name in TEXTS if not isinstance(data.attrs.get(name), str)]
-    wrong += [name for name in NUMBERS if not isinstance(data.attrs.get(name), int | float | np.number)]
+    wrong += [name for name in NUMBERS if not _is_number(data.attrs.get(name))]
     if wrong:
         return wrong
     if not _measured(data):
@@ -266,9 +277,17 @@ def _damage(data: xr.Dataset) -> list[str]:
             wrong.append("anchor_vector")
     if "target" in data and not _are_targets(data["target"].values, float(data.attrs["metric_layer"])):
         wrong.append("target")
-    layer, index = data["layer"].values, data["index"].values
-    if layer.min() < -1 or layer.max() >= data.attrs["n_layers"] or index.min() < 0 or index.max() >= 2**31:
+    layer, index, n_layers = data["layer"].values, data["index"].values, data.attrs["n_layers"]
+    if not 1 <= n_layers <= MAX_LAYERS:
+        wrong.append("n_layers")
+    if layer.min() < -1 or layer.max() >= n_layers or index.min() < 0 or index.max() >= MAX_INDEX:
         wrong.append("layer and index")
+    heads = np.isin(data["kind"].values.astype(str), ("head", "kv_group"))
+    if heads.any() and index[heads].max() >= MAX_HEADS:
+        wrong.append("index")
+    for name, least in (("metric_layer", 0), ("given_layer", -1)):  # -1: no state is given
+        if not (least <= data.attrs[name] < n_layers and float(data.attrs[name]).is_integer()):
+            wrong.append(name)
     try:
         floors = json.loads(data.attrs["noise_floor_by_kind"])
     except (ValueError, RecursionError):

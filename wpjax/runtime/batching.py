@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from wpjax.runtime import interrupts
+
 
 def map_batches(
     n: int,
@@ -42,6 +44,7 @@ def map_batches(
     parts: list[Any] = []
     first = size = 0
     while first < n:
+        interrupts.check()
         if not size:
             # as few parts as fit, then all of one size: 10 rows, 8 at most, are 5 and 5, not 8 and 2
             rest, at_most = n - first, min(at_once, fits.get(what, at_once))

@@ -7,12 +7,15 @@ on one device cannot be swept yet. How its parameters would be cut follows from 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from wpjax.errors import WpjaxError
 
 T = TypeVar("T")
 
@@ -77,6 +80,23 @@ class Placement(NamedTuple):
         """
         specs = (WHOLE,) * n_whole + (SPLIT,) * n_split
         return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
+
+
+def check_devices() -> None:
+    """Refuse to go on without a device, before any work is done.
+
+    Raises:
+        WpjaxError: JAX finds none; as a rule the environment variable JAX_PLATFORMS names one that is not there.
+
+    >>> check_devices()  # no error: there is one
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the name
+        asked, why = os.environ.get("JAX_PLATFORMS", ""), str(error) or "it is not there"
+        raise WpjaxError(
+            f"JAX finds no device for JAX_PLATFORMS={asked!r} ({why}); unset it, or install JAX for that device"
+        ) from error
 
 
 def partition(axes: Sequence[str], rules: Mapping[str, str]) -> PartitionSpec:

@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
-import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wpjax.errors import OutputError, WpjaxError
-from wpjax.runtime.files import atomic_output
+from wpjax.runtime import interrupts
+from wpjax.runtime.files import LOCK, discard, flush, recover, release, try_lock
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+DIGEST = 16
+"""Bytes of the checksum at the end of each part's file."""
+
+MANIFEST = "manifest.json"
+"""The file that says which work the parts of a folder are of."""
+
+KEPT = "finished parts are kept: go on with --resume"
+"""What an interrupted command says of its finished parts."""
+
+
+def parts_folder(out: Path, command: str = "sweep") -> Path:
+    """The folder of the finished parts of an output, beside it; removed once the output is written."""
+    return out.with_name(f".{out.name}.{command}")
+
+
+def check_parts(out: Path, command: str, resume: bool, known: Mapping[str, Any] | None = None) -> None:
+    """Refuse finished parts that an earlier run has left, if this one cannot use them; before any work is done.
+
+    A folder that holds no part is in nobody's way, nor is one whose output was written after its parts: they go.
+
+    Args:
+        out: the output.
+        command: the command that makes it.
+        resume: whether parts that exist are to be used.
+        known: settings of this run that are known already, by their names in the identity of `Shards`.
+
+    Raises:
+        OutputError: parts exist and `resume` is off; or they are of other settings, or another run is at work on them.
+
+    >>> import tempfile
+    >>> check_parts(Path(tempfile.mkdtemp()) / "r.nc", "sweep", resume=False)  # no error: there are none
+    """
+    folder = parts_folder(out, command)
+    if not folder.is_dir():
+        return
+    lock = try_lock(folder / LOCK)
+    try:
+        parts = list(folder.glob("[!.]*.npy"))
+        if not parts or (out.exists() and _newest(folder) <= out.stat().st_mtime_ns):
+            discard(folder, out.name)
+            return
+    finally:
+        if lock is not None:
+            release(lock)
+    if not resume:
+        raise OutputError(f"{folder} is left from a run that did not finish; pass --resume, or delete it")
+    theirs = _manifest(folder).get("identity")
+    if not isinstance(theirs, dict):
+        return  # damaged: `Shards` refuses it
+    for name, value in (known or {}).items():
+        ours = json.loads(json.dumps(value, default=str))
+        if theirs.get(name) != ours:
+            raise OutputError(
+                f"{folder} belongs to a run with other settings ({name}: {_brief(theirs.get(name))} there, "
+                f"{_brief(ours)} here); delete it, or repeat those settings"
+            )
 
 
 def finished_part(done: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -36,69 +98,116 @@ def finished_part(done: Mapping[str, np.ndarray], key: str, shape: tuple[int, ..
 
 
 class Shards(MutableMapping[str, np.ndarray]):
-    """Finished parts of a sweep as a mapping from keys to arrays; each part is a file in a folder.
+    """Finished parts of an output as a mapping from keys to arrays; each part is a file in a folder beside it.
 
-    The folder is made with the first part. Beside the parts it holds a manifest with their identity.
+    The folder is made with the first part. Beside the parts it holds a manifest with their identity, and a lock, so
+    that no two runs write into it. Each file ends with a checksum of the part, its key and the identity. So a part that
+    is damaged, or that belongs to another key or another run, is refused.
 
     Args:
-        folder: where the parts are kept.
+        out: the output that the parts are for (see `parts_folder`).
+        command: the command that makes it, say "sweep".
         identity: everything that the parts depend on, as values that JSON can hold or `str` can name.
         resume: whether a folder that exists may be used.
 
     Raises:
-        OutputError: the folder exists and `resume` is off, or it holds parts of another identity.
+        OutputError: as `check_parts`; or the folder holds parts of another identity.
 
     >>> import tempfile
-    >>> shards = Shards(Path(tempfile.mkdtemp()) / "parts", {"seed": 0}, resume=False)
+    >>> shards = Shards(Path(tempfile.mkdtemp()) / "r.nc", "sweep", {"seed": 0}, resume=False)
     >>> shards["exact-0"] = np.zeros(3)
     >>> list(shards), shards["exact-0"].shape
     (['exact-0'], (3,))
     >>> shards.discard()
+
+    As a context manager it gives up its lock at the end, so that another run may go on.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool):
-        self.folder = folder
+    def __init__(self, out: Path, command: str, identity: dict[str, Any], resume: bool):
+        self.out, self.folder = out, parts_folder(out, command)
         text = json.dumps(identity, sort_keys=True, default=str)
-        self._manifest = {"digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "identity": identity}
-        self._is_mine = False
-        if not folder.exists():
-            return  # it is made with the first part
-        if not resume:
-            raise OutputError(f"{folder} is left from a sweep that did not finish; pass --resume, or delete it")
-        self._check_manifest()
+        self._manifest: dict[str, Any] = {
+            "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+            "identity": identity,
+        }
+        self._is_open = False
+        self._lock: BaseFileLock | None = None
+        recover(out)
+        check_parts(out, command, resume)
+        if self.folder.exists():
+            self._open()
 
-    def _check_manifest(self) -> None:
+    def _open(self) -> None:
+        """Make the folder if there is none; be sure that it is of this identity, and that no other run uses it."""
         try:
-            theirs = json.loads((self.folder / "manifest.json").read_text())["digest"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            theirs = None
-        if theirs != self._manifest["digest"]:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be made ({error.strerror})") from error
+        self._lock = try_lock(self.folder / LOCK)
+        if not (self.folder / MANIFEST).exists() and not len(self):
+            self._write(MANIFEST, json.dumps(self._manifest, default=str).encode())
+        elif _manifest(self.folder).get("digest") != self._manifest["digest"]:
             raise OutputError(
-                f"{self.folder} belongs to a sweep with other settings; delete it, or repeat those settings"
+                f"{self.folder} belongs to a run with other settings; delete it, or repeat those settings"
             )
-        self._is_mine = True
+        for dead in self.folder.glob(".*.partial"):
+            dead.unlink(missing_ok=True)
+        self._is_open = True
+        if len(self):
+            interrupts.leave(self.folder, KEPT)
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file of the folder, whole or not at all; the lock keeps others from the temporary name."""
+        temporary = self.folder / f".{name}.partial"
+        try:
+            temporary.write_bytes(data)
+            flush(temporary)
+            temporary.replace(self.folder / name)
+            flush(self.folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise OutputError(
+                f"{self.folder / name}: cannot be written ({error.strerror or error}); what is finished stays: make "
+                "room, and go on with --resume"
+            ) from error
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
 
+    def _checksum(self, key: str, data: bytes) -> bytes:
+        return hashlib.blake2b(
+            key.encode() + b"\0" + data, digest_size=DIGEST, key=bytes.fromhex(self._manifest["digest"])
+        ).digest()
+
     def __getitem__(self, key: str) -> np.ndarray:
+        path = self._path(key)
         try:
-            return np.load(self._path(key), allow_pickle=False)
+            data = path.read_bytes()
         except FileNotFoundError:
             raise KeyError(key) from None
-        except (OSError, ValueError, EOFError) as error:
-            raise OutputError(f"{self._path(key)} is damaged ({error}); delete it, and pass --resume again") from error
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be read ({error.strerror}); delete it, and pass --resume again"
+            ) from error
+        data, checksum = data[:-DIGEST], data[-DIGEST:]
+        if checksum != self._checksum(key, data):
+            raise OutputError(
+                f"{path} is damaged, or of another run (its checksum is wrong); delete it, and pass --resume again"
+            )
+        try:
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # NumPy raises what it likes on a header that somebody made up
+            raise OutputError(f"{path} is no array ({error}); delete it, and pass --resume again") from error
 
     def __setitem__(self, key: str, value: np.ndarray) -> None:
-        if not self.folder.exists():
-            with atomic_output(self.folder) as temporary:
-                temporary.mkdir()
-                (temporary / "manifest.json").write_text(json.dumps(self._manifest, default=str))
-            self._is_mine = True
-        if not self._is_mine:  # another sweep made the folder after this one had looked for it
-            self._check_manifest()
-        with atomic_output(self._path(key), overwrite=True) as temporary, temporary.open("wb") as file:
-            np.save(file, value, allow_pickle=False)
+        if not self._is_open:
+            self._open()
+        buffer = io.BytesIO()
+        np.save(buffer, value, allow_pickle=False)
+        data = buffer.getvalue()
+        self._write(self._path(key).name, data + self._checksum(key, data))
+        interrupts.leave(self.folder, KEPT)
 
     def __delitem__(self, key: str) -> None:
         self._path(key).unlink()
@@ -110,5 +219,38 @@ class Shards(MutableMapping[str, np.ndarray]):
         return sum(1 for _ in self)
 
     def discard(self) -> None:
-        """Delete the folder, once the result is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the folder, once the output is written."""
+        if self._is_open:
+            discard(self.folder, self.out.name)
+            interrupts.forget(self.folder)
+        self._unlock()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            release(self._lock)
+        self._lock, self._is_open = None, False
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; empty if it has none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _newest(folder: Path) -> int:
+    """When the last part of a folder was written, in nanoseconds."""
+    return max(path.stat().st_mtime_ns for path in folder.glob("*.npy"))
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:60] + "..."
