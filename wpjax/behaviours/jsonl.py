@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from wpjax.behaviours.checkers import parse_checker
-from wpjax.behaviours.prompts import MIN_QUERIES, Behaviour, PromptPair
+from wpjax.behaviours.prompts import MIN_PROMPTS, MIN_QUERIES, Behaviour, Division, PromptPair
 from wpjax.errors import BehaviourError
 
 
-def from_file(path: Path, checker: str | None) -> Behaviour:
+def from_file(path: Path, checker: str | None, division: Division = "thirds") -> Behaviour:
     """A behaviour from a JSONL file; its name is that of the file."""
     try:
         # Only newlines end a line: JSON allows Unicode's other separators inside a string.
@@ -23,12 +23,13 @@ def from_file(path: Path, checker: str | None) -> Behaviour:
     # Lines with the same query are phrasings of it and share its index.
     queries: dict[str, int] = {}
     pairs = [_parse_line(path, i + 1, line, queries) for i, line in enumerate(lines) if line.strip()]
-    if len(queries) < MIN_QUERIES:
-        raise BehaviourError(
-            f"{path}: {len(queries)} different quer{'y' if len(queries) == 1 else 'ies'}, at least {MIN_QUERIES} are "
-            "needed to fit an anchor, sweep and test on different ones"
-        )
-    return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker)
+    least = MIN_QUERIES if division == "thirds" else MIN_PROMPTS
+    if len(queries) < least:
+        found = f"{len(queries)} different quer{'y' if len(queries) == 1 else 'ies'}"
+        why = "to fit an anchor, sweep and test on different ones" if division == "thirds" else "for an interval"
+        more = ", or pass --split none (all serve all three)" if MIN_PROMPTS <= len(queries) < MIN_QUERIES else ""
+        raise BehaviourError(f"{path}: {found}, at least {least} are needed {why}; add some{more}")
+    return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker, None, division)
 
 
 def _parse_line(path: Path, number: int, line: str, queries: dict[str, int]) -> PromptPair:

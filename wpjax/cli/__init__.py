@@ -11,10 +11,13 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from wpjax.cli import anchor, demo, finetune, inspect, report, sweep, validate
+from wpjax.cli import anchor, compare, demo, export, finetune, inspect, report, show, sweep, validate
 from wpjax.cli.compiled import keep_programs
 from wpjax.cli.options import with_options
 from wpjax.errors import WpjaxError
+
+HELP = {"help_option_names": ["-h", "--help"]}
+"""Options that show the help, of the program and of every command."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -27,14 +30,14 @@ def make_app() -> typer.Typer:
         help="Which weights of a fine-tuned model carry its new behaviour?",
         epilog="Start with: wpjax demo",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
+        context_settings=HELP,
     )
     app.callback(invoke_without_command=True)(_root)
-    for command in (demo, inspect, anchor, sweep, report, validate, finetune):
-        name = command.__name__.rpartition(".")[2]
-        app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=name)(with_options(command.run))
+    for command in (demo, inspect, anchor, sweep, show, report, validate, compare, export, finetune):
+        name, run = command.__name__.rpartition(".")[2], with_options(command.run)
+        app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=name, context_settings=HELP)(run)
     return app
 
 

@@ -28,9 +28,10 @@ from jaxtyping import Float, Int
 from wpjax.behaviours import Behaviour, loose, strict
 from wpjax.components import Component, n_parameters, parse_component
 from wpjax.engines.on_policy import along_answers
-from wpjax.errors import WpjaxError
+from wpjax.errors import BehaviourError, WpjaxError
 from wpjax.estimators.screens import output_linearised
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.evaluation.reading import side_by_side
 from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import answer_of
@@ -183,6 +184,7 @@ def validate(
     behaviour: Behaviour,
     result: SweepResult,
     *,
+    other_behaviour: bool = False,
     anchor: Anchor | None = None,
     by: str | None = None,
     n_prompts: int = 32,
@@ -202,6 +204,7 @@ def validate(
         pair: the models that were swept.
         behaviour: the behaviour that was swept.
         result: result of the sweep.
+        other_behaviour: whether `behaviour` may be another than the one that was swept. The curves then name both.
         anchor: anchor whose score is measured, too; None for the anchor that was swept on, if any.
         by: name of the ranking under test; None for the result's `set_ranking`.
         n_prompts: number of held-out prompts, at most.
@@ -218,7 +221,7 @@ def validate(
     Raises:
         AnchorRejected: base and expert do not differ in the behaviour on these prompts.
         WpjaxError: the result is of another pair, or has no such ranking.
-        BehaviourError: the model cannot take the prompts, or the checker fails.
+        BehaviourError: the result is of another behaviour, the model cannot take the prompts, or the checker fails.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -229,6 +232,8 @@ def validate(
     [1, 8]
     """
     check_same_pair(pair, result)
+    if not other_behaviour:
+        check_same_behaviour(behaviour, result)
     behaviour.check_checker()
     acceptance = result.dataset.attrs.get("anchor_acceptance") if anchor is None else anchor.acceptance
     anchor = anchor_of(result) if anchor is None else anchor
@@ -287,7 +292,24 @@ def validate(
     if not (np.isfinite(values).all() and np.isfinite(ends).all()):
         raise WpjaxError("a patched model gives scores that are not finite; check the checkpoints for NaN")
     dataset = _dataset(pair, result, batch.queries, steps, names, values, ends, seed, n_prompts, max_new_tokens)
-    return Curves(dataset.assign_attrs({} if acceptance is None else {"anchor_acceptance": acceptance}))
+    dataset.attrs["behaviour"] = behaviour.name
+    if other_behaviour and not _is_swept_behaviour(behaviour, result):
+        dataset.attrs["swept_behaviour"] = result.dataset.attrs["behaviour"]
+    curves = Curves(dataset.assign_attrs({} if acceptance is None else {"anchor_acceptance": acceptance}))
+    step = steps[under_test][_point_to_read(curves)]
+    patched = judge.answers(materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, step.components)))
+    answers = side_by_side(judge, by_base, patched, by_expert, len(step.components), under_test, N_SHOWN)
+    return Curves(answers.added_to(curves.dataset))
+
+
+N_SHOWN = 4
+"""Prompts whose answers are kept to be read."""
+
+
+def _point_to_read(curves: Curves) -> int:
+    """The point of the first curve whose answers are shown: the first that brings back half, else the best."""
+    back = curves.position("strict")[0, 0]
+    return int(np.argmax(back >= 0.5)) if (back >= 0.5).any() else int(np.argmax(back))
 
 
 def anchor_of(result: SweepResult) -> Anchor | None:
@@ -316,6 +338,37 @@ def check_same_pair(pair: Pair, result: SweepResult) -> None:
             f"the result is of the pair {theirs[0]}, {theirs[1]}, these models are {pair.fingerprints[0]}, "
             f"{pair.fingerprints[1]}; name the models (and the dtype) that were swept"
         )
+
+
+def check_same_behaviour(behaviour: Behaviour, result: SweepResult) -> None:
+    """Refuse a result of another behaviour.
+
+    Args:
+        behaviour: the behaviour at hand.
+        result: result of a sweep.
+
+    Raises:
+        BehaviourError: the names differ, or the prompts that were swept are not this behaviour's.
+    """
+    if not _is_swept_behaviour(behaviour, result):
+        swept = str(result.dataset.attrs["behaviour"])
+        what = f"this one is {behaviour.name}" if behaviour.name != swept else "with other prompts than this one has"
+        raise BehaviourError(
+            f"the result is of the behaviour {swept}, {what}; name the one that was swept, or say that another is "
+            "meant (other_behaviour=True, `--other-behaviour`): the curves then name both"
+        )
+
+
+def _is_swept_behaviour(behaviour: Behaviour, result: SweepResult) -> bool:
+    """Whether a result is of a behaviour: its name, and the prompts as the models got them, within the template."""
+    data, attrs = result.dataset, result.dataset.attrs
+    prompts = [str(text) for text in data["prompt"].values]
+    ours = behaviour.select(attrs["split"], int(attrs["n_prompts"]))
+    return (
+        behaviour.name == attrs["behaviour"]
+        and len(ours) == len(prompts)
+        and all(pair.with_instruction.strip() in text for pair, text in zip(ours, prompts, strict=True))
+    )
 
 
 def _dataset(
@@ -350,7 +403,6 @@ def _dataset(
         "expert",
         "base_fingerprint",
         "expert_fingerprint",
-        "behaviour",
         "metric",
         "metric_layer",
         "dtype",

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from wpjax.columns import ALWAYS, EFFECT, columns, effect_estimates, rankings
 from wpjax.errors import WpjaxError
 from wpjax.methods import methods
+from wpjax.results.answers import Answers, damage_of_answers
 from wpjax.results.files import has_form, read_dataset, write_dataset
 
 SCHEMA = 4
@@ -88,6 +89,11 @@ class SweepResult:
       slope does not tell; on-policy also what the patched model does by saying other words.
     - `words_changed`: on-policy, share of prompts on which the patched model says other words.
 
+    Answers to read, if the study made them (see `results.answers`; the property `answers` gives them):
+
+    - `answer` [answerer, shown], `answer_passes` [answerer, shown], `answer_prompt` [shown]: what base, patched base
+      and expert say to a few held-out prompts.
+
     How far to trust it:
 
     - `coverage_joint` and `coverage_sum` [swept_kind]: share of the gap that each kind recovers as one patch, and as
@@ -116,6 +122,22 @@ class SweepResult:
 
     def __init__(self, dataset: xr.Dataset):
         self.dataset = dataset
+
+    def __repr__(self) -> str:
+        """A few lines: the pair, the behaviour, the metric, the kinds, the gap and the five components that lead."""
+        data, attrs, by = self.dataset, self.dataset.attrs, self.ranking
+        kinds = data["kind"].values.astype(str).tolist()
+        n_by_kind = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
+        lines = [
+            f"SweepResult of {attrs.get('behaviour', '?')}: {attrs.get('base', '?')} -> {attrs.get('expert', '?')}",
+            f"  {attrs.get('metric', '?')} metric, method {attrs.get('method', '?')}; {n_by_kind}",
+        ]
+        if "gap_mean" in attrs:
+            gap = f"{attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}]"
+            together = f"recovered together: {attrs['coverage']:.0%}"
+            lines.append(f"  gap {gap} on {attrs['n_prompts']} prompts; {together}")
+        lines += [f"  {row.rank}. {row.name} {row.value:+.4f} ({by})" for row in self.top(5, by=by)]
+        return "\n".join(lines)
 
     def values(self, by: str) -> Float[np.ndarray, " C"]:
         """The numbers of a ranking, one for each component; NaN where they were not measured.
@@ -183,9 +205,27 @@ class SweepResult:
         return json.loads(value) if is_json and isinstance(value, str) else value
 
     @property
+    def finest_kinds(self) -> list[str]:
+        """The finest kinds that were swept. Their components own different weights, so their effects may be added up.
+
+        They are heads, KV groups and neurons; without these, attention modules and MLPs; without these, layers. Norms
+        (unless layers hold them), embedding, unembedding and final norm come with any of them.
+        """
+        swept = list(dict.fromkeys(self.dataset["kind"].values.astype(str).tolist()))
+        groups = (("head", "kv_group", "neuron"), ("attn", "mlp"), ("layer",))
+        own = next((group for group in groups if set(group) & set(swept)), ())
+        beside = ("embed", "unembed", "final_norm", *(() if own == ("layer",) else ("norm",)))
+        return [kind for kind in swept if kind in own or kind in beside]
+
+    @property
     def ranking(self) -> str:
         """The column to rank by unless one is named: the most trustworthy that the result has, `effect` above all."""
         return _measured(self.dataset)[0]
+
+    @property
+    def answers(self) -> Answers | None:
+        """What base, patched base and expert say to a few held-out prompts; None if the result does not hold it."""
+        return Answers.of(self.dataset)
 
     @property
     def set_ranking(self) -> str:
@@ -264,6 +304,7 @@ def _damage(data: xr.Dataset) -> list[str]:
             wrong.append("anchor_n_response")
         if not np.isfinite(data["anchor_vector"].values).all():
             wrong.append("anchor_vector")
+    wrong += damage_of_answers(data)
     if "target" in data and not _are_targets(data["target"].values, float(data.attrs["metric_layer"])):
         wrong.append("target")
     layer, index = data["layer"].values, data["index"].values
