@@ -239,7 +239,7 @@ def _spread(
         "in between": "Neither concentrated nor diffuse",
         "diffuse": "Diffuse",
     }[shape]
-    components = "component reaches" if n_half == 1 else "components reach"
+    components = "components reaches" if n_half == 1 else "components reach"
     return (
         f"{rule}: {n_half:,} of {len(values):,} {components} half of what all recover together, {most}. {how}; below "
         f"{FEW:.0%} of the components for the half is concentrated, above {MANY:.0%} diffuse."
