@@ -183,7 +183,7 @@ class MLP(nnx.Module):
             # Under a 0/1 mask all weights of a neuron come from one model. So base and expert neurons are computed
             # apart, and the choice is made once, at W_out; `neurons` would choose at every input weight.
             ours = self.neurons(x, base_of)
-            o = w.by_extent(
+            o = w.by_breadth(
                 lambda: project(ours, w.base, splits=splits),
                 lambda form: project_both(ours, self.neurons(x, lambda w: expert_of(form(w))), form(w), splits=splits),
             )
