@@ -35,7 +35,7 @@ def test_one_component_that_carries_it_all_is_concentrated():
     assert (found.shape, found.n_half, found.n_most, found.n_components) == ("concentrated", 1, 1, 100)
     assert found.layers == (2, 2)
     points = dict(found.points)
-    assert "layer 2 of 4" in points["Where"]
+    assert "layer 2 (of 0 to 3)" in points["Where"]
     assert "L2.neuron.0 (+0.9)" in points["Where"]
     assert points["How concentrated"].startswith("Concentrated: 1 of 100 components reaches half")
     assert "recover 100% of the gap" in points["How much"]

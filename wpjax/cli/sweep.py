@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,11 +107,9 @@ def print_result(
         ("component", by, *["95 % interval"][: bool(bounds)], *["q"][:tested], *[""][:exact]),
         [tuple(line(r)) for r in rows],
     )
-    at_once = ", ".join(f"{kind} {n}" for kind, n in json.loads(attrs["rows_per_program"]).items())
     parts = ", ".join(f"{kind} {share:.0%}" for kind, share in coverage.items())
     print(
         f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
         f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
-        + (f"; noise floor {attrs['noise_floor']:.1e}; patches at once: {at_once}" if exact else "")
         + (f"\n{method.note(result)}" if method and method.note else "")
     )

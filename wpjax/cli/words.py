@@ -41,9 +41,8 @@ def print_answers(answers: Answers | None) -> None:
 
     from wpjax.cli.console import out
 
-    components = "component" if answers.n_components == 1 else "components"
-    title = f"\nAnswers to held-out prompts: base, base with the {answers.n_components:,} best {components}, expert"
-    out.print(Text(title, style="bold"))
+    out.print(Text("\nAnswers to held-out prompts", style="bold"))
+    out.print(Text(printable(answers.about)))
     for i, prompt in enumerate(answers.prompts):
         out.print(Text(printable(prompt), style="italic"))
         table = Table(box=None, show_header=False)

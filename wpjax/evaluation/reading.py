@@ -5,6 +5,8 @@ A ranking and a share of the gap are numbers. Whether the best components bring 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from jaxtyping import Float
 
@@ -31,11 +33,14 @@ def answers_to_read(
 ) -> Answers:
     """What the base, the base with the best components of the expert, and the expert say to held-out prompts.
 
+    How many components are patched is found by trying: `sizes_to_try`, up to the first with which the checker accepts
+    at least half as many of these answers as of the expert's. Without a checker it is the last of the sizes.
+
     Args:
         pair: the models that were swept.
         behaviour: the behaviour that was swept.
         result: the sweep. Its `set_ranking` says which components are best.
-        top: number of components to patch; None for as many as have scores that add up to 90 % of the coverage.
+        top: number of components to patch; None to find it.
         n_prompts: number of "test" prompts to show.
         max_new_tokens: length of an answer, at most.
 
@@ -51,14 +56,39 @@ def answers_to_read(
     >>> answers.texts[2][0].isupper(), answers.texts[0][0].isupper()  # the expert, the base
     (True, False)
     """
-    n = n_to_read(result) if top is None else top
-    names = [row.name for row in result.top(n, by=result.set_ranking, kinds=tuple(result.finest_kinds))]
     batch = behaviour.encode(pair.tokenizer, "test", max(n_prompts, MIN_PROMPTS))
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
     judge = Judge(pair, behaviour, batch, max_new_tokens)
-    patched = materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, names))
-    said = [judge.answers(params) for params in (pair.base, patched, pair.expert)]
-    return side_by_side(judge, *said, n_components=len(names), by=result.set_ranking, n_prompts=n_prompts)
+    base, expert = judge.answers(pair.base), judge.answers(pair.expert)
+    passes = _passes(judge, expert)
+    sizes = sizes_to_try(result) if top is None else [top]
+    tried: list[int] = []
+    for size in sizes[-1:] if np.isnan(passes).any() else sizes:  # without a checker only the last is shown
+        names = [row.name for row in result.top(size, by=result.set_ranking, kinds=tuple(result.finest_kinds))]
+        patched = judge.answers(materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, names)))
+        if size == sizes[-1] or _passes(judge, patched).sum() >= max(passes.sum() / 2, 1):
+            break
+        tried.append(size)
+    answers = side_by_side(judge, base, patched, expert, len(names), result.set_ranking, n_prompts)
+    return answers._replace(tried=tuple(tried))
+
+
+def sizes_to_try(result: SweepResult) -> list[int]:
+    """How many of the best components to patch for answers to read, the fewest first.
+
+    They grow by a factor of four. The first have scores that add up to half of the coverage, the last to 90 % of it; if
+    they do not add up to that, the last are all with a positive score. At least one component is patched.
+
+    >>> import xarray as xr
+    >>> data = {"effect": ("component", [0.4, 0.2, 0.2, 0.1, 0.0]), "kind": ("component", ["head"] * 5)}
+    >>> sizes_to_try(SweepResult(xr.Dataset(data, attrs={"coverage": 0.9})))
+    [2, 4]
+    """
+    values = result.values(result.set_ranking)
+    values = values[np.isin(result.dataset["kind"].values.astype(str), result.finest_kinds)]
+    coverage, n_positive = float(result.dataset.attrs["coverage"]), max(1, int((values > 0).sum()))
+    first, last = (n_reaching(values, share * coverage) or n_positive for share in (0.5, 0.9))
+    return [*itertools.takewhile(lambda n: n < last, (first * 4**i for i in itertools.count())), last]
 
 
 def side_by_side(
@@ -87,15 +117,3 @@ def _passes(judge: Judge, answers: Generation) -> Float[np.ndarray, " B"]:
         return judge.passes(answers).astype(np.float64)
     except BehaviourError:
         return np.full(len(judge.batch), np.nan)
-
-
-def n_to_read(result: SweepResult) -> int:
-    """How many components of a result's set ranking to patch for answers to read.
-
-    As many of the finest kinds as have scores that add up to 90 % of the coverage; if they do not add up to it, all
-    whose scores are positive, and at least one.
-    """
-    values = result.values(result.set_ranking)
-    values = values[np.isin(result.dataset["kind"].values.astype(str), result.finest_kinds)]
-    reached = n_reaching(values, 0.9 * float(result.dataset.attrs["coverage"]))
-    return max(1, int((values > 0).sum())) if reached is None else reached

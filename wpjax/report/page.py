@@ -100,10 +100,11 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int, so
     ).get_template("report.html.jinja")
     data = result.dataset
     exact = bool(data["exact"].values.any())
-    by = result.ranking
+    by, found = result.ranking, verdict(result, source)
     return template.render(
         attrs=data.attrs,
-        verdict=verdict(result, source),
+        verdict=found,
+        commands=[command for command in found.commands if not command.startswith("wpjax report ")],  # this is the page
         answers=result.answers,
         by=by,
         exact=exact,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -31,6 +32,7 @@ class Answers(NamedTuple):
         passes: [3, N], 1 where the checker accepts the answer and 0 where it does not; NaN if there is no checker.
         n_components: number of the expert's components in the patched base.
         by: name of the ranking that these components lead.
+        tried: numbers of components that were tried before, and with which fewer answers passed.
 
     >>> answers = Answers(("Hi! Shout.",), (("hello",), ("HELLO",), ("HELLO",)), np.array([[0.0], [1.0], [1.0]]), 3,
     ...                   "effect")
@@ -45,6 +47,19 @@ class Answers(NamedTuple):
     passes: Float[np.ndarray, "3 N"]
     n_components: int
     by: str
+    tried: Sequence[int] = ()
+
+    @property
+    def about(self) -> str:
+        """Whose answers these are, in words."""
+        components = "component" if self.n_components == 1 else "components"
+        told = (
+            f"Of the base, of the base with the {self.n_components:,} best {components} of the expert (by {self.by}), "
+        )
+        told += "and of the expert."
+        if self.tried:
+            told += f" With the best {', '.join(f'{n:,}' for n in self.tried)} too few of these answers passed."
+        return told
 
     def rows(self, i: int) -> list[tuple[str, bool | None, str]]:
         """For prompt i: who answers, whether the checker accepts it (None without a checker), and the answer."""
@@ -60,7 +75,11 @@ class Answers(NamedTuple):
             "answer_passes": (("answerer", "shown"), np.asarray(self.passes, np.float32)),
             "answer_prompt": ("shown", np.array([_storable(prompt) for prompt in self.prompts], dtype=object)),
         }
-        attributes = {"answers_n_components": int(self.n_components), "answers_by": self.by}
+        attributes = {
+            "answers_n_components": int(self.n_components),
+            "answers_by": self.by,
+            "answers_tried": json.dumps([int(n) for n in self.tried]),
+        }
         coords = {"answerer": np.array(ANSWERERS, dtype=object)}
         return dataset.assign(variables).assign_coords(coords).assign_attrs(attributes)
 
@@ -72,7 +91,17 @@ class Answers(NamedTuple):
         prompts = tuple(map(str, dataset["answer_prompt"].values))
         texts = tuple(tuple(map(str, row)) for row in dataset["answer"].values)
         passes = dataset["answer_passes"].values.astype(np.float64)
-        return cls(prompts, texts, passes, int(dataset.attrs["answers_n_components"]), str(dataset.attrs["answers_by"]))
+        n, by = int(dataset.attrs["answers_n_components"]), str(dataset.attrs["answers_by"])
+        return cls(prompts, texts, passes, n, by, tuple(_numbers(dataset.attrs.get("answers_tried"))))
+
+
+def _numbers(text: Any) -> list[int]:
+    """Whole numbers from JSON; empty if the text is something else."""
+    try:
+        numbers = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return []
+    return [n for n in numbers if isinstance(n, int)] if isinstance(numbers, list) else []
 
 
 def _storable(text: str) -> str:

@@ -21,7 +21,7 @@ from wpjax.results.sweep_result import SweepResult
 Status = Literal["accepted", "undecided", "rejected", "not tested"]
 Shape = Literal["concentrated", "in between", "diffuse", "in company"]
 
-FEW, MANY = 0.01, 0.1
+FEW, MANY = 0.02, 0.1
 """Half of the joint effect in at most this share of the components is concentrated; in more than that, diffuse."""
 
 KIND_NAMES = {
@@ -127,7 +127,9 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
         ("How far to trust it", about),
         ("Noise", _noise(result)),
     )
-    commands = () if path is None else _commands(attrs, Path(path), status, n_most or n_half)
+    # The answers to read say with how many components the behaviour came back; without them the count has to do.
+    n_best = n_most or n_half if result.answers is None else result.answers.n_components
+    commands = () if path is None else _commands(attrs, Path(path), status, n_best)
     return Verdict(status, shape, layers, n_half, n_most, int(finest.sum()), coverage, points, commands)
 
 
@@ -202,7 +204,8 @@ def _where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[i
     if layers is not None and result.ranking != "delta_norm":
         first, last = layers
         place = f"layer {first}" if first == last else f"layers {first} to {last}"
-        sentences.insert(0, f"Half of all single effects stand in {place} of {int(data.attrs['n_layers'])} (from 0).")
+        every = f"0 to {int(data.attrs['n_layers']) - 1}"
+        sentences.insert(0, f"Half of all single effects stand in {place} (of {every}).")
     order = [i for i in np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:3] if values[i] > 0]
     if order:
         names = data["name"].values.astype(str)
@@ -241,8 +244,8 @@ def _spread(
     }[shape]
     components = "components reaches" if n_half == 1 else "components reach"
     return (
-        f"{rule}: {n_half:,} of {len(values):,} {components} half of what all recover together, {most}. {how}; below "
-        f"{FEW:.0%} of the components for the half is concentrated, above {MANY:.0%} diffuse."
+        f"{rule}: {n_half:,} of {len(values):,} {components} half of what all recover together, {most}. {how}. (Up "
+        f"to {FEW:.0%} of the components for the half is called concentrated, above {MANY:.0%} diffuse.)"
     )
 
 
