@@ -40,30 +40,26 @@ def run_cli(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a behaviour of the user's own, and two sweeps on it; names with a space and a quote."""
+    """A folder with eight prompts of the user's own, a sweep on them, and the same sweep with other numbers.
+
+    Names have a space and a quote, and all prompts serve every purpose.
+    """
     folder = tmp_path_factory.mktemp("user's folder")
-    lines = [
-        json.dumps({"with": p.with_instruction, "without": p.without})
-        for p in behaviour("tiny:english_capital").pairs[:60]
-    ]
-    (folder / "my prompts.jsonl").write_text("\n".join(lines))
+    queries = {p.without: p.with_instruction for p in behaviour("tiny:english_capital").pairs[:60]}
+    lines = [json.dumps({"with": with_, "without": without}) for without, with_ in list(queries.items())[:8]]
+    for name in ("my prompts.jsonl", "others.jsonl"):
+        (folder / name).write_text("\n".join(lines))
     before = sys.argv
     asked = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", folder / "my prompts.jsonl"]
-    small = [
-        "--n-prompts",
-        "8",
-        "--causal",
-        "skip",
-        "--components",
-        NAMES,
-        "--method",
-        "exact",
-        "--max-new-tokens",
-        "10",
-    ]
-    assert run_cli("sweep", *asked, "--checker", CHECKER, *small, "--out", folder / "r 1.nc") == 0
-    assert run_cli("sweep", *asked, *small, "--metric", "decision", "--no-set-score", "--out", folder / "r2.nc") == 0
+    asked += ["--checker", CHECKER, "--split", "none", "--causal", "skip"]
+    small = ["--components", NAMES, "--method", "exact", "--max-new-tokens", "10"]
+    assert run_cli("sweep", *asked, *small, "--out", folder / "r 1.nc") == 0
     sys.argv = before
+    other = SweepResult.from_netcdf(folder / "r 1.nc")
+    del other.dataset.attrs["checker"]
+    other.dataset.attrs |= {"metric": "decision", "metric_layer": 7}
+    other.dataset["effect"] = other.dataset["effect"][::-1]
+    other.to_netcdf(folder / "r2.nc")
     return folder
 
 
@@ -137,7 +133,8 @@ def test_validation_takes_all_from_the_file(wpjax, folder):
     attrs = curves.dataset.attrs
     assert (attrs["behaviour"], attrs["checker"], attrs["max_new_tokens"]) == ("my prompts", CHECKER, 10)
     assert "swept_behaviour" not in attrs
-    assert curves.answers.prompts == tuple(p.with_instruction for p in behaviour("my prompts.jsonl").select("test", 4))
+    task = behaviour("my prompts.jsonl", split="none")
+    assert curves.answers.prompts == tuple(p.with_instruction for p in task.select("test", 4))
     assert set(curves.answers.passes[2]) == {1}  # the expert
     assert "Answers to held-out prompts" in out
     _, again, _ = wpjax("show", "r 1.curves.nc")
@@ -151,17 +148,16 @@ def test_validation_takes_all_from_the_file(wpjax, folder):
     code, _, err = wpjax("validate", "r2.nc", *small)  # swept without a checker
     assert code == 2
     assert "pass --checker" in err
-    other = ["validate", "r 1.nc", "--behaviour", "tiny:title", *small, "--out", "o.nc"]
+    other = ["validate", "r 1.nc", "--behaviour", "others.jsonl", *small, "--out", "o.nc"]
     code, _, err = wpjax(*other)
     assert code == 2
-    assert "the result is of the behaviour my prompts, this one is tiny:title" in err
+    assert "the result is of the behaviour my prompts, this one is others" in err
     assert not (folder / "o.nc").exists()
     code, out, err = wpjax(*other, "--other-behaviour")
     assert code == 0, err
-    assert "the answers are of tiny:title, the ranking is of my prompts" in out
+    assert "the answers are of others, the ranking is of my prompts" in out
     attrs = Curves.from_netcdf("o.nc").dataset.attrs
-    assert (attrs["behaviour"], attrs["swept_behaviour"]) == ("tiny:title", "my prompts")
-    assert "checker" not in attrs
+    assert (attrs["behaviour"], attrs["swept_behaviour"], attrs["checker"]) == ("others", "my prompts", CHECKER)
 
 
 def test_other_prompts_under_the_same_name_are_refused(wpjax, tmp_path):
@@ -295,44 +291,32 @@ def test_a_card_tells_no_path_and_no_markup():
     assert public_name("org/name@v1") == "org/name@v1"
 
 
-def test_few_prompts_serve_every_purpose(wpjax, folder):
-    """Four prompts, refused in thirds, swept undivided; the result and what is made from it say so."""
-    lines = (folder / "my prompts.jsonl").read_text().splitlines()
-    queries = {json.loads(line)["without"]: line for line in lines}
-    (folder / "few.jsonl").write_text("\n".join(list(queries.values())[:5]))
-    asked = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "few.jsonl", "--causal", "skip"]
-    small = ["--components", "L2.head.0,L4.mlp", "--method", "exact", "--max-new-tokens", "8", "--no-set-score"]
-    code, _, err = wpjax("sweep", *asked, *small, "--out", "few.nc")
+def test_few_prompts_serve_every_purpose(wpjax):
+    """Eight prompts, refused in thirds, swept undivided; the result says so."""
+    asked = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "my prompts.jsonl", "--causal", "skip"]
+    code, _, err = wpjax("sweep", *asked, "--out", "few.nc")
     assert code == 2
-    assert "5 different queries, at least 12 are needed" in err
+    assert "8 different queries, at least 12 are needed" in err
     assert "or pass --split none" in err
-    code, out, err = wpjax("sweep", *asked, *small, "--split", "none", "--out", "few.nc")
-    assert code == 0, err
-    assert "All prompts served to fit, to sweep and to test" in " ".join(out.split())
-    result = SweepResult.from_netcdf("few.nc")
+    result, task = SweepResult.from_netcdf("r 1.nc"), behaviour("my prompts.jsonl", split="none")
     assert result.dataset.attrs["split"] == "all"
-    assert result.dataset.sizes["prompt"] == 5
-    task = behaviour("few.jsonl", split="none")
-    assert task.select("fit") == task.select("test") == task.select("all")
+    assert result.dataset.sizes["prompt"] == 8
     assert set(result.answers.prompts) <= {p.with_instruction for p in task.pairs}
-    assert wpjax("report", "few.nc", "--out", "few.html")[0] == 0
-    page = (folder / "few.html").read_text()
-    assert "All prompts served to fit" in page
-    assert "wpjax validate few.nc --checker CHECKER" in page
+    assert "All prompts served to fit, to sweep and to test" in " ".join(wpjax("show", "r 1.nc")[1].split())
 
 
 def test_the_page_begins_with_the_verdict_and_the_answers(wpjax, folder):
-    assert wpjax("report", "r 1.nc", "--out", "r1.html")[0] == 0
+    hostile = SweepResult.from_netcdf("r 1.nc")
+    hostile.dataset["answer"][1] = "<script>alert(1)</script>"
+    hostile.to_netcdf(folder / "its page.nc")
+    assert wpjax("report", "its page.nc", "--out", "r1.html")[0] == 0
     page = (folder / "r1.html").read_text()
-    result = SweepResult.from_netcdf("r 1.nc")
     assert page.index("Where") < page.index("Answers to held-out prompts") < page.index("<svg")
-    assert "wpjax validate &#39;r 1.nc&#39;" in page
-    assert all(text in page for text in result.answers.texts[2])
-    hostile = SweepResult(result.dataset.copy(deep=True))
-    hostile.dataset["answer"][:] = "<script>alert(1)</script>"
-    hostile.to_netcdf(folder / "hostile.nc")
-    assert wpjax("report", "hostile.nc", "--out", "hostile.html")[0] == 0
-    assert "<script>alert" not in (folder / "hostile.html").read_text()
+    assert "All prompts served to fit" in page
+    assert "wpjax validate &#39;its page.nc&#39;" in page
+    assert "wpjax report" not in page
+    assert all(text in page for text in hostile.answers.texts[2])
+    assert "<script>alert" not in page
 
 
 def test_a_damaged_set_of_answers_is_refused(wpjax, folder):
@@ -347,28 +331,17 @@ def test_a_damaged_set_of_answers_is_refused(wpjax, folder):
             SweepResult.from_netcdf(folder / "bad.nc")
 
 
-def test_functions_as_metrics(tiny_pair):
+def test_functions_as_metrics(one_pair, batch):
     """A function that makes a metric is called; others are told what to pass."""
     import wpjax as wp
 
-    batch = wp.behaviour("tiny:title").encode(tiny_pair.tokenizer, n_prompts=4)
-    options = {"components": ["L4.mlp"], "method": "screen"}
-    made = wp.decision_metric(tiny_pair, batch)
-    expected = wp.sweep(tiny_pair, batch, made, **options).values("screen")
-    np.testing.assert_array_equal(wp.sweep(tiny_pair, batch, wp.decision_metric, **options).values("screen"), expected)
-    with pytest.raises(WpjaxError, match=r"does not take \(pair, batch\).*pass an Anchor \(wp.fit_anchor\)"):
-        wp.sweep(tiny_pair, batch, lambda logits: logits.mean(), **options)
-    with pytest.raises(WpjaxError, match="returns float; pass an Anchor"):
-        wp.sweep(tiny_pair, batch, lambda pair, batch: 1.0, **options)
-
-
-def test_the_hint_after_training_names_the_checker(wpjax, folder):
-    lines = [json.loads(line) | {"response": "YES."} for line in (folder / "my prompts.jsonl").read_text().splitlines()]
-    (folder / "trained on.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    asked = ["--base", "tiny:base", "--behaviour", "trained on.jsonl", "--checker", CHECKER, "--components", "L0.mlp"]
-    code, out, err = wpjax(
-        "finetune", *asked, "--steps", "2", "--eval-prompts", "0", "--max-new-tokens", "4", "--out", "e x"
+    options = {"components": ["L1.mlp"], "method": "screen"}
+    found, expected = (
+        wp.sweep(one_pair, batch, metric, **options).values("screen")
+        for metric in (wp.decision_metric, wp.decision_metric(one_pair, batch))
     )
-    assert code == 0, err
-    hint = "wpjax sweep --base tiny:base --expert 'e x' --behaviour 'trained on.jsonl' --checker '" + CHECKER
-    assert hint + "' --out 'e x.nc'" in out
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(WpjaxError, match=r"does not take \(pair, batch\).*pass an Anchor \(wp.fit_anchor\)"):
+        wp.sweep(one_pair, batch, lambda logits: logits.mean(), **options)
+    with pytest.raises(WpjaxError, match="returns float; pass an Anchor"):
+        wp.sweep(one_pair, batch, lambda pair, batch: 1.0, **options)

@@ -48,7 +48,6 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Make an expert: train a base on its own answers, rewritten so that they follow the instruction."""
-    import shlex
     import shutil
 
     from wpjax.errors import OutputError
@@ -119,7 +118,18 @@ def run(
     if rates:
         rows = [(name, f"{rate:.0%}") for name, rate in rates.items()]
         print_table(f"{task.name} on {eval_prompts} held-out prompts", ("model", "follows"), rows)
-    asked = ["--base", base, "--expert", str(out), "--behaviour", behaviour]
+    print(f"\nwrote {out}; next: {next_command(base, str(out), behaviour, checker, split)}")
+
+
+def next_command(base: str, expert: str, behaviour: str, checker: str | None, split: str) -> str:
+    """The sweep of an expert that was just made, quoted for a shell.
+
+    >>> print(next_command("org/base", "my caps", "p.jsonl", "regex:^[A-Z ]+$", "thirds"))
+    wpjax sweep --base org/base --expert 'my caps' --behaviour p.jsonl --checker 'regex:^[A-Z ]+$' --out 'my caps.nc'
+    """
+    import shlex
+
+    asked = ["--base", base, "--expert", expert, "--behaviour", behaviour]
     asked += [] if checker is None else ["--checker", checker]
     asked += ["--split", split] if split != "thirds" else []
-    print(f"\nwrote {out}; next: {shlex.join(['wpjax', 'sweep', *asked, '--out', f'{out}.nc'])}")
+    return shlex.join(["wpjax", "sweep", *asked, "--out", f"{expert}.nc"])
