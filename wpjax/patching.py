@@ -126,7 +126,7 @@ class PatchMask:
         """A relaxed mask made boolean: its k largest entries are open.
 
         An entry is a head, a KV group or a neuron, or a whole unit that has no channels. Of equal entries the first
-        counts. It works under `jit` and `vmap`, too.
+        counts, in the order of `components.unit_names`. It works under `jit` and `vmap`, too.
 
         Args:
             k: number of entries.
@@ -142,9 +142,10 @@ class PatchMask:
         ([[False, False, True]], [[True]])
         """
         names = tuple(self.units) if units is None else tuple(units)
-        absent = [name for name in names if name not in self.units]
+        absent = [name for name in names if name not in self.units or name not in unit_names()]
         if absent:
             raise ComponentError(f"this mask has no unit {absent[0]!r}, only {', '.join(self.units)}")
+        names = tuple(name for name in unit_names() if name in names)
         arrays = [self.units[name] for name in names]
         n_entries = sum(array.size for array in arrays)
         if not 0 <= k <= n_entries:
