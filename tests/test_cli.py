@@ -220,6 +220,7 @@ def test_help_of_every_command(wpjax, monkeypatch):
     assert code == 0
     assert re.findall(r"^│ (\w+)  ", out, re.MULTILINE) == COMMANDS
     assert "--install-completion" in out
+    assert wpjax() == (2, out, "")
     for name, command in typer.main.get_command(cli.make_app()).commands.items():
         code, out, _ = wpjax(name, "--help")
         assert (code, wpjax(name, "-h")[1]) == (0, out)

@@ -190,8 +190,8 @@ def components_of(cfg: ModelConfig, mask: PatchMask, kinds: Iterable[str] | None
     ['L1.head.0', 'L1.head.1', 'L1.head.2', 'L1.head.3']
     """
     shapes, left = unit_shapes(cfg), {}
-    for name, unit in mask.units.items():
-        values = np.asarray(unit)
+    for name, entries in mask.units.items():
+        values = np.asarray(entries)
         if name not in shapes or values.shape != shapes[name]:
             has = f"has shape {shapes[name]}" if name in shapes else "has none"
             raise ComponentError(f"the mask's unit {name!r} has shape {values.shape}, the model {has}")

@@ -55,7 +55,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     keep_programs()
     try:
-        code = make_app()(standalone_mode=False)
+        code = make_app()(prog_name="wpjax", standalone_mode=False)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:  # the command has already said what was kept
             _leave_at_once()
@@ -63,6 +63,8 @@ def main() -> None:
     except WpjaxError as error:
         _fail(str(error))
     except TyperException as error:  # an option that does not exist, a value that does not parse
+        if not error.format_message():  # no command was given, and the help has been shown
+            sys.exit(2)
         _fail(f"{error.format_message().replace('Value error, ', '').rstrip('.')}. See --help.")
     except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

@@ -80,7 +80,7 @@ def _option(arg: Argument) -> inspect.Parameter:
         kind, default = list[str] | None, default or None  # None: the option was not given
     elif type(None) in typing.get_args(arg.type):
         kind = kind | None
-    plain = next((t for t in (arg.type, *typing.get_args(arg.type)) if t in PLACEHOLDERS), None)
+    plain = next((t for t in (arg.type, *typing.get_args(arg.type)) if t in PLACEHOLDERS), str)
     option = typer.Option(
         name,
         help=text,

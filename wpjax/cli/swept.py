@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from wpjax.arguments import INPUT, Setting
 
@@ -39,8 +39,8 @@ def swept_or_given(
     from wpjax.results.origin import Origin
 
     origin = Origin.of(result.dataset.attrs)
-    given = {"base": base, "expert": expert, "behaviour": behaviour, "checker": checker, "dtype": dtype}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {"base": base, "expert": expert, "behaviour": behaviour, "checker": checker, "dtype": dtype}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if behaviour is not None and not behaviour.endswith(".jsonl"):
         given["checker"] = checker  # a built-in behaviour has its own
     return origin._replace(**given, ignore_config=ignore_config or origin.ignore_config)

@@ -297,9 +297,9 @@ def validate(
         dataset.attrs["swept_behaviour"] = result.dataset.attrs["behaviour"]
     curves = Curves(dataset.assign_attrs({} if acceptance is None else {"anchor_acceptance": acceptance}))
     step = steps[under_test][_point_to_read(curves)]
-    patched = judge.answers(materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, step.components)))
-    answers = side_by_side(judge, by_base, patched, by_expert, len(step.components), under_test, N_SHOWN)
-    return Curves(answers.added_to(curves.dataset))
+    by_patched = judge.answers(materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, step.components)))
+    to_read = side_by_side(judge, by_base, by_patched, by_expert, len(step.components), under_test, N_SHOWN)
+    return Curves(to_read.added_to(curves.dataset))
 
 
 N_SHOWN = 4
