@@ -220,7 +220,8 @@ def test_help_of_every_command(wpjax, monkeypatch):
     assert code == 0
     assert re.findall(r"^│ (\w+)  ", out, re.MULTILINE) == COMMANDS
     assert "--install-completion" in out
-    assert wpjax() == (2, out, "")
+    code, bare, err = wpjax()
+    assert (code, bare.rstrip(), err) == (2, out.rstrip(), "")
     for name, command in typer.main.get_command(cli.make_app()).commands.items():
         code, out, _ = wpjax(name, "--help")
         assert (code, wpjax(name, "-h")[1]) == (0, out)
