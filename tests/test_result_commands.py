@@ -20,7 +20,7 @@ from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.components import parse_component
 from wpjax.errors import WpjaxError
-from wpjax.evaluation.export import choose, export, model_card, public_name
+from wpjax.evaluation.export import choose, export, joint_effect, model_card, public_name
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.comparison import compare
 from wpjax.results.curves import Curves
@@ -266,6 +266,7 @@ def test_a_folder_is_exported_from_the_command_line(wpjax, folder):
     card = (folder / "top2" / "README.md").read_text()
     assert all(f"`{name}`" in card for name in best)
     assert "`my prompts`" in card
+    assert re.search(r"- Effect: together these components bring back \d+% of the gap", card)
     assert str(folder) not in card
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "top2")
     assert tokenizer.chat_template
@@ -276,6 +277,20 @@ def test_a_folder_is_exported_from_the_command_line(wpjax, folder):
     assert code == 2
     assert "exists" in err
     assert sorted(p.name for p in folder.iterdir()) == left
+
+
+def test_the_joint_effect_of_a_set_of_one_is_its_effect(folder, tiny_pair):
+    """And of all that was swept, the coverage, which another engine measured."""
+    result = SweepResult.from_netcdf(folder / "r 1.nc")
+    for names, expected in (
+        ([result.top(1)[0].name], result.top(1)[0].effect),
+        (NAMES.split(","), result.dataset.attrs["coverage"]),
+    ):
+        patched = materialize(tiny_pair.base, tiny_pair.expert, PatchMask.of(tiny_pair.cfg, names))
+        assert joint_effect(tiny_pair, result, patched) == pytest.approx(expected, abs=1e-4)
+    assert joint_effect(tiny_pair, result, tiny_pair.expert) == pytest.approx(1)
+    assert joint_effect(tiny_pair, result, tiny_pair.expert, knockout=True) == pytest.approx(0)
+    assert joint_effect(tiny_pair, sweep_by_hand([0.5]), tiny_pair.expert) is None
 
 
 def test_a_card_tells_no_path_and_no_markup():

@@ -58,18 +58,22 @@ def test_what_only_shows_in_company_is_said_to_be_so():
     assert "together the components recover nothing" in str(verdict(by_hand([0.1] * 5, coverage=-0.2)))
 
 
-def test_kinds_that_overlap_are_not_counted_twice():
-    """A layer holds its neurons: the count is of neurons."""
-    result = by_hand([0.5, 0.5, 1.0], kinds=["neuron", "neuron", "layer"], coverage=1.0)
-    assert result.finest_kinds == ["neuron"]
-    assert (verdict(result).n_half, verdict(result).n_most, verdict(result).n_components) == (1, 2, 2)
+def test_components_that_overlap_are_not_counted_twice():
+    """A layer holds its neurons, and more than them: of both, the layer counts. Layers are looked at one by one."""
     for kinds, finest in (
+        (["neuron", "layer"], ["layer"]),
+        (["attn", "mlp", "layer"], ["attn", "mlp"]),
+        (["head", "attn", "neuron"], ["attn", "neuron"]),
+        (["head", "kv_group", "attn", "mlp", "norm"], ["head", "kv_group", "mlp", "norm"]),
         (["layer", "norm", "embed"], ["layer", "embed"]),
-        (["mlp", "norm", "layer"], ["mlp", "norm"]),
-        (["head", "attn", "norm", "unembed"], ["head", "norm", "unembed"]),
+        (["head", "unembed"], ["head", "unembed"]),
         (["norm"], ["norm"]),
     ):
-        assert by_hand([0.1] * len(kinds), kinds=kinds).finest_kinds == finest
+        outside = [-1 if kind in ("embed", "unembed") else 0 for kind in kinds]
+        assert by_hand([0.1] * len(kinds), kinds=kinds, layers=outside).finest_kinds == finest
+    mixed = by_hand([0.5, 0.5, 1.0, 0.2], kinds=["head", "head", "attn", "head"], layers=[0, 0, 1, 1], coverage=2.0)
+    assert mixed.finest.tolist() == [True, True, True, False]
+    assert (verdict(mixed).n_half, verdict(mixed).n_most, verdict(mixed).n_components) == (1, 3, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import wpjax
+from wpjax.behaviours import encode_texts
 from wpjax.checkpoints.checkpoint import MARKER, save_checkpoint
-from wpjax.components import n_parameters, parse_component
+from wpjax.components import n_parameters
 from wpjax.errors import WpjaxError
-from wpjax.evaluation.validation import check_same_pair
+from wpjax.evaluation.validation import anchor_of, check_same_pair
+from wpjax.metrics.metric import scores
+from wpjax.metrics.reading import first_answers
+from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
-from wpjax.patching import PatchMask, materialize
+from wpjax.patching import PatchMask, components_of, materialize
 from wpjax.results.sweep_result import Row, SweepResult
 from wpjax.runtime.files import atomic_output
 
@@ -90,15 +94,39 @@ def export(
     by, names = by or result.set_ranking, [row.name for row in rows]
     host, donor = (pair.expert, pair.base) if knockout else (pair.base, pair.expert)
     checkpoint = pair.expert_checkpoint if knockout else pair.base_checkpoint
-    params = materialize(host, donor, PatchMask.of(pair.cfg, names))
+    mask = PatchMask.of(pair.cfg, names)
+    params = materialize(host, donor, mask)
     patched = dataclasses.replace(checkpoint, params=params, tokenizer=pair.tokenizer)
     patch = _patch(pair, result, names, by, knockout)
-    n_patched = sum(n_parameters(pair.cfg, parse_component(pair.cfg, name)) for name in names)
-    card = model_card(result, rows, by, n_patched, patch["date"], knockout)
+    # Components may overlap, as an attention module does with its heads: what the mask opens is counted once.
+    n_patched = sum(n_parameters(pair.cfg, c) for c in components_of(pair.cfg, mask))
+    together = joint_effect(pair, result, params, knockout)
+    card = model_card(result, rows, by, n_patched, patch["date"], together, knockout)
     with atomic_output(Path(path), overwrite, MARKER) as folder:
         save_checkpoint(folder, patched)
         (folder / PATCH).write_text(json.dumps(patch, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def joint_effect(pair: Pair, result: SweepResult, params: Params, knockout: bool = False) -> float | None:
+    """The share of the gap that a patched model brings back (of a knock-out: loses), on the prompts of the sweep.
+
+    Args:
+        pair: the models that were swept.
+        result: the sweep.
+        params: the patched model.
+        knockout: whether it is the expert with components of the base.
+
+    Returns:
+        the ratio of means; None unless the sweep was of the anchor, whose direction the result holds.
+    """
+    anchor, attrs = anchor_of(result), result.dataset.attrs
+    if anchor is None or attrs["metric"] != "anchor" or int(attrs["given_layer"]) >= 0:
+        return None
+    prompts = encode_texts(pair.tokenizer, [str(text) for text in result.dataset["prompt"].values])
+    metric = anchor.metric_along(prompts, first_answers(pair, prompts, anchor.n_response))
+    base, expert, patched = (scores(pair.cfg, p, metric).mean() for p in (pair.base, pair.expert, params))
+    return float((expert - patched if knockout else patched - base) / (expert - base))
 
 
 def _patch(pair: Pair, result: SweepResult, names: Sequence[str], by: str, knockout: bool) -> dict[str, object]:
@@ -138,7 +166,13 @@ def _one_line(text: str) -> str:
 
 
 def model_card(
-    result: SweepResult, rows: Sequence[Row], by: str, n_parameters: int, date: object, knockout: bool = False
+    result: SweepResult,
+    rows: Sequence[Row],
+    by: str,
+    n_parameters: int,
+    date: object,
+    together: float | None = None,
+    knockout: bool = False,
 ) -> str:
     """The text of a model card: what was patched into what, for which behaviour, and what was measured of it.
 
@@ -148,6 +182,7 @@ def model_card(
         by: name of the ranking that they were chosen by.
         n_parameters: number of weights that they own.
         date: when the model was made.
+        together: share of the gap that the model brings back, or loses (`joint_effect`); None if it is not known.
         knockout: whether components of the base were put into the expert.
     """
     attrs = result.dataset.attrs
@@ -161,7 +196,8 @@ def model_card(
     listed = [f"| `{_one_line(row.name)}` | {row.value:+.4f} | {_interval(row)} |" for row in rows[:N_LISTED]]
     if len(rows) > N_LISTED:
         listed.append(f"| and {len(rows) - N_LISTED:,} more, in `{PATCH}` | | |")
-    role = "knock-out" if knockout else "restoration"
+    role, moved = ("knock-out", "take away") if knockout else ("restoration", "bring back")
+    effect = [] if together is None else [f"- Effect: together these components {moved} {together:.0%} of the gap"]
     return "\n".join(
         [
             *head,
@@ -174,6 +210,7 @@ def model_card(
             f"the base and `{expert}` the expert. No weight was trained.",
             "",
             f"- Behaviour: `{behaviour}`",
+            *effect,
             f"- Metric of the sweep: {attrs['metric']}, on {attrs['n_prompts']} prompts",
             f"- Tests of the anchor, or of the behaviour: {_one_line(tests)}",
             f"- All components that were swept, patched together, recover {float(attrs['coverage']):.0%} of the gap",

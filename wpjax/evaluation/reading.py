@@ -33,8 +33,9 @@ def answers_to_read(
 ) -> Answers:
     """What the base, the base with the best components of the expert, and the expert say to held-out prompts.
 
-    How many components are patched is found by trying: `sizes_to_try`, up to the first with which the checker accepts
-    at least half as many of these answers as of the expert's. Without a checker it is the last of the sizes.
+    How many components are patched is found by trying: `sizes_to_try` and at last all of them, up to the first number
+    with which the checker accepts at least half as many of these answers as of the expert's. Without a checker it is
+    the last of the sizes.
 
     Args:
         pair: the models that were swept.
@@ -62,9 +63,12 @@ def answers_to_read(
     base, expert = judge.answers(pair.base), judge.answers(pair.expert)
     passes = _passes(judge, expert)
     sizes = sizes_to_try(result) if top is None else [top]
+    ranked = [row.name for row in result.top(result.dataset.sizes["component"], by=result.set_ranking)]
+    if top is None:  # without a checker, none can be said to be too few
+        sizes = sizes[-1:] if np.isnan(passes).any() else list(dict.fromkeys([*sizes, len(ranked)]))
     tried: list[int] = []
-    for size in sizes[-1:] if np.isnan(passes).any() else sizes:  # without a checker only the last is shown
-        names = [row.name for row in result.top(size, by=result.set_ranking, kinds=tuple(result.finest_kinds))]
+    for size in sizes:
+        names = ranked[:size]
         patched = judge.answers(materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, names)))
         if size == sizes[-1] or _passes(judge, patched).sum() >= max(passes.sum() / 2, 1):
             break
@@ -80,12 +84,13 @@ def sizes_to_try(result: SweepResult) -> list[int]:
     they do not add up to that, the last are all with a positive score. At least one component is patched.
 
     >>> import xarray as xr
-    >>> data = {"effect": ("component", [0.4, 0.2, 0.2, 0.1, 0.0]), "kind": ("component", ["head"] * 5)}
+    >>> data = {"effect": ("component", [0.4, 0.2, 0.2, 0.1, 0.0]), "kind": ("component", ["head"] * 5),
+    ...         "layer": ("component", [0] * 5)}
     >>> sizes_to_try(SweepResult(xr.Dataset(data, attrs={"coverage": 0.9})))
     [2, 4]
     """
     values = result.values(result.set_ranking)
-    values = values[np.isin(result.dataset["kind"].values.astype(str), result.finest_kinds)]
+    values = values[result.finest]
     coverage, n_positive = float(result.dataset.attrs["coverage"]), max(1, int((values > 0).sum()))
     first, last = (n_reaching(values, share * coverage) or n_positive for share in (0.5, 0.9))
     return [*itertools.takewhile(lambda n: n < last, (first * 4**i for i in itertools.count())), last]

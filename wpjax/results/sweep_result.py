@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from wpjax.columns import ALWAYS, EFFECT, columns, effect_estimates, rankings
 from wpjax.errors import WpjaxError
@@ -205,17 +205,23 @@ class SweepResult:
         return json.loads(value) if is_json and isinstance(value, str) else value
 
     @property
-    def finest_kinds(self) -> list[str]:
-        """The finest kinds that were swept. Their components own different weights, so their effects may be added up.
+    def finest(self) -> Bool[np.ndarray, " C"]:
+        """Marks components that own different weights, so that their effects may be added up: the finest of each layer.
 
-        They are heads, KV groups and neurons; without these, attention modules and MLPs; without these, layers. Norms
-        (unless layers hold them), embedding, unembedding and final norm come with any of them.
+        They are a layer's heads and KV groups (or its attention module), its neurons (or its MLP) and its norms; or the
+        layer itself, if these do not make up all of it. What belongs to no layer is always marked.
         """
-        swept = list(dict.fromkeys(self.dataset["kind"].values.astype(str).tolist()))
-        groups = (("head", "kv_group", "neuron"), ("attn", "mlp"), ("layer",))
-        own = next((group for group in groups if set(group) & set(swept)), ())
-        beside = ("embed", "unembed", "final_norm", *(() if own == ("layer",) else ("norm",)))
-        return [kind for kind in swept if kind in own or kind in beside]
+        kinds, layers = self.dataset["kind"].values.astype(str), self.dataset["layer"].values
+        marked = layers < 0
+        for layer in np.unique(layers[layers >= 0]):
+            here = layers == layer
+            marked |= here & np.isin(kinds, _finest_kinds(set(kinds[here].tolist())))
+        return marked
+
+    @property
+    def finest_kinds(self) -> list[str]:
+        """The kinds of the components that `finest` marks, in the order in which they were swept."""
+        return list(dict.fromkeys(self.dataset["kind"].values.astype(str)[self.finest].tolist()))
 
     @property
     def ranking(self) -> str:
@@ -268,6 +274,15 @@ def effect_or_estimate(values: Mapping[str, np.ndarray]) -> Float[np.ndarray, " 
         if name in values:
             best = np.where(np.isfinite(best), best, values[name])
     return best
+
+
+def _finest_kinds(swept: set[str]) -> list[str]:
+    """Of the kinds that were swept in a layer, the finest that own all that the others do."""
+    whole_attention = {"head", "kv_group"} <= swept
+    attention = ["attn"] if "attn" in swept and not whole_attention else ["head", "kv_group"]
+    mlp = ["neuron"] if "neuron" in swept else ["mlp"]
+    is_covered = (whole_attention or "attn" in swept) and bool({"neuron", "mlp"} & swept)
+    return ["layer"] if "layer" in swept and not is_covered else [*attention, *mlp, "norm"]
 
 
 def _measured(data: xr.Dataset) -> list[str]:

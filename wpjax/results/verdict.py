@@ -71,7 +71,7 @@ class Verdict:
             None if there are none.
         n_half: how many components, the largest effects first, add up to half of the coverage; None if none do.
         n_most: the same for 90 %.
-        n_components: number of components that these are counted among: those of `SweepResult.finest_kinds`.
+        n_components: number of components that these are counted among: those that `SweepResult.finest` marks.
         coverage: share of the gap that all swept components recover as one patch.
         points: headings and sentences, in the order in which they are read.
         commands: what to run next, quoted for a shell; empty if the path of the result is not known.
@@ -95,8 +95,8 @@ class Verdict:
 def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     """What a sweep found, in words.
 
-    How many components reach a share of the joint effect is counted so: positive effects of the finest kinds are added
-    up, the largest first, until they make that share of the coverage. Effects are exact where a component was
+    How many components reach a share of the joint effect is counted so: positive effects of the finest components are
+    added up, the largest first, until they make that share of the coverage. Effects are exact where a component was
     replaced, elsewhere the estimate that chose. Single effects need not add up to the joint one, so the count is a
     description, not a set to patch; `wpjax validate` patches sets.
 
@@ -113,7 +113,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     """
     data, attrs = result.dataset, result.dataset.attrs
     values = result.best() if result.ranking in (EFFECT, *effect_estimates()) else result.values(result.ranking)
-    finest = np.isin(data["kind"].values.astype(str), result.finest_kinds)
+    finest = result.finest
     coverage = float(attrs["coverage"])
     is_share = result.ranking != "delta_norm"  # a norm is no share of the gap: it cannot be added up to one
     n_half, n_most = (n_reaching(values[finest], share * coverage) if is_share else None for share in (0.5, 0.9))
