@@ -62,12 +62,13 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     assert np.linalg.norm(anchor.vector) == pytest.approx(1, abs=1e-6)
     code, out, _ = wpjax("sweep", *SMALL, "--anchor", "a.safetensors", "--out", "r.nc", "--show", "3")
     assert code == 0
-    assert len(re.findall(r"L\d\.head\.\d", out)) == 3
+    assert len(re.findall(r"^ L\d\.head\.\d ", out, re.MULTILINE)) == 3
+    assert "wpjax validate r.nc" in out
     result = SweepResult.from_netcdf("r.nc")
     assert result.dataset.attrs["metric_layer"] == anchor.layer
     assert result.dataset.sizes == {
         "component": 8 * (anchor.layer + 1), "prompt": 4, "swept_kind": 1, "model_layer": 8, "d_model": 128,
-        "target": 1 + 9 * (anchor.layer + 1),
+        "target": 1 + 9 * (anchor.layer + 1), "answerer": 3, "shown": 4,
     }  # fmt: skip
     code, out, _ = wpjax("report", "r.nc", "--out", "r.html")
     assert code == 0

@@ -104,7 +104,8 @@ def compare(a: SweepResult, b: SweepResult, *, by: str | None = None, top: int =
     common = [name for name in numbers[0] if name in numbers[1]]
     if not common:
         raise WpjaxError("the two results have no component in common; sweep the same kinds in both")
-    of_kind = dict(zip(a.dataset["name"].values.astype(str), a.dataset["kind"].values.astype(str), strict=True))
+    names, kinds = (a.dataset[column].values.astype(str).tolist() for column in ("name", "kind"))
+    of_kind = dict(zip(names, kinds, strict=True))
     rows, shown = [], dict[str, None]()
     for kind in dict.fromkeys(of_kind[name] for name in common):
         names = [name for name in common if of_kind[name] == kind]
