@@ -229,7 +229,7 @@ def _spread(
     how = "Counted by adding up single effects, the largest first" + _by_estimates(result)
     if n_half is None:
         return (
-            f"Only in company: added up, all positive single effects of {len(values):,} components make {reached:.0%} "
+            f"Largely in company: added up, all positive single effects of {len(values):,} components make {reached:.0%} "
             f"of what the components recover together. The rest appears only where they are patched together."
         )
     most = (
