@@ -229,8 +229,9 @@ def _spread(
     how = "Counted by adding up single effects, the largest first" + _by_estimates(result)
     if n_half is None:
         return (
-            f"Largely in company: added up, all positive single effects of {len(values):,} components make {reached:.0%} "
-            f"of what the components recover together. The rest appears only where they are patched together."
+            f"Largely in company: added up, all positive single effects of {len(values):,} components make "
+            f"{reached:.0%} of what the components recover together. The rest appears only where they are patched "
+            "together."
         )
     most = (
         f"{n_most:,} reach 90%"
