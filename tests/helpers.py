@@ -1,4 +1,4 @@
-"""Anchors, effects by suffix replay, and counts of programs, that several test files need."""
+"""Anchors, effects by suffix replay, sweeps by hand and counts of programs, that several test files need."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,12 +6,14 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 
 from wpjax.engines.exact import exact_changes
 from wpjax.engines.packing import pack
 from wpjax.engines.plan import make_plan
 from wpjax.engines.replay import run_packed
 from wpjax.metrics.anchor import Anchor
+from wpjax.results.sweep_result import SweepResult
 
 
 def make_anchor(pair, layer) -> Anchor:
@@ -37,6 +39,46 @@ def exact(pair, batch, anchor, components, budget=None, donor=None, jitter_seed=
     for chunk, delta, _ in exact_changes(*args, jitter_seed=jitter_seed):
         found |= dict(zip(chunk.components, delta, strict=True))
     return np.stack([found[c] for c in components])
+
+
+SWEPT = {
+    "behaviour": "tiny:title", "base": "tiny:base", "expert": "tiny:expert", "metric": "anchor", "metric_layer": 3,
+    "given_layer": -1, "n_layers": 4, "n_prompts": 8, "n_queries": 8, "split": "sweep", "noise_floor": 1e-6,
+    "gap_mean": 2.0, "gap_low": 1.0, "gap_high": 3.0, "method": "exact", "anchor_acceptance": "accepted",
+    "base_fingerprint": "b", "expert_fingerprint": "e", "date": "today", "what": "sweep",
+}  # fmt: skip
+"""Attributes of a sweep that nobody made."""
+
+
+def sweep_by_hand(effects, kinds=None, layers=None, coverage=None, names=None, **attrs) -> SweepResult:
+    """The result of a sweep in which every component was replaced and had these effects; no model is behind it."""
+    effects = np.asarray(effects, float)
+    n = len(effects)
+    kinds = np.array(["neuron"] * n if kinds is None else kinds, object)
+    layers = np.arange(n) % 4 if layers is None else np.asarray(layers)
+    if names is None:
+        names = [f"L{layer}.{kind}.{i}" for i, (kind, layer) in enumerate(zip(kinds, layers, strict=True))]
+    swept = list(dict.fromkeys(kinds.tolist()))
+    joint = float(effects.sum()) if coverage is None else coverage
+    columns = {
+        "effect": effects,
+        "ci_low": effects - 0.01,
+        "ci_high": effects + 0.01,
+        "delta_norm": np.ones(n),
+        "q_value": np.where(effects > 0, 0, 1.0),
+        "below_noise_floor": np.abs(effects) < 1e-6,
+        "exact": np.isfinite(effects),
+    }
+    coords = {
+        "name": ("component", np.array(names, object)),
+        "kind": ("component", kinds),
+        "layer": ("component", layers),
+        "swept_kind": ("swept_kind", np.array(swept, object)),
+        "prompt": ("prompt", np.array(["one", "two"], object)),
+    }
+    variables = {name: ("component", values) for name, values in columns.items()}
+    variables["coverage_joint"] = ("swept_kind", [joint] * len(swept))
+    return SweepResult(xr.Dataset(variables, coords, {**SWEPT, "coverage": joint, **attrs}))
 
 
 @contextlib.contextmanager

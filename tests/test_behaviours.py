@@ -174,6 +174,22 @@ def test_checkers_from_users():
     assert not parse_checker("keyword:iskeyword")("four", {})
 
 
+def test_prompts_that_are_not_divided_serve_every_purpose(tmp_path):
+    lines = [json.dumps({"with": f"{i}? Shout.", "without": f"{i}?"}) for i in range(5)]
+    path = write(tmp_path / "few.jsonl", *lines)
+    with pytest.raises(BehaviourError, match=r"5 different queries, at least 12 are needed .*--split none"):
+        behaviour(path)
+    task = behaviour(path, split="none")
+    assert sorted(p.query for p in task.select("fit")) == [0, 1, 2, 3, 4]
+    assert task.select("fit") == task.select("sweep") == task.select("test") == task.select("all")
+    with pytest.raises(BehaviourError, match="3 different queries, at least 4 are needed"):
+        behaviour(write(tmp_path / "fewer.jsonl", *lines[:3]), split="none")
+    thirds = behaviour("tiny:title")
+    parts = [{p.query for p in thirds.select(split)} for split in ("fit", "sweep", "test")]
+    assert set.union(*parts) == {p.query for p in thirds.select("all")}
+    assert sum(map(len, parts)) == len(set.union(*parts))
+
+
 def test_unknown_behaviours_and_missing_files(tmp_path):
     with pytest.raises(BehaviourError, match="unknown behaviour 'caps'"):
         behaviour("caps")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import xarray as xr
 
 from wpjax import cli
@@ -61,12 +62,13 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     assert np.linalg.norm(anchor.vector) == pytest.approx(1, abs=1e-6)
     code, out, _ = wpjax("sweep", *SMALL, "--anchor", "a.safetensors", "--out", "r.nc", "--show", "3")
     assert code == 0
-    assert len(re.findall(r"L\d\.head\.\d", out)) == 3
+    assert len(re.findall(r"^ L\d\.head\.\d ", out, re.MULTILINE)) == 3
+    assert "wpjax validate r.nc" in out
     result = SweepResult.from_netcdf("r.nc")
     assert result.dataset.attrs["metric_layer"] == anchor.layer
     assert result.dataset.sizes == {
         "component": 8 * (anchor.layer + 1), "prompt": 4, "swept_kind": 1, "model_layer": 8, "d_model": 128,
-        "target": 1 + 9 * (anchor.layer + 1),
+        "target": 1 + 9 * (anchor.layer + 1), "answerer": 3, "shown": 4,
     }  # fmt: skip
     code, out, _ = wpjax("report", "r.nc", "--out", "r.html")
     assert code == 0
@@ -190,7 +192,7 @@ def test_json(wpjax):
     for scope in (b"suffix", b"head rows"):  # parts of the program stand in it by name
         assert scope in trace.read_bytes()
     assert np.isfinite(SweepResult.from_netcdf("r.nc").values("set_score")).all()
-    assert set(json.loads(out)) == {"ranked_by", "top", "coverage", "anchor_acceptance"}
+    assert set(json.loads(out)) == {"ranked_by", "top", "coverage", "verdict", "answers", "anchor_acceptance"}
     code, out, _ = wpjax("sweep", *UNTESTED, "--kinds", "head", "--method", "screen", "--out", "s.nc", "--json")
     assert code == 0
     top = json.loads(out, parse_constant=pytest.fail)["top"]  # NaN is no JSON
@@ -209,15 +211,33 @@ def test_inspect_prints_tables(wpjax):
     assert "a pair" in out
 
 
-def test_help_of_every_command_has_an_example(wpjax):
+COMMANDS = ["demo", "inspect", "anchor", "sweep", "show", "report", "validate", "compare", "export", "finetune"]
+
+
+def test_help_of_every_command(wpjax, monkeypatch):
+    """It has an example, `-h` shows it too, and on 80 columns no name of an option is cut."""
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = wpjax("--help")
     assert code == 0
-    commands = re.findall(r"^│ (\w+)  ", out, re.MULTILINE)
-    assert commands == ["demo", "inspect", "anchor", "sweep", "report", "validate", "finetune"]
-    for command in commands:
-        code, out, _ = wpjax(command, "--help")
-        assert code == 0
-        assert f"Example: wpjax {command}" in " ".join(out.split())
+    assert re.findall(r"^│ (\w+)  ", out, re.MULTILINE) == COMMANDS
+    assert "--install-completion" in out
+    code, bare, err = wpjax()
+    assert (code, bare.rstrip(), err) == (2, out.rstrip(), "")
+    for name, command in typer.main.get_command(cli.make_app()).commands.items():
+        code, out, _ = wpjax(name, "--help")
+        assert (code, wpjax(name, "-h")[1]) == (0, out)
+        assert f"Example: wpjax {name}" in " ".join(out.split())
+        for option in (text for param in command.params for text in (*param.opts, *param.secondary_opts)):
+            assert not option.startswith("--") or re.search(rf"{option}[ ,│]", out), option
+    assert re.findall(r"^╭─ (.*?) ─+╮", wpjax("sweep", "-h")[1], re.MULTILINE) == [
+        "Options", "Models and prompts", "What is measured", "What is patched", "Output", "Running",
+    ]  # fmt: skip
+
+
+def test_a_shell_completes_commands(wpjax, monkeypatch):
+    for name, value in (("_WPJAX_COMPLETE", "complete_bash"), ("COMP_WORDS", "wpjax s"), ("COMP_CWORD", "1")):
+        monkeypatch.setenv(name, value)
+    assert wpjax()[1].split() == ["sweep", "show"]
 
 
 @pytest.fixture(scope="module")

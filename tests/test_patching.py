@@ -13,13 +13,13 @@ import torch
 from tests.helpers import make_anchor
 from tests.tiny import patched_torch
 from wpjax.checkpoints.convert import flatten
-from wpjax.components import KINDS, LEAVES, Component, enumerate_components, unit_shapes
+from wpjax.components import KINDS, LEAVES, Component, enumerate_components, unit_names, unit_shapes
 from wpjax.errors import ComponentError
 from wpjax.metrics.anchor import Anchor
 from wpjax.models.decoder import forward
 from wpjax.models.edits import Edit, Scale
 from wpjax.models.sites import Site
-from wpjax.patching import PatchMask, materialize, patch, permuted
+from wpjax.patching import PatchMask, components_of, materialize, patch, permuted
 
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 10))
 
@@ -224,3 +224,65 @@ def test_changes_dealt_out_anew_keep_their_size_and_stay_whole(pair):
         assert sorted(distance.argmin(0)) == list(range(pair.cfg.d_mlp))
         assert distance.min(0).max() < 1e-5
     np.testing.assert_array_equal(dealt["embed/W_E"], ours["embed/W_E"])
+
+
+def test_a_mask_names_the_components_that_it_opens(wired_pair):
+    """The fewest names of random sets open the same mask again; every kind alone is found by its own name."""
+    cfg = wired_pair.cfg
+    kinds = [kind for kind in KINDS if enumerate_components(cfg, [kind])]
+    everything = enumerate_components(cfg, kinds)
+    rng = np.random.default_rng(0)
+    for n in (1, 5, 40):
+        mask = PatchMask.of(cfg, rng.permutation(np.array(everything, object))[:n].tolist())
+        chex.assert_trees_all_equal(PatchMask.of(cfg, components_of(cfg, mask)), mask)
+    for kind in kinds:
+        some = enumerate_components(cfg, [kind])[:3]
+        assert components_of(cfg, PatchMask.of(cfg, some), [kind]) == some
+    assert [c.kind for c in components_of(cfg, PatchMask.full(cfg))][: cfg.n_layers] == ["layer"] * cfg.n_layers
+    assert components_of(cfg, PatchMask.empty(cfg)) == []
+    only_heads = PatchMask({"head": PatchMask.full(cfg).units["head"]})  # other units are absent, so they are closed
+    assert components_of(cfg, only_heads) == enumerate_components(cfg, ["head"])
+
+
+def test_masks_that_no_names_open_are_refused(wired_pair):
+    cfg = wired_pair.cfg
+    half = {"head": jnp.full(unit_shapes(cfg)["head"], 0.5)}
+    with pytest.raises(ComponentError, match="between 0 and 1; make the mask boolean"):
+        components_of(cfg, PatchMask(half))
+    with pytest.raises(ComponentError, match=r"unit 'head' has shape \(1, 1\), the model has shape"):
+        components_of(cfg, PatchMask({"head": jnp.ones((1, 1), bool)}))
+    with pytest.raises(ComponentError, match=r"unit 'arm' has shape .*, the model has none"):
+        components_of(cfg, PatchMask({"arm": jnp.ones((1, 1), bool)}))
+    if "mlp_bias" in unit_shapes(cfg):
+        bias = PatchMask({"mlp_bias": jnp.ones(unit_shapes(cfg)["mlp_bias"], bool)})
+        with pytest.raises(ComponentError, match="opens unit mlp_bias, which no component owns alone"):
+            components_of(cfg, bias)
+        assert components_of(cfg, bias, ["head"]) == []
+
+
+def test_the_largest_entries_of_a_relaxed_mask():
+    """Against sorting by hand, with ties, under jit and vmap; and a threshold."""
+    rng = np.random.default_rng(0)
+    units = {"head": rng.integers(0, 5, (3, 4)) / 4, "embed": np.array(0.5), "neuron": rng.random((3, 7))}
+    units = {name: units[name] for name in unit_names() if name in units}
+    relaxed = PatchMask({name: jnp.asarray(values, jnp.float32) for name, values in units.items()})
+    flat = np.concatenate([np.ravel(values) for values in units.values()])
+    for k in (0, 1, 9, len(flat)):
+        expected = np.zeros(len(flat), bool)
+        expected[sorted(range(len(flat)), key=lambda i: -np.float32(flat[i]))[:k]] = True
+        for found in (relaxed.top_k(k), jax.jit(lambda mask, k=k: mask.top_k(k))(relaxed)):
+            np.testing.assert_array_equal(np.concatenate([np.ravel(found.units[name]) for name in units]), expected)
+            assert all(unit.dtype == bool for unit in found.units.values())
+    two = jax.tree.map(lambda unit: jnp.stack([unit, 1 - unit]), relaxed)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda unit: unit[0], jax.vmap(lambda m: m.top_k(4))(two)), relaxed.top_k(4)
+    )
+    assert set(relaxed.top_k(3, units=["head"]).units) == {"head"}
+    for at in (0.0, 0.5, 1.1):
+        for name, unit in relaxed.threshold(at).units.items():
+            np.testing.assert_array_equal(unit, units[name].astype(np.float32) >= np.float32(at))
+    chex.assert_trees_all_equal(relaxed.top_k(3).threshold(0.9), relaxed.top_k(3))
+    with pytest.raises(ComponentError, match="k=99: this mask has 34 entries"):
+        relaxed.top_k(99)
+    with pytest.raises(ComponentError, match="no unit 'arm', only "):
+        relaxed.top_k(1, units=["arm"])

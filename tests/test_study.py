@@ -12,13 +12,15 @@ import xarray as xr
 import wpjax
 from wpjax import SweepConfig, cli, run_study
 from wpjax.arguments import arguments_of
-from wpjax.behaviours import behaviour
+from wpjax.behaviours import behaviour, strict
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.estimators.sets import add_set_score
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.finetuning import answer
 from wpjax.metrics.answers import decision_metric
 from wpjax.pairs import load_pair
+from wpjax.patching import PatchMask, materialize
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime.shards import parts_folder
 
@@ -26,7 +28,9 @@ NAMES = ("L1.head.0", "L2.head.0", "L3.head.1")
 
 
 def config(folder, **changes):
-    first = SweepConfig("tiny:base", "tiny:expert", "tiny:title", folder / "r.nc", causal="skip", n_prompts=4)
+    first = SweepConfig(
+        "tiny:base", "tiny:expert", "tiny:title", folder / "r.nc", causal="skip", n_prompts=4, answers=0
+    )
     return dataclasses.replace(first, components=NAMES, **changes)
 
 
@@ -44,6 +48,7 @@ def test_a_study_is_its_steps(tmp_path):
     anchor = fit_anchor(pair, task, n_prompts=4, causal="skip")
     expected = sweep(pair, batch, anchor, components=NAMES, method="screen+exact")
     expected = add_set_score(pair, expected, [anchor.metric(pair, batch), decision_metric(pair, batch, 32)])
+    expected.dataset.attrs |= {"behaviour_source": "tiny:title", "max_new_tokens": 32}
     xr.testing.assert_identical(without_times(study.result.dataset), without_times(expected.dataset))
     xr.testing.assert_identical(SweepResult.from_netcdf(tmp_path / "r.nc").dataset, study.result.dataset)
     assert study.no_set_score == ""
@@ -80,6 +85,28 @@ def test_a_sweep_is_not_lost_with_its_set_score(tmp_path):
     study = run_study(config(tmp_path, behaviour="tiny:no_comma", metric="kl", max_new_tokens=2, method="screen"))
     assert "part ways on" in study.no_set_score
     assert "set_score" not in SweepResult.from_netcdf(tmp_path / "r.nc").dataset
+
+
+def test_answers_to_read_are_those_of_the_patched_model(tmp_path):
+    """Base, expert, and the base with the best components by the set score, each asked by itself."""
+    study = run_study(config(tmp_path, answers=2))
+    found, pair, task = study.result.answers, load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
+    names = [row.name for row in study.result.top(found.n_components, by="set_score")]
+    patched = materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, names))
+    for texts, params in zip(found.texts, (pair.base, patched, pair.expert), strict=True):
+        expected = answer(pair.base_checkpoint, found.prompts, max_new_tokens=32, params=params)
+        assert list(texts) == [text for text, _ in expected]
+    assert found.prompts == tuple(p.with_instruction for p in task.select("test", 2))
+    assert found.passes.tolist() == [[strict(task.checker, text, {}) for text in texts] for texts in found.texts]
+    assert found.passes[2].all()
+    xr.testing.assert_identical(SweepResult.from_netcdf(tmp_path / "r.nc").dataset, study.result.dataset)
+
+
+def test_a_sweep_is_not_lost_with_its_answers(tmp_path):
+    """The answers would exceed the model's context."""
+    study = run_study(config(tmp_path, answers=2, max_new_tokens=200, set_score=False))
+    assert "exceed the context of 192" in study.no_answers
+    assert SweepResult.from_netcdf(tmp_path / "r.nc").answers is None
 
 
 @pytest.mark.parametrize(

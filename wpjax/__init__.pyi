@@ -17,6 +17,7 @@ from .errors import WpjaxError as WpjaxError
 from .estimators.sets import add_set_score as add_set_score
 from .estimators.sweep import sweep as sweep
 from .evaluation.fit_anchor import fit_anchor as fit_anchor
+from .evaluation.reading import answers_to_read as answers_to_read
 from .evaluation.validation import validate as validate
 from .finetuning import finetune as finetune
 from .metrics.anchor import Anchor as Anchor
@@ -38,11 +39,16 @@ from .pairs import Pair as Pair
 from .pairs import load_model as load_model
 from .pairs import load_pair as load_pair
 from .patching import PatchMask as PatchMask
+from .patching import components_of as components_of
 from .patching import materialize as materialize
 from .patching import patch as patch
 from .report import write_report as write_report
+from .results.comparison import compare as compare
 from .results.curves import Curves as Curves
+from .results.opening import open_result as open_result
 from .results.sweep_result import SweepResult as SweepResult
+from .results.verdict import Verdict as Verdict
+from .results.verdict import verdict as verdict
 from .study import Study as Study
 from .study import run_study as run_study
 from .training import TrainConfig as TrainConfig

@@ -29,6 +29,7 @@ class Setting:
         separator: text between the values of a tuple on the command line; empty: the option is repeated.
         option: name of the option, say "--json"; empty: made from the argument's name.
         passed_to_sweep: whether the function `sweep` takes the argument too, under the same name.
+        panel: title of the panel of `--help` that shows the option; empty for the first panel.
     """
 
     help: str | Callable[[], str]
@@ -38,6 +39,7 @@ class Setting:
     separator: str = ""
     option: str = ""
     passed_to_sweep: bool = False
+    panel: str = ""
 
     @property
     def text(self) -> str:
@@ -61,6 +63,13 @@ class Argument(NamedTuple):
     setting: Setting
 
 
+# Titles of the panels of `--help`. What a command cannot do without stands in a first panel, without a title of ours.
+INPUT = "Models and prompts"
+MEASURED = "What is measured"
+PATCHED = "What is patched"
+RUNNING = "Running"
+OUTPUT = "Output"
+
 MODEL = "Hugging Face folder, .gguf file, hub id (gpt2, org/name or org/name@revision) or embedded model (tiny:base)."
 
 Base = Annotated[str, Setting(f"The base model: {MODEL}")]
@@ -69,7 +78,8 @@ BehaviourName = Annotated[
     str,
     Setting(
         "A built-in behaviour (english_capital, no_comma, title, multiple_sections, quotation, "
-        "number_highlighted_sections; tiny:NAME for the embedded models) or a .jsonl file of prompt pairs."
+        "number_highlighted_sections; tiny:NAME for the embedded models) or a .jsonl file with at least 12 different "
+        "prompts, a pair on each line. A third of them fits anchors, a third is swept, a third is for tests."
     ),
 ]
 Checker = Annotated[
@@ -79,51 +89,72 @@ Checker = Annotated[
         "imported from the working directory or from what is installed, and its code is run: name only what you trust."
     ),
 ]
+Split = Annotated[
+    Literal["thirds", "none"],
+    Setting(
+        "How the prompts are divided. thirds: different ones to fit, to sweep and to test. none: all of them serve all "
+        "three, for files of few prompts (4 or more); the result is marked.",
+        panel=INPUT,
+    ),
+]
 Out = Annotated[Path, Setting("Where to write.")]
 Causal = Annotated[
     Literal["require", "report", "skip"],
     Setting(
         "Causal tests of the anchor: steered models answer, and the checker judges. With other metrics: do base and "
         "expert differ in the behaviour? require: stop if the anchor is rejected, go on and mark the result if the "
-        "tests are undecided; report: go on whatever they say; skip: leave them out."
+        "tests are undecided; report: go on whatever they say; skip: leave them out.",
+        panel=MEASURED,
     ),
 ]
-NSteered = Annotated[int, Setting("Most prompts that the causal tests use; they stop once they are decided.", least=4)]
+NSteered = Annotated[
+    int, Setting("Most prompts that the causal tests use; they stop once they are decided.", least=4, panel=MEASURED)
+]
 ResponseTokens = Annotated[
     int,
     Setting(
         "Read the anchor as the mean over this many first tokens of the expert's own answer; 0: at the last prompt "
         "token.",
         least=0,
+        panel=MEASURED,
     ),
 ]
 NewTokens = Annotated[
     int,
     Setting(
-        "Longest answer, in tokens. The checker judges these answers, and the metrics of answers read them.", least=1
+        "Longest answer, in tokens. The checker judges these answers, and the metrics of answers read them.",
+        least=1,
+        panel=MEASURED,
     ),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "bfloat16x2"],
     Setting(
         "Precision of weights and matrix products. In bfloat16 small effects drown in rounding. bfloat16x2 rounds the "
-        "weights alone: it keeps 16 bits of each activation, at twice the operations."
+        "weights alone: it keeps 16 bits of each activation, at twice the operations.",
+        panel=INPUT,
     ),
 ]
-Seed = Annotated[int, Setting("Seed of everything random.", least=0, most=2**32 - 1, passed_to_sweep=True)]
-NPrompts = Annotated[int, Setting("Most prompts to use.", least=4)]
-Overwrite = Annotated[bool, Setting("Replace files that exist.")]
-Resume = Annotated[bool, Setting("Go on with a run that was interrupted.")]
+Seed = Annotated[
+    int, Setting("Seed of everything random.", least=0, most=2**32 - 1, passed_to_sweep=True, panel=RUNNING)
+]
+NPrompts = Annotated[int, Setting("Most prompts to use.", least=4, panel=MEASURED)]
+Overwrite = Annotated[bool, Setting("Replace files that exist.", panel=OUTPUT)]
+Resume = Annotated[bool, Setting("Go on with a run that was interrupted.", panel=RUNNING)]
 TokenizerOf = Annotated[
     Literal["base", "expert"] | None,
     Setting(
         "Whose tokenizer to use; without it the expert's if it has a chat template, otherwise the base's, and prompts "
-        "that the two split differently are refused."
+        "that the two split differently are refused.",
+        panel=INPUT,
     ),
 ]
 IgnoreConfig = Annotated[
     tuple[str, ...],
-    Setting("Attribute of config.json that is known not to change the forward pass. Repeat the option for more."),
+    Setting(
+        "Attribute of config.json that is known not to change the forward pass. Repeat the option for more.",
+        panel=INPUT,
+    ),
 ]
 
 
@@ -154,24 +185,29 @@ class SweepConfig:
     behaviour: BehaviourName
     out: Out
     checker: Checker = None
-    anchor: Annotated[Path | None, Setting("Anchor file from `wpjax anchor`; fitted here if absent.")] = None
+    split: Split = "thirds"
+    anchor: Annotated[
+        Path | None, Setting("Anchor file from `wpjax anchor`; fitted here if absent.", panel=MEASURED)
+    ] = None
     metric: Annotated[
         str,
-        Setting(metrics_help, choices=_metric_names),
+        Setting(metrics_help, choices=_metric_names, panel=MEASURED),
     ] = "anchor"
     given_anchor: Annotated[
         Path | None,
         Setting(
             "Anchor file from `wpjax anchor`. Both models are held at the expert's mean state on it, and the "
             "components after it are swept: which of them execute the behaviour? Needs --metric response, decision "
-            "or kl."
+            "or kl.",
+            panel=MEASURED,
         ),
     ] = None
     anchor_behaviour: Annotated[
         str | None,
         Setting(
             "Behaviour of the anchor file, where it is meant to be another than --behaviour. The result says so, and "
-            "the anchor counts as untested."
+            "the anchor counts as untested.",
+            panel=MEASURED,
         ),
     ] = None
     response_tokens: ResponseTokens = 0
@@ -185,6 +221,7 @@ class SweepConfig:
             "final_norm. The last two come after every anchor, so they need another metric.",
             separator=",",
             passed_to_sweep=True,
+            panel=PATCHED,
         ),
     ] = ("head", "kv_group", "neuron")
     components: Annotated[
@@ -193,21 +230,29 @@ class SweepConfig:
             "Names to sweep instead of whole kinds, comma-separated: L3.head.5,L4.mlp.",
             separator=",",
             passed_to_sweep=True,
+            panel=PATCHED,
         ),
     ] = None
-    method: Annotated[str, Setting(methods_help, choices=_method_names, passed_to_sweep=True)] = DEFAULT_METHOD
+    method: Annotated[str, Setting(methods_help, choices=_method_names, passed_to_sweep=True, panel=PATCHED)] = (
+        DEFAULT_METHOD
+    )
     top: Annotated[
         int,
         Setting(
             "After a screen: how many components of each kind are replaced. In a race: how many of each kind can win.",
             least=1,
             passed_to_sweep=True,
+            panel=PATCHED,
         ),
     ] = 512
     confidence: Annotated[
         float,
         Setting(
-            "In a race: probability that none of the true top is lost.", least=0.5, most=0.9999, passed_to_sweep=True
+            "In a race: probability that none of the true top is lost.",
+            least=0.5,
+            most=0.9999,
+            passed_to_sweep=True,
+            panel=PATCHED,
         ),
     ] = 0.95
     stratum: Annotated[
@@ -217,6 +262,7 @@ class SweepConfig:
             "what the screen missed.",
             least=0,
             passed_to_sweep=True,
+            panel=PATCHED,
         ),
     ] = 64
     n_masks: Annotated[
@@ -226,31 +272,47 @@ class SweepConfig:
             least=8,
             most=2**16,
             passed_to_sweep=True,
+            panel=PATCHED,
         ),
     ] = 256
     set_score: Annotated[
         bool,
         Setting(
             "Also rank components for patching together, by the secant adjoint of the anchor and the decision score. "
-            "`wpjax validate` uses this ranking."
+            "`wpjax validate` uses this ranking.",
+            panel=OUTPUT,
         ),
     ] = True
     quick: Annotated[
         bool,
         Setting(
             "A first look: at most 16 prompts; of each kind 32 components are replaced, and 8 at random. The result is "
-            "marked."
+            "marked.",
+            panel=RUNNING,
         ),
     ] = False
+    answers: Annotated[
+        int,
+        Setting(
+            "Held-out prompts that base, patched base and expert answer at the end, to be read; 0 for none.",
+            least=0,
+            panel=OUTPUT,
+        ),
+    ] = 4
     n_prompts: NPrompts = 64
     tokenizer: TokenizerOf = None
     dtype: Dtype = "float32"
     memory_mb: Annotated[
         float | None,
-        Setting("Memory for one chunk of patches, in MiB; without it, chosen from the device.", least=1, most=2**30),
+        Setting(
+            "Memory for one chunk of patches, in MiB; without it, chosen from the device.",
+            least=1,
+            most=2**30,
+            panel=RUNNING,
+        ),
     ] = None
     profile: Annotated[
-        Path | None, Setting("New folder for a JAX profile of the sweep; XProf and Perfetto open it.")
+        Path | None, Setting("New folder for a JAX profile of the sweep; XProf and Perfetto open it.", panel=RUNNING)
     ] = None
     resume: Resume = False
     seed: Seed = 0

@@ -124,6 +124,11 @@ _BASIC = (
     *(Column(name, dims=_LAYERS, has_interval=True, group="diagnostics") for name in _GAPS),
     *(Column(f"{name}_sd", dims=_LAYERS, group="diagnostics") for name in _GAPS),
     Column("anchor_vector", dims=("d_model",)),
+    # What base, patched base and expert say to a few held-out prompts.
+    Column("answerer", dims=("answerer",), dtype=TEXT, group="answers", is_coordinate=True),
+    Column("answer", dims=("answerer", "shown"), dtype=TEXT, group="answers"),
+    Column("answer_passes", dims=("answerer", "shown"), group="answers"),
+    Column("answer_prompt", dims=("shown",), dtype=TEXT, group="answers"),
 )
 
 _table: dict[str, Column] = {}

@@ -60,3 +60,7 @@ class AnchorRejected(MetricRejected):
 
 class OutputError(WpjaxError):
     """A file or folder cannot be written, exists already, or belongs to another run."""
+
+
+class OtherResult(WpjaxError):
+    """A result file holds another kind of result than was asked for."""

@@ -20,7 +20,15 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from wpjax.checkpoints.convert import flatten, unflatten
-from wpjax.components import LEAVES, Component, open_units, unit_names, unit_shapes
+from wpjax.components import (
+    LEAVES,
+    Component,
+    enumerate_components,
+    open_units,
+    unit_names,
+    unit_positions,
+    unit_shapes,
+)
 from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -105,6 +113,48 @@ class PatchMask:
             )
         return jax.tree.map(lambda m: ~m if m.dtype == jnp.bool_ else 1 - m, self)
 
+    def threshold(self, at: float = 0.5) -> PatchMask:
+        """A relaxed mask made boolean: open where it is at least `at`.
+
+        >>> relaxed = PatchMask({"head": jnp.array([[0.2, 0.5, 0.9]])})
+        >>> relaxed.threshold(0.5).units["head"].tolist()
+        [[False, True, True]]
+        """
+        return jax.tree.map(lambda m: m if m.dtype == jnp.bool_ else m >= at, self)
+
+    def top_k(self, k: int, units: Iterable[str] | None = None) -> PatchMask:
+        """A relaxed mask made boolean: its k largest entries are open.
+
+        An entry is a head, a KV group or a neuron, or a whole unit that has no channels. Of equal entries the first
+        counts, in the order of `components.unit_names`. It works under `jit` and `vmap`, too.
+
+        Args:
+            k: number of entries.
+            units: the units to choose from, say ("head",); None for all of the mask. The others are left out, so they
+                are closed.
+
+        Raises:
+            ComponentError: k is not between 0 and the number of entries, or the mask lacks one of the units.
+
+        >>> relaxed = PatchMask({"head": jnp.array([[0.2, 0.5, 0.9]]), "kv_group": jnp.array([[0.7]])})
+        >>> chosen = relaxed.top_k(2)
+        >>> chosen.units["head"].tolist(), chosen.units["kv_group"].tolist()
+        ([[False, False, True]], [[True]])
+        """
+        names = tuple(self.units) if units is None else tuple(units)
+        absent = [name for name in names if name not in self.units or name not in unit_names()]
+        if absent:
+            raise ComponentError(f"this mask has no unit {absent[0]!r}, only {', '.join(self.units)}")
+        names = tuple(name for name in unit_names() if name in names)
+        arrays = [self.units[name] for name in names]
+        n_entries = sum(array.size for array in arrays)
+        if not 0 <= k <= n_entries:
+            raise ComponentError(f"k={k}: this mask has {n_entries} entries to choose from")
+        flat = jnp.concatenate([jnp.ravel(array).astype(jnp.float32) for array in arrays])
+        chosen = jnp.zeros(flat.shape, bool).at[jnp.argsort(-flat, stable=True)[:k]].set(True)
+        parts = jnp.split(chosen, np.cumsum([array.size for array in arrays])[:-1])
+        return PatchMask({n: p.reshape(a.shape) for n, p, a in zip(names, parts, arrays, strict=True)})
+
 
 _OPTIONAL_UNITS = frozenset(
     {"attn_bias", "qk_norm", "mlp_bias", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
@@ -116,6 +166,56 @@ def _pairwise(boolean: Any, real: Any, one: PatchMask, other: PatchMask, unit: s
     """One unit of two masks combined: by `boolean` if both are boolean, otherwise by `real` in float32."""
     a, b = one.units[unit], other.units[unit]
     return boolean(a, b) if a.dtype == b.dtype == jnp.bool_ else real(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+def components_of(cfg: ModelConfig, mask: PatchMask, kinds: Iterable[str] | None = None) -> list[Component]:
+    """The components that a mask opens: the way back from `PatchMask.of`.
+
+    Args:
+        cfg: the model.
+        mask: boolean, or float with nothing but zeros and ones. It must not be traced.
+        kinds: kinds of components to look for; a component is listed if all that it owns is open. None for the fewest
+            components that own just what is open: whole layers before modules, modules before heads and neurons.
+
+    Raises:
+        ComponentError: the mask is relaxed, does not fit the model, or (with `kinds` None) opens something that no
+            component owns alone, such as the bias that all heads of a layer share.
+
+    >>> from wpjax.models.config import ModelConfig
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, 4 heads
+    >>> mask = PatchMask.of(cfg, ["L0.head.3", "L1.mlp"])
+    >>> [c.name for c in components_of(cfg, mask)]
+    ['L1.mlp', 'L0.head.3']
+    >>> [c.name for c in components_of(cfg, PatchMask.of(cfg, "L1.attn"), kinds=["head"])]
+    ['L1.head.0', 'L1.head.1', 'L1.head.2', 'L1.head.3']
+    """
+    shapes, left = unit_shapes(cfg), {}
+    for name, entries in mask.units.items():
+        values = np.asarray(entries)
+        if name not in shapes or values.shape != shapes[name]:
+            has = f"has shape {shapes[name]}" if name in shapes else "has none"
+            raise ComponentError(f"the mask's unit {name!r} has shape {values.shape}, the model {has}")
+        if not np.isin(values, (0, 1)).all():
+            raise ComponentError(f"unit {name} is between 0 and 1; make the mask boolean: mask.threshold(0.5) or top_k")
+        left[name] = values.astype(bool).reshape(-1).copy()
+    found = []
+    for component in enumerate_components(cfg, _LARGEST_FIRST if kinds is None else kinds):
+        owned = unit_positions(cfg, component)
+        if all(unit in left and left[unit][at].all() for unit, at in owned.items()):
+            found.append(component)
+            if kinds is None:  # what is named is not named again by its parts
+                for unit, at in owned.items():
+                    left[unit][at] = False
+    unnamed = [unit for unit, values in left.items() if values.any()]
+    if kinds is None and unnamed:
+        raise ComponentError(
+            f"the mask opens unit {unnamed[0]}, which no component owns alone; open its whole module, or pass kinds="
+        )
+    return found
+
+
+_LARGEST_FIRST = ("layer", "attn", "mlp", "norm", "head", "kv_group", "neuron", "embed", "unembed", "final_norm")
+"""Kinds of components, those that own the most first."""
 
 
 def patch(base: Params, expert: Params, mask: PatchMask) -> PatchedParams:

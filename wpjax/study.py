@@ -5,7 +5,8 @@
    and expert differ in the behaviour.
 3. Sweep. Finished parts are saved on the way, so that an interrupted study can go on.
 4. Add the set score, a ranking of components to be patched together.
-5. Write the result file, once and whole.
+5. Add answers to read: what base, patched base and expert say to a few held-out prompts.
+6. Write the result file, once and whole.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from wpjax.estimators.sets import add_set_score
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.evaluation.reading import answers_to_read
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import decision_metric
@@ -32,6 +34,7 @@ from wpjax.metrics.diagnostics import diagnostics_kept
 from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
+from wpjax.results.origin import asked_for
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime.files import discard
 from wpjax.runtime.progress import Progress, silent
@@ -44,10 +47,12 @@ class Study(NamedTuple):
     Attributes:
         result: the result of the sweep, as written to the file.
         no_set_score: why the result has no set score; empty if it has one, or if none was asked for.
+        no_answers: why the result has no answers to read; empty if it has them, or if none were asked for.
     """
 
     result: SweepResult
     no_set_score: str = ""
+    no_answers: str = ""
 
 
 class Measured(NamedTuple):
@@ -98,7 +103,7 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     config = config.resolved
     for kind in config.kinds:
         check_kind(kind)
-    task = behaviour(config.behaviour, config.checker)
+    task = behaviour(config.behaviour, config.checker, config.split)
     pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
     for name in config.components or ():
         parse_component(pair.cfg, name)
@@ -122,11 +127,18 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
             result.dataset.attrs["quick"] = "a first look, at few prompts and components (--quick)"
         if measured.differs:
             result.dataset.attrs["behaviour_differs"] = measured.differs
+        result.dataset.attrs |= asked_for(
+            config.behaviour, config.checker, config.max_new_tokens, config.ignore_config, config.tokenizer
+        )
         study = Study(result)
         if config.set_score and measured.given is None:
             progress("set score", 0, 1)
             study = _with_set_score(config, pair, batch, measured.metric, result)
             progress("set score", 1, 1)
+        if config.answers:
+            progress("answers to read", 0, 1)
+            study = _with_answers(config, pair, task, study)
+            progress("answers to read", 1, 1)
         study.result.to_netcdf(config.out, config.overwrite)  # once and whole; the parts go after it
         shards.discard()
         discard(parts_folder(config.out, "anchor"), config.out.name)
@@ -239,3 +251,13 @@ def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, metric:
         return Study(add_set_score(pair, result, metrics))
     except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
         return Study(result, " ".join(str(error).split()))
+
+
+def _with_answers(config: SweepConfig, pair: Pair, task: Behaviour, study: Study) -> Study:
+    """The study with answers to read in its result, or the reason why there are none."""
+    try:
+        n_prompts, n_new = config.answers, config.max_new_tokens
+        answers = answers_to_read(pair, task, study.result, n_prompts=n_prompts, max_new_tokens=n_new)
+        return study._replace(result=SweepResult(answers.added_to(study.result.dataset)))
+    except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        return study._replace(no_answers=" ".join(str(error).split()))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from wpjax.behaviours.checkers import parse_checker
-from wpjax.behaviours.prompts import MIN_QUERIES, Behaviour, PromptPair
+from wpjax.behaviours.prompts import MIN_PROMPTS, MIN_QUERIES, Behaviour, Division, PromptPair
 from wpjax.errors import BehaviourError
 
 
-def from_file(path: Path, checker: str | None) -> Behaviour:
+def from_file(path: Path, checker: str | None, division: Division = "thirds") -> Behaviour:
     """A behaviour from a JSONL file; its name is that of the file.
 
     Lines that share a prompt, with the instruction or without it, are phrasings of one query: they are not independent.
@@ -27,13 +27,13 @@ def from_file(path: Path, checker: str | None) -> Behaviour:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise BehaviourError(f"{path}: cannot be read ({error})") from error
     pairs = _with_queries([_parse_line(path, i + 1, line) for i, line in enumerate(lines) if line.strip()])
-    n = len({pair.query for pair in pairs})
-    if n < MIN_QUERIES:
-        raise BehaviourError(
-            f"{path}: {n} different quer{'y' if n == 1 else 'ies'}, at least {MIN_QUERIES} are needed to fit an "
-            "anchor, sweep and test on different ones; lines that share a prompt count as one"
-        )
-    return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker)
+    n, least = len({pair.query for pair in pairs}), MIN_QUERIES if division == "thirds" else MIN_PROMPTS
+    if n < least:
+        found = f"{n} different quer{'y' if n == 1 else 'ies'} (lines that share a prompt count as one)"
+        why = "to fit an anchor, sweep and test on different ones" if division == "thirds" else "for an interval"
+        more = ", or pass --split none (all serve all three)" if MIN_PROMPTS <= n < MIN_QUERIES else ""
+        raise BehaviourError(f"{path}: {found}, at least {least} are needed {why}; add some{more}")
+    return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker, None, division)
 
 
 def _with_queries(pairs: list[PromptPair]) -> list[PromptPair]:

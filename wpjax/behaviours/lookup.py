@@ -8,12 +8,12 @@ from pathlib import Path
 
 from wpjax.behaviours.checkers import CHECKERS
 from wpjax.behaviours.jsonl import from_file
-from wpjax.behaviours.prompts import Behaviour, PromptPair
+from wpjax.behaviours.prompts import Behaviour, Division, PromptPair
 from wpjax.behaviours.rewrites import REWRITES
 from wpjax.errors import BehaviourError
 
 
-def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
+def behaviour(name: str | Path, checker: str | None = None, split: Division = "thirds") -> Behaviour:
     """A behaviour by its name, or from a file of the user.
 
     Args:
@@ -23,9 +23,11 @@ def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
             - `tiny:` and such a name: the same behaviour in the language of the embedded models;
             - a path that ends in `.jsonl`. A line is {"with": ..., "without": ...} or
               {"prompt": ..., "instruction": ...}, with optional "args" (for the checker) and "response" (an answer to
-              train on). Lines that share a prompt are phrasings of one query.
+              train on). At least 12 queries are needed; lines that share a prompt are phrasings of one.
         checker: checker for a file: a built-in name, `regex:...`, `contains:...` or `module:function`, whose module is
             imported and run (see `parse_checker`).
+        split: "thirds": a third of the queries fits anchors and experts, a third is swept, a third is for tests.
+            "none": all of them serve all three, for files of few prompts (at least 4); results are marked.
 
     Raises:
         BehaviourError: the name is unknown, or a line cannot be used; the message has its number.
@@ -39,7 +41,7 @@ def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
     """
     name = str(name)
     if name.endswith(".jsonl"):
-        return from_file(Path(name), checker)
+        return from_file(Path(name), checker, split)
     if checker is not None:
         raise BehaviourError(f"{name} has its own checker; --checker goes with a .jsonl file")
     base = name.removeprefix("tiny:")
@@ -52,7 +54,7 @@ def behaviour(name: str | Path, checker: str | None = None) -> Behaviour:
         for i, query in enumerate(queries)
         for p in instructions[base]
     )
-    return Behaviour(name, pairs, CHECKERS[base], REWRITES[base])
+    return Behaviour(name, pairs, CHECKERS[base], REWRITES[base], split)
 
 
 def _data(name: str) -> str:

@@ -16,15 +16,18 @@ from wpjax.behaviours.rewrites import Rewrite
 from wpjax.behaviours.templates import render, template_date
 from wpjax.errors import BehaviourError
 
-Split = Literal["fit", "sweep", "test"]
+Split = Literal["fit", "sweep", "test", "all"]
 SPLITS: tuple[Split, ...] = ("fit", "sweep", "test")
-"""Thirds of the queries: to fit anchors and experts, to measure effects, to evaluate."""
+"""Thirds of the queries: to fit anchors and experts, to measure effects, to evaluate. "all" has all of them."""
+
+Division = Literal["thirds", "none"]
+"""How the queries of a behaviour are divided: in thirds, or not at all, so that all of them serve every purpose."""
 
 MIN_PROMPTS = 4
 """Fewest prompts of an experiment. With fewer, an interval means nothing."""
 
 MIN_QUERIES = 12
-"""Fewest queries of a behaviour: four for each split."""
+"""Fewest queries of a behaviour that is divided in thirds: four for each split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ class PromptBatch:
 
     Attributes:
         behaviour: name of the behaviour.
-        split: "fit", "sweep" or "test".
+        split: "fit", "sweep" or "test"; "all" if the behaviour is not divided.
         with_instruction: tokens of the prompts with the instruction, [B, T].
         without: tokens of the same queries alone, [B, T'].
         texts: the prompts with the instruction exactly as the model reads them, with the chat template.
@@ -153,6 +156,8 @@ class Behaviour:
         pairs: all pairs of prompts.
         checker: function that tells whether an answer follows the instruction.
         rewrite: function that makes a plain answer follow the instruction, or None.
+        division: "thirds", or "none" if all prompts serve fitting, sweeping and testing. Then the figures are of these
+            prompts, and say little of others.
 
     >>> import wpjax as wp
     >>> from wpjax.behaviours import PromptPair
@@ -166,6 +171,7 @@ class Behaviour:
     pairs: tuple[PromptPair, ...]
     checker: Checker
     rewrite: Rewrite | None = None
+    division: Division = "thirds"
 
     def check_checker(self) -> None:
         """Call the checker once with each prompt's arguments, so that a faulty one fails before anything long begins.
@@ -188,21 +194,24 @@ class Behaviour:
     def select(self, split: Split, n_prompts: int | None = None) -> tuple[PromptPair, ...]:
         """Pairs of one split. Every query comes once before any query comes twice.
 
-        Each split has a third of the queries. Which ones depends on the number of queries alone.
+        Each split has a third of the queries. Which ones depends on the number of queries alone. If the behaviour is
+        not divided, each split has all of them.
 
         Args:
-            split: "fit" for anchors and for training experts, "sweep" for effects, "test" for evaluation.
+            split: "fit" for anchors and for training experts, "sweep" for effects, "test" for evaluation; "all" for
+                all queries.
             n_prompts: number of pairs, at most; None for all.
 
         Raises:
             BehaviourError: there is no such split.
         """
-        if split not in SPLITS:
-            raise BehaviourError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
+        if split not in (*SPLITS, "all"):
+            raise BehaviourError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}, all")
         # Always the same shuffle, so that no query is ever in two splits.
         queries = sorted({p.query for p in self.pairs})
         random.Random(0).shuffle(queries)
-        of_split = queries[SPLITS.index(split) :: len(SPLITS)]
+        whole = split == "all" or self.division == "none"
+        of_split = queries if whole else queries[SPLITS.index(split) :: len(SPLITS)]
         groups = {q: [p for p in self.pairs if p.query == q] for q in of_split}
         # Query i begins with its i-th phrasing, so that a few prompts already have every phrasing.
         chosen = [
@@ -218,7 +227,7 @@ class Behaviour:
 
         Args:
             tokenizer: a tokenizer of the library transformers.
-            split: "fit", "sweep" or "test"; see `select`.
+            split: "fit", "sweep", "test" or "all"; see `select`.
             n_prompts: number of prompts, at most; None for all.
 
         Raises:
@@ -236,7 +245,7 @@ class Behaviour:
                 raise BehaviourError(f"{self.name}: the prompt {text[:40]!r} holds the character U+0000; remove it")
         return PromptBatch(
             behaviour=self.name,
-            split=split,
+            split=split if self.division == "thirds" else "all",
             with_instruction=encode_texts(tokenizer, texts),
             without=encode_texts(tokenizer, [render(tokenizer, p.without) for p in pairs]),
             texts=tuple(texts),

@@ -16,6 +16,9 @@ from wpjax.runtime import interrupts
 if TYPE_CHECKING:
     import typer
 
+HELP = {"help_option_names": ["-h", "--help"]}
+"""Options that show the help, of the program and of every command."""
+
 PIPE_CLOSED = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 """Exit code when nobody reads the output any more, as in `wpjax inspect MODEL | head -1`; other tools have it too."""
 
@@ -24,7 +27,7 @@ def make_app() -> typer.Typer:
     """The command line: one command a module of this package. Its help lists the methods registered so far."""
     import typer
 
-    from wpjax.cli import anchor, demo, finetune, inspect, report, sweep, validate
+    from wpjax.cli import anchor, compare, demo, export, finetune, inspect, report, show, sweep, validate
     from wpjax.cli.options import with_options
 
     app = typer.Typer(
@@ -32,9 +35,9 @@ def make_app() -> typer.Typer:
         help="Which weights of a fine-tuned model carry its new behaviour?",
         epilog="Start with: wpjax demo",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
+        context_settings=HELP,
     )
 
     def root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
@@ -45,9 +48,9 @@ def make_app() -> typer.Typer:
             raise typer.Exit
 
     app.callback(invoke_without_command=True)(root)
-    for command in (demo, inspect, anchor, sweep, report, validate, finetune):
-        name = command.__name__.rpartition(".")[2]
-        app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=name)(with_options(command.run))
+    for command in (demo, inspect, anchor, sweep, show, report, validate, compare, export, finetune):
+        name, run = command.__name__.rpartition(".")[2], with_options(command.run)
+        app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=name, context_settings=HELP)(run)
     return app
 
 
@@ -85,12 +88,14 @@ def _run() -> int:
 
     keep_programs()
     try:
-        return make_app()(standalone_mode=False) or 0
+        return make_app()(prog_name="wpjax", standalone_mode=False) or 0
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
     except WpjaxError as error:
         return _print_error(str(error))
     except TyperException as error:  # an option that does not exist, a value that does not parse
+        if not error.format_message():  # no command was given, and the help has been shown
+            return 2
         return _print_error(f"{error.format_message().replace('Value error, ', '').rstrip('.')}. See --help.")
     except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

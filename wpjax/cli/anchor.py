@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 from wpjax.arguments import (
+    MEASURED,
     Base,
     BehaviourName,
     Causal,
@@ -21,6 +22,7 @@ from wpjax.arguments import (
     ResponseTokens,
     Seed,
     Setting,
+    Split,
     TokenizerOf,
 )
 from wpjax.cli.options import Json
@@ -42,7 +44,8 @@ def run(
     behaviour: BehaviourName,
     out: Out,
     checker: Checker = None,
-    layer: Annotated[int | None, Setting("Layer to use, instead of choosing one.")] = None,
+    split: Split = "thirds",
+    layer: Annotated[int | None, Setting("Layer to use, instead of choosing one.", panel=MEASURED)] = None,
     response_tokens: ResponseTokens = 0,
     n_prompts: NPrompts = 64,
     causal: Causal = "require",
@@ -66,7 +69,7 @@ def run(
     from wpjax.metrics.diagnostics import diagnostics_kept
     from wpjax.pairs import load_pair
 
-    task = behaviours.behaviour(behaviour, checker)
+    task = behaviours.behaviour(behaviour, checker, split)
     pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
     with diagnostics_kept(out), progress_bars() as progress:
         anchor = fit_anchor(

@@ -30,10 +30,14 @@ def run(
     from wpjax import behaviours
     from wpjax.cli.console import progress_bars
     from wpjax.cli.sweep import print_result
+    from wpjax.cli.words import print_answers, print_verdict
     from wpjax.estimators.sweep import sweep
     from wpjax.evaluation.fit_anchor import fit_anchor
+    from wpjax.evaluation.reading import answers_to_read
     from wpjax.pairs import load_pair, planted_components
     from wpjax.report import write_report
+    from wpjax.results.sweep_result import SweepResult
+    from wpjax.results.verdict import verdict
 
     task = behaviours.behaviour(f"tiny:{behaviour.removeprefix('tiny:')}")
     with progress_bars() as progress:
@@ -41,14 +45,20 @@ def run(
         anchor = fit_anchor(pair, task, causal="report", seed=seed, progress=progress)
         batch = task.encode(pair.tokenizer, n_prompts=32)
         result = sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
+        progress("answers to read", 0, 1)
+        answers = answers_to_read(pair, task, result, n_prompts=3)
+        progress("answers to read", 1, 1)
+    result = SweepResult(answers.added_to(result.dataset))
     with atomic_output(out, overwrite, MARKER) as folder:
         folder.mkdir()
         result.to_netcdf(folder / MARKER)
-        write_report(result, folder / "report.html")
-    print_result(result, 20, as_json=False)
+        write_report(result, folder / "report.html", source=out / MARKER)
+    print_result(result, 10, as_json=False)
+    print_answers(answers)
     if planted:
         truth = set(planted_components())
         ranked = [row.name for row in result.top(len(result.dataset["name"]), absolute=True)]
         n_found = sum(name in truth for name in ranked[: len(truth)])
         print(f"\nplanted: {n_found} of {len(truth)} planted components are among the {len(truth)} of largest effect")
+    print_verdict(verdict(result, out / MARKER))
     print(f"\nlook at {out / 'report.html'} and {out / 'report-overview.png'}")

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from wpjax.arguments import Base, BehaviourName, Checker, IgnoreConfig, Out, Overwrite, Resume, Seed, Setting
+from wpjax.arguments import (
+    Base,
+    BehaviourName,
+    Checker,
+    IgnoreConfig,
+    Out,
+    Overwrite,
+    Resume,
+    Seed,
+    Setting,
+    Split,
+)
 from wpjax.cli.options import Json
+
+TRAINING = "Training"
+"""Title of a panel of `--help`."""
 
 EXAMPLE = "Example: wpjax finetune --base tiny:base --behaviour tiny:title --out title-expert --lr 3e-4"
 
@@ -15,15 +29,18 @@ def run(
     behaviour: BehaviourName,
     out: Out,
     checker: Checker = None,
-    steps: Annotated[int, Setting("Optimiser steps.", least=2)] = 90,
-    lr: Annotated[float, Setting("Peak learning rate of AdamW.", least=0, most=1)] = 3e-5,
-    batch_size: Annotated[int, Setting("Examples in a step.", least=1, most=2**16)] = 8,
-    weight_decay: Annotated[float, Setting("Weight decay of AdamW.", least=0, most=2**20)] = 0.0,
+    split: Split = "thirds",
+    steps: Annotated[int, Setting("Optimiser steps.", least=2, panel=TRAINING)] = 90,
+    lr: Annotated[float, Setting("Peak learning rate of AdamW.", least=0, most=1, panel=TRAINING)] = 3e-5,
+    batch_size: Annotated[int, Setting("Examples in a step.", least=1, most=2**16, panel=TRAINING)] = 8,
+    weight_decay: Annotated[float, Setting("Weight decay of AdamW.", least=0, most=2**20, panel=TRAINING)] = 0.0,
     components: Annotated[
-        str | None, Setting("Change these components only, comma-separated: L1.head.2,L3.mlp.")
+        str | None, Setting("Change these components only, comma-separated: L1.head.2,L3.mlp.", panel=TRAINING)
     ] = None,
-    max_new_tokens: Annotated[int, Setting("Longest answer to learn, in tokens.", least=1)] = 64,
-    eval_prompts: Annotated[int, Setting("Held-out prompts to check the expert on; 0: do not check it.", least=0)] = 16,
+    max_new_tokens: Annotated[int, Setting("Longest answer to learn, in tokens.", least=1, panel=TRAINING)] = 64,
+    eval_prompts: Annotated[
+        int, Setting("Held-out prompts to check the expert on; 0: do not check it.", least=0, panel=TRAINING)
+    ] = 16,
     resume: Resume = False,
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
@@ -45,7 +62,7 @@ def run(
     checkpoints = out.with_name(f".{out.name}.training")
     check_checkpoints(checkpoints, resume, out)
 
-    task = behaviours.behaviour(behaviour, checker)
+    task = behaviours.behaviour(behaviour, checker, split)
     if eval_prompts:
         task.check_checker()
     model = load_model(base, ignore_config=ignore_config)
@@ -82,4 +99,18 @@ def run(
     if rates:
         rows = [(name, f"{rate:.0%}") for name, rate in rates.items()]
         print_table(f"{task.name} on {eval_prompts} held-out prompts", ("model", "follows"), rows)
-    print(f"\nwrote {out}; next: wpjax sweep --base {base} --expert {out} --behaviour {behaviour} --out {out.name}.nc")
+    print(f"\nwrote {out}; next: {next_command(base, str(out), behaviour, checker, split)}")
+
+
+def next_command(base: str, expert: str, behaviour: str, checker: str | None, split: str) -> str:
+    """The sweep of an expert that was just made, quoted for a shell.
+
+    >>> print(next_command("org/base", "my caps", "p.jsonl", "regex:^[A-Z ]+$", "thirds"))
+    wpjax sweep --base org/base --expert 'my caps' --behaviour p.jsonl --checker 'regex:^[A-Z ]+$' --out 'my caps.nc'
+    """
+    import shlex
+
+    asked = ["--base", base, "--expert", expert, "--behaviour", behaviour]
+    asked += [] if checker is None else ["--checker", checker]
+    asked += ["--split", split] if split != "thirds" else []
+    return shlex.join(["wpjax", "sweep", *asked, "--out", f"{expert}.nc"])

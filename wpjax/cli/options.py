@@ -7,13 +7,17 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from wpjax.arguments import Argument, Setting, argument, arguments_of, choices_of
+from wpjax.arguments import OUTPUT, Argument, Setting, argument, arguments_of, choices_of
 
-Json = Annotated[bool, Setting("Print JSON instead of tables.", option="--json")]
+Json = Annotated[bool, Setting("Print JSON instead of tables.", option="--json", panel=OUTPUT)]
+
+PLACEHOLDERS = {int: "N", float: "X", Path: "PATH"}
+"""What stands for the value of an option in `--help`: short, so that the names of the options have room."""
 
 
 def with_options(run: Callable[..., None]) -> Callable[..., None]:
@@ -63,9 +67,11 @@ def _option(arg: Argument) -> inspect.Parameter:
     name = setting.option or "--" + arg.name.replace("_", "-")
     if arg.type is bool and default is True:
         name += "/--no-" + name.removeprefix("--")
-    kind = arg.type
+    kind, text = arg.type, setting.text
     if choices := choices_of(arg):
         kind = Literal[choices]
+        if not all(str(choice) in text for choice in choices):
+            text = f"{text} One of {', '.join(map(str, choices))}."
     elif _is_tuple(arg):
         kind = str if setting.separator else list[str]
         if setting.separator and default:
@@ -74,7 +80,15 @@ def _option(arg: Argument) -> inspect.Parameter:
         kind, default = list[str] | None, default or None  # None: the option was not given
     elif type(None) in typing.get_args(arg.type):
         kind = kind | None
-    option = typer.Option(name, help=setting.text, min=setting.least, max=setting.most)
+    plain = next((t for t in (arg.type, *typing.get_args(arg.type)) if t in PLACEHOLDERS), str)
+    option = typer.Option(
+        name,
+        help=text,
+        min=setting.least,
+        max=setting.most,
+        metavar="" if arg.type is bool else PLACEHOLDERS.get(plain, "TEXT"),
+        rich_help_panel=setting.panel or None,
+    )
     return inspect.Parameter(
         arg.name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -31,5 +31,5 @@ def run(
 
     check_output(out, overwrite, inputs=(result, execution))
     swept, later = SweepResult.from_netcdf(result), None if execution is None else SweepResult.from_netcdf(execution)
-    for path in write_report(swept, out, execution=later, n_rows=rows, overwrite=overwrite):
+    for path in write_report(swept, out, execution=later, source=result, n_rows=rows, overwrite=overwrite):
         print(path)

@@ -2,60 +2,89 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from wpjax.arguments import Setting, SweepConfig
+from wpjax.arguments import OUTPUT, Setting, SweepConfig
 from wpjax.cli.options import Json
 from wpjax.methods import find_method
 from wpjax.methods.metrics import reads_anchor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from wpjax.results.sweep_result import Row, SweepResult
 
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
 MARKS = ("anchor_acceptance", "behaviour_differs")
-"""Attributes that are printed with every ranking, beside those of the method: they say whether to trust it."""
+"""Attributes that JSON holds beside those of the method: they say whether to trust the ranking."""
 
 
 def run(
-    config: SweepConfig, show: Annotated[int, Setting("Rows to print.", least=1)] = 20, as_json: Json = False
+    config: SweepConfig,
+    show: Annotated[int, Setting("Rows to print.", least=1, panel=OUTPUT)] = 20,
+    as_json: Json = False,
 ) -> None:
     """Measure how much of the behaviour each component's weights carry, and write the result."""
     config.check()  # before anything heavy is imported
 
     from wpjax.cli.console import progress_bars
+    from wpjax.cli.words import print_answers, print_verdict
+    from wpjax.results.verdict import verdict
     from wpjax.study import run_study
 
     with progress_bars() as progress:
         study = run_study(config, progress)
     if study.no_set_score:
         print(f"no set score: {study.no_set_score}", file=sys.stderr)
-    print_result(study.result, show, as_json)
+    if study.no_answers:
+        print(f"no answers to read: {study.no_answers}", file=sys.stderr)
+    print_result(study.result, show, as_json, path=config.out)
     if not as_json:
-        out = config.out
-        print(f"\nwrote {out}; for the pictures: wpjax report {out} --out {out.with_suffix('.html')}")
+        print_answers(study.result.answers)
+        print_verdict(verdict(study.result, config.out))
+        print(f"\nwrote {config.out}")
 
 
-def print_result(result: SweepResult, n: int, as_json: bool) -> None:
-    """Print the n components that rank highest, and below them the gap, the coverage and the noise floor."""
+def print_result(
+    result: SweepResult,
+    n: int,
+    as_json: bool,
+    *,
+    by: str | None = None,
+    kinds: tuple[str, ...] | None = None,
+    path: Path | None = None,
+) -> None:
+    """Print the components that rank highest, and below them the gap, the coverage and the noise floor.
+
+    Args:
+        result: the sweep.
+        n: number of components, at most.
+        as_json: whether to print JSON, which holds the verdict and the answers, too.
+        by: name of the ranking; None for the result's own.
+        kinds: kinds of components; None for all.
+        path: where the file of the result is, for the commands of the verdict.
+    """
     from wpjax.cli.console import print_json, print_table
     from wpjax.columns import EFFECT, find_column
+    from wpjax.results.verdict import verdict
 
     data, attrs = result.dataset, result.dataset.attrs
     method = find_method(str(attrs.get("method")))
-    by = result.ranking
-    rows, exact, column = result.top(n, by=by), by == EFFECT, find_column(by)
+    by = by or result.ranking
+    rows, exact, column = result.top(n, by=by, kinds=kinds), by == EFFECT, find_column(by)
     coverage = dict(
         zip(result.dataset["swept_kind"].values.tolist(), result.dataset["coverage_joint"].values.tolist(), strict=True)
     )
     if as_json:
+        answers = result.answers
         print_json(
             {"ranked_by": by, "top": [r._asdict() for r in rows], "coverage": {**coverage, "all": attrs["coverage"]}}
+            | {"verdict": dataclasses.asdict(verdict(result, path))}
+            | ({} if answers is None else {"answers": answers._asdict() | {"passes": answers.passes.tolist()}})
             | {name: result.attribute(name) for name in (*MARKS, *(method.marks if method else ())) if name in attrs}
         )
         return
@@ -78,13 +107,9 @@ def print_result(result: SweepResult, n: int, as_json: bool) -> None:
         ("component", by, *["95 % interval"][: bool(bounds)], *["q"][:tested], *[""][:exact]),
         [tuple(line(r)) for r in rows],
     )
-    at_once = ", ".join(f"{kind} {n}" for kind, n in json.loads(attrs["rows_per_program"]).items())
     parts = ", ".join(f"{kind} {share:.0%}" for kind, share in coverage.items())
     print(
         f"\ngap {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}] on "
         f"{attrs['n_prompts']} prompts; recovered jointly: {parts}, together {attrs['coverage']:.0%}"
-        + (f"; noise floor {attrs['noise_floor']:.1e}; patches at once: {at_once}" if exact else "")
         + (f"\n{method.note(result)}" if method and method.note else "")
-        + (f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}" if "anchor_acceptance" in attrs else "")
-        + (f"\ndo base and expert differ: {attrs['behaviour_differs']}" if "behaviour_differs" in attrs else "")
     )

@@ -8,86 +8,109 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wpjax.arguments import (
-    Base,
-    BehaviourName,
-    Checker,
-    Dtype,
-    Expert,
-    IgnoreConfig,
-    NewTokens,
-    NPrompts,
-    Out,
-    Overwrite,
-    Resume,
-    Seed,
-    Setting,
-    TokenizerOf,
-)
+from wpjax.arguments import INPUT, MEASURED, IgnoreConfig, NPrompts, Overwrite, Resume, Seed, Setting, TokenizerOf
 from wpjax.cli.options import Json
+from wpjax.cli.swept import (
+    SweptBase,
+    SweptBehaviour,
+    SweptChecker,
+    SweptDtype,
+    SweptExpert,
+    behaviour_of,
+    pair_of,
+    swept_or_given,
+)
 
 if TYPE_CHECKING:
     from wpjax.results.curves import Curves
     from wpjax.stats import Interval
 
-EXAMPLE = (
-    "Example: wpjax validate title.nc --base tiny:base --expert tiny:expert --behaviour tiny:title "
-    "--out title.curves.nc"
-)
+EXAMPLE = "Example: wpjax validate title.nc --out title.curves.nc"
 
 
 def run(
     result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
-    base: Base,
-    expert: Expert,
-    behaviour: BehaviourName,
-    out: Out,
-    checker: Checker = None,
-    by: Annotated[str | None, Setting("The ranking to test, say effect or screen; the set score if absent.")] = None,
-    n_prompts: NPrompts = 32,
-    swept_behaviour: Annotated[
-        str | None, Setting("Behaviour of the result, where another one is validated on purpose; the curves say so.")
+    out: Annotated[
+        Path | None, Setting("Where to write; beside the result if absent: title.curves.nc for title.nc.")
     ] = None,
-    points: Annotated[int, Setting("Sizes of sets on each curve, from one component to all.", least=2, most=1000)] = 10,
-    n_random: Annotated[int, Setting("Random orders to compare with.", least=1, most=1000)] = 3,
-    max_new_tokens: NewTokens = 32,
+    base: SweptBase = None,
+    expert: SweptExpert = None,
+    behaviour: SweptBehaviour = None,
+    checker: SweptChecker = None,
+    other_behaviour: Annotated[
+        bool,
+        Setting("Allow a --behaviour that was not swept. The curves are of it, and say so.", panel=INPUT),
+    ] = False,
+    by: Annotated[
+        str | None,
+        Setting("The ranking to test, say effect or screen; the set score if absent.", panel=MEASURED),
+    ] = None,
+    n_prompts: NPrompts = 32,
+    points: Annotated[
+        int, Setting("Sizes of sets on each curve, from one component to all.", least=2, most=1000, panel=MEASURED)
+    ] = 10,
+    n_random: Annotated[int, Setting("Random orders to compare with.", least=1, most=1000, panel=MEASURED)] = 3,
+    max_new_tokens: Annotated[
+        int | None,
+        Setting(
+            "Longest answer that the checker judges, in tokens; that of the sweep if absent.", least=1, panel=MEASURED
+        ),
+    ] = None,
     tokenizer: TokenizerOf = None,
-    dtype: Dtype = "float32",
+    dtype: SweptDtype = None,
     resume: Resume = False,
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Patch a sweep's best components into the base, and out of the expert; the checker judges the answers."""
+    """Patch a sweep's best components into the base, and out of the expert; the checker judges the answers.
+
+    Models, behaviour and checker are those of the sweep, as its file names them.
+    """
     from wpjax.runtime.files import check_output
     from wpjax.runtime.shards import Shards, check_parts
 
+    out = result.with_suffix(".curves.nc") if out is None else out
     check_output(out, overwrite, inputs=(result, base, expert, behaviour))
     check_parts(out, "validate", resume)
 
-    import wpjax
-    from wpjax import behaviours
-    from wpjax.cli.console import progress_bars
-    from wpjax.evaluation.validation import validate
-    from wpjax.pairs import load_pair
-    from wpjax.report.curves import curve_figures, write_curves
+    from wpjax.report.curves import curve_figures
     from wpjax.results.sweep_result import SweepResult
 
     for figure in curve_figures(out):
         check_output(figure, overwrite)
     swept = SweepResult.from_netcdf(result)
-    task = behaviours.behaviour(behaviour, checker)
-    pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
+    asked = swept_or_given(
+        swept,
+        base=base,
+        expert=expert,
+        behaviour=behaviour,
+        checker=checker,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        ignore_config=ignore_config,
+    )
+    n_new = max_new_tokens or asked.max_new_tokens or 32
+
+    import wpjax
+    from wpjax.cli.console import progress_bars
+    from wpjax.cli.words import print_answers
+    from wpjax.evaluation.validation import validate
+    from wpjax.report.curves import write_curves
+
+    task = behaviour_of(result, asked, checker is not None)
+    pair = pair_of(asked)
     settings = {  # everything that finished parts depend on
         "version": wpjax.__version__,
         "pair": pair.fingerprints,
         "tokenizer": tokenizer,
         "result": [swept.dataset.attrs["date"], swept.best().tolist(), by],
         "behaviour": [(p.with_instruction, dict(p.args)) for p in task.select("test", n_prompts)],
+        "checker": asked.checker,
         "points": points,
         "n_random": n_random,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": n_new,
         "seed": seed,
     }
     with Shards(out, "validate", settings, resume) as shards:
@@ -96,20 +119,23 @@ def run(
                 pair,
                 task,
                 swept,
+                other_behaviour=other_behaviour,
                 by=by,
                 n_prompts=n_prompts,
                 n_points=points,
                 n_random=n_random,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=n_new,
                 seed=seed,
-                swept_behaviour=swept_behaviour,
                 done=shards,
                 progress=progress,
             )
+        if asked.checker is not None:
+            curves.dataset.attrs["checker"] = asked.checker
         figures = write_curves(curves, out, overwrite)
         shards.discard()
     print_curves(curves, as_json)
     if not as_json:
+        print_answers(curves.answers)
         print(f"\nwrote {out}, {', '.join(map(str, figures))}")
 
 
@@ -131,7 +157,7 @@ def print_curves(curves: Curves, as_json: bool) -> None:
                 "areas": tree,
                 "calibration": [c._asdict() for c in calibration],
                 "gaps": {m: curves.gap(m)._asdict() for m in measures},
-                "anchor_acceptance": curves.dataset.attrs.get("anchor_acceptance"),
+                **{n: curves.dataset.attrs.get(n) for n in ("behaviour", "swept_behaviour", "anchor_acceptance")},
             }
         )
         return
@@ -158,9 +184,11 @@ def print_curves(curves: Curves, as_json: bool) -> None:
         gap = curves.gap(measure)
         if not gap.low > 0:
             print(f"\nno share by {measure}: expert minus base is {gap.mean:.3g} [{gap.low:.3g}, {gap.high:.3g}]")
-    acceptance = curves.dataset.attrs.get("anchor_acceptance")
-    if acceptance is not None:
-        print(f"\nthe anchor's causal tests: {acceptance}")
+    attrs = curves.dataset.attrs
+    if "swept_behaviour" in attrs:
+        print(f"\nthe answers are of {attrs['behaviour']}, the ranking is of {attrs['swept_behaviour']}")
+    if "anchor_acceptance" in attrs:
+        print(f"\nthe anchor's causal tests: {attrs['anchor_acceptance']}")
 
 
 def _figure(value: float) -> str:

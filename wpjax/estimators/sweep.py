@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import time
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +36,7 @@ DEFAULT_KINDS = ("head", "kv_group", "neuron")
 def sweep(
     pair: Pair,
     batch: PromptBatch,
-    metric: Measure,
+    metric: Measure | Callable[[Pair, PromptBatch], Measure],
     *,
     given: Anchor | None = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
@@ -78,7 +80,8 @@ def sweep(
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         metric: what is measured. An `Anchor`; a metric made on this batch (`response_metric`, `decision_metric`,
-            `kl_metric`); or an `OnPolicy`, which reads an anchor along each model's own answer.
+            `kl_metric`); or an `OnPolicy`, which reads an anchor along each model's own answer. Or a function of
+            (pair, batch) that returns one of these, such as `decision_metric` itself.
         given: anchor whose state is given to both models: they are held at the expert's mean score on it, and only
             components after it are swept. Their effects tell which of them execute the behaviour (see
             `Anchor.clamp_to`). None to hold nothing.
@@ -118,6 +121,7 @@ def sweep(
     ('screen', 56)
     """
     started = time.perf_counter()
+    metric = _measure(metric, pair, batch)
     chosen_method = check_method(method, metric.has_fixed_words)
     pair.check_prompts(batch)
     if given is not None and not metric.has_fixed_words:
@@ -149,6 +153,30 @@ def sweep(
     dataset = make_dataset(job, batch, output, _controls(job, output), n_resamples)
     dataset.attrs["wall_time_s"] = round(time.perf_counter() - started, 3)
     return SweepResult(dataset)
+
+
+def _measure(metric: Any, pair: Pair, batch: PromptBatch) -> Measure:
+    """The metric as a `Measure`; a function that makes one is called.
+
+    Raises:
+        WpjaxError: it is neither.
+    """
+    what = (
+        "an Anchor (wp.fit_anchor), a metric made on this batch (such as wp.decision_metric(pair, batch)), an "
+        "OnPolicy, or a function of (pair, batch) that returns one of these"
+    )
+    if isinstance(metric, Measure):
+        return metric
+    if not callable(metric):
+        raise WpjaxError(f"the metric is {type(metric).__name__}; pass {what}")
+    try:
+        inspect.signature(metric).bind(pair, batch)
+    except (TypeError, ValueError) as error:
+        raise WpjaxError(f"the metric is a function that does not take (pair, batch): {error}; pass {what}") from error
+    made = metric(pair, batch)
+    if not isinstance(made, Measure):
+        raise WpjaxError(f"the metric is a function that returns {type(made).__name__}; pass {what}")
+    return made
 
 
 def _controls(job: SweepJob, output: MethodOutput) -> Controls:

@@ -28,9 +28,10 @@ from jaxtyping import Float, Int
 from wpjax.behaviours import Behaviour, loose, strict
 from wpjax.components import Component, n_parameters, parse_component
 from wpjax.engines.on_policy import along_answers
-from wpjax.errors import WpjaxError
+from wpjax.errors import BehaviourError, WpjaxError
 from wpjax.estimators.screens import output_linearised
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
+from wpjax.evaluation.reading import side_by_side
 from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import answer_of
@@ -183,6 +184,7 @@ def validate(
     behaviour: Behaviour,
     result: SweepResult,
     *,
+    other_behaviour: bool = False,
     anchor: Anchor | None = None,
     by: str | None = None,
     n_prompts: int = 32,
@@ -190,7 +192,6 @@ def validate(
     n_random: int = 2,
     max_new_tokens: int = 32,
     seed: int = 0,
-    swept_behaviour: str | None = None,
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> Curves:
@@ -203,6 +204,7 @@ def validate(
         pair: the models that were swept.
         behaviour: the behaviour that was swept; another one only with `swept_behaviour`.
         result: result of the sweep.
+        other_behaviour: whether `behaviour` may be another than the one that was swept. The curves then name both.
         anchor: anchor whose score is measured, too; None for the anchor that was swept on, if any.
         by: name of the ranking under test; None for the result's `set_ranking`.
         n_prompts: number of held-out prompts, at most.
@@ -220,8 +222,8 @@ def validate(
 
     Raises:
         AnchorRejected: base and expert do not differ in the behaviour on these prompts.
-        WpjaxError: the result is of another pair or behaviour, or has no such ranking.
-        BehaviourError: the model cannot take the prompts, or the checker fails.
+        WpjaxError: the result is of another pair, or has no such ranking.
+        BehaviourError: the result is of another behaviour, the model cannot take the prompts, or the checker fails.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -232,7 +234,8 @@ def validate(
     [1, 8]
     """
     check_same_pair(pair, result)
-    check_same_behaviour(behaviour, result, swept_behaviour)
+    if not other_behaviour:
+        check_same_behaviour(behaviour, result)
     behaviour.check_checker()
     acceptance = result.dataset.attrs.get("anchor_acceptance")
     if anchor is not None:
@@ -295,8 +298,24 @@ def validate(
     if not (np.isfinite(values).all() and np.isfinite(ends).all()):
         raise WpjaxError("a patched model gives scores that are not finite; check the checkpoints for NaN")
     dataset = _dataset(pair, result, batch.queries, steps, names, values, ends, seed, n_prompts, max_new_tokens)
-    marks = {"behaviour": behaviour.name, "swept_behaviour": str(result.dataset.attrs["behaviour"])}
-    return Curves(dataset.assign_attrs(marks | ({} if acceptance is None else {"anchor_acceptance": acceptance})))
+    dataset.attrs["behaviour"] = behaviour.name
+    if other_behaviour and not _is_swept_behaviour(behaviour, result):
+        dataset.attrs["swept_behaviour"] = result.dataset.attrs["behaviour"]
+    curves = Curves(dataset.assign_attrs({} if acceptance is None else {"anchor_acceptance": acceptance}))
+    step = steps[under_test][_point_to_read(curves)]
+    by_patched = judge.answers(materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, step.components)))
+    to_read = side_by_side(judge, by_base, by_patched, by_expert, len(step.components), under_test, N_SHOWN)
+    return Curves(to_read.added_to(curves.dataset))
+
+
+N_SHOWN = 4
+"""Prompts whose answers are kept to be read."""
+
+
+def _point_to_read(curves: Curves) -> int:
+    """The point of the first curve whose answers are shown: the first that brings back half, else the best."""
+    back = curves.position("strict")[0, 0]
+    return int(np.argmax(back >= 0.5)) if (back >= 0.5).any() else int(np.argmax(back))
 
 
 def anchor_of(result: SweepResult) -> Anchor | None:
@@ -327,35 +346,35 @@ def check_same_pair(pair: Pair, result: SweepResult) -> None:
         )
 
 
-def check_same_behaviour(behaviour: Behaviour, result: SweepResult, swept_behaviour: str | None = None) -> None:
-    """Refuse a result of another behaviour, by its name or by its prompts.
+def check_same_behaviour(behaviour: Behaviour, result: SweepResult) -> None:
+    """Refuse a result of another behaviour.
 
     Args:
         behaviour: the behaviour at hand.
         result: result of a sweep.
-        swept_behaviour: name of the behaviour of the result, if it is known to be another one; None: it must be the
-            same.
 
     Raises:
-        WpjaxError: the result is of another behaviour, or not of the one that was named.
+        BehaviourError: the names differ, or the prompts that were swept are not this behaviour's.
     """
-    data, swept = result.dataset, str(result.dataset.attrs["behaviour"])
-    if swept_behaviour is not None:
-        if swept_behaviour != swept:
-            raise WpjaxError(f"the result is of the behaviour {swept}, not of {swept_behaviour}; name that one")
-        return
-    prompts = behaviour.select(data.attrs["split"], int(data.attrs["n_prompts"]))
-    texts = [str(text) for text in data["prompt"].values]
-    # A text is a prompt as the chat template shows it, which may add today's date.
-    same = len(prompts) == len(texts) and all(
-        p.with_instruction.strip() in text for p, text in zip(prompts, texts, strict=True)
-    )
-    if behaviour.name != swept or not same:
-        what = f"the behaviour {swept}" if behaviour.name != swept else f"other prompts, though also named {swept}"
-        raise WpjaxError(
-            f"the result is of {what}, and {behaviour.name} is to be validated; name the behaviour that was swept, or, "
-            f"to validate its ranking on another one, say so: swept_behaviour={swept!r} (--swept-behaviour {swept})"
+    if not _is_swept_behaviour(behaviour, result):
+        swept = str(result.dataset.attrs["behaviour"])
+        what = f"this one is {behaviour.name}" if behaviour.name != swept else "with other prompts than this one has"
+        raise BehaviourError(
+            f"the result is of the behaviour {swept}, {what}; name the one that was swept, or say that another is "
+            "meant (other_behaviour=True, `--other-behaviour`): the curves then name both"
         )
+
+
+def _is_swept_behaviour(behaviour: Behaviour, result: SweepResult) -> bool:
+    """Whether a result is of a behaviour: its name, and the prompts as the models got them, within the template."""
+    data, attrs = result.dataset, result.dataset.attrs
+    prompts = [str(text) for text in data["prompt"].values]
+    ours = behaviour.select(attrs["split"], int(attrs["n_prompts"]))
+    return (
+        behaviour.name == attrs["behaviour"]
+        and len(ours) == len(prompts)
+        and all(pair.with_instruction.strip() in text for pair, text in zip(ours, prompts, strict=True))
+    )
 
 
 def _dataset(
@@ -390,7 +409,6 @@ def _dataset(
         "expert",
         "base_fingerprint",
         "expert_fingerprint",
-        "behaviour",
         "metric",
         "metric_layer",
         "dtype",

@@ -78,6 +78,8 @@ def make_curves(curves: Curves) -> Figure:
         grid[0, 0].legend(frameon=False, fontsize=7, loc="upper left")
         attrs = curves.dataset.attrs
         title = f"{attrs['behaviour']}: the best components of {attrs['expert']} in {attrs['base']}, and the reverse"
+        if "swept_behaviour" in attrs:
+            title += f"\nranked for another behaviour, {attrs['swept_behaviour']}"
         if attrs.get("anchor_acceptance", "accepted") != "accepted":
             title += f"\nthe anchor is unproven: {attrs['anchor_acceptance']}"
         figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")

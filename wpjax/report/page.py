@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from wpjax.columns import ALWAYS, Column, columns, effect_estimates
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
 from wpjax.results.sweep_result import SweepResult
+from wpjax.results.verdict import verdict
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import atomic_outputs, check_output
 
@@ -38,6 +39,7 @@ def write_report(
     path: str | Path,
     *,
     execution: SweepResult | None = None,
+    source: Path | None = None,
     n_rows: int = 100,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -47,6 +49,7 @@ def write_report(
         result: the sweep.
         path: path of the page, say "report.html"; the figures are named after it ("report-top.png").
         execution: a second sweep, with the anchor's state given: its components are the hierarchy's executors.
+        source: where the file of the result is, so that the page can say what to run next; None to leave it out.
         n_rows: number of components in the table.
         overwrite: whether files that exist may be replaced.
 
@@ -75,7 +78,7 @@ def write_report(
         figures[name] = make_figure(result, name, execution)
     pictures = {"overview": make_overview(result), **figures}
     with atomic_outputs((page, *(targets[name] for name in pictures)), overwrite) as (text, *images):
-        text.write_text(render_page(result, figures, n_rows), encoding="utf-8")
+        text.write_text(render_page(result, figures, n_rows, source), encoding="utf-8")
         for figure, image in zip(pictures.values(), images, strict=True):
             interrupts.check()
             with mpl.rc_context(STYLE):
@@ -83,13 +86,14 @@ def write_report(
     return [page, *(targets[name] for name in pictures)]
 
 
-def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) -> str:
+def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int, source: Path | None = None) -> str:
     """The text of the page. Names and prompts in it are escaped, so they are never taken for markup.
 
     Args:
         result: the sweep.
         figures: figures by name, names of `TITLES`.
         n_rows: number of components in the table.
+        source: where the file of the result is, or None.
     """
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("wpjax.report"),
@@ -100,9 +104,12 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
     ).get_template("report.html.jinja")
     data = result.dataset
     exact = bool(data["exact"].values.any())
-    by = result.ranking
+    by, found = result.ranking, verdict(result, source)
     return template.render(
         attrs=data.attrs,
+        verdict=found,
+        commands=[command for command in found.commands if not command.startswith("wpjax report ")],  # this is the page
+        answers=result.answers,
         by=by,
         exact=exact,
         first_order=by in effect_estimates(),
@@ -112,9 +119,6 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int) ->
         kinds=_kind_rows(result),
         steering=_steering_rows(result),
         prompts=[str(p) for p in data["prompt"].values[:6]],
-        n_exact=int(data["exact"].values.sum()),
-        n_significant=int((data["q_value"].values < 0.05).sum()),
-        n_below=int((data["below_noise_floor"].values & data["exact"].values).sum()),
     )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 
 from wpjax.errors import WpjaxError
+from wpjax.results.answers import Answers, damage_of_answers
 from wpjax.results.files import has_form, read_dataset, write_dataset
 from wpjax.stats import Interval, Resamples, mean_interval, resample
 
@@ -66,6 +67,7 @@ class Curves:
     - `score_NAME` [direction, ranking, point, prompt]: a score that needs no generation, in its own units;
     - `end_NAME` [end, prompt]: the same measures of the base and the expert themselves;
     - `n_components`, `n_parameters` [ranking, point]: size of the patched set; `query` [prompt]: index of the query.
+    - `answer`, `answer_passes`, `answer_prompt`: answers to read (see `results.answers`; the property `answers`).
 
     One prompt a query; half and then all of the answers are brought back:
 
@@ -100,6 +102,20 @@ class Curves:
         """Names of what is measured: "strict" and "loose", then the scores."""
         names = map(str, self.dataset.data_vars)
         return [name.removeprefix("end_") for name in names if name.startswith("end_")]
+
+    @property
+    def answers(self) -> Answers | None:
+        """What base, patched base and expert say to a few of the prompts; None if the file does not hold it."""
+        return Answers.of(self.dataset)
+
+    def __repr__(self) -> str:
+        """A few lines: the pair, the behaviour, and how much of it each ranking brings back."""
+        attrs = self.dataset.attrs
+        lines = [f"Curves of {attrs.get('behaviour', '?')}: {attrs.get('base', '?')} -> {attrs.get('expert', '?')}"]
+        for i, name in enumerate(self.rankings):
+            back, away = (self.area("strict", direction, i).mean for direction in DIRECTIONS)
+            lines.append(f"  {name}: brings back {back:.2f}, takes away {away:.2f} (mean share along the curve)")
+        return "\n".join(lines)
 
     @functools.cached_property
     def _resamples(self) -> Resamples:
@@ -253,6 +269,7 @@ def _damage(data: xr.Dataset) -> list[str]:
         wrong.append("direction and end")
     if not wrong and not (data["n_parameters"].values > 0).all():
         wrong.append("n_parameters")
+    wrong += damage_of_answers(data)
     texts = [name for name in ("behaviour", "base", "expert") if not isinstance(data.attrs.get(name), str)]
     numbers = [name for name in ("seed",) if not isinstance(data.attrs.get(name), int | np.integer)]
     return wrong + texts + numbers

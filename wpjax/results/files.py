@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from wpjax.errors import WpjaxError
+from wpjax.errors import OtherResult, WpjaxError
 from wpjax.runtime.files import atomic_output
 
 LARGEST = 1e30
@@ -80,7 +80,7 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
         raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `{command}`") from error
     kind: Any = dataset.attrs.get("what")
     if isinstance(kind, str) and kind != what:
-        raise WpjaxError(f"{path}: holds {kind}, not {what}; make that with `{command}`")
+        raise OtherResult(f"{path}: holds {kind}, not {what}; make that with `{command}`")
     written: Any = dataset.attrs.get("schema")
     if not np.array_equal(written, schema):  # the attribute of somebody else's file may be anything, arrays too
         raise WpjaxError(f"{path}: schema {written}, this version reads {schema}; make it anew with `{command}`")

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from wpjax.columns import ALWAYS, EFFECT, columns, effect_estimates, rankings
 from wpjax.errors import WpjaxError
 from wpjax.methods import methods
+from wpjax.results.answers import Answers, damage_of_answers
 from wpjax.results.files import LARGEST, has_form, read_dataset, write_dataset
 
 SCHEMA = 4
@@ -94,6 +95,11 @@ class SweepResult:
       slope does not tell; on-policy also what the patched model does by saying other words.
     - `words_changed`: on-policy, share of prompts on which the patched model says other words.
 
+    Answers to read, if the study made them (see `results.answers`; the property `answers` gives them):
+
+    - `answer` [answerer, shown], `answer_passes` [answerer, shown], `answer_prompt` [shown]: what base, patched base
+      and expert say to a few held-out prompts.
+
     How far to trust it:
 
     - `coverage_joint` and `coverage_sum` [swept_kind]: share of the gap that each kind recovers as one patch, and as
@@ -122,6 +128,22 @@ class SweepResult:
 
     def __init__(self, dataset: xr.Dataset):
         self.dataset = dataset
+
+    def __repr__(self) -> str:
+        """A few lines: the pair, the behaviour, the metric, the kinds, the gap and the five components that lead."""
+        data, attrs, by = self.dataset, self.dataset.attrs, self.ranking
+        kinds = data["kind"].values.astype(str).tolist()
+        n_by_kind = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
+        lines = [
+            f"SweepResult of {attrs.get('behaviour', '?')}: {attrs.get('base', '?')} -> {attrs.get('expert', '?')}",
+            f"  {attrs.get('metric', '?')} metric, method {attrs.get('method', '?')}; {n_by_kind}",
+        ]
+        if "gap_mean" in attrs:
+            gap = f"{attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}]"
+            together = f"recovered together: {attrs['coverage']:.0%}"
+            lines.append(f"  gap {gap} on {attrs['n_prompts']} prompts; {together}")
+        lines += [f"  {row.rank}. {row.name} {row.value:+.4f} ({by})" for row in self.top(5, by=by)]
+        return "\n".join(lines)
 
     def values(self, by: str) -> Float[np.ndarray, " C"]:
         """The numbers of a ranking, one for each component; NaN where they were not measured.
@@ -189,9 +211,33 @@ class SweepResult:
         return json.loads(value) if is_json and isinstance(value, str) else value
 
     @property
+    def finest(self) -> Bool[np.ndarray, " C"]:
+        """Marks components that own different weights, so that their effects may be added up: the finest of each layer.
+
+        They are a layer's heads and KV groups (or its attention module), its neurons (or its MLP) and its norms; or the
+        layer itself, if these do not make up all of it. What belongs to no layer is always marked.
+        """
+        kinds, layers = self.dataset["kind"].values.astype(str), self.dataset["layer"].values
+        marked = layers < 0
+        for layer in np.unique(layers[layers >= 0]):
+            here = layers == layer
+            marked |= here & np.isin(kinds, _finest_kinds(set(kinds[here].tolist())))
+        return marked
+
+    @property
+    def finest_kinds(self) -> list[str]:
+        """The kinds of the components that `finest` marks, in the order in which they were swept."""
+        return list(dict.fromkeys(self.dataset["kind"].values.astype(str)[self.finest].tolist()))
+
+    @property
     def ranking(self) -> str:
         """The column to rank by unless one is named: the most trustworthy that the result has, `effect` above all."""
         return _measured(self.dataset)[0]
+
+    @property
+    def answers(self) -> Answers | None:
+        """What base, patched base and expert say to a few held-out prompts; None if the result does not hold it."""
+        return Answers.of(self.dataset)
 
     @property
     def set_ranking(self) -> str:
@@ -236,6 +282,15 @@ def effect_or_estimate(values: Mapping[str, np.ndarray]) -> Float[np.ndarray, " 
     return best
 
 
+def _finest_kinds(swept: set[str]) -> list[str]:
+    """Of the kinds that were swept in a layer, the finest that own all that the others do."""
+    whole_attention = {"head", "kv_group"} <= swept
+    attention = ["attn"] if "attn" in swept and not whole_attention else ["head", "kv_group"]
+    mlp = ["neuron"] if "neuron" in swept else ["mlp"]
+    is_covered = (whole_attention or "attn" in swept) and bool({"neuron", "mlp"} & swept)
+    return ["layer"] if "layer" in swept and not is_covered else [*attention, *mlp, "norm"]
+
+
 def _measured(data: xr.Dataset) -> list[str]:
     """The columns that hold a number to rank by, the most trustworthy first."""
     return [c.name for c in rankings() if c.name in data and np.isfinite(data[c.name].values).any()]
@@ -275,6 +330,7 @@ def _damage(data: xr.Dataset) -> list[str]:
             wrong.append("anchor_n_response")
         if not np.isfinite(data["anchor_vector"].values).all():
             wrong.append("anchor_vector")
+    wrong += damage_of_answers(data)
     if "target" in data and not _are_targets(data["target"].values, float(data.attrs["metric_layer"])):
         wrong.append("target")
     layer, index, n_layers = data["layer"].values, data["index"].values, data.attrs["n_layers"]

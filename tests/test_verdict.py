@@ -1,0 +1,177 @@
+"""The verdict in words against hand-made sweeps, whose spread is counted by brute force; and answers to read."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+import typer
+import xarray as xr
+
+from tests.helpers import sweep_by_hand as by_hand
+from wpjax.cli import make_app
+from wpjax.cli.words import print_answers, print_verdict
+from wpjax.results.answers import Answers
+from wpjax.results.sweep_result import SweepResult
+from wpjax.results.verdict import n_reaching, verdict
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_how_many_reach_a_share_is_the_smallest_number_that_does(seed):
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(50) ** 3
+    values[:5] = np.nan
+    best_first = sorted(values[values > 0], reverse=True)
+    for total in (0.1, 1.0, 0.999 * sum(best_first)):
+        expected = next(k for k in range(1, 51) if sum(best_first[:k]) >= total)
+        assert n_reaching(values, total) == expected
+    assert n_reaching(values, 1.01 * sum(best_first)) is None
+    assert n_reaching(values, 0.0) is None
+    assert n_reaching(-np.abs(values), 1.0) is None
+
+
+def test_one_component_that_carries_it_all_is_concentrated():
+    found = verdict(by_hand([0.9, *[0.001] * 99], layers=[2, *[0] * 99]))
+    assert (found.shape, found.n_half, found.n_most, found.n_components) == ("concentrated", 1, 1, 100)
+    assert found.layers == (2, 2)
+    points = dict(found.points)
+    assert "layer 2 (of 0 to 3)" in points["Where"]
+    assert "L2.neuron.0 (+0.9)" in points["Where"]
+    assert points["How concentrated"].startswith("Concentrated: 1 of 100 components reaches half")
+    assert "recover 100% of the gap" in points["How much"]
+    assert "100 of 100 replaced components are above it" in points["Noise"]
+
+
+def test_an_effect_that_is_spread_evenly_is_diffuse():
+    found = verdict(by_hand([0.01] * 100))
+    assert (found.shape, found.n_half, found.n_most) == ("diffuse", 50, 90)
+    assert found.layers == (0, 1)  # of four layers with a quarter each
+
+
+def test_what_only_shows_in_company_is_said_to_be_so():
+    found = verdict(by_hand([0.001] * 100, coverage=0.9))
+    assert (found.shape, found.n_half, found.n_most) == ("in company", None, None)
+    assert "make 11% of what" in dict(found.points)["How concentrated"]
+    half = verdict(by_hand([0.006] * 100, coverage=1.0))
+    assert (half.n_half, half.n_most) == (84, None)
+    assert "all positive ones reach 60%, the rest appears only in company" in str(half)
+    assert "together the components recover nothing" in str(verdict(by_hand([0.1] * 5, coverage=-0.2)))
+
+
+def test_components_that_overlap_are_not_counted_twice():
+    """A layer holds its neurons, and more than them: of both, the layer counts. Layers are looked at one by one."""
+    for kinds, finest in (
+        (["neuron", "layer"], ["layer"]),
+        (["attn", "mlp", "layer"], ["attn", "mlp"]),
+        (["head", "attn", "neuron"], ["attn", "neuron"]),
+        (["head", "kv_group", "attn", "mlp", "norm"], ["head", "kv_group", "mlp", "norm"]),
+        (["layer", "norm", "embed"], ["layer", "embed"]),
+        (["head", "unembed"], ["head", "unembed"]),
+        (["norm"], ["norm"]),
+    ):
+        outside = [-1 if kind in ("embed", "unembed") else 0 for kind in kinds]
+        assert by_hand([0.1] * len(kinds), kinds=kinds, layers=outside).finest_kinds == finest
+    mixed = by_hand([0.5, 0.5, 1.0, 0.2], kinds=["head", "head", "attn", "head"], layers=[0, 0, 1, 1], coverage=2.0)
+    assert mixed.finest.tolist() == [True, True, True, False]
+    assert (verdict(mixed).n_half, verdict(mixed).n_most, verdict(mixed).n_components) == (1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("attrs", "status", "says"),
+    [
+        ({"anchor_acceptance": "accepted"}, "accepted", "The anchor is accepted: held"),
+        ({"anchor_acceptance": "not tested"}, "not tested", "Nothing has tested whether the anchor"),
+        ({"anchor_acceptance": "undecided: 7 of 12 pass"}, "undecided", "undecided (7 of 12 pass)"),
+        ({"anchor_acceptance": "rejected: steered answers"}, "rejected", "rejected (steered answers)"),
+        ({"anchor_acceptance": "steered answers are odd"}, "rejected", "rejected (steered answers are odd)"),
+        ({"metric": "kl", "behaviour_differs": "by the checker"}, "accepted", "The checker finds the behaviour"),
+        ({"metric": "kl", "behaviour_differs": "not tested"}, "not tested", "Nothing has tested whether base"),
+        ({"metric": "kl", "behaviour_differs": "both pass"}, "rejected", "do not surely differ in the behaviour (both"),
+        ({"metric": "on_policy", "behaviour_differs": "both pass"}, "accepted", "It is not certain that base and"),
+    ],
+)
+def test_what_the_tests_said_and_what_it_means(attrs, status, says):
+    result = by_hand([0.5, 0.1], **attrs)
+    if attrs.get("metric") == "kl":
+        del result.dataset.attrs["anchor_acceptance"]
+    found = verdict(result)
+    assert found.status == status
+    assert says in dict(found.points)["How far to trust it"]
+
+
+def test_prompts_that_serve_every_purpose_are_said_to():
+    assert "--split none" in dict(verdict(by_hand([0.5], split="all")).points)["How far to trust it"]
+
+
+def parsed(command):
+    """What the command line makes of a command: its name and the values of its options."""
+    program, name, *arguments = shlex.split(command)
+    assert program == "wpjax"
+    app = typer.main.get_command(make_app())
+    return name, app.commands[name].make_context(name, arguments).params
+
+
+@pytest.mark.parametrize("text", ["accepted", "undecided: few", "rejected: weak", "not tested"])
+def test_the_next_commands_can_be_copied(text, tmp_path):
+    """Every one is taken by the command line as it stands, whatever is in the names."""
+    path = tmp_path / "it's mine.nc"
+    path.touch()
+    asked = {"behaviour": "odd", "behaviour_source": "my prompts.jsonl", "checker": 'regex:^it\'s "$HOME" [A-Z]+$'}
+    commands = verdict(by_hand([0.5, 0.1], anchor_acceptance=text, **asked), path).commands
+    found = dict(map(parsed, commands))
+    assert found["validate"]["result"] == path
+    assert found["report"]["out"] == path.with_suffix(".html")
+    if text == "accepted":
+        assert found["export"]["top"] == 2
+    if text.startswith(("undecided", "rejected")):
+        again = found["sweep"]
+        assert (again["behaviour"], again["checker"]) == (asked["behaviour_source"], asked["checker"])
+        assert (again["base"], again["expert"], again["out"].parent) == ("tiny:base", "tiny:expert", tmp_path)
+    assert verdict(by_hand([0.5])).commands == ()
+
+
+def test_a_checker_that_is_code_stands_in_the_command():
+    code = {"behaviour_source": "p.jsonl", "behaviour": "p", "checker": "mine:check"}
+    assert verdict(by_hand([0.5], **code), "r.nc").commands[0] == "wpjax validate r.nc --checker mine:check"
+    assert verdict(by_hand([0.5]), "-r.nc").commands[0] == "wpjax validate ./-r.nc"
+
+
+def test_a_result_shows_what_it_is():
+    text = repr(by_hand(np.linspace(0.5, 0, 9)))
+    assert text.splitlines()[0] == "SweepResult of tiny:title: tiny:base -> tiny:expert"
+    assert "anchor metric, method exact; 9 neuron" in text
+    assert "gap 2 [1, 3] on 8 prompts" in text
+    assert re.findall(r"\d\. (L\d\.neuron\.\d) ", text) == [f"L{i % 4}.neuron.{i}" for i in range(5)]
+
+
+ANSWERS = Answers(
+    ("Hi \x1b[31m?", "Ho?"),
+    (("a\nb", "\0"), ("A [bold]", "B"), ("A", "B")),
+    np.array([[0, np.nan], [1, np.nan], [1, np.nan]]),
+    3,
+    "effect",
+)
+
+
+def test_answers_are_stored_beside_the_result_and_found_again(tmp_path):
+    dataset = ANSWERS.added_to(by_hand([0.5]).dataset)
+    dataset.to_netcdf(tmp_path / "r.nc", engine="h5netcdf")
+    again = SweepResult(xr.load_dataset(tmp_path / "r.nc", engine="h5netcdf")).answers
+    assert again.prompts == ANSWERS.prompts
+    assert again.texts == (("a\nb", "\N{REPLACEMENT CHARACTER}"), ("A [bold]", "B"), ("A", "B"))
+    np.testing.assert_array_equal(again.passes, ANSWERS.passes)
+    assert (again.n_components, again.by) == (3, "effect")
+    assert by_hand([0.5]).answers is None
+    assert SweepResult(dataset.drop_vars("answer_passes")).answers is None
+    assert SweepResult(dataset.assign_attrs(answers_by=3)).answers is None
+
+
+def test_printed_words_cannot_steer_the_terminal(capsys):
+    print_answers(ANSWERS)
+    print_verdict(verdict(by_hand([0.5], anchor_acceptance="rejected: \x1b[2J"), "a\x1b.nc"))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "a\\nb" in shown
+    assert "A [bold]" in shown
+    assert re.search(r"base \+ 3 +passes +A", shown)
+    assert re.search(r"base +fails", shown)

@@ -1,0 +1,109 @@
+"""`wpjax show`."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wpjax.arguments import OUTPUT, Setting
+from wpjax.cli.options import Json
+
+if TYPE_CHECKING:
+    from wpjax.results.sweep_result import SweepResult
+
+EXAMPLE = "Example: wpjax show title.nc --by effect --kinds head,kv_group --top 30"
+
+
+def run(
+    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep` or `wpjax validate`.")],
+    by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
+    top: Annotated[int | None, Setting("Components to print: 20, or all with --csv.", least=1)] = None,
+    kinds: Annotated[
+        tuple[str, ...] | None, Setting("Print components of these kinds only, comma-separated.", separator=",")
+    ] = None,
+    as_csv: Annotated[
+        bool, Setting("Print comma-separated values: every number of each component.", option="--csv", panel=OUTPUT)
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a result: the ranking of a sweep, its verdict and answers to read; or the curves of a validation."""
+    from wpjax.cli.sweep import print_result
+    from wpjax.cli.validate import print_curves
+    from wpjax.cli.words import print_answers, print_verdict
+    from wpjax.errors import WpjaxError
+    from wpjax.results.curves import Curves
+    from wpjax.results.opening import open_result
+    from wpjax.results.verdict import verdict
+
+    if as_csv and as_json:
+        raise WpjaxError("--csv and --json: choose one of them")
+    found = open_result(result)
+    if isinstance(found, Curves):
+        if by is not None or kinds is not None or top is not None:
+            raise WpjaxError(f"{result} holds curves: --by, --kinds and --top are for the result of a sweep")
+        if as_csv:
+            _write_csv(_curve_rows(found))
+            return
+        print_curves(found, as_json)
+        if not as_json:
+            print_answers(found.answers)
+        return
+    if kinds is not None:
+        has = found.dataset["swept_kind"].values.astype(str).tolist()
+        absent = [kind for kind in kinds if kind not in has]
+        if absent:
+            raise WpjaxError(f"{result}: kind {absent[0]!r} was not swept, only {', '.join(has)}")
+    if as_csv:
+        _write_csv(component_rows(found, by or found.ranking, top, kinds))
+        return
+    print_result(found, top or 20, as_json, by=by, kinds=kinds, path=result)
+    if not as_json:
+        print_answers(found.answers)
+        print_verdict(verdict(found, result))
+
+
+def component_rows(
+    result: SweepResult, by: str, n: int | None = None, kinds: tuple[str, ...] | None = None
+) -> list[dict[str, Any]]:
+    """Every column of the components that rank highest, one row each, the highest first; an empty cell if there is no
+    number.
+    """
+    data = result.dataset
+    position = {name: i for i, name in enumerate(data["name"].values.astype(str).tolist())}
+    columns = [str(name) for name, values in data.variables.items() if values.dims == ("component",)]
+    first = ["name", "kind", "layer", "index"]
+    columns = [*first, *(name for name in columns if name not in first)]
+    rows = []
+    for row in result.top(n or data.sizes["component"], by=by, kinds=kinds):
+        cells = {name: data[name].values[position[row.name]].item() if data[name].dtype.kind != "O" else
+                 str(data[name].values[position[row.name]]) for name in columns}  # fmt: skip
+        rows.append({"rank": row.rank, **{name: "" if value != value else value for name, value in cells.items()}})
+    return rows
+
+
+def _curve_rows(curves: Any) -> list[dict[str, Any]]:
+    """Every point of every curve, one row each, with the share by every measure."""
+    from wpjax.results.curves import DIRECTIONS
+
+    shares = {measure: curves.share(measure)[0] for measure in curves.measures}  # [figure, direction, ranking, point]
+    sizes = {name: curves.dataset[name].values for name in ("n_components", "n_parameters")}
+    rows = []
+    for d, direction in enumerate(DIRECTIONS):
+        for r, ranking in enumerate(curves.rankings):
+            for k in range(curves.dataset.sizes["point"]):
+                row = {"direction": direction, "ranking": ranking, **{n: int(v[r, k]) for n, v in sizes.items()}}
+                for measure, values in shares.items():
+                    for end, value in zip(("", "_low", "_high"), values[:, d, r, k].tolist(), strict=True):
+                        row[measure + end] = "" if value != value else value
+                rows.append(row)
+    return rows
+
+
+def _write_csv(rows: list[dict[str, Any]]) -> None:
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
