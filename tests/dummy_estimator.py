@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def run(job: SweepJob) -> MethodOutput:
     """Norm of the change of each component's weights, times the sign of its screen."""
+    from wpjax.estimators.job import MethodOutput
 
     norm = job.pair.delta_norms(job.components)
     sign = np.sign(job.estimate(SCREEN).mean(1))

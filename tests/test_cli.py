@@ -168,11 +168,18 @@ def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
 def test_an_anchor_that_fails_its_causal_tests(wpjax, tmp_path):
     quick = ["--layer", "3", "--n-steered", "12", "--max-new-tokens", "12", "--out", "a.safetensors"]
     models = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", "tiny:no_comma"]
-    assert_refused(wpjax("anchor", *models, *quick), "none passes the causal tests; .*--causal report", tmp_path)
-    code, out, err = wpjax("anchor", *models, *quick, "--causal", "report")
-    assert code == 0
+    code, out, err = wpjax("anchor", *models, *quick)
+    assert code == 0  # twelve prompts cannot reject it: it is taken, and says so
     assert re.search(r"\* 3 +\d+%", out)
-    assert "steering tests: 8 of 8" in err
+    assert re.search(r"layer 3: undecided: .*about \d+ queries would decide it, \d+ were tried", out)
+    assert "steering tests: 1 of 1" in err
+    more = [*quick[:3], "64", *quick[4:-1], "b.safetensors"]
+    code, out, err = wpjax("anchor", *models, *more)
+    assert (code, out) == (2, "")
+    assert re.search(r"none passes the causal tests; .*--causal report.*is in b.safetensors.rejected.json", err)
+    layers = json.loads((tmp_path / "b.safetensors.rejected.json").read_text())
+    assert layers[3]["verdict"].startswith("rejected: ")
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_the_decision_metric_counts_what_comes_after_the_anchor(wpjax, tmp_path):
@@ -422,7 +429,9 @@ def test_interrupted_and_killed_sweeps_resume_to_the_same_result(wpjax, tmp_path
 def test_an_error_never_steers_the_terminal(wpjax, tmp_path):
     code, _, err = wpjax("inspect", "no\x1b[31m\x00\n/such")
     assert code == 2
-    assert err == "error: no\\x1b[31m\\x00 /such: no such folder or .gguf file, and not a hub id like org/name\n"
+    assert (
+        err == "error: no\\x1b[31m\\x00 /such: no such folder or .gguf file, and not a hub id like gpt2 or org/name\n"
+    )
 
 
 @pytest.mark.parametrize("error", [MemoryError("big"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])

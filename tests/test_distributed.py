@@ -12,6 +12,7 @@ from wpjax.behaviours import Tokens
 from wpjax.components import enumerate_components
 from wpjax.engines import exact
 from wpjax.engines.packing import pack
+from wpjax.engines.plan import make_plan
 from wpjax.engines.reference import reference_changes
 from wpjax.engines.replay import run_packed
 from wpjax.metrics.metric import Metric
@@ -70,7 +71,7 @@ def compare(readout, dtype, kinds):
     at, weight = jnp.asarray(lengths[:, None] - 1), jnp.ones((4, 1))
     metric = Metric(Tokens(ids.astype(np.int32), lengths), at, weight, readout, 2, "random")
     packing, components = pack(metric), enumerate_components(CFG, kinds)
-    plan = exact.make_plan(CFG, components, packing, placement=Placement.on())
+    plan = make_plan(CFG, components, packing, placement=Placement.on())
     assert all(rows % 3 == 0 for rows in plan.rows.values())
     runs = run_packed(CFG, base, metric, packing), None
     parts = exact.exact_changes(CFG, base, expert, runs, metric, packing, plan)

@@ -46,7 +46,7 @@ def test_the_shipped_questions_are_those_of_the_language():
 def planted_sweep():
     pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
     anchor = fit_anchor(pair, task, causal="skip")
-    return sweep(pair, task.encode(pair.tokenizer, n_prompts=12), anchor).dataset
+    return sweep(pair, task.encode(pair.tokenizer, n_prompts=12), anchor, method="exact").dataset
 
 
 def test_the_exact_sweep_ranks_planted_components_first_and_the_norm_of_the_change_does_not(planted_sweep):

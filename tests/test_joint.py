@@ -105,7 +105,7 @@ def test_channels_that_a_batch_touches_by_hand():
     few = touched(opened)
     assert few.fits is None
     assert few.channels.tolist() == [[3, 5, 9], [15, 0, 0]]
-    assert few.slot[0, [3, 5, 9]].tolist() == [0, 1, 2]
+    assert few.place[0, [3, 5, 9]].tolist() == [0, 1, 2]
     assert touched(np.ones((1, 1, 16), bool)) is None  # the whole of it is wanted
     assert touched(np.zeros((1, 1, 16), bool)).channels.tolist() == [[0]]  # nothing costs next to nothing
     opened[0, 1, 2:12] = True  # eleven of a layer: all of it there, few elsewhere

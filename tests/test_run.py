@@ -64,7 +64,7 @@ def test_what_a_sweep_refuses(setting):
     broken = jax.tree.map(lambda a: a, pair.expert)
     broken["blocks"]["attn"]["W_O"] = broken["blocks"]["attn"]["W_O"].at[0, 3].set(np.nan)
     nan_pair = dataclasses.replace(pair, expert=broken)
-    with pytest.raises(WpjaxError, match="not positive"):
+    with pytest.raises(WpjaxError, match="of the expert is nan on prompt 0: its stream reaches nan at layer 0"):
         sweep(nan_pair, batch, dataclasses.replace(anchor, expert_fingerprint=""), kinds="head")
 
 

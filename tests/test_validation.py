@@ -33,7 +33,7 @@ N_NEW = 16
 
 
 def test_sizes_of_components_add_up_to_the_model(pair):
-    """Every parameter has one owner; biases of a module's output are its module's."""
+    """Every parameter has one owner; biases of a module's output, and norms that heads share, are its module's."""
     total = sum(leaf.size for leaf in np_leaves(pair.base))
     modules = enumerate_components(pair.cfg, ["attn", "mlp", "norm", "embed", "unembed", "final_norm"])
     assert sum(n_parameters(pair.cfg, c) for c in modules) == total
@@ -42,6 +42,7 @@ def test_sizes_of_components_add_up_to_the_model(pair):
     fine = sum(n_parameters(pair.cfg, c) for c in enumerate_components(pair.cfg, FINEST))
     blocks = pair.base["blocks"]
     shared = [blocks[m][b] for m, b in (("attn", "b_O"), ("mlp", "b_out")) if b in blocks[m]]
+    shared += [blocks["attn"][norm]["scale"] for norm in ("norm_q", "norm_k") if norm in blocks["attn"]]
     assert fine == total - sum(b.size for b in shared)
 
 

@@ -29,10 +29,12 @@ def from_file(path: Path, checker: str | None, division: Division = "thirds") ->
     pairs = _with_queries([_parse_line(path, i + 1, line) for i, line in enumerate(lines) if line.strip()])
     n, least = len({pair.query for pair in pairs}), MIN_QUERIES if division == "thirds" else MIN_PROMPTS
     if n < least:
-        found = f"{n} different quer{'y' if n == 1 else 'ies'} (lines that share a prompt count as one)"
+        found = f"{n} different quer{'y' if n == 1 else 'ies'}"
         why = "to fit an anchor, sweep and test on different ones" if division == "thirds" else "for an interval"
         more = ", or pass --split none (all serve all three)" if MIN_PROMPTS <= n < MIN_QUERIES else ""
-        raise BehaviourError(f"{path}: {found}, at least {least} are needed {why}; add some{more}")
+        raise BehaviourError(
+            f"{path}: {found}, at least {least} are needed {why}; lines that share a prompt count as one; add some{more}"
+        )
     return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker, None, division)
 
 

@@ -104,7 +104,7 @@ def run(
     settings = {  # everything that finished parts depend on
         "version": wpjax.__version__,
         "pair": pair.fingerprints,
-        "tokenizer": tokenizer,
+        "tokenizer": asked.tokenizer,
         "result": [swept.dataset.attrs["date"], swept.best().tolist(), by],
         "behaviour": [(p.with_instruction, dict(p.args)) for p in task.select("test", n_prompts)],
         "checker": asked.checker,

@@ -105,6 +105,7 @@ def exact_changes(
     >>> import jax
     >>> from wpjax.behaviours import Tokens
     >>> from wpjax.engines.packing import pack
+    >>> from wpjax.engines.plan import make_plan
     >>> from wpjax.engines.reference import reference_changes
     >>> from wpjax.engines.replay import run_packed
     >>> from wpjax.metrics.readouts import Projection

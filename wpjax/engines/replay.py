@@ -53,6 +53,7 @@ def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packin
     >>> import jax, jax.numpy as jnp
     >>> from wpjax.behaviours import Tokens
     >>> from wpjax.engines.packing import pack
+    >>> from wpjax.metrics.readouts import Projection
     >>> from wpjax.models.decoder import init_params
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)  # 2 layers, D = 16, 4 heads, 2 KV groups
     >>> tokens, last = Tokens(jnp.arange(8).reshape(2, 4), jnp.array([4, 4])), jnp.full((2, 1), 3)

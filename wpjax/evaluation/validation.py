@@ -202,7 +202,7 @@ def validate(
 
     Args:
         pair: the models that were swept.
-        behaviour: the behaviour that was swept; another one only with `swept_behaviour`.
+        behaviour: the behaviour that was swept; another one only with `other_behaviour`.
         result: result of the sweep.
         other_behaviour: whether `behaviour` may be another than the one that was swept. The curves then name both.
         anchor: anchor whose score is measured, too; None for the anchor that was swept on, if any.
@@ -212,8 +212,6 @@ def validate(
         n_random: number of random orders.
         max_new_tokens: length of an answer, at most.
         seed: seed of random orders and resampling.
-        swept_behaviour: name of the behaviour that the result is of, to validate its ranking on another behaviour on
-            purpose. The curves say so. None: it must be the same.
         done: finished parts of an earlier attempt (see `runtime.shards.Shards`). New parts are added as they finish.
         progress: function that is called after every patched model.
 

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-
 _SIDES: tuple[Literal["base", "expert"], ...] = ("base", "expert")
 
 
