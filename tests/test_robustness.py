@@ -26,7 +26,7 @@ import xarray as xr
 from wpjax import SweepConfig, cli, run_study
 from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from wpjax.errors import AnchorRejected, CheckpointError, MetricRejected, OutputError, WpjaxError
+from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, MetricRejected, OutputError, WpjaxError
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.validation import check_same_behaviour

@@ -31,9 +31,9 @@ def from_file(path: Path, checker: str | None, division: Division = "thirds") ->
     if n < least:
         found = f"{n} different quer{'y' if n == 1 else 'ies'}"
         why = "to fit an anchor, sweep and test on different ones" if division == "thirds" else "for an interval"
-        more = ", or pass --split none (all serve all three)" if MIN_PROMPTS <= n < MIN_QUERIES else ""
+        more = "; or pass --split none (all serve all three)" if MIN_PROMPTS <= n < MIN_QUERIES else ""
         raise BehaviourError(
-            f"{path}: {found}, at least {least} are needed {why}; lines that share a prompt count as one; add some{more}"
+            f"{path}: {found}, at least {least} are needed {why}; lines that share a prompt count as one{more}"
         )
     return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker, None, division)
 

@@ -104,6 +104,7 @@ def exact_changes(
 
     >>> import jax
     >>> from wpjax.behaviours import Tokens
+    >>> from wpjax.components import Component
     >>> from wpjax.engines.packing import pack
     >>> from wpjax.engines.plan import make_plan
     >>> from wpjax.engines.reference import reference_changes
