@@ -173,12 +173,12 @@ def test_an_anchor_that_fails_its_causal_tests(wpjax, tmp_path):
     assert re.search(r"\* 3 +\d+%", out)
     assert re.search(r"layer 3: undecided: .*about \d+ queries would decide it, \d+ were tried", out)
     assert "steering tests: 1 of 1" in err
-    more = [*quick[:3], "64", *quick[4:-1], "b.safetensors"]
-    code, out, err = wpjax("anchor", *models, *more)
+    fooled = [*models[:-1], "tiny:quotation", "--layer", "4", "--n-steered", "12", "--out", "b.safetensors"]
+    code, out, err = wpjax("anchor", *fooled)
     assert (code, out) == (2, "")
     assert re.search(r"none passes the causal tests; .*--causal report.*is in b.safetensors.rejected.json", err)
     layers = json.loads((tmp_path / "b.safetensors.rejected.json").read_text())
-    assert layers[3]["verdict"].startswith("rejected: ")
+    assert layers[4]["verdict"].startswith("rejected: steered answers are degenerate")
     assert not (tmp_path / "b.safetensors").exists()
 
 

@@ -34,7 +34,7 @@ Causal: TypeAlias = Literal["require", "report", "skip"]
 N_CANDIDATES = 2
 """Layers that are tested causally, at most."""
 
-N_TRIED = 4
+N_TRIED = 6
 """Layers at which the strengths are tried, at most."""
 
 N_SCREENED_PROMPTS, N_TRIED_PROMPTS = 16, 8

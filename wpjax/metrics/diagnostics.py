@@ -20,7 +20,9 @@ MAX_EXCESS_NLL = 1.0
 """Steered answers that are less likely under the base than the expert's own by more nats per token are degenerate."""
 
 LEAST_SHARE = 0.25
-"""An anchor is rejected if its direction surely moves less than this share of what base and expert differ by."""
+"""An anchor is rejected if its direction surely moves less than this share of what base and expert differ by, both in
+the base and in the expert. One of the two alone does not count: a base that lacks what executes the behaviour cannot be
+steered into it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +84,15 @@ class SteeringTest:
 
     @property
     def outcome(self) -> str:
-        """ "accepted", "undecided" or "rejected"; `verdict` says why."""
+        """What the tests say: "accepted", "undecided" or "rejected"; `verdict` says why."""
         return self.verdict().split(":")[0] or "accepted"
 
     def verdict(self) -> str:
         """An empty text if both tests pass, otherwise the outcome and the test that it is due to, with its figures.
 
-        - rejected: the direction surely moves less than `LEAST_SHARE` of the difference between expert and base, in one
-          of the tests. Or the answers are degenerate.
-        - undecided: more prompts are needed to tell.
+        - rejected: in both tests the direction surely moves less than `LEAST_SHARE` of the difference between expert
+          and base. Or the answers are degenerate.
+        - undecided: one of the tests is not passed.
         """
         steering = (
             f"steering the base along it passes the checker on {self.steered:.0%} of prompts, a random direction on "
@@ -107,10 +109,8 @@ class SteeringTest:
                 f"own {self.nll_expert:.2f}"
             )
         least = LEAST_SHARE * self.difference
-        if self.gain_high < least:
-            return f"rejected: {steering}: surely less than {LEAST_SHARE:.0%} of what base and expert differ by"
-        if self.drop_high < least:
-            return f"rejected: {removal}: surely less than {LEAST_SHARE:.0%} of what base and expert differ by"
+        if self.gain_high < least and self.drop_high < least:
+            return f"rejected: {steering}; {removal}: surely less than {LEAST_SHARE:.0%} of what the two differ by"
         if self.nll_removed > self.nll_expert + MAX_EXCESS_NLL:
             return (
                 f"rejected: without it the expert's answers are degenerate: {self.nll_removed:.2f} nats a token under "
@@ -127,11 +127,10 @@ class SteeringTest:
         middle, half = (low + high) / 2, (high - low) / 2
         if not math.isfinite(self.n_queries * half) or not half > 0:
             return ""
-        # The interval's width falls with the root of the number of queries. It must leave out 0, or `least`.
-        least = LEAST_SHARE * self.difference
-        room = max(middle, least - middle)
-        n = math.ceil(self.n_queries * (half / room) ** 2) if room > 0 else math.inf
-        return f"; about {n} queries would decide it, {self.n_queries:.0f} were tried" if n < 10_000 else ""
+        # The interval's width falls with the root of the number of queries. It must leave out 0.
+        n = math.ceil(self.n_queries * (half / middle) ** 2) if middle > 0 else math.inf
+        tried = f"{self.n_queries:.0f} queries were tried"
+        return f"; about {n} queries would decide it, {self.n_queries:.0f} were tried" if n < 10_000 else f"; {tried}"
 
 
 @dataclasses.dataclass(frozen=True)
