@@ -16,9 +16,10 @@ from tests.tiny import build
 from wpjax.behaviours import Tokens, behaviour
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.errors import AnchorRejected, BehaviourError
+from wpjax.evaluation.continued import Continued, steer
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
-from wpjax.evaluation.steering import Candidate, Continued, Directions, steer, steering_tests
+from wpjax.evaluation.steering import Candidate, Directions, steering_tests
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import answer_metric
 from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest

@@ -19,34 +19,26 @@ Answers are dear, so they come last, and no more of them than needed:
    accepted, or all are rejected. The intervals hold however often one looks (`stats.confidence_sequence`).
 
 Steering changes nothing before the last prompt token. So each model reads the prompts once, and all steered versions of
-it go on from there in one program (`Continued`).
+it go on from there in one program (`evaluation.continued`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from wpjax.behaviours import PromptBatch, Tokens
+from wpjax.behaviours import PromptBatch
 from wpjax.errors import MetricRejected
+from wpjax.evaluation.continued import Continued, steer
 from wpjax.evaluation.judge import Judge, check_pass_rates_differ
 from wpjax.metrics.answers import decision_metric
 from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
-from wpjax.metrics.metric import Metric
-from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, decoder
-from wpjax.models.edits import ClampTo, Edit
-from wpjax.models.generate import Generation, Prefix, continue_prompts, prefill, read_on
-from wpjax.models.ops import log_softmax
-from wpjax.models.sites import Site
+from wpjax.models.decoder import Params
+from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
-from wpjax.runtime.batching import map_batches
 from wpjax.runtime.progress import Progress, silent
 from wpjax.runtime.shards import finished_part
 from wpjax.stats import by_query, confidence_sequence
@@ -59,161 +51,6 @@ N_SCREENED = 12
 
 PROMPTS_A_LOOK = 16
 """Prompts that are answered between two looks at the outcome, about."""
-
-ROWS_AT_ONCE = 128
-"""Answers of one program, at most: steered models times prompts."""
-
-
-class Steer(NamedTuple):
-    """S ways to steer a model, stacked.
-
-    Attributes:
-        layer: [S], 0-based layer after which the stream is held.
-        read: [S, D], unit vector, the coordinate that is measured.
-        write: [S, D], unit vector along which the stream is moved; 0 moves nothing.
-        target: [S], value that the coordinate would get if `write` were `read`.
-    """
-
-    layer: Int[np.ndarray | Array, " S"]
-    read: Float[np.ndarray | Array, "S D"]
-    write: Float[np.ndarray | Array, "S D"]
-    target: Float[np.ndarray | Array, " S"]
-
-    def take(self, rows: Int[np.ndarray, " n"]) -> Steer:
-        """Some of the ways."""
-        return Steer(*(a[rows] for a in self))
-
-    def edit(self, start: Int[Array, " B"]) -> Edit:
-        """One way as an edit from a position of each prompt on; the arrays are those of this way alone."""
-        clamp = ClampTo(jnp.asarray(self.read), jnp.asarray(self.write), jnp.asarray(self.target))
-        return Edit(Site.RESID_POST, clamp, jnp.asarray(self.layer), start)
-
-
-def steer(ways: Sequence[tuple[int, np.ndarray, np.ndarray, float]]) -> Steer:
-    """Stack (layer, read, write, target) of S ways to steer."""
-    layer, read, write, target = zip(*ways, strict=True)
-    return Steer(np.asarray(layer, np.int32), *(np.asarray(a, np.float32) for a in (read, write, target)))  # type: ignore[arg-type]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens"))
-def _answers(
-    cfg: ModelConfig, params: Params, prefix: Prefix, ways: Steer, stop_tokens: Int[Array, " E"], max_new_tokens: int
-) -> Generation:
-    """Greedy answers of S steered versions of a model, [S, B, N]; the weights and the prefix are shared."""
-
-    def one(way: Steer) -> Generation:
-        edits = (way.edit(prefix.at),)
-        options = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens, "edits": edits}
-        return continue_prompts(cfg, params, prefix, **options)  # type: ignore[arg-type]
-
-    return jax.vmap(one)(ways)
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _scores(
-    cfg: ModelConfig,
-    params: Params,
-    prefix: Prefix,
-    ways: Steer,
-    tokens: Int[Array, "B N"],
-    step: Int[Array, "B R"],
-    metric: Metric,
-) -> Float[Array, "S B"]:
-    """A metric of S steered versions of a model, which read the same words."""
-
-    def one(way: Steer) -> Float[Array, " B"]:
-        resid = read_on(cfg, params, prefix, tokens, edits=(way.edit(prefix.at),))
-        return metric.read(cfg, params, jnp.take_along_axis(resid, step[..., None], axis=1))
-
-    return jax.vmap(one)(ways)
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _nll(
-    cfg: ModelConfig, params: Params, prefix: Prefix, tokens: Int[Array, "S B N"], lengths: Int[Array, "S B"]
-) -> Float[Array, "S B"]:
-    """Mean negative log-likelihood of answers, in nats per token."""
-
-    def one(tokens: Int[Array, "B N"], lengths: Int[Array, " B"]) -> Float[Array, " B"]:
-        resid = read_on(cfg, params, prefix, tokens)
-
-        def step(at: tuple[Array, Array]) -> Float[Array, " B"]:  # logits of one token at a time take less memory
-            logp = log_softmax(decoder(cfg, params).logits(at[0]))
-            return jnp.take_along_axis(jnp.asarray(logp), at[1][:, None], axis=1)[:, 0]
-
-        logp = jax.lax.map(step, (jnp.moveaxis(resid, 1, 0), tokens.T)).T  # [B, N]
-        is_token = jnp.arange(tokens.shape[1]) < lengths[:, None]
-        return -jnp.mean(logp, axis=1, where=is_token)
-
-    return jax.vmap(one)(tokens, lengths)
-
-
-class Continued:
-    """A model that has read some prompts, and goes on from there in many steered versions.
-
-    Args:
-        cfg: the model.
-        params: its parameters.
-        prompts: B prompts, few enough to run at once.
-        room: longest continuation, in tokens.
-
-    >>> import wpjax as wp
-    >>> model, task = wp.load_model("tiny:base"), wp.behaviour("tiny:english_capital")
-    >>> prompts = task.encode(model.tokenizer, n_prompts=4).with_instruction
-    >>> still = steer([(0, np.zeros(128), np.zeros(128), 0.0)] * 3)  # three versions, none of them moved
-    >>> Continued(model.cfg, model.params, prompts, room=5).answers(still, ()).tokens.shape
-    (3, 4, 5)
-    """
-
-    def __init__(self, cfg: ModelConfig, params: Params, prompts: Tokens, room: int):
-        self.cfg, self.params, self.room = cfg, params, room
-        self.at_once = max(1, ROWS_AT_ONCE // len(prompts.lengths))
-        self.prefix = prefill(cfg, params, jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths))
-
-    def answers(self, ways: Steer, stop_tokens: tuple[int, ...]) -> Generation:
-        """Greedy answers of each version, [S, B, room].
-
-        Args:
-            ways: how the versions are steered.
-            stop_tokens: ids that end an answer.
-        """
-        stop = jnp.asarray(stop_tokens, jnp.int32)
-
-        def run(rows: Int[np.ndarray, " n"]) -> Generation:
-            return _answers(self.cfg, self.params, self.prefix, ways.take(rows), stop, self.room)
-
-        return map_batches(len(ways.layer), self.at_once, run, what="steered models")
-
-    def scores(
-        self, ways: Steer, tokens: Int[np.ndarray, "B N"], step: Int[np.ndarray, "B R"], metric: Metric
-    ) -> Float[np.ndarray, "S B"]:
-        """A metric of each version along given words, [S, B].
-
-        Args:
-            ways: how the versions are steered.
-            tokens: the words after each prompt; N is at most `room`.
-            step: for every position that the metric reads, the word that is predicted there, from 0.
-            metric: its readout and its weights are used.
-        """
-        given = jnp.asarray(tokens), jnp.asarray(step), metric
-
-        def run(rows: Int[np.ndarray, " n"]) -> Array:
-            return _scores(self.cfg, self.params, self.prefix, ways.take(rows), *given)
-
-        return map_batches(len(ways.layer), self.at_once, run, what="steered models")
-
-    def nll(self, answers: Generation) -> Float[np.ndarray, "S B"]:
-        """Mean negative log-likelihood of answers under the model as it is, in nats per token.
-
-        Args:
-            answers: S answers to each prompt, [S, B, N].
-        """
-
-        def run(rows: Int[np.ndarray, " n"]) -> Array:
-            some = jnp.asarray(answers.tokens[rows]), jnp.asarray(answers.lengths[rows])
-            return _nll(self.cfg, self.params, self.prefix, *some)
-
-        return map_batches(len(answers.tokens), self.at_once, run, what="steered models")
 
 
 class Directions(NamedTuple):
