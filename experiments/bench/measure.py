@@ -25,6 +25,7 @@ from wpjax.engines.replay import replay, run_packed
 from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.runtime.placement import Placement
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -82,8 +83,8 @@ class Sweep:
         return np.concatenate([part.delta for part in exact_changes(*args)])
 
     def plan(self, components: list[Component]) -> Plan:
-        """How the sweep of some components is cut up."""
-        return make_plan(self.cfg, components, self.packing)
+        """How the sweep of some components is cut up, over all devices of this process."""
+        return make_plan(self.cfg, components, self.packing, placement=Placement.on())
 
     def program(self, components: list[Component]) -> jax.stages.Compiled:
         """What the sweep of some components of one kind runs, chunk by chunk."""
