@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import statistics
 import time
@@ -156,6 +157,9 @@ def copied(pair: Pair, batch: PromptBatch, anchor: Anchor, heads: list[Component
     return scores[1:] - scores[0]
 
 
+VERSIONS = ("jax", "jaxlib", "torch", "transformer-lens")
+"""What a result says the versions of, where it is installed."""
+
 AT_ONCE = 9
 """Patched models that `copied` holds at a time: a layer's heads of the smallest SmolLM2."""
 
@@ -232,15 +236,18 @@ def main() -> None:
     batch = task.encode(pair.tokenizer, n_prompts=args.n_prompts)
     heads = enumerate_components(pair.cfg, ["head"], range(anchor.layer, -1, -args.every))
     models = (args.base, args.expert), args.dtype, device
-    reference, lens = TorchSweep(*models, batch, anchor), LensSweep(*models, batch)
+    reference = TorchSweep(*models, batch, anchor)
     runs: dict[str, Callable[[list[Component]], np.ndarray]] = {
         "ours": lambda heads: ours(pair, batch, anchor, heads),
         "torch, cached prefix": lambda heads: reference.sweep(heads, cached=True),
         "torch, whole forward": lambda heads: reference.sweep(heads, cached=False),
         "torch, functional_call under vmap": reference.together,
         f"JAX, weights copied under vmap, {AT_ONCE} at once": lambda heads: copied(pair, batch, anchor, heads),
-        "TransformerLens, hooked forwards": lens.sweep,
     }
+    if importlib.util.find_spec("transformer_lens"):
+        runs["TransformerLens, hooked forwards"] = LensSweep(*models, batch).sweep
+    else:
+        print("transformer-lens is not installed, and left out")
     for name, run in runs.items():
         run(heads if name == "ours" else heads[:1])  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -269,7 +276,7 @@ def main() -> None:
         **made(),
         "device": f"{jax.devices()[0].platform}, {torch.get_num_threads()} threads",
         "machine": machine(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "torch", "transformer-lens")},
+        "versions": {name: version(name) for name in VERSIONS if importlib.util.find_spec(name.replace("-", "_"))},
         "dtype": args.dtype,
     }  # fmt: skip
     print(markdown(result))
