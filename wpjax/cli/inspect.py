@@ -31,7 +31,8 @@ def run(
     from wpjax.pairs import load_model, make_pair
 
     model = load_model(base, ignore_config=ignore_config)
-    pair = make_pair(model, load_model(expert, ignore_config=ignore_config), tokenizer) if expert else None
+    other = load_model(expert, ignore_config=ignore_config, base=model) if expert else None
+    pair = make_pair(model, other, tokenizer) if other else None
     models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
     model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
