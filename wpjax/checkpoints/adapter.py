@@ -191,6 +191,7 @@ class Adapter:
         embedding, head = (tensor_name(untied, leaf) for leaf in ("embed/W_E", "unembed/W_U"))
         changes, left_out = self._changes(cfg, shapes, head, base)
         self._check_complete(shapes, changes, base)
+        notes = self._notes(changes, base)
         tied = cfg.tied and self._stays_tied(changes, embedding, head)
         if tied:
             changes.pop(head, None)
@@ -210,7 +211,7 @@ class Adapter:
             flat = flatten(params)
             cfg, params = untied, unflatten({**flat, "unembed/W_U": flat["embed/W_E"].T})  # [V, D] -> [D, V]
         edits = {name: self._edit(change, name.endswith(family.transposed)) for name, change in changes.items()}
-        return Adapted(new, edit_tensors(cfg, params, edits, new), left_out, tuple(self._notes(changes, base)))
+        return Adapted(new, edit_tensors(cfg, params, edits, new), left_out, tuple(notes))
 
     def _changes(
         self, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], head: str, base: str
@@ -239,8 +240,9 @@ class Adapter:
             part, parameter = _ENDINGS.get(ending, ("", ""))
             path = stem.removesuffix(ending)
             # The model may have been wrapped without its head, or with a tower for images around it.
-            paths = [path, family.prefix + path, path.replace(TOWER, "", 1)]
-            if path.replace(TOWER, "", 1) == "lm_head":  # some families name it otherwise in their files
+            own = path.replace(TOWER, "", 1)
+            paths = [own, family.prefix + own]
+            if own == "lm_head":  # some families name it otherwise in their files
                 paths.append(head.removesuffix(".weight"))
             target = next((f"{p}.{parameter}" for p in paths if f"{p}.{parameter}" in shapes), None)
             if target is None or not ending:
@@ -461,10 +463,15 @@ class Adapter:
         if factored:
             rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
             said.append(f"{kind} of rank {rank} on {_modules(factored)}")
-        for part, what in (("whole", "saved whole"), ("rows", "rows of tokens"), ("B_bias", "biases")):
-            having = [change for change in changes.values() if part in change.parts]
-            if having:
-                said.append(f"{what}: {_modules(having)}")
+        others = {
+            "saved whole": [c for name, c in changes.items() if "whole" in c.parts and name.endswith(".weight")],
+            "rows of tokens": [c for c in changes.values() if "rows" in c.parts],
+            "biases": [c for name, c in changes.items() if name.endswith(".bias")],
+        }
+        for what, those in others.items():
+            those = [change for change in those if not change.factors]  # what was saved below factors did not change
+            if those:
+                said.append(f"{what}: {_modules(those)}")
         notes = [f"{self.source} is an adapter: {'; '.join(said) or 'it changes nothing'}"]
         named = self.config.get("base_model_name_or_path")
         if isinstance(named, str) and Path(named).name != Path(base.partition("@")[0]).name:
