@@ -58,7 +58,7 @@ def assert_same(ours: Checkpoint, theirs: Checkpoint) -> None:
         np.testing.assert_allclose(leaf, b[path], rtol=1e-6, atol=1e-6 * float(jnp.abs(leaf).max()), err_msg=path)
 
 
-def assert_logits(model: Checkpoint, theirs, ids=IDS) -> None:
+def assert_logits(model, theirs, ids=IDS):
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(forward(model.cfg, model.params, jnp.asarray(ids)).logits, expected, atol=1e-4)

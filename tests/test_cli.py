@@ -462,7 +462,7 @@ def test_an_adapter_is_swept_as_the_model_that_it_makes(wpjax, tmp_path):
     save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "org/base"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
-    sweep = ["sweep", "--base", "tiny:base", "--behaviour", "tiny:title", "--causal", "skip", *SMALL[-6:]]
+    sweep = ["sweep", "--base", "tiny:base", "--behaviour", "tiny:title", *SMALL[len(PAIR) :], "--answers", "0"]
     found = {}
     for folder in ("adapter", "merged"):
         code, _, err = wpjax(*sweep, "--expert", folder, "--out", f"{folder}.nc")

@@ -16,7 +16,9 @@ EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
 
 def run(
     base: Annotated[str, typer.Argument(help=MODEL)],
-    expert: Annotated[str | None, typer.Argument(help="A second model, to compare with the first.")] = None,
+    expert: Annotated[
+        str | None, typer.Argument(help="A second model to compare, or a PEFT adapter of the first.")
+    ] = None,
     tokenizer: TokenizerOf = None,
     ignore_config: IgnoreConfig = (),
     as_json: Json = False,
