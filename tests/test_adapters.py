@@ -213,7 +213,7 @@ def test_folders_as_people_have_them(bases, plain, copy):
     assert_same(expert, over(base, plain))
     assert expert.left_out == ("score.weight",)
     assert expert.notes[0].endswith("is an adapter: LoRA of rank 3 on q_proj, v_proj in layers 0-2")
-    assert re.search("names org/other-bnb-4bit as its base, which is quantised", expert.notes[1])
+    assert re.search("names 'org/other-bnb-4bit' as its base, which is quantised", expert.notes[1])
     assert expert.tokenizer is None
     assert expert.stop_tokens == base.stop_tokens
 
@@ -319,7 +319,7 @@ def test_a_pair_with_an_adapter(tmp_path):
     pair = load_pair("tiny:base", tmp_path / "adapter")
     assert pair.tokenizer is pair.base_checkpoint.tokenizer
     assert pair.notes[0].endswith("is an adapter: LoRA of rank 3 on q_proj, v_proj in layers 1-2, 5")
-    assert pair.notes[1].endswith("/base as its base, not tiny:base")
+    assert pair.notes[1].endswith("/base' as its base, not tiny:base")
     assert pair.fingerprints == load_pair(tmp_path / "base", tmp_path / "adapter").fingerprints
     assert make_pair(pair.base_checkpoint, pair.expert_checkpoint, "expert").tokenizer is pair.tokenizer
     zeros = {

@@ -477,7 +477,7 @@ def test_an_adapter_is_swept_as_the_model_that_it_makes(wpjax, tmp_path):
     assert code == 0, err
     out = " ".join(out.split())
     assert "Note: adapter is an adapter: LoRA of rank 16" in out
-    assert "names org/base as its base, not tiny:base" in out
+    assert "names 'org/base' as its base, not tiny:base" in out
     left = sorted(p.name for p in tmp_path.iterdir())
     assert_refused(wpjax("inspect", "adapter"), "a PEFT adapter .LORA of org/base., not a whole model", tmp_path, left)
     assert_refused(wpjax("sweep", *PAIR, "--base", "adapter", "--out", "x.nc"), "not a whole model", tmp_path, left)

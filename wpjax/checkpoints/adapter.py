@@ -54,6 +54,7 @@ _NO_MATTER = frozenset(
 # Ways to begin that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change its weights.
 _INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 _DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
+_LISTED: Mapping[type, str] = {str: "names", int: "layers"}
 
 _FACTORS = {"lora": ("A", "B"), "embedding": ("embedding_A", "embedding_B")}
 # Ending of a tensor's name, longer ones first -> (what it is to a parameter of its module, which parameter).
@@ -167,12 +168,11 @@ class Adapter:
             for value in (config.get(name, _DEFAULTS[name]), *values.values()):
                 if not _is_number(value) or (name == "r" and not (isinstance(value, int) and value > 0)):
                     raise CheckpointError(f"{where}: {value!r} is no {name}; correct it")
-        for name in ("modules_to_save", "target_modules"):
-            names = config.get(name) or []
-            if not (isinstance(names, list) and all(isinstance(entry, str) for entry in names)) and not (
-                name == "target_modules" and isinstance(names, str)
-            ):
-                raise CheckpointError(f"{where}: {name}={names!r} is not a list of names; correct it")
+        for name in ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+            value, kind = config.get(name) or [], int if name == "layers_to_transform" else str
+            one = isinstance(value, kind) and name != "modules_to_save"
+            if not one and not (isinstance(value, list) and all(isinstance(entry, kind) for entry in value)):
+                raise CheckpointError(f"{where}: {name}={value!r} is not a list of {_LISTED[kind]}; correct it")
 
     def apply(self, cfg: ModelConfig, params: Params, base: str) -> Adapted:
         """The expert that the adapter makes of a base.
@@ -322,7 +322,7 @@ class Adapter:
             return True
         patterns = config.get("layers_pattern") or []
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        found = [re.match(rf"(?:^|.*?\.){self._pattern(str(p))}\.(\d+)\.", path) for p in patterns]
+        found = [re.match(rf"(?:^|.*?\.){self._pattern(p)}\.(\d+)\.", path) for p in patterns]
         layer = next((int(match[1]) for match in found if match), None) if patterns else _layer(path)
         return layer in (only if isinstance(only, list) else [only])
 
@@ -477,7 +477,7 @@ class Adapter:
         if isinstance(named, str) and Path(named).name != Path(base.partition("@")[0]).name:
             quantised = re.search(r"4.?bit|8.?bit|gptq|awq|int[48]|fp8", named, re.IGNORECASE)
             notes.append(
-                f"it names {named} as its base, "
+                f"it names {named!r} as its base, "
                 + ("which is quantised; over other weights it does a little else" if quantised else f"not {base}")
             )
         return notes
@@ -523,7 +523,7 @@ def _share_saved(changes: dict[str, _Change], embedding: str, head: str) -> None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
 
 
 def _layer(path: str) -> int | None:
