@@ -87,6 +87,7 @@ MERGED = {
     "biases": ("qwen2", {"target_modules": ["k_proj"], "bias": "all"}),
     "head-by-another-name": ("gpt-neox", {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
     "saved": ("llama-gqa3", {"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]}),
+    "saved-block": ("llama-gqa3", {"target_modules": "all-linear", "modules_to_save": ["mlp"]}),
     "embedding": ("llama-gqa3", {"target_modules": ["embed_tokens", "lm_head"]}),
     "embedding-dora": ("llama-gqa3", {"target_modules": ["embed_tokens"], "use_dora": True}),
     "tokens": (
@@ -143,18 +144,26 @@ def test_over_a_tied_base_the_expert_computes_what_peft_trained(bases, tmp_path,
     assert_logits(expert, again)
 
 
-@pytest.mark.parametrize("of", ["llama-gqa3", "llama-tied"])
-@pytest.mark.parametrize("targets", [QV, ["embed_tokens"]])
-def test_a_grown_vocabulary(bases, tmp_path, of, targets):
-    save = {"save_embedding_layers": True}
-    if targets != QV and of == "llama-gqa3":
-        targets = [*targets, "lm_head"]
-    model = adapted(bases[of].folder, tmp_path, grown=4, save=save, target_modules=targets)
+GROWN = {
+    "saved-along": ("llama-gqa3", {"target_modules": QV}),
+    "saved-along-tied": ("llama-tied", {"target_modules": QV}),
+    "factors": ("llama-gqa3", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "factors-of-tied": ("llama-tied", {"target_modules": ["embed_tokens"]}),
+    "trained": ("llama-gqa3", {"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tokens": ("llama-gqa3", {"target_modules": QV, "trainable_token_indices": [61, 64]}),
+    "tokens-of-tied": ("llama-tied", {"target_modules": QV, "trainable_token_indices": [61, 64]}),
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_a_grown_vocabulary(bases, tmp_path, name):
+    of, options = GROWN[name]
+    model = adapted(bases[of].folder, tmp_path, grown=4, save={"save_embedding_layers": True}, **options)
     base = load_checkpoint(bases[of].folder)
     expert = over(base, tmp_path)
     assert expert.cfg.d_vocab == base.cfg.d_vocab + 4
     assert expert.hf_config["vocab_size"] == expert.cfg.d_vocab
-    assert expert.cfg.tied == (of == "llama-tied" and targets == QV)
+    assert expert.cfg.tied == (of == "llama-tied" and name != "factors-of-tied")
     assert_logits(expert, model, np.append(IDS, [[61, 64]], axis=1))
 
 

@@ -67,6 +67,10 @@ _ENDINGS = {
     ".lora_magnitude_vector": ("magnitude", "weight"),
     ".lora_magnitude_vector.weight": ("magnitude", "weight"),
     ".token_adapter.trainable_tokens_delta": ("rows", "weight"),
+    ".token_adapter.base_layer.weight": ("whole", "weight"),
+    # Where an embedding grew, its trained copy may stand twice in the file, and beside it the one that is not used.
+    ".modules_to_save.weight": ("copy", "weight"),
+    ".original_module.weight": ("unused", "weight"),
     ".base_layer.weight": ("whole", "weight"),
     ".base_layer.bias": ("whole", "bias"),
     ".weight": ("whole", "weight"),
@@ -251,6 +255,11 @@ class Adapter:
             if part in parts:
                 raise CheckpointError(f"{self.where}: {name} and {parts[part]} are the same tensor; remove one")
             parts[part] = name
+        for change in changes.values():
+            change.parts.pop("unused", "")
+            if copy := change.parts.pop("copy", ""):
+                change.parts.setdefault("whole", copy)
+        changes = {target: change for target, change in changes.items() if change.parts}
         return changes, (*(f"{part} ({n} tensors)" for part, n in towers.items()), *sorted(heads))
 
     @staticmethod
@@ -290,16 +299,20 @@ class Adapter:
             if not name.startswith(shift) or not name.endswith(".weight"):
                 continue
             path, here = name.removeprefix(shift).removesuffix(".weight"), changes.get(name)
-            if any(path.endswith(entry) for entry in self.config.get("modules_to_save") or []):
+            if self._is_saved(path):
                 if here is None or "whole" not in here.parts:
                     raise CheckpointError(
                         f"{self.where}: modules_to_save names {path}, which the file does not hold; save it again"
                     )
-            elif len(shape) == 2 and self._is_targeted(path) and not (here and here.factors):
+            elif len(shape) == 2 and self._is_targeted(path) and not (here and here.parts):
                 raise CheckpointError(
                     f"{self.where}: target_modules names {path} of {base}, for which the file holds nothing; "
                     f"{_ANOTHER_BASE}, or the file is not whole"
                 )
+
+    def _is_saved(self, path: str) -> bool:
+        """Whether a module is trained as a whole (`_set_trainable` of PEFT)."""
+        return any(path.endswith(entry) for entry in self.config.get("modules_to_save") or [])
 
     def _is_targeted(self, path: str) -> bool:
         """Whether a module with a matrix has factors, as PEFT chooses modules (`check_target_module_exists`)."""
@@ -368,13 +381,13 @@ class Adapter:
             alone = ours or theirs
             if alone is None or (self.config.get("ensure_weight_tying") and ours):
                 return True
-            saved = any(alone.path.endswith(entry) for entry in self.config.get("modules_to_save") or [])
-            return ours is not None and not alone.factors and not saved  # rows of tokens, or saved along
+            # What is left: rows of tokens, and an embedding that was saved along as it is.
+            return ours is not None and not alone.factors and not self._is_saved(alone.path)
         if self.config.get("ensure_weight_tying"):
             return True
-        if set(ours.parts) != {"whole"} or set(theirs.parts) != {"whole"}:
+        if ours.factors or theirs.factors or ours.parts.keys() != theirs.parts.keys():
             return False
-        return np.array_equal(self._read(ours.parts["whole"]), self._read(theirs.parts["whole"]))
+        return all(np.array_equal(self._read(ours.parts[p]), self._read(theirs.parts[p])) for p in ours.parts)
 
     def _rows(self, change: _Change | None, d_vocab: int) -> int:
         """Number of rows of an embedding or a head after a change."""
