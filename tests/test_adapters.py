@@ -311,6 +311,10 @@ def test_an_adapter_of_another_base_is_refused_by_what_differs(bases, plain, tmp
 def test_pickles_and_adapters_given_as_a_base(bases, copy):
     with pytest.raises(CheckpointError, match="not a whole model; name it as the expert, and what it was trained over"):
         load_pair(copy, bases["llama-gqa3"].folder)
+    configure(copy, peft_type="VERA")
+    with pytest.raises(CheckpointError, match="peft_type='VERA' is not implemented"):
+        load_pair("no such base", copy)  # said before the base is read
+    configure(copy, peft_type="LORA")
     (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
     with pytest.raises(
         CheckpointError, match=r"adapter_model\.bin: a pickle, which is never read; save the adapter as"

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.behaviours import BUILT_IN, PromptBatch, behaviour, prompt_ids
-from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter, fingerprint, load_checkpoint
 from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.checkpoints.hf_config import with_changes
 from wpjax.checkpoints.tokenizer import load_tokenizer
@@ -276,6 +276,7 @@ def load_pair(
     >>> [norm.unit for norm in pair.diff_norms() if norm.n_changed][:3]
     ['head', 'kv_group', 'neuron']
     """
+    check_adapter(expert)
     model = load_model(base, dtype, ignore_config)
     return make_pair(model, load_model(expert, dtype, ignore_config, base=model), tokenizer)
 

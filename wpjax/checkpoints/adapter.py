@@ -470,7 +470,7 @@ class Adapter:
     def _notes(self, changes: Mapping[str, _Change], base: str) -> list[str]:
         """What the adapter changes, and what base it names if that is another."""
         factored = [change for change in changes.values() if change.factors]
-        ranks = sorted({self._tensors.shape(change.factors[0])[0] for change in factored if change.factors})
+        ranks = sorted({self._setting("r", "rank_pattern", change.path) for change in factored})
         kind = "DoRA" if self.config.get("use_dora") else "rsLoRA" if self.config.get("use_rslora") else "LoRA"
         said = []
         if factored:
@@ -488,7 +488,7 @@ class Adapter:
         notes = [f"{self.source} is an adapter: {'; '.join(said) or 'it changes nothing'}"]
         named = self.config.get("base_model_name_or_path")
         if isinstance(named, str) and Path(named).name != Path(base.partition("@")[0]).name:
-            quantised = re.search(r"4.?bit|8.?bit|gptq|awq|int[48]|fp8", named, re.IGNORECASE)
+            quantised = re.search(r"(?<![a-z])([48].?bit|gptq|awq|int[48]|fp8)", Path(named).name, re.IGNORECASE)
             notes.append(
                 f"it names {named!r} as its base, "
                 + ("which is quantised; over other weights it does a little else" if quantised else f"not {base}")

@@ -200,6 +200,27 @@ def _load_folder(
     return Checkpoint(cfg, params, tokenizer, raw, generation, source, (*towers, *left_out(tensors)))
 
 
+def check_adapter(source: str | Path) -> None:
+    """Refuse an adapter that fits no base, before a base is read, which takes longer. Every other source passes.
+
+    Args:
+        source: what may be a folder with an adapter.
+
+    Raises:
+        CheckpointError: as `Adapter`.
+
+    >>> check_adapter("tiny:expert")
+    """
+    try:
+        folder = Path(source).expanduser()
+        is_adapter = (folder / ADAPTER).is_file()
+    except (OSError, RuntimeError, ValueError):  # no name of a folder: said when it is loaded
+        return
+    if is_adapter:
+        check_folder(folder)
+        Adapter(folder, str(source))
+
+
 def _load_adapter(folder: Path, source: str, base: Checkpoint | None) -> Checkpoint:
     """The expert that an adapter makes of a base; its tokenizer is the one in the folder, if there is one."""
     if base is None:

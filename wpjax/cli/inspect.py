@@ -30,12 +30,10 @@ def run(
     from wpjax.checkpoints.hf_config import unread_attributes
     from wpjax.cli.console import out, print_json, print_table
     from wpjax.components import KINDS, count, unit_shapes
-    from wpjax.pairs import load_model, make_pair
+    from wpjax.pairs import load_model, load_pair
 
-    model = load_model(base, ignore_config=ignore_config)
-    other = load_model(expert, ignore_config=ignore_config, base=model) if expert else None
-    pair = make_pair(model, other, tokenizer) if other else None
-    models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
+    pair = load_pair(base, expert, ignore_config=ignore_config, tokenizer=tokenizer) if expert else None
+    models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [load_model(base, ignore_config=ignore_config)]
     model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
     counts = {k: count(cfg, k) * (cfg.n_layers if kind.in_layer else 1) for k, kind in KINDS.items()}
