@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import typer
 import xarray as xr
+from safetensors.numpy import load_file, save_file
 
 from wpjax import cli
-from wpjax.checkpoints.checkpoint import load_checkpoint
+from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.checkpoints.convert import hf_tensors
 from wpjax.cli.compiled import keep_programs
 from wpjax.metrics.anchor import Anchor
 from wpjax.pairs import load_model
@@ -441,3 +443,41 @@ def test_out_of_memory_is_one_line(wpjax, tmp_path, monkeypatch, error):
 
     monkeypatch.setattr("wpjax.pairs.load_model", load)
     assert_refused(wpjax("inspect", "tiny:base"), "out of memory .* ask for less", tmp_path)
+
+
+def test_an_adapter_is_swept_as_the_model_that_it_makes(wpjax, tmp_path):
+    """The best low-rank part of what the expert changed, once as a PEFT folder and once added to the base's file."""
+    base, expert = (load_model(f"tiny:{name}") for name in ("base", "expert"))
+    save_checkpoint(tmp_path / "merged", base)
+    merged, factors, rank = load_file(tmp_path / "merged" / "model.safetensors"), {}, 16
+    for name, trained in hf_tensors(expert.cfg, expert.params):
+        if "_proj" in name:
+            u, s, v = np.linalg.svd(trained - merged[name])
+            a, b = v[:rank].copy(), u[:, :rank] * s[:rank]
+            merged[name] = merged[name] + b @ a
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            factors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    save_file(merged, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
+    sweep = ["sweep", "--base", "tiny:base", "--behaviour", "tiny:title", *SMALL[len(PAIR) :], "--answers", "0"]
+    found = {}
+    for folder in ("adapter", "merged"):
+        code, _, err = wpjax(*sweep, "--expert", folder, "--out", f"{folder}.nc")
+        assert code == 0, err
+        found[folder] = SweepResult.from_netcdf(f"{folder}.nc").dataset
+    np.testing.assert_allclose(found["adapter"]["effect"], found["merged"]["effect"], atol=1e-5)
+    assert "LoRA of rank 16 on down_proj, gate_proj, " in found["adapter"].attrs["pair_notes"]
+    # Later commands read the adapter again, by the name in the result.
+    code, _, err = wpjax("export", "adapter.nc", "--top", "3", "--out", "top3")
+    assert code == 0, err
+    code, out, err = wpjax("inspect", "tiny:base", "adapter")
+    assert code == 0, err
+    out = " ".join(out.split())
+    assert "Note: adapter is an adapter: LoRA of rank 16" in out
+    assert "names 'org/base' as its base, not tiny:base" in out
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert_refused(wpjax("inspect", "adapter"), "a PEFT adapter .LORA of org/base., not a whole model", tmp_path, left)
+    assert_refused(wpjax("sweep", *PAIR, "--base", "adapter", "--out", "x.nc"), "not a whole model", tmp_path, left)

@@ -306,6 +306,42 @@ def test_model_folders(tmp_path, folder):
     assert sum(ends_well(read) for _ in range(200)) < 200
 
 
+def test_adapter_folders(tmp_path, folder):
+    from safetensors.numpy import save_file
+
+    rng, base = np.random.default_rng(7), load_checkpoint(folder)
+    layer, shapes = "base_model.model.model.layers.0.", {"q_proj": (16, 16), "v_proj": (8, 16)}
+    tensors = {
+        f"{layer}self_attn.{name}.lora_{x}.weight": np.full(shape, 0.1, np.float32)
+        for name, (out, wide) in shapes.items()
+        for x, shape in (("A", (2, wide)), ("B", (out, 2)))
+    }
+    tensors |= {f"{layer}input_layernorm.weight": np.ones(16, np.float32)}
+    tensors |= {
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 16), np.float32)
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+    good = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q_.*": 2}, "alpha_pattern": {"v_proj": 1.5},
+        "use_rslora": False, "use_dora": False, "init_lora_weights": True, "target_modules": [*shapes],
+        "exclude_modules": "o_proj", "layers_to_transform": [0], "layers_pattern": ["layers"], "bias": "none",
+        "modules_to_save": ["input_layernorm"], "trainable_token_indices": {"embed_tokens": [0, 28]},
+        "ensure_weight_tying": False, "base_model_name_or_path": "org/base",
+    }  # fmt: skip
+
+    def read():
+        (tmp_path / "adapter_config.json").write_bytes(as_json(damaged_value(rng, good) if rng.integers(3) else good))
+        (tmp_path / "adapter_model.safetensors").write_bytes(
+            weights if rng.integers(3) else damaged_safetensors(rng, weights)
+        )
+        expert = load_checkpoint(tmp_path, base=base)
+        with pytest.raises(WpjaxError, match=r"neither has a tokenizer|is .* at \["):
+            make_pair(base, expert)
+
+    assert 0 < sum(ends_well(read) for _ in range(400)) < 400
+
+
 def test_finished_parts(tmp_path):
     rng, out = np.random.default_rng(6), tmp_path / "r.nc"
     identity = {"seed": 0, "prompts": ["a", "b"], "kinds": ("head",)}

@@ -240,18 +240,33 @@ def test_two_sets_of_weights(copy):
     check_logits(folder)  # the index alone is left of the shards
 
 
-def test_adapters(copy, tmp_path):
+def test_adapters(copy, models_of):
+    """Beside a model one is refused, both named; alone it is an expert, and no model without its base."""
     folder = copy("llama")
-    about = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
+    about = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(about))
+    factors = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{x}.weight": np.full(shape, 0.02, np.float32)
+        for layer in range(2)
+        for x, shape in (("A", (4, 16)), ("B", (16, 4)))
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
     merge = r"PeftModel\.from_pretrained\(AutoModelForCausalLM\.from_pretrained\('org/base'\), 'llama'\)\.merge_and_unl"
-    with pytest.raises(
-        CheckpointError, match=rf"LORA of org/base\) beside a model; .*remove the adapter's files; .*{merge}"
-    ):
-        load_checkpoint(folder)
+    beside = (
+        rf"a PEFT adapter \(adapter_config\.json\) beside a model \(model\.saf.*remove the adapter's files; .*{merge}"
+    )
+    for base in (None, load_checkpoint(models_of["llama"])):
+        with pytest.raises(CheckpointError, match=beside):
+            load_checkpoint(folder, base=base)
+    (folder / "model.safetensors").unlink()
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=rf"holds a PEFT adapter .*LORA of org/base\); merge it first: {merge}"):
+    with pytest.raises(CheckpointError, match=rf"LORA of org/base\), not a whole model; name it as the .*{merge}"):
         load_checkpoint(folder)
+    pair = load_pair(models_of["llama"], folder)
+    changed = {norm.unit: norm.n_changed for norm in pair.diff_norms() if norm.n_changed}
+    assert changed == {"head": 2 * 16 * 16}  # the queries of both layers
+    step = np.asarray(pair.expert["blocks"]["attn"]["W_Q"]) - np.asarray(pair.base["blocks"]["attn"]["W_Q"])
+    np.testing.assert_allclose(step, 8 / 4 * 4 * 0.02**2, atol=1e-6)  # s times the sum over the rank
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "m.gguf"])

@@ -73,7 +73,7 @@ OUTPUT = "Output"
 MODEL = "Hugging Face folder, .gguf file, hub id (gpt2, org/name or org/name@revision) or embedded model (tiny:base)."
 
 Base = Annotated[str, Setting(f"The base model: {MODEL}")]
-Expert = Annotated[str, Setting("The expert model, named in the same ways.")]
+Expert = Annotated[str, Setting("The expert model, named in the same ways; or a PEFT adapter of the base.")]
 BehaviourName = Annotated[
     str,
     Setting(

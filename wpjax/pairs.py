@@ -17,14 +17,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.behaviours import BUILT_IN, PromptBatch, behaviour, prompt_ids
-from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter, fingerprint, load_checkpoint
 from wpjax.checkpoints.convert import flatten, unflatten
+from wpjax.checkpoints.hf_config import with_changes
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import BehaviourError, CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.models.families import FAMILIES
 from wpjax.runtime.files import recover
 from wpjax.runtime.placement import check_devices
 
@@ -202,13 +202,19 @@ def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarr
     return np.sum([g.reshape(len(g), -1).sum(1) for g in units], axis=0)[:, None]
 
 
-def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
+def load_model(
+    source: str | Path,
+    dtype: str = "float32",
+    ignore_config: tuple[str, ...] = (),
+    base: Checkpoint | None = None,
+) -> Checkpoint:
     """Load one model: any source of `load_checkpoint`, or a tiny model inside the package.
 
     Args:
         source: folder, `.gguf` file or hub id; or "tiny:base", "tiny:expert" or "tiny:planted".
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
+        base: what a PEFT adapter is applied to (see `load_checkpoint`).
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -222,7 +228,7 @@ def load_model(source: str | Path, dtype: str = "float32", ignore_config: tuple[
     check_devices()
     if not source.startswith("tiny:"):
         recover(Path(source).expanduser())  # a folder that a killed `finetune --overwrite` was about to replace
-        return load_checkpoint(source, dtype, ignore_config)
+        return load_checkpoint(source, dtype, ignore_config, base)
     name = source.removeprefix("tiny:")
     if name not in EMBEDDED:
         raise CheckpointError(
@@ -256,7 +262,7 @@ def load_pair(
 
     Args:
         base: source of the base, as `load_model` takes it.
-        expert: source of the expert, likewise.
+        expert: source of the expert, likewise; or a PEFT folder with an adapter of the base, or its hub id.
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
         tokenizer: as for `make_pair`.
@@ -270,7 +276,9 @@ def load_pair(
     >>> [norm.unit for norm in pair.diff_norms() if norm.n_changed][:3]
     ['head', 'kv_group', 'neuron']
     """
-    return make_pair(load_model(base, dtype, ignore_config), load_model(expert, dtype, ignore_config), tokenizer)
+    check_adapter(expert)
+    model = load_model(base, dtype, ignore_config)
+    return make_pair(model, load_model(expert, dtype, ignore_config, base=model), tokenizer)
 
 
 def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | None = None) -> Pair:
@@ -301,7 +309,7 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     differences = cfg.differences(other)
     if differences:  # others than those
         raise PairError(f"{names} are not one architecture: {'; '.join(differences)}")
-    notes = _named_differences(base, expert)
+    notes = [*base.notes, *expert.notes, *_named_differences(base, expert)]
     chosen, about = _common_tokenizer(base, expert, names, tokenizer)
     base, expert = (_fitted(model, cfg) for model in (base, expert))
     ours, theirs = flatten(base.params), flatten(expert.params)
@@ -348,14 +356,8 @@ def _fitted(model: Checkpoint, cfg: ModelConfig) -> Checkpoint:
         flat["unembed/W_U"] = flat["unembed/W_U"][:, : cfg.d_vocab]
     if "embed/W_pos" in flat:
         flat["embed/W_pos"] = flat["embed/W_pos"][: cfg.n_ctx]
-    # So that the model can be saved again: the attributes of config.json that say what was changed.
-    attributes = {ours: hf for hf, ours in FAMILIES[cfg.family].fields.items()}
-    changed = {
-        attributes[field]: getattr(cfg, field)
-        for field in ("n_ctx", "d_vocab", "tied")
-        if field in attributes and getattr(cfg, field) != getattr(model.cfg, field)
-    }
-    return dataclasses.replace(model, cfg=cfg, params=unflatten(flat), hf_config={**model.hf_config, **changed})
+    raw = with_changes(model.hf_config, model.cfg, cfg)  # so that the model can be saved again
+    return dataclasses.replace(model, cfg=cfg, params=unflatten(flat), hf_config=raw)
 
 
 @jax.jit

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from wpjax.checkpoints.adapter import Adapter
 from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_out, params_from_hf
-from wpjax.checkpoints.folder import SafetensorsFolder, check_file, check_folder, read_json
+from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_file, check_folder, how_to_merge, read_json
 from wpjax.checkpoints.gguf import GgufFile
-from wpjax.checkpoints.hf_config import parse_config
+from wpjax.checkpoints.hf_config import parse_config, with_changes
 from wpjax.checkpoints.text_tower import TextTower, text_config
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.errors import CheckpointError
@@ -49,6 +50,7 @@ class Checkpoint:
         source: where it was loaded from, as the user wrote it.
         left_out: what was not loaded: heads for other tasks than the next token, by name; the parts of a model of
             images and text beside its text tower.
+        notes: what else is to be said of it, in words: of an adapter, what it changes.
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
@@ -63,6 +65,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any] | None
     source: str
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -84,12 +87,17 @@ weight (`ModelConfig.activation_splits`).
 """
 
 
-def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: tuple[str, ...] = ()) -> Checkpoint:
+def load_checkpoint(
+    source: str | Path,
+    dtype: str = "float32",
+    ignore_config: tuple[str, ...] = (),
+    base: Checkpoint | None = None,
+) -> Checkpoint:
     """Load a model.
 
     Args:
         source: a folder with config.json and safetensors, a `.gguf` file (of a split one, the first part), or a hub id
-            ("gpt2", "org/name" or "org/name@revision").
+            ("gpt2", "org/name" or "org/name@revision"); with `base`, also a PEFT folder.
         dtype: precision, a key of `PRECISIONS`:
 
             - "float32";
@@ -97,9 +105,12 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
             - "bfloat16x2": weights are bfloat16, and each activation that meets them is the sum of two bfloat16
               numbers. This takes twice the operations of "bfloat16".
         ignore_config: attributes of config.json that you know not to matter.
+        base: what an adapter is applied to (`checkpoints.adapter`). The result has the base's precision, and shares
+            with it the arrays that the adapter does not change. A whole model does without.
 
     Raises:
-        CheckpointError: the model cannot be read. The message names the file, the tensor or the attribute.
+        CheckpointError: the model cannot be read, or it is an adapter of another base. The message names the file, the
+            tensor or the attribute.
 
     Save a model to a folder, and load it from there:
 
@@ -120,7 +131,7 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
     except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
         raise CheckpointError(f"{source}: cannot be a folder or a file ({error}); correct the name") from error
     if is_folder:
-        return _load_folder(path, source, dtype, ignore_config)
+        return _load_folder(path, source, dtype, ignore_config, base)
     if is_there:
         check_file(path)
         if path.suffix.lower() != ".gguf":
@@ -133,7 +144,7 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
         return Checkpoint(cfg, params_from_hf(cfg, file, weights), tokenizer, raw, None, source)
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like gpt2 or org/name")
-    return _load_folder(_download(source), source, dtype, ignore_config)
+    return _load_folder(_download(source), source, dtype, ignore_config, base)
 
 
 def _download(hub_id: str) -> Path:
@@ -163,8 +174,12 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...]) -> Checkpoint:
+def _load_folder(
+    folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...], base: Checkpoint | None
+) -> Checkpoint:
     check_folder(folder)
+    if (folder / ADAPTER).exists():
+        return _load_adapter(folder, source, base)
     config = folder / MARKER
     whole = read_json(config)
     text = text_config(whole, str(config))
@@ -183,6 +198,41 @@ def _load_folder(folder: Path, source: str, dtype: str, ignore_config: tuple[str
     tokenizer = load_tokenizer(folder)  # before the weights are read, which takes longer
     params = params_from_hf(cfg, tensors, weights)
     return Checkpoint(cfg, params, tokenizer, raw, generation, source, (*towers, *left_out(tensors)))
+
+
+def check_adapter(source: str | Path) -> None:
+    """Refuse an adapter that fits no base, before a base is read, which takes longer. Every other source passes.
+
+    Args:
+        source: what may be a folder with an adapter.
+
+    Raises:
+        CheckpointError: as `Adapter`.
+
+    >>> check_adapter("tiny:expert")
+    """
+    try:
+        folder = Path(source).expanduser()
+        is_adapter = (folder / ADAPTER).is_file()
+    except (OSError, RuntimeError, ValueError):  # no name of a folder: said when it is loaded
+        return
+    if is_adapter:
+        check_folder(folder)
+        Adapter(folder, str(source))
+
+
+def _load_adapter(folder: Path, source: str, base: Checkpoint | None) -> Checkpoint:
+    """The expert that an adapter makes of a base; its tokenizer is the one in the folder, if there is one."""
+    if base is None:
+        about = read_json(folder / ADAPTER)
+        raise CheckpointError(
+            f"{folder}: holds a PEFT adapter ({about.get('peft_type')} of {about.get('base_model_name_or_path')}), not "
+            f"a whole model; name it as the expert, and what it was trained over as the base; or {how_to_merge(folder)}"
+        )
+    adapter, tokenizer = Adapter(folder, source), load_tokenizer(folder)
+    cfg, params, omitted, notes = adapter.apply(base.cfg, base.params, base.source)
+    raw = with_changes(base.hf_config, base.cfg, cfg)
+    return Checkpoint(cfg, params, tokenizer, raw, base.generation_config, source, omitted, notes)
 
 
 def _check_stop_tokens(path: Path, ids: Any) -> None:

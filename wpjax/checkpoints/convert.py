@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import einops
@@ -29,8 +29,11 @@ unflatten: Callable[[dict[str, Any]], Params] = functools.partial(unflatten_dict
 """The parameter tree of leaves by path: the inverse of `flatten`."""
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
-# Heads for other tasks (classification, questions, rewards, multiple choice). They do not take part in the next token.
-_OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "v_head.", "value_head.", "multiple_choice_head.")
+OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "v_head.", "value_head.", "multiple_choice_head.")
+"""How the names of heads for other tasks begin: classification, questions, rewards, multiple choice.
+
+They do not take part in the next token.
+"""
 
 
 @runtime_checkable
@@ -56,7 +59,7 @@ class TensorSource(Protocol):
 
 def left_out(source: TensorSource) -> list[str]:
     """Names of the tensors of a checkpoint that are no part of its language model: heads for other tasks."""
-    return sorted(name for name in source.names() if name.startswith(_OTHER_HEADS))
+    return sorted(name for name in source.names() if name.startswith(OTHER_HEADS))
 
 
 @functools.cache
@@ -161,12 +164,8 @@ def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict
             f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of "
             f"{source.configuration}; the weights do not belong to it"
         )
-    expected = [
-        rule.hf.replace("{l}", str(layer))
-        for rule in _rules(cfg)
-        for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [0])
-    ]
-    present = [n for n in source.names() if not n.endswith(family.skipped) and not n.startswith(_OTHER_HEADS)]
+    expected = list(tensor_shapes(cfg))
+    present = [n for n in source.names() if not n.endswith(family.skipped) and not n.startswith(OTHER_HEADS)]
     bare = not any(name.startswith(family.prefix) for name in present)
     names = {name: name.removeprefix(family.prefix) if bare else name for name in expected}
     if cfg.tied and "lm_head.weight" in present:
@@ -193,7 +192,7 @@ def _match_tied(cfg: ModelConfig, names: dict[str, str], source: TensorSource) -
     Raises:
         CheckpointError: it differs from the embedding.
     """
-    embedding = next(rule.hf for rule in _rules(cfg) if rule.leaves == ("embed/W_E",))
+    embedding = tensor_name(cfg, "embed/W_E")
     if names[embedding] not in source.names():  # safetensors.torch.save_model keeps one name of a shared tensor
         names[embedding] = "lm_head.weight"
     elif not np.array_equal(source.read("lm_head.weight"), source.read(names[embedding])):
@@ -216,6 +215,23 @@ def _checked(cfg: ModelConfig, rule: TensorRule, source: TensorSource, name: str
     where, shape = source.where, _hf_shape(cfg, rule)
     if tensor.shape != shape:
         raise CheckpointError(f"{where}: tensor {name} has shape {tensor.shape}, {source.configuration} says {shape}")
+    return finite_floats(where, name, tensor)
+
+
+def finite_floats(where: str, name: str, tensor: np.ndarray) -> np.ndarray:
+    """The tensor, if it holds finite floats.
+
+    Args:
+        where: the file or folder, for messages.
+        name: name of the tensor, for messages.
+        tensor: the tensor as it was read.
+
+    Raises:
+        CheckpointError: it does not.
+
+    >>> finite_floats("model", "w", np.ones(2, np.float32)).dtype
+    dtype('float32')
+    """
     if tensor.dtype.name not in _FLOATS:
         raise CheckpointError(
             f"{where}: tensor {name} has dtype {tensor.dtype.name}; only {', '.join(_FLOATS)} can be read, "
@@ -246,3 +262,71 @@ def hf_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarr
         for layer in range(cfg.n_layers) if "{l}" in rule.hf else [None]:
             parts = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
             yield rule.hf.replace("{l}", str(layer)), _from_leaves(cfg, rule, parts)
+
+
+def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """HF name of every tensor of a model -> its shape in a checkpoint.
+
+    >>> tensor_shapes(ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64))["model.layers.0.self_attn.k_proj.weight"]
+    (8, 16)
+    """
+    return {
+        rule.hf.replace("{l}", str(layer)): _hf_shape(cfg, rule)
+        for rule in _rules(cfg)
+        for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [0])
+    }
+
+
+def tensor_name(cfg: ModelConfig, leaf: str) -> str:
+    """HF name of the one tensor outside the layers that holds a leaf.
+
+    >>> tensor_name(ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64), "embed/W_E")
+    'model.embed_tokens.weight'
+    """
+    return next(rule.hf for rule in _rules(cfg) if rule.leaves == (leaf,))
+
+
+def edit_tensors(
+    cfg: ModelConfig, params: Params, edits: Mapping[str, Callable[[np.ndarray], np.ndarray]], new_cfg: ModelConfig
+) -> Params:
+    """A parameter tree with some of its tensors changed. All other leaves are the very arrays of `params`.
+
+    Args:
+        cfg: the configuration of `params`.
+        params: parameters, which stay as they are.
+        edits: HF name of a tensor -> a function from the tensor, in HF's layout and the dtype of its leaf, to what
+            takes its place. The result is cast to that dtype.
+        new_cfg: the configuration of the result; another than `cfg` if a tensor gets another shape.
+
+    Returns:
+        the tree. A leaf that holds an edited tensor is a new array; so are the other leaves of this tensor.
+
+    >>> from wpjax.models.decoder import init_params
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
+    >>> params = init_params(cfg, jax.random.key(0))
+    >>> edited = edit_tensors(cfg, params, {"model.layers.1.mlp.up_proj.weight": lambda w: 2 * w}, cfg)
+    >>> was, now = params["blocks"]["mlp"], edited["blocks"]["mlp"]
+    >>> now["W_out"] is was["W_out"], bool((now["W_in"][1] == 2 * was["W_in"][1]).all())
+    (True, True)
+    """
+    flat = flatten(params)
+    for rule in _rules(cfg):
+        layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
+        names = {layer: rule.hf.replace("{l}", str(layer)) for layer in layers}
+        if not edits.keys() & set(names.values()):
+            continue
+        old = [np.asarray(flat[path]) for path in rule.leaves]
+        new: list[np.ndarray] = []
+        for layer, name in names.items():
+            parts = old if layer is None else [leaf[layer] for leaf in old]
+            if name in edits:
+                parts = _to_leaves(new_cfg, rule, edits[name](_from_leaves(cfg, rule, parts)))
+            if layer is None:
+                new = [np.ascontiguousarray(part.astype(leaf.dtype)) for part, leaf in zip(parts, old, strict=True)]
+                continue
+            if not new:
+                new = [np.empty((cfg.n_layers, *part.shape), leaf.dtype) for part, leaf in zip(parts, old, strict=True)]
+            for leaf, part in zip(new, parts, strict=True):
+                leaf[layer] = part
+        flat |= {path: jax.device_put(leaf) for path, leaf in zip(rule.leaves, new, strict=True)}
+    return unflatten(flat)

@@ -14,31 +14,43 @@ from wpjax.errors import CheckpointError
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Endings of the files of a folder that are read."""
+ADAPTER = "adapter_config.json"
+"""The file that makes a folder a PEFT adapter."""
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no whole model, before anything is read.
+    """Refuse a folder that holds neither one whole model nor one adapter, before anything is read.
 
     Raises:
-        CheckpointError: the folder holds an adapter, a git-lfs pointer, or something that is no regular file.
+        CheckpointError: the folder holds a model and an adapter, a git-lfs pointer, or something that is no regular
+            file; or it has no configuration.
     """
     for path in sorted(folder.iterdir()):
         if path.suffix in _READ:
             check_file(path)
-    config, adapter = folder / "config.json", folder / "adapter_config.json"
-    if adapter.exists():
-        about = read_json(adapter)
-        base = about.get("base_model_name_or_path")
-        beside = (
-            " beside a model; if it is merged already, remove the adapter's files; else" if config.exists() else ";"
-        )
+    if (folder / ADAPTER).exists():
+        # Some trainers write the base's config.json beside an adapter. Weights make it a model.
+        tensors = [path.name for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
+        weights = sorted([*tensors, *(path.name for path in folder.glob("pytorch_model*.bin"))])
+        if weights:
+            raise CheckpointError(
+                f"{folder}: holds a PEFT adapter ({ADAPTER}) beside a model ({weights[0]}); if it is merged already, "
+                f"remove the adapter's files; else put them in a folder of their own, or {how_to_merge(folder)}"
+            )
+    elif not (folder / "config.json").exists():
         raise CheckpointError(
-            f"{folder}: holds a PEFT adapter ({adapter.name}: {about.get('peft_type')} of {base}){beside} merge it "
-            f"first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
-            f"{folder.name!r}).merge_and_unload().save_pretrained(NEW_FOLDER)"
+            f"{folder}: no config.json; a model folder holds config.json and model.safetensors, an adapter {ADAPTER} "
+            "and adapter_model.safetensors"
         )
-    if not config.exists():
-        raise CheckpointError(f"{folder}: no config.json; a model folder holds config.json and model.safetensors")
+
+
+def how_to_merge(folder: Path) -> str:
+    """In words and code, how PEFT makes a whole model of an adapter's folder."""
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    return (
+        f"merge it: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {folder.name!r})"
+        ".merge_and_unload().save_pretrained(NEW_FOLDER)"
+    )
 
 
 def check_file(path: Path) -> None:
@@ -67,6 +79,7 @@ class SafetensorsFolder:
 
     Args:
         folder: the folder, with one model.safetensors or with shards and their index.
+        stem: name of the weights' file without its ending; of an adapter "adapter_model".
 
     Raises:
         CheckpointError: there are no weights or two sets of them, a shard is damaged or missing, or a tensor stands in
@@ -75,10 +88,10 @@ class SafetensorsFolder:
 
     configuration = "config.json"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, stem: str = "model"):
         self.where = str(folder)
         self._files: dict[str, Any] = {}
-        for path in self._shards(folder):
+        for path in self._shards(folder, stem):
             try:
                 shard = safe_open(path, framework="np")
             except (SafetensorError, OSError) as error:
@@ -89,9 +102,9 @@ class SafetensorsFolder:
                 self._files[name] = shard
 
     @staticmethod
-    def _shards(folder: Path) -> list[Path]:
+    def _shards(folder: Path, stem: str) -> list[Path]:
         """The weight files of a folder."""
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -115,11 +128,15 @@ class SafetensorsFolder:
             return [single]
         pickles = [p.name for p in folder.glob("*.bin")]
         hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
-        raise CheckpointError(f"{folder}: no model.safetensors{hint}")
+        raise CheckpointError(f"{folder}: no {single.name}{hint}")
 
     def names(self) -> list[str]:
         """The names of all tensors."""
         return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """One tensor.

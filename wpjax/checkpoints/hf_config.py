@@ -120,6 +120,27 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     return cfg
 
 
+def with_changes(raw: Mapping[str, Any], cfg: ModelConfig, new: ModelConfig) -> dict[str, Any]:
+    """An HF configuration with the attributes that say what was changed, so that the model can be saved again.
+
+    Args:
+        raw: the content of a config.json.
+        cfg: what it says.
+        new: what it shall say; other in context, vocabulary or `tied`.
+
+    >>> raw = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "vocab_size": 99}
+    >>> cfg = parse_config(raw, "config.json")
+    >>> with_changes(raw, cfg, dataclasses.replace(cfg, d_vocab=50, tied=False))["vocab_size"]
+    50
+    """
+    changed = {
+        hf: getattr(new, field)
+        for hf, field in FAMILIES[cfg.family].fields.items()
+        if field in ("n_ctx", "d_vocab", "tied") and getattr(new, field) != getattr(cfg, field)
+    }
+    return {**raw, **changed}
+
+
 def unread_attributes(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of an HF configuration that are accepted because transformers does not read them, with their values.
 

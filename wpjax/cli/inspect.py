@@ -16,7 +16,9 @@ EXAMPLE = "Example: wpjax inspect tiny:base tiny:expert"
 
 def run(
     base: Annotated[str, typer.Argument(help=MODEL)],
-    expert: Annotated[str | None, typer.Argument(help="A second model, to compare with the first.")] = None,
+    expert: Annotated[
+        str | None, typer.Argument(help="A second model to compare, or a PEFT adapter of the first.")
+    ] = None,
     tokenizer: TokenizerOf = None,
     ignore_config: IgnoreConfig = (),
     as_json: Json = False,
@@ -28,11 +30,10 @@ def run(
     from wpjax.checkpoints.hf_config import unread_attributes
     from wpjax.cli.console import out, print_json, print_table
     from wpjax.components import KINDS, count, unit_shapes
-    from wpjax.pairs import load_model, make_pair
+    from wpjax.pairs import load_model, load_pair
 
-    model = load_model(base, ignore_config=ignore_config)
-    pair = make_pair(model, load_model(expert, ignore_config=ignore_config), tokenizer) if expert else None
-    models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
+    pair = load_pair(base, expert, ignore_config=ignore_config, tokenizer=tokenizer) if expert else None
+    models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [load_model(base, ignore_config=ignore_config)]
     model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
     counts = {k: count(cfg, k) * (cfg.n_layers if kind.in_layer else 1) for k, kind in KINDS.items()}

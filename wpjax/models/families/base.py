@@ -54,6 +54,7 @@ class Family:
         ignored: HF attributes that do not change the forward pass.
         tensors: a rule for every tensor. A rule does not apply if the configuration has no such leaf (a bias, say).
         skipped: suffixes of tensors that hold no parameters.
+        transposed: suffixes of matrices that checkpoints hold as [in, out] (GPT-2's Conv1D), not as [out, in].
         rotary: whether positions are rotary. If so, HF's `rope_parameters` say how.
         partly_rotary: whether the attribute `partial_rotary_factor` says how much of a head is rotated.
         rotary_by_layer: whether `rope_parameters` has an entry for layers with a sliding window and one for the others.
@@ -71,6 +72,7 @@ class Family:
     ignored: frozenset[str]
     tensors: tuple[TensorRule, ...]
     skipped: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
     rotary: bool = True
     partly_rotary: bool = False
     rotary_by_layer: bool = False

@@ -70,5 +70,6 @@ GPT2 = Family(
         TensorRule("lm_head.weight", ("unembed/W_U",), "v d -> d v"),
     ),
     skipped=(".attn.bias", ".attn.masked_bias"),
+    transposed=(".c_attn.weight", ".c_proj.weight", ".c_fc.weight"),
     rotary=False,
 )
