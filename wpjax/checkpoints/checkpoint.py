@@ -96,7 +96,7 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
             - "bfloat16": weights and the operands of their products are bfloat16;
             - "bfloat16x2": weights are bfloat16, and each activation that meets them is the sum of two bfloat16
               numbers. This takes twice the operations of "bfloat16".
-        ignore_config: attributes of config.json that you know not to matter.
+        ignore_config: attributes of config.json, or entries of a GGUF file's metadata, that you know not to matter.
 
     Raises:
         CheckpointError: the model cannot be read. The message names the file, the tensor or the attribute.
@@ -125,8 +125,8 @@ def load_checkpoint(source: str | Path, dtype: str = "float32", ignore_config: t
         check_file(path)
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{source}: a model is a folder, a .gguf file or a hub id; name the folder")
-        file = GgufFile(path)
-        raw = file.hf_config(ignore_config)
+        file = GgufFile(path, ignore_config)
+        raw = file.hf_config()
         weights, splits = PRECISIONS[dtype]
         cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
         tokenizer = file.tokenizer()  # before the weights, which take longer
