@@ -26,11 +26,11 @@ def open_gguf(path: Path) -> Any:
         raise WpjaxError(f"{path}: reading GGUF needs an extra; pip install 'wpjax[gguf]'") from error
 
     class Reader(gguf.GGUFReader):
-        # At the end of a file the package reads nothing, and goes on: a damaged length of a list takes forever.
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> Any:
-            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
-                raise ValueError("it ends in the middle of its header")
-            return super()._get(offset, dtype, count, *args, **kwargs)
+        # As the package's own, but several times as fast, which a vocabulary of 262,144 tokens shows; and it raises
+        # at the end of the file. The package would read nothing there, and go on for as long as a damaged length says.
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            order = self.byte_order if override_order is None else override_order
+            return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
 
     check_file(path)
     try:

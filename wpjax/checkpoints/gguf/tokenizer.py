@@ -65,10 +65,11 @@ def gguf_tokenizer(metadata: Metadata, architecture: str) -> Any:
     try:
         backend, _ = convert_gguf_tokenizer(architecture, read)
         _adjust(backend, architecture, read)
-        content = json.loads(backend.to_str())
-        added = [token for token in content["added_tokens"] if token["id"] < len(tokens)]
-        if len(added) < len(content["added_tokens"]):  # the defaults of its class, <|endoftext|> or <s>
-            backend = Tokenizer.from_str(json.dumps({**content, "added_tokens": added}))
+        if any(i >= len(tokens) for i in backend.get_added_tokens_decoder()):
+            # The defaults of its class, <|endoftext|> or <s>.
+            content = json.loads(backend.to_str())
+            content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < len(tokens)]
+            backend = Tokenizer.from_str(json.dumps(content))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             chat_template=metadata.get("tokenizer.chat_template"),
