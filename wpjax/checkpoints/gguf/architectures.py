@@ -263,10 +263,10 @@ def _refuse_unknown(source: Source, family: Family) -> None:
             continue
         value = metadata.get(name)
         if value not in (0, 0.0, False, "", [], _HARMLESS.get(key)):
-            unknown[name] = value
+            unknown[name] = " ".join(str(value).split())[:60]
     if unknown:
         raise ConfigError(
-            f"{metadata.where}: unknown {', '.join(f'{k}={str(v)[:60]}' for k, v in unknown.items())}; if it does not "
+            f"{metadata.where}: unknown {', '.join(f'{k}={v}' for k, v in unknown.items())}; if it does not "
             f"change the forward pass, pass {' '.join(f'--ignore-config {name}' for name in unknown)}"
         )
 

@@ -65,6 +65,8 @@ class GgufFile:
         readers = [reader, *(open_gguf(part) for part in self._other_parts(path))]
         self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         self.tensors = frozenset(self._tensors)
+        if not all(name.isprintable() for name in (*self._tensors, *self.metadata.names())):
+            raise CheckpointError(f"{path}: a name in its header is no text; download the file again")
         self._refuse_types()
         templates = _hf_names(self.architecture)
         self._names = {_hf_name(name, templates): name for name in self._tensors if name not in _IN_CONFIG}

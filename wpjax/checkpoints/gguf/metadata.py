@@ -36,7 +36,8 @@ def open_gguf(path: Path) -> Any:
     try:
         return Reader(path)
     except Exception as error:  # whatever the reader raises at a damaged file
-        raise CheckpointError(f"{path}: not a readable GGUF file ({error}); download it again") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: not a readable GGUF file ({reason}); download it again") from error
 
 
 class Metadata:
@@ -98,7 +99,8 @@ class Metadata:
             return default
         number = shortest(value) if isinstance(value, float) else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise ConfigError(f"{self.where}: {name}={str(value)[:60]} is not a number; only one number is implemented")
+            text = " ".join(str(value).split())[:60]
+            raise ConfigError(f"{self.where}: {name}={text} is not a number; only one number is implemented")
         return number
 
     def size(self, name: str, default: int | None = None) -> int:
