@@ -1,4 +1,8 @@
-"""GGUF files of the table's Llama models, as llama.cpp's converter would write them."""
+"""GGUF files of tiny torch models, as llama.cpp's converter would write them.
+
+Names and layouts stand here once more, from the converter (`conversion/` in llama.cpp), not from the package. The
+converter in llama-cpp-python 0.3.36 writes the same tensors, bit for bit, and the same entries (checked 2026-11-28).
+"""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -10,34 +14,93 @@ from tests.tiny import HfModel
 
 TOKENS = (*(chr(33 + i) for i in range(60)), '!"')
 
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "gpt_neox": "gptneox",
+    "gpt2": "gpt2",
+}
+_LLAMA = {
+    "embed_tokens": "token_embd",
+    "lm_head": "output",
+    "norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GEMMA = {
+    **_LLAMA,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_GPT_NEOX = {
+    "embed_in": "token_embd",
+    "lm_head": "output",  # "embed_out" in files
+    "final_layer_norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
+_GPT2 = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "lm_head": "output",
+    "ln_f": "output_norm",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+_NAMES = {"gemma2": _GEMMA, "gemma3_text": _GEMMA, "gpt_neox": _GPT_NEOX, "gpt2": _GPT2}
+
 
 def write_gguf(
-    path: Path, llama: HfModel, *, without: Collection[str] = (), tensors: tuple[int, int] | None = None, **fields: Any
+    path: Path,
+    hf: HfModel,
+    *,
+    without: Collection[str] = (),
+    tensors: tuple[int, int] | None = None,
+    kind: Any = None,
+    extra: tuple[np.ndarray, Any] | None = None,
+    **fields: Any,
 ) -> str:
-    """The torch model under llama.cpp's own names, with interleaved rotary rows in Q and K.
+    """The torch model under llama.cpp's own names and in its layouts.
 
     Args:
         path: the file to write.
-        llama: a Llama model of the table; its 61 tokens are printable characters and one pair of them.
+        hf: a torch model; its 61 tokens are printable characters and one pair of them.
         without: keys of the metadata to leave out.
         tensors: which of the tensors to write, from and to; None for all.
+        kind: type of the matrices, a `gguf.GGMLQuantizationType`; None for float32, which all vectors are.
+        extra: bytes and type of a tensor "odd.weight" to add.
         fields: keys to add or replace, with text, a number, or a list of either.
     """
     import gguf
 
-    config, state = llama.config, {n: t.numpy() for n, t in llama.model.state_dict().items()}
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[hf.config.model_type])
     metadata = {
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": config.rope_parameters["rope_theta"],
-        "llama.vocab_size": config.vocab_size,
+        **_metadata(hf.config),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": list(TOKENS),
         "tokenizer.ggml.merges": ['! "'],
@@ -55,20 +118,115 @@ def write_gguf(
     for name, value in metadata.items():
         if name not in without:
             add[type(value)](name, value)
-
-    def interleave(w: np.ndarray, n: int) -> np.ndarray:
-        return w.reshape(n, 2, w.shape[0] // n // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, value in list(state.items())[slice(*tensors or (None,))]:
-        if "q_proj" in name:
-            value = interleave(value, config.num_attention_heads)
-        if "k_proj" in name:
-            value = interleave(value, config.num_key_value_heads)
-        stem, suffix = name.rsplit(".", 1)
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", np.ascontiguousarray(value))
+    for name, value in list(_tensors(hf).items())[slice(*tensors or (None,))]:
+        array = np.ascontiguousarray(value, np.float32)
+        if kind is not None and array.ndim == 2:
+            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    if extra is not None:
+        writer.add_tensor("odd.weight", extra[0], raw_dtype=extra[1])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return str(path)
+
+
+def _metadata(config: Any) -> dict[str, Any]:
+    """What the converter writes of a configuration."""
+    arch = ARCHITECTURES[config.model_type]
+    gpt2 = config.model_type == "gpt2"
+    of_all = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.n_inner if gpt2 else config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+    }
+    if arch in ("gpt2", "gptneox"):
+        of_all["attention.layer_norm_epsilon"] = config.layer_norm_epsilon if gpt2 else config.layer_norm_eps
+    else:
+        of_all["attention.head_count_kv"] = config.num_key_value_heads
+        of_all["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    more: dict[str, Any] = {}
+    ropes = {} if gpt2 else config.rope_parameters
+    rope = ropes.get("full_attention", ropes)
+    if arch not in ("gpt2", "gptneox", "gemma2"):
+        more["rope.freq_base"] = float(rope["rope_theta"])
+    if arch == "llama":
+        more |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
+    if arch in ("qwen3", "gemma2", "gemma3"):
+        more |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if arch in ("phi3", "gptneox"):
+        width = config.hidden_size // config.num_attention_heads
+        more["rope.dimension_count"] = int(rope["partial_rotary_factor"] * width)
+    if arch == "phi3":
+        more |= {
+            "attention.sliding_window": config.sliding_window or 0,
+            "rope.scaling.original_context_length": config.original_max_position_embeddings,
+        }
+    if arch == "gptneox":
+        more["use_parallel_residual"] = config.use_parallel_residual
+    if arch in ("gemma2", "gemma3"):
+        more["attention.sliding_window"] = config.sliding_window
+        if config.final_logit_softcapping:
+            more["final_logit_softcapping"] = config.final_logit_softcapping
+    if arch == "gemma2":
+        more["attn_logit_softcapping"] = config.attn_logit_softcapping
+    if arch == "gemma3":
+        more["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if rope.get("rope_type") in ("linear", "yarn"):
+        more |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+    if rope.get("rope_type") == "yarn":
+        more["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    return {f"{arch}.{name}": value for name, value in (of_all | more).items()}
+
+
+def _tensors(hf: HfModel) -> dict[str, np.ndarray]:
+    """The tensors as the converter writes them."""
+    config = hf.config
+    names = _NAMES.get(config.model_type, _LLAMA)
+    out = {}
+    state = {name: tensor.numpy() for name, tensor in hf.model.state_dict().items()}
+    if config.tie_word_embeddings:
+        state = {name: value for name, value in state.items() if name != "lm_head.weight"}
+    for name, value in state.items():
+        stem, suffix = name.rsplit(".", 1)
+        stem = stem.removeprefix("model.").removeprefix("transformer.").removeprefix("gpt_neox.")
+        layer = ""
+        if stem.startswith(("layers.", "h.")):
+            _, number, stem = stem.split(".", 2)
+            layer = f"blk.{number}."
+        ours = names[stem]
+        if ARCHITECTURES[config.model_type] == "llama" and ours in ("attn_q", "attn_k"):
+            # Rotated pairs stand side by side, not half a head apart.
+            n = config.num_attention_heads if ours == "attn_q" else config.num_key_value_heads
+            value = value.reshape(n, 2, len(value) // n // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
+            value = value + 1
+        if config.model_type == "gpt2" and value.ndim == 2 and layer:
+            value = value.T
+        if ours == "attn_qkv" and config.model_type == "gpt_neox":
+            # All queries first, then all keys and all values; in HF they stand head by head.
+            n = config.num_attention_heads
+            value = value.reshape(n, 3, len(value) // n // 3, *value.shape[1:]).swapaxes(0, 1).reshape(value.shape)
+        out[f"{layer}{ours}.{suffix}"] = value
+    rope = {} if config.model_type == "gpt2" else config.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        for kind in ("long", "short"):
+            out[f"rope_factors_{kind}.weight"] = np.array(rope[f"{kind}_factor"])
+    if rope.get("rope_type") == "llama3":
+        out["rope_freqs.weight"] = _llama3(rope, config.head_dim)
+    return out
+
+
+def _llama3(rope: dict[str, Any], width: int) -> np.ndarray:
+    """By what Llama 3.1 divides the frequency of each rotated pair."""
+    factors = []
+    for wavelength in 2 * np.pi * rope["rope_theta"] ** (np.arange(0, width, 2) / width):
+        turns = rope["original_max_position_embeddings"] / wavelength
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        smooth = min(max((turns - low) / (high - low), 0), 1)
+        factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors)

@@ -219,8 +219,8 @@ def test_bad_gguf(llama, tmp_path):
     for name in ("short", "text"):
         with pytest.raises(CheckpointError, match="not a readable GGUF"):
             load_checkpoint(str(tmp_path / f"{name}.gguf"))
-    scaled = write_gguf(tmp_path / "scaled.gguf", llama, **{"llama.rope.scaling.type": "yarn"})
-    with pytest.raises(CheckpointError, match="rotary scaling 'yarn'"):
+    scaled = write_gguf(tmp_path / "scaled.gguf", llama, **{"llama.rope.scaling.type": "dynamic"})
+    with pytest.raises(CheckpointError, match="rotary scaling 'dynamic'"):
         load_checkpoint(scaled)
     assert load_checkpoint(good).cfg.n_rep == 3
 

@@ -136,8 +136,12 @@ class HfModel:
 
 def random_model(name: str, seed: int = 0) -> Any:
     """A torch model of the table whose every parameter, biases and norms included, is random and large."""
-    model_type, kwargs = SPECS[name]
-    config = transformers.AutoConfig.for_model(model_type, **kwargs)
+    return random_of(*SPECS[name], seed=seed)
+
+
+def random_of(model_type: str, attributes: dict[str, Any], seed: int = 0) -> Any:
+    """Likewise, of any configuration."""
+    config = transformers.AutoConfig.for_model(model_type, **attributes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

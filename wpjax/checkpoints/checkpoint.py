@@ -104,7 +104,7 @@ def load_checkpoint(
             - "bfloat16": weights and the operands of their products are bfloat16;
             - "bfloat16x2": weights are bfloat16, and each activation that meets them is the sum of two bfloat16
               numbers. This takes twice the operations of "bfloat16".
-        ignore_config: attributes of config.json that you know not to matter.
+        ignore_config: attributes of config.json, or entries of a GGUF file's metadata, that you know not to matter.
         base: what an adapter is applied to (`checkpoints.adapter`). The result has the base's precision, and shares
             with it the arrays that the adapter does not change. A whole model does without.
 
@@ -136,8 +136,8 @@ def load_checkpoint(
         check_file(path)
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{source}: a model is a folder, a .gguf file or a hub id; name the folder")
-        file = GgufFile(path)
-        raw = file.hf_config(ignore_config)
+        file = GgufFile(path, ignore_config)
+        raw = file.hf_config()
         weights, splits = PRECISIONS[dtype]
         cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
         tokenizer = file.tokenizer()  # before the weights, which take longer

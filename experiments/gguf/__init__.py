@@ -1,0 +1,1 @@
+"""Real GGUF files, against transformers' own reader of them."""
