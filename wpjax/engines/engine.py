@@ -179,7 +179,7 @@ class Engine:
 
         waiting = plan.with_chunks(chunk for key, chunk in keys.items() if not finished(key, chunk))
         n_done = len(keys) - len(waiting.chunks)
-        doing = f"{label} patches, {plan}"
+        doing = f"{label} patches"
         runs: tuple[Run, Run | None] = (self.run(cell.host), None)
         if cell.inputs == "donor":  # another compiled program anyway, so it can leave out the flow, which nobody needs
             runs = runs[0]._replace(slope=None, written=None), self.run(cell.donor)._replace(slope=None, written=None)
