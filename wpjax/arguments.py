@@ -176,7 +176,7 @@ class SweepConfig:
 
     >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", Path("title.nc"), method="exact")
     >>> config.n_prompts
-    64
+    32
     >>> config.check()  # no error: nothing is in the way
     """
 
@@ -244,7 +244,7 @@ class SweepConfig:
             passed_to_sweep=True,
             panel=PATCHED,
         ),
-    ] = 512
+    ] = 256
     confidence: Annotated[
         float,
         Setting(
@@ -299,7 +299,7 @@ class SweepConfig:
             panel=OUTPUT,
         ),
     ] = 4
-    n_prompts: NPrompts = 64
+    n_prompts: NPrompts = 32
     tokenizer: TokenizerOf = None
     dtype: Dtype = "float32"
     memory_mb: Annotated[

@@ -215,6 +215,7 @@ class Lines(Reporter):
         """While this lasts, nothing is said: the output of the command is printed."""
         with self._lock:
             yield
+            sys.stdout.flush()  # a file gets it now, not at the end
             self._printed = time.monotonic()
 
     def _tick(self) -> None:
@@ -230,7 +231,10 @@ class Lines(Reporter):
         """What is being done, how far it is, and how long the rest takes."""
         what, done, total = self._now
         compiling = seconds_of_compilation()
-        state = f"{what}: {done} of {total}" if total > 1 else f"{what}: {in_words(now - self._since)} so far"
+        if done == total:
+            state = f"preparing what follows {what}"
+        else:
+            state = f"{what}: {done} of {total}" if total > 1 else f"{what}: {in_words(now - self._since)} so far"
         if compiling > 1:
             state += f", compiling for {in_words(compiling)}"
         schedule = self._schedule
