@@ -1,8 +1,11 @@
 """How far work is, and how long the rest takes: schedules by hand, and what the command line says of them."""
 
+import io
+import re
 import time
 
 import pytest
+from rich.console import Console
 
 from experiments.bench.startup import Line, milestones
 from wpjax.cli import console
@@ -99,6 +102,24 @@ def test_a_log_is_never_silent_for_long(schedule, clock, capsys, monkeypatch):
             print("its end")
     time.sleep(0.9)
     assert "patches: 0 of 10" not in capsys.readouterr().err
+
+
+def test_a_terminal_shows_bars_and_the_plan(schedule, clock, monkeypatch, capsys):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=120))
+    with progress_bars() as progress:
+        progress.say("a sweep")
+        progress.planned(schedule)
+        update = schedule.watching(progress)
+        update("tested", 0, 1)
+        clock.now = 35
+        update("patches", 0, 10)
+        with progress.paused():
+            print("the ranking")
+    shown = screen.getvalue()
+    assert re.search(r"a sweep.*together.*tests done in 35 s \(planned 15 s\)", shown, re.DOTALL)
+    assert "about 1 min left of it, 1 min 20 s in all" in shown
+    assert capsys.readouterr().out == "the ranking\n"
 
 
 def test_lines_get_rarer_in_long_runs():

@@ -18,7 +18,6 @@ import numpy as np
 from wpjax.arguments import SweepConfig
 from wpjax.behaviours import Behaviour, PromptBatch
 from wpjax.components import Component, enumerate_components, parse_component
-from wpjax.engines.engine import N_DIRECTIONS
 from wpjax.engines.operations import of_layer, of_logits, of_patches
 from wpjax.engines.packing import pack
 from wpjax.engines.plan import make_plan, sham_plan
@@ -161,7 +160,7 @@ class Forecast:
                 seconds = pace.seconds(of_patches(cfg, n_tokens, last, chosen), n_kinds + 3)
                 phases.append(Phase(f"{cell} patches", work, seconds))
             if method.cells:
-                n_runs = 1 + (1 + N_DIRECTIONS if "exact" in method.cells else 0)
+                n_runs = 3 if "exact" in method.cells else 1  # shams, permuted changes, random directions
                 seconds = n_runs * pace.seconds(of_patches(cfg, n_tokens, last, controls), 2)
                 reports = ("sham patches", "permuted patches", "direction")
                 phases.append(Phase("controls", f"{n_runs} times {len(controls)} patches", seconds, reports))

@@ -88,12 +88,12 @@ LARGER, EMBEDDED = "engine.smollm2", "engine.tiny"
 EVERY_SET, FEW = sets(("arbitrary", "sets within")), sets(("sets within 4%",))
 GOALS = (
     Goal("`wpjax demo`", "startup", "cpu", waited("`wpjax demo`"), 30, False, "s"),
-    Goal("first line of a sweep of SmolLM2", "startup", "cpu", waited(SWEEP, "first line"), 3, False, "s"),
-    Goal("its plan", "startup", "cpu", waited(SWEEP, "plan"), 20, False, "s"),
-    Goal("its ranking", "startup", "cpu", waited(SWEEP, "ranking"), 300, False, "s"),
-    Goal("its end, tests included", "startup", "cpu", waited(SWEEP, "end"), 480, False, "s"),
-    Goal("its longest silence", "startup", "cpu", waited(SWEEP, "longest silence"), 5, False, "s"),
-    Goal("a first look at SmolLM2, `--quick`", "startup", "cpu", waited(QUICK, "end"), 90, False, "s"),
+    Goal("sweep of SmolLM2: first line", "startup", "cpu", waited(SWEEP, "first line"), 3, False, "s"),
+    Goal("sweep of SmolLM2: plan", "startup", "cpu", waited(SWEEP, "plan"), 20, False, "s"),
+    Goal("sweep of SmolLM2: ranking", "startup", "cpu", waited(SWEEP, "ranking"), 300, False, "s"),
+    Goal("sweep of SmolLM2: end, tests included", "startup", "cpu", waited(SWEEP, "end"), 480, False, "s"),
+    Goal("sweep of SmolLM2: longest silence", "startup", "cpu", waited(SWEEP, "longest silence"), 5, False, "s"),
+    Goal("first look at SmolLM2 (`--quick`): end", "startup", "cpu", waited(QUICK, "end"), 90, False, "s"),
     Goal("heads, against whole forwards in torch", "heads", "cpu", speed_up(WHOLE), 6, True, "times"),
     Goal("heads, against a cached prefix in torch", "heads", "cpu", speed_up(CACHED), 1.7, True, "times"),
     Goal("neurons of SmolLM2, share of the ceiling", LARGER, "cpu", share("float32"), 0.75, True, ""),

@@ -13,7 +13,7 @@ from typing import Any
 
 import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -138,12 +138,26 @@ class Reporter:
             self.say(f"{phase.name} done in {in_words(seconds)}{plan}{rest}")
 
 
+class Left(ProgressColumn):
+    """What is left of the work that runs, and of all work."""
+
+    schedule: Schedule | None = None
+
+    def render(self, task: Task) -> Text:
+        """The text beside a bar; empty for work that is done."""
+        if self.schedule is None or self.schedule.running is None or task.finished:
+            return Text()
+        of_it, of_all = in_words(self.schedule.left_of_running), in_words(self.schedule.left)
+        return Text(f"about {of_it} left of it, {of_all} in all")
+
+
 class Bars(Reporter):
     """A bar for each piece of work, which moves by itself."""
 
     def __init__(self) -> None:
         super().__init__()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._left = Left()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), self._left)
         self._progress = rich.progress.Progress(*columns, console=err)
         self._bars: dict[str, Any] = {"": self._progress.add_task("getting ready", total=None)}
 
@@ -153,6 +167,11 @@ class Bars(Reporter):
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
+
+    def planned(self, schedule: Schedule) -> None:
+        """Print a schedule, and show beside the bars what is left."""
+        super().planned(schedule)
+        self._left.schedule = schedule
 
     def update(self, what: str, done: int, total: int) -> None:
         """Show a report of progress."""

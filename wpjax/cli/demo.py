@@ -49,7 +49,7 @@ def run(
         progress("reading the pair", 1, 1)
         progress("anchor", 0, 1)
         anchor = fit_anchor(pair, task, causal="report", seed=seed, progress=progress)
-        batch = task.encode(pair.tokenizer, n_prompts=32)
+        batch = task.encode(pair.tokenizer, n_prompts=16)
         result = sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
         progress("answers to read", 0, 1)
         answers = answers_to_read(pair, task, result, n_prompts=3)

@@ -26,12 +26,14 @@ def run(
 
     from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.checkpoints.hf_config import unread_attributes
-    from wpjax.cli.console import out, print_json, print_table
+    from wpjax.cli.console import out, print_json, print_table, progress_bars
     from wpjax.components import KINDS, count, unit_shapes
     from wpjax.pairs import load_model, make_pair
 
-    model = load_model(base, ignore_config=ignore_config)
-    pair = make_pair(model, load_model(expert, ignore_config=ignore_config), tokenizer) if expert else None
+    with progress_bars() as progress:
+        progress("reading the models", 0, 1)
+        model = load_model(base, ignore_config=ignore_config)
+        pair = make_pair(model, load_model(expert, ignore_config=ignore_config), tokenizer) if expert else None
     models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
     model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
