@@ -114,7 +114,7 @@ class Forecast:
 
     def anchor(self, n_prompts: int, causal: str, n_steered: int) -> list[Phase]:
         """The phases of `fit_anchor`; the arguments are its own."""
-        n_fit, n_tested = (len(self.behaviour.select(s, n)) for s, n in (("fit", n_prompts), ("sweep", n_steered)))
+        n_fit, n_tested = len(self.behaviour.select("fit", n_prompts)), len(self.behaviour.select("sweep", n_steered))
         width = self.behaviour.encode(self.pair.tokenizer, "fit", n_prompts).with_instruction.ids.shape[1]
         n_passes = 6 if causal == "skip" else 7
         seconds = self.pace.seconds(n_passes * n_fit * width * self.through, 4)

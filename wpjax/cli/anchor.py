@@ -95,6 +95,7 @@ def run(
                 seed=seed,
                 progress=update,
             )
+        schedule.finish()
     anchor.save(out, overwrite)
     if as_json:
         print_json(

@@ -100,7 +100,9 @@ class Reporter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        return
+        if error[0] is None:
+            with self._lock:
+                self._say_finished()
 
     def update(self, what: str, done: int, total: int) -> None:
         """Show a report of progress."""
@@ -166,6 +168,7 @@ class Bars(Reporter):
         return self
 
     def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self._progress.stop()
 
     def planned(self, schedule: Schedule) -> None:
@@ -210,6 +213,7 @@ class Lines(Reporter):
         return self
 
     def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         with self._lock:  # no line is half printed
             self._over.set()
 

@@ -50,7 +50,7 @@ def run(
         def planned(schedule: Schedule) -> None:
             progress.planned(schedule)
             about = in_words(schedule.left_before("set score", "answers to read"))
-            progress.say(f"the ranking comes after about {about}; a first look at fewer prompts is --quick")
+            progress.say(f"the ranking comes after about {about}; less: --quick; more: --n-prompts, --top, --n-steered")
 
         def ranked(result: SweepResult) -> None:
             with progress.paused():
