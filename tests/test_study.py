@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
@@ -47,9 +48,7 @@ def without_times(dataset):
 def test_a_study_is_its_steps(tmp_path):
     """The anchor, the sweep and the set score one by one give the same; the file is the result."""
     plans, ranked = [], []
-    study = run_study(
-        config(tmp_path), planned=plans.append, ranked=lambda result: ranked.append(result.dataset.copy())
-    )
+    study = run_study(config(tmp_path), planned=plans.append, ranked=ranked.append)
     pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
     batch = task.encode(pair.tokenizer, n_prompts=4)
     anchor = fit_anchor(pair, task, n_prompts=4, causal="skip")
@@ -79,10 +78,9 @@ def test_a_forecast_is_operations_over_speed(tiny_pair):
     cfg = tiny_pair.cfg
     mlp = 2 * 3 * cfg.d_model * cfg.d_mlp
     keys, queries = (2 * 2 * cfg.d_model * n * cfg.d_head for n in (cfg.n_kv_heads, cfg.n_heads))
-    tokens = batch.with_instruction
-    n_tokens = pack(
-        Metric(tokens, tokens.last[:, None], np.ones((8, 1)), Projection(np.ones(cfg.d_model)), 4, "")
-    ).n_tokens
+    tokens, readout = batch.with_instruction, Projection(jnp.ones(cfg.d_model))
+    metric = Metric(tokens, jnp.asarray(tokens.last)[:, None], jnp.ones((8, 1)), readout, 4, "anchor")
+    n_tokens = pack(metric).n_tokens
     assert exact.seconds == pytest.approx(3 * n_tokens * (mlp + (mlp + queries + keys) + keys) / (EFFICIENCY * 1e9))
     assert exact.work == "3 of 3 components, 8 prompts"
 

@@ -170,7 +170,7 @@ def in_words(seconds: float) -> str:
     """A time as people say it.
 
     >>> in_words(0.4), in_words(47), in_words(130), in_words(3700)
-    ('1 s', '47 s', '2 min 10 s', '1 h 2 min')
+    ('1 s', '47 s', '2 min 10 s', '1 h 1 min')
     """
     n = max(1, round(seconds))
     if n < 60:
