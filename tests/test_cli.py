@@ -174,7 +174,8 @@ def test_an_anchor_that_fails_its_causal_tests(wpjax, tmp_path):
     assert code == 0  # twelve prompts cannot reject it: it is taken, and says so
     assert re.search(r"\* 3 +\d+%", out)
     assert re.search(r"layer 3: undecided: .*\d+ (queries )?were tried", out)
-    assert "steering tests: 1 of 1" in err
+    assert "steering tests: done" in err
+    assert re.search(r"the plan.*anchor  .*tests of the anchor  .*tests of the anchor done in", err, re.DOTALL)
     fooled = [*models[:-1], "tiny:quotation", "--layer", "4", "--n-steered", "12", "--out", "b.safetensors"]
     code, out, err = wpjax("anchor", *fooled)
     assert (code, out) == (2, "")

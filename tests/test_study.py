@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
@@ -13,12 +14,16 @@ import wpjax
 from wpjax import SweepConfig, cli, run_study
 from wpjax.arguments import arguments_of
 from wpjax.behaviours import behaviour, strict
+from wpjax.engines.packing import pack
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.estimators.sets import add_set_score
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.finetuning import answer
+from wpjax.forecast import EFFICIENCY, Forecast, Pace
 from wpjax.metrics.answers import decision_metric
+from wpjax.metrics.metric import Metric
+from wpjax.metrics.readouts import Projection
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.sweep_result import SweepResult
@@ -42,7 +47,8 @@ def without_times(dataset):
 
 def test_a_study_is_its_steps(tmp_path):
     """The anchor, the sweep and the set score one by one give the same; the file is the result."""
-    study = run_study(config(tmp_path))
+    plans, ranked = [], []
+    study = run_study(config(tmp_path), planned=plans.append, ranked=ranked.append)
     pair, task = load_pair("tiny:base", "tiny:expert"), behaviour("tiny:title")
     batch = task.encode(pair.tokenizer, n_prompts=4)
     anchor = fit_anchor(pair, task, n_prompts=4, causal="skip")
@@ -53,6 +59,30 @@ def test_a_study_is_its_steps(tmp_path):
     xr.testing.assert_identical(SweepResult.from_netcdf(tmp_path / "r.nc").dataset, study.result.dataset)
     assert study.no_set_score == ""
     assert [path.name for path in tmp_path.iterdir()] == ["r.nc"]
+    (schedule,), (first,) = plans, ranked
+    # Every phase of the plan had reports, and none took place twice.
+    assert [done.phase for done in schedule.finished] == list(schedule.phases)
+    assert [phase.name for phase in schedule.phases][-4:] == ["exact patches", "controls", "joint patches", "set score"]
+    assert all(phase.seconds > 0 for phase in schedule.phases)
+    assert schedule.left == 0
+    xr.testing.assert_identical(first.dataset, study.result.dataset.drop_vars("set_score"))
+
+
+def test_a_forecast_is_operations_over_speed(tiny_pair):
+    """By hand: 3 heads of layer 2, read at layer 4: their own MLP, layer 3, and the keys and values of layer 4."""
+    task = behaviour("tiny:title")
+    batch = task.encode(tiny_pair.tokenizer, n_prompts=8)
+    arguments = SweepConfig("b", "e", "t", Path("r.nc"), components=("L2.head.0", "L2.head.1", "L2.head.5"))
+    forecast = Forecast(tiny_pair, task, 32, Pace(1e9, compiling=0))
+    exact = next(p for p in forecast.sweep(arguments, batch, layer=4) if p.name == "exact patches")
+    cfg = tiny_pair.cfg
+    mlp = 2 * 3 * cfg.d_model * cfg.d_mlp
+    keys, queries = (2 * 2 * cfg.d_model * n * cfg.d_head for n in (cfg.n_kv_heads, cfg.n_heads))
+    tokens, readout = batch.with_instruction, Projection(jnp.ones(cfg.d_model))
+    metric = Metric(tokens, jnp.asarray(tokens.last)[:, None], jnp.ones((8, 1)), readout, 4, "anchor")
+    n_tokens = pack(metric).n_tokens
+    assert exact.seconds == pytest.approx(3 * n_tokens * (mlp + (mlp + queries + keys) + keys) / (EFFICIENCY * 1e9))
+    assert exact.work == "3 of 3 components, 8 prompts"
 
 
 def test_the_file_is_written_once_and_whole(tmp_path):

@@ -267,7 +267,7 @@ def test_shams_are_spread_over_the_layers(one_pair, batch):
     pair = one_pair
     components = enumerate_components(pair.cfg, ("head", "neuron"), range(3))
     plan = make_plan(pair.cfg, components, pack(make_anchor(pair, 2).metric_along(batch)))
-    shams = sham_plan(plan, layers_per_kind=2)
+    shams = sham_plan(plan)
     assert [(c.kind, c.layer) for c in shams.chunks] == [("head", 0), ("head", 2), ("neuron", 0), ("neuron", 2)]
 
 

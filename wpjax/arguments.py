@@ -166,7 +166,9 @@ def _metric_names() -> tuple[str, ...]:
     return tuple(entry.name for entry in metric_entries())
 
 
-QUICK = {"n_prompts": 16, "n_steered": 16, "top": 32, "stratum": 8, "n_masks": 32}
+QUICK = {
+    "n_prompts": 16, "n_steered": 16, "max_new_tokens": 16, "top": 32, "stratum": 8, "n_masks": 32, "set_score": False,
+}  # fmt: skip
 """What `--quick` lowers arguments of a study to."""
 
 
@@ -176,7 +178,7 @@ class SweepConfig:
 
     >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", Path("title.nc"), method="exact")
     >>> config.n_prompts
-    64
+    32
     >>> config.check()  # no error: nothing is in the way
     """
 
@@ -244,7 +246,7 @@ class SweepConfig:
             passed_to_sweep=True,
             panel=PATCHED,
         ),
-    ] = 512
+    ] = 128
     confidence: Annotated[
         float,
         Setting(
@@ -286,8 +288,8 @@ class SweepConfig:
     quick: Annotated[
         bool,
         Setting(
-            "A first look: at most 16 prompts; of each kind 32 components are replaced, and 8 at random. The result is "
-            "marked.",
+            "A first look: at most 16 prompts and answers of 16 tokens; of each kind 32 components are replaced, and 8 "
+            "at random; no set score. The result is marked.",
             panel=RUNNING,
         ),
     ] = False
@@ -299,7 +301,7 @@ class SweepConfig:
             panel=OUTPUT,
         ),
     ] = 4
-    n_prompts: NPrompts = 64
+    n_prompts: NPrompts = 32
     tokenizer: TokenizerOf = None
     dtype: Dtype = "float32"
     memory_mb: Annotated[

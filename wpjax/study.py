@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.evaluation.reading import answers_to_read
+from wpjax.forecast import Forecast
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import decision_metric
@@ -37,7 +39,7 @@ from wpjax.pairs import Pair, load_pair
 from wpjax.results.origin import asked_for
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime.files import discard
-from wpjax.runtime.progress import Progress, silent
+from wpjax.runtime.progress import Progress, Schedule, silent
 from wpjax.runtime.shards import Shards, parts_folder
 
 
@@ -73,7 +75,13 @@ class Measured(NamedTuple):
     differs: str
 
 
-def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
+def run_study(
+    config: SweepConfig,
+    progress: Progress = silent,
+    *,
+    planned: Callable[[Schedule], None] | None = None,
+    ranked: Callable[[SweepResult], None] | None = None,
+) -> Study:
     """Sweep a pair as a config says, and write the result.
 
     If the study is interrupted, its finished parts stay in a folder beside its result file
@@ -82,6 +90,10 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     Args:
         config: all arguments.
         progress: called as work gets done.
+        planned: called once, when the pair is loaded, with the phases of the study and how long each will take. The
+            schedule follows the work: `schedule.left` says what is left.
+        ranked: called once, with the result as soon as components are ranked. Set score and answers are yet to come,
+            and nothing is written yet.
 
     Raises:
         WpjaxError: arguments that cannot work. The subclasses in `wpjax.errors` say what is wrong: the models, the
@@ -104,12 +116,19 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     for kind in config.kinds:
         check_kind(kind)
     task = behaviour(config.behaviour, config.checker, config.split)
+    progress("reading the pair", 0, 1)
     pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
+    progress("reading the pair", 1, 1)
     for name in config.components or ():
         parse_component(pair.cfg, name)
     loaded = _loaded_anchor(config, pair, task)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     pair.check_prompts(batch)
+    if planned is not None:
+        layer = None if loaded is None else loaded.layer
+        schedule = Forecast(pair, task, config.max_new_tokens).study(config, batch, layer)
+        planned(schedule)
+        progress = schedule.watching(progress)
     measured = _measured(config, pair, task, batch, loaded, progress)
     with Shards(config.out, "sweep", _identity(config, pair, batch, measured), config.resume) as shards:
         with contextlib.nullcontext() if config.profile is None else jax.profiler.trace(str(config.profile)):
@@ -130,6 +149,8 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
         result.dataset.attrs |= asked_for(
             config.behaviour, config.checker, config.max_new_tokens, config.ignore_config, config.tokenizer
         )
+        if ranked is not None:
+            ranked(result)
         study = Study(result)
         if config.set_score and measured.given is None:
             progress("set score", 0, 1)
@@ -139,6 +160,8 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
             progress("answers to read", 0, 1)
             study = _with_answers(config, pair, task, study)
             progress("answers to read", 1, 1)
+        if planned is not None:
+            schedule.finish()
         study.result.to_netcdf(config.out, config.overwrite)  # once and whole; the parts go after it
         shards.discard()
         discard(parts_folder(config.out, "anchor"), config.out.name)
@@ -167,7 +190,9 @@ def _measured(
     """Make the metric that a config names, after the tests that belong to it; `loaded` is the anchor of its file."""
     expert_answers, differs, entry = None, "", check_metric(config.metric)
     if not (entry.reads_anchor and entry.has_fixed_words):  # the metric `anchor` has causal tests instead
+        progress("behaviour check", 0, 1)
         expert_answers, differs = _differing(config, pair, task, batch)
+        progress("behaviour check", 1, 1)
     if entry.make is None:
         anchor = _fitted(config, pair, task, progress) if loaded is None else loaded
         measure = anchor if entry.has_fixed_words else OnPolicy(anchor, config.max_new_tokens)
@@ -211,6 +236,7 @@ def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress
     }
     with Shards(config.out, "anchor", identity, config.resume) as done:
         try:
+            progress("anchor", 0, 1)
             with diagnostics_kept(config.out):
                 return fit_anchor(pair, task, causal=config.causal, done=done, progress=progress, **options)
         except AnchorRejected:

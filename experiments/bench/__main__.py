@@ -49,7 +49,7 @@ def device() -> tuple[str, int]:
 def on_cpu(pair: list[str]) -> dict[str, list[str]]:
     """Name -> module and options."""
     return {
-        "startup": ["startup"],
+        "startup": ["startup", *pair],
         "heads": ["heads", *pair, "--n-prompts", "4", "--every", "2"],
         "engine.smollm2": ["engine", *pair, "--n-prompts", "8", "--per-layer", "24", "--pair-only"],
         "engine.tiny": ["engine", "--n-prompts", "16", "--per-layer", "100000"],

@@ -78,9 +78,22 @@ def sets(begins: tuple[str, ...]) -> Callable[[Report], float | None]:
     return lambda r: max(n for name, n in r["joint"]["forwards"].items() if name.startswith(begins))
 
 
+def waited(name: str, what: str = "median") -> Callable[[Report], float | None]:
+    """Seconds that a command makes one wait: for its end or, of a sweep, for one of its milestones."""
+    return lambda r: r["seconds"].get(name, r.get("sweeps", {}).get(name, {})).get(what)
+
+
+SWEEP, QUICK = "`wpjax sweep`", "`wpjax sweep --quick`"
 LARGER, EMBEDDED = "engine.smollm2", "engine.tiny"
 EVERY_SET, FEW = sets(("arbitrary", "sets within")), sets(("sets within 4%",))
 GOALS = (
+    Goal("`wpjax demo`", "startup", "cpu", waited("`wpjax demo`"), 30, False, "s"),
+    Goal("sweep of SmolLM2: first line", "startup", "cpu", waited(SWEEP, "first line"), 3, False, "s"),
+    Goal("sweep of SmolLM2: plan", "startup", "cpu", waited(SWEEP, "plan"), 20, False, "s"),
+    Goal("sweep of SmolLM2: ranking", "startup", "cpu", waited(SWEEP, "ranking"), 300, False, "s"),
+    Goal("sweep of SmolLM2: end, tests included", "startup", "cpu", waited(SWEEP, "end"), 480, False, "s"),
+    Goal("sweep of SmolLM2: longest silence", "startup", "cpu", waited(SWEEP, "longest silence"), 5, False, "s"),
+    Goal("first look at SmolLM2 (`--quick`): end", "startup", "cpu", waited(QUICK, "end"), 90, False, "s"),
     Goal("heads, against whole forwards in torch", "heads", "cpu", speed_up(WHOLE), 6, True, "times"),
     Goal("heads, against a cached prefix in torch", "heads", "cpu", speed_up(CACHED), 1.7, True, "times"),
     Goal("neurons of SmolLM2, share of the ceiling", LARGER, "cpu", share("float32"), 0.75, True, ""),

@@ -19,6 +19,7 @@ import numpy as np
 from wpjax.components import Component
 from wpjax.engines.exact import beside_the_host, exact_changes
 from wpjax.engines.memory import bytes_of_rows
+from wpjax.engines.operations import of_patches
 from wpjax.engines.packing import Packing, pack
 from wpjax.engines.plan import Plan, make_plan
 from wpjax.engines.replay import replay, run_packed
@@ -59,14 +60,7 @@ def ceiling(dtype: Any, repeats: int = 5) -> float:
 
 def operations(cfg: ModelConfig, packing: Packing, last: int, components: Iterable[Component]) -> float:
     """Floating-point operations of the weights' products that the exact effects of some heads or neurons need."""
-    mlp = 2 * (3 if cfg.gated else 2) * cfg.d_model * cfg.d_mlp
-    keys = 2 * 2 * cfg.d_model * cfg.n_kv_heads * cfg.d_head
-    layer = mlp + keys + 2 * 2 * cfg.d_model * cfg.n_heads * cfg.d_head
-    n_tokens, total = packing.n_tokens - packing.n_empty, 0.0
-    for c in components:
-        own = mlp if c.kind == "head" and c.layer < last else 0
-        total += n_tokens * (own + max(0, last - c.layer - 1) * layer + (keys if c.layer < last else 0))
-    return total
+    return of_patches(cfg, packing.n_tokens - packing.n_empty, last, components)
 
 
 class Sweep:

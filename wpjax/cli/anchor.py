@@ -63,27 +63,39 @@ def run(
 
     check_output(out, overwrite, inputs=(base, expert, behaviour))
 
-    from wpjax import behaviours
     from wpjax.cli.console import print_json, progress_bars
-    from wpjax.evaluation.fit_anchor import fit_anchor
-    from wpjax.metrics.diagnostics import diagnostics_kept
-    from wpjax.pairs import load_pair
 
-    task = behaviours.behaviour(behaviour, checker, split)
-    pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
-    with diagnostics_kept(out), progress_bars() as progress:
-        anchor = fit_anchor(
-            pair,
-            task,
-            layer=layer,
-            n_response=response_tokens,
-            n_prompts=n_prompts,
-            causal=causal,
-            n_steered=n_steered,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            progress=progress,
-        )
+    with progress_bars() as progress:
+        progress.say(f"anchor of {behaviour} in {base} -> {expert}; result: {out}")
+        from wpjax import behaviours
+        from wpjax.evaluation.fit_anchor import fit_anchor
+        from wpjax.forecast import Forecast
+        from wpjax.metrics.diagnostics import diagnostics_kept
+        from wpjax.pairs import load_pair
+        from wpjax.runtime.progress import Schedule
+
+        task = behaviours.behaviour(behaviour, checker, split)
+        progress("reading the pair", 0, 1)
+        pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
+        progress("reading the pair", 1, 1)
+        schedule = Schedule(Forecast(pair, task, max_new_tokens).anchor(n_prompts, causal, n_steered))
+        progress.planned(schedule)
+        update = schedule.watching(progress)
+        update("anchor", 0, 1)
+        with diagnostics_kept(out):
+            anchor = fit_anchor(
+                pair,
+                task,
+                layer=layer,
+                n_response=response_tokens,
+                n_prompts=n_prompts,
+                causal=causal,
+                n_steered=n_steered,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                progress=update,
+            )
+        schedule.finish()
     anchor.save(out, overwrite)
     if as_json:
         print_json(

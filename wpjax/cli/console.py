@@ -6,18 +6,20 @@ import contextlib
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from wpjax.cli.compiled import seconds_of_compilation
 from wpjax.runtime import interrupts
-from wpjax.runtime.progress import Progress
+from wpjax.runtime.progress import Schedule, in_words
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -56,53 +58,209 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """Give a `Progress` that draws a bar for each piece of work, on the error stream.
+def progress_bars() -> Iterator[Reporter]:
+    """Give a `Reporter`: bars and lines on a terminal, lines alone in a log. All of it goes to the error stream.
 
-    If the error stream is not a terminal, it prints a plain line every few seconds instead. After Ctrl-C the next call
-    raises `KeyboardInterrupt` (see `runtime.interrupts`).
+    After Ctrl-C its next call raises `KeyboardInterrupt` (see `runtime.interrupts`).
     """
-    if not err.is_terminal:
-        yield _heeding(_log_lines())
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=err) as progress:
-        bars: dict[str, Any] = {}
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done, total=total)
-
-        yield _heeding(update)
+    reporter = Bars() if err.is_terminal else Lines()
+    with reporter:
+        yield reporter
 
 
-def _heeding(progress: Progress) -> Progress:
-    """The same progress, which stops the work if a signal came that asks for it."""
+def interval(elapsed: float) -> float:
+    """Seconds between two lines of a log: 5 in the first five minutes, then growing slowly to 30.
 
-    def update(what: str, done: int, total: int) -> None:
-        progress(what, done, total)
+    >>> interval(10), interval(600), interval(36000)
+    (5.0, 10.0, 30.0)
+    """
+    return min(30.0, max(5.0, elapsed / 60))
+
+
+class Reporter:
+    """A `Progress` for the command line that also says what is planned, and how long the rest will take.
+
+    It is a context manager: it says something only inside.
+    """
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self._schedule: Schedule | None = None
+        self._n_said = 0  # finished phases that were said
+        self._lock = threading.RLock()  # what is printed is printed by one thread at a time
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Take a report of progress; stop the work if a signal came that asks for it."""
+        with self._lock:
+            self._say_finished()
+            self.update(what, done, total)
         interrupts.check()
 
-    return update
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            with self._lock:
+                self._say_finished()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Show a report of progress."""
+        raise NotImplementedError
+
+    def say(self, line: str) -> None:
+        """Print a line, with the time since the start."""
+        raise NotImplementedError
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """While this lasts, nothing is said: the output of the command is printed."""
+        raise NotImplementedError
+
+    def planned(self, schedule: Schedule) -> None:
+        """Print a schedule, phase by phase, and from now on how far it is kept."""
+        with self._lock:
+            self._schedule = schedule
+            name = max(len(phase.name) for phase in schedule.phases)
+            work = max(len(phase.work) for phase in schedule.phases)
+            self.say("the plan, with times measured on this machine and corrected on the way:")
+            for phase in schedule.phases:
+                about = "" if phase.seconds is None else in_words(phase.seconds)
+                self.say(f"  {phase.name:<{name}}  {phase.work:<{work}}  {about:>12}")
+            self.say(f"  {'together':<{name}}  {'':<{work}}  {in_words(schedule.seconds):>12}")
+
+    def _say_finished(self) -> None:
+        """Say which phases are over since the last call, and what is left."""
+        if self._schedule is None:
+            return
+        new = self._schedule.finished[self._n_said :]
+        self._n_said += len(new)
+        for phase, seconds in new:
+            plan = "" if phase.seconds is None else f" (planned {in_words(phase.seconds)})"
+            rest = f"; about {in_words(self._schedule.left)} left" if self._schedule.running else ""
+            self.say(f"{phase.name} done in {in_words(seconds)}{plan}{rest}")
 
 
-def _log_lines(seconds: float = 10.0) -> Progress:
-    """A progress that prints a line when work ends, and before that at most once in so many seconds."""
-    start = time.monotonic()
-    printed: dict[str, tuple[float, int]] = {}  # when the last line of a piece of work was printed, and what it said
+class Left(ProgressColumn):
+    """What is left of the work that runs, and of all work."""
 
-    def update(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        last_time, last_done = printed.get(what, (start, 0))
-        if done != last_done and (done == total or now - last_time >= seconds):
-            printed[what] = now, done
-            print(f"[{now - start:5.0f} s] {what}: {done} of {total}", file=sys.stderr, flush=True)
+    schedule: Schedule | None = None
 
-    return update
+    def render(self, task: Task) -> Text:
+        """The text beside a bar; empty for work that is done."""
+        if self.schedule is None or self.schedule.running is None or task.finished:
+            return Text()
+        of_it, of_all = in_words(self.schedule.left_of_running), in_words(self.schedule.left)
+        return Text(f"about {of_it} left of it, {of_all} in all")
+
+
+class Bars(Reporter):
+    """A bar for each piece of work, which moves by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = Left()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), self._left)
+        self._progress = rich.progress.Progress(*columns, console=err)
+        self._bars: dict[str, Any] = {"": self._progress.add_task("getting ready", total=None)}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._progress.stop()
+
+    def planned(self, schedule: Schedule) -> None:
+        """Print a schedule, and show beside the bars what is left."""
+        super().planned(schedule)
+        self._left.schedule = schedule
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Show a report of progress."""
+        if "" in self._bars:
+            self._progress.remove_task(self._bars.pop(""))
+        if what not in self._bars:
+            self._bars[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._bars[what], completed=done, total=total)
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self._progress.console.print(Text(line))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this lasts, nothing is said: the output of the command is printed."""
+        self._progress.stop()
+        try:
+            yield
+        finally:
+            self._progress.start()
+
+
+class Lines(Reporter):
+    """A line for each piece of work that ends, and one every few seconds meanwhile, from a thread of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = ("getting ready", 0, 1)  # the last report
+        self._since = self._printed = self.start  # when its work began; when a line was printed last
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> Lines:
+        self._ticker.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        with self._lock:  # no line is half printed
+            self._over.set()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Show a report of progress."""
+        if what != self._now[0]:
+            self._since = time.monotonic()
+        elif (done, total) == self._now[1:]:
+            return
+        self._now = what, done, total
+        if done == total:
+            self.say(f"{what}: {done} of {total}" if total > 1 else f"{what}: done")
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        with self._lock:
+            self._printed = time.monotonic()
+            print(f"[{self._printed - self.start:5.0f} s] {line}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this lasts, nothing is said: the output of the command is printed."""
+        with self._lock:
+            yield
+            sys.stdout.flush()  # a file gets it now, not at the end
+            self._printed = time.monotonic()
+
+    def _tick(self) -> None:
+        while not self._over.wait(0.25):
+            with self._lock:
+                now = time.monotonic()
+                # A little early, so that no more than the interval passes in silence.
+                if now - self._printed < interval(now - self.start) - 0.5 or self._over.is_set() or interrupts.came():
+                    continue
+                self.say(self._state(now))
+
+    def _state(self, now: float) -> str:
+        """What is being done, how far it is, and how long the rest takes."""
+        what, done, total = self._now
+        compiling = seconds_of_compilation()
+        if done == total:
+            state = f"preparing what follows {what}"
+        else:
+            state = f"{what}: {done} of {total}" if total > 1 else f"{what}: {in_words(now - self._since)} so far"
+        if compiling > 1:
+            state += f", compiling for {in_words(compiling)}"
+        schedule = self._schedule
+        if schedule is None or schedule.running is None:
+            return state
+        return f"{state}, about {in_words(schedule.left_of_running)} left of it, {in_words(schedule.left)} in all"

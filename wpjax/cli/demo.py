@@ -27,32 +27,40 @@ def run(
 
     check_output(out, overwrite, MARKER)
 
-    from wpjax import behaviours
     from wpjax.cli.console import progress_bars
-    from wpjax.cli.sweep import print_result
-    from wpjax.cli.words import print_answers, print_verdict
-    from wpjax.estimators.sweep import sweep
-    from wpjax.evaluation.fit_anchor import fit_anchor
-    from wpjax.evaluation.reading import answers_to_read
-    from wpjax.pairs import load_pair, planted_components
-    from wpjax.report import write_report
-    from wpjax.results.sweep_result import SweepResult
-    from wpjax.results.verdict import verdict
 
-    task = behaviours.behaviour(f"tiny:{behaviour.removeprefix('tiny:')}")
+    task_name, expert = f"tiny:{behaviour.removeprefix('tiny:')}", "tiny:planted" if planted else "tiny:expert"
     with progress_bars() as progress:
-        pair = load_pair("tiny:base", "tiny:planted" if planted else "tiny:expert")
+        progress.say(f"demo: tiny:base -> {expert}, {task_name}; results: {out}")
+        from wpjax import behaviours
+        from wpjax.cli.sweep import print_result
+        from wpjax.cli.words import print_answers, print_verdict
+        from wpjax.estimators.sweep import sweep
+        from wpjax.evaluation.fit_anchor import fit_anchor
+        from wpjax.evaluation.reading import answers_to_read
+        from wpjax.pairs import load_pair, planted_components
+        from wpjax.report import write_report
+        from wpjax.results.sweep_result import SweepResult
+        from wpjax.results.verdict import verdict
+
+        task = behaviours.behaviour(task_name)
+        progress("reading the pair", 0, 1)
+        pair = load_pair("tiny:base", expert)
+        progress("reading the pair", 1, 1)
+        progress("anchor", 0, 1)
         anchor = fit_anchor(pair, task, causal="report", seed=seed, progress=progress)
-        batch = task.encode(pair.tokenizer, n_prompts=32)
+        batch = task.encode(pair.tokenizer, n_prompts=16)
         result = sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
         progress("answers to read", 0, 1)
         answers = answers_to_read(pair, task, result, n_prompts=3)
         progress("answers to read", 1, 1)
-    result = SweepResult(answers.added_to(result.dataset))
-    with atomic_output(out, overwrite, MARKER) as folder:
-        folder.mkdir()
-        result.to_netcdf(folder / MARKER)
-        write_report(result, folder / "report.html", source=out / MARKER)
+        result = SweepResult(answers.added_to(result.dataset))
+        progress("report", 0, 1)
+        with atomic_output(out, overwrite, MARKER) as folder:
+            folder.mkdir()
+            result.to_netcdf(folder / MARKER)
+            write_report(result, folder / "report.html", source=out / MARKER)
+        progress("report", 1, 1)
     print_result(result, 10, as_json=False)
     print_answers(answers)
     if planted:

@@ -65,7 +65,9 @@ def run(
     task = behaviours.behaviour(behaviour, checker, split)
     if eval_prompts:
         task.check_checker()
-    model = load_model(base, ignore_config=ignore_config)
+    with progress_bars() as progress:
+        progress("reading the base", 0, 1)
+        model = load_model(base, ignore_config=ignore_config)
     config = TrainConfig(steps=steps, lr=lr, batch_size=batch_size, weight_decay=weight_decay, seed=seed)
 
     with progress_bars() as progress:

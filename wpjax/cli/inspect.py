@@ -28,12 +28,15 @@ def run(
 
     from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.checkpoints.hf_config import unread_attributes
-    from wpjax.cli.console import out, print_json, print_table
+    from wpjax.cli.console import out, print_json, print_table, progress_bars
     from wpjax.components import KINDS, count, unit_shapes
     from wpjax.pairs import load_model, load_pair
 
-    pair = load_pair(base, expert, ignore_config=ignore_config, tokenizer=tokenizer) if expert else None
-    models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [load_model(base, ignore_config=ignore_config)]
+    with progress_bars() as progress:
+        progress("reading the models", 0, 1)
+        pair = load_pair(base, expert, ignore_config=ignore_config, tokenizer=tokenizer) if expert else None
+        model = pair.base_checkpoint if pair else load_model(base, ignore_config=ignore_config)
+    models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
     model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
     counts = {k: count(cfg, k) * (cfg.n_layers if kind.in_layer else 1) for k, kind in KINDS.items()}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wpjax.results.sweep_result import Row, SweepResult
+    from wpjax.runtime.progress import Schedule
 
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
@@ -31,19 +32,38 @@ def run(
     """Measure how much of the behaviour each component's weights carry, and write the result."""
     config.check()  # before anything heavy is imported
 
+    from wpjax.cli.compiled import watch_compilation
     from wpjax.cli.console import progress_bars
-    from wpjax.cli.words import print_answers, print_verdict
-    from wpjax.results.verdict import verdict
-    from wpjax.study import run_study
+    from wpjax.runtime.progress import in_words
 
     with progress_bars() as progress:
-        study = run_study(config, progress)
+        progress.say(
+            f"sweep of {config.base} -> {config.expert}, {config.behaviour}: {config.metric} metric, method "
+            f"{config.method}; result: {config.out}"
+        )
+        from wpjax.cli.words import print_answers, print_verdict
+        from wpjax.results.verdict import verdict
+        from wpjax.study import run_study
+
+        watch_compilation()
+
+        def planned(schedule: Schedule) -> None:
+            progress.planned(schedule)
+            about = in_words(schedule.left_before("set score", "answers to read"))
+            progress.say(f"the ranking comes after about {about}; less: --quick; more: --n-prompts, --top, --n-steered")
+
+        def ranked(result: SweepResult) -> None:
+            with progress.paused():
+                print_result(result, show, as_json=False)
+
+        study = run_study(config, progress, planned=planned, ranked=None if as_json else ranked)
     if study.no_set_score:
         print(f"no set score: {study.no_set_score}", file=sys.stderr)
     if study.no_answers:
         print(f"no answers to read: {study.no_answers}", file=sys.stderr)
-    print_result(study.result, show, as_json, path=config.out)
-    if not as_json:
+    if as_json:
+        print_result(study.result, show, as_json, path=config.out)
+    else:  # the ranking has been printed already
         print_answers(study.result.answers)
         print_verdict(verdict(study.result, config.out))
         print(f"\nwrote {config.out}")

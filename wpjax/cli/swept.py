@@ -79,6 +79,10 @@ def behaviour_of(path: Path, origin: Origin, is_checker_given: bool) -> Behaviou
 
 def pair_of(origin: Origin) -> Pair:
     """The pair of models that a result was swept on, or that the options name."""
-    from wpjax.pairs import load_pair
+    from wpjax.cli.console import progress_bars
 
-    return load_pair(origin.base, origin.expert, origin.dtype, origin.ignore_config, origin.tokenizer)
+    with progress_bars() as progress:
+        progress("reading the pair", 0, 1)
+        from wpjax.pairs import load_pair
+
+        return load_pair(origin.base, origin.expert, origin.dtype, origin.ignore_config, origin.tokenizer)

@@ -65,7 +65,7 @@ CELLS: Mapping[str, Cell] = MappingProxyType(
 
 
 N_DIRECTIONS = 2
-"""Number of random directions that patches are read along, to compare with the anchor."""
+"""Number of random directions that patches are read along in turn, to compare with the anchor."""
 
 
 class Engine:
@@ -179,7 +179,7 @@ class Engine:
 
         waiting = plan.with_chunks(chunk for key, chunk in keys.items() if not finished(key, chunk))
         n_done = len(keys) - len(waiting.chunks)
-        doing = f"{label} patches, {plan}"
+        doing = f"{label} patches"
         runs: tuple[Run, Run | None] = (self.run(cell.host), None)
         if cell.inputs == "donor":  # another compiled program anyway, so it can leave out the flow, which nobody needs
             runs = runs[0]._replace(slope=None, written=None), self.run(cell.donor)._replace(slope=None, written=None)
@@ -253,7 +253,8 @@ class Engine:
 
             - "permuted": patches from an expert whose changes of weights are dealt out anew among components of a
               kind and layer;
-            - "direction", for an anchor: the true patches, read along random directions, as shares of the same gap.
+            - "direction", for an anchor: the true patches, each read along one of `N_DIRECTIONS` random directions, as
+              shares of the same gap.
         """
         few = sham_plan(plan)
         # Changes are dealt out among channels; norms and the kinds outside the layers have none.
@@ -270,7 +271,8 @@ class Engine:
                 vector = rng.standard_normal(self.pair.cfg.d_model).astype(np.float32)
                 readout = Projection(jnp.asarray(vector / np.linalg.norm(vector)))
                 metric = dataclasses.replace(self.metric, readout=readout)
-                changes["direction"] += self.with_metric(metric).perform("exact", few, label=f"direction-{i}")
+                some = few.with_chunks(few.chunks[i::N_DIRECTIONS])  # each patch is read along one of them
+                changes["direction"] += self.with_metric(metric).perform("exact", some, label=f"direction-{i}")
 
         def quantile(parts: Sequence[Changes], kind: str) -> float:
             sizes = [np.abs(part.delta.mean(1)) / gap.mean() for part in parts if part.chunk.kind == kind]

@@ -145,17 +145,26 @@ def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, lis
     yield from groups.items()
 
 
-def sham_plan(plan: Plan, layers_per_kind: int = 4) -> Plan:
+def sham_plan(plan: Plan, patches: int = 32, layers: tuple[int, int] = (2, 4)) -> Plan:
     """A part of a plan, for shams: of each kind the first chunk of some layers, spread evenly over the layers.
 
     Args:
         plan: the plan of a sweep.
-        layers_per_kind: layers of each kind, at most.
+        patches: patches of each kind that are enough, and a quarter of the sweep's are: no more layers are taken.
+        layers: the fewest and the most layers of each kind.
+
+    >>> heads = [Component("head", layer, i) for layer in range(9) for i in range(8)]
+    >>> plan = Plan({"head": 8}, cut(heads, {"head": 8}), lambda n: n, 64, Placement.single())
+    >>> [chunk.layer for chunk in sham_plan(plan).chunks]  # a quarter of 72 patches are 18
+    [0, 4, 8]
     """
     chosen: list[Chunk] = []
     for _, chunks in _grouped(plan.chunks, lambda chunk: chunk.kind):
+        enough = min(patches, sum(len(chunk.components) for chunk in chunks) / 4)
         # The first chunk of each layer, in the order of the layers: of equal keys a dict keeps the last value.
         firsts = list({chunk.layer: chunk for chunk in reversed(chunks)}.values())[::-1]
-        at = np.unique(np.linspace(0, len(firsts) - 1, layers_per_kind).round().astype(int))
+        size = sum(len(chunk.components) for chunk in firsts) / len(firsts)
+        n_layers = min(max(math.ceil(enough / size), layers[0]), layers[1])
+        at = np.unique(np.linspace(0, len(firsts) - 1, n_layers).round().astype(int))
         chosen += [firsts[i] for i in at]
     return plan.with_chunks(chosen)

@@ -97,12 +97,12 @@ class SweepJob:
         It is kept in `done`, so that a resumed sweep does not make it again.
         """
         name, n = estimate.column.name, len(self.components)
-        self.progress(f"{name} of {n} components", 0, 1)
+        self.progress(name, 0, 1)
         if name not in self.done:
             models = self.pair.base, self.pair.expert
             self.done[name] = estimate.compute(self.pair.cfg, *models, self.components, self.metric)
         changes = finished_part(self.done, name, (n, len(self.metric)))
-        self.progress(f"{name} of {n} components", 1, 1)
+        self.progress(name, 1, 1)
         return changes
 
     def choose(self, estimates: Sequence[Float[np.ndarray, "C B"]]) -> tuple[list[int], Bool[np.ndarray, " C"]]:

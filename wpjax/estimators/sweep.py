@@ -42,7 +42,7 @@ def sweep(
     kinds: Sequence[str] = DEFAULT_KINDS,
     components: Iterable[Component | str] | None = None,
     method: str = DEFAULT_METHOD,
-    top: int = 512,
+    top: int = 128,
     stratum: int = 64,
     confidence: float = 0.95,
     n_masks: int = 256,

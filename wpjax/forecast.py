@@ -1,0 +1,213 @@
+"""How long a study will take, phase by phase, before it begins: its operations, and how fast this machine is.
+
+    seconds of a phase  =  operations / (EFFICIENCY * operations a second of a matrix product)  +  programs * COMPILING
+
+Operations are those of the weights' products (`engines.operations`). The speed is measured, once the pair is known.
+The other numbers are rough. So a `Schedule` corrects the estimates by what finished phases really took.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wpjax.arguments import SweepConfig
+from wpjax.behaviours import Behaviour, PromptBatch
+from wpjax.components import Component, enumerate_components, parse_component
+from wpjax.engines.operations import of_layer, of_logits, of_patches
+from wpjax.engines.packing import pack
+from wpjax.engines.plan import make_plan, sham_plan
+from wpjax.evaluation.fit_anchor import N_CANDIDATES, N_SCREENED_PROMPTS, N_TRIED, N_TRIED_PROMPTS
+from wpjax.evaluation.steering import N_SCREENED, STRENGTHS
+from wpjax.methods import check_method
+from wpjax.methods.metrics import check_metric
+from wpjax.metrics.metric import Metric
+from wpjax.metrics.readouts import Projection
+from wpjax.models.config import ModelConfig
+from wpjax.pairs import Pair
+from wpjax.runtime.progress import Phase, Schedule
+
+EFFICIENCY, OF_ANSWERS = 0.7, 0.35
+"""Share of the speed of one large product that forward passes reach, and that answers, made token by token, reach."""
+
+COMPILING = 1.5
+"""Seconds that one program takes to compile, about."""
+
+PASSES_OF_ESTIMATE, PASSES_OF_SECANT = 5.0, 10.0
+"""Forward passes that first-order estimates cost, and that the secant adjoint costs, about."""
+
+N_RANDOM = 2
+"""Random directions beside each that is tested."""
+
+DECIDED = 0.5
+"""Share of the prompts that decide the tests of an anchor, about."""
+
+ANCHOR_AT = 0.8
+"""Where an anchor that is yet to be fitted is likely to stand, as a share of the layers."""
+
+
+class Pace(NamedTuple):
+    """How fast this machine works.
+
+    Attributes:
+        operations: operations a second of a large product of matrices.
+        compiling: seconds that one program takes to compile.
+    """
+
+    operations: float
+    compiling: float = COMPILING
+
+    def seconds(self, operations: float, programs: int = 0, efficiency: float = EFFICIENCY) -> float:
+        """How long some work takes.
+
+        Args:
+            operations: its operations.
+            programs: how many programs are compiled for it.
+            efficiency: share of the speed of a product that it reaches.
+        """
+        return operations / (efficiency * self.operations) + programs * self.compiling
+
+
+def measured_pace(cfg: ModelConfig, dtype: str = "float32") -> Pace:
+    """Time a product of the size of the model's MLP. It takes a fraction of a second.
+
+    Args:
+        cfg: the model.
+        dtype: dtype of the weights.
+
+    >>> import wpjax as wp
+    >>> measured_pace(wp.load_model("tiny:base").cfg).operations > 1e6
+    True
+    """
+    n_tokens = 1024
+    shapes = (n_tokens, cfg.d_model), (cfg.d_model, cfg.d_mlp)
+    x, w = (jnp.asarray(np.ones(shape, np.float32), dtype) for shape in shapes)
+    product = jax.jit(lambda x, w: x @ w)
+    product(x, w).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, w).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return Pace(2.0 * n_tokens * cfg.d_model * cfg.d_mlp / best)
+
+
+class Forecast:
+    """The phases of work on one pair and behaviour.
+
+    Args:
+        pair: base and expert.
+        behaviour: the behaviour.
+        max_new_tokens: length of an answer, at most.
+        pace: how fast this machine is; None to measure it.
+    """
+
+    def __init__(self, pair: Pair, behaviour: Behaviour, max_new_tokens: int, pace: Pace | None = None):
+        self.pair, self.behaviour, self.cfg = pair, behaviour, pair.cfg
+        self.pace = measured_pace(pair.cfg, str(pair.base["embed"]["W_E"].dtype)) if pace is None else pace
+        self.through = of_layer(pair.cfg) * pair.cfg.n_layers  # operations of a token in all layers
+        self.answer = max_new_tokens * (self.through + of_logits(pair.cfg))  # of an answer to one prompt
+
+    def anchor(self, n_prompts: int, causal: str, n_steered: int) -> list[Phase]:
+        """The phases of `fit_anchor`; the arguments are its own."""
+        n_fit, n_tested = len(self.behaviour.select("fit", n_prompts)), len(self.behaviour.select("sweep", n_steered))
+        width = self.behaviour.encode(self.pair.tokenizer, "fit", n_prompts).with_instruction.ids.shape[1]
+        n_passes = 6 if causal == "skip" else 7
+        seconds = self.pace.seconds(n_passes * n_fit * width * self.through, 4)
+        phases = [Phase("anchor", f"{n_passes} passes over {n_fit} prompts", seconds)]
+        if causal == "skip":
+            return phases
+        n_few, n_tried = min(n_fit, N_SCREENED_PROMPTS), min(n_fit, N_TRIED_PROMPTS)
+        tried = 2 + N_TRIED * (1 + len(STRENGTHS))  # steered models, those that are not steered included
+        tested = 2 * (1 + N_CANDIDATES * (1 + N_RANDOM))
+        answers = n_few * (2 + N_SCREENED) + n_tried * tried + n_tested * tested * DECIDED
+        work = f"up to {n_tested} prompts, {tested} steered models"
+        seconds = self.pace.seconds(2 * answers * self.answer, 10, OF_ANSWERS)  # they are made, then read by the base
+        reports = ("layers screened", "strengths tried", "steering tests")
+        return [*phases, Phase("tests of the anchor", work, seconds, reports)]
+
+    def sweep(self, config: SweepConfig, batch: PromptBatch, layer: int | None) -> list[Phase]:
+        """The phases of a sweep, and of what a study adds to its result.
+
+        Args:
+            config: arguments of the study.
+            batch: its prompts.
+            layer: the layer that the metric reads; None if that is yet to be found.
+        """
+        cfg, method, pace = self.cfg, check_method(config.method), self.pace
+        last = round(ANCHOR_AT * (cfg.n_layers - 1)) if layer is None else layer
+        tokens = batch.with_instruction
+        at, readout = jnp.asarray(tokens.last)[:, None], Projection(jnp.zeros(cfg.d_model))
+        packing = pack(Metric(tokens, at, jnp.ones((len(batch), 1)), readout, last, "plan"))
+        n_tokens = packing.n_tokens
+        one_pass = tokens.ids.size * (last + 1) * of_layer(cfg)
+        swept = _swept(cfg, config, last)
+        chosen = _chosen(swept, config.top + config.stratum) if method.estimates else swept
+        n_kinds = len({c.kind for c in swept})
+        phases = []
+        for estimate in method.estimates:
+            seconds = pace.seconds(PASSES_OF_ESTIMATE * one_pass, 2)
+            phases.append(Phase(estimate.column.name, f"{len(swept):,} components, to first order", seconds))
+        if method.estimates or (method.cells == ("exact",) and len(method.columns) == 0):
+            plan = make_plan(cfg, chosen, packing)
+            controls = [c for chunk in sham_plan(plan).chunks for c in chunk.components]
+            work = f"{len(chosen):,} of {len(swept):,} components, {len(batch)} prompts"
+            for cell in method.cells:
+                seconds = pace.seconds(of_patches(cfg, n_tokens, last, chosen), n_kinds + 3)
+                phases.append(Phase(f"{cell} patches", work, seconds))
+            if method.cells:
+                n_runs = 3 if "exact" in method.cells else 1  # shams, permuted changes, random directions
+                seconds = n_runs * pace.seconds(of_patches(cfg, n_tokens, last, controls), 2)
+                reports = ("sham patches", "permuted patches", "direction")
+                phases.append(Phase("controls", f"{n_runs} times {len(controls)} patches", seconds, reports))
+        else:  # how many patches a race or random sets take is found out on the way
+            phases.append(Phase(method.name, f"{len(swept):,} components", None, ("race", "random masks", "exact")))
+        n_sets = n_kinds + 2
+        phases.append(Phase("joint patches", f"{n_sets} sets", pace.seconds(2 * n_sets * one_pass, 4)))
+        if config.set_score and config.given_anchor is None:
+            seconds = pace.seconds(len(batch) * self.answer, 2, OF_ANSWERS)
+            seconds += pace.seconds(2 * PASSES_OF_SECANT * one_pass, 4)
+            phases.append(Phase("set score", f"the secant adjoint on {len(batch)} prompts", seconds))
+        if config.answers:
+            seconds = pace.seconds(5 * max(config.answers, 4) * self.answer, 5, OF_ANSWERS)
+            phases.append(Phase("answers to read", f"{config.answers} held-out prompts", seconds))
+        return phases
+
+    def study(self, config: SweepConfig, batch: PromptBatch, layer: int | None) -> Schedule:
+        """The schedule of a study whose pair is loaded.
+
+        Args:
+            config: arguments of the study.
+            batch: its prompts.
+            layer: the layer of the anchor that it is given; None if there is none.
+        """
+        entry = check_metric(config.metric)
+        phases = []
+        if not (entry.reads_anchor and entry.has_fixed_words):
+            seconds = self.pace.seconds((2 if config.causal != "skip" else 1) * len(batch) * self.answer, 2, OF_ANSWERS)
+            phases.append(Phase("behaviour check", f"answers to {len(batch)} prompts", seconds))
+        if entry.reads_anchor and layer is None:
+            phases += self.anchor(config.n_prompts, config.causal, config.n_steered)
+        reads = layer if entry.reads_anchor else self.cfg.n_layers - 1
+        return Schedule([*phases, *self.sweep(config, batch, reads)])
+
+
+def _swept(cfg: ModelConfig, config: SweepConfig, last: int) -> list[Component]:
+    """The components of a sweep that reads a layer, about: those that cannot change the metric are refused later."""
+    if config.components is not None:
+        return [parse_component(cfg, name) for name in config.components]
+    return enumerate_components(cfg, config.kinds, range(last + 1))
+
+
+def _chosen(swept: list[Component], most: int) -> list[Component]:
+    """Some components of each kind, spread evenly over the layers: which ones a screen will choose is not known."""
+    chosen = []
+    for kind in dict.fromkeys(c.kind for c in swept):
+        of_kind = [c for c in swept if c.kind == kind]
+        at = np.linspace(0, len(of_kind) - 1, min(most, len(of_kind))).round().astype(int)
+        chosen += [of_kind[i] for i in at]
+    return chosen
