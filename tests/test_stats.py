@@ -11,9 +11,11 @@ from wpjax.stats import (
     confidence_sequence,
     mean_interval,
     missed_interval,
+    n_needed,
     ratio_of_means,
     resample,
     sign_flip_p,
+    smallest_p,
     split_half_reliability,
 )
 
@@ -86,6 +88,25 @@ def test_p_values_are_uniform_under_the_null():
     delta = np.random.default_rng(4).normal(size=(800, 24))
     p = sign_flip_p(delta, np.arange(24))
     assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("n", [1, 4, 6, 11, 12, 13, 19, 30])
+def test_no_p_is_smaller_than_that_of_equal_effects(n):
+    rng = np.random.default_rng(n)
+    others = np.concatenate([rng.exponential(size=(50, n)), 1 + 0.01 * rng.normal(size=(50, n)), np.eye(n)])
+    assert sign_flip_p(others, np.arange(n)).min() >= smallest_p(n) * (1 - 1e-12)
+    if n <= 12:  # every pattern was counted one by one
+        patterns = np.array(list(itertools.product([-1, 1], repeat=n)))
+        assert smallest_p(n) == (np.abs(patterns.sum(1)) >= n).mean() == 2 / 2**n
+    else:
+        assert smallest_p(n) >= min(1 / 4097, 2 * np.exp(-n / 2))
+        assert n < 19 or smallest_p(n) == pytest.approx(2 * np.exp(-n / 2))
+
+
+@pytest.mark.parametrize(("p", "n"), list(itertools.product((1e-5, 1 / 128, 0.029, 0.06), (1, 20, 64))))
+def test_how_many_must_have_a_small_p_by_trying_all_numbers(p, n):
+    found = [k for k in range(1, n + 1) if benjamini_hochberg(np.repeat([p, 1.0], [k, n - k]))[0] < 0.05]
+    assert n_needed(p, n) == found[0] if found else n_needed(p, n) > n
 
 
 def test_benjamini_hochberg_by_hand():

@@ -14,6 +14,7 @@ from wpjax.cli.words import print_answers, print_verdict
 from wpjax.results.answers import Answers
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.verdict import n_reaching, verdict
+from wpjax.stats import benjamini_hochberg, sign_flip_p, smallest_p
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -74,6 +75,32 @@ def test_components_that_overlap_are_not_counted_twice():
     mixed = by_hand([0.5, 0.5, 1.0, 0.2], kinds=["head", "head", "attn", "head"], layers=[0, 0, 1, 1], coverage=2.0)
     assert mixed.finest.tolist() == [True, True, True, False]
     assert (verdict(mixed).n_half, verdict(mixed).n_most, verdict(mixed).n_components) == (1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("n_queries", "says"),
+    [
+        (4, "no p is below 0.12, and no q below p. So no component can have q < 0.05, however large its effect"),
+        (6, "q < 0.05 takes at least 63 of 100 components with that p, and 60 are replaced. So none can have it"),
+        (8, "q < 0.05 takes at least 16 of 100 components with that p. So a few large effects cannot have it"),
+        (40, ""),
+    ],
+)
+def test_a_q_that_so_few_queries_cannot_reach_is_said_to_be_so(n_queries, says):
+    """The smallest q is that of effects which are equal on all queries, 60 of 100 components, in the test itself."""
+    result = by_hand([0.01] * 100, n_queries=n_queries)
+    result.dataset["q_value"][60:] = np.nan
+    found, p = verdict(result), np.ones(100)
+    p[:60] = sign_flip_p(np.ones((60, n_queries)), np.arange(n_queries))
+    assert found.smallest_q == pytest.approx(benjamini_hochberg(p)[0])
+    noise = dict(found.points)["Noise"]
+    assert says in noise
+    if says:
+        enough = int(re.search(r"(\d+) queries are enough", noise)[1])
+        one = [benjamini_hochberg(np.r_[smallest_p(n), np.ones(99)])[0] < 0.05 for n in (enough - 1, enough)]
+        assert one == [False, True]
+    else:
+        assert noise.endswith("have q < 0.05.")
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,41 @@ def sign_flip_p(
     return p
 
 
+def smallest_p(n_queries: int, n_flips: int = 4096, seed: int = 0) -> float:
+    """The smallest p-value that `sign_flip_p` can give with so many queries: that of an equal effect on all of them.
+
+    The data itself and the data with all signs flipped always count as being as large; here no other pattern does. With
+    all patterns tried that is 2 / 2^n. And (sum x)^2 <= n sum x^2, so Hoeffding's bound is smallest here, too.
+
+    Args:
+        n_queries: number of queries, n; at least 1.
+        n_flips: as for `sign_flip_p`.
+        seed: likewise.
+
+    >>> from wpjax.stats import smallest_p
+    >>> smallest_p(4), smallest_p(8)
+    (0.125, 0.0078125)
+    """
+    return float(sign_flip_p(np.ones((1, n_queries)), np.arange(n_queries), n_flips, seed)[0])
+
+
+def n_needed(p: float, n_tests: int, level: float = 0.05) -> int:
+    """How many tests of a family must have a p-value as small as p, for their q-values to be below a level.
+
+    If k of n tests have p and the others more, then by Benjamini and Hochberg the k have q = n p / k.
+
+    Args:
+        p: the p-value.
+        n_tests: n, number of tests in the family.
+        level: the level.
+
+    >>> from wpjax.stats import n_needed
+    >>> n_needed(0.01, 100)  # with 20 of them q would be 0.05, which is not below it
+    21
+    """
+    return max(1, int(np.floor(n_tests * p / level)) + 1)
+
+
 def benjamini_hochberg(p: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
     """q-values: the smallest false discovery rate at which each component is reported (Benjamini and Hochberg).
 

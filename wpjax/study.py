@@ -11,15 +11,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 import wpjax
 from wpjax.arguments import SweepConfig
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.components import check_kind, parse_component
+from wpjax.components import KINDS, check_kind, count, parse_component
 from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.estimators.sets import add_set_score
@@ -27,6 +29,7 @@ from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.evaluation.reading import answers_to_read
+from wpjax.methods import check_method
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import decision_metric
@@ -35,9 +38,10 @@ from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
 from wpjax.results.origin import asked_for
+from wpjax.results.reach import Reach
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime.files import discard
-from wpjax.runtime.progress import Progress, silent
+from wpjax.runtime.progress import Progress, Tell, silent, untold
 from wpjax.runtime.shards import Shards, parts_folder
 
 
@@ -73,7 +77,7 @@ class Measured(NamedTuple):
     differs: str
 
 
-def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
+def run_study(config: SweepConfig, progress: Progress = silent, tell: Tell = untold) -> Study:
     """Sweep a pair as a config says, and write the result.
 
     If the study is interrupted, its finished parts stay in a folder beside its result file
@@ -82,6 +86,8 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     Args:
         config: all arguments.
         progress: called as work gets done.
+        tell: called with each note, before the long work: what differs in the pair and may, and what so few queries
+            cannot show.
 
     Raises:
         WpjaxError: arguments that cannot work. The subclasses in `wpjax.errors` say what is wrong: the models, the
@@ -110,6 +116,9 @@ def run_study(config: SweepConfig, progress: Progress = silent) -> Study:
     loaded = _loaded_anchor(config, pair, task)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     pair.check_prompts(batch)
+    for note in dict.fromkeys((*pair.notes, _out_of_reach(config, pair, batch, loaded))):
+        if note:
+            tell(note)
     measured = _measured(config, pair, task, batch, loaded, progress)
     with Shards(config.out, "sweep", _identity(config, pair, batch, measured), config.resume) as shards:
         with contextlib.nullcontext() if config.profile is None else jax.profiler.trace(str(config.profile)):
@@ -159,6 +168,31 @@ def _loaded_anchor(config: SweepConfig, pair: Pair, task: Behaviour) -> Anchor |
             f"this one, pass --anchor-behaviour {anchor.behaviour}"
         )
     return anchor
+
+
+def _out_of_reach(config: SweepConfig, pair: Pair, batch: PromptBatch, loaded: Anchor | None) -> str:
+    """What q-values so few queries cannot reach, in words; empty if a single component can be found.
+
+    An anchor that is yet to be fitted may be at any layer: then the numbers are those of a sweep of all layers.
+    """
+    method, metric = check_method(config.method), check_metric(config.metric)
+    if not method.cells:
+        return ""
+    layers = pair.cfg.n_layers
+    if loaded is not None and not metric.reads_anchor:  # its state is given, and what comes after it is swept
+        layers -= loaded.layer + 1
+    elif loaded is not None and metric.has_fixed_words:
+        layers = loaded.layer + 1
+    if config.components is None:
+        sizes = {kind: count(pair.cfg, kind) * (layers if KINDS[kind].in_layer else 1) for kind in config.kinds}
+    else:
+        sizes = collections.Counter(parse_component(pair.cfg, name).kind for name in {*config.components})
+    n_screens = len(method.estimates) * (1 if metric.has_fixed_words else 2)
+    most = n_screens * config.top + config.stratum if n_screens else max(sizes.values(), default=0)
+    n_replaced = sum(min(size, most) for size in sizes.values())
+    if not n_replaced:
+        return ""
+    return str(Reach.of(len(np.unique(batch.queries)), sum(sizes.values()), n_replaced, config.seed))
 
 
 def _measured(

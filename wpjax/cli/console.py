@@ -55,6 +55,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     out.print(table)
 
 
+def print_note(note: str) -> None:
+    """Print a note on the error stream, above the bars if there are some."""
+    from wpjax.cli.words import printable
+
+    err.print(Text(f"note: {printable(note)}"), soft_wrap=True)
+
+
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Progress]:
     """Give a `Progress` that draws a bar for each piece of work, on the error stream.

@@ -31,13 +31,13 @@ def run(
     """Measure how much of the behaviour each component's weights carry, and write the result."""
     config.check()  # before anything heavy is imported
 
-    from wpjax.cli.console import progress_bars
+    from wpjax.cli.console import print_note, progress_bars
     from wpjax.cli.words import print_answers, print_verdict
     from wpjax.results.verdict import verdict
     from wpjax.study import run_study
 
     with progress_bars() as progress:
-        study = run_study(config, progress)
+        study = run_study(config, progress, print_note)
     if study.no_set_score:
         print(f"no set score: {study.no_set_score}", file=sys.stderr)
     if study.no_answers:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from wpjax.columns import EFFECT, effect_estimates, title_of
 from wpjax.methods.metrics import reads_anchor
 from wpjax.results.origin import Origin
+from wpjax.results.reach import LEVEL, Reach
 from wpjax.results.sweep_result import SweepResult
 
 Status = Literal["accepted", "undecided", "rejected", "not tested"]
@@ -73,6 +74,7 @@ class Verdict:
         n_most: the same for 90 %.
         n_components: number of components that these are counted among: those that `SweepResult.finest` marks.
         coverage: share of the gap that all swept components recover as one patch.
+        smallest_q: no q-value of this sweep can be smaller, however large an effect is; NaN if nothing was tested.
         points: headings and sentences, in the order in which they are read.
         commands: what to run next, quoted for a shell; empty if the path of the result is not known.
     """
@@ -84,6 +86,7 @@ class Verdict:
     n_most: int | None
     n_components: int
     coverage: float
+    smallest_q: float
     points: tuple[tuple[str, str], ...]
     commands: tuple[str, ...] = ()
 
@@ -120,17 +123,19 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     shape = _shape(n_half, int(finest.sum()))
     layers = _layers(data["layer"].values[finest], values[finest])
     status, about = _status(attrs)
+    reach = _reach(result)
     points = (
         ("Where", _where(result, values, layers)),
         ("How concentrated", _spread(result, values[finest], shape, n_half, n_most, coverage)),
         ("How much", _covered(int(data.sizes["component"]), coverage)),
         ("How far to trust it", about),
-        ("Noise", _noise(result)),
+        ("Noise", _noise(result, reach)),
     )
     # The answers to read say with how many components the behaviour came back; without them the count has to do.
     n_best = n_most or n_half if result.answers is None else result.answers.n_components
     commands = () if path is None else _commands(attrs, Path(path), status, n_best)
-    return Verdict(status, shape, layers, n_half, n_most, int(finest.sum()), coverage, points, commands)
+    smallest_q = float("nan") if reach is None else reach.smallest_q
+    return Verdict(status, shape, layers, n_half, n_most, int(finest.sum()), coverage, smallest_q, points, commands)
 
 
 def n_reaching(values: Float[np.ndarray, " C"], total: float) -> int | None:
@@ -266,16 +271,28 @@ def _covered(n: int, coverage: float) -> str:
     return told
 
 
-def _noise(result: SweepResult) -> str:
+def _reach(result: SweepResult) -> Reach | None:
+    """What q-values the sweep can have; None if nothing was tested."""
+    data, attrs = result.dataset, result.dataset.attrs
+    n_tested = int(np.isfinite(data["q_value"].values).sum())
+    if not n_tested:
+        return None
+    seed = attrs.get("seed", 0)
+    seed = int(seed) if isinstance(seed, int | np.integer) and 0 <= seed < 2**32 else 0
+    return Reach.of(int(attrs["n_queries"]), int(data.sizes["component"]), n_tested, seed)
+
+
+def _noise(result: SweepResult, reach: Reach | None) -> str:
     data = result.dataset
     exact = data["exact"].values.astype(bool)
+    about_q = "" if reach is None else f" {reach}".rstrip()
     if not exact.any():
-        return "No component was replaced alone, so there is no noise floor: the ranking is an estimate."
+        return "No component was replaced alone, so there is no noise floor: the ranking is an estimate." + about_q
     above = int((exact & ~data["below_noise_floor"].values.astype(bool)).sum())
-    found = int((data["q_value"].values < 0.05).sum())
+    found = int((data["q_value"].values < LEVEL).sum())
     return (
         f"Rounding alone makes effects up to {float(data.attrs['noise_floor']):.1e}; {above:,} of {int(exact.sum()):,} "
-        f"replaced components are above it, and {found:,} have q < 0.05."
+        f"replaced components are above it, and {found:,} have q < {LEVEL:g}.{about_q}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How long work reports its progress."""
+"""How long work reports its progress, and what is worth knowing before it."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 def silent(what: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+Tell: TypeAlias = Callable[[str], None]
+"""A function that is called with a note worth knowing, before the work that it is about."""
+
+
+def untold(note: str) -> None:
+    """Tell nobody."""
