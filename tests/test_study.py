@@ -180,3 +180,15 @@ def test_what_few_queries_cannot_show_is_said_before_the_work(tmp_path, changes,
     asked = dataclasses.replace(config(tmp_path), components=None, kinds=("head", "mlp"), **changes)
     told = told_before_work(asked)
     assert [says in note for note in told] == [True] if says else told == []
+
+
+def test_what_differs_in_the_pair_is_said_before_the_work_and_with_the_result(tmp_path):
+    save_checkpoint(tmp_path / "expert", load_model("tiny:expert"))
+    path = tmp_path / "expert" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 100}))
+    note = "contexts of 192 and 100 tokens: the smaller is used"
+    asked = config(tmp_path, expert=str(tmp_path / "expert"), n_prompts=8, method="screen", set_score=False)
+    told = []
+    study = run_study(asked, tell=told.append)
+    assert told == [note]
+    assert note in dict(verdict(study.result).points)["The pair"]

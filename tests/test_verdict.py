@@ -103,6 +103,12 @@ def test_a_q_that_so_few_queries_cannot_reach_is_said_to_be_so(n_queries, says):
         assert noise.endswith("have q < 0.05.")
 
 
+def test_what_differs_in_the_pair_is_said():
+    notes = "contexts of 64 and 32 tokens: the smaller is used; 2 added tokens differ, in name or id: '<a>', '<b>'"
+    assert notes in dict(verdict(by_hand([0.5], pair_notes=notes)).points)["The pair"]
+    assert "The pair" not in dict(verdict(by_hand([0.5])).points)
+
+
 @pytest.mark.parametrize(
     ("attrs", "status", "says"),
     [

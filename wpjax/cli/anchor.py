@@ -64,13 +64,15 @@ def run(
     check_output(out, overwrite, inputs=(base, expert, behaviour))
 
     from wpjax import behaviours
-    from wpjax.cli.console import print_json, progress_bars
+    from wpjax.cli.console import print_json, print_note, progress_bars
     from wpjax.evaluation.fit_anchor import fit_anchor
     from wpjax.metrics.diagnostics import diagnostics_kept
     from wpjax.pairs import load_pair
 
     task = behaviours.behaviour(behaviour, checker, split)
     pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
+    for note in pair.notes:
+        print_note(note)
     with diagnostics_kept(out), progress_bars() as progress:
         anchor = fit_anchor(
             pair,

@@ -130,6 +130,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
         ("How much", _covered(int(data.sizes["component"]), coverage)),
         ("How far to trust it", about),
         ("Noise", _noise(result, reach)),
+        *_about_pair(attrs),
     )
     # The answers to read say with how many components the behaviour came back; without them the count has to do.
     n_best = n_most or n_half if result.answers is None else result.answers.n_components
@@ -269,6 +270,12 @@ def _covered(n: int, coverage: float) -> str:
     if coverage < 0.5:
         told += " Most of it lies elsewhere: sweep more kinds, say --kinds head,kv_group,neuron,norm,embed."
     return told
+
+
+def _about_pair(attrs: Any) -> tuple[tuple[str, str], ...]:
+    """What differs in base and expert and may; nothing where nothing is recorded."""
+    notes = attrs.get("pair_notes")
+    return (("The pair", f"Differs in what may differ: {notes}."),) if isinstance(notes, str) and notes else ()
 
 
 def _reach(result: SweepResult) -> Reach | None:
