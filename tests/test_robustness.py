@@ -484,6 +484,46 @@ def test_numbers_that_no_model_has_are_refused(tmp_path, saved, damage, says):
         SweepResult.from_netcdf(tmp_path / "r.nc")
 
 
+def test_a_result_that_can_be_read_but_is_not_what_was_written_is_refused(tmp_path, saved):
+    """One number, one letter or one attribute is another; a file of before has no checksum, and is read."""
+    saved.to_netcdf(tmp_path / "r.nc")
+    whole = (tmp_path / "r.nc").read_bytes()
+
+    def spoil(change):
+        (tmp_path / "r.nc").write_bytes(whole)
+        with h5py.File(tmp_path / "r.nc", "r+") as file:
+            change(file)
+        return SweepResult.from_netcdf(tmp_path / "r.nc")
+
+    def another_name(file):
+        file["name"][0] = "L1.mlp"
+
+    def another_number(file):
+        file["effect"][1] += 1e-9
+
+    for change in (another_name, another_number, lambda file: file.attrs.__setitem__("coverage", 0.5)):
+        with pytest.raises(WpjaxError, match=r"r\.nc: what it holds is not what was written \(its checksum differs\)"):
+            spoil(change)
+
+    def as_before(file):
+        del file.attrs["checksum"]
+
+    xr.testing.assert_identical(spoil(as_before).dataset, saved.dataset)
+    assert "checksum" not in saved.dataset.attrs
+
+
+def test_an_anchor_that_can_be_read_but_is_not_what_was_written_is_refused(tmp_path, anchor):
+    path = tmp_path / "a"
+    anchor.save(path)
+    np.testing.assert_array_equal(Anchor.load(path).vector, anchor.vector)
+    whole = path.read_bytes()
+    at = len(whole) - 4 * anchor.vector.size  # the vector stands at the end
+    for place, byte in ((at + 8, whole[at + 8] ^ 1), (whole.index(b"tiny:title") + 5, ord("T"))):
+        path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="its checksum differs"):
+            Anchor.load(path)
+
+
 def test_an_anchor_that_names_no_expert_is_neither_written_nor_read(tmp_path, anchor):
     with pytest.raises(CheckpointError, match="does not say which expert"):
         dataclasses.replace(anchor, expert_fingerprint="").save(tmp_path / "a")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -44,6 +45,15 @@ from wpjax.runtime.files import atomic_output, write_tensors
 
 MAX_RESPONSE = 2**20
 """Most tokens of an answer that the file of an anchor may ask for; more is damage."""
+
+
+CHECKSUM = "checksum"
+"""Name of the checksum among the metadata of a file: of the vector and of everything else that the file says."""
+
+
+def _checksum(vector: np.ndarray, metadata: Mapping[str, str]) -> str:
+    said = json.dumps({name: text for name, text in metadata.items() if name != CHECKSUM}, sort_keys=True)
+    return hashlib.blake2b(said.encode() + vector.tobytes(), digest_size=16).hexdigest()
 
 
 @functools.partial(
@@ -230,15 +240,17 @@ class Anchor:
             "template_date": self.template_date,
             "diagnostics": json.dumps([dataclasses.asdict(d) for d in self.diagnostics]),
         }
+        vector = np.asarray(self.vector)
+        metadata[CHECKSUM] = _checksum(vector, metadata)
         with atomic_output(Path(path), overwrite) as temporary:
-            write_tensors(temporary, {"vector": np.asarray(self.vector)}, metadata)
+            write_tensors(temporary, {"vector": vector}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Anchor:
         """Read a file that `save` wrote.
 
         Raises:
-            CheckpointError: the file is not an anchor file.
+            CheckpointError: the file is not an anchor file, or it is damaged.
         """
         try:
             if not Path(path).is_file():  # nor a pipe, which never ends
@@ -259,6 +271,11 @@ class Anchor:
             raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
         if vector.ndim != 1 or vector.dtype != np.float32 or not np.isclose(np.linalg.norm(vector), 1, atol=1e-3):
             raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")
+        if CHECKSUM in meta and meta[CHECKSUM] != _checksum(vector, meta):  # version 0.1.0 wrote none
+            raise CheckpointError(
+                f"{path}: what it holds is not what was written (its checksum differs); take a copy that is whole, or "
+                "make it anew with `wpjax anchor`"
+            )
         date = meta.get("template_date", "")
         return cls(jnp.asarray(vector), layer, behaviour, fingerprint, diagnostics, n_response, date)
 
