@@ -12,6 +12,7 @@ from wpjax.stats import (
     mean_interval,
     missed_interval,
     n_needed,
+    ratio_difference,
     ratio_of_means,
     resample,
     sign_flip_p,
@@ -62,6 +63,15 @@ def test_ratio_interval_covers_as_often_as_it_says(n_queries):
         hits += low[0] <= 0.3 <= high[0]
         assert effect[0] == pytest.approx(delta.sum() / gap.sum())
     assert 0.915 <= hits / n <= 0.985
+
+
+def test_the_difference_of_two_effects_is_an_effect_where_the_gap_is_the_same():
+    rng, queries = np.random.default_rng(9), np.repeat(np.arange(6), 2)
+    mine, theirs, gap = rng.normal(1, 1, (3, 12)), rng.normal(1, 1, (3, 12)), rng.normal(3, 1, 12)
+    got = ratio_difference((mine, theirs), (gap, gap), resample(queries))
+    np.testing.assert_allclose(got, ratio_of_means(mine - theirs, gap, resample(queries)))
+    alone = ratio_difference((mine, 0 * theirs), (gap, gap + 1), resample(queries))
+    np.testing.assert_allclose(alone, ratio_of_means(mine, gap, resample(queries)))
 
 
 def test_sign_flips_equal_exact_enumeration():

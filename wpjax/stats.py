@@ -114,6 +114,44 @@ def ratio_of_means(
     return delta.mean(1) / gap.mean(), bounds[0], bounds[1]
 
 
+def ratio_difference(
+    delta: tuple[Float[np.ndarray, "C B"], Float[np.ndarray, "C B"]],
+    gap: tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]],
+    resamples: Resamples,
+    level: float = 0.95,
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """The effect of each component in one sweep minus that in another of the same prompts, with its interval.
+
+    Both are resampled together, so what an easy query adds to both drops out (expanded percentiles, as for
+    `ratio_of_means`).
+
+    Args:
+        delta: changes of the metric in each sweep, [C, B]; prompts in one order.
+        gap: metric of the expert minus that of the base in each sweep, [B].
+        resamples: bootstrap samples of these prompts, from `resample`.
+        level: level of the interval.
+
+    Returns:
+        difference, lower end and upper end, [C] each, as shares of the gaps.
+
+    >>> import numpy as np
+    >>> from wpjax.stats import ratio_difference, resample
+    >>> gap = np.array([1.0, 2.0, 3.0, 4.0])
+    >>> found = ratio_difference((0.5 * gap[None], 0.25 * gap[None]), (gap, gap), resample(np.arange(4)))
+    >>> tuple(values.tolist() for values in found)
+    ([0.25], [0.25], [0.25])
+    """
+    weights, tails = resamples.weights, resamples.tails(level)
+    totals = [weights @ g for g in gap]
+    bounds = np.empty((2, len(delta[0])))
+    for first in range(0, bounds.shape[1], 4096):
+        part = slice(first, first + 4096)
+        a, b = ((weights @ d[part].T) / total[:, None] for d, total in zip(delta, totals, strict=True))
+        bounds[:, part] = np.percentile(a - b, tails, axis=0)
+    a, b = (d.mean(1) / g.mean() for d, g in zip(delta, gap, strict=True))
+    return a - b, bounds[0], bounds[1]
+
+
 def mean_interval(values: Float[np.ndarray, " B"], resamples: Resamples, level: float = 0.95) -> Interval:
     """The mean over prompts, with its bootstrap interval (expanded percentiles).
 
