@@ -30,7 +30,7 @@ from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, Metric
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.validation import check_same_behaviour
-from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.anchor import Anchor, identity_of
 from wpjax.pairs import make_pair
 from wpjax.report import write_report
 from wpjax.results.files import netcdf_bytes
@@ -386,6 +386,63 @@ def test_an_anchor_of_another_behaviour_is_used_by_name_only_and_marked(tmp_path
     marks = anchor.prepare(tiny_pair, batch).attributes
     assert marks["anchor_behaviour"] == "tiny:title"
     assert marks["anchor_acceptance"] == "not tested: it is an anchor of tiny:title"
+
+
+def test_an_anchor_of_the_same_name_but_other_prompts_checker_or_base_is_refused(tmp_path, anchor, tiny_pair):
+    """Two files of one name, each in a folder of its own. What differs is named; by name the anchor is used after all,
+    and does not count as tested.
+    """
+
+    class Begun(Exception):
+        pass
+
+    def begin(what, done, total):
+        raise Begun
+
+    queries = list(dict.fromkeys(p.without for p in behaviour("tiny:title").pairs))
+    for name, chosen in (("a", queries[:16]), ("b", queries[8:24])):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"prompt": q, "instruction": "Shout."}) for q in chosen]
+        (tmp_path / name / "shouting.jsonl").write_text("\n".join(lines))
+    here, elsewhere = (tmp_path / name / "shouting.jsonl" for name in "ab")
+    checker = "regex:^[A-Z ]+$"
+    identity = identity_of(tiny_pair, behaviour(here, checker))
+    fitted = dataclasses.replace(anchor, behaviour="shouting", identity=identity)
+    path, other_base = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    fitted.save(path)
+    dataclasses.replace(fitted, identity=identity | {"base": "0" * 16, "tokens": "1" * 16}).save(other_base)
+    config = study(tmp_path, behaviour=str(here), checker=checker, anchor=path, components=("L2.head.0",))
+    with pytest.raises(Begun):
+        run_study(config, begin)
+    with pytest.raises(Begun):  # without a checker there is nothing to compare
+        run_study(dataclasses.replace(config, checker=None), begin)
+    for changes, says in (
+        ({"behaviour": str(elsewhere)}, "an anchor of shouting with other prompts; fit one"),
+        ({"checker": "contains:!"}, r"with the checker regex:\^\[A-Z \]\+\$ \(here contains:!\); fit one"),
+        ({"split": "none"}, r"with --split thirds \(here none\); fit one"),
+        ({"anchor": other_base}, r"with another base \(fingerprint 0{16}, here .*\), other tokens of the same prompts"),
+    ):
+        other = dataclasses.replace(config, **changes)
+        with pytest.raises(AnchorRejected, match=f"{says}.*pass --anchor-behaviour shouting"):
+            run_study(other, begin)
+        with pytest.raises(Begun):
+            run_study(dataclasses.replace(other, anchor_behaviour="shouting"), begin)
+
+
+def test_an_anchor_that_is_used_by_name_does_not_count_as_tested(tmp_path, anchor):
+    """And one of an earlier version is used with a note, as it says only its behaviour's name."""
+    told = []
+    config = study(tmp_path, anchor=SAVED / "title.anchor.safetensors", components=("L2.head.0",), answers=0)
+    config = dataclasses.replace(config, method="screen", set_score=False)
+    run_study(config, tell=told.append)
+    assert [("does not say with which prompts" in note) for note in told] == [True]
+    changed = dataclasses.replace(anchor, identity={"prompts": "0" * 16})
+    changed.save(tmp_path / "a")
+    found = run_study(
+        dataclasses.replace(config, anchor=tmp_path / "a", anchor_behaviour="tiny:title", out=tmp_path / "s.nc")
+    ).result
+    assert found.dataset.attrs["anchor_behaviour"] == "tiny:title with other prompts"
+    assert found.dataset.attrs["anchor_acceptance"] == "not tested: it is an anchor of tiny:title with other prompts"
 
 
 def test_a_result_of_another_behaviour_is_validated_by_name_only(saved, tmp_path):

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import shlex
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +115,7 @@ def run_study(config: SweepConfig, progress: Progress = silent, tell: Tell = unt
     pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
     for name in config.components or ():
         parse_component(pair.cfg, name)
-    loaded = _loaded_anchor(config, pair, task)
+    loaded = _loaded_anchor(config, pair, task, tell)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     pair.check_prompts(batch)
     for note in dict.fromkeys((*pair.notes, _out_of_reach(config, pair, batch, loaded))):
@@ -154,20 +156,36 @@ def run_study(config: SweepConfig, progress: Progress = silent, tell: Tell = unt
     return study
 
 
-def _loaded_anchor(config: SweepConfig, pair: Pair, task: Behaviour) -> Anchor | None:
+def _loaded_anchor(config: SweepConfig, pair: Pair, task: Behaviour, tell: Tell) -> Anchor | None:
     """The anchor of the file that a config names, after a check that it belongs to this pair and behaviour."""
     path = config.anchor or config.given_anchor
     if path is None:
         return None
     anchor = Anchor.load(path)
     anchor.check_belongs(pair)
-    expected = config.anchor_behaviour or task.name
-    if anchor.behaviour != expected:
+    name, expected = anchor.behaviour, config.anchor_behaviour or task.name
+    if name != expected:
         raise AnchorRejected(
-            f"{path}: an anchor of {anchor.behaviour}, not of {expected}; fit one with `wpjax anchor`, or, if you mean "
-            f"this one, pass --anchor-behaviour {anchor.behaviour}"
+            f"{path}: an anchor of {name}, not of {expected}; fit one with `wpjax anchor`, or, if you mean this one, "
+            f"pass --anchor-behaviour {shlex.quote(name)}"
         )
-    return anchor
+    if name != task.name:
+        return anchor  # meant to be another's; the result says so
+    if not anchor.identity:
+        tell(
+            f"{path} does not say with which prompts, checker, base and tokenizer its anchor was fitted, as an earlier "
+            "version wrote it: only the name of its behaviour and its expert are compared"
+        )
+    differences = anchor.differences(pair, task)
+    if not differences:
+        return anchor
+    what = f"{name} with {', '.join(differences)}"
+    if config.anchor_behaviour is None:
+        raise AnchorRejected(
+            f"{path}: an anchor of {what}; fit one with `wpjax anchor`, or, if you mean this one, pass "
+            f"--anchor-behaviour {shlex.quote(name)}"
+        )
+    return dataclasses.replace(anchor, behaviour=what)  # so that its tests are not taken for tests of this behaviour
 
 
 def _out_of_reach(config: SweepConfig, pair: Pair, batch: PromptBatch, loaded: Anchor | None) -> str:
