@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xarray as xr
 
+from tests.helpers import curves_by_hand
 from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.checkpoints.hf_config import parse_config
@@ -183,23 +183,7 @@ def test_result_files_with_other_values(tmp_path, kind, curves):
 
 @pytest.fixture(scope="module")
 def curves():
-    dims, rng = ("direction", "ranking", "point", "prompt"), np.random.default_rng(0)
-    return xr.Dataset(
-        {
-            "n_components": (("ranking", "point"), [[1, 2], [1, 2]]),
-            "n_parameters": (("ranking", "point"), [[10, 1000], [10, 1000]]),
-            "query": ("prompt", [0, 1, 2, 3]),
-            **{name: (dims, rng.random((2, 2, 2, 4)) < 0.5) for name in ("strict", "loose")},
-            "score_kl": (dims, rng.random((2, 2, 2, 4))),
-            **{f"end_{n}": (("end", "prompt"), np.array([[0.0] * 4, [1.0] * 4])) for n in ("strict", "loose", "kl")},
-        },
-        {
-            "direction": ["restore", "knockout"],
-            "ranking": ("ranking", np.array(["effect", "random 1"], object)),
-            "end": ["base", "expert"],
-        },
-        {"what": "curves", "schema": 1, "seed": 0, "behaviour": "b", "base": "x", "expert": "y"},
-    )
+    return curves_by_hand().dataset
 
 
 def damaged_safetensors(rng, data):

@@ -20,6 +20,7 @@ from wpjax.estimators.sets import add_set_score
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.finetuning import answer
+from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import decision_metric
 from wpjax.pairs import load_model, load_pair
 from wpjax.patching import PatchMask, materialize
@@ -169,14 +170,18 @@ def told_before_work(asked, n=1):
         ({"n_prompts": 4}, "With 4 queries no p is below 0.12, and no q below p"),
         # 8 heads and an MLP in each of 8 layers; of each kind at most 2 + 1 are replaced
         ({"n_prompts": 8, "top": 2, "stratum": 1}, "at least 12 of 72 components with that p, and 6 are replaced"),
-        ({"n_prompts": 8}, "at least 12 of 72 components with that p. So a few large effects cannot"),
+        ({"n_prompts": 8}, "at least 12 of 72 components with that p: a few large effects do not count"),
         # up to the layer of the anchor, which is 6
-        ({"n_prompts": 8, "anchor": SAVED / "title.anchor.safetensors"}, "at least 10 of 63 components with that p"),
-        ({"n_prompts": 8, "anchor": SAVED / "title.anchor.safetensors", "method": "gradient"}, None),
-        ({"n_prompts": 32, "anchor": SAVED / "title.anchor.safetensors"}, None),
+        ({"n_prompts": 8, "anchor": Path("a")}, "at least 10 of 63 components with that p"),
+        ({"n_prompts": 8, "anchor": Path("a"), "method": "gradient"}, None),
+        ({"n_prompts": 32, "anchor": Path("a")}, None),
     ],
 )
 def test_what_few_queries_cannot_show_is_said_before_the_work(tmp_path, changes, says):
+    if "anchor" in changes:
+        known = dataclasses.replace(Anchor.load(SAVED / "title.anchor.safetensors"), identity={"split": "thirds"})
+        known.save(tmp_path / "a")
+        changes = changes | {"anchor": tmp_path / "a"}
     asked = dataclasses.replace(config(tmp_path), components=None, kinds=("head", "mlp"), **changes)
     told = told_before_work(asked)
     assert [says in note for note in told] == [True] if says else told == []

@@ -80,9 +80,12 @@ def test_components_that_overlap_are_not_counted_twice():
 @pytest.mark.parametrize(
     ("n_queries", "says"),
     [
-        (4, "no p is below 0.12, and no q below p. So no component can have q < 0.05, however large its effect"),
-        (6, "q < 0.05 takes at least 63 of 100 components with that p, and 60 are replaced. So none can have it"),
-        (8, "q < 0.05 takes at least 16 of 100 components with that p. So a few large effects cannot have it"),
+        (4, "no p is below 0.12, and no q below p: no component can have q < 0.05, however large its effect"),
+        (
+            6,
+            "takes at least 63 of 100 components with that p, and 60 are replaced: no component can have q < 0.05",
+        ),
+        (8, "q < 0.05 takes at least 16 of 100 components with that p: a few large effects do not count as found"),
         (40, ""),
     ],
 )
@@ -96,7 +99,7 @@ def test_a_q_that_so_few_queries_cannot_reach_is_said_to_be_so(n_queries, says):
     noise = dict(found.points)["Noise"]
     assert says in noise
     if says:
-        enough = int(re.search(r"(\d+) queries are enough", noise)[1])
+        enough = int(re.search(r"With (\d+) queries a single component", noise)[1])
         one = [benjamini_hochberg(np.r_[smallest_p(n), np.ones(99)])[0] < 0.05 for n in (enough - 1, enough)]
         assert one == [False, True]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,9 +96,10 @@ def run(
 
     import wpjax
     from wpjax.cli.console import progress_bars
-    from wpjax.cli.words import print_answers
+    from wpjax.cli.words import print_answers, printable
     from wpjax.evaluation.validation import validate
     from wpjax.report.curves import write_curves
+    from wpjax.results.verdict import as_argument
 
     task = behaviour_of(result, asked, checker is not None)
     pair = pair_of(asked)
@@ -137,6 +139,9 @@ def run(
     if not as_json:
         print_answers(curves.answers)
         print(f"\nwrote {out}, {', '.join(map(str, figures))}")
+        swept_file, curves_file, page = map(as_argument, (result, out, out.with_suffix(".html")))
+        command = ["wpjax", "report", swept_file, curves_file, "--out", page]
+        print(f"next: {printable(shlex.join(command))}")
 
 
 def print_curves(curves: Curves, as_json: bool) -> None:

@@ -56,16 +56,11 @@ class Reach(NamedTuple):
         if self.n_needed == 1:
             return ""
         few = f"With {self.n_queries} queries no p is below {self.smallest_p:.2g}"
-        more = f"{self.enough_queries} queries are enough for a single one to be found."
-        if self.smallest_p >= LEVEL:
-            return (
-                f"{few}, and no q below p. So no component can have q < {LEVEL:g}, however large its effect, and that "
-                f"none has says nothing. {more}"
-            )
         needed = f"q < {LEVEL:g} takes at least {self.n_needed:,} of {self.n_components:,} components with that p"
+        none = f"no component can have q < {LEVEL:g}, however large its effect. None found is not none there."
+        more = f"With {self.enough_queries} queries a single component can be found."
+        if self.smallest_p >= LEVEL:
+            return f"{few}, and no q below p: {none} {more}"
         if self.is_out_of_reach:
-            return (
-                f"{few}; {needed}, and {self.n_replaced:,} are replaced. So none can have it, however large its "
-                f"effect, and that none has says nothing. {more}"
-            )
-        return f"{few}; {needed}. So a few large effects cannot have it, and that they have not says nothing. {more}"
+            return f"{few}. {needed}, and {self.n_replaced:,} are replaced: {none} {more}"
+        return f"{few}. {needed}: a few large effects do not count as found, but may be there. {more}"

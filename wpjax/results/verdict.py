@@ -312,7 +312,7 @@ def _listed(parts: list[str]) -> str:
 
 def _commands(attrs: Any, path: Path, status: Status, n: int | None) -> tuple[str, ...]:
     """What to run next, the most useful first."""
-    origin, file = Origin.of(attrs), _argument(path)
+    origin, file = Origin.of(attrs), as_argument(path)
     needs = ["--checker", origin.checker] if origin.checker is not None and origin.checker_is_code else []
     if origin.checker is None and origin.behaviour.endswith(".jsonl"):
         needs = ["--checker", "CHECKER"]
@@ -324,14 +324,14 @@ def _commands(attrs: Any, path: Path, status: Status, n: int | None) -> tuple[st
         change, name = (
             (["--n-steered", "256"], "more") if status == "undecided" else (["--metric", "decision"], "decision")
         )
-        again = ["sweep", *asked, *change, "--out", _argument(path.with_name(f"{path.stem}-{name}.nc"))]
+        again = ["sweep", *asked, *change, "--out", as_argument(path.with_name(f"{path.stem}-{name}.nc"))]
         commands.insert(0 if status == "rejected" else 1, again)
-    commands.append(["report", file, "--out", _argument(path.with_suffix(".html"))])
+    commands.append(["report", file, "--out", as_argument(path.with_suffix(".html"))])
     if n is not None and status == "accepted":
-        commands.append(["export", file, "--top", str(n), "--out", _argument(path.with_name(f"{path.stem}-top{n}"))])
+        commands.append(["export", file, "--top", str(n), "--out", as_argument(path.with_name(f"{path.stem}-top{n}"))])
     return tuple(shlex.join(["wpjax", *command]) for command in commands)
 
 
-def _argument(path: Path) -> str:
+def as_argument(path: Path) -> str:
     """A path as an argument of a command: one that begins with a dash would be taken for an option."""
     return f"./{path}" if str(path).startswith("-") else str(path)
