@@ -645,6 +645,34 @@ def test_work_that_does_not_look_is_ended(grace, signals, code):
     assert out.endswith("; nothing was written\n")
 
 
+@pytest.mark.parametrize(
+    ("module", "command", "code", "says"),
+    [
+        ("lazy_loader", "wpjax", 130, "interrupted; nothing was written\n"),  # the package itself is imported
+        ("wpjax.cli", "wpjax", 130, "interrupted; nothing was written\n"),
+        ("typer", "/usr/bin/wpjax", 130, "interrupted; nothing was written\n"),  # the command listens already
+        ("lazy_loader", "notebook", 1, None),  # another program has its own way
+    ],
+)
+def test_ctrl_c_while_python_imports_is_one_line(module, command, code, says):
+    """The signal comes as a module is about to be imported, in a process that is called as the command is."""
+    script = (
+        "import os, signal, sys\n"
+        f"sys.argv = [{command!r}, '--version']\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from wpjax.cli import main\n"
+        "main()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode in ((code,) if says else (code, -signal.SIGINT))
+    assert run.stderr == says if says else "Traceback" in run.stderr
+    assert run.stdout == ""
+
+
 def test_an_interrupted_command_says_what_it_has_written(tmp_path, monkeypatch):
     """Ctrl-C comes while the page is put in its place: the files are whole, and the command says so."""
     monkeypatch.chdir(tmp_path)
