@@ -170,7 +170,7 @@ def told_before_work(asked, n=1):
         ({"n_prompts": 4}, "With 4 queries no p is below 0.12, and no q below p"),
         # 8 heads and an MLP in each of 8 layers; of each kind at most 2 + 1 are replaced
         ({"n_prompts": 8, "top": 2, "stratum": 1}, "at least 12 of 72 components with that p, and 6 are replaced"),
-        ({"n_prompts": 8}, "at least 12 of 72 components with that p: a few large effects do not count"),
+        ({"n_prompts": 8}, "at least 12 of 72 components with that p: fewer large effects than that do not count"),
         # up to the layer of the anchor, which is 6
         ({"n_prompts": 8, "anchor": Path("a")}, "at least 10 of 63 components with that p"),
         ({"n_prompts": 8, "anchor": Path("a"), "method": "gradient"}, None),

@@ -41,8 +41,9 @@ KIND_NAMES = {
 _ANCHOR_SAYS = {
     "accepted": "The anchor is accepted: held at the expert's state on it, the base shows the behaviour, and held at "
     "the base's state the expert loses it. So the effects are shares of something that causes the behaviour.",
-    "undecided": "The anchor is undecided{reason}. The effects are real, but whether this direction causes the "
-    "behaviour is open: take the ranking as a first guess until more prompts, or `wpjax validate`, decide.",
+    "undecided": "The anchor is undecided{reason}: whether the direction that was measured causes the behaviour is "
+    "open. The effects on it are real; take the ranking as a first guess until more prompts, or `wpjax validate`, "
+    "decide.",
     "rejected": "The anchor is rejected{reason}. The effects are shares of a direction that was not shown to cause the "
     "behaviour: do not read them as where it lives. Measure what the model says instead, or validate.",
     "not tested": "Nothing has tested whether the anchor causes the behaviour: the ranking is of a direction that "
@@ -182,6 +183,8 @@ def _status(attrs: Any) -> tuple[Status, str]:
     differs = _outcome(str(attrs.get("behaviour_differs", "not tested")))
     if anchored and differs[0] in ("undecided", "rejected"):
         about += f" It is not certain that base and expert differ in the behaviour ({differs[1]})."
+    if attrs.get("quick"):
+        about += " It is a first look (--quick): few prompts, and few components were replaced."
     if attrs.get("split") == "all":
         about += (
             " All prompts served to fit, to sweep and to test (--split none): the figures are of these prompts, and "
@@ -262,7 +265,7 @@ def _by_estimates(result: SweepResult) -> str:
         return ""
     shown = next((name for name in effect_estimates() if name in result.dataset), result.ranking)
     some = "where a component was not replaced" if result.dataset["exact"].values.any() else "for all components"
-    return f" ({title_of(shown)} {some})"
+    return f" (by the estimate {title_of(shown)} {some})"
 
 
 def _covered(n: int, coverage: float) -> str:
@@ -292,11 +295,12 @@ def _reach(result: SweepResult) -> Reach | None:
 def _noise(result: SweepResult, reach: Reach | None) -> str:
     data = result.dataset
     exact = data["exact"].values.astype(bool)
-    about_q = "" if reach is None else f" {reach}".rstrip()
+    found = int((data["q_value"].values < LEVEL).sum())
+    # Where one is found, so are all of so small a p: then no large effect was missed for want of queries.
+    about_q = f" {reach}".rstrip() if reach is not None and not found else ""
     if not exact.any():
         return "No component was replaced alone, so there is no noise floor: the ranking is an estimate." + about_q
     above = int((exact & ~data["below_noise_floor"].values.astype(bool)).sum())
-    found = int((data["q_value"].values < LEVEL).sum())
     return (
         f"Rounding alone makes effects up to {float(data.attrs['noise_floor']):.1e}; {above:,} of {int(exact.sum()):,} "
         f"replaced components are above it, and {found:,} have q < {LEVEL:g}.{about_q}"
@@ -317,13 +321,18 @@ def _commands(attrs: Any, path: Path, status: Status, n: int | None) -> tuple[st
     if origin.checker is None and origin.behaviour.endswith(".jsonl"):
         needs = ["--checker", "CHECKER"]
     commands = [["validate", file, *needs]]
-    if status in ("undecided", "rejected"):
+    quick = bool(attrs.get("quick"))
+    if quick or status in ("undecided", "rejected"):
         asked = ["--base", origin.base, "--expert", origin.expert, "--behaviour", origin.behaviour]
         asked += [] if origin.checker is None else ["--checker", origin.checker]
         asked += ["--split", "none"] if origin.split == "none" else []
-        change, name = (
-            (["--n-steered", "256"], "more") if status == "undecided" else (["--metric", "decision"], "decision")
-        )
+        asked += [] if origin.tokenizer is None else ["--tokenizer", origin.tokenizer]
+        asked += [] if origin.dtype == "float32" else ["--dtype", origin.dtype]
+        asked += [part for name in origin.ignore_config for part in ("--ignore-config", name)]
+        if status == "rejected":
+            change, name = ["--metric", "decision"], "decision"
+        else:  # without --quick it uses more prompts in any case
+            change, name = ([], "full") if quick else (["--n-steered", "256"], "more")
         again = ["sweep", *asked, *change, "--out", as_argument(path.with_name(f"{path.stem}-{name}.nc"))]
         commands.insert(0 if status == "rejected" else 1, again)
     commands.append(["report", file, "--out", as_argument(path.with_suffix(".html"))])
