@@ -163,6 +163,7 @@ def test_result_files_with_other_values(tmp_path, kind, curves):
             found = Curves.from_netcdf(path)
             [found.area(m, "restore", 0) for m in found.measures]
             found.calibration()
+            assert isinstance(found.summary, str)
             return
         result = SweepResult.from_netcdf(path)
         result.top(5, by=result.set_ranking)

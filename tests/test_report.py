@@ -130,6 +130,7 @@ def test_a_validation_stands_on_the_page_with_its_answers(tmp_path):
     assert f"{area.mean:.2f} [{area.low:.2f}, {area.high:.2f}]" in {cell for row in hostile.rows for cell in row}
     said = [row for row in hostile.rows if row[:1] in (["base"], ["base + 2"], ["expert"])]
     assert said[0] == ["base", "fails", "plain"]
+    assert any(again.summary in text for text in clean.shown)
     assert said[4] == ["base + 2", "fails", HOSTILE]
     assert not any(f"wpjax validate {tmp_path}" in text for text in hostile.shown)
 

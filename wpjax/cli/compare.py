@@ -74,7 +74,7 @@ def run(
         ],
     )
     print(f"\nof {found.n_tested:,} components that were replaced in both, {found.n_differ:,} differ with q < 0.05")
-    if found.reach:
+    if found.reach and not found.n_differ:
         print(found.reach)
 
 

@@ -147,6 +147,7 @@ def run(
 def print_curves(curves: Curves, as_json: bool) -> None:
     """Print the areas under the curves of every ranking, and the calibration of every score."""
     from wpjax.cli.console import print_json, print_table
+    from wpjax.cli.words import printable
     from wpjax.results.curves import BINS, DIRECTIONS
 
     measures = curves.measures
@@ -162,10 +163,12 @@ def print_curves(curves: Curves, as_json: bool) -> None:
                 "areas": tree,
                 "calibration": [c._asdict() for c in calibration],
                 "gaps": {m: curves.gap(m)._asdict() for m in measures},
+                "summary": curves.summary,
                 **{n: curves.dataset.attrs.get(n) for n in ("behaviour", "swept_behaviour", "anchor_acceptance")},
             }
         )
         return
+    print(f"{printable(curves.summary)}\n")
     titles = {"restore": "Brought into the base", "knockout": "\nTaken out of the expert"}
     for direction, of in areas.items():
         print_table(

@@ -63,4 +63,4 @@ class Reach(NamedTuple):
             return f"{few}, and no q below p: {none} {more}"
         if self.is_out_of_reach:
             return f"{few}. {needed}, and {self.n_replaced:,} are replaced: {none} {more}"
-        return f"{few}. {needed}: fewer large effects than that do not count as found, though they are there. {more}"
+        return f"{few}. {needed}: fewer large effects than that do not count as found, even if they are there. {more}"
