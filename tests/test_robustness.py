@@ -483,6 +483,42 @@ def test_scores_that_are_not_finite_are_refused_with_the_layer(tiny_pair, anchor
         sweep(pair, task.encode(pair.tokenizer, n_prompts=4), owned, method="screen")
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_norm_of_zeros_gives_finite_numbers(tiny_pair, anchor, tmp_path):
+    """The stream passes it by. No figure becomes infinite, none divides by zero, and the file can be read."""
+    norm = with_leaf(tiny_pair.expert_checkpoint, "norm_attn", "scale", lambda w: w.at[2].set(0))
+    pair = make_pair(tiny_pair.base_checkpoint, norm)
+    batch = behaviour("tiny:title").encode(pair.tokenizer, n_prompts=4)
+    owned = dataclasses.replace(anchor, expert_fingerprint=pair.fingerprints[1])
+    found = sweep(pair, batch, owned, components=["L2.head.0", "L2.norm.attn"], method="exact")
+    found.to_netcdf(tmp_path / "r.nc")
+    again = SweepResult.from_netcdf(tmp_path / "r.nc").dataset
+    assert np.isfinite(again["effect"]).all()
+    assert np.isfinite(again["delta"]).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_pipes_and_devices_are_not_read_as_results_or_anchors(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(WpjaxError, match="not a readable result file"):
+            SweepResult.from_netcdf(path)
+        with pytest.raises(CheckpointError, match="not an anchor file"):
+            Anchor.load(path)
+
+
+def test_numbers_of_options_have_bounds(monkeypatch, capsys):
+    for arguments, says in (
+        (["validate", "r.nc", "--n-random", "1000000000"], "--n-random': Input should be less than or equal to 1000"),
+        (["validate", "r.nc", "--points", "1000000000"], "--points': Input should be less than or equal to 1000"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["wpjax", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 2
+        assert says in capsys.readouterr().err
+
+
 def test_nothing_infinite_is_written(saved, tmp_path):
     for change in ({"effect": saved.dataset["effect"] * np.inf}, {"delta": saved.dataset["delta"] + 1e31}):
         with pytest.raises(WpjaxError, match=f"{next(iter(change))}.*infinite, so nothing is written"):
