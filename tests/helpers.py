@@ -13,6 +13,7 @@ from wpjax.engines.packing import pack
 from wpjax.engines.plan import make_plan
 from wpjax.engines.replay import run_packed
 from wpjax.metrics.anchor import Anchor
+from wpjax.results.curves import Curves
 from wpjax.results.sweep_result import SweepResult
 
 
@@ -79,6 +80,30 @@ def sweep_by_hand(effects, kinds=None, layers=None, coverage=None, names=None, *
     variables = {name: ("component", values) for name, values in columns.items()}
     variables["coverage_joint"] = ("swept_kind", [joint] * len(swept))
     return SweepResult(xr.Dataset(variables, coords, {**SWEPT, "coverage": joint, **attrs}))
+
+
+def curves_by_hand(rankings=("effect", "random 1"), **attrs) -> Curves:
+    """Curves of two rankings, with two sets each, on four prompts; nobody answered them."""
+    dims, rng = ("direction", "ranking", "point", "prompt"), np.random.default_rng(0)
+    ends = (("end", "prompt"), np.array([[0.0] * 4, [1.0] * 4]))
+    return Curves(
+        xr.Dataset(
+            {
+                "n_components": (("ranking", "point"), [[1, 2], [1, 2]]),
+                "n_parameters": (("ranking", "point"), [[10, 1000], [10, 1000]]),
+                "query": ("prompt", [0, 1, 2, 3]),
+                **{name: (dims, rng.random((2, 2, 2, 4)) < 0.5) for name in ("strict", "loose")},
+                "score_kl": (dims, rng.random((2, 2, 2, 4))),
+                **{f"end_{name}": ends for name in ("strict", "loose", "kl")},
+            },
+            {
+                "direction": ["restore", "knockout"],
+                "ranking": ("ranking", np.array(rankings, object)),
+                "end": ["base", "expert"],
+            },
+            {"what": "curves", "schema": 1, "seed": 0, "behaviour": "b", "base": "x", "expert": "y", **attrs},
+        )
+    )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import save_checkpoint
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.evaluation.fit_anchor import fit_anchor, split_half_cosine
-from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.anchor import Anchor, identity_of
 from wpjax.metrics.diagnostics import LayerDiagnostics
 from wpjax.metrics.metric import scores
 from wpjax.pairs import load_pair, make_pair
@@ -130,6 +130,9 @@ def test_a_file_keeps_everything_and_belongs_to_its_expert(tiny_pair, tmp_path):
     figures = [[dataclasses.astuple(d) for d in a.diagnostics] for a in (again, anchor)]
     np.testing.assert_array_equal(figures[0], figures[1])  # NaN where no causal test was made
     again.check_belongs(tiny_pair)
+    assert again.identity == identity_of(tiny_pair, behaviour("tiny:title"))
+    assert again.differences(tiny_pair, behaviour("tiny:title")) == []
+    assert again.differences(tiny_pair, behaviour("tiny:title", split="none")) == ["--split thirds (here none)"]
     with pytest.raises(AnchorRejected, match="another expert"):
         again.check_belongs(load_pair("tiny:base", "tiny:planted"))
 

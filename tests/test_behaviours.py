@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import re
+import signal
 
 import numpy as np
 import pytest
 from if_verifiable.common import evaluate_instructions
 from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
-from wpjax.behaviours import BUILT_IN, behaviour, loose, parse_checker, strict
-from wpjax.behaviours.checkers import CHECKERS
+from wpjax.behaviours import BUILT_IN, behaviour, checkers, loose, parse_checker, strict
+from wpjax.behaviours.checkers import CHECKERS, multiple_sections
 from wpjax.behaviours.prompts import SPLITS
 from wpjax.errors import BehaviourError
 
@@ -166,6 +168,40 @@ def test_bad_files_say_which_line(tmp_path, lines, says):
 def test_bad_checkers_are_refused(spec):
     with pytest.raises(BehaviourError, match="checker"):
         parse_checker(spec)
+
+
+@pytest.mark.parametrize("spec", [r"regex:^(\w+\s?)*$", "regex:(a|aa)+$", "regex:(.*o){30}x"])
+def test_a_pattern_that_does_not_end_is_refused_before_the_models_answer(spec, monkeypatch):
+    monkeypatch.setattr(checkers, "PATTERN_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    with pytest.raises(
+        BehaviourError, match=f"checker {re.escape(repr(spec))}: no end after 0.2 s on a text of .* cha"
+    ):
+        parse_checker(spec)
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == before
+
+
+def test_what_does_not_end_on_some_text_only_is_refused_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkers, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(checkers, "FUNCTION_SECONDS", 0.2)
+    check, text = parse_checker(r"regex:^(\d+)+$"), "7" * 50 + "?"
+    assert check("1234", {})
+    with pytest.raises(BehaviourError, match=r"checker 'regex:.*': no end after 0.2 s on a text of 51 characters"):
+        loose(check, f"A first line\n{text}", {})
+    with pytest.raises(BehaviourError, match=r"section_spliter '\(7\+\)\+x': no end after 0.2 s"):
+        multiple_sections(text, {"section_spliter": "(7+)+x", "num_sections": 2})
+    (tmp_path / "waits.py").write_text(
+        "def never(text):\n"
+        "    while text:\n"
+        "        try: len(text)\n"
+        "        except Exception: pass  # it hears of no exception\n"
+        "    return True\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    never = parse_checker("waits:never")
+    assert never("", {})
+    with pytest.raises(BehaviourError, match=r"checker 'waits:never': no end after 0.2 s on a text of 5 characters"):
+        never("Hello", {})
 
 
 def test_checkers_from_users():

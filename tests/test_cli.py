@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def wpjax(monkeypatch, capsys, tmp_path):
 def assert_refused(result, says, folder, left=()):
     """One line on the error stream, exit code 2, and nothing new in the folder."""
     code, _, err = result
-    lines = [line for line in err.splitlines() if not line.startswith("[")]  # progress
+    lines = [line for line in err.splitlines() if not line.startswith(("[", "note: "))]  # progress
     assert code == 2, err
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
@@ -98,6 +99,9 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     code, out, _ = wpjax(*curves)
     assert code == 0
     assert re.search(r"Brought into the base.*effect.*attribution.*delta_norm.*random 1", out, re.DOTALL)
+    (page,) = re.findall(r"^next: wpjax (.*)$", out, re.MULTILINE)
+    assert wpjax(*shlex.split(page))[0] == 0
+    assert "Answers of the validation" in (tmp_path / "c.html").read_text()
     assert {"c.nc", "c-curves.png", "c-calibration.png"} <= {p.name for p in tmp_path.iterdir()}
     assert "the anchor's causal tests: not tested" in out
     assert SweepResult.from_netcdf("e.nc").dataset.attrs["anchor_acceptance"] == "not tested"
@@ -110,7 +114,9 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     flowless = ["report", "n.nc", "--execution", "e.nc", "--out", "x.html"]
     assert_refused(wpjax(*flowless), "holds no flow: sweep with a method", tmp_path, left)
     assert_refused(wpjax(*curves), r"c\.nc exists", tmp_path, left)
-    assert_refused(wpjax("report", "c.nc", "--out", "x.html"), "holds curves, not sweep", tmp_path, left)
+    assert_refused(
+        wpjax("report", "c.nc", "--out", "x.html"), "a page is of a sweep: wpjax report SWEEP.nc c", tmp_path, left
+    )
     assert_refused(wpjax("validate", "e.nc", *curves[2:-1], "f.nc", "--by", "ig"), "no ranking 'ig'", tmp_path, left)
     other = ["--base", "tiny:base", "--expert", "tiny:planted", "--behaviour", "tiny:title"]
     assert_refused(wpjax("validate", "r.nc", *other, "--out", "f.nc"), "the result is of the pair", tmp_path, left)

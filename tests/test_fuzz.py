@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xarray as xr
 
+from tests.helpers import curves_by_hand
 from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.checkpoints.hf_config import parse_config
@@ -90,20 +90,28 @@ def ends_well(read):
 
 
 def test_result_files_with_damaged_bytes(tmp_path):
-    """In a process of its own, so that a crash of HDF5 would be seen as one."""
+    """They are refused, or hold what was written: damage may fall where nothing is kept.
+
+    In a process of its own, so that a crash of HDF5 would be seen as one.
+    """
     script = (
         "import sys, numpy as np; from pathlib import Path\n"
         "from tests.test_fuzz import damaged_bytes, ends_well; from wpjax.results.sweep_result import SweepResult\n"
-        "data, rng, path = Path(sys.argv[1]).read_bytes(), np.random.default_rng(0), Path(sys.argv[2])\n"
+        "good, rng, path = SweepResult.from_netcdf(sys.argv[1]), np.random.default_rng(0), Path(sys.argv[2])\n"
+        "good.to_netcdf(path); data = path.read_bytes()\n"
+        "def read():\n"
+        "    assert SweepResult.from_netcdf(path).dataset.identical(good.dataset)\n"
         "meta = data.index(b'OHDR') if b'OHDR' in data else 0\n"
         "def spoilt(i):\n"
         "    if i % 2: return damaged_bytes(rng, data)\n"
         "    at = int(rng.choice(marks)); return data[:at] + damaged_bytes(rng, data[at:at + 400]) + data[at + 400:]\n"
         "marks = [i for i in range(len(data) - 4) if data[i:i + 4] in (b'OHDR', b'TREE', b'HEAP', b'SNOD', b'GCOL', "
         "b'OCHK', b'FRHP', b'BTHD')] or [0]\n"
+        "read_well = 0\n"
         "for i in range(120):\n"
         "    path.write_bytes(spoilt(i))\n"
-        "    ends_well(lambda: SweepResult.from_netcdf(path).top(5, by='screen'))\n"
+        "    read_well += ends_well(read)\n"
+        "assert read_well > 5, read_well\n"
     )
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(SAVED / "title.nc"), str(tmp_path / "r.nc")],
@@ -155,6 +163,7 @@ def test_result_files_with_other_values(tmp_path, kind, curves):
             found = Curves.from_netcdf(path)
             [found.area(m, "restore", 0) for m in found.measures]
             found.calibration()
+            assert isinstance(found.summary, str)
             return
         result = SweepResult.from_netcdf(path)
         result.top(5, by=result.set_ranking)
@@ -175,23 +184,7 @@ def test_result_files_with_other_values(tmp_path, kind, curves):
 
 @pytest.fixture(scope="module")
 def curves():
-    dims, rng = ("direction", "ranking", "point", "prompt"), np.random.default_rng(0)
-    return xr.Dataset(
-        {
-            "n_components": (("ranking", "point"), [[1, 2], [1, 2]]),
-            "n_parameters": (("ranking", "point"), [[10, 1000], [10, 1000]]),
-            "query": ("prompt", [0, 1, 2, 3]),
-            **{name: (dims, rng.random((2, 2, 2, 4)) < 0.5) for name in ("strict", "loose")},
-            "score_kl": (dims, rng.random((2, 2, 2, 4))),
-            **{f"end_{n}": (("end", "prompt"), np.array([[0.0] * 4, [1.0] * 4])) for n in ("strict", "loose", "kl")},
-        },
-        {
-            "direction": ["restore", "knockout"],
-            "ranking": ("ranking", np.array(["effect", "random 1"], object)),
-            "end": ["base", "expert"],
-        },
-        {"what": "curves", "schema": 1, "seed": 0, "behaviour": "b", "base": "x", "expert": "y"},
-    )
+    return curves_by_hand().dataset
 
 
 def damaged_safetensors(rng, data):

@@ -3,11 +3,13 @@
 import html.parser
 import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 
+from tests.helpers import curves_by_hand
 from wpjax.behaviours import behaviour
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.estimators.sweep import sweep
@@ -15,8 +17,11 @@ from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair
 from wpjax.report import write_report
 from wpjax.report.figures import available, make_figure
+from wpjax.results.answers import Answers
+from wpjax.results.curves import Curves
 from wpjax.results.sweep_result import SweepResult
 
+SAVED = Path(__file__).parent / "data" / "schema4" / "title.nc"
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac$ & [bold]"
 
 
@@ -101,6 +106,50 @@ def test_names_and_prompts_are_text_never_markup(result, tmp_path):
     assert page.tags == expected.tags  # not one element more
     assert not page.loads
     assert any(HOSTILE in text for text in page.shown)
+
+
+def test_a_validation_stands_on_the_page_with_its_answers(tmp_path):
+    saved = SweepResult.from_netcdf(SAVED)
+    swept = ("behaviour", "base", "expert", "base_fingerprint", "expert_fingerprint")
+    of = {name: saved.dataset.attrs[name] for name in swept}
+    texts = [["plain", "words"], ["SHOUTED", HOSTILE], ["LOUD", "LOUDER"]]
+    answers = Answers(("Hi?", HOSTILE), texts, np.array([[0.0, 0], [1, 0], [1, 1]]), 2, HOSTILE)
+    validated = [
+        Curves(answers.added_to(curves_by_hand(("effect", name), **of).dataset)) for name in (HOSTILE, "delta_norm")
+    ]
+    pages = []
+    for i, curves in enumerate(validated):
+        curves.to_netcdf(tmp_path / f"{i}.nc")
+        again = Curves.from_netcdf(tmp_path / f"{i}.nc")
+        written = write_report(saved, tmp_path / f"{i}.html", curves=again, source=tmp_path / "r.nc")
+        assert not [path.name for path in written if "curves" in path.name]  # `validate` has written them
+        pages.append(Page(written[0].read_text()))
+    hostile, clean = pages
+    assert (hostile.tags, hostile.loads) == (clean.tags, [])
+    area = validated[0].area("strict", "restore", 0)
+    assert f"{area.mean:.2f} [{area.low:.2f}, {area.high:.2f}]" in {cell for row in hostile.rows for cell in row}
+    said = [row for row in hostile.rows if row[:1] in (["base"], ["base + 2"], ["expert"])]
+    assert said[0] == ["base", "fails", "plain"]
+    assert any(again.summary in text for text in clean.shown)
+    assert said[4] == ["base + 2", "fails", HOSTILE]
+    assert not any(f"wpjax validate {tmp_path}" in text for text in hostile.shown)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"behaviour": "other"}, "the curves are of a sweep of other, this one is of tiny:title: name its own"),
+        ({"swept_behaviour": "other"}, "the curves are of a sweep of other"),
+        ({"expert_fingerprint": "0"}, r"the curves are of another expert \(tiny:expert\) than the sweep's"),
+    ],
+)
+def test_a_validation_of_another_sweep_is_refused(tmp_path, changes, says):
+    saved = SweepResult.from_netcdf(SAVED)
+    swept = ("behaviour", "base", "expert", "base_fingerprint", "expert_fingerprint")
+    of = {name: saved.dataset.attrs[name] for name in swept} | changes
+    with pytest.raises(WpjaxError, match=says):
+        write_report(saved, tmp_path / "r.html", curves=curves_by_hand(**of))
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_are_written_beside_the_page(result, tmp_path):

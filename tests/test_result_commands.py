@@ -199,6 +199,8 @@ def test_two_sweeps_are_compared(wpjax):
     code, out, _ = wpjax("compare", "r 1.nc", "r2.nc")
     assert code == 0
     assert re.search(r"metric +anchor +decision", out)
+    assert "of 5 components that were replaced in both, 0 differ with q < 0.05" in out
+    assert "With 8 queries" not in out  # of five components a single one can be found
     _, out, _ = wpjax("compare", "r 1.nc", "r2.nc", "--json")
     assert json.loads(out)["n_intervals"] == 5
 
@@ -209,6 +211,56 @@ def test_intervals_that_have_no_common_point_are_told_apart():
     assert [(side.name, side.apart) for side in found.sides[:2]] == [("L0.neuron.0", False), ("L1.neuron.1", True)]
     assert (found.n_apart, found.n_intervals) == (1, 4)
     assert found.kinds[0].rho == pytest.approx(1)
+
+
+def with_effects_by_query(delta, gap, prompts, queries):
+    """A sweep of three neurons, the last of which was not replaced, on prompts of several queries."""
+    delta, gap = np.array([*delta, [np.nan] * len(gap)], float), np.array(gap, float)
+    data = sweep_by_hand(delta.mean(1) / gap.mean()).dataset.drop_vars("prompt")
+    columns = {"delta": (("component", "prompt"), delta), "gap": ("prompt", gap), "query": ("prompt", queries)}
+    return SweepResult(data.assign(columns).assign_coords(prompt=("prompt", np.array(prompts, object))))
+
+
+def test_effects_on_the_same_queries_are_compared_by_query():
+    """By hand: four queries of two prompts. The first component's shares differ by .25, .75, 1.25 and 1.75, which all
+    have one sign, so p is 2 of 16. Prompts and numbers of queries come in another order in the second file.
+    """
+    prompts, queries = [f"{q}{half}" for q in "abcd" for half in "xy"], np.repeat([4, 5, 6, 7], 2)
+    mine = [[0.5, 1.5, 2, 2, 3, 3, 4, 4], [1, 1, -1, -1, 1, 1, -1, -1]]
+    one = with_effects_by_query(mine, [1.0, 3.0] * 4, prompts, queries)
+    theirs = np.array([[1.0] * 8, [0.0] * 8])
+    order = [3, 2, 1, 0, 7, 5, 6, 4]
+    other = with_effects_by_query(
+        theirs[:, order], np.array([3.0, 5.0] * 4)[order], [prompts[i] for i in order], queries[order] - 4
+    )
+    found = compare(one, other)
+    assert (found.unpaired, found.n_tested, found.n_differ) == ("", 2, 0)
+    (first,) = found.sides
+    assert (first.a[0], first.b[0]) == (1.25, 0.25)
+    assert first.difference[0] == pytest.approx(1.0)
+    assert 0.25 <= first.difference[1] < 1 < first.difference[2] <= 1.75
+    # Benjamini and Hochberg over three components, of which the one that was not replaced counts with p = 1
+    assert first.q_value == pytest.approx(3 * 2 / 16)
+    assert found.reach.startswith("With 4 queries no p is below 0.12")
+    (same,) = compare(one, one).sides
+    assert (same.difference, same.q_value) == ((0, 0, 0), 1)
+
+
+def test_what_is_not_on_the_same_queries_is_said_to_be_unpaired():
+    prompts, queries, gap = list("abcd"), np.arange(4), [1.0] * 4
+    one = with_effects_by_query([[1.0] * 4, [2.0] * 4], gap, prompts, queries)
+    two = with_effects_by_query([[1.0] * 4, [2.0] * 4], gap, list("abce"), queries)
+    merged = with_effects_by_query([[1.0] * 4, [2.0] * 4], gap, prompts, queries // 2)
+    norms = {"by": "delta_norm"}
+    for other, options, says in (
+        (two, {}, "the two were swept on different prompts"),
+        (merged, {}, "the two count different prompts as one query"),
+        (one, norms, "only effects are kept query by query, not delta_norm"),
+        (sweep_by_hand([0.5, 0.2, 0.1]), {}, "the effects on each query are not in both files"),
+    ):
+        found = compare(one, other, **options)
+        assert (found.unpaired, found.n_tested) == (says, 0)
+        assert np.isnan(found.sides[0].q_value)
 
 
 def test_sweeps_of_other_shapes_are_not_compared():

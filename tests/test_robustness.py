@@ -30,7 +30,7 @@ from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, Metric
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.validation import check_same_behaviour
-from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.anchor import Anchor, identity_of
 from wpjax.pairs import make_pair
 from wpjax.report import write_report
 from wpjax.results.files import netcdf_bytes
@@ -388,6 +388,63 @@ def test_an_anchor_of_another_behaviour_is_used_by_name_only_and_marked(tmp_path
     assert marks["anchor_acceptance"] == "not tested: it is an anchor of tiny:title"
 
 
+def test_an_anchor_of_the_same_name_but_other_prompts_checker_or_base_is_refused(tmp_path, anchor, tiny_pair):
+    """Two files of one name, each in a folder of its own. What differs is named; by name the anchor is used after all,
+    and does not count as tested.
+    """
+
+    class Begun(Exception):
+        pass
+
+    def begin(what, done, total):
+        raise Begun
+
+    queries = list(dict.fromkeys(p.without for p in behaviour("tiny:title").pairs))
+    for name, chosen in (("a", queries[:16]), ("b", queries[8:24])):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"prompt": q, "instruction": "Shout."}) for q in chosen]
+        (tmp_path / name / "shouting.jsonl").write_text("\n".join(lines))
+    here, elsewhere = (tmp_path / name / "shouting.jsonl" for name in "ab")
+    checker = "regex:^[A-Z ]+$"
+    identity = identity_of(tiny_pair, behaviour(here, checker))
+    fitted = dataclasses.replace(anchor, behaviour="shouting", identity=identity)
+    path, other_base = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    fitted.save(path)
+    dataclasses.replace(fitted, identity=identity | {"base": "0" * 16, "tokens": "1" * 16}).save(other_base)
+    config = study(tmp_path, behaviour=str(here), checker=checker, anchor=path, components=("L2.head.0",))
+    with pytest.raises(Begun):
+        run_study(config, begin)
+    with pytest.raises(Begun):  # without a checker there is nothing to compare
+        run_study(dataclasses.replace(config, checker=None), begin)
+    for changes, says in (
+        ({"behaviour": str(elsewhere)}, "an anchor of shouting with other prompts; fit one"),
+        ({"checker": "contains:!"}, r"with the checker regex:\^\[A-Z \]\+\$ \(here contains:!\); fit one"),
+        ({"split": "none"}, r"with --split thirds \(here none\); fit one"),
+        ({"anchor": other_base}, r"with another base \(fingerprint 0{16}, here .*\), other tokens of the same prompts"),
+    ):
+        other = dataclasses.replace(config, **changes)
+        with pytest.raises(AnchorRejected, match=f"{says}.*pass --anchor-behaviour shouting"):
+            run_study(other, begin)
+        with pytest.raises(Begun):
+            run_study(dataclasses.replace(other, anchor_behaviour="shouting"), begin)
+
+
+def test_an_anchor_that_is_used_by_name_does_not_count_as_tested(tmp_path, anchor):
+    """And one of an earlier version is used with a note, as it says only its behaviour's name."""
+    told = []
+    config = study(tmp_path, anchor=SAVED / "title.anchor.safetensors", components=("L2.head.0",), answers=0)
+    config = dataclasses.replace(config, method="screen", set_score=False)
+    run_study(config, tell=told.append)
+    assert [("does not say with which prompts" in note) for note in told] == [True]
+    changed = dataclasses.replace(anchor, identity={"prompts": "0" * 16})
+    changed.save(tmp_path / "a")
+    found = run_study(
+        dataclasses.replace(config, anchor=tmp_path / "a", anchor_behaviour="tiny:title", out=tmp_path / "s.nc")
+    ).result
+    assert found.dataset.attrs["anchor_behaviour"] == "tiny:title with other prompts"
+    assert found.dataset.attrs["anchor_acceptance"] == "not tested: it is an anchor of tiny:title with other prompts"
+
+
 def test_a_result_of_another_behaviour_is_validated_by_name_only(saved, tmp_path):
     check_same_behaviour(behaviour("tiny:title"), saved)
     with pytest.raises(BehaviourError, match=r"of the behaviour tiny:title, this one is tiny:no_comma; .*--other-beh"):
@@ -424,6 +481,42 @@ def test_scores_that_are_not_finite_are_refused_with_the_layer(tiny_pair, anchor
     owned = dataclasses.replace(anchor, expert_fingerprint=pair.fingerprints[1])
     with pytest.raises(MetricRejected, match=r"metric of the expert is .* reaches \S+ at layer 2; check its"):
         sweep(pair, task.encode(pair.tokenizer, n_prompts=4), owned, method="screen")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_norm_of_zeros_gives_finite_numbers(tiny_pair, anchor, tmp_path):
+    """The stream passes it by. No figure becomes infinite, none divides by zero, and the file can be read."""
+    norm = with_leaf(tiny_pair.expert_checkpoint, "norm_attn", "scale", lambda w: w.at[2].set(0))
+    pair = make_pair(tiny_pair.base_checkpoint, norm)
+    batch = behaviour("tiny:title").encode(pair.tokenizer, n_prompts=4)
+    owned = dataclasses.replace(anchor, expert_fingerprint=pair.fingerprints[1])
+    found = sweep(pair, batch, owned, components=["L2.head.0", "L2.norm.attn"], method="exact")
+    found.to_netcdf(tmp_path / "r.nc")
+    again = SweepResult.from_netcdf(tmp_path / "r.nc").dataset
+    assert np.isfinite(again["effect"]).all()
+    assert np.isfinite(again["delta"]).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_pipes_and_devices_are_not_read_as_results_or_anchors(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(WpjaxError, match="not a readable result file"):
+            SweepResult.from_netcdf(path)
+        with pytest.raises(CheckpointError, match="not an anchor file"):
+            Anchor.load(path)
+
+
+def test_numbers_of_options_have_bounds(monkeypatch, capsys):
+    for arguments, says in (
+        (["validate", "r.nc", "--n-random", "1000000000"], "--n-random': Input should be less than or equal to 1000"),
+        (["validate", "r.nc", "--points", "1000000000"], "--points': Input should be less than or equal to 1000"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["wpjax", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 2
+        assert says in capsys.readouterr().err
 
 
 def test_nothing_infinite_is_written(saved, tmp_path):
@@ -482,6 +575,46 @@ def test_numbers_that_no_model_has_are_refused(tmp_path, saved, damage, says):
     damage(saved.dataset.copy(deep=True)).to_netcdf(tmp_path / "r.nc", engine="h5netcdf")
     with pytest.raises(WpjaxError, match=f"lacks a usable .*{says}"):
         SweepResult.from_netcdf(tmp_path / "r.nc")
+
+
+def test_a_result_that_can_be_read_but_is_not_what_was_written_is_refused(tmp_path, saved):
+    """One number, one letter or one attribute is another; a file of before has no checksum, and is read."""
+    saved.to_netcdf(tmp_path / "r.nc")
+    whole = (tmp_path / "r.nc").read_bytes()
+
+    def spoil(change):
+        (tmp_path / "r.nc").write_bytes(whole)
+        with h5py.File(tmp_path / "r.nc", "r+") as file:
+            change(file)
+        return SweepResult.from_netcdf(tmp_path / "r.nc")
+
+    def another_name(file):
+        file["name"][0] = "L1.mlp"
+
+    def another_number(file):
+        file["effect"][1] += 1e-9
+
+    for change in (another_name, another_number, lambda file: file.attrs.__setitem__("coverage", 0.5)):
+        with pytest.raises(WpjaxError, match=r"r\.nc: what it holds is not what was written \(its checksum differs\)"):
+            spoil(change)
+
+    def as_before(file):
+        del file.attrs["checksum"]
+
+    xr.testing.assert_identical(spoil(as_before).dataset, saved.dataset)
+    assert "checksum" not in saved.dataset.attrs
+
+
+def test_an_anchor_that_can_be_read_but_is_not_what_was_written_is_refused(tmp_path, anchor):
+    path = tmp_path / "a"
+    anchor.save(path)
+    np.testing.assert_array_equal(Anchor.load(path).vector, anchor.vector)
+    whole = path.read_bytes()
+    at = len(whole) - 4 * anchor.vector.size  # the vector stands at the end
+    for place, byte in ((at + 8, whole[at + 8] ^ 1), (whole.index(b"tiny:title") + 5, ord("T"))):
+        path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="its checksum differs"):
+            Anchor.load(path)
 
 
 def test_an_anchor_that_names_no_expert_is_neither_written_nor_read(tmp_path, anchor):
@@ -546,6 +679,34 @@ def test_work_that_does_not_look_is_ended(grace, signals, code):
     out, _ = process.communicate(timeout=30)
     assert process.returncode == code
     assert out.endswith("; nothing was written\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "code", "says"),
+    [
+        ("lazy_loader", "wpjax", 130, "interrupted; nothing was written\n"),  # the package itself is imported
+        ("wpjax.cli", "wpjax", 130, "interrupted; nothing was written\n"),
+        ("typer", "/usr/bin/wpjax", 130, "interrupted; nothing was written\n"),  # the command listens already
+        ("lazy_loader", "notebook", 1, None),  # another program has its own way
+    ],
+)
+def test_ctrl_c_while_python_imports_is_one_line(module, command, code, says):
+    """The signal comes as a module is about to be imported, in a process that is called as the command is."""
+    script = (
+        "import os, signal, sys\n"
+        f"sys.argv = [{command!r}, '--version']\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from wpjax.cli import main\n"
+        "main()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode in ((code,) if says else (code, -signal.SIGINT))
+    assert run.stderr == says if says else "Traceback" in run.stderr
+    assert run.stdout == ""
 
 
 def test_an_interrupted_command_says_what_it_has_written(tmp_path, monkeypatch):

@@ -11,9 +11,12 @@ from wpjax.stats import (
     confidence_sequence,
     mean_interval,
     missed_interval,
+    n_needed,
+    ratio_difference,
     ratio_of_means,
     resample,
     sign_flip_p,
+    smallest_p,
     split_half_reliability,
 )
 
@@ -62,6 +65,15 @@ def test_ratio_interval_covers_as_often_as_it_says(n_queries):
     assert 0.915 <= hits / n <= 0.985
 
 
+def test_the_difference_of_two_effects_is_an_effect_where_the_gap_is_the_same():
+    rng, queries = np.random.default_rng(9), np.repeat(np.arange(6), 2)
+    mine, theirs, gap = rng.normal(1, 1, (3, 12)), rng.normal(1, 1, (3, 12)), rng.normal(3, 1, 12)
+    got = ratio_difference((mine, theirs), (gap, gap), resample(queries))
+    np.testing.assert_allclose(got, ratio_of_means(mine - theirs, gap, resample(queries)))
+    alone = ratio_difference((mine, 0 * theirs), (gap, gap + 1), resample(queries))
+    np.testing.assert_allclose(alone, ratio_of_means(mine, gap, resample(queries)))
+
+
 def test_sign_flips_equal_exact_enumeration():
     rng = np.random.default_rng(3)
     delta, queries = rng.normal(0.6, 1, (3, 8)), np.repeat(np.arange(4), 2)
@@ -86,6 +98,25 @@ def test_p_values_are_uniform_under_the_null():
     delta = np.random.default_rng(4).normal(size=(800, 24))
     p = sign_flip_p(delta, np.arange(24))
     assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("n", [1, 4, 6, 11, 12, 13, 19, 30])
+def test_no_p_is_smaller_than_that_of_equal_effects(n):
+    rng = np.random.default_rng(n)
+    others = np.concatenate([rng.exponential(size=(50, n)), 1 + 0.01 * rng.normal(size=(50, n)), np.eye(n)])
+    assert sign_flip_p(others, np.arange(n)).min() >= smallest_p(n) * (1 - 1e-12)
+    if n <= 12:  # every pattern was counted one by one
+        patterns = np.array(list(itertools.product([-1, 1], repeat=n)))
+        assert smallest_p(n) == (np.abs(patterns.sum(1)) >= n).mean() == 2 / 2**n
+    else:
+        assert smallest_p(n) >= min(1 / 4097, 2 * np.exp(-n / 2))
+        assert n < 19 or smallest_p(n) == pytest.approx(2 * np.exp(-n / 2))
+
+
+@pytest.mark.parametrize(("p", "n"), list(itertools.product((1e-5, 1 / 128, 0.029, 0.06), (1, 20, 64))))
+def test_how_many_must_have_a_small_p_by_trying_all_numbers(p, n):
+    found = [k for k in range(1, n + 1) if benjamini_hochberg(np.repeat([p, 1.0], [k, n - k]))[0] < 0.05]
+    assert n_needed(p, n) == found[0] if found else n_needed(p, n) > n
 
 
 def test_benjamini_hochberg_by_hand():

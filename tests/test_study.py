@@ -1,6 +1,7 @@
 """A study as Python users call it: what it writes, when, and what it refuses."""
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import wpjax
 from wpjax import SweepConfig, cli, run_study
 from wpjax.arguments import arguments_of
 from wpjax.behaviours import behaviour, strict
+from wpjax.checkpoints.checkpoint import save_checkpoint
 from wpjax.engines.packing import pack
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.estimators.sets import add_set_score
@@ -21,14 +23,17 @@ from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.finetuning import answer
 from wpjax.forecast import EFFICIENCY, Forecast, Pace
+from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import decision_metric
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
-from wpjax.pairs import load_pair
+from wpjax.pairs import load_model, load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.sweep_result import SweepResult
+from wpjax.results.verdict import verdict
 from wpjax.runtime.shards import parts_folder
 
+SAVED = Path(__file__).parent / "data" / "schema4"
 NAMES = ("L1.head.0", "L2.head.0", "L3.head.1")
 
 
@@ -166,3 +171,59 @@ def test_every_argument_is_an_option_with_its_help(monkeypatch, capsys):
     for arg in arguments_of(wpjax.SweepConfig):
         assert f"--{arg.name.replace('_', '-')} " in shown.replace("/--no-set-score", " ")
         assert " ".join(arg.setting.text.split())[:40] in shown
+
+
+class Begun(Exception):
+    """The long work has begun."""
+
+
+def told_before_work(asked, n=1):
+    """The notes of a study up to the n-th, or up to where its work begins."""
+    told = []
+
+    def tell(note):
+        told.append(note)
+        if len(told) == n:
+            raise Begun
+
+    def begin(what, done, total):
+        raise Begun
+
+    with pytest.raises(Begun):
+        run_study(asked, begin, tell)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"n_prompts": 4}, "With 4 queries no p is below 0.12, and no q below p"),
+        # 8 heads and an MLP in each of 8 layers; of each kind at most 2 + 1 are replaced
+        ({"n_prompts": 8, "top": 2, "stratum": 1}, "at least 12 of 72 components with that p, and 6 are replaced"),
+        ({"n_prompts": 8}, "at least 12 of 72 components with that p: fewer large effects than that do not count"),
+        # up to the layer of the anchor, which is 6
+        ({"n_prompts": 8, "anchor": Path("a")}, "at least 10 of 63 components with that p"),
+        ({"n_prompts": 8, "anchor": Path("a"), "method": "gradient"}, None),
+        ({"n_prompts": 32, "anchor": Path("a")}, None),
+    ],
+)
+def test_what_few_queries_cannot_show_is_said_before_the_work(tmp_path, changes, says):
+    if "anchor" in changes:
+        known = dataclasses.replace(Anchor.load(SAVED / "title.anchor.safetensors"), identity={"split": "thirds"})
+        known.save(tmp_path / "a")
+        changes = changes | {"anchor": tmp_path / "a"}
+    asked = dataclasses.replace(config(tmp_path), components=None, kinds=("head", "mlp"), **changes)
+    told = told_before_work(asked)
+    assert [says in note for note in told] == [True] if says else told == []
+
+
+def test_what_differs_in_the_pair_is_said_before_the_work_and_with_the_result(tmp_path):
+    save_checkpoint(tmp_path / "expert", load_model("tiny:expert"))
+    path = tmp_path / "expert" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 100}))
+    note = "contexts of 192 and 100 tokens: the smaller is used"
+    asked = config(tmp_path, expert=str(tmp_path / "expert"), n_prompts=8, method="screen", set_score=False)
+    told = []
+    study = run_study(asked, tell=told.append)
+    assert told == [note]
+    assert note in dict(verdict(study.result).points)["The pair"]

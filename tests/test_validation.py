@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from tests.helpers import curves_by_hand
 from wpjax.behaviours import behaviour
 from wpjax.cli.validate import print_curves
 from wpjax.components import Component, enumerate_components, n_parameters
@@ -301,3 +302,24 @@ def test_results_of_other_models_and_absent_behaviours_are_refused(planted, resu
         validate(pair, always, result, n_prompts=6, max_new_tokens=N_NEW)
     with pytest.raises(WpjaxError, match="no ranking 'secant'"):
         validate(pair, task, result, by="secant")
+
+
+def test_curves_say_in_words_how_few_components_are_enough():
+    """Four prompts; one and two of two components, in a ranking and in a random order of as many parameters."""
+
+    def said(back, away, random_back, n=(1, 2)):
+        curves = curves_by_hand()
+        strict = np.zeros((2, 2, 2, 4), bool)
+        for place, n_pass in {(0, 0): back, (1, 0): away, (0, 1): random_back}.items():
+            strict[place] = [np.arange(4) < k for k in n_pass]
+        data = curves.dataset.assign(strict=(curves.dataset["strict"].dims, strict))
+        return Curves(data.assign(n_components=(("ranking", "point"), [n, n]))).summary
+
+    one = said((3, 4), (1, 0), (1, 4))
+    assert one.startswith("With the best of 2 components (by effect) the base passes the checker on 75% of the prompts")
+    assert "alone it passes on 0%, the expert on 100%. Without them the expert passes on 25%." in one
+    assert one.endswith("With random components of as many parameters the base passes on 25%.")
+    both = said((1, 4), (1, 0), (1, 4))
+    assert both.startswith("With the 2 best of 2 components (by effect) the base passes the checker on 100%")
+    assert "random" not in both
+    assert said((1, 1), (1, 0), (0, 1)).startswith("No set that was tried brings half of the behaviour back")

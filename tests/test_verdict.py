@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from wpjax.cli.words import print_answers, print_verdict
 from wpjax.results.answers import Answers
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.verdict import n_reaching, verdict
+from wpjax.stats import benjamini_hochberg, sign_flip_p, smallest_p
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,6 +79,43 @@ def test_components_that_overlap_are_not_counted_twice():
 
 
 @pytest.mark.parametrize(
+    ("n_queries", "says"),
+    [
+        (4, "no p is below 0.12, and no q below p: no component can have q < 0.05, however large its effect"),
+        (
+            6,
+            "takes at least 63 of 100 components with that p, and 60 are replaced: no component can have q < 0.05",
+        ),
+        (8, "q < 0.05 takes at least 16 of 100 components with that p: fewer large effects than that do not count"),
+        (40, ""),
+    ],
+)
+def test_a_q_that_so_few_queries_cannot_reach_is_said_to_be_so(n_queries, says):
+    """The smallest q is that of effects which are equal on all queries, 60 of 100 components, in the test itself."""
+    result = by_hand([0.01] * 100, n_queries=n_queries)
+    result.dataset["q_value"][:60], result.dataset["q_value"][60:] = 1, np.nan
+    found, p = verdict(result), np.ones(100)
+    p[:60] = sign_flip_p(np.ones((60, n_queries)), np.arange(n_queries))
+    assert found.smallest_q == pytest.approx(benjamini_hochberg(p)[0])
+    noise = dict(found.points)["Noise"]
+    assert says in noise
+    if says:
+        enough = int(re.search(r"With (\d+) queries a single component", noise)[1])
+        one = [benjamini_hochberg(np.r_[smallest_p(n), np.ones(99)])[0] < 0.05 for n in (enough - 1, enough)]
+        assert one == [False, True]
+    else:
+        assert noise.endswith("have q < 0.05.")
+    result.dataset["q_value"][0] = 0.01  # one is found, and so would be any of so large an effect
+    assert dict(verdict(result).points)["Noise"].endswith("1 have q < 0.05.")
+
+
+def test_what_differs_in_the_pair_is_said():
+    notes = "contexts of 64 and 32 tokens: the smaller is used; 2 added tokens differ, in name or id: '<a>', '<b>'"
+    assert notes in dict(verdict(by_hand([0.5], pair_notes=notes)).points)["The pair"]
+    assert "The pair" not in dict(verdict(by_hand([0.5])).points)
+
+
+@pytest.mark.parametrize(
     ("attrs", "status", "says"),
     [
         ({"anchor_acceptance": "accepted"}, "accepted", "The anchor is accepted: held"),
@@ -117,7 +156,8 @@ def test_the_next_commands_can_be_copied(text, tmp_path):
     path = tmp_path / "it's mine.nc"
     path.touch()
     asked = {"behaviour": "odd", "behaviour_source": "my prompts.jsonl", "checker": 'regex:^it\'s "$HOME" [A-Z]+$'}
-    commands = verdict(by_hand([0.5, 0.1], anchor_acceptance=text, **asked), path).commands
+    loaded = {"tokenizer": "expert", "dtype": "bfloat16", "ignore_config": '["_num_labels", "foo bar"]'}
+    commands = verdict(by_hand([0.5, 0.1], anchor_acceptance=text, **asked, **loaded), path).commands
     found = dict(map(parsed, commands))
     assert found["validate"]["result"] == path
     assert found["report"]["out"] == path.with_suffix(".html")
@@ -126,8 +166,23 @@ def test_the_next_commands_can_be_copied(text, tmp_path):
     if text.startswith(("undecided", "rejected")):
         again = found["sweep"]
         assert (again["behaviour"], again["checker"]) == (asked["behaviour_source"], asked["checker"])
+        assert (again["tokenizer"], again["dtype"]) == ("expert", "bfloat16")
+        assert list(again["ignore_config"]) == ["_num_labels", "foo bar"]
         assert (again["base"], again["expert"], again["out"].parent) == ("tiny:base", "tiny:expert", tmp_path)
     assert verdict(by_hand([0.5])).commands == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [("accepted", {}), ("undecided: few", {}), ("rejected: weak", {"metric": "decision"})],
+)
+def test_after_a_first_look_the_whole_sweep_is_named(text, changed):
+    found = verdict(by_hand([0.5, 0.1], anchor_acceptance=text, quick="a first look"), "r.nc")
+    assert "It is a first look (--quick)" in dict(found.points)["How far to trust it"]
+    again = dict(map(parsed, (command for command in found.commands if " validate " not in command)))["sweep"]
+    assert (again["quick"], again["n_steered"]) == (False, 64)
+    assert {name: again[name] for name in changed} == changed
+    assert again["out"] != Path("r.nc")
 
 
 def test_a_checker_that_is_code_stands_in_the_command():

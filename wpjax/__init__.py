@@ -4,6 +4,11 @@
 alone is quick: it imports neither JAX nor NumPy.
 """
 
+from wpjax.runtime import early
+
+if early.is_command():
+    early.listen()
+
 import lazy_loader
 
 __version__ = "0.1.0"

@@ -207,8 +207,9 @@ class SweepConfig:
     anchor_behaviour: Annotated[
         str | None,
         Setting(
-            "Behaviour of the anchor file, where it is meant to be another than --behaviour. The result says so, and "
-            "the anchor counts as untested.",
+            "Behaviour of the anchor file, where it is meant to be another than --behaviour, or one of this name that "
+            "was fitted with other prompts, another checker or another base. The result says so, and the anchor counts "
+            "as untested.",
             panel=MEASURED,
         ),
     ] = None

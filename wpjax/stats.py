@@ -114,6 +114,44 @@ def ratio_of_means(
     return delta.mean(1) / gap.mean(), bounds[0], bounds[1]
 
 
+def ratio_difference(
+    delta: tuple[Float[np.ndarray, "C B"], Float[np.ndarray, "C B"]],
+    gap: tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]],
+    resamples: Resamples,
+    level: float = 0.95,
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """The effect of each component in one sweep minus that in another of the same prompts, with its interval.
+
+    Both are resampled together, so what an easy query adds to both drops out (expanded percentiles, as for
+    `ratio_of_means`).
+
+    Args:
+        delta: changes of the metric in each sweep, [C, B]; prompts in one order.
+        gap: metric of the expert minus that of the base in each sweep, [B].
+        resamples: bootstrap samples of these prompts, from `resample`.
+        level: level of the interval.
+
+    Returns:
+        difference, lower end and upper end, [C] each, as shares of the gaps.
+
+    >>> import numpy as np
+    >>> from wpjax.stats import ratio_difference, resample
+    >>> gap = np.array([1.0, 2.0, 3.0, 4.0])
+    >>> found = ratio_difference((0.5 * gap[None], 0.25 * gap[None]), (gap, gap), resample(np.arange(4)))
+    >>> tuple(values.tolist() for values in found)
+    ([0.25], [0.25], [0.25])
+    """
+    weights, tails = resamples.weights, resamples.tails(level)
+    totals = [weights @ g for g in gap]
+    bounds = np.empty((2, len(delta[0])))
+    for first in range(0, bounds.shape[1], 4096):
+        part = slice(first, first + 4096)
+        a, b = ((weights @ d[part].T) / total[:, None] for d, total in zip(delta, totals, strict=True))
+        bounds[:, part] = np.percentile(a - b, tails, axis=0)
+    a, b = (d.mean(1) / g.mean() for d, g in zip(delta, gap, strict=True))
+    return a - b, bounds[0], bounds[1]
+
+
 def mean_interval(values: Float[np.ndarray, " B"], resamples: Resamples, level: float = 0.95) -> Interval:
     """The mean over prompts, with its bootstrap interval (expanded percentiles).
 
@@ -179,6 +217,41 @@ def sign_flip_p(
         of_part = as_large / len(signs) if tries_all else np.minimum((1 + as_large) / (n_flips + 1), bound)
         p[first : first + 4096] = of_part
     return p
+
+
+def smallest_p(n_queries: int, n_flips: int = 4096, seed: int = 0) -> float:
+    """The smallest p-value that `sign_flip_p` can give with so many queries: that of an equal effect on all of them.
+
+    The data itself and the data with all signs flipped always count as being as large; here no other pattern does. With
+    all patterns tried that is 2 / 2^n. And (sum x)^2 <= n sum x^2, so Hoeffding's bound is smallest here, too.
+
+    Args:
+        n_queries: number of queries, n; at least 1.
+        n_flips: as for `sign_flip_p`.
+        seed: likewise.
+
+    >>> from wpjax.stats import smallest_p
+    >>> smallest_p(4), smallest_p(8)
+    (0.125, 0.0078125)
+    """
+    return float(sign_flip_p(np.ones((1, n_queries)), np.arange(n_queries), n_flips, seed)[0])
+
+
+def n_needed(p: float, n_tests: int, level: float = 0.05) -> int:
+    """How many tests of a family must have a p-value as small as p, for their q-values to be below a level.
+
+    If k of n tests have p and the others more, then by Benjamini and Hochberg the k have q = n p / k.
+
+    Args:
+        p: the p-value.
+        n_tests: n, number of tests in the family.
+        level: the level.
+
+    >>> from wpjax.stats import n_needed
+    >>> n_needed(0.01, 100)  # with 20 of them q would be 0.05, which is not below it
+    21
+    """
+    return max(1, int(np.floor(n_tests * p / level)) + 1)
 
 
 def benjamini_hochberg(p: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:

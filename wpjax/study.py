@@ -11,16 +11,20 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 import wpjax
 from wpjax.arguments import SweepConfig
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.components import check_kind, parse_component
+from wpjax.components import KINDS, check_kind, count, parse_component
 from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.estimators.sets import add_set_score
@@ -29,6 +33,7 @@ from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.evaluation.reading import answers_to_read
 from wpjax.forecast import Forecast
+from wpjax.methods import check_method
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import decision_metric
@@ -37,9 +42,10 @@ from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
 from wpjax.results.origin import asked_for
+from wpjax.results.reach import Reach
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime.files import discard
-from wpjax.runtime.progress import Progress, Schedule, silent
+from wpjax.runtime.progress import Progress, Schedule, Tell, silent, untold
 from wpjax.runtime.shards import Shards, parts_folder
 
 
@@ -78,6 +84,7 @@ class Measured(NamedTuple):
 def run_study(
     config: SweepConfig,
     progress: Progress = silent,
+    tell: Tell = untold,
     *,
     planned: Callable[[Schedule], None] | None = None,
     ranked: Callable[[SweepResult], None] | None = None,
@@ -90,6 +97,8 @@ def run_study(
     Args:
         config: all arguments.
         progress: called as work gets done.
+        tell: called with each note, before the long work: what differs in the pair and may, and what so few queries
+            cannot show.
         planned: called once, when the pair is loaded, with the phases of the study and how long each will take. The
             schedule follows the work: `schedule.left` says what is left.
         ranked: called once, with the result as soon as components are ranked. Set score and answers are yet to come,
@@ -121,9 +130,12 @@ def run_study(
     progress("reading the pair", 1, 1)
     for name in config.components or ():
         parse_component(pair.cfg, name)
-    loaded = _loaded_anchor(config, pair, task)
+    loaded = _loaded_anchor(config, pair, task, tell)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     pair.check_prompts(batch)
+    for note in dict.fromkeys((*pair.notes, _out_of_reach(config, pair, batch, loaded))):
+        if note:
+            tell(note)
     if planned is not None:
         layer = None if loaded is None else loaded.layer
         schedule = Forecast(pair, task, config.max_new_tokens).study(config, batch, layer)
@@ -168,20 +180,61 @@ def run_study(
     return study
 
 
-def _loaded_anchor(config: SweepConfig, pair: Pair, task: Behaviour) -> Anchor | None:
+def _loaded_anchor(config: SweepConfig, pair: Pair, task: Behaviour, tell: Tell) -> Anchor | None:
     """The anchor of the file that a config names, after a check that it belongs to this pair and behaviour."""
     path = config.anchor or config.given_anchor
     if path is None:
         return None
     anchor = Anchor.load(path)
     anchor.check_belongs(pair)
-    expected = config.anchor_behaviour or task.name
-    if anchor.behaviour != expected:
+    name, expected = anchor.behaviour, config.anchor_behaviour or task.name
+    if name != expected:
         raise AnchorRejected(
-            f"{path}: an anchor of {anchor.behaviour}, not of {expected}; fit one with `wpjax anchor`, or, if you mean "
-            f"this one, pass --anchor-behaviour {anchor.behaviour}"
+            f"{path}: an anchor of {name}, not of {expected}; fit one with `wpjax anchor`, or, if you mean this one, "
+            f"pass --anchor-behaviour {shlex.quote(name)}"
         )
-    return anchor
+    if name != task.name:
+        return anchor  # meant to be another's; the result says so
+    if not anchor.identity:
+        tell(
+            f"{path} does not say with which prompts, checker, base and tokenizer its anchor was fitted, as an earlier "
+            "version wrote it: only the name of its behaviour and its expert are compared"
+        )
+    differences = anchor.differences(pair, task)
+    if not differences:
+        return anchor
+    what = f"{name} with {', '.join(differences)}"
+    if config.anchor_behaviour is None:
+        raise AnchorRejected(
+            f"{path}: an anchor of {what}; fit one with `wpjax anchor`, or, if you mean this one, pass "
+            f"--anchor-behaviour {shlex.quote(name)}"
+        )
+    return dataclasses.replace(anchor, behaviour=what)  # so that its tests are not taken for tests of this behaviour
+
+
+def _out_of_reach(config: SweepConfig, pair: Pair, batch: PromptBatch, loaded: Anchor | None) -> str:
+    """What q-values so few queries cannot reach, in words; empty if a single component can be found.
+
+    An anchor that is yet to be fitted may be at any layer: then the numbers are those of a sweep of all layers.
+    """
+    method, metric = check_method(config.method), check_metric(config.metric)
+    if not method.cells:
+        return ""
+    layers = pair.cfg.n_layers
+    if loaded is not None and not metric.reads_anchor:  # its state is given, and what comes after it is swept
+        layers -= loaded.layer + 1
+    elif loaded is not None and metric.has_fixed_words:
+        layers = loaded.layer + 1
+    if config.components is None:
+        sizes = {kind: count(pair.cfg, kind) * (layers if KINDS[kind].in_layer else 1) for kind in config.kinds}
+    else:
+        sizes = collections.Counter(parse_component(pair.cfg, name).kind for name in {*config.components})
+    n_screens = len(method.estimates) * (1 if metric.has_fixed_words else 2)
+    most = n_screens * config.top + config.stratum if n_screens else max(sizes.values(), default=0)
+    n_replaced = sum(min(size, most) for size in sizes.values())
+    if not n_replaced:
+        return ""
+    return str(Reach.of(len(np.unique(batch.queries)), sum(sizes.values()), n_replaced, config.seed))
 
 
 def _measured(

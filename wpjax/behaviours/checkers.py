@@ -6,16 +6,24 @@ loose check passes if any of eight variants of the text does. A blank text alway
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from wpjax.behaviours.limits import TimeIsUp, time_limit
 from wpjax.errors import BehaviourError
+
+PATTERN_SECONDS = 2.0
+"""How long a regular expression may search one text. Some patterns would go on for centuries."""
+
+FUNCTION_SECONDS = 60.0
+"""How long a function of the user may take for one text."""
 
 Checker: TypeAlias = Callable[[str, Mapping[str, Any]], bool]
 """A function of (text, instruction arguments) that returns whether the text follows the instruction."""
@@ -34,7 +42,8 @@ def title(text: str, args: Mapping[str, Any]) -> bool:
 def multiple_sections(text: str, args: Mapping[str, Any]) -> bool:
     """The text has at least `num_sections` headings made of `section_spliter` (IFEval's spelling) and a number."""
     heading = r"\s?" + args["section_spliter"].strip() + r"\s?\d+\s?"
-    return len(re.split(heading, text)) - 1 >= args["num_sections"]
+    with _in_time(f"section_spliter {args['section_spliter']!r}", text):
+        return len(re.split(heading, text)) - 1 >= args["num_sections"]
 
 
 def quotation(text: str, args: Mapping[str, Any]) -> bool:
@@ -139,7 +148,9 @@ def parse_checker(spec: str) -> Checker:
             lie in the working directory. **Its code is run**, with all your rights: name only what you trust.
 
     Raises:
-        BehaviourError: the name is unknown, the pattern does not compile, or the function cannot be imported.
+        BehaviourError: the name is unknown, the pattern does not compile, or the function cannot be imported. The
+            checker raises it, too: for a text on which the function fails, or on which function or pattern take
+            longer than they may (`FUNCTION_SECONDS`, `PATTERN_SECONDS`).
 
     >>> from wpjax.behaviours import parse_checker
     >>> parse_checker("regex:^[A-Z ]+$")("OWLS HUNT", {})
@@ -153,7 +164,10 @@ def parse_checker(spec: str) -> Checker:
             pattern = re.compile(what)
         except (re.error, RecursionError, OverflowError) as error:
             raise BehaviourError(f"checker {spec!r}: not a regular expression ({error})") from error
-        return lambda text, args: pattern.search(text) is not None
+        search = functools.partial(_search, spec, pattern)
+        for text in _TRIALS:  # a pattern that does not end is better known before the models answer
+            search(text, {})
+        return search
     if how == "contains" and what:
         return lambda text, args: what in text
     if how and what:
@@ -171,10 +185,39 @@ def parse_checker(spec: str) -> Checker:
     )
 
 
+_TRIALS = tuple(f"{word * 40}{end}" for word in ("a", "A", "a ", "A ", "word ", "WORD ", "word\n") for end in ("", "!"))
+"""Plain texts on which a pattern with nested repeats does not end."""
+
+
+@contextlib.contextmanager
+def _in_time(what: str, text: str) -> Iterator[None]:
+    """Stop a search for a pattern that takes too long, with an error."""
+    try:
+        with time_limit(PATTERN_SECONDS):
+            yield
+    except TimeIsUp:
+        raise BehaviourError(
+            f"{what}: no end after {PATTERN_SECONDS:g} s on a text of {len(text)} characters ({text[:40]!r}...); the "
+            "pattern has repeats within repeats, such as (a+)+: write it without"
+        ) from None
+
+
+def _search(spec: str, pattern: re.Pattern[str], text: str, args: Mapping[str, Any]) -> bool:
+    """Looks for a user's pattern as a checker; `parse_checker` fixes the first two arguments."""
+    with _in_time(f"checker {spec!r}", text):
+        return pattern.search(text) is not None
+
+
 def _call(spec: str, function: Callable[[str], Any], text: str, args: Mapping[str, Any]) -> bool:
     """Calls a user's function as a checker; `parse_checker` fixes the first two arguments."""
     try:
-        return bool(function(text))
+        with time_limit(FUNCTION_SECONDS):
+            return bool(function(text))
+    except TimeIsUp:
+        raise BehaviourError(
+            f"checker {spec!r}: no end after {FUNCTION_SECONDS:g} s on a text of {len(text)} characters "
+            f"({text[:40]!r}...); correct it"
+        ) from None
     except (Exception, SystemExit) as error:  # a user's function may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise BehaviourError(f"checker {spec!r} fails on the text {text[:40]!r} ({reason}); correct it") from error

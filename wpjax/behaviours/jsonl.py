@@ -35,7 +35,8 @@ def from_file(path: Path, checker: str | None, division: Division = "thirds") ->
         raise BehaviourError(
             f"{path}: {found}, at least {least} are needed {why}; lines that share a prompt count as one{more}"
         )
-    return Behaviour(path.stem, tuple(pairs), parse_checker(checker) if checker else _no_checker, None, division)
+    judge = parse_checker(checker) if checker else _no_checker
+    return Behaviour(path.stem, tuple(pairs), judge, None, division, checker or "")
 
 
 def _with_queries(pairs: list[PromptPair]) -> list[PromptPair]:

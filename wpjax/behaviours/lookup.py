@@ -54,7 +54,7 @@ def behaviour(name: str | Path, checker: str | None = None, split: Division = "t
         for i, query in enumerate(queries)
         for p in instructions[base]
     )
-    return Behaviour(name, pairs, CHECKERS[base], REWRITES[base], split)
+    return Behaviour(name, pairs, CHECKERS[base], REWRITES[base], split, base)
 
 
 def _data(name: str) -> str:

@@ -158,6 +158,7 @@ class Behaviour:
         rewrite: function that makes a plain answer follow the instruction, or None.
         division: "thirds", or "none" if all prompts serve fitting, sweeping and testing. Then the figures are of these
             prompts, and say little of others.
+        checker_name: the checker as users name it (see `parse_checker`); empty if it has no name, or if there is none.
 
     >>> import wpjax as wp
     >>> from wpjax.behaviours import PromptPair
@@ -172,6 +173,7 @@ class Behaviour:
     checker: Checker
     rewrite: Rewrite | None = None
     division: Division = "thirds"
+    checker_name: str = ""
 
     def check_checker(self) -> None:
         """Call the checker once with each prompt's arguments, so that a faulty one fails before anything long begins.

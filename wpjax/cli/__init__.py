@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 # Nothing slow is imported here, so that Ctrl-C is heard from the first moment on (`main`).
-from wpjax.runtime import interrupts
+from wpjax.runtime import early, interrupts
 
 if TYPE_CHECKING:
     import typer
@@ -61,6 +61,7 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    early.stop_listening()  # what is restored when the command is over
     with interrupts.listening(_say_what_is_left), _tolerant("stdout") as printed, _tolerant("stderr"):
         try:
             code = _run()
@@ -87,8 +88,10 @@ def _run() -> int:
     from wpjax.errors import WpjaxError
 
     keep_programs()
+    app = make_app()
+    interrupts.check()
     try:
-        return make_app()(prog_name="wpjax", standalone_mode=False) or 0
+        return app(prog_name="wpjax", standalone_mode=False) or 0
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
     except WpjaxError as error:

@@ -78,6 +78,8 @@ def run(
         progress("reading the pair", 0, 1)
         pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
         progress("reading the pair", 1, 1)
+        for note in pair.notes:
+            progress.note(note)
         schedule = Schedule(Forecast(pair, task, max_new_tokens).anchor(n_prompts, causal, n_steered))
         progress.planned(schedule)
         update = schedule.watching(progress)

@@ -46,16 +46,36 @@ def run(
             for k in found.kinds
         ],
     )
-    print_table(
-        "\nThe tops, side by side (95 % interval)",
-        ("component", *names, ""),
-        [(side.name, _bounded(side.a), _bounded(side.b), "differ" if side.apart else "") for side in found.sides],
-    )
-    if found.n_intervals:
-        print(
-            f"\nof {found.n_intervals:,} components with an interval in both, {found.n_apart:,} have intervals without "
-            "a common point"
+    if found.unpaired:
+        print_table(
+            "\nThe tops, side by side (95 % interval)",
+            ("component", *names, ""),
+            [(side.name, _bounded(side.a), _bounded(side.b), "differ" if side.apart else "") for side in found.sides],
         )
+        if found.n_intervals:
+            print(
+                f"\nof {found.n_intervals:,} components with an interval in both, {found.n_apart:,} have intervals "
+                "without a common point"
+            )
+        print(f"differences are not tested query by query: {found.unpaired}")
+        return
+    print_table(
+        "\nThe tops, side by side (95 % interval of the difference, over queries)",
+        ("component", *names, "difference", "q"),
+        [
+            (
+                side.name,
+                f"{side.a[0]:+.4f}",
+                f"{side.b[0]:+.4f}",
+                _bounded(side.difference),
+                _number(side.q_value, ".2g"),
+            )
+            for side in found.sides
+        ],
+    )
+    print(f"\nof {found.n_tested:,} components that were replaced in both, {found.n_differ:,} differ with q < 0.05")
+    if found.reach and not found.n_differ:
+        print(found.reach)
 
 
 def _number(value: float, form: str) -> str:
@@ -64,4 +84,6 @@ def _number(value: float, form: str) -> str:
 
 def _bounded(figures: tuple[float, float, float]) -> str:
     value, low, high = figures
+    if math.isnan(value):
+        return ""
     return f"{value:+.4f}" + ("" if math.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")

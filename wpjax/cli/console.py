@@ -112,6 +112,12 @@ class Reporter:
         """Print a line, with the time since the start."""
         raise NotImplementedError
 
+    def note(self, note: str) -> None:
+        """Print something worth knowing; it may quote a file."""
+        from wpjax.cli.words import printable
+
+        self.say(f"note: {printable(note)}")
+
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """While this lasts, nothing is said: the output of the command is printed."""
         raise NotImplementedError

@@ -9,11 +9,15 @@ import typer
 
 from wpjax.arguments import Overwrite, Setting
 
-EXAMPLE = "Example: wpjax report title.nc --out title.html"
+EXAMPLE = "Example: wpjax report title.nc title.curves.nc --out title.html"
 
 
 def run(
     result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    curves: Annotated[
+        Path | None,
+        typer.Argument(help="Its curves, from `wpjax validate`: the page shows them, and the answers in them, too."),
+    ] = None,
     out: Annotated[Path, Setting("The page to write. The figures are written beside it, as PNG files.")] = Path(
         "report.html"
     ),
@@ -25,11 +29,21 @@ def run(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw the result of a sweep: one HTML page that needs no network, and its figures as PNG files."""
+    from wpjax.errors import OtherResult
     from wpjax.report import write_report
+    from wpjax.results.curves import Curves
     from wpjax.results.sweep_result import SweepResult
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite, inputs=(result, execution))
-    swept, later = SweepResult.from_netcdf(result), None if execution is None else SweepResult.from_netcdf(execution)
-    for path in write_report(swept, out, execution=later, source=result, n_rows=rows, overwrite=overwrite):
+    check_output(out, overwrite, inputs=(result, curves, execution))
+    try:
+        swept = SweepResult.from_netcdf(result)
+    except OtherResult as error:
+        raise OtherResult(f"{error}; a page is of a sweep: wpjax report SWEEP.nc {result}") from error
+    later = None if execution is None else SweepResult.from_netcdf(execution)
+    validated = None if curves is None else Curves.from_netcdf(curves)
+    written = write_report(
+        swept, out, execution=later, curves=validated, source=result, n_rows=rows, overwrite=overwrite
+    )
+    for path in written:
         print(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,9 +96,10 @@ def run(
 
     import wpjax
     from wpjax.cli.console import progress_bars
-    from wpjax.cli.words import print_answers
+    from wpjax.cli.words import print_answers, printable
     from wpjax.evaluation.validation import validate
     from wpjax.report.curves import write_curves
+    from wpjax.results.verdict import as_argument
 
     task = behaviour_of(result, asked, checker is not None)
     pair = pair_of(asked)
@@ -137,11 +139,15 @@ def run(
     if not as_json:
         print_answers(curves.answers)
         print(f"\nwrote {out}, {', '.join(map(str, figures))}")
+        swept_file, curves_file, page = map(as_argument, (result, out, out.with_suffix(".html")))
+        command = ["wpjax", "report", swept_file, curves_file, "--out", page]
+        print(f"next: {printable(shlex.join(command))}")
 
 
 def print_curves(curves: Curves, as_json: bool) -> None:
     """Print the areas under the curves of every ranking, and the calibration of every score."""
     from wpjax.cli.console import print_json, print_table
+    from wpjax.cli.words import printable
     from wpjax.results.curves import BINS, DIRECTIONS
 
     measures = curves.measures
@@ -157,10 +163,12 @@ def print_curves(curves: Curves, as_json: bool) -> None:
                 "areas": tree,
                 "calibration": [c._asdict() for c in calibration],
                 "gaps": {m: curves.gap(m)._asdict() for m in measures},
+                "summary": curves.summary,
                 **{n: curves.dataset.attrs.get(n) for n in ("behaviour", "swept_behaviour", "anchor_acceptance")},
             }
         )
         return
+    print(f"{printable(curves.summary)}\n")
     titles = {"restore": "Brought into the base", "knockout": "\nTaken out of the expert"}
     for direction, of in areas.items():
         print_table(

@@ -16,7 +16,7 @@ from wpjax.behaviours import Behaviour, PromptBatch
 from wpjax.errors import AnchorRejected, CheckpointError
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.steering import Directions, choose_strengths, screen_layers, steering_tests
-from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.anchor import Anchor, identity_of
 from wpjax.metrics.diagnostics import MIN_STABILITY, LayerDiagnostics, SteeringTest
 from wpjax.metrics.metric import LARGEST_STATE
 from wpjax.metrics.reading import Reading, first_answers, read_at
@@ -189,8 +189,9 @@ def fit_anchor(
         by_layer = {test.layer: dataclasses.asdict(test) for test in tests}
         diagnostics = tuple(dataclasses.replace(d, **by_layer.get(d.layer, {})) for d in diagnostics)
         best = diagnostics[_choose(tests, diagnostics, behaviour.name, causal).layer]
-    vector, fingerprint = jnp.asarray(unit[best.layer]), pair.fingerprints[1]
-    return Anchor(vector, best.layer, behaviour.name, fingerprint, diagnostics, n_response, fit.template_date)
+    vector, labels = jnp.asarray(unit[best.layer]), (behaviour.name, pair.fingerprints[1])
+    identity = identity_of(pair, behaviour)
+    return Anchor(vector, best.layer, *labels, diagnostics, n_response, fit.template_date, identity)
 
 
 def _readings(pair: Pair, batch: PromptBatch, n_response: int) -> tuple[Reading, Reading]:

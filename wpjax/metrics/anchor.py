@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 
-from wpjax.behaviours import PromptBatch, Tokens
+from wpjax.behaviours import Behaviour, PromptBatch, Tokens
 from wpjax.errors import AnchorRejected, CheckpointError, WpjaxError
 from wpjax.metrics.diagnostics import LayerDiagnostics
 from wpjax.metrics.metric import Metric, PreparedMetric, scores
@@ -46,11 +47,59 @@ MAX_RESPONSE = 2**20
 """Most tokens of an answer that the file of an anchor may ask for; more is damage."""
 
 
+CHECKSUM = "checksum"
+"""Name of the checksum among the metadata of a file: of the vector and of everything else that the file says."""
+
+
+def _checksum(vector: np.ndarray, metadata: Mapping[str, str]) -> str:
+    said = json.dumps({name: text for name, text in metadata.items() if name != CHECKSUM}, sort_keys=True)
+    return hashlib.blake2b(said.encode() + vector.tobytes(), digest_size=16).hexdigest()
+
+
+N_TOKENISED = 64
+"""Prompts whose tokens tell one tokenizer from another, at most."""
+
+
+def identity_of(pair: Pair, behaviour: Behaviour) -> dict[str, str]:
+    """What an anchor of a behaviour depends on beside its expert, each as a text that is the same for the same.
+
+    Args:
+        pair: base and expert.
+        behaviour: the behaviour.
+
+    Returns:
+        "prompts" -> a hash of all prompts and their arguments; "checker" -> its name, empty if it has none; "split" ->
+        how the prompts are divided; "base" -> its fingerprint; "tokens" -> a hash of the tokens of the first prompts to
+        fit on, which depend on tokenizer and chat template.
+
+    >>> import wpjax as wp
+    >>> pair = wp.load_pair("tiny:base", "tiny:expert")
+    >>> one, other = (identity_of(pair, wp.behaviour(name)) for name in ("tiny:title", "tiny:no_comma"))
+    >>> [name for name in one if one[name] == other[name]]
+    ['split', 'base']
+    """
+    prompts = [[p.with_instruction, p.without, dict(p.args)] for p in behaviour.pairs]
+    batch = behaviour.encode(pair.tokenizer, "fit", N_TOKENISED)
+    sides = (batch.with_instruction, batch.without)
+    tokens = [ids[:n].tolist() for side in sides for ids, n in zip(*map(np.asarray, side), strict=True)]
+    hashes = {
+        name: hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+        for name, value in (("prompts", prompts), ("tokens", tokens))
+    }
+    return {
+        "prompts": hashes["prompts"],
+        "checker": behaviour.checker_name,
+        "split": behaviour.division,
+        "base": pair.fingerprints[0],
+        "tokens": hashes["tokens"],
+    }
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["vector"],
     meta_fields=["layer", "n_response"],
-    drop_fields=["behaviour", "expert_fingerprint", "diagnostics", "template_date"],
+    drop_fields=["behaviour", "expert_fingerprint", "diagnostics", "template_date", "identity"],
 )
 @dataclasses.dataclass(frozen=True)
 class Anchor:
@@ -68,6 +117,7 @@ class Anchor:
         n_response: 0 to read the last prompt token; n to read the mean over the first n tokens of the expert's answer
             (static).
         template_date: the date in the prompts that it was fitted on (see `PromptBatch`); empty if they have none.
+        identity: what it was fitted with, beside the expert (see `identity_of`); empty if that is not known.
 
     >>> import jax.numpy as jnp
     >>> import wpjax as wp
@@ -87,6 +137,7 @@ class Anchor:
     diagnostics: tuple[LayerDiagnostics, ...] = ()
     n_response: int = 0
     template_date: str = ""
+    identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     has_fixed_words: ClassVar[bool] = True
 
@@ -228,17 +279,20 @@ class Anchor:
             "behaviour": self.behaviour,
             "expert_fingerprint": self.expert_fingerprint,
             "template_date": self.template_date,
+            "identity": json.dumps(dict(self.identity)),
             "diagnostics": json.dumps([dataclasses.asdict(d) for d in self.diagnostics]),
         }
+        vector = np.asarray(self.vector)
+        metadata[CHECKSUM] = _checksum(vector, metadata)
         with atomic_output(Path(path), overwrite) as temporary:
-            write_tensors(temporary, {"vector": np.asarray(self.vector)}, metadata)
+            write_tensors(temporary, {"vector": vector}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Anchor:
         """Read a file that `save` wrote.
 
         Raises:
-            CheckpointError: the file is not an anchor file.
+            CheckpointError: the file is not an anchor file, or it is damaged.
         """
         try:
             if not Path(path).is_file():  # nor a pipe, which never ends
@@ -251,6 +305,9 @@ class Anchor:
                 raise ValueError("diagnostics that are not numbers")
             layer, n_response = int(meta["layer"]), int(meta["n_response"])
             behaviour, fingerprint = meta["behaviour"], meta["expert_fingerprint"]
+            identity = json.loads(meta.get("identity", "{}"))
+            if not isinstance(identity, dict) or not all(isinstance(value, str) for value in identity.values()):
+                raise ValueError("an identity that is no text")
             if not 0 <= n_response <= MAX_RESPONSE:
                 raise ValueError(f"n_response is not between 0 and {MAX_RESPONSE}")
             if not re.fullmatch("[0-9a-f]{16}", fingerprint):
@@ -259,8 +316,13 @@ class Anchor:
             raise CheckpointError(f"{path}: not an anchor file ({error}); make one with `wpjax anchor`") from error
         if vector.ndim != 1 or vector.dtype != np.float32 or not np.isclose(np.linalg.norm(vector), 1, atol=1e-3):
             raise CheckpointError(f"{path}: its vector is not a float32 unit vector; make it anew with `wpjax anchor`")
+        if CHECKSUM in meta and meta[CHECKSUM] != _checksum(vector, meta):  # version 0.1.0 wrote none
+            raise CheckpointError(
+                f"{path}: what it holds is not what was written (its checksum differs); take a copy that is whole, or "
+                "make it anew with `wpjax anchor`"
+            )
         date = meta.get("template_date", "")
-        return cls(jnp.asarray(vector), layer, behaviour, fingerprint, diagnostics, n_response, date)
+        return cls(jnp.asarray(vector), layer, behaviour, fingerprint, diagnostics, n_response, date, identity)
 
     @property
     def acceptance(self) -> str:
@@ -269,6 +331,26 @@ class Anchor:
         if not tests or tests[0] is None:
             return "not tested"
         return tests[0].verdict() or "accepted"
+
+    def differences(self, pair: Pair, behaviour: Behaviour) -> list[str]:
+        """In words, what this anchor was fitted with that is another here; empty if nothing is, or if it is not known.
+
+        Args:
+            pair: the pair at hand.
+            behaviour: the behaviour at hand; its name is not compared.
+        """
+        here, known = identity_of(pair, behaviour), self.identity
+        differ = {name for name in here if here[name] and known.get(name) and here[name] != known[name]}
+        if differ & {"prompts", "split"}:
+            differ -= {"tokens"}  # of other prompts
+        in_words = {
+            "prompts": "other prompts",
+            "checker": f"the checker {known.get('checker')} (here {here['checker']})",
+            "split": f"--split {known.get('split')} (here {here['split']})",
+            "base": f"another base (fingerprint {known.get('base')}, here {here['base']})",
+            "tokens": "other tokens of the same prompts (another tokenizer or chat template)",
+        }
+        return [text for name, text in in_words.items() if name in differ]
 
     def check_belongs(self, pair: Pair) -> None:
         """Refuse an anchor of another expert.

@@ -13,12 +13,16 @@ import xarray as xr
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from wpjax.columns import ALWAYS, Column, columns, effect_estimates
+from wpjax.columns import ALWAYS, Column, columns, effect_estimates, title_of
+from wpjax.errors import WpjaxError
+from wpjax.report.curves import make_calibration, make_curves
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
+from wpjax.results.curves import DIRECTIONS, Curves
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.verdict import verdict
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import atomic_outputs, check_output
+from wpjax.stats import Interval
 
 TITLES = {
     "top": "Highest effects",
@@ -39,6 +43,7 @@ def write_report(
     path: str | Path,
     *,
     execution: SweepResult | None = None,
+    curves: Curves | None = None,
     source: Path | None = None,
     n_rows: int = 100,
     overwrite: bool = False,
@@ -49,6 +54,7 @@ def write_report(
         result: the sweep.
         path: path of the page, say "report.html"; the figures are named after it ("report-top.png").
         execution: a second sweep, with the anchor's state given: its components are the hierarchy's executors.
+        curves: a validation of this sweep: the page shows its curves and answers, too.
         source: where the file of the result is, so that the page can say what to run next; None to leave it out.
         n_rows: number of components in the table.
         overwrite: whether files that exist may be replaced.
@@ -58,6 +64,7 @@ def write_report(
 
     Raises:
         OutputError: a file exists or cannot be written.
+        WpjaxError: the curves are of another sweep.
 
     >>> import tempfile
     >>> import wpjax as wp
@@ -67,6 +74,8 @@ def write_report(
     >>> [file.name for file in write_report(result, Path(tempfile.mkdtemp()) / "title.html")]
     ['title.html', 'title-overview.png', 'title-depth.png', 'title-coverage.png', 'title-anchor.png']
     """
+    if curves is not None:
+        check_belongs(curves, result)
     page = Path(path)
     names = tuple(available(result, execution))
     targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *names)}
@@ -78,7 +87,7 @@ def write_report(
         figures[name] = make_figure(result, name, execution)
     pictures = {"overview": make_overview(result), **figures}
     with atomic_outputs((page, *(targets[name] for name in pictures)), overwrite) as (text, *images):
-        text.write_text(render_page(result, figures, n_rows, source), encoding="utf-8")
+        text.write_text(render_page(result, figures, n_rows, source, curves), encoding="utf-8")
         for figure, image in zip(pictures.values(), images, strict=True):
             interrupts.check()
             with mpl.rc_context(STYLE):
@@ -86,7 +95,30 @@ def write_report(
     return [page, *(targets[name] for name in pictures)]
 
 
-def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int, source: Path | None = None) -> str:
+def check_belongs(curves: Curves, result: SweepResult) -> None:
+    """Refuse curves of another sweep.
+
+    Raises:
+        WpjaxError: models or behaviour are not those of the sweep.
+    """
+    of, swept = curves.dataset.attrs, result.dataset.attrs
+    behaviour = of.get("swept_behaviour", of["behaviour"])
+    if behaviour != swept["behaviour"]:
+        raise WpjaxError(f"the curves are of a sweep of {behaviour}, this one is of {swept['behaviour']}: name its own")
+    for model in ("base", "expert"):
+        if of.get(f"{model}_fingerprint") != swept[f"{model}_fingerprint"]:
+            raise WpjaxError(
+                f"the curves are of another {model} ({of[model]}) than the sweep's ({swept[model]}): name its own"
+            )
+
+
+def render_page(
+    result: SweepResult,
+    figures: dict[str, Figure],
+    n_rows: int,
+    source: Path | None = None,
+    curves: Curves | None = None,
+) -> str:
     """The text of the page. Names and prompts in it are escaped, so they are never taken for markup.
 
     Args:
@@ -94,6 +126,7 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int, so
         figures: figures by name, names of `TITLES`.
         n_rows: number of components in the table.
         source: where the file of the result is, or None.
+        curves: a validation of the sweep, or None.
     """
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("wpjax.report"),
@@ -108,8 +141,12 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int, so
     return template.render(
         attrs=data.attrs,
         verdict=found,
-        commands=[command for command in found.commands if not command.startswith("wpjax report ")],  # this is the page
+        # This is the page already, and with curves the sweep is validated.
+        commands=[c for c in found.commands if c.split()[1] not in ("report", *["validate"][: curves is not None])],
         answers=result.answers,
+        curves=curves,
+        curve_figures=[] if curves is None else [_svg(make_curves(curves)), _svg(make_calibration(curves))],
+        curve_rows=[] if curves is None else _curve_rows(curves),
         by=by,
         exact=exact,
         first_order=by in effect_estimates(),
@@ -120,6 +157,14 @@ def render_page(result: SweepResult, figures: dict[str, Figure], n_rows: int, so
         steering=_steering_rows(result),
         prompts=[str(p) for p in data["prompt"].values[:6]],
     )
+
+
+def _curve_rows(curves: Curves) -> list[tuple[str, list[Interval]]]:
+    """Name of each ranking of a validation; the shares that it brings back, and takes away, by the strict checker."""
+    return [
+        (title_of(name), [curves.area("strict", direction, i) for direction in DIRECTIONS])
+        for i, name in enumerate(curves.rankings)
+    ]
 
 
 def _extra_columns(result: SweepResult) -> list[Column]:

@@ -1,16 +1,28 @@
-"""Two sweeps side by side: do they rank alike, do their tops overlap, and which effects surely differ?"""
+"""Two sweeps side by side: do they rank alike, do their tops overlap, and which effects surely differ?
+
+Where both hold effects on the same prompts, differences are tested query by query (ours):
+
+    d_i(c) = delta_a,i(c) / mean gap_a  -  delta_b,i(c) / mean gap_b        i: a query;  a, b: the sweeps
+
+The null hypothesis is that a query is as likely to give the two effects the other way round, so the signs of whole
+queries are flipped, as in the tests of a sweep. q is Benjamini-Hochberg over all components that both swept; those that
+were not replaced in both count with p = 1. Elsewhere intervals are compared, which is unpaired and sees less.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from wpjax.columns import find_column
+from wpjax.columns import EFFECT, find_column
 from wpjax.errors import WpjaxError
+from wpjax.results.reach import LEVEL, Reach
 from wpjax.results.sweep_result import SweepResult
+from wpjax.stats import benjamini_hochberg, ratio_difference, resample, sign_flip_p
 
 _ABOUT = ("behaviour", "base", "expert", "base_fingerprint", "expert_fingerprint", "metric", "metric_layer",
           "given_layer", "method", "split", "n_prompts", "dtype", "seed", "anchor_acceptance", "behaviour_differs",
@@ -39,6 +51,9 @@ class KindComparison:
     by_chance: float
 
 
+_NONE = (math.nan, math.nan, math.nan)
+
+
 @dataclasses.dataclass(frozen=True)
 class Side:
     """One component in two sweeps; NaN where there is no number or no interval.
@@ -48,12 +63,16 @@ class Side:
         a: its number in the first sweep, then the ends of its 95 % interval.
         b: the same in the second.
         apart: whether the two intervals have no point in common. Intervals that overlap may still hide a difference.
+        difference: the first number minus the second, then the ends of its 95 % interval; NaN where it is not paired.
+        q_value: lowest false discovery rate at which the two effects count as different; NaN likewise.
     """
 
     name: str
     a: tuple[float, float, float]
     b: tuple[float, float, float]
     apart: bool
+    difference: tuple[float, float, float] = _NONE
+    q_value: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +86,10 @@ class Comparison:
         sides: the components of either top, the largest first.
         n_apart: number of common components, of all kinds, whose intervals have no point in common.
         n_intervals: number of common components that have an interval in both.
+        unpaired: why differences are not tested query by query; empty if they are.
+        n_tested: number of common components whose difference is tested.
+        n_differ: number of those with q < 0.05.
+        reach: what so few queries cannot show, in words; empty if a single component can be found to differ.
     """
 
     by: tuple[str, str]
@@ -75,6 +98,10 @@ class Comparison:
     sides: tuple[Side, ...]
     n_apart: int
     n_intervals: int
+    unpaired: str
+    n_tested: int = 0
+    n_differ: int = 0
+    reach: str = ""
 
 
 def compare(a: SweepResult, b: SweepResult, *, by: str | None = None, top: int = 10) -> Comparison:
@@ -95,8 +122,8 @@ def compare(a: SweepResult, b: SweepResult, *, by: str | None = None, top: int =
     >>> anchor, batch = wp.fit_anchor(pair, task, n_prompts=8, causal="skip"), task.encode(pair.tokenizer, n_prompts=4)
     >>> result = wp.sweep(pair, batch, anchor, kinds=("attn", "mlp"), method="exact")
     >>> found = wp.compare(result, result, top=3)
-    >>> [(kind.kind, kind.rho, kind.n_shared) for kind in found.kinds], found.n_apart
-    ([('attn', 1.0, 3), ('mlp', 1.0, 3)], 0)
+    >>> [(kind.kind, kind.rho, kind.n_shared) for kind in found.kinds], found.n_tested, found.n_differ
+    ([('attn', 1.0, 3), ('mlp', 1.0, 3)], 14, 0)
     """
     _check_shapes(a, b)
     rankings = by or a.ranking, by or b.ranking
@@ -112,13 +139,59 @@ def compare(a: SweepResult, b: SweepResult, *, by: str | None = None, top: int =
         row, tops = _kind(kind, names, [np.array([n[name][0] for name in names]) for n in numbers], top)
         rows.append(row)
         shown |= dict.fromkeys(tops)
+    unpaired, tests, reach = _paired(a, b, rankings)
     sides = [
-        Side(name, numbers[0][name], numbers[1][name], _apart(numbers[0][name], numbers[1][name])) for name in shown
+        Side(name, numbers[0][name], numbers[1][name], _apart(numbers[0][name], numbers[1][name]), *tests.get(name, ()))
+        for name in shown
     ]
     sides.sort(key=lambda side: -max(abs(side.a[0]), abs(side.b[0])))
     bounded = [name for name in common if np.isfinite([*numbers[0][name], *numbers[1][name]]).all()]
     n_apart = sum(_apart(numbers[0][name], numbers[1][name]) for name in bounded)
-    return Comparison(rankings, _differences(a, b), tuple(rows), tuple(sides), n_apart, len(bounded))
+    n_differ = sum(q < LEVEL for _, q in tests.values())
+    differs = _differences(a, b)
+    counts = n_apart, len(bounded), unpaired, len(tests), n_differ
+    return Comparison(rankings, differs, tuple(rows), tuple(sides), *counts, reach)
+
+
+def _paired(
+    a: SweepResult, b: SweepResult, rankings: tuple[str, str]
+) -> tuple[str, dict[str, tuple[tuple[float, float, float], float]], str]:
+    """The differences of effects, query by query.
+
+    Returns:
+        why there are none, empty if there are; name -> difference with its interval, and q; and what so few queries
+        cannot show.
+    """
+    if rankings != (EFFECT, EFFECT):
+        return f"only effects are kept query by query, not {' and '.join(dict.fromkeys(rankings))}", {}, ""
+    if not all(name in r.dataset for r in (a, b) for name in ("delta", "gap", "query")):
+        return "the effects on each query are not in both files", {}, ""
+    orders = [np.argsort(r.dataset["prompt"].values.astype(str), kind="stable") for r in (a, b)]
+    data = [r.dataset.isel(prompt=order) for r, order in zip((a, b), orders, strict=True)]
+    queries = [d["query"].values for d in data]
+    if data[0]["prompt"].values.astype(str).tolist() != data[1]["prompt"].values.astype(str).tolist():
+        return "the two were swept on different prompts", {}, ""
+    n_both = len(np.unique(np.stack(queries), axis=1).T)
+    if any(n_both != len(np.unique(q)) for q in queries):
+        return "the two count different prompts as one query", {}, ""
+    rows = [{name: i for i, name in enumerate(d["name"].values.astype(str).tolist())} for d in data]
+    names = [name for name in rows[0] if name in rows[1]]
+    delta = [
+        d["delta"].values[[row[name] for name in names]].astype(np.float64) for d, row in zip(data, rows, strict=True)
+    ]
+    tested = np.isfinite(delta[0]).all(1) & np.isfinite(delta[1]).all(1)
+    if not tested.any():
+        return "no component was replaced in both", {}, ""
+    mine, theirs = (d[tested] for d in delta)
+    gaps = data[0]["gap"].values.astype(np.float64), data[1]["gap"].values.astype(np.float64)
+    figures = ratio_difference((mine, theirs), gaps, resample(queries[0]))
+    p = np.ones(len(names))
+    p[tested] = sign_flip_p(mine / gaps[0].mean() - theirs / gaps[1].mean(), queries[0])
+    q = benjamini_hochberg(p)[tested].tolist()
+    found = [name for name, is_tested in zip(names, tested, strict=True) if is_tested]
+    rest = zip(zip(*(values.tolist() for values in figures), strict=True), q, strict=True)
+    reach = Reach.of(len(np.unique(queries[0])), len(names), int(tested.sum()))
+    return "", dict(zip(found, rest, strict=True)), str(reach)
 
 
 def _check_shapes(a: SweepResult, b: SweepResult) -> None:

@@ -165,6 +165,35 @@ class Curves:
         restored, lost = self.share(measure)[0][0]
         return np.stack([restored, 1 - lost])
 
+    @property
+    def summary(self) -> str:
+        """In words: how few components bring half of the behaviour back, and what random ones of that size do.
+
+        The set is the smallest of the first ranking whose share of answers that pass (strict) is at least half way from
+        base to expert.
+        """
+        data, name = self.dataset, self.rankings[0]
+        passing = data["strict"].values.mean(-1)  # [direction, ranking, point]
+        base, expert = data["end_strict"].values.mean(-1)
+        ends = f"alone it passes on {base:.0%}, the expert on {expert:.0%}"
+        enough = np.flatnonzero(self.position("strict")[0, 0] >= 0.5)
+        if not enough.size:
+            return f"No set that was tried brings half of the behaviour back to the base (by {name}); {ends}."
+        k, n_all = enough[0], int(data["n_components"].values[0].max())
+        n = int(data["n_components"].values[0, k])
+        best = "best" if n == 1 else f"{n:,} best"
+        told = (
+            f"With the {best} of {n_all:,} components (by {name}) the base passes the checker on "
+            f"{passing[0, 0, k]:.0%} of the prompts; {ends}. Without them the expert passes on "
+            f"{passing[1, 0, k]:.0%}."
+        )
+        random = [i for i, other in enumerate(self.rankings) if other.startswith("random")]
+        if random and n < n_all:
+            told += (
+                f" With random components of as many parameters the base passes on {passing[0, random, k].mean():.0%}."
+            )
+        return told
+
     def _variable(self, measure: str) -> str:
         return measure if measure in CHECKS else f"score_{measure}"
 

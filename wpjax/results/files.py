@@ -1,10 +1,12 @@
 """Result files: netCDF, written whole or not at all, and checked when they are read.
 
-Nothing that a file says is followed outside it, and no number in it is infinite.
+Nothing that a file says is followed outside it, and no number in it is infinite. A checksum of all that it holds stands
+in the file, so that damage which leaves it readable is seen, too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from wpjax.runtime.files import atomic_output
 
 LARGEST = 1e30
 """No number that is measured is as large: a larger one is damage."""
+
+CHECKSUM = "checksum"
+"""Attribute of a file that holds the checksum of the rest (`checksum`); no attribute of the dataset in memory."""
 
 MAX_BYTES = 16 * 2**30
 """Largest size of a result in memory; compressed, a small file can hold more."""
@@ -48,7 +53,39 @@ def netcdf_bytes(dataset: xr.Dataset) -> bytes:
             f"{', '.join(wrong[:4])}: infinite, so nothing is written; check base and expert for damaged weights"
         )
     encoding = {v: {"zlib": True} for v, a in dataset.data_vars.items() if a.dtype.kind == "f" and a.ndim}
+    dataset = dataset.assign_attrs({CHECKSUM: checksum(dataset)})
     return bytes(dataset.to_netcdf(None, engine="h5netcdf", encoding=encoding))
+
+
+def checksum(dataset: xr.Dataset) -> str:
+    """A checksum of a dataset's variables and attributes (32 hex digits): the same before and after it was in a file.
+
+    Attributes under the name `CHECKSUM` do not count. Nor does how a number is stored: text may be bytes or objects,
+    and numbers of any width are read as the same numbers.
+
+    >>> one, other = (xr.Dataset({"x": ("n", [1.0, value])}) for value in (2.0, 2.5))
+    >>> checksum(one) == checksum(one.copy(deep=True)), checksum(one) == checksum(other)
+    (True, False)
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    parts = [(f"variable {name} {variable.dims}", variable.values) for name, variable in dataset.variables.items()]
+    parts += [(f"attribute {name}", np.atleast_1d(value)) for name, value in dataset.attrs.items() if name != CHECKSUM]
+    for name, values in sorted(parts, key=lambda part: part[0]):
+        data = _canonical(values)
+        digest.update(f"{name} {values.shape} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _canonical(values: np.ndarray) -> bytes:
+    """An array as bytes that do not depend on how its numbers or texts are stored."""
+    if values.dtype.kind == "f":
+        wide = np.asarray(values, "<f8")
+        return np.where(np.isnan(wide), np.nan, wide).tobytes()  # one NaN is like another
+    if values.dtype.kind in "biu":
+        return np.asarray(values, "<i8").tobytes()
+    texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values.ravel().tolist()]
+    return "".join(f"{len(text)} {text}" for text in texts).encode("utf-8", "surrogatepass")
 
 
 def _is_infinite(values: np.ndarray) -> bool:
@@ -66,7 +103,7 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
         command: command that makes such files, for the error message.
 
     Raises:
-        WpjaxError: there is no such file, or it holds something else.
+        WpjaxError: there is no such file, it holds something else, or it is damaged.
     """
     if not Path(path).is_file():
         raise WpjaxError(f"{path}: not a readable result file (no such file); make one with `{command}`")
@@ -84,6 +121,12 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
     written: Any = dataset.attrs.get("schema")
     if not np.array_equal(written, schema):  # the attribute of somebody else's file may be anything, arrays too
         raise WpjaxError(f"{path}: schema {written}, this version reads {schema}; make it anew with `{command}`")
+    claimed: Any = dataset.attrs.pop(CHECKSUM, None)
+    if claimed is not None and not np.array_equal(claimed, checksum(dataset)):  # version 0.1.0 wrote none
+        raise WpjaxError(
+            f"{path}: what it holds is not what was written (its checksum differs); the file is damaged, or was "
+            f"changed by another program: take a copy that is whole, or make it anew with `{command}`"
+        )
     return dataset
 
 

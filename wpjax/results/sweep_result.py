@@ -333,6 +333,8 @@ def _damage(data: xr.Dataset) -> list[str]:
     wrong += damage_of_answers(data)
     if "target" in data and not _are_targets(data["target"].values, float(data.attrs["metric_layer"])):
         wrong.append("target")
+    if data.attrs["n_queries"] != len(np.unique(data["query"].values)):
+        wrong.append("n_queries")
     layer, index, n_layers = data["layer"].values, data["index"].values, data.attrs["n_layers"]
     if not 1 <= n_layers <= MAX_LAYERS:
         wrong.append("n_layers")

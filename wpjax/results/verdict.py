@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from wpjax.columns import EFFECT, effect_estimates, title_of
 from wpjax.methods.metrics import reads_anchor
 from wpjax.results.origin import Origin
+from wpjax.results.reach import LEVEL, Reach
 from wpjax.results.sweep_result import SweepResult
 
 Status = Literal["accepted", "undecided", "rejected", "not tested"]
@@ -40,8 +41,9 @@ KIND_NAMES = {
 _ANCHOR_SAYS = {
     "accepted": "The anchor is accepted: held at the expert's state on it, the base shows the behaviour, and held at "
     "the base's state the expert loses it. So the effects are shares of something that causes the behaviour.",
-    "undecided": "The anchor is undecided{reason}. The effects are real, but whether this direction causes the "
-    "behaviour is open: take the ranking as a first guess until more prompts, or `wpjax validate`, decide.",
+    "undecided": "The anchor is undecided{reason}: whether the direction that was measured causes the behaviour is "
+    "open. The effects on it are real; take the ranking as a first guess until more prompts, or `wpjax validate`, "
+    "decide.",
     "rejected": "The anchor is rejected{reason}. The effects are shares of a direction that was not shown to cause the "
     "behaviour: do not read them as where it lives. Measure what the model says instead, or validate.",
     "not tested": "Nothing has tested whether the anchor causes the behaviour: the ranking is of a direction that "
@@ -73,6 +75,7 @@ class Verdict:
         n_most: the same for 90 %.
         n_components: number of components that these are counted among: those that `SweepResult.finest` marks.
         coverage: share of the gap that all swept components recover as one patch.
+        smallest_q: no q-value of this sweep can be smaller, however large an effect is; NaN if nothing was tested.
         points: headings and sentences, in the order in which they are read.
         commands: what to run next, quoted for a shell; empty if the path of the result is not known.
     """
@@ -84,6 +87,7 @@ class Verdict:
     n_most: int | None
     n_components: int
     coverage: float
+    smallest_q: float
     points: tuple[tuple[str, str], ...]
     commands: tuple[str, ...] = ()
 
@@ -120,17 +124,20 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     shape = _shape(n_half, int(finest.sum()))
     layers = _layers(data["layer"].values[finest], values[finest])
     status, about = _status(attrs)
+    reach = _reach(result)
     points = (
         ("Where", _where(result, values, layers)),
         ("How concentrated", _spread(result, values[finest], shape, n_half, n_most, coverage)),
         ("How much", _covered(int(data.sizes["component"]), coverage)),
         ("How far to trust it", about),
-        ("Noise", _noise(result)),
+        ("Noise", _noise(result, reach)),
+        *_about_pair(attrs),
     )
     # The answers to read say with how many components the behaviour came back; without them the count has to do.
     n_best = n_most or n_half if result.answers is None else result.answers.n_components
     commands = () if path is None else _commands(attrs, Path(path), status, n_best)
-    return Verdict(status, shape, layers, n_half, n_most, int(finest.sum()), coverage, points, commands)
+    smallest_q = float("nan") if reach is None else reach.smallest_q
+    return Verdict(status, shape, layers, n_half, n_most, int(finest.sum()), coverage, smallest_q, points, commands)
 
 
 def n_reaching(values: Float[np.ndarray, " C"], total: float) -> int | None:
@@ -176,6 +183,8 @@ def _status(attrs: Any) -> tuple[Status, str]:
     differs = _outcome(str(attrs.get("behaviour_differs", "not tested")))
     if anchored and differs[0] in ("undecided", "rejected"):
         about += f" It is not certain that base and expert differ in the behaviour ({differs[1]})."
+    if attrs.get("quick"):
+        about += " It is a first look (--quick): few prompts, and few components were replaced."
     if attrs.get("split") == "all":
         about += (
             " All prompts served to fit, to sweep and to test (--split none): the figures are of these prompts, and "
@@ -256,7 +265,7 @@ def _by_estimates(result: SweepResult) -> str:
         return ""
     shown = next((name for name in effect_estimates() if name in result.dataset), result.ranking)
     some = "where a component was not replaced" if result.dataset["exact"].values.any() else "for all components"
-    return f" ({title_of(shown)} {some})"
+    return f" (by the estimate {title_of(shown)} {some})"
 
 
 def _covered(n: int, coverage: float) -> str:
@@ -266,16 +275,35 @@ def _covered(n: int, coverage: float) -> str:
     return told
 
 
-def _noise(result: SweepResult) -> str:
+def _about_pair(attrs: Any) -> tuple[tuple[str, str], ...]:
+    """What differs in base and expert and may; nothing where nothing is recorded."""
+    notes = attrs.get("pair_notes")
+    return (("The pair", f"Differs in what may differ: {notes}."),) if isinstance(notes, str) and notes else ()
+
+
+def _reach(result: SweepResult) -> Reach | None:
+    """What q-values the sweep can have; None if nothing was tested."""
+    data, attrs = result.dataset, result.dataset.attrs
+    n_tested = int(np.isfinite(data["q_value"].values).sum())
+    if not n_tested:
+        return None
+    seed = attrs.get("seed", 0)
+    seed = int(seed) if isinstance(seed, int | np.integer) and 0 <= seed < 2**32 else 0
+    return Reach.of(int(attrs["n_queries"]), int(data.sizes["component"]), n_tested, seed)
+
+
+def _noise(result: SweepResult, reach: Reach | None) -> str:
     data = result.dataset
     exact = data["exact"].values.astype(bool)
+    found = int((data["q_value"].values < LEVEL).sum())
+    # Where one is found, so are all of so small a p: then no large effect was missed for want of queries.
+    about_q = f" {reach}".rstrip() if reach is not None and not found else ""
     if not exact.any():
-        return "No component was replaced alone, so there is no noise floor: the ranking is an estimate."
+        return "No component was replaced alone, so there is no noise floor: the ranking is an estimate." + about_q
     above = int((exact & ~data["below_noise_floor"].values.astype(bool)).sum())
-    found = int((data["q_value"].values < 0.05).sum())
     return (
         f"Rounding alone makes effects up to {float(data.attrs['noise_floor']):.1e}; {above:,} of {int(exact.sum()):,} "
-        f"replaced components are above it, and {found:,} have q < 0.05."
+        f"replaced components are above it, and {found:,} have q < {LEVEL:g}.{about_q}"
     )
 
 
@@ -288,26 +316,31 @@ def _listed(parts: list[str]) -> str:
 
 def _commands(attrs: Any, path: Path, status: Status, n: int | None) -> tuple[str, ...]:
     """What to run next, the most useful first."""
-    origin, file = Origin.of(attrs), _argument(path)
+    origin, file = Origin.of(attrs), as_argument(path)
     needs = ["--checker", origin.checker] if origin.checker is not None and origin.checker_is_code else []
     if origin.checker is None and origin.behaviour.endswith(".jsonl"):
         needs = ["--checker", "CHECKER"]
     commands = [["validate", file, *needs]]
-    if status in ("undecided", "rejected"):
+    quick = bool(attrs.get("quick"))
+    if quick or status in ("undecided", "rejected"):
         asked = ["--base", origin.base, "--expert", origin.expert, "--behaviour", origin.behaviour]
         asked += [] if origin.checker is None else ["--checker", origin.checker]
         asked += ["--split", "none"] if origin.split == "none" else []
-        change, name = (
-            (["--n-steered", "256"], "more") if status == "undecided" else (["--metric", "decision"], "decision")
-        )
-        again = ["sweep", *asked, *change, "--out", _argument(path.with_name(f"{path.stem}-{name}.nc"))]
+        asked += [] if origin.tokenizer is None else ["--tokenizer", origin.tokenizer]
+        asked += [] if origin.dtype == "float32" else ["--dtype", origin.dtype]
+        asked += [part for name in origin.ignore_config for part in ("--ignore-config", name)]
+        if status == "rejected":
+            change, name = ["--metric", "decision"], "decision"
+        else:  # without --quick it uses more prompts in any case
+            change, name = ([], "full") if quick else (["--n-steered", "256"], "more")
+        again = ["sweep", *asked, *change, "--out", as_argument(path.with_name(f"{path.stem}-{name}.nc"))]
         commands.insert(0 if status == "rejected" else 1, again)
-    commands.append(["report", file, "--out", _argument(path.with_suffix(".html"))])
+    commands.append(["report", file, "--out", as_argument(path.with_suffix(".html"))])
     if n is not None and status == "accepted":
-        commands.append(["export", file, "--top", str(n), "--out", _argument(path.with_name(f"{path.stem}-top{n}"))])
+        commands.append(["export", file, "--top", str(n), "--out", as_argument(path.with_name(f"{path.stem}-top{n}"))])
     return tuple(shlex.join(["wpjax", *command]) for command in commands)
 
 
-def _argument(path: Path) -> str:
+def as_argument(path: Path) -> str:
     """A path as an argument of a command: one that begins with a dash would be taken for an option."""
     return f"./{path}" if str(path).startswith("-") else str(path)

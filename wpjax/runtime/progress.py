@@ -1,4 +1,4 @@
-"""How long work reports its progress, and the schedule that says how long it will take.
+"""How long work reports its progress, the schedule that says how long it will take, and what is worth knowing first.
 
 Work calls a function, a `Progress`, as it gets done. A `Schedule` lists the phases of the work with an estimate for
 each. It listens to the same reports, so that it knows which phases are over and how long they took:
@@ -24,6 +24,14 @@ PRIOR_SECONDS = 5.0
 
 def silent(what: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+Tell: TypeAlias = Callable[[str], None]
+"""A function that is called with a note worth knowing, before the work that it is about."""
+
+
+def untold(note: str) -> None:
+    """Tell nobody."""
 
 
 class Phase(NamedTuple):
