@@ -70,6 +70,17 @@ class Tokens(NamedTuple):
         """Position of each prompt's last token."""
         return self.lengths - 1
 
+    @property
+    def n_shared(self) -> int:
+        """Number of tokens that all prompts begin with, such as those of a chat template.
+
+        >>> Tokens(np.array([[5, 6, 7], [5, 6, 0]]), np.array([3, 2])).n_shared
+        2
+        """
+        ids = np.asarray(self.ids)[:, : int(np.min(self.lengths))]
+        differs = (ids != ids[:1]).any(0)
+        return int(differs.argmax()) if differs.any() else len(differs)
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
