@@ -132,6 +132,7 @@ class Continued:
     def __init__(self, cfg: ModelConfig, params: Params, prompts: Tokens, room: int):
         self.cfg, self.params, self.room = cfg, params, room
         self.at_once = max(1, ROWS_AT_ONCE // len(prompts.lengths))
+        prompts = prompts.widened(cfg.n_ctx - room)
         ids, lengths = jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths)
         self.prefix = prefill(cfg, params, ids, lengths, n_shared=prompts.n_shared)
 

@@ -78,6 +78,7 @@ def prefill(
     """
     _check_edits(edits)
     n_prompts, n_tokens = tokens.shape
+    n_shared = min(n_shared, n_tokens - 1)  # prompts that are all alike still have a token each
     packed = Packed.side_by_side(n_prompts, n_tokens, n_shared) if n_shared else None
     layout: Layout = Causal.of(n_tokens) if packed is None else packed
 
