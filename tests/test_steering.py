@@ -164,7 +164,7 @@ def test_finished_looks_are_not_answered_again(planted):
     few, done = judge.take(np.arange(8)), {}
     directions = directions_along(pair, few.batch, vector)
     steering_tests(few, [Candidate(3, 1.0)], directions, done=done)
-    assert list(done) == ["steering-0"]
+    assert list(done) == ["steering-0-0"]
     nothing = {key: np.zeros_like(part) for key, part in done.items()}
     with pytest.raises(AnchorRejected, match="base passes the checker on 0% of 8 prompts, the expert on 0%"):
         steering_tests(few, [Candidate(3, 1.0)], directions, done=nothing)

@@ -319,15 +319,6 @@ def missed_interval(n_hits: int, n_sampled: int, n_rest: int, level: float = 0.9
     return Interval(n_rest * n_hits / n_sampled, max(float(share.low * n_rest), n_hits), float(share.high * n_rest))
 
 
-def by_query(queries: Int[np.ndarray, " B"], values: Float[np.ndarray, " B"]) -> Float[np.ndarray, " n"]:
-    """The mean over each query's prompts, in the order in which the queries first appear.
-
-    >>> by_query(np.array([7, 3, 7]), np.array([1.0, 5.0, 2.0])).tolist()
-    [1.5, 5.0]
-    """
-    return np.array([values[queries == query].mean() for query in dict.fromkeys(queries.tolist())])
-
-
 def confidence_sequence(values: Float[np.ndarray, " n"], level: float = 0.95) -> Interval:
     """The mean of numbers in [-1, 1], with an interval that holds at every n at once.
 

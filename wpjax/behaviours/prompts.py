@@ -70,6 +70,30 @@ class Tokens(NamedTuple):
         """Position of each prompt's last token."""
         return self.lengths - 1
 
+    def widened(self, most: int) -> Tokens:
+        """The same prompts with a width that is a multiple of 8, so that sets of prompts share compiled programs.
+
+        Args:
+            most: the largest width, such as the context of a model. Prompts are never cut.
+
+        >>> Tokens(np.array([[5, 6, 7]]), np.array([3])).widened(64).ids.shape
+        (1, 8)
+        """
+        ids = np.asarray(self.ids)
+        more = max(min(-(-ids.shape[1] // 8) * 8, most) - ids.shape[1], 0)
+        return Tokens(np.pad(ids, ((0, 0), (0, more))), self.lengths)
+
+    @property
+    def n_shared(self) -> int:
+        """Number of tokens that all prompts begin with, such as those of a chat template.
+
+        >>> Tokens(np.array([[5, 6, 7], [5, 6, 0]]), np.array([3, 2])).n_shared
+        2
+        """
+        ids = np.asarray(self.ids)[:, : int(np.min(self.lengths))]
+        differs = (ids != ids[:1]).any(0)
+        return int(differs.argmax()) if differs.any() else len(differs)
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:

@@ -20,7 +20,7 @@ from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder
 from wpjax.models.edits import ClampTo, Edit
-from wpjax.models.generate import Generation, Prefix, continue_prompts, prefill, read_on
+from wpjax.models.generate import Generation, Prefix, continue_versions, prefill, read_on
 from wpjax.models.ops import log_softmax
 from wpjax.models.sites import Site
 from wpjax.runtime.batching import map_batches
@@ -66,12 +66,11 @@ def _answers(
 ) -> Generation:
     """Greedy answers of S steered versions of a model, [S, B, N]; the weights and the prefix are shared."""
 
-    def one(way: Steer) -> Generation:
-        edits = (way.edit(prefix.at),)
-        options = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens, "edits": edits}
-        return continue_prompts(cfg, params, prefix, **options)  # type: ignore[arg-type]
+    def edits(way: Steer) -> tuple[Edit]:
+        return (way.edit(prefix.at),)
 
-    return jax.vmap(one)(ways)
+    options = {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens}
+    return continue_versions(cfg, params, prefix, ways, edits, **options)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -133,7 +132,9 @@ class Continued:
     def __init__(self, cfg: ModelConfig, params: Params, prompts: Tokens, room: int):
         self.cfg, self.params, self.room = cfg, params, room
         self.at_once = max(1, ROWS_AT_ONCE // len(prompts.lengths))
-        self.prefix = prefill(cfg, params, jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths))
+        prompts = prompts.widened(cfg.n_ctx - room)
+        ids, lengths = jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths)
+        self.prefix = prefill(cfg, params, ids, lengths, n_shared=prompts.n_shared)
 
     def answers(self, ways: Steer, stop_tokens: tuple[int, ...]) -> Generation:
         """Greedy answers of each version, [S, B, room].

@@ -15,13 +15,14 @@ from jaxtyping import Array, Float, Int
 from wpjax.behaviours import Behaviour, PromptBatch
 from wpjax.errors import AnchorRejected, CheckpointError
 from wpjax.evaluation.judge import Judge
-from wpjax.evaluation.steering import Directions, choose_strengths, screen_layers, steering_tests
+from wpjax.evaluation.steering import Directions, candidates, screen_layers, steering_tests
 from wpjax.metrics.anchor import Anchor, identity_of
 from wpjax.metrics.diagnostics import MIN_STABILITY, LayerDiagnostics, SteeringTest
 from wpjax.metrics.metric import LARGEST_STATE
 from wpjax.metrics.reading import Reading, first_answers, read_at
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, forward
+from wpjax.models.decoder import Params, decoder
+from wpjax.models.layouts import Packed
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.runtime.batching import map_batches
@@ -35,16 +36,22 @@ N_CANDIDATES = 2
 """Layers that are tested causally, at most."""
 
 N_TRIED = 6
-"""Layers at which the strengths are tried, at most."""
+"""Layers that are tried by answers to a few prompts, at most."""
 
 N_SCREENED_PROMPTS, N_TRIED_PROMPTS = 16, 8
-"""Prompts on which layers are screened for the causal tests, and strengths tried, at most."""
+"""Prompts on which layers are screened for the causal tests, and on which they are tried, at most."""
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _mean_states(cfg: ModelConfig, params: Params, ids: Array, at: Array, weight: Array) -> Float[Array, "L B D"]:
-    resid = forward(cfg, params, ids, sites=(Site.RESID_POST,), logits=False).sites[Site.RESID_POST]
-    picked = jnp.take_along_axis(resid, at[None, ..., None], axis=2)  # [L, B, T, D] -> [L, B, S, D]
+@functools.partial(jax.jit, static_argnames=("cfg", "n_shared"))
+def _mean_states(
+    cfg: ModelConfig, params: Params, ids: Array, at: Array, weight: Array, n_shared: int
+) -> Float[Array, "L B D"]:
+    n_prompts, n_tokens = ids.shape
+    packed, n_own = Packed.side_by_side(n_prompts, n_tokens, n_shared), n_tokens - n_shared
+    out = decoder(cfg, params)(packed.lay(ids), sites=(Site.RESID_POST,), logits=False, layout=packed)
+    # The place of each position in the packed row: shared tokens first, then every prompt's own.
+    place = jnp.where(at < n_shared, at, at + jnp.arange(n_prompts)[:, None] * n_own)
+    picked = out.sites[Site.RESID_POST][:, 0, place]  # [L, 1, T, D] -> [L, B, S, D]
     return jnp.einsum("lbsd,bs->lbd", picked, weight)
 
 
@@ -61,9 +68,12 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
         CheckpointError: a number is not finite or larger than `LARGEST_STATE`; the message names the first layer.
     """
     tokens, at, weight = reading
+    tokens = tokens.widened(cfg.n_ctx)
+    n_shared = min(tokens.n_shared, tokens.ids.shape[1] - 1)
 
     def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "L N D"]:
-        return _mean_states(cfg, params, *(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight)))
+        some = (jnp.asarray(a[rows]) for a in (tokens.ids, at, weight))
+        return _mean_states(cfg, params, *some, n_shared=n_shared)
 
     states = map_batches(len(at), batch_size, run, axis=1)
     damaged = np.flatnonzero(~(np.abs(states) <= LARGEST_STATE).all((1, 2)))  # so written, NaN is too large
@@ -118,9 +128,9 @@ def fit_anchor(
     1. By projections. The split-half cosine must be at least `MIN_STABILITY`. On queries that were not used for
        fitting, the gap and the specific gap must be positive with their whole 95 % intervals. The last sixth of the
        layers is left out: there the stream at the last prompt token already holds the first token of the answer.
-    2. By cause (see `evaluation.steering`), at the `N_CANDIDATES` best layers of a screen. The direction must bring the
-       behaviour into the base, and its removal must take it from the expert, each surely more than a random direction
-       does. The checker of the behaviour judges the answers.
+    2. By cause (see `evaluation.steering`), at the best layer of a screen, and at another one if that is not accepted
+       (`N_CANDIDATES` at most). The direction must bring the behaviour into the base, and its removal must take it from
+       the expert, each surely more than a random direction does. The checker of the behaviour judges the answers.
 
     An anchor is "accepted", "rejected" if it surely does too little, and "undecided" if the prompts do not tell
     (`SteeringTest.verdict`). Of the layers with the best outcome, the one where gain times loss is largest is chosen.
@@ -168,24 +178,29 @@ def fit_anchor(
     unit = direction / np.maximum(norm, 1e-30)[:, None]
     stability = split_half_cosine(contrast, fit.queries, seed=seed)
     diagnostics = _diagnose(pair, check, n_response, unit, norm, stability, seed)
-    candidates = _candidates(diagnostics, behaviour.name, layer)
-    best = candidates[0]
+    passing = _passing(diagnostics, behaviour.name, layer)
+    best = passing[0]
     if causal != "skip":
         base_state = mean_states(pair.cfg, pair.base, instructed)
         means = [np.einsum("lbd,ld->l", s, unit) / s.shape[1] for s in (base_state, state)]
         directions = Directions(unit, *means)
-        layers = [d.layer for d in candidates]
+        layers = [d.layer for d in passing]
         few = fit.take(np.arange(min(len(fit), N_SCREENED_PROMPTS)))
         progress("layers screened", 0, 1)
         screening, answers = Judge(pair, behaviour, few, max_new_tokens).with_room(pair.expert)
         layers = screen_layers(pair, few, answers, layers, directions)[:N_TRIED]
         progress("layers screened", 1, 1)
-        progress("strengths tried", 0, 1)
-        screened = choose_strengths(screening.take(np.arange(min(len(few), N_TRIED_PROMPTS))), layers, directions)
-        progress("strengths tried", 1, 1)
+        few_answer = screening.take(np.arange(min(len(few), N_TRIED_PROMPTS)))
         batch = behaviour.encode(pair.tokenizer, "sweep", n_steered)
-        judge = Judge(pair, behaviour, batch, screening.max_new_tokens)
-        tests = steering_tests(judge, screened[:N_CANDIDATES], directions, seed=seed, done=done, progress=progress)
+        tests = steering_tests(
+            Judge(pair, behaviour, batch, screening.max_new_tokens),
+            candidates(few_answer, layers, directions, progress),
+            directions,
+            n_candidates=min(N_CANDIDATES, len(layers)),
+            seed=seed,
+            done=done,
+            progress=progress,
+        )
         by_layer = {test.layer: dataclasses.asdict(test) for test in tests}
         diagnostics = tuple(dataclasses.replace(d, **by_layer.get(d.layer, {})) for d in diagnostics)
         best = diagnostics[_choose(tests, diagnostics, behaviour.name, causal).layer]
@@ -233,7 +248,7 @@ def _diagnose(
     return tuple(rows)
 
 
-def _candidates(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | None) -> list[LayerDiagnostics]:
+def _passing(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | None) -> list[LayerDiagnostics]:
     """The layers that pass the tests of projections, the one of strongest signal first."""
     # The last sixth of the layers is left out, at least one layer, but never all of them.
     early = len(diagnostics) - max(1, len(diagnostics) // 6) if len(diagnostics) > 1 else 1

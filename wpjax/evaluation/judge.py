@@ -145,6 +145,17 @@ def check_behaviour_differs(judge: Judge, base: Generation, expert: Generation) 
     check_pass_rates_differ(judge.behaviour.name, judge.batch.queries, judge.passes(base), judge.passes(expert))
 
 
+def passes_surely_more(
+    queries: Int[np.ndarray, " B"], base: Bool[np.ndarray, " B"], expert: Bool[np.ndarray, " B"]
+) -> bool:
+    """Whether the 95 % interval of the difference of pass rates, expert minus base, is above 0; over queries.
+
+    >>> passes_surely_more(np.arange(6), np.zeros(6, bool), np.ones(6, bool))
+    True
+    """
+    return mean_interval(expert.astype(float) - base, resample(queries)).low > 0
+
+
 def check_pass_rates_differ(
     name: str, queries: Int[np.ndarray, " B"], base: Bool[np.ndarray, " B"], expert: Bool[np.ndarray, " B"]
 ) -> None:
@@ -160,8 +171,7 @@ def check_pass_rates_differ(
         AnchorRejected: the expert does not surely pass the checker more often than the base: the 95 % interval of the
             difference, over queries, reaches 0.
     """
-    _, low, _ = mean_interval(expert.astype(float) - base, resample(queries))
-    if not low > 0:
+    if not passes_surely_more(queries, base, expert):
         raise AnchorRejected(
             f"{name}: the base passes the checker on {base.mean():.0%} of {len(base)} prompts, the expert on "
             f"{expert.mean():.0%}: not surely more, so there is no behaviour to find; check the pair and the checker"

@@ -14,9 +14,12 @@ Answers are dear, so they come last, and no more of them than needed:
 
 1. `screen_layers` ranks layers by the decision log-odds of the steered models, on a few "fit" prompts. Nothing is
    generated for it.
-2. `choose_strengths` lets the best of them answer a few "fit" prompts at every strength.
-3. `steering_tests` lets the best answer the "sweep" prompts, a few queries at a time. It stops as soon as an anchor is
-   accepted, or all are rejected. The intervals hold however often one looks (`stats.confidence_sequence`).
+2. `candidates` lets the expert answer a few "fit" prompts without the direction of the best of them, and the base at
+   every strength, two layers at a time. As soon as a layer promises to pass, it is tested; further layers are tried
+   only if it does not pass.
+3. `steering_tests` lets one layer after the other answer the "sweep" prompts, a few queries at a time. It stops as soon
+   as a layer is accepted. The intervals hold however often one looks (`stats.confidence_sequence`), and for all layers
+   that may be tested (Bonferroni). Layers and strengths are chosen on other prompts than they are tested on.
 
 Steering changes nothing before the last prompt token. So each model reads the prompts once, and all steered versions of
 it go on from there in one program (`evaluation.continued`).
@@ -24,16 +27,17 @@ it go on from there in one program (`evaluation.continued`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from wpjax.behaviours import PromptBatch
 from wpjax.errors import MetricRejected
 from wpjax.evaluation.continued import Continued, steer
-from wpjax.evaluation.judge import Judge, check_pass_rates_differ
+from wpjax.evaluation.judge import Judge, check_pass_rates_differ, passes_surely_more
 from wpjax.metrics.answers import decision_metric
 from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
 from wpjax.models.decoder import Params
@@ -41,7 +45,7 @@ from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.runtime.progress import Progress, silent
 from wpjax.runtime.shards import finished_part
-from wpjax.stats import by_query, confidence_sequence
+from wpjax.stats import confidence_sequence
 
 STRENGTHS = (1.0, 1.5, 2.0)
 """How far the base is steered, in units of the way from its own mean state (0) to the expert's (1)."""
@@ -50,7 +54,19 @@ N_SCREENED = 12
 """Layers that are screened, at most."""
 
 PROMPTS_A_LOOK = 16
-"""Prompts that are answered between two looks at the outcome, about."""
+"""Prompts that are answered between two looks at the outcome, at most; each of another query."""
+
+HOPELESS = 2
+"""A test stops undecided if this many times the queries at hand would not be likely to decide it."""
+
+N_STRENGTHS = 4
+"""Layers whose strengths are tried, at most."""
+
+LAYERS_AT_ONCE = 2
+"""Layers whose strengths are tried together."""
+
+PROMISING = 0.5
+"""A layer promises to pass if it moves this share of what base and expert differ by, in the base and in the expert."""
 
 
 class Directions(NamedTuple):
@@ -132,133 +148,173 @@ def screen_layers(
     return [layers[i] for i in np.argsort(-share, kind="stable")]
 
 
-def choose_strengths(judge: Judge, layers: Sequence[int], directions: Directions) -> list[Candidate]:
-    """Choose the strength for each of some layers, by answers to a few prompts, and rank the layers.
+def candidates(
+    judge: Judge, layers: Sequence[int], directions: Directions, progress: Progress = silent
+) -> Iterator[Candidate]:
+    """Layers to be tested, each with its strength: a layer that promises to pass as soon as one is found.
+
+    All is by answers to a few prompts. First the expert answers without the direction, for each layer. The layers at
+    which it loses most without degenerate answers come first. Then the strengths of `LAYERS_AT_ONCE` layers are tried
+    at a time. A layer promises to pass if its answers are not degenerate, and the base's gain and the expert's loss are
+    both at least `PROMISING` times what the two differ by. Further layers are tried when the caller asks for more,
+    `N_STRENGTHS` at most. Then the rest come, the best first: by gain times loss.
+
+    Args:
+        judge: a few prompts, of queries that the tests do not use.
+        layers: 0-based layers, the most promising first.
+        directions: directions and states.
+        progress: function that is called as layers get tried.
+    """
+    n_tried = min(N_STRENGTHS, len(layers))
+    progress("strengths tried", 0, n_tried)
+    removed = [directions.still, *(directions.way(layer, 0.0) for layer in layers)]
+    passes, nll, _ = _figures(judge, {"expert": removed}, 1).mean(2)
+    own, without = (float(passes[0]), float(nll[0])), passes[1:]
+    order = np.lexsort((without, nll[1:] > own[1] + MAX_EXCESS_NLL))[:n_tried].tolist()
+    waiting: list[_Tried] = []
+    for first in range(0, n_tried, LAYERS_AT_ONCE):
+        some = order[first : first + LAYERS_AT_ONCE]
+        loss = {layers[i]: float(own[0] - without[i]) for i in some}
+        waiting += _try_strengths(judge, loss, own, directions)
+        waiting.sort(key=lambda tried: -tried.score)
+        # Done for now, if a layer promises to pass.
+        progress("strengths tried", n_tried if waiting[0].promises else first + len(some), n_tried)
+        while waiting and waiting[0].promises:
+            yield waiting.pop(0).candidate
+    yield from (tried.candidate for tried in waiting)
+
+
+class _Tried(NamedTuple):
+    """A layer whose strengths were tried: the best of them, how good it is, and whether it promises to pass."""
+
+    candidate: Candidate
+    score: float
+    promises: bool
+
+
+def _try_strengths(
+    judge: Judge, loss: Mapping[int, float], own: tuple[float, float], directions: Directions
+) -> list[_Tried]:
+    """Choose the strength for each of some layers.
 
     Of the strengths whose answers are not degenerate, the one is taken at which the base passes most, the weaker one of
     equals; if all are degenerate, the one whose answers are likeliest.
 
     Args:
-        judge: a few prompts, of queries that the tests do not use.
-        layers: 0-based layers.
+        judge: a few prompts.
+        loss: layer -> share of the prompts that the expert loses without the direction.
+        own: of the expert's own answers, the share that passes, and their nats per token under the base.
         directions: directions and states.
-
-    Returns:
-        a candidate for each layer, the best first: by the base's gain times the expert's loss.
     """
-    steered = [directions.still, *(directions.way(layer, s) for layer in layers for s in STRENGTHS)]
-    removed = [directions.still, *(directions.way(layer, 0.0) for layer in layers)]
-    passes, nll, _ = _figures(judge, {"base": steered, "expert": removed}, 1).mean(2)
-    by_base, by_expert = passes[: len(steered)], passes[len(steered) :]
-    gain = (by_base[1:] - by_base[0]).reshape(len(layers), len(STRENGTHS))
-    excess = nll[1 : len(steered)].reshape(gain.shape) - nll[len(steered)]
-    ranked = []
-    for layer, gains, above, left in zip(layers, gain, excess, by_expert[1:], strict=True):
+    ways = [directions.still, *(directions.way(layer, s) for layer in loss for s in STRENGTHS)]
+    passes, nll, _ = _figures(judge, {"base": ways}, 1).mean(2)
+    gain = (passes[1:] - passes[0]).reshape(len(loss), len(STRENGTHS))
+    excess = nll[1:].reshape(gain.shape) - own[1]
+    least, tried = PROMISING * (own[0] - float(passes[0])), list[_Tried]()
+    for (layer, lost), gains, above in zip(loss.items(), gain, excess, strict=True):
         sound = np.flatnonzero(above <= MAX_EXCESS_NLL)
         at = int(sound[np.argmax(gains[sound])]) if len(sound) else int(np.argmin(above))
-        score = gains[at] * (by_expert[0] - left) if len(sound) else -above[at]
-        ranked.append((float(score), Candidate(layer, STRENGTHS[at])))
-    return [candidate for _, candidate in sorted(ranked, key=lambda r: -r[0])]
+        score = float(gains[at] * lost if len(sound) else -above[at])
+        promises = bool(len(sound) and least > 0 and min(gains[at], lost) >= least)
+        tried.append(_Tried(Candidate(layer, STRENGTHS[at]), score, promises))
+    return tried
 
 
 def steering_tests(
     judge: Judge,
-    candidates: Sequence[Candidate],
+    candidates: Iterable[Candidate],
     directions: Directions,
     *,
+    n_candidates: int = 1,
     n_random: int = 2,
     seed: int = 0,
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> list[SteeringTest]:
-    """Both causal tests at each of some layers, with as many of the prompts as it takes to decide them.
+    """Both causal tests at one layer after another, up to the first that is accepted.
+
+    Each is tested with as many queries as it takes to decide it. It is left undecided early if `HOPELESS` times all
+    queries would not be likely to.
 
     Args:
-        judge: prompts and checker.
-        candidates: layers and strengths to test.
+        judge: prompts and checker. Of each query the first prompt is used: others would tell little that is new.
+        candidates: layers and strengths to test, in this order. The next is asked for only if it is needed.
         directions: directions and states.
+        n_candidates: number of layers that are tested, at most. The intervals hold for so many at once (Bonferroni).
         n_random: number of random directions for each layer.
         seed: seed of the random directions.
         done: finished looks of an earlier attempt; new ones are added.
         progress: function that is called after every look.
 
     Returns:
-        the outcome at each candidate, in their order. The intervals hold for all of them at once (Bonferroni).
+        the outcome at each layer that was tested, in their order.
 
     Raises:
         AnchorRejected: base and expert do not differ in the behaviour.
     """
     judge.behaviour.check_checker()
     done = {} if done is None else done
-    rng = np.random.default_rng(seed)
-    random = rng.standard_normal((len(candidates), n_random, directions.unit.shape[1]))
-    random /= np.linalg.norm(random, axis=-1, keepdims=True)
-    looks = _looks(judge.batch)
-    level, tests = 1 - 0.05 / len(candidates), list[SteeringTest]()
-    order, parts = np.concatenate(looks), list[np.ndarray]()
-    for i, rows in enumerate(looks):
-        progress("steering tests", i, len(looks))
-        key, n_versions = f"steering-{i}", 2 * (1 + len(candidates) * (1 + n_random))
-        if key not in done:
-            done[key] = _look(judge.take(rows), candidates, directions, random)
-        parts.append(finished_part(done, key, (3, n_versions, len(rows))))
-        figures = np.concatenate(parts, axis=2)
-        seen = judge.take(order[: figures.shape[2]])
-        tests = _outcomes(seen.batch.queries, figures, candidates, n_random, level, judge.max_new_tokens)
-        if tests[0].difference > 0 and _is_decided(tests):
+    judge = judge.take(np.sort(np.unique(judge.batch.queries, return_index=True)[1]))  # of each query the first prompt
+    rng, n_queries = np.random.default_rng(seed), len(judge.batch)
+    looks = np.array_split(np.arange(n_queries), -(-n_queries // PROMPTS_A_LOOK))
+    level, tests = 1 - 0.05 / n_candidates, list[SteeringTest]()
+    half = 2 + n_random  # versions of each model: itself, steered, along random directions
+    for which, candidate in enumerate(itertools.islice(candidates, n_candidates)):
+        random = rng.standard_normal((n_random, directions.unit.shape[1]))
+        random /= np.linalg.norm(random, axis=-1, keepdims=True)
+        parts = list[np.ndarray]()
+        for i, rows in enumerate(looks):
+            progress("steering tests", i, len(looks))
+            key = f"steering-{which}-{i}"
+            if key not in done:
+                done[key] = _look(judge.take(rows), candidate, directions, random)
+            parts.append(finished_part(done, key, (3, 2 * half, len(rows))))
+            figures = np.concatenate(parts, axis=2)
+            own = figures[0, ::half].astype(bool)
+            queries = np.arange(own.shape[1])
+            test = _outcome(figures, candidate, level, judge.max_new_tokens)
+            if test.outcome == "undecided":
+                if test.queries_needed > HOPELESS * n_queries:
+                    break
+            elif passes_surely_more(queries, *own):
+                break
+        check_pass_rates_differ(judge.behaviour.name, queries, *own)
+        tests.append(test)
+        if test.outcome == "accepted":
             break
     progress("steering tests", len(looks), len(looks))
-    passes = figures[0].astype(bool)
-    check_pass_rates_differ(judge.behaviour.name, seen.batch.queries, passes[0], passes[figures.shape[1] // 2])
     return tests
 
 
-def _is_decided(tests: Sequence[SteeringTest]) -> bool:
-    outcomes = [test.outcome for test in tests]
-    return "accepted" in outcomes or "undecided" not in outcomes
-
-
-def _looks(batch: PromptBatch) -> list[Int[np.ndarray, " n"]]:
-    """Rows of the prompts of each look: whole queries, in the order of the batch."""
-    queries = batch.queries
-    looks: list[list[int]] = [[]]
-    for query in dict.fromkeys(queries.tolist()):
-        of_query = np.flatnonzero(queries == query).tolist()
-        if looks[-1] and len(looks[-1]) + len(of_query) > PROMPTS_A_LOOK:
-            looks.append([])
-        looks[-1] += of_query
-    return [np.array(rows) for rows in looks]
-
-
 def _look(
-    judge: Judge, candidates: Sequence[Candidate], directions: Directions, random: Float[np.ndarray, "A R D"]
+    judge: Judge, candidate: Candidate, directions: Directions, random: Float[np.ndarray, "R D"]
 ) -> Float[np.ndarray, "3 V B"]:
     """Answers of all versions of both models to some prompts: whether each passes; its nats per token (NaN
     for random directions); whether it was cut off.
 
-    The V versions are, of the base, then of the expert: the model itself, and for each candidate the version steered
-    along its direction, then along each random one.
+    The V versions are, of the base, then of the expert: the model itself, the version steered along the direction, and
+    those along each random one.
     """
     # The control reads <h, u> as well but writes along another direction, so the stream is moved as far.
-    versions: dict[str, list] = {"base": [directions.still], "expert": [directions.still]}
-    for candidate, writes in zip(candidates, random, strict=True):
-        for write in (None, *writes):
-            versions["base"].append(directions.way(candidate.layer, candidate.strength, write))
-            versions["expert"].append(directions.way(candidate.layer, 0.0, write))
-    return _figures(judge, versions, 1 + random.shape[1])
+    strengths = {"base": candidate.strength, "expert": 0.0}
+    versions = {
+        name: [directions.still, *(directions.way(candidate.layer, s, write) for write in (None, *random))]
+        for name, s in strengths.items()
+    }
+    return _figures(judge, versions, 1 + len(random))
 
 
 def _figures(judge: Judge, versions: Mapping[str, list], every: int) -> Float[np.ndarray, "3 V B"]:
-    """Answers of versions of both models: whether each passes; its nats per token; whether it was cut off.
+    """Answers of versions of one or both models: whether each passes; its nats per token; whether it was cut off.
 
     Args:
         judge: prompts and checker.
         versions: "base" and "expert" -> ways to steer that model; the first leaves it as it is.
-        every: after the first, nats per token are asked of every such version; of the others they are NaN.
+        every: nats per token are asked of the first version, then of every such one; of the others they are NaN.
     """
     pair, prompts = judge.pair, judge.batch.with_instruction
     models = {"base": pair.base, "expert": pair.expert}
-    read = {name: Continued(pair.cfg, params, prompts, judge.max_new_tokens) for name, params in models.items()}
+    read = {n: Continued(pair.cfg, models[n], prompts, judge.max_new_tokens) for n in {"base": None, **versions}}
     figures = []
     for name, ways in versions.items():
         answers = read[name].answers(steer(ways), pair.stop_tokens)
@@ -272,50 +328,36 @@ def _figures(judge: Judge, versions: Mapping[str, list], every: int) -> Float[np
     return np.concatenate(figures, axis=1)
 
 
-def _outcomes(
-    queries: Int[np.ndarray, " B"],
+def _outcome(
     figures: Float[np.ndarray, "3 V B"],
-    candidates: Sequence[Candidate],
-    n_random: int,
+    candidate: Candidate,
     level: float,
     max_new_tokens: int,
-) -> list[SteeringTest]:
-    """The tests at each candidate, from the figures of all looks so far (see `_look`)."""
+) -> SteeringTest:
+    """The tests at a layer, from the figures of all looks so far (see `_look`)."""
     passes, nll, cut = figures
-    half = passes.shape[0] // 2
-    own_base, own_expert = passes[0], passes[half]
+    half = len(passes) // 2
+    (own_base, steered), (own_expert, removed) = passes[:2], passes[half : half + 2]
+    steered_random, removed_random = passes[2:half].mean(0), passes[half + 2 :].mean(0)
 
-    def interval(values: Float[np.ndarray, " B"]) -> tuple[float, float]:
-        _, low, high = confidence_sequence(by_query(queries, values), level)
-        return low, high
-
-    tests = []
-    for i, candidate in enumerate(candidates):
-        first = 1 + i * (1 + n_random)
-        along, controls = first, slice(first + 1, first + 1 + n_random)
-        steered, steered_random = passes[:half][along], passes[:half][controls].mean(0)
-        removed, removed_random = passes[half:][along], passes[half:][controls].mean(0)
-        gain_low, gain_high = interval(steered - steered_random)
-        drop_low, drop_high = interval(removed_random - removed)
-        tests.append(
-            SteeringTest(
-                layer=candidate.layer,
-                strength=candidate.strength,
-                steered=float(steered.mean()),
-                steered_random=float(steered_random.mean()),
-                gain_low=gain_low,
-                removed=float(removed.mean()),
-                removed_random=float(removed_random.mean()),
-                drop_low=drop_low,
-                nll=float(nll[along].mean()),
-                nll_expert=float(nll[half].mean()),
-                nll_removed=float(nll[half + along].mean()),
-                gain_high=gain_high,
-                drop_high=drop_high,
-                difference=float(own_expert.mean() - own_base.mean()),
-                n_queries=float(len(np.unique(queries))),
-                max_new_tokens=float(max_new_tokens),
-                cut=float(cut[half].mean()),
-            )
-        )
-    return tests
+    _, gain_low, gain_high = confidence_sequence(steered - steered_random, level)
+    _, drop_low, drop_high = confidence_sequence(removed_random - removed, level)
+    return SteeringTest(
+        layer=candidate.layer,
+        strength=candidate.strength,
+        steered=float(steered.mean()),
+        steered_random=float(steered_random.mean()),
+        gain_low=gain_low,
+        removed=float(removed.mean()),
+        removed_random=float(removed_random.mean()),
+        drop_low=drop_low,
+        nll=float(nll[1].mean()),
+        nll_expert=float(nll[half].mean()),
+        nll_removed=float(nll[half + 1].mean()),
+        gain_high=gain_high,
+        drop_high=drop_high,
+        difference=float(own_expert.mean() - own_base.mean()),
+        n_queries=float(passes.shape[1]),
+        max_new_tokens=float(max_new_tokens),
+        cut=float(cut[half].mean()),
+    )

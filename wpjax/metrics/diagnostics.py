@@ -117,20 +117,40 @@ class SteeringTest:
                 f"the base, before {self.nll_expert:.2f}"
             )
         if not self.gain_low > 0:
-            return f"undecided: {steering}: not surely more{self._needed(self.gain_low, self.gain_high)}"
+            return f"undecided: {steering}: not surely more{self._advice(self.gain_low, self.gain_high)}"
         if not self.drop_low > 0:
-            return f"undecided: {removal}: not surely less{self._needed(self.drop_low, self.drop_high)}"
+            return f"undecided: {removal}: not surely less{self._advice(self.drop_low, self.drop_high)}"
         return ""
 
-    def _needed(self, low: float, high: float) -> str:
+    @property
+    def queries_needed(self) -> float:
+        """About how many queries would decide the tests, to either side; infinite if no number is likely to.
+
+        >>> test = SteeringTest(4, 1.5, steered=0.8, steered_random=0.1, gain_low=0.2, removed=0.8, removed_random=0.9,
+        ...                     drop_low=-0.2, nll=1.2, nll_expert=1.1, gain_high=1, drop_high=0.4, n_queries=16,
+        ...                     difference=0.9)
+        >>> round(test.queries_needed)  # the drop, .1 from the middle to 0, has an interval of half width .3
+        144
+        """
+        ends = ((self.gain_low, self.gain_high), (self.drop_low, self.drop_high))
+        least = LEAST_SHARE * self.difference
+        accept = max(0.0 if low > 0 else self._needed((low + high) / 2, (high - low) / 2) for low, high in ends)
+        reject = max(self._needed(least - (low + high) / 2, (high - low) / 2) for low, high in ends)
+        return min(accept, reject)
+
+    def _needed(self, distance: float, half: float) -> float:
+        """Queries at which an interval is as far from a value as it is half wide: its width falls with their root."""
+        return self.n_queries * (half / distance) ** 2 if distance > 0 else math.inf
+
+    def _advice(self, low: float, high: float) -> str:
         """How many queries would decide a test whose interval is [low, high], in words; empty if it is not known."""
         middle, half = (low + high) / 2, (high - low) / 2
         if not math.isfinite(self.n_queries * half) or not half > 0:
             return ""
-        # The interval's width falls with the root of the number of queries. It must leave out 0.
-        n = math.ceil(self.n_queries * (half / middle) ** 2) if middle > 0 else math.inf
-        tried = f"{self.n_queries:.0f} queries were tried"
-        return f"; about {n} queries would decide it, {self.n_queries:.0f} were tried" if n < 10_000 else f"; {tried}"
+        n, tried = self._needed(middle, half), f"{self.n_queries:.0f} queries were tried"
+        if not n < 10_000:
+            return f"; {tried}"
+        return f"; about {math.ceil(n)} queries would decide it, {self.n_queries:.0f} were tried"
 
 
 @dataclasses.dataclass(frozen=True)

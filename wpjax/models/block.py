@@ -212,7 +212,7 @@ class LayerPass:
 
     @functools.cached_property
     def seen(self) -> tuple[Value, Value]:
-        """Keys and values that queries may see: those of this pass, and those that a cache holds from before."""
+        """Keys and values of this pass that queries may see. A layout with a cache adds those from before."""
         return self.layout.extend(self.k, self.v)
 
     @_site

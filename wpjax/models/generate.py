@@ -7,7 +7,7 @@ starts at the last prompt token changes nothing before it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder
 from wpjax.models.edits import Edit
-from wpjax.models.layouts import Cached, Causal
+from wpjax.models.layouts import Cached, Causal, Layout, Packed
+from wpjax.models.ops import heads_first
 from wpjax.runtime.batching import map_batches
 
 
@@ -31,8 +32,8 @@ class Generation(NamedTuple):
         lengths: [B], number of new tokens, stop token included.
     """
 
-    tokens: Int[np.ndarray | Array, "B N"]
-    lengths: Int[np.ndarray | Array, " B"]
+    tokens: Int[np.ndarray | Array, "*S B N"]
+    lengths: Int[np.ndarray | Array, "*S B"]
 
 
 class Prefix(NamedTuple):
@@ -41,23 +42,24 @@ class Prefix(NamedTuple):
     Attributes:
         last: [B], id of the last token of each prompt.
         at: [B], its position.
-        keys: [L, B, T, K, Dh], keys of every layer by position. From `at` on they are of no meaning.
-        values: [L, B, T, K, Dh], values likewise.
+        keys: [L, B, K, T, Dh], keys of every layer by position. From `at` on they are of no meaning.
+        values: [L, B, K, T, Dh], values likewise.
     """
 
     last: Int[Array, " B"]
     at: Int[Array, " B"]
-    keys: Float[Array, "L B T K Dh"]
-    values: Float[Array, "L B T K Dh"]
+    keys: Float[Array, "L B K T Dh"]
+    values: Float[Array, "L B K T Dh"]
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@functools.partial(jax.jit, static_argnames=("cfg", "n_shared"))
 def prefill(
     cfg: ModelConfig,
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     *,
+    n_shared: int = 0,
     edits: Sequence[Edit] = (),
 ) -> Prefix:
     """Read prompts, and keep what their continuations need.
@@ -67,20 +69,29 @@ def prefill(
         params: parameter tree; its leaves may be `Blend`s.
         tokens: prompts, padded on the right.
         lengths: number of tokens of each prompt.
-        edits: changes on the way; see `generate`.
+        n_shared: number of tokens that all prompts begin with, such as those of a template; they are read once
+            (static). See `Tokens.n_shared`.
+        edits: changes on the way; see `generate`. With `n_shared`, none that starts or stops by prompt.
 
     Raises:
         WpjaxError: an edit names no layer.
     """
     _check_edits(edits)
+    n_prompts, n_tokens = tokens.shape
+    n_shared = min(n_shared, n_tokens - 1)  # prompts that are all alike still have a token each
+    packed = Packed.side_by_side(n_prompts, n_tokens, n_shared) if n_shared else None
+    layout: Layout = Causal.of(n_tokens) if packed is None else packed
+
+    def by_prompt(x: Array) -> Array:
+        return heads_first(x if packed is None else packed.keys(x)[0])
 
     def through(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
         """All prompt tokens through one layer; returns its keys and values."""
         params, number = layer
-        one = block(cfg, params, number)(x, Causal.of(tokens.shape[1]), edits=edits)
-        return one.resid_post, (one.k, one.v)
+        one = block(cfg, params, number)(x, layout, edits=edits)
+        return one.resid_post, (by_prompt(one.k), by_prompt(one.v))
 
-    x = decoder(cfg, params).embed(tokens, jnp.arange(tokens.shape[1])[None])
+    x = decoder(cfg, params).embed(tokens if packed is None else packed.lay(tokens), layout.positions)
     _, (keys, values) = jax.lax.scan(through, x, (params["blocks"], jnp.arange(cfg.n_layers)))
     at = lengths - 1
     return Prefix(jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0], at, keys, values)
@@ -91,63 +102,59 @@ def _check_edits(edits: Sequence[Edit]) -> None:
         raise WpjaxError("an edit of a generation names its layer: pass one Edit(..., layer=i) for each")
 
 
-Cache = tuple[Array, Array]
-"""Keys and values of the new tokens in every layer, each [L, B, N, K, Dh]."""
-
-
-def _no_tokens(cfg: ModelConfig, prefix: Prefix, room: int) -> Cache:
-    """A cache with room for so many new tokens.
-
-    Raises:
-        WpjaxError: prompts and new tokens exceed the context.
-    """
-    n_layers, n_rows, n_prompt, *rest = prefix.keys.shape
-    if n_prompt + room > cfg.n_ctx:
+def _check_fits(cfg: ModelConfig, prefix: Prefix, n_new: int) -> None:
+    """Refuse prompts and so many new tokens that exceed the context together."""
+    n_prompt = prefix.keys.shape[3]
+    if n_prompt + n_new > cfg.n_ctx:
         raise WpjaxError(
-            f"{n_prompt} prompt tokens and {room} new ones exceed the context of {cfg.n_ctx}; shorten the prompts or "
+            f"{n_prompt} prompt tokens and {n_new} new ones exceed the context of {cfg.n_ctx}; shorten the prompts or "
             "lower max_new_tokens"
         )
-    empty = jnp.zeros((n_layers, n_rows, room, *rest), prefix.keys.dtype)
-    return empty, empty
 
 
-def _step(
+Cache = tuple[Array, Array]
+"""Keys and values of new tokens in every layer, each [L, B, K, N, Dh]."""
+
+
+def _run(
     cfg: ModelConfig,
     params: Params,
     edits: Sequence[Edit],
     prefix: Prefix,
-    token: Int[Array, " B"],
-    step: Int[Array, ""],
+    tokens: Int[Array, "B T"],
+    n_before: Int[Array, ""] | int,
     cache: Cache,
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Run one token of each row through all layers.
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Run some new tokens of each row through all layers.
 
     Args:
         cfg: the model.
         params: its parameters.
         edits: changes on the way.
         prefix: the prompts.
-        token: id of the token of each row.
-        step: 0 for the last token of a prompt, 1 for the first new one, and so on.
-        cache: keys and values of the tokens before it.
+        tokens: ids of the tokens; the first that is ever run is the last of the prompt.
+        n_before: number of tokens that were run before.
+        cache: their keys and values.
 
     Returns:
-        the stream after the last layer, and the cache with the token's own keys and values.
+        the stream after the last layer, and the tokens' own keys and values.
     """
+    at = prefix.at[:, None] + n_before + jnp.arange(tokens.shape[1])
 
     def through(x: Array, layer: Any) -> tuple[Array, Cache]:
-        params, number, prompt, new = layer
-        layout = Cached(prefix.at, prompt, step, new)
-        one = block(cfg, params, number)(x, layout, edits=edits)
-        return one.resid_post, (one.k, one.v)
+        params, number, prompt, before = layer
+        one = block(cfg, params, number)(x, Cached(at, prefix.at, prompt, n_before, before), edits=edits)
+        return one.resid_post, (heads_first(one.k), heads_first(one.v))
 
-    at = prefix.at + step
-    x = decoder(cfg, params).embed(token[:, None], at[:, None])
-    layers = (params["blocks"], jnp.arange(cfg.n_layers), (prefix.keys, prefix.values), cache)
-    x, own = jax.lax.scan(through, x, layers)
-    # Written once for all layers, so that the compiler can do it in place.
-    keys, values = (jax.lax.dynamic_update_slice_in_dim(c, o, step, axis=2) for c, o in zip(cache, own, strict=True))
-    return x[:, 0], (keys, values)
+    x = decoder(cfg, params).embed(tokens, at)
+    return jax.lax.scan(through, x, (params["blocks"], jnp.arange(cfg.n_layers), (prefix.keys, prefix.values), cache))
+
+
+def _no_tokens(prefix: Prefix, versions: tuple[int, ...], n_new: int) -> Cache:
+    """A cache with room for so many new tokens of some versions: [L, (S,) B, K, N, Dh]."""
+    n_layers, n_rows, n_heads, _, width = prefix.keys.shape
+    empty = jnp.zeros((n_layers, *versions, n_rows, n_heads, n_new, width), prefix.keys.dtype)
+    return empty, empty
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
@@ -157,7 +164,7 @@ def continue_prompts(
     prefix: Prefix,
     *,
     max_new_tokens: int,
-    stop_tokens: Int[Array, " S"] | tuple[int | Int[Array, ""], ...],
+    stop_tokens: Int[Array, " E"] | tuple[int | Int[Array, ""], ...],
     temperature: float = 0.0,
     key: Array | None = None,
     edits: Sequence[Edit] = (),
@@ -181,35 +188,112 @@ def continue_prompts(
     >>> continue_prompts(model.cfg, model.params, prefix, max_new_tokens=5, stop_tokens=()).tokens.shape
     (1, 5)
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise WpjaxError(f"max_new_tokens={max_new_tokens}, temperature={temperature}: at least 1, and not below 0")
+    if temperature < 0:
+        raise WpjaxError(f"temperature={temperature}: not below 0")
     if temperature > 0 and key is None:
         raise WpjaxError("sampling needs a random key: pass key=jax.random.key(seed), or temperature=0")
     _check_edits(edits)
-    stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
-    model = decoder(cfg, params)
 
-    def pick(resid: Float[Array, "B D"], step: Array) -> Int[Array, " B"]:
-        logits = model.logits(resid)
+    def run(last: Int[Array, " B"], step: Array, cache: Cache) -> tuple[Array, Cache]:
+        resid, own = _run(cfg, params, edits, prefix, last[:, None], step, cache)
+        return resid[:, 0], own
+
+    def pick(logits: Float[Array, "B V"], step: Array) -> Int[Array, " B"]:
         if key is None or temperature == 0:
             return jnp.argmax(logits, -1)
         return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
 
+    return _decode(cfg, params, prefix, run, pick, (), max_new_tokens, stop_tokens)
+
+
+def continue_versions(
+    cfg: ModelConfig,
+    params: Params,
+    prefix: Prefix,
+    versions: Any,
+    edits: Callable[[Any], Sequence[Edit]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Int[Array, " E"] | tuple[int | Int[Array, ""], ...],
+) -> Generation:
+    """Continue prompts greedily by many edited versions of a model at once, until all have met a stop token.
+
+    The versions share the weights, and the keys and values of the prompts. Call it in a jitted function.
+
+    Args:
+        cfg: the model (static).
+        params: the parameters that `prefix` was read with.
+        prefix: the prompts.
+        versions: a tree of arrays with a leading axis of S versions.
+        edits: makes the edits of one version from its part of that tree; they start at the last prompt token.
+        max_new_tokens: N, at least 1 (static).
+        stop_tokens: ids that end a row; may be empty.
+
+    Returns:
+        the new tokens, [S, B, N], and their numbers, [S, B].
+    """
+
+    def run(version: Any, last: Int[Array, " B"], step: Array, cache: Cache) -> tuple[Array, Cache]:
+        made = edits(version)
+        _check_edits(made)
+        resid, own = _run(cfg, params, made, prefix, last[:, None], step, cache)
+        return resid[:, 0], own
+
+    def run_all(last: Int[Array, "S B"], step: Array, cache: Cache) -> tuple[Array, Cache]:
+        # Caches have the axis of versions second, as the scan over layers wants theirs first.
+        return jax.vmap(run, (0, 0, None, 1), (0, 1))(versions, last, step, cache)
+
+    n_versions = len(jax.tree.leaves(versions)[0])
+    return _decode(
+        cfg, params, prefix, run_all, lambda logits, _: jnp.argmax(logits, -1), (n_versions,), max_new_tokens,
+        stop_tokens,
+    )  # fmt: skip
+
+
+def _decode(
+    cfg: ModelConfig,
+    params: Params,
+    prefix: Prefix,
+    run: Callable[[Array, Array, Cache], tuple[Array, Cache]],
+    pick: Callable[[Array, Array], Array],
+    versions: tuple[int, ...],
+    max_new_tokens: int,
+    stop_tokens: Int[Array, " E"] | tuple[int | Int[Array, ""], ...],
+) -> Generation:
+    """The loop of a generation. The versions are an axis inside it: one test ends it, and nothing is copied for each.
+
+    Args:
+        cfg: the model.
+        params: the parameters that make logits.
+        prefix: the prompts.
+        run: runs the newest token of every row: (tokens, number of steps before, cache) to stream and own cache.
+        pick: chooses tokens: (logits, step).
+        versions: () for one version, or (S,).
+        max_new_tokens: N.
+        stop_tokens: ids that end a row.
+    """
+    if max_new_tokens < 1:
+        raise WpjaxError(f"max_new_tokens={max_new_tokens}: at least 1")
+    _check_fits(cfg, prefix, max_new_tokens)
+    stop_tokens, model = jnp.asarray(stop_tokens, jnp.int32), decoder(cfg, params)
+
     def step(state: tuple) -> tuple:
         """Run the token that came last, and make the one after it."""
         i, last, done, cache, out = state
-        resid, cache = _step(cfg, params, edits, prefix, last, i, cache)
-        new = jnp.where(done, last, pick(resid, i))
-        return i + 1, new, done | jnp.isin(new, stop_tokens), cache, out.at[:, i].set(new)
+        resid, own = run(last, i, cache)
+        # Written once for all layers, so that the compiler can do it in place.
+        cache = jax.tree.map(lambda c, o: jax.lax.dynamic_update_slice_in_dim(c, o, i, axis=c.ndim - 2), cache, own)
+        new = jnp.where(done, last, pick(model.logits(resid), i))
+        return i + 1, new, done | jnp.isin(new, stop_tokens), cache, out.at[..., i].set(new)
 
-    n_rows = len(prefix.last)
-    out = jnp.zeros((n_rows, max_new_tokens), prefix.last.dtype)
-    state = (jnp.int32(0), prefix.last, jnp.zeros(n_rows, bool), _no_tokens(cfg, prefix, max_new_tokens), out)
+    last = jnp.broadcast_to(prefix.last, (*versions, len(prefix.last)))
+    out = jnp.zeros((*last.shape, max_new_tokens), last.dtype)
+    state = (jnp.int32(0), last, jnp.zeros(last.shape, bool), _no_tokens(prefix, versions, max_new_tokens), out)
     n_done, last, _, _, out = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~s[2].all(), step, state)
     # If all rows were done early, the columns that were never written are filled up with each row's stop token.
-    out = jnp.where(jnp.arange(max_new_tokens) < n_done, out, last[:, None])
+    out = jnp.where(jnp.arange(max_new_tokens) < n_done, out, last[..., None])
     stopped = jnp.isin(out, stop_tokens)
-    n_new = jnp.where(stopped.any(1), stopped.argmax(1) + 1, max_new_tokens)
+    n_new = jnp.where(stopped.any(-1), stopped.argmax(-1) + 1, max_new_tokens)
     return Generation(out, n_new)
 
 
@@ -217,7 +301,7 @@ def continue_prompts(
 def read_on(
     cfg: ModelConfig, params: Params, prefix: Prefix, tokens: Int[Array, "B N"], *, edits: Sequence[Edit] = ()
 ) -> Float[Array, "B N D"]:
-    """Let a model read given continuations of prompts that it has read before (teacher forcing).
+    """Let a model read given continuations of prompts that it has read before (teacher forcing), all tokens at once.
 
     Args:
         cfg: the model (static).
@@ -230,14 +314,10 @@ def read_on(
         the stream after the last layer from which each of the N tokens is predicted.
     """
     _check_edits(edits)
-
-    def step(carry: tuple[Array, Array, Cache], new: Int[Array, " B"]) -> tuple[Any, Array]:
-        i, last, cache = carry
-        resid, cache = _step(cfg, params, edits, prefix, last, i, cache)
-        return (i + 1, new.astype(last.dtype), cache), resid
-
-    start = (jnp.int32(0), prefix.last, _no_tokens(cfg, prefix, tokens.shape[1]))
-    return jnp.moveaxis(jax.lax.scan(step, start, tokens.T)[1], 0, 1)
+    _check_fits(cfg, prefix, tokens.shape[1])
+    # The last prompt token predicts the first token; what the last token would predict is not asked for.
+    read = jnp.concatenate([prefix.last[:, None], tokens[:, :-1].astype(prefix.last.dtype)], axis=1)
+    return _run(cfg, params, edits, prefix, read, 0, _no_tokens(prefix, (), 0))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))

@@ -15,7 +15,7 @@ Inputs may be arrays or `Secant`s (`Value`). `*n` in a shape stands for any numb
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -143,9 +143,20 @@ class Attention(nnx.Module):
         seen: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Value, "B T H Dh"]:
         """Each head's mix of values: softmax(scale q k) v; arguments as in `ops.attention`."""
+        return ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, self._dtype)
+
+    @jax.named_scope("attention")
+    def mix_in_parts(
+        self, q: Float[Array, "B T H Dh"], parts: Sequence[tuple[Array, Array]], seen: Bool[Array, "#B T S"]
+    ) -> Float[Array, "B T H Dh"]:
+        """`mix` with keys and values in several arrays; arguments as in `ops.attention_in_parts`."""
+        return ops.attention_in_parts(q, parts, seen, self.cfg.score_scale, self.cfg.attn_softcap, self._dtype)
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        """Dtype of the products of scores and mixes."""
         # Two numbers an activation (bfloat16x2) are for precision, so attention is in float32 there.
-        dtype = jnp.float32 if self.cfg.activation_splits > 1 else _leaf(self.W_O).dtype
-        return ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, dtype)
+        return jnp.dtype(jnp.float32) if self.cfg.activation_splits > 1 else _leaf(self.W_O).dtype
 
     @jax.named_scope("attn_proj")
     def out(self, z: Float[Value, "*n H Dh"]) -> Float[Value, "*n D"]:

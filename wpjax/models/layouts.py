@@ -2,7 +2,7 @@
 
     Causal     prompts side by side, one a row, padded on the right
     Packed     all prompts in one row, the tokens that they share once
-    Cached     one new token of each prompt, with the keys and values of those before it
+    Cached     new tokens of each prompt, with the keys and values of those before them
 
 A layer asks its layout three things: the positions of its tokens, which of them need an output, and attention. It says
 how far back its tokens see (`Window`). Letters: B rows; S tokens in a row of the stream; T tokens of a row that need an
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from wpjax.models.ops import heads_first
 from wpjax.models.secant import Value
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Layout(Protocol):
         ...
 
     def extend(self, keys: Value, values: Value) -> tuple[Value, Value]:
-        """The keys and values that queries may see: those of this pass and, with a cache, those from before.
+        """The keys and values that queries may see, of those of this pass.
 
         Args:
             keys: [B, S, K, Dh], of this pass.
@@ -97,7 +97,7 @@ class Layout(Protocol):
 
 
 class AllTokens:
-    """A part of layouts in which every token needs an output and there is no cache."""
+    """A part of layouts in which every token needs an output."""
 
     @property
     def query_positions(self) -> Int[Array, "#B T"]:
@@ -139,57 +139,41 @@ class Causal(_Causal, AllTokens):
         return attn.mix(queries, keys, values, seen)
 
 
-class Cached(NamedTuple):
-    """One new token of each prompt, with the keys and values of the tokens before it.
+class _Cached(NamedTuple):
+    positions: Int[Array, "B T"]
+    n_prompt: Int[Array, " B"]
+    prompt: tuple[Float[Array, "B K P Dh"], Float[Array, "B K P Dh"]]
+    n_new: Int[Array, ""] | int
+    new: tuple[Float[Array, "B K N Dh"], Float[Array, "B K N Dh"]]
 
-    Those of the prompts stand apart from those of new tokens: they are never written to, and many versions of a model
-    that go on from one reading of the prompts share them.
+
+class Cached(_Cached, AllTokens):
+    """New tokens of each prompt, with the keys and values of the tokens before them.
+
+    Those of the prompts stand apart from those of new tokens: they are never written to or copied, and many versions of
+    a model that go on from one reading of the prompts share them.
 
     Attributes:
+        positions: [B, T], positions of the new tokens that are run now.
         n_prompt: [B], number of tokens of each prompt that stand before all new ones.
-        prompt: keys and values of the prompts by position, each [B, P, K, Dh].
-        step: number of new tokens before this one.
-        new: keys and values of new tokens in their order, each [B, N, K, Dh]. Those from `step` on are of no meaning
-            yet.
+        prompt: keys and values of the prompts by position, each [B, K, P, Dh].
+        n_new: number of new tokens that were run before.
+        new: their keys and values in their order, each [B, K, N, Dh]. Those from `n_new` on are of no meaning.
     """
 
-    n_prompt: Int[Array, " B"]
-    prompt: tuple[Float[Array, "B P K Dh"], Float[Array, "B P K Dh"]]
-    step: Int[Array, ""]
-    new: tuple[Float[Array, "B N K Dh"], Float[Array, "B N K Dh"]]
-
-    @property
-    def positions(self) -> Int[Array, "B 1"]:
-        """Positions of the new tokens."""
-        return (self.n_prompt + self.step)[:, None]
-
-    @property
-    def query_positions(self) -> Int[Array, "B 1"]:
-        """Positions of the new tokens."""
-        return self.positions
-
-    def pick(self, x: Value) -> Value:
-        """All of x."""
-        return x
-
-    def extend(self, keys: Value, values: Value) -> tuple[Value, Value]:
-        """Keys and values of the prompts, then of new tokens, with those of this pass at their place."""
-        both = zip(self.prompt, self.new, (keys, values), strict=True)
-        extended = [
-            jnp.concatenate([prompt, jax.lax.dynamic_update_slice_in_dim(new, own, self.step, axis=1)], axis=1)
-            for prompt, new, own in both
-        ]
-        return extended[0], extended[1]
-
     def attend(self, attn: Attention, queries: Value, keys: Value, values: Value, window: Window | None) -> Value:
-        """The new token sees itself and those before it."""
-        n_places, n_new = self.prompt[0].shape[1], self.new[0].shape[1]
-        prompt = jnp.arange(n_places)[None]
-        new = self.n_prompt[:, None] + jnp.arange(n_new)
-        at = jnp.concatenate([jnp.broadcast_to(prompt, (len(new), n_places)), new], axis=1)  # positions of all keys
-        is_there = jnp.concatenate([prompt < self.n_prompt[:, None], new <= self.positions], axis=1)
-        seen, near = is_there[:, None], within(window, self.positions, at)
-        return attn.mix(queries, keys, values, seen if near is None else seen & near)
+        """Each new token sees itself and those before it."""
+        n_places, n_rooms, n_own = self.prompt[0].shape[2], self.new[0].shape[2], queries.shape[1]
+        shape, starts = (len(queries), n_own), self.n_prompt[:, None]
+        prompt, new = jnp.arange(n_places)[None], jnp.arange(n_rooms)[None]
+        seen = [prompt < starts, jnp.broadcast_to(new < self.n_new, (len(starts), n_rooms))]
+        is_there = jnp.broadcast_to(jnp.concatenate(seen, axis=1)[:, None], (*shape, n_places + n_rooms))
+        before = jnp.broadcast_to(jnp.tri(n_own, dtype=bool), (*shape, n_own))
+        is_seen = jnp.concatenate([is_there, before], axis=2)
+        at = [jnp.broadcast_to(prompt, (len(starts), n_places)), starts + new, self.positions]
+        near = within(window, self.positions, jnp.concatenate(at, axis=1))
+        parts = [self.prompt, *([self.new] if n_rooms else []), (heads_first(keys), heads_first(values))]
+        return attn.mix_in_parts(queries, parts, is_seen if near is None else is_seen & near)
 
 
 class _Packed(NamedTuple):

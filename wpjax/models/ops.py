@@ -6,7 +6,7 @@ operation, it goes here, and its rule for a `Secant` goes into `models.secant`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,22 +78,68 @@ def attention(
         seen = jnp.tri(q.shape[1], dtype=bool)[None] if seen is None else seen
         return secant.attention(q, k, v, seen, scale, None if cap is None else lambda a: soft_cap(a, cap))
     q, k, v = (x.astype(dtype) for x in (q, k, v))
+    if cap is not None:  # JAX's own function has no bound on the scores
+        seen = jnp.tri(q.shape[1], dtype=bool)[None] if seen is None else seen
+        return attention_in_parts(q, [(heads_first(k), heads_first(v))], seen, scale, cap, dtype)
     # "highest": float32 products stay float32 on every device. "standard" promotion: JAX's own function needs it for
     # bfloat16. JAX picks XLA's kernel; cuDNN's takes plain half precision only, and small effects drown in that.
     with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
-        if cap is not None:
-            return _capped_attention(q, k, v, seen, scale, cap)
         mask = None if seen is None else seen[:, None]
         z = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=seen is None)
     return z.astype(jnp.float32)
 
 
-def _capped_attention(q: Array, k: Array, v: Array, seen: Array | None, scale: float, cap: float) -> Array:
-    """`attention` with a bound on the scores, which JAX's own function does not have."""
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [B, T, K, query heads a KV head, Dh]
-    scores = jnp.einsum("btkrd,bskd->bkrts", grouped, k, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores * scale, cap)
-    seen = jnp.tri(q.shape[1], dtype=bool)[None] if seen is None else seen
-    p = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30))
-    z = jnp.einsum("bkrts,bskd->btkrd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return z.reshape(q.shape)
+def heads_first(x: Array) -> Array:
+    """Keys or values from [B, S, K, Dh] to [B, K, S, Dh]."""
+    return jnp.swapaxes(x, -3, -2)
+
+
+def attention_in_parts(
+    q: Array,
+    parts: Sequence[tuple[Array, Array]],
+    seen: Bool[Array, "#B T S"],
+    scale: float,
+    cap: float | None,
+    dtype: Any,
+) -> Array:
+    """`attention` to keys that stand in several arrays: only the scores are joined, never the keys or the values.
+
+    So some of the arrays can be shared by many versions of a model under `vmap`, and none is copied.
+
+    Args:
+        q: [B, T, H, Dh], queries.
+        parts: keys and values of each part, [B, K, S_i, Dh] both: heads come before tokens here, so that each head's
+            keys are one block of memory. S is the sum of all S_i.
+        seen: [#B, T, S], true where a query sees a key; the keys in the order of the parts.
+        scale: factor of the scores, before the cap.
+        cap: bound on the scores, see `soft_cap`; None for no bound.
+        dtype: dtype of the operands of products.
+
+    Returns:
+        [B, T, H, Dh], float32.
+
+    Two parts of one key each. The query is as near to either:
+
+    >>> import jax.numpy as jnp
+    >>> q, k, seen = jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 2), bool)
+    >>> attention_in_parts(q, [(k, 0 * k), (k, 4 * k)], seen, 1.0, None, jnp.float32)[0, 0, 0].tolist()
+    [2.0, 2.0]
+    """
+    n_rows, n_tokens, _, width = q.shape
+    n_groups = parts[0][0].shape[1]
+    # [B, K, (H / K) T, Dh]: the query heads of a KV head are rows of one product.
+    grouped = jnp.moveaxis(q.astype(dtype).reshape(n_rows, n_tokens, n_groups, -1, width), 1, 3)
+    rows = grouped.reshape(n_rows, n_groups, -1, width)
+
+    def product(form: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(form, a, b.astype(dtype), preferred_element_type=jnp.float32)
+
+    with jax.default_matmul_precision("highest"):
+        scores = jnp.concatenate([product("bkqd,bksd->bkqs", rows, k) for k, _ in parts], axis=-1)
+        scores = soft_cap(scores * scale, cap).reshape(*grouped.shape[:4], -1)  # [B, K, H / K, T, S]
+        p = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30)).reshape(*rows.shape[:3], -1).astype(dtype)
+        z, first = jnp.zeros(rows.shape, jnp.float32), 0
+        for _, v in parts:
+            z = z + product("bkqs,bksd->bkqd", p[..., first : first + v.shape[2]], v)
+            first += v.shape[2]
+    return jnp.moveaxis(z.reshape(grouped.shape), 3, 1).reshape(q.shape)
