@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wpjax import PatchMask, enumerate_components, materialize
+from wpjax import PatchMask, behaviour, enumerate_components, kl_metric, load_pair, materialize
+from wpjax.behaviours import Tokens
 from wpjax.components import n_parameters
-from wpjax.errors import ComponentError
-from wpjax.metrics.metric import scores
-from wpjax.patching import patch
+from wpjax.errors import ComponentError, WpjaxError
+from wpjax.metrics.metric import Metric, scores
+from wpjax.metrics.readouts import Projection
+from wpjax.pairs import planted_components
 from wpjax.relax.gates import Gates
 from wpjax.relax.learn import RelaxConfig, learn
 from wpjax.relax.objectives import Recover, Weighted
@@ -88,3 +90,60 @@ def test_price_of_hard_concrete_is_the_chance_that_a_gate_is_open(family_pair):
     draws = jax.vmap(lambda key: gate.draw(numbers, gates, key))(jax.random.split(jax.random.key(0), 4000))
     expected = float(((draws > 0).mean(0) * gates.share).sum())
     assert float(gate.price(numbers, gates)) == pytest.approx(expected, abs=0.01)
+
+
+def roc_area(scores, truth):
+    """The chance that a planted component ranks above another (the area of the ROC curve)."""
+    positive, negative = scores[truth], scores[~truth]
+    return float((positive[:, None] > negative[None]).mean() + 0.5 * (positive[:, None] == negative[None]).mean())
+
+
+def test_a_nested_mask_finds_what_was_planted():
+    """The planted expert's sources are known; all other components have inert changes of the same size."""
+    pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
+    components = enumerate_components(pair.cfg, KINDS)
+    truth = np.isin([c.name for c in components], planted_components())
+    metric = kl_metric(pair, task.encode(pair.tokenizer, n_prompts=32), max_new_tokens=8)
+    reached = jnp.zeros(len(metric))  # no divergence of the expert from itself
+    objective = Recover(pair.cfg, pair.base, pair.expert, metric, reached, n_prompts=8)
+    config = RelaxConfig(steps=100, lr=0.1)
+    learned = learn(objective, Gates.of(pair.cfg, components), Nested(smallest=0.005, largest=0.1), config)
+    best = np.argsort(-learned.scores)[: truth.sum()]
+    assert roc_area(learned.scores, truth) > 0.99
+    assert truth[best].mean() >= 0.9
+    assert learned.losses[-20:].mean() < learned.losses[:20].mean()
+
+
+def test_recover_is_the_distance_of_the_hard_patch(family_pair):
+    """At gates of 0 and 1 the loss is that of the model with the slices copied; a sum weighs its parts."""
+    cfg, pair = family_pair.cfg, family_pair
+    components = enumerate_components(cfg, ["head", "neuron"])
+    tokens = Tokens(np.arange(12).reshape(3, 4) % cfg.d_vocab, np.array([4, 4, 4]))
+    direction = Projection(jnp.ones(cfg.d_model) / cfg.d_model**0.5)
+    metric = Metric(tokens, jnp.full((3, 1), 3), jnp.ones((3, 1)), direction, cfg.n_layers - 1, "anchor")
+    reached = jnp.asarray(scores(cfg, pair.expert, metric))
+    recover, odds = (Recover(cfg, pair.base, pair.expert, metric, reached, None, is_odds) for is_odds in (False, True))
+    values = np.random.default_rng(0).integers(0, 2, len(components))
+    mask = Gates.of(cfg, components).mask(jnp.asarray(values, jnp.float32))
+    chosen = [c for c, value in zip(components, values, strict=True) if value]
+    patched = scores(cfg, materialize(pair.base, pair.expert, PatchMask.of(cfg, chosen)), metric)
+    distance, loss = float((np.asarray(reached) - patched).mean()), float(np.log1p(np.exp(-patched)).mean())
+    key = jax.random.key(0)
+    assert float(recover(mask, key)) == pytest.approx(distance, abs=1e-4)
+    assert float(odds(mask, key)) == pytest.approx(loss, abs=1e-4)
+    both = Weighted((recover, odds), jnp.array([2.0, 0.5]))
+    assert float(both(mask, key)) == pytest.approx(2 * distance + 0.5 * loss, abs=3e-4)
+
+
+def test_a_run_in_parts_is_the_run_in_one():
+    gates = Gates({"head": jnp.arange(4)[None]}, jnp.ones(4) / 4)
+    objective = jax.tree_util.Partial(lambda mask, key: ((mask.units["head"][0, :2] - 1) ** 2).sum())
+    runs = [learn(objective, gates, Nested(), RelaxConfig(steps=6, steps_at_once=n)) for n in (6, 4)]
+    np.testing.assert_allclose(runs[0].scores, runs[1].scores, rtol=1e-6)
+    assert len(runs[0].losses) == len(runs[1].losses) == 6
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    gates = Gates({"head": jnp.arange(4)[None]}, jnp.ones(4) / 4)
+    with pytest.raises(WpjaxError, match="the loss is nan at step"):
+        learn(jax.tree_util.Partial(lambda mask, key: mask.units["head"].sum() * jnp.nan), gates)

@@ -110,7 +110,8 @@ def take_steps(
             return objective(gates.mask(drawn), chooses) + parametrisation.price(numbers, gates)
 
         value, slope = jax.value_and_grad(loss)(state.numbers)
-        updates, moved = optimiser.update(slope, state.optimiser, state.numbers)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, moved = optimiser.update(slope, state.optimiser, state.numbers)
         return State(optax.apply_updates(state.numbers, updates), moved, state.step + 1), value
 
     return jax.lax.scan(one, state, length=n_steps)

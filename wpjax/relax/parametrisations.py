@@ -103,7 +103,7 @@ class Nested:
         spread: scores of a ranking to begin with go from -spread to spread.
     """
 
-    temperature: float = 0.25
+    temperature: float = 0.5
     smallest: float = 0.005
     largest: float = 0.5
     spread: float = 1.0
