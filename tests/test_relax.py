@@ -1,0 +1,149 @@
+"""Learned masks against planted truth, finite differences and hand-worked thresholds."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wpjax import PatchMask, behaviour, enumerate_components, kl_metric, load_pair, materialize
+from wpjax.behaviours import Tokens
+from wpjax.components import n_parameters
+from wpjax.errors import ComponentError, WpjaxError
+from wpjax.metrics.metric import Metric, scores
+from wpjax.metrics.readouts import Projection
+from wpjax.pairs import planted_components
+from wpjax.relax.gates import Gates
+from wpjax.relax.learn import RelaxConfig, learn
+from wpjax.relax.objectives import Recover, Weighted
+from wpjax.relax.parametrisations import HardConcrete, Nested, StraightThrough, threshold
+
+KINDS = ("head", "kv_group", "neuron")
+
+
+def test_gates_of_zeros_and_ones_are_the_hard_patch(family_pair):
+    cfg, rng = family_pair.cfg, np.random.default_rng(0)
+    components = enumerate_components(cfg, (*KINDS, "norm"))
+    gates = Gates.of(cfg, components)
+    values = rng.integers(0, 2, len(components))
+    chosen = [c for c, value in zip(components, values, strict=True) if value]
+    relaxed = materialize(family_pair.base, family_pair.expert, gates.mask(jnp.asarray(values, jnp.float32)))
+    hard = materialize(family_pair.base, family_pair.expert, PatchMask.of(cfg, chosen))
+    jax.tree.map(np.testing.assert_array_equal, relaxed, hard)
+
+
+def test_shares_are_those_of_the_parameters(family_pair):
+    components = enumerate_components(family_pair.cfg, KINDS)
+    sizes = np.array([n_parameters(family_pair.cfg, c) for c in components])
+    np.testing.assert_allclose(Gates.of(family_pair.cfg, components).share, sizes / sizes.sum(), rtol=1e-5)
+
+
+def test_components_that_overlap_are_refused(family_pair):
+    components = enumerate_components(family_pair.cfg, ("attn", "head"))
+    with pytest.raises(ComponentError, match=r"L0\.head\.0 and L0\.attn own the same weights"):
+        Gates.of(family_pair.cfg, components)
+    with pytest.raises(ComponentError, match="no component"):
+        Gates.of(family_pair.cfg, [])
+
+
+def test_a_budget_is_filled_and_not_exceeded(family_pair):
+    components = enumerate_components(family_pair.cfg, KINDS)
+    gates = Gates.of(family_pair.cfg, components)
+    order = np.random.default_rng(0).permutation(len(components)).astype(np.float32)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        chosen = np.asarray(gates.largest(jnp.asarray(order), share)) > 0
+        taken = np.asarray(gates.share)[chosen].sum()
+        assert taken <= share + 1e-5
+        left = order[~chosen]
+        if left.size:  # the next one would have been too much
+            assert taken + np.asarray(gates.share)[~chosen][left.argmax()] > share
+        assert not left.size or not chosen.any() or order[chosen].min() > left.max()
+
+
+@pytest.mark.parametrize("budget", [0.03, 0.4, 0.9])
+def test_threshold_keeps_the_budget_and_its_slope_is_the_implicit_one(budget):
+    rng = np.random.default_rng(1)
+    numbers, share = jnp.asarray(rng.normal(size=9), jnp.float32), rng.uniform(0.1, 1, 9)
+    share = jnp.asarray(share / share.sum(), jnp.float32)
+    target, temperature = jnp.asarray(budget, jnp.float32), 0.3
+    t = threshold(numbers, share, target, temperature)
+    assert float(share @ jax.nn.sigmoid((numbers - t) / temperature)) == pytest.approx(budget, abs=1e-5)
+    slope = jax.grad(lambda s: threshold(s, share, target, temperature))(numbers)
+    for c, step in itertools.product(range(9), (0.01,)):
+        up, down = (threshold(numbers.at[c].add(d), share, target, temperature) for d in (step, -step))
+        assert float(slope[c]) == pytest.approx(float(up - down) / (2 * step), abs=2e-3)
+
+
+def test_straight_through_is_hard_and_has_the_slope_of_the_sigmoid(family_pair):
+    gates = Gates.of(family_pair.cfg, enumerate_components(family_pair.cfg, ["head"]))
+    numbers = jnp.linspace(-1.0, 1.0, len(gates))
+    drawn, back = jax.vjp(lambda a: StraightThrough().draw(a, gates, jax.random.key(0)), numbers)
+    assert set(np.asarray(drawn).round(6).tolist()) == {0.0, 1.0}
+    soft = np.asarray(jax.nn.sigmoid(numbers))
+    np.testing.assert_allclose(back(jnp.ones(len(gates)))[0], soft * (1 - soft), rtol=1e-5)
+
+
+def test_price_of_hard_concrete_is_the_chance_that_a_gate_is_open(family_pair):
+    gates = Gates.of(family_pair.cfg, enumerate_components(family_pair.cfg, ["head"]))
+    numbers, gate = jnp.linspace(-2.0, 2.0, len(gates)), HardConcrete(weight=1.0)
+    draws = jax.vmap(lambda key: gate.draw(numbers, gates, key))(jax.random.split(jax.random.key(0), 4000))
+    expected = float(((draws > 0).mean(0) * gates.share).sum())
+    assert float(gate.price(numbers, gates)) == pytest.approx(expected, abs=0.01)
+
+
+def roc_area(scores, truth):
+    """The chance that a planted component ranks above another (the area of the ROC curve)."""
+    positive, negative = scores[truth], scores[~truth]
+    return float((positive[:, None] > negative[None]).mean() + 0.5 * (positive[:, None] == negative[None]).mean())
+
+
+def test_a_nested_mask_finds_what_was_planted():
+    """The planted expert's sources are known; all other components have inert changes of the same size."""
+    pair, task = load_pair("tiny:base", "tiny:planted"), behaviour("tiny:english_capital")
+    components = enumerate_components(pair.cfg, KINDS)
+    truth = np.isin([c.name for c in components], planted_components())
+    metric = kl_metric(pair, task.encode(pair.tokenizer, n_prompts=32), max_new_tokens=8)
+    reached = jnp.zeros(len(metric))  # no divergence of the expert from itself
+    objective = Recover(pair.cfg, pair.base, pair.expert, metric, reached, n_prompts=8)
+    config = RelaxConfig(steps=100, lr=0.1)
+    learned = learn(objective, Gates.of(pair.cfg, components), Nested(smallest=0.005, largest=0.1), config)
+    best = np.argsort(-learned.scores)[: truth.sum()]
+    assert roc_area(learned.scores, truth) > 0.99
+    assert truth[best].mean() >= 0.9
+    assert learned.losses[-20:].mean() < learned.losses[:20].mean()
+
+
+def test_recover_is_the_distance_of_the_hard_patch(family_pair):
+    """At gates of 0 and 1 the loss is that of the model with the slices copied; a sum weighs its parts."""
+    cfg, pair = family_pair.cfg, family_pair
+    components = enumerate_components(cfg, ["head", "neuron"])
+    tokens = Tokens(np.arange(12).reshape(3, 4) % cfg.d_vocab, np.array([4, 4, 4]))
+    direction = Projection(jnp.ones(cfg.d_model) / cfg.d_model**0.5)
+    metric = Metric(tokens, jnp.full((3, 1), 3), jnp.ones((3, 1)), direction, cfg.n_layers - 1, "anchor")
+    reached = jnp.asarray(scores(cfg, pair.expert, metric))
+    recover, odds = (Recover(cfg, pair.base, pair.expert, metric, reached, None, is_odds) for is_odds in (False, True))
+    values = np.random.default_rng(0).integers(0, 2, len(components))
+    mask = Gates.of(cfg, components).mask(jnp.asarray(values, jnp.float32))
+    chosen = [c for c, value in zip(components, values, strict=True) if value]
+    patched = scores(cfg, materialize(pair.base, pair.expert, PatchMask.of(cfg, chosen)), metric)
+    distance, loss = float((np.asarray(reached) - patched).mean()), float(np.log1p(np.exp(-patched)).mean())
+    key = jax.random.key(0)
+    assert float(recover(mask, key)) == pytest.approx(distance, abs=1e-4)
+    assert float(odds(mask, key)) == pytest.approx(loss, abs=1e-4)
+    both = Weighted((recover, odds), jnp.array([2.0, 0.5]))
+    assert float(both(mask, key)) == pytest.approx(2 * distance + 0.5 * loss, abs=3e-4)
+
+
+def test_a_run_in_parts_is_the_run_in_one():
+    gates = Gates({"head": jnp.arange(4)[None]}, jnp.ones(4) / 4)
+    objective = jax.tree_util.Partial(lambda mask, key: ((mask.units["head"][0, :2] - 1) ** 2).sum())
+    runs = [learn(objective, gates, Nested(), RelaxConfig(steps=6, steps_at_once=n)) for n in (6, 4)]
+    np.testing.assert_allclose(runs[0].scores, runs[1].scores, rtol=1e-6)
+    assert len(runs[0].losses) == len(runs[1].losses) == 6
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    gates = Gates({"head": jnp.arange(4)[None]}, jnp.ones(4) / 4)
+    with pytest.raises(WpjaxError, match="the loss is nan at step"):
+        learn(jax.tree_util.Partial(lambda mask, key: mask.units["head"].sum() * jnp.nan), gates)
