@@ -98,7 +98,7 @@ def write_gguf(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[hf.config.model_type])
+    writer = gguf.GGUFWriter(path, fields.pop("general.architecture", ARCHITECTURES[hf.config.model_type]))
     metadata = {
         **_metadata(hf.config),
         "tokenizer.ggml.model": "gpt2",
