@@ -69,12 +69,12 @@ def progress_bars() -> Iterator[Reporter]:
 
 
 def interval(elapsed: float) -> float:
-    """Seconds between two lines of a log: 5 in the first five minutes, then growing slowly to 30.
+    """Seconds between two lines of a log: 5 in the first ten minutes, then growing slowly to 30.
 
-    >>> interval(10), interval(600), interval(36000)
+    >>> interval(10), interval(1200), interval(36000)
     (5.0, 10.0, 30.0)
     """
-    return min(30.0, max(5.0, elapsed / 60))
+    return min(30.0, max(5.0, elapsed / 120))
 
 
 class Reporter:
@@ -187,6 +187,9 @@ class Bars(Reporter):
         if "" in self._bars:
             self._progress.remove_task(self._bars.pop(""))
         if what not in self._bars:
+            for task in self._progress.tasks:  # the work before has ended, though it may not have said so
+                if task.total == 1:
+                    self._progress.update(task.id, completed=1)
             self._bars[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._bars[what], completed=done, total=total)
 

@@ -21,6 +21,9 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 PRIOR_SECONDS = 5.0
 """How many seconds of finished work the first estimates count for, when they are corrected."""
 
+OVERDUE = 0.1
+"""What is left of a phase that takes longer than planned, as a share of the time that it has taken."""
+
 
 def silent(what: str, done: int, total: int) -> None:
     """Report nothing."""
@@ -118,7 +121,8 @@ class Schedule:
         if phase is None:
             return 0.0
         elapsed = self._clock() - self._began
-        planned = max(self.scale * (phase.seconds or 0.0) - elapsed, 0.0)
+        # What takes longer than planned will take a little longer still.
+        planned = max(self.scale * (phase.seconds or 0.0) - elapsed, OVERDUE * elapsed)
         if not self._share:
             return planned
         # The more of it is done, the more its own pace counts. At first, its pace is that of the compiler.
