@@ -79,7 +79,7 @@ class Measured(NamedTuple):
     differs: str
 
 
-def run_study(config: SweepConfig, progress: Progress = silent, tell: Tell = untold) -> Study:
+def run_study(config: SweepConfig, progress: Progress = silent, *, tell: Tell = untold) -> Study:
     """Sweep a pair as a config says, and write the result.
 
     If the study is interrupted, its finished parts stay in a folder beside its result file

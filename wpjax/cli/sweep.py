@@ -37,7 +37,7 @@ def run(
     from wpjax.study import run_study
 
     with progress_bars() as progress:
-        study = run_study(config, progress, print_note)
+        study = run_study(config, progress, tell=print_note)
     if study.no_set_score:
         print(f"no set score: {study.no_set_score}", file=sys.stderr)
     if study.no_answers:

@@ -188,7 +188,7 @@ def _paired(
     p = np.ones(len(names))
     p[tested] = sign_flip_p(mine / gaps[0].mean() - theirs / gaps[1].mean(), queries[0])
     q = benjamini_hochberg(p)[tested].tolist()
-    found = [name for name, is_tested in zip(names, tested, strict=True) if is_tested]
+    found = [names[i] for i in np.flatnonzero(tested)]
     rest = zip(zip(*(values.tolist() for values in figures), strict=True), q, strict=True)
     reach = Reach.of(len(np.unique(queries[0])), len(names), int(tested.sum()))
     return "", dict(zip(found, rest, strict=True)), str(reach)
