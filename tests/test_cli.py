@@ -63,8 +63,9 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     assert "layers that pass: " in out
     anchor = Anchor.load(tmp_path / "a.safetensors")
     assert np.linalg.norm(anchor.vector) == pytest.approx(1, abs=1e-6)
-    code, out, _ = wpjax("sweep", *SMALL, "--anchor", "a.safetensors", "--out", "r.nc", "--show", "3")
+    code, out, err = wpjax("sweep", *SMALL, "--anchor", "a.safetensors", "--out", "r.nc", "--show", "3")
     assert code == 0
+    assert err.count("note: ") == err.count("note: With 4 queries no p is below 0.12") == 1
     assert len(re.findall(r"^ L\d\.head\.\d ", out, re.MULTILINE)) == 3
     assert "wpjax validate r.nc" in out
     result = SweepResult.from_netcdf("r.nc")

@@ -397,7 +397,8 @@ def test_an_anchor_of_the_same_name_but_other_prompts_checker_or_base_is_refused
         pass
 
     def begin(what, done, total):
-        raise Begun
+        if not what.startswith("reading"):  # the models are read before it
+            raise Begun
 
     queries = list(dict.fromkeys(p.without for p in behaviour("tiny:title").pairs))
     for name, chosen in (("a", queries[:16]), ("b", queries[8:24])):

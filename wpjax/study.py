@@ -84,8 +84,8 @@ class Measured(NamedTuple):
 def run_study(
     config: SweepConfig,
     progress: Progress = silent,
-    tell: Tell = untold,
     *,
+    tell: Tell = untold,
     planned: Callable[[Schedule], None] | None = None,
     ranked: Callable[[SweepResult], None] | None = None,
 ) -> Study:

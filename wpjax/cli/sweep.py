@@ -56,7 +56,7 @@ def run(
             with progress.paused():
                 print_result(result, show, as_json=False)
 
-        study = run_study(config, progress, progress.note, planned=planned, ranked=None if as_json else ranked)
+        study = run_study(config, progress, tell=progress.note, planned=planned, ranked=None if as_json else ranked)
     if study.no_set_score:
         print(f"no set score: {study.no_set_score}", file=sys.stderr)
     if study.no_answers:
