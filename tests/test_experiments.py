@@ -17,6 +17,8 @@ TABLES = [
     ("planted", "score", "markdown", "results.json"),
     ("planted", "masks", "markdown", "masks.json"),
     ("smollm2", "anchor", "markdown", "anchor.json"),
+    ("smollm2", "steering", "markdown", "steering.json"),
+    ("smollm2", "steering", "agreement", "steering.json"),
     ("smollm2", "summary", "markdown", "english_capital.json"),
     ("smollm2", "summary", "highest", "english_capital.json"),
     ("smollm2", "evaluate", "markdown", "evaluation.json"),
