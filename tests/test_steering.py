@@ -19,7 +19,7 @@ from wpjax.errors import AnchorRejected, BehaviourError
 from wpjax.evaluation.continued import Continued, steer
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
-from wpjax.evaluation.steering import Candidate, Directions, steering_tests
+from wpjax.evaluation.steering import Candidate, Directions, candidates, steering_tests
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import answer_metric
 from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
@@ -88,11 +88,17 @@ def edits_of(way, start):
 
 @pytest.mark.parametrize("name", ["llama-gqa3", "gpt2-tied"])
 def test_versions_steered_together_are_the_same_versions_one_by_one(name, tmp_path):
-    """Answers token for token; the likelihood of answers; and a metric along given words."""
+    """Answers token for token; the likelihood of answers; and a metric along given words.
+
+    The prompts begin with the same three tokens, which the versions' model reads once.
+    """
     hf = build(name, tmp_path)
     ours = load_checkpoint(str(hf.folder))
     cfg, params, rng = ours.cfg, ours.params, np.random.default_rng(0)
-    prompts = Tokens(rng.integers(0, 61, (4, 14)).astype(np.int32), np.array([14, 6, 9, 12], np.int32))
+    ids = rng.integers(0, 61, (4, 14)).astype(np.int32)
+    ids[:, :3] = ids[0, :3]
+    prompts = Tokens(ids, np.array([14, 6, 9, 12], np.int32))
+    assert prompts.n_shared == 3
     ways, stop = random_ways(cfg, 5), (3, 5)
     together = Continued(cfg, params, prompts, N_NEW)
     together.at_once = 4  # two programs' worth
@@ -147,7 +153,28 @@ def test_a_planted_direction_is_accepted_and_a_random_one_rejected(planted):
         (found[name],) = steering_tests(judge, [Candidate(3, 1.0)], directions_along(pair, judge.batch, unit))
     assert (found["planted"].outcome, found["random"].outcome) == ("accepted", "rejected")
     assert found["planted"].steered > 0.9 > 0.1 > found["planted"].removed
-    assert max(test.n_queries for test in found.values()) < len(np.unique(judge.batch.queries))
+    assert found["planted"].n_queries < len(np.unique(judge.batch.queries))
+
+
+def test_a_test_that_no_number_of_queries_would_decide_stops_undecided(planted):
+    """Steered to the expert's state the base passes, but the expert is held at its own state and loses nothing."""
+    pair, judge, vector = planted
+    along = directions_along(pair, judge.batch, vector)
+    (test,) = steering_tests(judge, [Candidate(3, 1.0)], along._replace(base=along.expert))
+    assert test.steered > 0.9
+    assert test.verdict().startswith("undecided: without it the expert passes on")
+    assert test.queries_needed > len(np.unique(judge.batch.queries)) > test.n_queries
+
+
+def test_layers_are_tried_until_one_promises_to_pass(planted):
+    pair, judge, vector = planted
+    few, random = judge.take(np.arange(4)), np.random.default_rng(1).standard_normal(len(vector))
+    tried: dict[str, list[int]] = {}
+    for name, unit in (("planted", vector), ("random", random / np.linalg.norm(random))):
+        done = tried[name] = []
+        progress = lambda what, n_done, n_all, done=done: done.append(n_done)  # noqa: E731
+        next(candidates(few, [3, 2, 1, 4], directions_along(pair, few.batch, unit), progress))
+    assert tried == {"planted": [0, 4], "random": [0, 2, 4]}  # the first two layers were enough
 
 
 def test_few_prompts_leave_an_anchor_undecided(planted):
@@ -233,7 +260,7 @@ def test_the_likelihood_of_answers_is_that_of_the_base(tiny_pair):
 
 def test_a_behaviour_that_the_base_has_is_refused(tiny_pair):
     task = dataclasses.replace(behaviour("tiny:multiple_sections"), checker=lambda text, args: True)
-    with pytest.raises(AnchorRejected, match=r"base passes the checker on 100% of 64 prompts, the expert on 100%"):
+    with pytest.raises(AnchorRejected, match=r"base passes the checker on 100% of 32 prompts, the expert on 100%"):
         fit_anchor(tiny_pair, task)
 
 

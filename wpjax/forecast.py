@@ -21,8 +21,8 @@ from wpjax.components import Component, enumerate_components, parse_component
 from wpjax.engines.operations import of_layer, of_logits, of_patches
 from wpjax.engines.packing import pack
 from wpjax.engines.plan import make_plan, sham_plan
-from wpjax.evaluation.fit_anchor import N_CANDIDATES, N_SCREENED_PROMPTS, N_TRIED, N_TRIED_PROMPTS
-from wpjax.evaluation.steering import N_SCREENED, STRENGTHS
+from wpjax.evaluation.fit_anchor import N_SCREENED_PROMPTS, N_TRIED, N_TRIED_PROMPTS
+from wpjax.evaluation.steering import LAYERS_AT_ONCE, N_SCREENED, PROMPTS_A_LOOK, STRENGTHS
 from wpjax.methods import check_method
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.metric import Metric
@@ -43,8 +43,8 @@ PASSES_OF_ESTIMATE, PASSES_OF_SECANT = 5.0, 10.0
 N_RANDOM = 2
 """Random directions beside each that is tested."""
 
-DECIDED = 0.5
-"""Share of the prompts that decide the tests of an anchor, about."""
+DECIDED = 0.75
+"""Share of the prompts of two looks that decide the tests of an anchor, about."""
 
 ANCHOR_AT = 0.8
 """Where an anchor that is yet to be fitted is likely to stand, as a share of the layers."""
@@ -114,7 +114,8 @@ class Forecast:
 
     def anchor(self, n_prompts: int, causal: str, n_steered: int) -> list[Phase]:
         """The phases of `fit_anchor`; the arguments are its own."""
-        n_fit, n_tested = len(self.behaviour.select("fit", n_prompts)), len(self.behaviour.select("sweep", n_steered))
+        n_fit = len(self.behaviour.select("fit", n_prompts))
+        n_tested = len({prompt.without for prompt in self.behaviour.select("sweep", n_steered)})  # one of each query
         width = self.behaviour.encode(self.pair.tokenizer, "fit", n_prompts).with_instruction.ids.shape[1]
         n_passes = 6 if causal == "skip" else 7
         seconds = self.pace.seconds(n_passes * n_fit * width * self.through, 4)
@@ -122,10 +123,11 @@ class Forecast:
         if causal == "skip":
             return phases
         n_few, n_tried = min(n_fit, N_SCREENED_PROMPTS), min(n_fit, N_TRIED_PROMPTS)
-        tried = 2 + N_TRIED * (1 + len(STRENGTHS))  # steered models, those that are not steered included
-        tested = 2 * (1 + N_CANDIDATES * (1 + N_RANDOM))
-        answers = n_few * (2 + N_SCREENED) + n_tried * tried + n_tested * tested * DECIDED
-        work = f"up to {n_tested} prompts, {tested} steered models"
+        # The usual course: strengths are tried at two layers, and the first that is tested is decided within two looks.
+        tried = 2 + N_TRIED + LAYERS_AT_ONCE * len(STRENGTHS)  # steered models, those that are not steered included
+        tested = 2 * (2 + N_RANDOM)
+        answers = n_few * (2 + N_SCREENED / 4) + n_tried * tried + min(n_tested, 2 * PROMPTS_A_LOOK) * tested * DECIDED
+        work = f"up to {n_tested} prompts, {tested} versions of the models"
         seconds = self.pace.seconds(2 * answers * self.answer, 10, OF_ANSWERS)  # they are made, then read by the base
         reports = ("layers screened", "strengths tried", "steering tests")
         return [*phases, Phase("tests of the anchor", work, seconds, reports)]

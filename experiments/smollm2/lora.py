@@ -16,6 +16,7 @@ import argparse
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -54,7 +55,7 @@ def train(base: str, name: str, out: Path, steps: int, lr: float, max_new_tokens
     tokenizer = AutoTokenizer.from_pretrained(base)
     data = encode_examples(tokenizer, examples(base, name, max_new_tokens))
     torch.manual_seed(0)
-    options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
+    options: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**options))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
@@ -75,7 +76,7 @@ def train(base: str, name: str, out: Path, steps: int, lr: float, max_new_tokens
         schedule.step()
         if step % 10 == 9 or step < 2:
             print(f"step {step + 1}: loss {loss.item():.3f}, {time.process_time() - start:.0f} CPU-seconds", flush=True)
-    model.save_pretrained(out / f"adapter_{name}")
+    model.save_pretrained(str(out / f"adapter_{name}"))
     merged = out / f"lora_{name}"
     model.merge_and_unload().save_pretrained(merged)
     for folder in (merged, out / f"adapter_{name}"):

@@ -146,7 +146,8 @@ def fit_anchor(
         causal: "require" refuses an anchor that is rejected; one that is undecided is returned, and says so. "report"
             makes the tests, and takes the best layer whatever they say. "skip" leaves them out, and chooses the layer
             by projections alone.
-        n_steered: number of prompts for the causal tests, at most; they stop as soon as they are decided.
+        n_steered: number of prompts for the causal tests, at most; of each query the first is used. They stop as soon
+            as they are decided.
         max_new_tokens: length of the answers that are judged, at most. It grows where the checker needs their end
             (`Judge.with_room`).
         seed: seed of splits, resampling and random directions.
