@@ -342,10 +342,11 @@ def study(folder, **changes):
 
 
 def test_arguments_are_checked_before_the_work(tmp_path):
-    """Nothing is reported as begun, though an anchor would have to be fitted first."""
+    """Nothing but reading the models is reported as begun, though an anchor would have to be fitted first."""
 
     def begun(what, done, total):
-        pytest.fail(f"{what} was begun")
+        if not what.startswith("reading"):
+            pytest.fail(f"{what} was begun")
 
     refused = {
         "L99.head.0: the model has layers L0 to L7": study(tmp_path, components=("L99.head.0",)),
@@ -372,7 +373,8 @@ def test_an_anchor_of_another_behaviour_is_used_by_name_only_and_marked(tmp_path
         pass
 
     def begin(what, done, total):
-        raise Begun
+        if not what.startswith("reading"):  # the models are read before it
+            raise Begun
 
     path = SAVED / "title.anchor.safetensors"
     config = study(tmp_path, behaviour="tiny:english_capital", anchor=path, method="exact", components=("L2.head.0",))
