@@ -50,7 +50,8 @@ def run(
         def planned(schedule: Schedule) -> None:
             progress.planned(schedule)
             about = in_words(schedule.left_before("set score", "answers to read"))
-            progress.say(f"the ranking comes after about {about}; less: --quick; more: --n-prompts, --top, --n-steered")
+            less = "" if config.quick else "; less: --quick"
+            progress.say(f"the ranking comes after about {about}{less}; more: --n-prompts, --top, --n-steered")
 
         def ranked(result: SweepResult) -> None:
             with progress.paused():
