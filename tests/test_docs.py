@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").glob("*/README.md")),
+]
 SOURCES = [p for folder in ("wpjax", "experiments", "tests", "docs") for p in (ROOT / folder).rglob("*")]
 CITATION = re.compile(r'docs/method\.md,\s+(?:#\s+)?"([^"]+)"')
 HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)

@@ -147,3 +147,16 @@ def test_a_loss_that_is_not_finite_is_refused():
     gates = Gates({"head": jnp.arange(4)[None]}, jnp.ones(4) / 4)
     with pytest.raises(WpjaxError, match="the loss is nan at step"):
         learn(jax.tree_util.Partial(lambda mask, key: mask.units["head"].sum() * jnp.nan), gates)
+
+
+def test_settings_that_cannot_work_are_refused():
+    gates = Gates({"head": jnp.arange(4)[None]}, jnp.ones(4) / 4)
+    objective = jax.tree_util.Partial(lambda mask, key: mask.units["head"].sum())
+    for make, says in (
+        (lambda: Nested(temperature=0), "the temperature must be above 0"),
+        (lambda: Nested(smallest=0.4, largest=0.2), "0 < smallest <= largest <= 1"),
+        (lambda: RelaxConfig(steps=0), "steps must be at least 1"),
+        (lambda: learn(objective, gates, start=np.zeros(3)), r"shape \(3,\); give a finite number for each of the 4"),
+    ):
+        with pytest.raises(WpjaxError, match=says):
+            make()

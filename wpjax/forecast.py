@@ -22,7 +22,7 @@ from wpjax.engines.operations import of_layer, of_logits, of_patches
 from wpjax.engines.packing import pack
 from wpjax.engines.plan import make_plan, sham_plan
 from wpjax.evaluation.fit_anchor import N_SCREENED_PROMPTS, N_TRIED, N_TRIED_PROMPTS
-from wpjax.evaluation.steering import LAYERS_AT_ONCE, N_SCREENED, PROMPTS_A_LOOK, STRENGTHS
+from wpjax.evaluation.steering import LAYERS_AT_ONCE, N_RANDOM, N_SCREENED, PROMPTS_A_LOOK, STRENGTHS
 from wpjax.methods import check_method
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.metric import Metric
@@ -39,9 +39,6 @@ COMPILING = 1.5
 
 PASSES_OF_ESTIMATE, PASSES_OF_SECANT = 5.0, 10.0
 """Forward passes that first-order estimates cost, and that the secant adjoint costs, about."""
-
-N_RANDOM = 2
-"""Random directions beside each that is tested."""
 
 DECIDED = 0.75
 """Share of the prompts of two looks that decide the tests of an anchor, about."""

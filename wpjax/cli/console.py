@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import math
@@ -77,7 +78,7 @@ def interval(elapsed: float) -> float:
     return min(30.0, max(5.0, elapsed / 120))
 
 
-class Reporter:
+class Reporter(abc.ABC):
     """A `Progress` for the command line that also says what is planned, and how long the rest will take.
 
     It is a context manager: it says something only inside.
@@ -104,13 +105,15 @@ class Reporter:
             with self._lock:
                 self._say_finished()
 
+    @abc.abstractmethod
     def update(self, what: str, done: int, total: int) -> None:
         """Show a report of progress."""
-        raise NotImplementedError
+        ...
 
+    @abc.abstractmethod
     def say(self, line: str) -> None:
         """Print a line, with the time since the start."""
-        raise NotImplementedError
+        ...
 
     def note(self, note: str) -> None:
         """Print something worth knowing; it may quote a file."""
@@ -118,9 +121,10 @@ class Reporter:
 
         self.say(f"note: {printable(note)}")
 
+    @abc.abstractmethod
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """While this lasts, nothing is said: the output of the command is printed."""
-        raise NotImplementedError
+        ...
 
     def planned(self, schedule: Schedule) -> None:
         """Print a schedule, phase by phase, and from now on how far it is kept."""

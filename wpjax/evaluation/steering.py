@@ -56,6 +56,9 @@ N_SCREENED = 12
 PROMPTS_A_LOOK = 16
 """Prompts that are answered between two looks at the outcome, at most; each of another query."""
 
+N_RANDOM = 2
+"""Random directions beside each that is tested."""
+
 HOPELESS = 2
 """A test stops undecided if this many times the queries at hand would not be likely to decide it."""
 
@@ -226,7 +229,7 @@ def steering_tests(
     directions: Directions,
     *,
     n_candidates: int = 1,
-    n_random: int = 2,
+    n_random: int = N_RANDOM,
     seed: int = 0,
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,

@@ -44,6 +44,13 @@ class RelaxConfig:
     seed: int = 0
     steps_at_once: int = 10
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.steps_at_once < 1 or not self.lr > 0 or not self.eps > 0 or not self.clip > 0:
+            raise WpjaxError(
+                f"steps={self.steps}, steps_at_once={self.steps_at_once}, lr={self.lr:g}, eps={self.eps:g}, "
+                f"clip={self.clip:g}: steps must be at least 1, and the others above 0"
+            )
+
 
 class State(NamedTuple):
     """Where the learning stands; a pytree.
@@ -140,7 +147,7 @@ def learn(
         progress: called as work gets done.
 
     Raises:
-        WpjaxError: the loss is not finite.
+        WpjaxError: the loss is not finite, or `start` does not fit the gates.
 
     A made-up objective that wants two of five gates open, and no other:
 
@@ -155,6 +162,8 @@ def learn(
     """
     parametrisation, config = parametrisation or Nested(), config or RelaxConfig()
     optimiser = adam(config) if optimiser is None else optimiser
+    if start is not None and (np.shape(start) != (len(gates),) or not np.isfinite(start).all()):
+        raise WpjaxError(f"start: shape {np.shape(start)}; give a finite number for each of the {len(gates)} gates")
     ranking = jnp.zeros(len(gates)) if start is None else jnp.asarray(start, jnp.float32)
     numbers = parametrisation.start(gates, ranking)
     state, losses = State(numbers, optimiser.init(numbers), jnp.zeros((), jnp.int32)), []
@@ -170,4 +179,4 @@ def learn(
         if not np.isfinite(losses[-1]).all():
             raise WpjaxError(f"the loss is {losses[-1][-1]:g} at step {taken}; take a smaller learning rate")
         progress("learned mask", taken, config.steps)
-    return Learned(np.asarray(state.numbers), np.concatenate(losses) if losses else np.zeros(0))
+    return Learned(np.asarray(state.numbers), np.concatenate(losses))

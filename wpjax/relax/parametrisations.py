@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from wpjax.errors import WpjaxError
 from wpjax.relax.gates import Gates
 
 
@@ -107,6 +108,13 @@ class Nested:
     smallest: float = 0.005
     largest: float = 0.5
     spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or not 0 < self.smallest <= self.largest <= 1:
+            raise WpjaxError(
+                f"temperature={self.temperature:g}, budgets from {self.smallest:g} to {self.largest:g}: "
+                "the temperature must be above 0, and budgets are shares with 0 < smallest <= largest <= 1"
+            )
 
     def start(self, gates: Gates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
         """The ranking's order, evenly spaced."""

@@ -276,9 +276,9 @@ def _covered(n: int, coverage: float) -> str:
 
 
 def _about_pair(attrs: Any) -> tuple[tuple[str, str], ...]:
-    """What differs in base and expert and may; nothing where nothing is recorded."""
+    """What is worth knowing of base and expert; nothing where nothing is recorded."""
     notes = attrs.get("pair_notes")
-    return (("The pair", f"Differs in what may differ: {notes}."),) if isinstance(notes, str) and notes else ()
+    return (("The pair", f"{notes}."),) if isinstance(notes, str) and notes else ()
 
 
 def _reach(result: SweepResult) -> Reach | None:
