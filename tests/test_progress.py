@@ -93,6 +93,7 @@ def test_a_log_is_never_silent_for_long(schedule, clock, capsys, monkeypatch):
         update = schedule.watching(progress)
         update("tested", 0, 1)
         time.sleep(0.9)
+        assert "tested: 1 s so far" in capsys.readouterr().err  # nothing was reported meanwhile
         clock.now = 35
         update("patches", 0, 10)
         with progress.paused():
@@ -100,6 +101,8 @@ def test_a_log_is_never_silent_for_long(schedule, clock, capsys, monkeypatch):
             time.sleep(0.9)
             assert "patches: 0 of 10" not in capsys.readouterr().err  # nothing comes between the lines of the output
             print("its end")
+        time.sleep(0.9)
+        assert "patches: 0 of 10" in capsys.readouterr().err
     time.sleep(0.9)
     assert "patches: 0 of 10" not in capsys.readouterr().err
 
