@@ -5,8 +5,8 @@
 
 Heads, KV groups and neurons of all layers are ranked on "sweep" prompts. The best ones by each ranking, up to a few
 shares of their parameters, are put into the base together, and the strict checker judges its answers to "test" prompts.
-`--learned r.nc` adds the ranking of a result to which `wpjax relax` was applied. Rankings that the file has already are
-kept, so that a run that was stopped goes on.
+`--only` names rankings to compare. `--learned r.nc` adds the ranking of a result to which `wpjax relax` was applied.
+Rankings that the file has already are kept, so that a run that was stopped goes on.
 
 Every ranking is by score for each parameter, unless it says otherwise. Intervals resample queries.
 """
@@ -152,9 +152,16 @@ def jaccard(rankings: Rankings, by_prompt: Float[np.ndarray, "C B"], share: floa
 
 
 def measure(
-    pair: Pair, name: str, n_prompts: int, n_judged: int, max_new_tokens: int, learned: Path | None, out: Path
+    pair: Pair,
+    name: str,
+    n_prompts: int,
+    n_judged: int,
+    max_new_tokens: int,
+    learned: Path | None,
+    only: list[str],
+    out: Path,
 ) -> dict[str, Any]:
-    """Every ranking's sets, judged; the file is written after each ranking."""
+    """The sets of every ranking, or only of some, judged; the file is written after each ranking."""
     task = behaviour(name)
     rankings = Rankings(pair, task.encode(pair.tokenizer, "sweep", n_prompts), max_new_tokens, learned)
     batch = task.encode(pair.tokenizer, "test", n_judged)
@@ -179,7 +186,7 @@ def measure(
         **made(),
     }  # fmt: skip
     for ranking, make in rankings.all().items():
-        if ranking in report["rankings"]:
+        if ranking in report["rankings"] or (only and ranking not in only):
             continue
         started = time.perf_counter()
         values = make()
@@ -277,10 +284,11 @@ def main() -> None:
     parser.add_argument("--n-judged", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--learned", type=Path)
+    parser.add_argument("--only", nargs="+", default=[], help="rankings to compare, by name; all if absent")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     pair = load_pair(a.base, a.expert)
-    report = measure(pair, a.behaviour, a.n_prompts, a.n_judged, a.max_new_tokens, a.learned, a.out)
+    report = measure(pair, a.behaviour, a.n_prompts, a.n_judged, a.max_new_tokens, a.learned, a.only, a.out)
     print(markdown(report))
 
 
