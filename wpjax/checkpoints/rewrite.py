@@ -7,6 +7,7 @@ does not read: other heads, towers for images, buffers.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from wpjax.checkpoints.adapter import Adapter, AdapterEdits
 from wpjax.checkpoints.checkpoint import MARKER, local_path
 from wpjax.checkpoints.convert import TensorSource, match_names
 from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_folder, how_to_merge, read_json
@@ -57,12 +59,13 @@ class StoredModel:
         source: where it is, as the user wrote it.
         cfg: the architecture; of a model of images and text, that of the text tower.
         hf_config: the content of its config.json.
-        path: its folder or `.gguf` file.
+        path: its folder or `.gguf` file; of an adapter, that of its base.
         names: full HF name of every tensor of the decoder -> its name in the files. The two differ if the files leave
             out the family's prefix, or have a tower for images beside the decoder.
         others: names, in the files, of tensors that are no part of the decoder. A second copy of a tied embedding is
             not among them: it is the same tensor.
         tensors: all tensors, by their names in the files.
+        gguf: the `.gguf` file; None for a folder.
 
     >>> model = open_model("tiny:base")
     >>> model.read("model.layers.0.self_attn.o_proj.weight").shape
@@ -76,6 +79,7 @@ class StoredModel:
     names: Mapping[str, str]
     others: tuple[str, ...]
     tensors: TensorSource
+    gguf: GgufFile | None = None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor by its full HF name, in the dtype in which it is stored.
@@ -87,16 +91,62 @@ class StoredModel:
             raise CheckpointError(f"{self.source}: no tensor {name}; a {self.cfg.family} model has other names")
         return self.tensors.read(self.names[name])
 
+    def fingerprint(self) -> str:
+        """A hash of all tensors of the decoder as they are stored: name, dtype, shape and bytes (16 hex digits).
 
-def open_model(source: str | Path, ignore_config: tuple[str, ...] = ()) -> StoredModel:
+        It reads the whole model, one tensor at a time.
+        """
+        digest = TensorDigest()
+        for name in self.names:
+            digest.add(name, self.read(name))
+        return digest.hexdigest()
+
+
+class TensorDigest:
+    """A hash of tensors that come one after the other (see `StoredModel.fingerprint`)."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=8)
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        """Take in a tensor under its full HF name."""
+        self._digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        self._digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        """The hash (16 hex digits)."""
+        return self._digest.hexdigest()
+
+
+class _AdaptedTensors:
+    """The tensors of a base with an adapter over it, in the base's dtype: a `TensorSource`."""
+
+    def __init__(self, base: StoredModel, edits: AdapterEdits, where: str):
+        self.where, self.configuration = where, base.tensors.configuration
+        self._base = base.tensors
+        self._edits = {base.names[name]: edit for name, edit in edits.edits.items()}
+
+    def names(self) -> list[str]:
+        return self._base.names()
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._base.read(name)
+        return self._edits[name](tensor).astype(tensor.dtype) if name in self._edits else tensor
+
+
+def open_model(source: str | Path, ignore_config: tuple[str, ...] = (), base: StoredModel | None = None) -> StoredModel:
     """Open a model without reading its weights.
 
     Args:
-        source: folder, `.gguf` file, hub id, or an embedded model such as "tiny:base" (see `local_path`).
+        source: folder, `.gguf` file, hub id, or an embedded model such as "tiny:base" (see `local_path`); with `base`,
+            also a PEFT folder.
         ignore_config: attributes of config.json that you know not to matter.
+        base: what an adapter is applied to. Sums are rounded to the base's dtype as they are read. Files beside the
+            weights are those of the base.
 
     Raises:
-        CheckpointError: it cannot be read, is an adapter, or its tensors do not fit its configuration.
+        CheckpointError: it cannot be read, its tensors do not fit its configuration; or it is an adapter, and there is
+            no base, or another one, or one that it ties or grows anew.
     """
     source, path = str(source), local_path(source)
     if not path.is_dir():
@@ -105,10 +155,20 @@ def open_model(source: str | Path, ignore_config: tuple[str, ...] = ()) -> Store
         cfg = parse_config(raw, source, ignore_config)
         names = match_names(cfg, file)
         raw |= {"model_type": cfg.family, "architectures": [FAMILIES[cfg.family].architecture]}
-        return StoredModel(source, cfg, raw, path, names, (), file)
+        return StoredModel(source, cfg, raw, path, names, (), file, file)
     check_folder(path)
     if (path / ADAPTER).exists():
-        raise CheckpointError(f"{source}: holds an adapter, not a whole model; {how_to_merge(path)}")
+        if base is None:
+            raise CheckpointError(
+                f"{source}: holds an adapter, not a whole model; name its base, too, or {how_to_merge(path)}"
+            )
+        found = Adapter(path, source).edits(base.cfg, base.source)
+        if found.cfg != base.cfg:
+            raise CheckpointError(
+                f"{source}: the adapter changes the size or the tying of embeddings, not only weights; "
+                f"{how_to_merge(path)}"
+            )
+        return dataclasses.replace(base, source=source, tensors=_AdaptedTensors(base, found, source))
     where = str(path / MARKER)
     raw = read_json(path / MARKER)
     text = text_config(raw, where)
@@ -224,11 +284,11 @@ def _changed(model: StoredModel, name: str, change: Change, dtype: str | None) -
 def _copy_files(model: StoredModel, folder: Path) -> None:
     """Copy what belongs to the model beside its weights; of a `.gguf` file, write its tokenizer."""
     if not model.path.is_dir():
-        assert isinstance(model.tensors, GgufFile)
-        model.tensors.tokenizer().save_pretrained(str(folder))
+        assert model.gguf is not None
+        model.gguf.tokenizer().save_pretrained(str(folder))
         return
-    # All embedded models share the tokenizer of the base.
-    folders = [local_path("tiny:base"), model.path] if model.source.startswith("tiny:") else [model.path]
+    tiny = local_path("tiny:base")
+    folders = [tiny, model.path] if model.path.parent == tiny.parent else [model.path]  # which share a tokenizer
     found = {path.name: path for place in folders for pattern in _COPIED for path in place.glob(pattern)}
     for name, path in sorted(found.items()):
         if path.is_file() and not name.endswith((".safetensors", ".bin", ".py")):
