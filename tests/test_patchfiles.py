@@ -155,7 +155,7 @@ def test_scales_and_several_patches(one, tmp_path):
         for i, names in enumerate((["L1.head.1", "L1.head.2"], ["L1.head.2", "L0.mlp"]))
     )
     w, v = (m.model.state_dict()[tensor].numpy() for m in (hf_pair.base, hf_pair.expert))
-    with pytest.raises(PatchError, match=r"same component: L1\.head\.2 \(.*0\.safetensors and .*1\.safetensors\)"):
+    with pytest.raises(PatchError, match=r"0\.safetensors and .*1\.safetensors both bring L1\.head\.2;"):
         apply_patches(base, [p, q], tmp_path / "x")
     summed = w.copy()
     summed[8:16] += np.float32(0.5) * (v - w)[8:16]
@@ -505,7 +505,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     code, out, err = wpjax("apply", "--base", "tiny:base", *both, "--out", "x")
     assert code == 2
     assert err.count("\n") == 1
-    assert "same component: L2.head.0 (p.safetensors and q.safetensors)" in err
+    assert "p.safetensors and q.safetensors both bring L2.head.0;" in err
     code, out, err = wpjax(
         "apply", "--base", "tiny:base", *both, "--on-conflict", "sum", "--scale", "1,0.5", "--out", "x"
     )
