@@ -376,6 +376,11 @@ def rewrite_patch(path, out, edit_json=lambda about: None, edit_tensors=lambda t
     save_file(tensors, out, metadata={"wpjax_patch": json.dumps(about)})
 
 
+def nested(depth):
+    """A table in a table, and so on."""
+    return {"x": nested(depth - 1)} if depth else {}
+
+
 KEY = "model.layers.1.self_attn.q_proj.weight"
 HOSTILE = {
     "no components": (lambda a: a.update(components=[]), None, "damaged patch: .* components are no names"),
@@ -389,6 +394,9 @@ HOSTILE = {
         None,
         "is for a model where it has .10+, 24.",
     ),
+    "many weights": (lambda a: a.update(n_parameters=10**4000), None, "another number of weights than the 840"),
+    "deep": (lambda a: a.update(measured=nested(100)), None, "nested too deep"),
+    "large": (lambda a: a.update(error=10**400), None, "does not say what it must"),
     "infinite": (lambda a: a["tensors"][KEY].update(shape=[float("inf"), 24]), None, "cannot be"),
     "axis": (lambda a: a["tensors"][KEY].update(axis=2), None, "axis 2 of a tensor"),
     "other axis": (lambda a: a["tensors"][KEY].update(axis=1, shape=[48, 24]), None, "which does not fit"),
@@ -403,7 +411,7 @@ HOSTILE = {
     "integers": (None, lambda t: t.update({f"after/{KEY}": np.ones((8, 24), np.int32)}), "is I32 of shape"),
     "not finite": (None, lambda t: t[f"after/{KEY}"].__setitem__((0, 0), np.nan), "holds NaN or infinity"),
     "another's rows": (None, lambda t: t[f"positions/{KEY}"].__isub__(8), "own other rows or columns"),
-    "no component of it": (lambda a: a.update(components=["L0.kv_group.1"]), None, "own nothing of"),
+    "no component of it": (lambda a: a.update(components=["L0.kv_group.1"], n_parameters=1), None, "own nothing of"),
     "no name": (lambda a: a.update(components=["../x"]), None, "not a component name"),
 }
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LONGEST = 300
+"""Characters of a text that a model card quotes, at most."""
+
 
 def public_name(source: str) -> str:
     """A model's name for others: a hub id as it is, of a path its last part, so that no path of this machine is told.
@@ -17,12 +20,13 @@ def public_name(source: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """A text that stays one line, and code between backticks, in a model card.
+    """A text that stays one line, and code between backticks, in a model card. Of a long one, the beginning.
 
     >>> one_line("a`b\\n# c")
     "a'b # c"
     """
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).replace("`", "'").split())
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).replace("`", "'").split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 def kind_of(name: str) -> str:

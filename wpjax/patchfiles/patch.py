@@ -54,6 +54,7 @@ KEY = "wpjax_patch"
 """Where the header holds the JSON."""
 
 _ENCODINGS = (EXACT, LOW_RANK, INT8)
+_DEEPEST = 16
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -126,7 +127,7 @@ class Patch:
             tensors = {str(name): (entry["axis"], tuple(entry["shape"])) for name, entry in about["tensors"].items()}
         except PatchError as error:
             raise PatchError(f"{path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise self._damaged(f"its header does not say what it must ({type(error).__name__}: {error})") from error
         if not tensors:
             raise self._damaged("it holds no tensors")
@@ -451,6 +452,20 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
+def _depth(value: Any) -> int:
+    """How deep tables and lists are nested, but no more than `_DEEPEST` and one."""
+    level, depth = [value], 0
+    while level and depth <= _DEEPEST:
+        level = [
+            entry
+            for part in level
+            if isinstance(part, dict | list)
+            for entry in (part.values() if isinstance(part, dict) else part)
+        ]
+        depth += 1
+    return depth
+
+
 def _info(about: Any) -> PatchInfo:
     """What a header says, checked.
 
@@ -471,6 +486,9 @@ def _info(about: Any) -> PatchInfo:
         if not isinstance(value, _TYPES[str(field.type)]):
             raise TypeError(f"{name} is {type(value).__name__}")
         values[field.name] = value
+    values["error"] = float(values["error"])
+    if _depth(values["measured"]) > _DEEPEST:
+        raise ValueError("measured is nested too deep")
     components = values["components"]
     if not components or not all(isinstance(name, str) for name in components):
         raise TypeError("components are no names")

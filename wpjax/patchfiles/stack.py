@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from wpjax.checkpoints.convert import tensor_shapes
 from wpjax.components import parse_component
 from wpjax.errors import PatchError
 from wpjax.models.config import ModelConfig
@@ -209,7 +211,13 @@ def check_fits(patch: Patch, cfg: ModelConfig) -> None:
             parse_component(cfg, name)
     except ValueError as error:
         raise PatchError(f"{patch.where} does not fit this model: {error}; it is for {patch.info.into}") from error
-    owned = owned_slices(cfg, patch.info.components)
+    owned, shapes = owned_slices(cfg, patch.info.components), tensor_shapes(cfg)
+    most = sum(math.prod(shapes[name]) // shapes[name][at.axis] * len(at.positions) for name, at in owned.items())
+    if not 0 < patch.info.n_parameters <= most:
+        raise PatchError(
+            f"{patch.where} says that its components own another number of weights than the {most:,} that they own in "
+            f"this model; it is for {patch.info.into}, or it is damaged"
+        )
     for name, slices in patch.slices.items():
         if name not in owned:
             raise PatchError(f"{patch.where}: its components own nothing of {name}, which it changes; get it again")
