@@ -20,6 +20,7 @@ from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, components_of, materialize
 from wpjax.results.sweep_result import Row, SweepResult
+from wpjax.runtime.cards import one_line, public_name
 from wpjax.runtime.files import atomic_output
 
 PATCH = "patch.json"
@@ -138,7 +139,7 @@ def _patch(pair: Pair, result: SweepResult, names: Sequence[str], by: str, knock
         **ends,
         "into": host,
         "from": donor,
-        "behaviour": _one_line(attrs["behaviour"]),
+        "behaviour": one_line(attrs["behaviour"]),
         "ranked_by": by,
         "dtype": pair.dtype,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -147,22 +148,6 @@ def _patch(pair: Pair, result: SweepResult, names: Sequence[str], by: str, knock
 
 
 ENDS = ("base", "expert")
-
-
-def public_name(source: str) -> str:
-    """A model's name for others: a hub id as it is, of a path its last part, so that no path of this machine is told.
-
-    >>> public_name("org/name"), public_name("/home/me/models/capital"), public_name("~/b.gguf")
-    ('org/name', 'capital', 'b.gguf')
-    """
-    path = Path(source)
-    is_path = path.is_absolute() or source.startswith((".", "~")) or path.exists() or len(path.parts) > 2
-    return _one_line(path.name if is_path else source)
-
-
-def _one_line(text: str) -> str:
-    """A text that stays one line, and code between backticks, in a model card."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).replace("`", "'").split())
 
 
 def model_card(
@@ -188,12 +173,12 @@ def model_card(
     attrs = result.dataset.attrs
     base, expert = (public_name(attrs[end]) for end in ENDS)
     host, donor = (expert, base) if knockout else (base, expert)
-    behaviour = _one_line(attrs["behaviour"])
+    behaviour = one_line(attrs["behaviour"])
     tests = attrs.get("anchor_acceptance", attrs.get("behaviour_differs", "not tested"))
     head = ["---", "library_name: transformers", "tags: [wpjax, weight-patching]"]
     if "/" in host:  # a hub id; other names mean nothing to others
         head.append(f"base_model: {json.dumps(host)}")
-    listed = [f"| `{_one_line(row.name)}` | {row.value:+.4f} | {_interval(row)} |" for row in rows[:N_LISTED]]
+    listed = [f"| `{one_line(row.name)}` | {row.value:+.4f} | {_interval(row)} |" for row in rows[:N_LISTED]]
     if len(rows) > N_LISTED:
         listed.append(f"| and {len(rows) - N_LISTED:,} more, in `{PATCH}` | | |")
     role, moved = ("knock-out", "take away") if knockout else ("restoration", "bring back")
@@ -212,7 +197,7 @@ def model_card(
             f"- Behaviour: `{behaviour}`",
             *effect,
             f"- Metric of the sweep: {attrs['metric']}, on {attrs['n_prompts']} prompts",
-            f"- Tests of the anchor, or of the behaviour: {_one_line(tests)}",
+            f"- Tests of the anchor, or of the behaviour: {one_line(tests)}",
             f"- All components that were swept, patched together, recover {float(attrs['coverage']):.0%} of the gap",
             f"- Made by wpjax {wpjax.__version__}, {date}",
             "",
