@@ -20,11 +20,12 @@ from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.components import parse_component
 from wpjax.errors import WpjaxError
-from wpjax.evaluation.export import choose, export, joint_effect, model_card, public_name
+from wpjax.evaluation.export import choose, export, joint_effect, model_card
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.comparison import compare
 from wpjax.results.curves import Curves
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.cards import public_name
 
 CHECKER = "regex:^[^a-z]*[A-Z][^a-z]*$"
 NAMES = "L2.head.0,L2.head.1,L3.head.1,L4.mlp,L5.mlp"

@@ -32,8 +32,7 @@ Change = Callable[[str, np.ndarray], np.ndarray]
 """From the full HF name of a tensor, and the tensor as it is stored, to what takes its place."""
 
 # Files of a folder that belong to the model, and are copied as they are: no weights, no code, nothing about training.
-_COPIED = (
-    "generation_config.json",
+_OF_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -41,6 +40,9 @@ _COPIED = (
     "merges.txt",
     "chat_template*",
     "*.model",
+)
+_COPIED = (
+    "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "LICENSE*",
@@ -135,6 +137,7 @@ def rewrite_folder(
     files: Mapping[str, str] | None = None,
     overwrite: bool = False,
     dtype: str | None = None,
+    tokenizer: Path | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model as an HF folder, with its tensors changed one by one.
@@ -152,6 +155,7 @@ def rewrite_folder(
             what `change` found.
         overwrite: whether to replace a model folder that is there.
         dtype: dtype of the decoder's tensors, "float32", "float16" or "bfloat16"; None for that of the source.
+        tokenizer: the folder whose tokenizer is copied; None for that of the source.
         max_shard_bytes: size of a weight file, at most; a single tensor may exceed it.
 
     Raises:
@@ -183,7 +187,7 @@ def rewrite_folder(
             for stored in model.others:
                 weights.add(stored, model.tensors.read(stored))
         (folder / MARKER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _copy_files(model, folder)
+        _copy_files(model, folder, tokenizer)
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
 
@@ -221,15 +225,19 @@ def _changed(model: StoredModel, name: str, change: Change, dtype: str | None) -
     return cast
 
 
-def _copy_files(model: StoredModel, folder: Path) -> None:
+def _copy_files(model: StoredModel, folder: Path, tokenizer: Path | None) -> None:
     """Copy what belongs to the model beside its weights; of a `.gguf` file, write its tokenizer."""
-    if not model.path.is_dir():
+    places = [(model.path, _COPIED)] if model.path.is_dir() else []
+    if tokenizer is not None:
+        places.append((tokenizer, _OF_TOKENIZER))
+    elif model.source.startswith("tiny:"):  # all embedded models share the tokenizer of the base
+        places = [(local_path("tiny:base"), _OF_TOKENIZER), *places, (model.path, _OF_TOKENIZER)]
+    elif model.path.is_dir():
+        places.append((model.path, _OF_TOKENIZER))
+    else:
         assert isinstance(model.tensors, GgufFile)
         model.tensors.tokenizer().save_pretrained(str(folder))
-        return
-    # All embedded models share the tokenizer of the base.
-    folders = [local_path("tiny:base"), model.path] if model.source.startswith("tiny:") else [model.path]
-    found = {path.name: path for place in folders for pattern in _COPIED for path in place.glob(pattern)}
+    found = {path.name: path for place, patterns in places for pattern in patterns for path in place.glob(pattern)}
     for name, path in sorted(found.items()):
         if path.is_file() and not name.endswith((".safetensors", ".bin", ".py")):
             shutil.copyfile(path, folder / name)

@@ -8,16 +8,22 @@ from the place of c among the scores of expert k. Where several experts would op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from wpjax.components import Component, n_parameters
-from wpjax.merging.registry import MergeError
-from wpjax.merging.scores import Scores
+from wpjax.checkpoints.convert import hf_tensor
+from wpjax.components import KINDS, Component, n_parameters
+from wpjax.merging.registry import MergeError, nearest
+from wpjax.merging.scores import Owners, Scores, read_scores, scores_of, spread, unit_numbers
 from wpjax.models.config import ModelConfig
+from wpjax.results.sweep_result import SweepResult
+
+if TYPE_CHECKING:
+    from wpjax.merging.plan import Plan
 
 GateKind = Literal["top", "quantile", "score"]
 Conflict = Literal["largest", "first", "sum"]
@@ -126,14 +132,83 @@ def _settle(
 
 def _check_same_kinds(scores: Sequence[Scores]) -> None:
     """Refuse experts with scores of kinds that overlap: a head of one and an attention module of the other."""
-    from wpjax.components import KINDS
-
     owners: dict[str, str] = {}
     for of_expert in scores:
         for kind in dict.fromkeys(c.kind for c in of_expert.components):
             for unit in KINDS[kind].units:
                 if owners.setdefault(unit, kind) != kind:
                     raise MergeError(
-                        f"one expert has scores of kind {owners[unit]}, another of {kind}, which owns the same weights, "
-                        "so that conflicts cannot be told; name the same kinds for both, or conflict: sum"
+                        f"one expert has scores of kind {owners[unit]}, another of {kind}, which owns the same "
+                        "weights, so that conflicts cannot be told; name the same kinds for both, or conflict: sum"
                     )
+
+
+def prepare(plan: Plan) -> Callable[[str], dict[str, Any]]:
+    """What `score_gated` needs before the first tensor: the gates of all experts, as numbers of tensors.
+
+    Returns:
+        function from the name of a tensor to the argument `gates` of `score_gated`.
+
+    Raises:
+        MergeError: scores cannot be read, or are of another model.
+    """
+    cfg, recipe = plan.host.cfg, plan.recipe
+    kinds = plan.preparation("kinds")
+    chosen = None if kinds is None else tuple(kind.strip() for kind in kinds.split(","))
+    for kind in chosen or ():
+        if kind not in KINDS:
+            raise MergeError(f"unknown kind {kind!r} of components{nearest(kind, KINDS)}; there are {', '.join(KINDS)}")
+    scores = [
+        read_any(path, cfg, by, chosen)
+        for path, by in zip(plan.preparation("scores"), plan.preparation("by"), strict=True)
+    ]
+    control = plan.preparation("control")
+    if control == "random":
+        rng = np.random.default_rng(recipe.seed)
+        scores = [dataclasses.replace(s, values=rng.random(len(s.values))) for s in scores]
+    elif control == "delta":
+        scores = _by_change(plan, scores)
+    gates = component_gates(
+        cfg,
+        scores,
+        plan.preparation("share"),
+        gate=plan.preparation("gate"),
+        conflict=plan.preparation("conflict"),
+        per_parameter=plan.preparation("per_parameter"),
+    )
+    rest = plan.preparation("rest")
+    leaves = [spread(cfg, unit_numbers(cfg, components, own, rest)) for components, own in gates]
+    return lambda name: {"gates": lambda k: hf_tensor(cfg, leaves[k], name)}
+
+
+def read_any(path: str, cfg: ModelConfig, by: str | None, kinds: Sequence[str] | None) -> Scores:
+    """Scores from a result of `wpjax sweep` (.nc), or from a file of published scores (.safetensors).
+
+    Args:
+        path: the file.
+        cfg: the architecture of the models.
+        by: name of a ranking of a result; None for its `set_ranking`.
+        kinds: kinds of components; None for the finest of a result, or those that a file names.
+
+    Raises:
+        MergeError: it is neither, or `by` is given for published scores.
+    """
+    if path.endswith(".nc"):
+        return scores_of(cfg, SweepResult.from_netcdf(path), by, kinds)
+    if not path.endswith(".safetensors"):
+        raise MergeError(f"scores: {path} is neither a result (.nc) nor published scores (.safetensors); name one")
+    if by is not None:
+        raise MergeError(f"by: {path} holds one ranking only; remove by")
+    return read_scores(path, cfg, kinds)
+
+
+def _by_change(plan: Plan, scores: Sequence[Scores]) -> list[Scores]:
+    """The same components with the mean squared change of their weights as scores; it reads all tensors."""
+    cfg = plan.host.cfg
+    owners = [Owners(cfg, of_expert.components) for of_expert in scores]
+    squares = [np.zeros(len(of_expert.components)) for of_expert in scores]
+    for name, base, experts in plan.tensors():
+        for k, expert in enumerate(experts):
+            squares[k] += owners[k].sums(name, np.square(expert - base))
+    sizes = [np.array([n_parameters(cfg, c) for c in of_expert.components]) for of_expert in scores]
+    return [dataclasses.replace(s, values=x / n) for s, x, n in zip(scores, squares, sizes, strict=True)]

@@ -38,6 +38,8 @@ class Parameter(NamedTuple):
         choices: the words.
         by_tensor: whether values may differ between tensors, by filters or from layer to layer.
         may_lack: whether the method does without a value.
+        of_preparation: whether it is for `MergeMethod.prepare`, and not passed to `merge`.
+        partial: of tensors, whether the file may lack some: the method then gets None for these.
         ignored: whether it has no effect, and is accepted because recipes of mergekit have it.
     """
 
@@ -51,6 +53,8 @@ class Parameter(NamedTuple):
     choices: tuple[str, ...] = ()
     by_tensor: bool = True
     may_lack: bool = False
+    of_preparation: bool = False
+    partial: bool = False
     ignored: bool = False
 
     @property
@@ -74,8 +78,9 @@ class MergeMethod:
         n_experts: least and most number of experts (without the base); None for no bound.
         random: whether it draws random numbers; `merge` then takes an argument `rng`.
         check: function of the values, by name of argument, that raises a `MergeError` if they do not go together.
-        prepare: what has to be done before the first tensor, if anything: a function from a `plan.Prepared` to a
-            function, which gives from a tensor's name further arguments of `merge`.
+        prepare: what has to be done before the first tensor, if anything: a function of a `plan.Plan` that returns a
+            function, which gives from a tensor's name further arguments of `merge`. It raises a `MergeError` if it
+            cannot be done. Parameters with `of_preparation` are for it alone.
         in_mergekit: whether mergekit has it under this name.
     """
 

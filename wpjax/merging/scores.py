@@ -23,6 +23,7 @@ from wpjax.components import KINDS, LEAVES, Component, enumerate_components, par
 from wpjax.components import unit_positions as positions_of
 from wpjax.errors import ComponentError
 from wpjax.merging.registry import MergeError
+from wpjax.merging.tensor_file import TensorFile
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import abstract_params
 from wpjax.results.sweep_result import SweepResult
@@ -106,8 +107,8 @@ def spread(cfg: ModelConfig, units: Mapping[str, np.ndarray]) -> dict[str, np.nd
         units: unit -> array of its shape (`components.unit_shapes`).
 
     Returns:
-        path of a leaf -> array of its shape, a view of its unit's. `checkpoints.convert.hf_tensor` makes the tensors of a
-        checkpoint from these.
+        path of a leaf -> array of its shape, a view of its unit's. `checkpoints.convert.hf_tensor` makes from these the
+        tensors of a checkpoint.
 
     >>> cfg = ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64)
     >>> heads = {**{u: np.zeros(s) for u, s in unit_shapes(cfg).items()}, "head": np.arange(4.0)[None]}
@@ -282,65 +283,3 @@ def read_scores(path: str | Path, cfg: ModelConfig, kinds: Sequence[str] | None 
         name: tensors.metadata[name] for name in ("behaviour", "base", "expert", "ranking") if name in tensors.metadata
     }
     return Scores(chosen, total[has] / count[has], about)
-
-
-class TensorFile:
-    """A safetensors file with tensors under the names of weights: scores, Fisher information, activations or masks.
-
-    Args:
-        path: the file.
-
-    Raises:
-        MergeError: it cannot be read.
-    """
-
-    def __init__(self, path: str | Path):
-        from safetensors import SafetensorError, safe_open
-
-        self.path = Path(path)
-        try:
-            with safe_open(self.path, framework="np") as file:
-                self.names = tuple(file.keys())
-                self.metadata: dict[str, str] = file.metadata() or {}
-                self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in self.names}
-        except (SafetensorError, OSError) as error:
-            raise MergeError(f"{path}: not readable as safetensors ({error}); name a .safetensors file") from error
-
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse tensors that belong to no weight, or do not broadcast to it.
-
-        Args:
-            shapes: HF name of each weight of the model -> its shape.
-
-        Raises:
-            MergeError: names the tensor.
-        """
-        from wpjax.merging.registry import nearest
-
-        if not self.names:
-            raise MergeError(f"{self.path}: holds no tensors")
-        for name, shape in self._shapes.items():
-            if name not in shapes:
-                raise MergeError(f"{self.path}: {name} is no tensor of the model{nearest(name, shapes)}")
-            try:
-                fits = np.broadcast_shapes(shape, shapes[name]) == shapes[name]
-            except ValueError:
-                fits = False
-            if not fits:
-                raise MergeError(
-                    f"{self.path}: {name} has shape {shape}, which does not fit the weight's {shapes[name]}"
-                )
-
-    def read(self, name: str) -> Float[np.ndarray, "..."]:
-        """One tensor in float32.
-
-        Raises:
-            MergeError: it cannot be read as numbers.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, framework="np") as file:
-                return np.asarray(file.get_tensor(name), np.float32)
-        except (SafetensorError, OSError, TypeError, ValueError) as error:
-            raise MergeError(f"{self.path}: tensor {name} cannot be read as numbers ({error})") from error

@@ -29,15 +29,18 @@ def largest(tau: Float[np.ndarray, "*shape"], k: int) -> Bool[np.ndarray, "*shap
         return np.zeros(tau.shape, bool)
     if k >= tau.size:
         return np.ones(tau.shape, bool)
-    size = np.abs(tau).reshape(-1)
-    ordered = size.copy()
-    ordered.partition(tau.size - k)
-    threshold = ordered[tau.size - k]
-    del ordered
-    keep = size >= threshold
+    flat = tau.reshape(-1)
+    sizes = np.abs(flat)
+    sizes.partition(tau.size - k)
+    threshold = sizes[tau.size - k]
+    del sizes  # as large as the tensor
+    keep = flat >= threshold
+    keep |= flat <= -threshold
     surplus = int(np.count_nonzero(keep)) - k
     if surplus:  # of those that stand on the threshold, the last ones go
-        keep[np.flatnonzero(size == threshold)[-surplus:]] = False
+        on_it = flat == threshold
+        on_it |= flat == -threshold
+        keep[np.flatnonzero(on_it)[-surplus:]] = False
     return keep.reshape(tau.shape)
 
 

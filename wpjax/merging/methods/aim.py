@@ -73,7 +73,9 @@ register(
         aim,
         (
             WEIGHT,
-            Parameter("activations", "mean size of what goes into each input channel of the base", "tensors"),
+            Parameter(
+                "activations", "mean size of what goes into each input channel of the base", "tensors", partial=True
+            ),
             Parameter("omega", "what is left of a change at the most used channel", default=0.4, least=0, most=1),
             Parameter("normalize", "whether the sum is divided by the weights", "switch", default=False),
             LAMBDA,

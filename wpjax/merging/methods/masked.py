@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from wpjax.merging.methods.task_vectors import LAMBDA, WEIGHT
+from wpjax.merging.methods.task_vectors import LAMBDA, WEIGHT, changes
 from wpjax.merging.registry import MergeMethod, Parameter, register
 from wpjax.merging.sparsify import largest_share
 
@@ -40,7 +40,7 @@ def tall_mask(
     >>> tall_mask(base, experts, weight=[1, 1], threshold=[0.5, 0.5]).tolist()
     [2.0, 0.0, 0.0]
     """
-    taus = [expert - base for expert in experts]
+    taus = list(changes(base, experts))
     together = np.zeros_like(base)
     for w, tau in zip(weight, taus, strict=True):
         together += np.float32(w) * tau
@@ -113,7 +113,7 @@ def emr(
     >>> emr(base, experts, weight=[1, 1]).tolist(), emr(base, experts, weight=[1, 1], task=1).tolist()
     ([3.0, -2.0, -4.0], [3.0, -2.0, 0.0])
     """
-    taus = [expert - base for expert in experts]
+    taus = list(changes(base, experts))
     total = np.zeros_like(base)
     for w, tau in zip(weight, taus, strict=True):
         total += np.float32(w) * tau
@@ -154,7 +154,9 @@ register(
         localize_and_stitch,
         (
             _DENSITY,
-            Parameter("mask", "where the expert's change counts", "tensors", per_expert=True, may_lack=True),
+            Parameter(
+                "mask", "where the expert's change counts", "tensors", per_expert=True, may_lack=True, partial=True
+            ),
             LAMBDA,
         ),
         "arXiv:2408.13656",

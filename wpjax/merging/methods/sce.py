@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float
 
+from wpjax.merging.methods.task_vectors import changes
 from wpjax.merging.registry import MergeMethod, Parameter, register
 from wpjax.merging.sparsify import largest
 
@@ -34,7 +35,7 @@ def sce(
     >>> sce(base, experts).tolist()
     [2.0, 0.0, 1.0]
     """
-    taus = [expert - base for expert in experts]
+    taus = list(changes(base, experts))
     if select_topk < 1:
         mean = sum(taus[1:], taus[0]) / np.float32(len(taus))
         variance = np.zeros_like(base)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float
 
-from wpjax.merging.methods.task_vectors import LAMBDA
+from wpjax.merging.methods.task_vectors import LAMBDA, changes
 from wpjax.merging.registry import MergeMethod, register
 
 
@@ -31,7 +31,7 @@ def isotropic(
     [[2. 0.]
      [0. 2.]]
     """
-    taus = [expert - base for expert in experts]
+    taus = list(changes(base, experts))
     total = sum(taus[1:], taus[0])
     if base.ndim != 2:
         return base + np.float32(lambda_ / len(taus)) * total
@@ -60,7 +60,7 @@ def tsv(
     [[3. 0.]
      [0. 2.]]
     """
-    taus = [expert - base for expert in experts]
+    taus = list(changes(base, experts))
     k = min(base.shape) // len(taus) if base.ndim == 2 else 0
     if k == 0:
         return base + np.float32(lambda_ / len(taus)) * sum(taus[1:], taus[0])

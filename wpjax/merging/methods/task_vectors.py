@@ -10,7 +10,7 @@ the family that mergekit calls generalised task arithmetic; numbers are those of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,8 +84,15 @@ def weighted_sum(
     return merged
 
 
-def _changes(base: np.ndarray, experts: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
-    return (expert - base for expert in experts)
+def changes(
+    base: Float[np.ndarray, "*shape"], experts: Iterable[Float[np.ndarray, "*shape"]]
+) -> Iterator[Float[np.ndarray, "*shape"]]:
+    """The task vectors, one after the other. Each expert's tensor is let go before the next is read."""
+    experts = iter(experts)
+    while (expert := next(experts, None)) is not None:
+        tau = expert - base
+        del expert
+        yield tau
 
 
 def task_arithmetic(
@@ -109,7 +116,7 @@ def task_arithmetic(
     >>> task_arithmetic(base, experts, weight=[1.0, 0.5]).tolist()
     [1.0, 1.0]
     """
-    vectors = list(_changes(base, experts))
+    vectors = list(changes(base, experts))
     return weighted_sum(base, vectors, weight, consensus=False, normalize=normalize, lambda_=lambda_)
 
 
@@ -136,7 +143,7 @@ def ties(
     >>> ties(base, experts, weight=[1, 1], density=[0.7, 0.7]).tolist()
     [4.0, 3.0, 3.0]
     """
-    vectors = [_thinned(tau, largest_share, d) for tau, d in zip(_changes(base, experts), density, strict=True)]
+    vectors = [_thinned(tau, largest_share, d) for tau, d in zip(changes(base, experts), density, strict=True)]
     return weighted_sum(base, vectors, weight, consensus=True, normalize=normalize, lambda_=lambda_)
 
 
@@ -168,7 +175,7 @@ def breadcrumbs(
     [0.0, 3.0, 2.0, 0.0]
     """
     vectors = [
-        _thinned(tau, without_outliers, d, g) for tau, d, g in zip(_changes(base, experts), density, gamma, strict=True)
+        _thinned(tau, without_outliers, d, g) for tau, d, g in zip(changes(base, experts), density, gamma, strict=True)
     ]
     return weighted_sum(base, vectors, weight, consensus=consensus, normalize=normalize, lambda_=lambda_)
 
@@ -227,7 +234,7 @@ def dare(
     """
     vectors = []
     how: Rescale = rescale_by if rescale else "none"
-    for i, tau in enumerate(_changes(base, experts)):
+    for i, tau in enumerate(changes(base, experts)):
         if density[i] >= 1:
             vectors.append(tau)
             continue
