@@ -53,14 +53,16 @@ def run(
     if out is not None:
         check_output(out, overwrite, "mergekit.yaml" if masked else "config.json")
 
+    from wpjax.checkpoints.checkpoint import MARKER
     from wpjax.cli.console import print_json, progress_bars
+    from wpjax.merging.card import MERGEKIT
     from wpjax.merging.merge import check_merge, masked_experts, merge
     from wpjax.merging.plan import make_plan
     from wpjax.merging.recipe import read_recipe
 
     plan = make_plan(read_recipe(recipe), ignore_config=ignore_config, unrelated=unrelated)
     if out is not None:
-        check_merge(plan, out, overwrite)
+        check_merge(plan, out, overwrite, MERGEKIT if masked else MARKER)
     if dry_run:
         _print_plan(plan, as_json)
         return

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wpjax.checkpoints.checkpoint import local_path
+from wpjax.checkpoints.checkpoint import MARKER, local_path
 from wpjax.checkpoints.convert import tensor_shapes
-from wpjax.checkpoints.rewrite import check_rewrite, rewrite_folder
+from wpjax.checkpoints.rewrite import rewrite_folder
 from wpjax.errors import OutputError
 from wpjax.merging.card import (
     MERGEKIT,
@@ -30,18 +30,22 @@ from wpjax.runtime.files import atomic_output, check_output
 from wpjax.runtime.progress import Progress, silent
 
 
-def check_merge(plan: Plan, out: Path, overwrite: bool = False) -> None:
+def check_merge(plan: Plan, out: Path, overwrite: bool = False, marker: str = MARKER) -> None:
     """Refuse a folder that cannot be written to, or that lies inside a model that is read, before any work is done.
+
+    Args:
+        plan: the plan.
+        out: the folder.
+        overwrite: whether a folder that exists may be replaced.
+        marker: a file that such a folder holds.
 
     Raises:
         OutputError: it is one of these.
     """
-    check_rewrite(out, overwrite, plan.host, *(e.model for e in plan.experts if e.model is not None))
-    for expert in plan.experts:
-        if expert.model is None and expert.path.resolve() in (out.resolve(), *out.resolve().parents):
-            raise OutputError(
-                f"{out} lies inside the adapter {expert.source}, which is read; choose a place outside it"
-            )
+    check_output(out, overwrite, marker, inputs=[plan.host.path, *(expert.path for expert in plan.experts)])
+    for source, path in ((plan.host.source, plan.host.path), *((e.source, e.path) for e in plan.experts)):
+        if path.is_dir() and path.resolve() in out.resolve().parents:
+            raise OutputError(f"{out} lies inside the model {source}, which is read; choose a place outside it")
 
 
 def merged_tensor(plan: Plan, name: str, stored: np.ndarray) -> np.ndarray:
@@ -154,8 +158,7 @@ def masked_experts(plan: Plan, out: str | Path, *, overwrite: bool = False, prog
     out, more = Path(out), plan.more
     if more is None:
         raise MergeError(f"{plan.recipe.method.name} has no gates, so there are no masked experts; use score_gated")
-    check_output(out, overwrite, MERGEKIT)
-    check_merge(plan, out / "any", overwrite)
+    check_merge(plan, out, overwrite, MERGEKIT)
     names = _folder_names(plan)
     done, total = 0, len(plan.values) * len(names)
     with atomic_output(out, overwrite, MERGEKIT) as folder:

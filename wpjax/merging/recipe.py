@@ -327,7 +327,11 @@ def _dtype(content: Mapping[str, Any]) -> str | None:
 
 
 def _tokenizer(value: Any, base: str | None, models: Sequence[str]) -> str | None:
-    if value is None or value == "base":
+    if value is None:
+        return None
+    if value == "base":
+        if base is None:
+            raise MergeError("tokenizer_source: base, and there is no base_model; add it, or name one of the models")
         return base
     if value == "union":
         raise MergeError(
