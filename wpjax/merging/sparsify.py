@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float
 
 Rescale = Literal["l1", "density", "none"]
 
+_CHUNK = 2**18
+"""Elements that are looked at together."""
+
 _SMALLEST = 1e-7
 """Sums of sizes below this one are not rescaled, as in mergekit."""
 
@@ -37,10 +40,14 @@ def largest(tau: Float[np.ndarray, "*shape"], k: int) -> Bool[np.ndarray, "*shap
     keep = flat >= threshold
     keep |= flat <= -threshold
     surplus = int(np.count_nonzero(keep)) - k
-    if surplus:  # of those that stand on the threshold, the last ones go
-        on_it = flat == threshold
-        on_it |= flat == -threshold
-        keep[np.flatnonzero(on_it)[-surplus:]] = False
+    # Of those that stand on the threshold, the last ones go. There may be many: of what did not change all are 0.
+    for start in reversed(range(0, tau.size, _CHUNK)):
+        if surplus == 0:
+            break
+        part = flat[start : start + _CHUNK]
+        on_it = np.flatnonzero((part == threshold) | (part == -threshold))[-surplus:]
+        keep[start + on_it] = False
+        surplus -= len(on_it)
     return keep.reshape(tau.shape)
 
 

@@ -26,7 +26,7 @@ from wpjax.merging.sparsify import (
     without_outliers,
 )
 
-_CHUNK = 2**18
+_CHUNK = 2**16
 """Elements that are added up at a time, so that what is in between stays in the processor's cache."""
 
 _NOTHING = 1e-8
