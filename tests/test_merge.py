@@ -21,15 +21,20 @@ from safetensors.numpy import load_file, save_file
 from tests.helpers import sweep_by_hand
 from tests.tiny import build_pair, random_model, slices
 from wpjax import cli
+from wpjax.behaviours import behaviour
+from wpjax.checkpoints.convert import hf_tensors
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.errors import WpjaxError
-from wpjax.merging.gates import component_gates
+from wpjax.estimators.sweep import sweep
+from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.merging.gates import check_changes, component_gates
 from wpjax.merging.merge import masked_experts, merge, peak_bytes
 from wpjax.merging.plan import make_plan
 from wpjax.merging.recipe import Rule, recipe_of, value_for
 from wpjax.merging.registry import MergeError
 from wpjax.merging.scores import Scores, read_scores, scores_of, write_scores
+from wpjax.patching import PatchMask, materialize
 
 TOKENS = torch.tensor(np.random.default_rng(2).integers(0, 61, (2, 9)))
 FAMILIES = ("llama-gqa3", "gpt2-tied", "phi3")
@@ -447,6 +452,25 @@ def test_scores_come_from_a_sweep(llama, tmp_path):
         scores_of(cfg, other, "effect")
 
 
+def test_scores_of_other_models_are_refused(llama, tmp_path):
+    base, experts = llama.base.state_dict(), [e.state_dict() for e in llama.experts]
+    components = enumerate_components(open_model(llama.folder / "base").cfg, ["mlp"])
+    result = sweep_by_hand(
+        [0.5, 0.1, 0.3], ["mlp"] * 3, [0, 1, 2], names=[c.name for c in components], n_layers=3, schema=4
+    )
+    norms = []
+    for component in components:
+        parts = [(n, at) for n, all_ in slices(llama.base, component).items() for at in all_]
+        norms.append(sum(float(((experts[0][n][at] - base[n][at]) ** 2).sum()) for n, at in parts) ** 0.5)
+    result.dataset["delta_norm"] = ("component", norms)
+    cfg = open_model(llama.folder / "base").cfg
+    publish(llama, tmp_path, 0, ["mlp"])
+    plan = make_plan(recipe_of(recipe(llama, "score_gated", *[{"scores": str(tmp_path / "0.safetensors")}] * 2)))
+    check_changes(plan, 0, scores_of(cfg, result, "effect"))
+    with pytest.raises(MergeError, match=r"the scores of .*other are of other models: what it changed of L0\.mlp has"):
+        check_changes(plan, 1, scores_of(cfg, result, "effect"))
+
+
 W, D = {"weight": 1.0}, {"weight": 1.0, "density": 0.5}
 REFUSED = {
     "method": (
@@ -608,6 +632,37 @@ def test_the_card_tells_what_was_merged_and_nothing_of_this_machine(llama, tmp_p
         assert str(llama.folder) not in (folder / file).read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["tags"] == ["wpjax", "merge"]
+
+
+def test_a_sweep_is_published_and_merged_by(tiny_pair, tmp_path, wpjax):
+    task = behaviour("tiny:title")
+    anchor, batch = (
+        fit_anchor(tiny_pair, task, n_prompts=8, causal="skip"),
+        task.encode(tiny_pair.tokenizer, n_prompts=4),
+    )
+    result = sweep(tiny_pair, batch, anchor, kinds=("head",), method="gradient")
+    result.to_netcdf("r.nc")
+    n = result.dataset.sizes["component"]
+    code, out, err = wpjax("scores", "r.nc", "--out", "r.safetensors")
+    assert (code, out.strip()) == (0, f"wrote r.safetensors and r.json: gradient of {n} components"), err
+    merged = []
+    for scores in ("r.nc", "r.safetensors"):
+        own = {"model": "tiny:expert", "parameters": {"scores": scores, "share": 0.25}}
+        recipe_ = {"merge_method": "score_gated", "base_model": "tiny:base", "models": [own], "out_dtype": "float32"}
+        Path("merge.yaml").write_text(yaml.safe_dump(recipe_))
+        code, _, err = wpjax("merge", "merge.yaml", "--out", f"by {scores}")
+        assert code == 0, err
+        merged.append(tensors(tmp_path / f"by {scores}"))
+    best = [row.name for row in result.top(n // 4, by="gradient")]
+    patched = materialize(tiny_pair.base, tiny_pair.expert, PatchMask.of(tiny_pair.cfg, best))
+    assert_close(merged[0], dict(hf_tensors(tiny_pair.cfg, patched)))
+    assert_close(merged[0], merged[1])
+    own["model"] = "tiny:planted"
+    own["parameters"]["scores"] = "r.nc"
+    Path("merge.yaml").write_text(yaml.safe_dump(recipe_))
+    code, _, err = wpjax("merge", "merge.yaml", "--out", "other")
+    assert code == 2
+    assert "the scores of tiny:planted are of other models" in err
 
 
 def test_methods_are_listed(wpjax):

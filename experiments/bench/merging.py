@@ -125,9 +125,10 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             table([f"TIES, {report['experts']} experts", "seconds", "CPU seconds", "MiB at most"], rows),
-            f"{report['speed_up']:.1f} times as fast as mergekit {report['mergekit']} ({report['speed_up_cpu']:.1f} times "
-            f"in CPU time). Merging takes {report['tensors_MiB']:,.0f} MiB more than planning it; the base and a tensor of "
-            f"each expert would be {limit:,.0f}. Of {apart['of']:,} weights {apart['apart']:,} differ by more than 1e-6.",
+            f"{report['speed_up']:.1f} times as fast as mergekit {report['mergekit']} ({report['speed_up_cpu']:.1f} "
+            f"times in CPU time). Merging takes {report['tensors_MiB']:,.0f} MiB more than planning it; the base and a "
+            f"tensor of each expert would be {limit:,.0f}. Of {apart['of']:,} weights {apart['apart']:,} differ by "
+            "more than 1e-6.",
         ]
     )
 

@@ -227,7 +227,7 @@ def _changed(model: StoredModel, name: str, change: Change, dtype: str | None) -
 
 def _copy_files(model: StoredModel, folder: Path, tokenizer: Path | None) -> None:
     """Copy what belongs to the model beside its weights; of a `.gguf` file, write its tokenizer."""
-    places = [(model.path, _COPIED)] if model.path.is_dir() else []
+    places: list[tuple[Path, tuple[str, ...]]] = [(model.path, _COPIED)] if model.path.is_dir() else []
     if tokenizer is not None:
         places.append((tokenizer, _OF_TOKENIZER))
     elif model.source.startswith("tiny:"):  # all embedded models share the tokenizer of the base

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from wpjax.checkpoints.convert import hf_tensor
 from wpjax.components import KINDS, Component, n_parameters
+from wpjax.merging.recipe import layer_of
 from wpjax.merging.registry import MergeError, nearest
 from wpjax.merging.scores import Owners, Scores, read_scores, scores_of, spread, unit_numbers
 from wpjax.models.config import ModelConfig
@@ -162,6 +163,8 @@ def prepare(plan: Plan) -> Callable[[str], dict[str, Any]]:
         read_any(path, cfg, by, chosen)
         for path, by in zip(plan.preparation("scores"), plan.preparation("by"), strict=True)
     ]
+    for k, of_expert in enumerate(scores):
+        check_changes(plan, k, of_expert)
     control = plan.preparation("control")
     if control == "random":
         rng = np.random.default_rng(recipe.seed)
@@ -179,6 +182,39 @@ def prepare(plan: Plan) -> Callable[[str], dict[str, Any]]:
     rest = plan.preparation("rest")
     leaves = [spread(cfg, unit_numbers(cfg, components, own, rest)) for components, own in gates]
     return lambda name: {"gates": lambda k: hf_tensor(cfg, leaves[k], name)}
+
+
+def check_changes(plan: Plan, k: int, scores: Scores) -> None:
+    """Refuse scores of another pair of models: what the expert changed in one layer must be what the sweep measured.
+
+    The layer is that of the best component.
+
+    Raises:
+        MergeError: names a component, and both norms of its change.
+    """
+    if scores.changes is None:
+        return
+    layer = scores.components[int(np.argmax(scores.values))].layer
+    cfg, squares = plan.host.cfg, np.zeros(len(scores.components))
+    owners = Owners(cfg, scores.components)
+    for name in plan.host.names:
+        if layer_of(name) == (None if layer < 0 else layer):
+            base = plan.base_tensor(name, plan.host.read(name))
+            squares += owners.sums(name, np.square(plan.expert_tensor(k, name, base) - base))
+    there = [i for i, c in enumerate(scores.components) if c.layer == layer]
+    found, measured = np.sqrt(squares[there]), scores.changes[there]
+    off = np.abs(found - measured) > _OFF * np.maximum(found, measured) + 1e-12
+    if np.mean(off) > 0.5:
+        i = int(np.argmax(np.abs(found - measured)))
+        raise MergeError(
+            f"the scores of {plan.experts[k].source} are of other models: what it changed of "
+            f"{scores.components[there[i]].name} has the norm {found[i]:.3g}, and the sweep says {measured[i]:.3g}; "
+            "name the result of this base and this expert"
+        )
+
+
+_OFF = 0.02
+"""How far apart two norms of one change may be: a base may be stored in another precision."""
 
 
 def read_any(path: str, cfg: ModelConfig, by: str | None, kinds: Sequence[str] | None) -> Scores:

@@ -254,10 +254,10 @@ def _vocabularies(host: StoredModel, expert: Expert, names: str) -> list[str]:
     if len(files) == 2 and all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return []
     tokenizers = [load_tokenizer(folder) for folder in folders]
-    if len(tokenizers) < 2 or None in tokenizers:  # an adapter, or an embedded model, often has none
+    if len(tokenizers) < 2 or any(tokenizer is None for tokenizer in tokenizers):  # an adapter often has none
         return []
     try:
-        return differing_tokens(*tokenizers, names)
+        return differing_tokens(tokenizers[0], tokenizers[1], names)
     except PairError as error:
         raise MergeError(f"{error}; models of two vocabularies cannot be merged") from error
 

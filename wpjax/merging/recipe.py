@@ -255,7 +255,7 @@ def _setting(parameter: Parameter, value: Any, where: str) -> Setting:
         raise MergeError(
             f"{where}: {parameter.name} is the same for all tensors, so filters have no effect; give a value"
         )
-    rules = []
+    rules: list[Rule] = []
     for i, entry in enumerate(value):
         here = f"{where}[{i}]"
         entry = _mapping(entry, here)

@@ -44,11 +44,14 @@ class Scores:
         components: the components, which own different weights.
         values: [C], their scores, finite.
         about: what they are, in words, by name: the behaviour, the ranking, base and expert.
+        changes: [C], norm of what the expert changed of each component, as the sweep measured it; None if that is not
+            known.
     """
 
     components: tuple[Component, ...]
     values: Float[np.ndarray, " C"]
     about: Mapping[str, str]
+    changes: Float[np.ndarray, " C"] | None = None
 
 
 def scores_of(
@@ -82,7 +85,9 @@ def scores_of(
     except ComponentError as error:
         raise MergeError(f"the sweep is of another architecture: {error}") from error
     about = {name: str(attrs[name]) for name in ("behaviour", "base", "expert", "metric") if name in attrs}
-    return Scores(components, values[usable], {**about, "ranking": by})
+    is_exact = attrs.get("dtype", "float32") == "float32"  # rounding to bfloat16 changes what is small
+    changes = data["delta_norm"].values.astype(float)[usable] if is_exact and "delta_norm" in data else None
+    return Scores(components, values[usable], {**about, "ranking": by}, changes)
 
 
 def check_disjoint(kinds: Iterable[str]) -> None:
@@ -279,7 +284,6 @@ def read_scores(path: str | Path, cfg: ModelConfig, kinds: Sequence[str] | None 
     if not has.any():
         raise MergeError(f"{path}: no score for any {' or '.join(kinds)}; name other kinds")
     chosen = tuple(c for c, usable in zip(components, has, strict=True) if usable)
-    about = {
-        name: tensors.metadata[name] for name in ("behaviour", "base", "expert", "ranking") if name in tensors.metadata
-    }
+    said = ("behaviour", "base", "expert", "ranking")
+    about = {name: text for name, text in tensors.metadata.items() if name in said}
     return Scores(chosen, total[has] / count[has], about)

@@ -101,7 +101,7 @@ def model_stock(
         np.clip(np.sum(a * b, axis=-1, dtype=np.float32) / np.maximum(norm_a * norm_b, np.float32(1e-6)), -1, 1)
         for (a, norm_a), (b, norm_b) in itertools.combinations(zip(taus, norms, strict=True), 2)
     ]
-    c = np.mean(cosines, axis=0, dtype=np.float32)[..., None]
+    c = np.asarray(np.mean(cosines, axis=0, dtype=np.float32))[..., None]
     n = np.float32(len(taus))
     denominator = 1 + (n - 1) * c
     is_singular = np.abs(denominator) < 1e-6

@@ -180,21 +180,6 @@ def breadcrumbs(
     return weighted_sum(base, vectors, weight, consensus=consensus, normalize=normalize, lambda_=lambda_)
 
 
-def breadcrumbs_ties(
-    base: Float[np.ndarray, "*shape"],
-    experts: Iterable[Float[np.ndarray, "*shape"]],
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    gamma: Sequence[float],
-    normalize: bool = False,
-    lambda_: float = 1.0,
-) -> Float[np.ndarray, "*shape"]:
-    """`breadcrumbs`, of which only elements with the elected sign count."""
-    options = {"weight": weight, "density": density, "gamma": gamma, "normalize": normalize, "lambda_": lambda_}
-    return breadcrumbs(base, experts, **options, consensus=True)
-
-
 def dare(
     base: Float[np.ndarray, "*shape"],
     experts: Iterable[Float[np.ndarray, "*shape"]],
@@ -336,4 +321,11 @@ _entry(
     random=True,
 )
 _entry("breadcrumbs", "adds the changes without the largest and smallest", breadcrumbs, _CRUMBS, _DENSITY, _GAMMA)
-_entry("breadcrumbs_ties", "adds what agrees in sign of these", breadcrumbs_ties, _CRUMBS, _DENSITY, _GAMMA)
+_entry(
+    "breadcrumbs_ties",
+    "adds what agrees in sign of these",
+    functools.partial(breadcrumbs, consensus=True),
+    _CRUMBS,
+    _DENSITY,
+    _GAMMA,
+)
