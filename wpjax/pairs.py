@@ -386,7 +386,7 @@ def _common_tokenizer(
     notes = [note for model in (base, expert) if model.tokenizer is not None for note in _beyond(model)]
     if first is None or second is None:
         return first or second, notes
-    notes += _differing_tokens(first, second, names)
+    notes += differing_tokens(first, second, names)
     use_second = choice == "expert" if choice else bool(getattr(second, "chat_template", None))
     chosen, of = (second, expert.source) if use_second else (first, base.source)
     questions = [pair.without for pair in behaviour(BUILT_IN[0]).select("sweep")]
@@ -415,7 +415,7 @@ def _beyond(model: Checkpoint) -> list[str]:
     return [f"{model.source} has no row for {_some(beyond)}: no prompt may hold such a token"] if beyond else []
 
 
-def _differing_tokens(first: Any, second: Any, names: str) -> list[str]:
+def differing_tokens(first: Any, second: Any, names: str) -> list[str]:
     """What to say of added tokens in which two tokenizers differ.
 
     Raises:

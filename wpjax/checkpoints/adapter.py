@@ -99,11 +99,14 @@ class Adapted(NamedTuple):
     notes: tuple[str, ...]
 
 
-class AdapterEdits(NamedTuple):
-    """What an adapter makes of the tensors of a base; attributes that `Adapted` has, too, are as there.
+class Edits(NamedTuple):
+    """What an adapter does to the tensors of a base.
 
     Attributes:
-        edits: full HF name of a tensor -> a function from the base's tensor, in HF's layout, to the expert's.
+        cfg: the architecture of the expert, as in `Adapted`.
+        edits: HF name of a tensor that changes -> function from the base's tensor, in HF's layout, to the expert's.
+        left_out: as in `Adapted`.
+        notes: as in `Adapted`.
     """
 
     cfg: ModelConfig
@@ -210,7 +213,7 @@ class Adapter:
             params = unflatten({**flat, "unembed/W_U": flat["embed/W_E"].T})  # [V, D] -> [D, V]
         return Adapted(found.cfg, edit_tensors(cfg, params, found.edits, found.cfg), found.left_out, found.notes)
 
-    def edits(self, cfg: ModelConfig, base: str) -> AdapterEdits:
+    def edits(self, cfg: ModelConfig, base: str) -> Edits:
         """What the adapter makes of each tensor of a base, without the base's weights.
 
         Args:
@@ -242,7 +245,7 @@ class Adapter:
             self._check_shapes(change, shape, name.endswith(family.transposed), base)
         new = dataclasses.replace(cfg, tied=tied, d_vocab=rows[embedding])
         edits = {name: self._edit(change, name.endswith(family.transposed)) for name, change in changes.items()}
-        return AdapterEdits(new, edits, left_out, tuple(notes))
+        return Edits(new, edits, left_out, tuple(notes))
 
     def _changes(
         self, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], head: str, base: str

@@ -263,11 +263,36 @@ def hf_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarr
     (8, 16)
     """
     flat = flatten(params)
-    for rule in _rules(cfg):
-        leaves = [flat[path] for path in rule.leaves]
-        for layer in range(cfg.n_layers) if "{l}" in rule.hf else [None]:
-            parts = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-            yield rule.hf.replace("{l}", str(layer)), _from_leaves(cfg, rule, parts)
+    for name in _places(cfg):
+        yield name, hf_tensor(cfg, flat, name)
+
+
+def hf_tensor(cfg: ModelConfig, leaves: Mapping[str, Any], name: str) -> np.ndarray:
+    """One tensor as a checkpoint holds it.
+
+    Args:
+        cfg: the configuration.
+        leaves: the leaves of a parameter tree by path (`flatten`), or any arrays of their shapes.
+        name: HF name of the tensor.
+
+    >>> cfg = ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64)
+    >>> per_neuron = np.broadcast_to(np.arange(32), (1, 16, 32))  # [L, D, F]
+    >>> hf_tensor(cfg, {"blocks/mlp/W_in": per_neuron}, "model.layers.0.mlp.up_proj.weight")[:, 0].tolist()[:3]
+    [0, 1, 2]
+    """
+    rule, layer = _places(cfg)[name]
+    parts = [np.asarray(leaves[path] if layer is None else leaves[path][layer]) for path in rule.leaves]
+    return _from_leaves(cfg, rule, parts)
+
+
+@functools.cache
+def _places(cfg: ModelConfig) -> Mapping[str, tuple[TensorRule, int | None]]:
+    """HF name of every tensor of a model -> its rule, and its layer; None outside the layers."""
+    return {
+        rule.hf.replace("{l}", str(layer)): (rule, layer)
+        for rule in _rules(cfg)
+        for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [None])
+    }
 
 
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -276,11 +301,7 @@ def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     >>> tensor_shapes(ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64))["model.layers.0.self_attn.k_proj.weight"]
     (8, 16)
     """
-    return {
-        rule.hf.replace("{l}", str(layer)): _hf_shape(cfg, rule)
-        for rule in _rules(cfg)
-        for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [0])
-    }
+    return {name: _hf_shape(cfg, rule) for name, (rule, _) in _places(cfg).items()}
 
 
 def tensor_name(cfg: ModelConfig, leaf: str) -> str:

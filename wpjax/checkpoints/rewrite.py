@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from wpjax.checkpoints.adapter import Adapter, AdapterEdits
+from wpjax.checkpoints.adapter import Adapter, Edits
 from wpjax.checkpoints.checkpoint import MARKER, local_path
 from wpjax.checkpoints.convert import TensorSource, match_names
 from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_folder, how_to_merge, read_json
@@ -34,8 +34,7 @@ Change = Callable[[str, np.ndarray], np.ndarray]
 """From the full HF name of a tensor, and the tensor as it is stored, to what takes its place."""
 
 # Files of a folder that belong to the model, and are copied as they are: no weights, no code, nothing about training.
-_COPIED = (
-    "generation_config.json",
+_OF_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -43,6 +42,9 @@ _COPIED = (
     "merges.txt",
     "chat_template*",
     "*.model",
+)
+_COPIED = (
+    "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "LICENSE*",
@@ -121,7 +123,7 @@ class TensorDigest:
 class _AdaptedTensors:
     """The tensors of a base with an adapter over it, in the base's dtype: a `TensorSource`."""
 
-    def __init__(self, base: StoredModel, edits: AdapterEdits, where: str):
+    def __init__(self, base: StoredModel, edits: Edits, where: str):
         self.where, self.configuration = where, base.tensors.configuration
         self._base = base.tensors
         self._edits = {base.names[name]: edit for name, edit in edits.edits.items()}
@@ -195,6 +197,7 @@ def rewrite_folder(
     files: Mapping[str, str] | None = None,
     overwrite: bool = False,
     dtype: str | None = None,
+    tokenizer: Path | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model as an HF folder, with its tensors changed one by one.
@@ -212,6 +215,7 @@ def rewrite_folder(
             what `change` found.
         overwrite: whether to replace a model folder that is there.
         dtype: dtype of the decoder's tensors, "float32", "float16" or "bfloat16"; None for that of the source.
+        tokenizer: the folder whose tokenizer is copied; None for that of the source.
         max_shard_bytes: size of a weight file, at most; a single tensor may exceed it.
 
     Raises:
@@ -243,7 +247,7 @@ def rewrite_folder(
             for stored in model.others:
                 weights.add(stored, model.tensors.read(stored))
         (folder / MARKER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _copy_files(model, folder)
+        _copy_files(model, folder, tokenizer)
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
 
@@ -281,15 +285,19 @@ def _changed(model: StoredModel, name: str, change: Change, dtype: str | None) -
     return cast
 
 
-def _copy_files(model: StoredModel, folder: Path) -> None:
+def _copy_files(model: StoredModel, folder: Path, tokenizer: Path | None) -> None:
     """Copy what belongs to the model beside its weights; of a `.gguf` file, write its tokenizer."""
-    if not model.path.is_dir():
+    places: list[tuple[Path, tuple[str, ...]]] = [(model.path, _COPIED)] if model.path.is_dir() else []
+    if tokenizer is not None:
+        places.append((tokenizer, _OF_TOKENIZER))
+    elif model.path.parent == (tiny := local_path("tiny:base")).parent:  # which share the tokenizer of the base
+        places += [(tiny, _OF_TOKENIZER), (model.path, _OF_TOKENIZER)]
+    elif model.path.is_dir():
+        places.append((model.path, _OF_TOKENIZER))
+    else:
         assert model.gguf is not None
         model.gguf.tokenizer().save_pretrained(str(folder))
-        return
-    tiny = local_path("tiny:base")
-    folders = [tiny, model.path] if model.path.parent == tiny.parent else [model.path]  # which share a tokenizer
-    found = {path.name: path for place in folders for pattern in _COPIED for path in place.glob(pattern)}
+    found = {path.name: path for place, patterns in places for pattern in patterns for path in place.glob(pattern)}
     for name, path in sorted(found.items()):
         if path.is_file() and not name.endswith((".safetensors", ".bin", ".py")):
             shutil.copyfile(path, folder / name)

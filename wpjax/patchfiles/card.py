@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import wpjax
-from wpjax.patchfiles.names import kind_of, one_line, public_name
 from wpjax.patchfiles.patch import PatchInfo
+from wpjax.runtime.cards import one_line, public_name
 
 if TYPE_CHECKING:
     from wpjax.patchfiles.stack import Stack
@@ -131,3 +131,13 @@ def _number(value: Any) -> str:
     if value is None:
         return "unknown"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def kind_of(name: str) -> str:
+    """The kind of a component, from its name; "layer" for a whole one.
+
+    >>> kind_of("L3.head.5"), kind_of("L3"), kind_of("embed")
+    ('head', 'layer', 'embed')
+    """
+    head, *rest = name.split(".")
+    return rest[0] if rest else "layer" if head[1:].isdigit() else head

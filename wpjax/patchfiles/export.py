@@ -20,10 +20,10 @@ from wpjax.models.families import FAMILIES
 from wpjax.patchfiles.apply import Progress, check_model, vocabulary_tensors
 from wpjax.patchfiles.card import model_card
 from wpjax.patchfiles.delta import truncated, widened
-from wpjax.patchfiles.names import public_name
 from wpjax.patchfiles.patch import Patch
 from wpjax.patchfiles.slices import owned_slices
 from wpjax.patchfiles.stack import OnConflict, Values, check_fits, stack
+from wpjax.runtime.cards import public_name
 from wpjax.runtime.files import atomic_output, check_output, write_tensors
 
 TOLERANCE = 1e-4

@@ -42,9 +42,9 @@ from wpjax.errors import PatchError
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patchfiles.delta import EXACT, INT8, LOW_RANK, Encoding, decode, encode, widened
-from wpjax.patchfiles.names import public_name
 from wpjax.patchfiles.slices import Slices, owned_slices
 from wpjax.patching import PatchMask, components_of
+from wpjax.runtime.cards import public_name
 from wpjax.runtime.files import atomic_output
 
 FORMAT = 1

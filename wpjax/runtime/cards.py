@@ -1,4 +1,4 @@
-"""Names that others may read: no path of this machine, no markup."""
+"""Texts of model cards: names that tell nothing of this machine, and foreign text that stays one line."""
 
 from __future__ import annotations
 
@@ -22,18 +22,8 @@ def public_name(source: str) -> str:
 def one_line(text: object) -> str:
     """A text that stays one line, and code between backticks, in a model card. Of a long one, the beginning.
 
-    >>> one_line("a`b\\n# c")
-    "a'b # c"
+    >>> one_line("two\\nlines and a `tick`")
+    "two lines and a 'tick'"
     """
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).replace("`", "'").split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
-
-
-def kind_of(name: str) -> str:
-    """The kind of a component, from its name; "layer" for a whole one.
-
-    >>> kind_of("L3.head.5"), kind_of("L3"), kind_of("embed")
-    ('head', 'layer', 'embed')
-    """
-    head, *rest = name.split(".")
-    return rest[0] if rest else "layer" if head[1:].isdigit() else head
