@@ -1,5 +1,8 @@
 """Merge methods on single tensors: against mergekit in torch, and against formulas written out element by element."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -228,3 +231,10 @@ def test_aim_keeps_the_base_where_it_is_much_used():
 def test_unknown_methods_are_refused_with_the_nearest():
     with pytest.raises(MergeError, match=r"unknown merge_method 'tie' \(did you mean ties\?\)"):
         find_merge_method("tie")
+
+
+def test_every_method_is_told_of_in_the_documents():
+    page = (Path(__file__).parent.parent / "docs" / "merging.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == {method.name for method in merge_methods()}

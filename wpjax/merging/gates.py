@@ -1,6 +1,6 @@
 """Gates: how much of each expert's change each component takes, by the experts' scores.
 
-    merged = theta_base + lambda sum_k w_k sum_c g_kc Delta_kc        (docs/method.md, "Merging"; ours)
+    merged = theta_base + lambda sum_k w_k sum_c g_kc Delta_kc        (docs/merging.md; ours)
 
 Delta_kc is what expert k changed of component c: of a head, a KV group, a neuron or a whole module. The gate g_kc comes
 from the place of c among the scores of expert k. Where several experts would open the same component, a rule decides.
