@@ -228,7 +228,9 @@ def test_inspect_prints_tables(wpjax):
     assert "a pair" in out
 
 
-COMMANDS = ["demo", "inspect", "anchor", "sweep", "show", "report", "validate", "compare", "export", "finetune"]
+COMMANDS = [
+    "demo", "inspect", "anchor", "sweep", "show", "report", "validate", "extract", "compare", "export", "finetune",
+]  # fmt: skip
 
 
 def test_help_of_every_command(wpjax, monkeypatch):

@@ -3,41 +3,37 @@
     recovery(S)  =  (pass rate of the base with S - pass rate of the base)  /  (that of the expert - that of the base)
 
 S is searched along a ranking, then thinned out (`evaluation.smallest`). Each set that is tried answers the "sweep"
-prompts, and the checker judges. Whether a set reaches the goal is decided by its recovery on exactly these prompts, not
-by an interval: with few prompts no interval would lie above a goal of 90 %. A search picks sets that were lucky, so this
-figure is too good for the set that it ends with. So all that is reported of that set is measured on the "test" prompts,
-which nothing was chosen by, with intervals over queries (docs/method.md, "The smallest patch"; ours).
+prompts, and the checker judges. Whether a set reaches the goal is decided by its recovery on exactly these prompts,
+not by an interval: with few prompts no interval would lie above a goal of 90 %. A search picks sets that were lucky,
+so this figure is too good for the set that it ends with. So all that is reported of that set is measured on the "test"
+prompts, which nothing was chosen by, with intervals over queries (docs/method.md, "The smallest patch"; ours).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, MutableMapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 
-from wpjax.behaviours import Behaviour
+from wpjax.behaviours import Behaviour, PromptBatch
+from wpjax.behaviours.prompts import Split
 from wpjax.components import Component, enumerate_components, n_parameters, parse_component
 from wpjax.errors import WpjaxError
-from wpjax.evaluation.harm import Harm, Neutral, other, perplexity, text_nll, windows_of
-from wpjax.evaluation.judge import Judge, check_pass_rates_differ
+from wpjax.evaluation.extraction import Extraction, TriedSet, bounded
+from wpjax.evaluation.harm import Harm, Neutral, Windows, other, perplexity, text_nll, windows_of
+from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.smallest import Members, drop_blocks, prefix_sizes, smallest_prefix
-from wpjax.evaluation.steering import PROMPTS_A_LOOK
+from wpjax.evaluation.trials import Trials, digest, patched
 from wpjax.evaluation.validation import check_same_behaviour, check_same_pair, curve_steps
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
-from wpjax.patching import PatchMask, materialize
 from wpjax.results.sweep_result import SweepResult
-from wpjax.results.verdict import KIND_NAMES
 from wpjax.runtime.progress import Phase, Progress, Schedule, silent
 from wpjax.runtime.shards import finished_part
-from wpjax.stats import Interval, mean_interval, ratio_of_means, resample
+from wpjax.stats import mean_interval, resample
 
 N_POINTS = 64
 """Sizes of the grid along the ranking; about log2 of them are tried."""
@@ -46,33 +42,7 @@ MOST_DROPS = 40
 """Blocks that are tried without, at most."""
 
 N_NEUTRAL = 8
-"""Prompts without the instruction on which the divergence of a set on the way is measured; of the last set it is all."""
-
-
-class TriedSet(NamedTuple):
-    """A set that the search tried.
-
-    Attributes:
-        stage: "ranking" for the first components of the ranking, "dropping" for what is left without some blocks.
-        n_components: number of components.
-        n_parameters: number of weights that they own.
-        share: the same as a share of all components of these kinds.
-        recovery: on the prompts that it answered, with its 95 % interval over queries; NaN if base and expert do not
-            differ on them.
-        n_prompts: number of prompts that it answered. The others were left out once it could not reach the goal.
-        reaches: whether it reaches the goal.
-        divergence: KL(base || patched) on a few prompts without the instruction, in nats a token; NaN for sets that
-            were only tried, and not taken, in the second stage.
-    """
-
-    stage: str
-    n_components: int
-    n_parameters: int
-    share: float
-    recovery: Interval
-    n_prompts: int
-    reaches: bool
-    divergence: float
+"""Prompts without the instruction on which the divergence of a set on the way is measured; for the last set, all."""
 
 
 class GoalMissed(WpjaxError):
@@ -85,113 +55,6 @@ class GoalMissed(WpjaxError):
     def __init__(self, message: str, tried: Sequence[TriedSet] = ()):
         super().__init__(message)
         self.tried = tuple(tried)
-
-
-@dataclasses.dataclass(frozen=True)
-class Extraction:
-    """A set of components that carries a behaviour, and what was measured of it.
-
-    Attributes:
-        behaviour: name of the behaviour.
-        components: the components, the best first.
-        n_parameters: number of weights that they own.
-        share: the same as a share of all components of these kinds in the model.
-        kinds: the kinds that the ranking has.
-        ranked_by: name of the ranking.
-        goal: the recovery that was searched for; None if the size was given.
-        tried: the sets of the search, in order.
-        searched_on: name of the prompts that the search read, and their number; None if the size was given.
-        measured_on: name of the prompts that everything below was measured on, and their number.
-        passes: share of answers that pass, with its 95 % interval: of "base", "patched", "expert", "complement"
-            (everything but the set), and "random 1" and so on (as many parameters).
-        recovery: the recovery of all of them but base and expert.
-        harm: what the patch does besides.
-    """
-
-    behaviour: str
-    components: tuple[Component, ...]
-    n_parameters: int
-    share: float
-    kinds: tuple[str, ...]
-    ranked_by: str
-    goal: float | None
-    tried: tuple[TriedSet, ...]
-    searched_on: tuple[str, int] | None
-    measured_on: tuple[str, int]
-    passes: Mapping[str, Interval]
-    recovery: Mapping[str, Interval]
-    harm: Harm
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        """What was measured, as values that JSON can hold; a patch file keeps it."""
-        harm = self.harm
-        return {
-            "recovery": _plain(self.recovery),
-            "passes": _plain(self.passes),
-            "goal": self.goal,
-            "share": self.share,
-            "n_parameters": self.n_parameters,
-            "searched_on": None if self.searched_on is None else list(self.searched_on),
-            "measured_on": list(self.measured_on),
-            "divergence": _plain(harm.divergence),
-            "perplexity": None
-            if harm.perplexity is None
-            else {**harm.perplexity._asdict(), "models": dict(harm.perplexity.models)}
-            | {"ratio": harm.perplexity.ratio._asdict()},
-            "others": {
-                name: {"passes": _plain(o.passes), "change": o.change._asdict(), "n_prompts": o.n_prompts}
-                for name, o in harm.others.items()
-            },
-        }
-
-    @property
-    def summary(self) -> str:
-        """In words: the set, what it brings back, the controls, and its price."""
-        split, n = self.measured_on
-        seen = "" if self.searched_on is None or self.searched_on[0] == split else ", which no set was chosen by"
-        rates = {name: f"{passes.mean:.0%}" for name, passes in self.passes.items()}
-        what, back = named(self.components), self.recovery["patched"]
-        one = len(self.components) == 1
-        told = [
-            f"{what} ({self.share:.2%} of the parameters of {_listed([KIND_NAMES[k] for k in self.kinds])}) "
-            f"{'brings' if one else 'bring'} back {_bounded(back)} of {self.behaviour}: of the {n} {split} prompts{seen}, "
-            f"the base passes the checker on {rates['base']}, with {'it' if one else 'them'} on {rates['patched']}, the "
-            f"expert on {rates['expert']}."
-        ]
-        if self.goal is not None:
-            said = (
-                "surely missed on these prompts: the search was lucky with its own; ask for more, or give it more prompts"
-                if back.high < self.goal
-                else "surely reached"
-                if back.low >= self.goal
-                else "within that interval"
-            )
-            told.append(f"The goal of {self.goal:.0%} is {said}.")
-        if "complement" in self.recovery:
-            told.append(
-                f"All other components of these kinds together bring back {_bounded(self.recovery['complement'])}."
-            )
-        random = [of.mean for name, of in self.recovery.items() if name.startswith("random")]
-        if random:
-            told.append(f"Random components of as many parameters bring back {np.mean(random):.0%}.")
-        patched, expert = self.harm.divergence["patched"], self.harm.divergence["expert"]
-        told.append(
-            f"Without the instruction the patched base moves {patched.mean:.3g} [{patched.low:.3g}, {patched.high:.3g}] "
-            f"nats a token away from the base, the expert {expert.mean:.3g}."
-        )
-        if self.harm.perplexity is not None:
-            models, ratio = self.harm.perplexity.models, self.harm.perplexity.ratio
-            told.append(
-                f"The perplexity of the text goes from {models['base']:.4g} to {models['patched']:.4g} ({ratio.mean - 1:+.1%} "
-                f"[{ratio.low - 1:+.1%}, {ratio.high - 1:+.1%}]), the expert's is {models['expert']:.4g}."
-            )
-        for name, o in self.harm.others.items():
-            told.append(
-                f"{name}: the base passes on {o.passes['base'].mean:.0%}, patched on {o.passes['patched'].mean:.0%} "
-                f"({o.change.mean:+.0%} [{o.change.low:+.0%}, {o.change.high:+.0%}])."
-            )
-        return " ".join(told)
 
 
 def extract(
@@ -263,22 +126,22 @@ def extract(
     ranking = Ranking.of(pair.cfg, result, by)
     done = {} if done is None else done
 
-    splits = ("sweep", "test") if goal is not None else ("test",)
+    splits: tuple[Split, ...] = ("sweep", "test") if goal is not None else ("test",)
     batches = [behaviour.encode(pair.tokenizer, split, n_prompts) for split in splits]
     others_batches = [one.encode(pair.tokenizer, "test", n_prompts) for one in others]
     for batch in (*batches, *others_batches):
         pair.check_prompts(batch)
-    given = None if goal is not None else ranking.of_size(share, top)
+    members = ranking.of_size(share, top) if goal is None else ()
 
     progress("base and expert", 0, len(batches))
     runs = []
     for i, batch in enumerate(batches):
-        runs.append(_Run.of(pair, Judge(pair, behaviour, batch, max_new_tokens), done))
+        runs.append(Trials.of(Judge(pair, behaviour, batch, max_new_tokens), done))
         progress("base and expert", i + 1, len(batches))
     points = prefix_sizes(ranking.sizes, N_POINTS)
     if planned is not None:
-        n_along = 0 if goal is None else 1 + int(np.ceil(np.log2(len(points))))
-        schedule = _schedule(runs[-1].seconds, n_along, most_drops if goal is not None else 0, 2 + n_random, len(others))
+        n_along, n_drops = (0, 0) if goal is None else (_n_along(points), most_drops)
+        schedule = _schedule(runs[-1].seconds, n_along, n_drops, 2 + n_random, len(others))
         progress = schedule.watching(progress)
         planned(schedule)
 
@@ -287,8 +150,6 @@ def extract(
         search = _Search(pair, ranking, runs[0], goal, Neutral.of(pair, _few(batches[0]), max_new_tokens), done)
         members = search.smallest(points, most_drops, progress)
         tried = search.tried
-    else:
-        members = given
     components = [ranking.order[i] for i in members]
     measured = runs[-1]
     sets = {"patched": components, **_controls(pair.cfg, ranking.kinds, components, n_random, seed)}
@@ -310,6 +171,7 @@ def extract(
         tried=tuple(tried),
         searched_on=None if goal is None else (batches[0].split, len(batches[0])),
         measured_on=(batches[-1].split, len(batches[-1])),
+        n_queries=len(np.unique(measured.queries)),
         passes={name: mean_interval(of.astype(float), resamples) for name, of in passes.items()},
         recovery={name: measured.recovery(passes[name]) for name in sets},
         harm=harm,
@@ -396,99 +258,6 @@ class Ranking:
         return tuple(range(top))
 
 
-class _Run:
-    """Lets patched bases answer the prompts of a split, a few at a time, and keeps what passes.
-
-    `base`, `expert`: [B], whether their own answers pass. `seconds`: how long a model took to answer all prompts.
-    """
-
-    def __init__(
-        self,
-        judge: Judge,
-        base: Bool[np.ndarray, " B"],
-        expert: Bool[np.ndarray, " B"],
-        seconds: float,
-        done: MutableMapping[str, np.ndarray],
-    ):
-        self.judge, self.base, self.expert, self.seconds, self.done = judge, base, expert, seconds, done
-        self.queries, self.looks = judge.batch.queries, _looks(len(judge.batch))
-
-    @classmethod
-    def of(cls, pair: Pair, judge: Judge, done: MutableMapping[str, np.ndarray]) -> _Run:
-        """Let base and expert answer.
-
-        Raises:
-            AnchorRejected: they do not differ in the behaviour on these prompts.
-        """
-        passes, seconds = [], 0.0
-        for name, params in (("base", pair.base), ("expert", pair.expert)):
-            began, parts = time.monotonic(), []
-            for rows in _looks(len(judge.batch)):
-                some = judge.take(rows)
-                answers = some.answers(params)
-                if not parts:
-                    some.check_not_empty(name, answers)
-                parts.append(some.passes(answers))
-            seconds = time.monotonic() - began  # the last counts: its programs are compiled
-            passes.append(np.concatenate(parts))
-        check_pass_rates_differ(judge.behaviour.name, judge.batch.queries, *passes)
-        return cls(judge, *passes, seconds, done)
-
-    def passes(self, components: Sequence[Component], need: int = 0) -> Bool[np.ndarray, " n"]:
-        """Which answers of the base with some components pass; of all prompts, or of those before it was hopeless.
-
-        Args:
-            components: the components.
-            need: answers that must pass; once that cannot be any more, the other prompts are left out.
-        """
-        pair, params, parts = self.judge.pair, None, list[np.ndarray]()
-        for i, rows in enumerate(self.looks):
-            key = f"{self.judge.batch.split}-{_digest(components)}-{i}"
-            if key not in self.done:
-                params = _patched(pair, components) if params is None else params
-                judge = self.judge.take(rows)
-                self.done[key] = judge.passes(judge.answers(params)).astype(np.float64)
-            parts.append(finished_part(self.done, key, (len(rows),)) > 0)
-            left = len(self.base) - sum(map(len, parts))
-            if sum(int(part.sum()) for part in parts) + left < need:
-                break
-        return np.concatenate(parts)
-
-    def recovery(self, passes: Bool[np.ndarray, " n"]) -> Interval:
-        """The recovery on the first n prompts, with its 95 % interval over queries."""
-        n = len(passes)
-        return recovery(passes, self.base[:n], self.expert[:n], self.queries[:n])
-
-
-def recovery(
-    passes: Bool[np.ndarray, " B"],
-    base: Bool[np.ndarray, " B"],
-    expert: Bool[np.ndarray, " B"],
-    queries: Int[np.ndarray, " B"],
-) -> Interval:
-    """The share of the difference in pass rates that a patched base brings back, with its 95 % interval over queries.
-
-    Args:
-        passes: [B], whether the patched base's answer to each prompt passes.
-        base: the same of the base.
-        expert: the same of the expert.
-        queries: [B], index of each prompt's query.
-
-    Returns:
-        the ratio of means; NaN if the expert does not surely pass more often.
-
-    >>> base, expert = np.zeros(8, bool), np.ones(8, bool)
-    >>> recovery(np.arange(8) < 6, base, expert, np.arange(8)).mean
-    0.75
-    """
-    gap = expert.astype(float) - base
-    resamples = resample(queries)
-    # A resample whose gap is 0 or less has no share: then the interval of the gap reaches 0, or nearly.
-    if not mean_interval(gap, resamples).low > 0 or not (resamples.weights @ gap > 0).all():
-        return Interval(float("nan"), float("nan"), float("nan"))
-    return Interval(*(float(bound[0]) for bound in ratio_of_means((passes.astype(float) - base)[None], gap, resamples)))
-
-
 class _Search:
     """Asks of sets whether they reach the goal, and remembers them."""
 
@@ -496,7 +265,7 @@ class _Search:
         self,
         pair: Pair,
         ranking: Ranking,
-        run: _Run,
+        run: Trials,
         goal: float,
         neutral: Neutral,
         done: MutableMapping[str, np.ndarray],
@@ -513,7 +282,7 @@ class _Search:
         Raises:
             GoalMissed: nothing that was tried reaches the goal.
         """
-        n_along, n_tried = 1 + int(np.ceil(np.log2(len(points)))), 0
+        n_along, n_tried = _n_along(points), 0
 
         def along(k: int) -> bool:
             nonlocal n_tried
@@ -545,9 +314,9 @@ class _Search:
         enough = len(passes) == len(self.run.base) and int(passes.sum()) >= self.need
         divergence = float("nan")
         if enough or stage == "ranking":
-            key = f"divergence-{_digest(components)}"
+            key = f"divergence-{digest(components)}"
             if key not in self.done:
-                self.done[key] = self.neutral.divergence(self.pair, _patched(self.pair, components))
+                self.done[key] = self.neutral.divergence(self.pair, patched(self.pair, components))
             divergence = float(finished_part(self.done, key, self.neutral.queries.shape).mean())
         size = int(self.ranking.sizes[list(members)].sum())
         share, back = size / self.ranking.n_all, self.run.recovery(passes)
@@ -563,7 +332,7 @@ class _Search:
         return GoalMissed(
             f"no set along {self.ranking.name} that was tried brings back {self.goal:.0%} of "
             f"{self.run.judge.behaviour.name} on {n} {self.run.judge.batch.split} prompts: the best, "
-            f"{best.n_components:,} components ({best.share:.2%}), brings back {_bounded(best.recovery)} ({ends}); ask "
+            f"{best.n_components:,} components ({best.share:.2%}), brings back {bounded(best.recovery)} ({ends}); ask "
             "for less (--recover), name a size (--share, --top), or another ranking (--by), or sweep more kinds",
             self.tried,
         )
@@ -572,20 +341,20 @@ class _Search:
 def _harm(
     pair: Pair,
     components: Sequence[Component],
-    run: _Run,
+    run: Trials,
     others: Sequence[Behaviour],
-    batches: Sequence[Any],
-    windows: Any,
+    batches: Sequence[PromptBatch],
+    windows: Windows | None,
     done: MutableMapping[str, np.ndarray],
     progress: Progress,
 ) -> Harm:
     """What the patch does besides; base and expert beside it."""
     total = 1 + (windows is not None) + len(others)
     progress("harm", 0, total)
-    models = {"base": pair.base, "patched": _patched(pair, components), "expert": pair.expert}
+    models = {"base": pair.base, "patched": patched(pair, components), "expert": pair.expert}
 
     def part(what: str, model: str, n: int, make: Callable[[Params], np.ndarray]) -> np.ndarray:
-        key = f"{what}-{model}" + (f"-{_digest(components)}" if model == "patched" else "")
+        key = f"{what}-{model}" + (f"-{digest(components)}" if model == "patched" else "")
         if key not in done:
             done[key] = make(models[model]).astype(np.float64)
         return finished_part(done, key, (n,))
@@ -598,9 +367,7 @@ def _harm(
     progress("harm", 1, total)
     of_text = None
     if windows is not None:
-        nll = {
-            m: part("text", m, len(windows.n_predicted), lambda p: text_nll(pair.cfg, p, windows)) for m in models
-        }
+        nll = {m: part("text", m, len(windows.n_predicted), lambda p: text_nll(pair.cfg, p, windows)) for m in models}
         of_text = perplexity(nll, windows)
         progress("harm", 2, total)
     of_others = {}
@@ -644,50 +411,11 @@ def _schedule(seconds: float, n_along: int, n_drops: int, n_models: int, n_other
     return Schedule([phase for phase in phases if phase.seconds])
 
 
-def _few(batch: Any) -> Any:
+def _n_along(points: Sequence[int]) -> int:
+    """How many sets a binary search over a grid tries, about: the largest, and one for each halving."""
+    return 1 + int(np.ceil(np.log2(len(points))))
+
+
+def _few(batch: PromptBatch) -> PromptBatch:
     """The first `N_NEUTRAL` prompts, each of another query."""
     return batch.take(np.sort(np.unique(batch.queries, return_index=True)[1])[:N_NEUTRAL])
-
-
-def _looks(n: int) -> list[Int[np.ndarray, " m"]]:
-    """The prompts in as many equal parts as it takes for none to have more than `PROMPTS_A_LOOK`."""
-    return np.array_split(np.arange(n), -(-n // PROMPTS_A_LOOK))
-
-
-def _patched(pair: Pair, components: Sequence[Component]) -> Params:
-    return materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, components))
-
-
-def _digest(components: Sequence[Component]) -> str:
-    """A hash of a set, whatever its order."""
-    return hashlib.blake2b(" ".join(sorted(c.name for c in components)).encode(), digest_size=12).hexdigest()
-
-
-def named(components: Sequence[Component]) -> str:
-    """How many components of each kind: "1 head and 800 neurons".
-
-    >>> named([Component("head", 0, 1), Component("neuron", 0, 1), Component("neuron", 0, 2)])
-    '1 head and 2 neurons'
-    """
-    counts = Counter(c.kind for c in components)
-    return _listed(
-        [
-            KIND_NAMES[kind]
-            if kind in ("embed", "unembed", "final_norm")
-            else f"{counts[kind]:,} {KIND_NAMES[kind].removesuffix('s') if counts[kind] == 1 else KIND_NAMES[kind]}"
-            for kind in KIND_NAMES
-            if kind in counts
-        ]
-    )
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
-
-
-def _bounded(of: Interval) -> str:
-    return f"{of.mean:.0%} [{of.low:.0%}, {of.high:.0%}]"
-
-
-def _plain(intervals: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
-    return {name: of._asdict() for name, of in intervals.items()}

@@ -130,9 +130,7 @@ def windows_of(tokenizer: Any, text: str, n_ctx: int, name: str = "the text") ->
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _nll(
-    cfg: ModelConfig, params: Params, ids: Int[Array, "N W"], counts: Bool[Array, "N V"]
-) -> Float[Array, " N"]:
+def _nll(cfg: ModelConfig, params: Params, ids: Int[Array, "N W"], counts: Bool[Array, "N V"]) -> Float[Array, " N"]:
     """Negative log-likelihood of each row's tokens that count, V = W - 1 of which have one before them."""
     resid = forward(cfg, params, ids, logits=False).resid
 
