@@ -1,6 +1,8 @@
 """The smallest patch: the search against brute force, harm against transformers, and the planted pair."""
 
 import itertools
+import json
+import sys
 from importlib import resources
 
 import numpy as np
@@ -9,6 +11,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+load_patch = None
+
+from wpjax import cli
 from wpjax.behaviours import behaviour
 from wpjax.components import enumerate_components, n_parameters, parse_component
 from wpjax.errors import WpjaxError
@@ -304,3 +309,80 @@ def test_what_cannot_be_is_refused_before_the_work(planted, result, options, mes
 
     with pytest.raises(WpjaxError, match=message):
         extract(*planted, result, progress=working, **options)
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, result):
+    """A folder with the result, a text, and prompts of the user's own."""
+    folder = tmp_path_factory.mktemp("extract")
+    result.to_netcdf(folder / "r.nc")
+    queries = [p.without for p in behaviour("tiny:title").pairs]
+    (folder / "notes.txt").write_text(" ".join(queries))
+    lines = {json.dumps({"with": f"{q} Shout!", "without": q}) for q in queries}
+    (folder / "mine.jsonl").write_text("\n".join(sorted(lines)))
+    return folder
+
+
+@pytest.fixture
+def wpjax(monkeypatch, capsys, folder):
+    """Run the command line in the folder: returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [])
+
+    def run(*arguments):
+        capsys.readouterr()
+        sys.argv = ["wpjax", *map(str, arguments)]
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run
+
+
+SMALL = ["--n-prompts", "16", "--max-new-tokens", str(N_NEW), "--n-random", "1"]
+
+
+def test_a_patch_is_extracted_by_the_command(wpjax, found, folder):
+    asked = ["extract", "r.nc", *SMALL, "--text", "notes.txt", "--others", "tiny:title", "--out", "p.safetensors"]
+    code, out, err = wpjax(*asked, "--dry-run")
+    assert code == 0
+    assert "sets along the ranking" in err
+    assert not list(folder.glob("*p.safetensors*"))
+    code, out, err = wpjax(*asked, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["components"] == [c.name for c in found.components]
+    assert told["recovery"]["patched"]["mean"] == found.recovery["patched"].mean
+    assert told["perplexity"]["n_tokens"] > 64
+    assert told["others"]["tiny:title"]["n_prompts"] == 16
+    patch = load_patch("p.safetensors")
+    assert list(patch.info.components) == told["components"]
+    assert patch.info.measured["recovery"] == told["recovery"]
+    code, out, _ = wpjax("extract", "r.nc", "--top", "3", *SMALL, "--out", "top.safetensors")
+    assert code == 0
+    assert "3 neurons" in " ".join(out.split())
+    assert len(load_patch("top.safetensors").info.components) == 3
+
+
+def test_what_the_command_refuses_leaves_nothing(wpjax, result, folder):
+    inert = [i for i, n in enumerate(result.dataset["name"].values.tolist()) if n not in planted_components()]
+    SweepResult(result.dataset.isel(component=inert[:40])).to_netcdf(folder / "inert.nc")
+    before = sorted(folder.iterdir())
+    small = [*SMALL, "--out", "x.safetensors"]
+    for arguments, message in (
+        (["r.nc", "--top", "2", "--share", "0.1"], "give one of recover, share and top"),
+        (["r.nc", "--recover", "2"], "--recover"),
+        (["r.nc", "--text", "absent.txt"], "absent.txt: cannot be read"),
+        (["r.nc", "--others", "nothing"], "unknown behaviour 'nothing'"),
+        (["r.nc", "--others", "mine.jsonl"], "mine.jsonl: no checker"),
+        (["r.nc", "--behaviour", "mine.jsonl"], "without a checker"),
+        (["inert.nc"], "no set along set_score that was tried brings back 90%"),
+    ):
+        code, _, err = wpjax("extract", *arguments, *small)
+        assert code == 2
+        assert message in err
+        assert sorted(folder.iterdir()) == before

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from wpjax.behaviours import Behaviour
     from wpjax.evaluation.extraction import Extraction, TriedSet
     from wpjax.runtime.progress import Schedule
-    from wpjax.stats import Interval
 
 EXAMPLE = "Example: wpjax extract title.nc --recover 0.9 --text notes.txt --others quotation --out title.safetensors"
 
@@ -91,7 +90,7 @@ def run(
     ] = None,
     text: Annotated[
         Path | None,
-        Setting("A text file: its perplexity before and after is measured (its first 8,192 tokens).", panel=MEASURED),
+        Setting("A text file: its perplexity before and after is measured (its first 4,096 tokens).", panel=MEASURED),
     ] = None,
     others: Annotated[
         tuple[str, ...],
@@ -208,6 +207,7 @@ def run(
             measured=found.measured,
             ranked_by=found.ranked_by,
             overwrite=overwrite,
+            ignore_config=asked.ignore_config,
         )
         shards.discard()
     print_extraction(found, out, as_json)
@@ -239,7 +239,12 @@ def other_behaviour(name: str) -> Behaviour:
         BehaviourError: there is no such behaviour, or it cannot be read.
     """
     from wpjax import behaviours
+    from wpjax.errors import BehaviourError
 
+    if name.endswith(".jsonl"):
+        raise BehaviourError(
+            f"--others {name}: no checker, and answers are to be judged; name one: --others '{name}=contains:...'"
+        )
     file, found, checker = name.partition(".jsonl=")
     return behaviours.behaviour(file + ".jsonl", checker) if found else behaviours.behaviour(name)
 
@@ -247,26 +252,29 @@ def other_behaviour(name: str) -> Behaviour:
 def print_tried(tried: Sequence[TriedSet]) -> None:
     """Print the sets of a search: how large, how much they bring back, how far they move unasked answers."""
     from wpjax.cli.console import print_table
+    from wpjax.evaluation.extraction import bounded
 
     shown = [t for t in tried if t.stage == "ranking" or t.reaches]
     shown.sort(key=lambda t: t.n_parameters)
     n = max((t.n_prompts for t in tried), default=0)
     print_table(
         f"Sets that were tried, on {n} swept prompts (95 % interval; KL from the base, unasked, in nats a token)",
-        ("set", "components", "parameters", "share", "brings back", "KL", "reaches the goal"),
+        ("set", "components", "parameters", "share", "brings back", "KL", "goal"),
         [
             (
-                "first of the ranking" if t.stage == "ranking" else "without some blocks",
+                "leading" if t.stage == "ranking" else "thinned out",
                 f"{t.n_components:,}",
                 f"{t.n_parameters:,}",
                 f"{t.share:.2%}",
-                _percent(t.recovery) + ("" if t.n_prompts == n else f" of {t.n_prompts}, then given up"),
+                bounded(t.recovery) + ("" if t.n_prompts == n else f" of {t.n_prompts}"),
                 _number(t.divergence),
                 "yes" if t.reaches else "no",
             )
             for t in shown
         ],
     )
+    if any(t.n_prompts < n for t in shown):
+        print("a set that could not reach the goal any more was given up after the prompts that are named")
     n_failed = len(tried) - len(shown)
     if n_failed:
         print(f"{n_failed} more sets, without blocks that turned out to be needed, did not reach the goal")
@@ -276,6 +284,7 @@ def print_extraction(found: Extraction, out: Path, as_json: bool) -> None:
     """Print what was found: the sets that were tried, the models on held-out prompts, the verdict."""
     from wpjax.cli.console import print_json, print_table
     from wpjax.cli.words import printable
+    from wpjax.evaluation.extraction import bounded
 
     if as_json:
         print_json(
@@ -298,11 +307,11 @@ def print_extraction(found: Extraction, out: Path, as_json: bool) -> None:
 
     def row(model: str) -> list[str]:
         kl = harm.divergence.get(model)
-        cells = [model if model != "complement" else "all but the set", _percent(found.passes[model])]
-        cells += [_percent(found.recovery[model]) if model in found.recovery else ""]
+        cells = [model if model != "complement" else "all but the set", bounded(found.passes[model])]
+        cells += [bounded(found.recovery[model]) if model in found.recovery else ""]
         cells += ["" if kl is None else f"{kl.mean:.3g} [{kl.low:.3g}, {kl.high:.3g}]"]
         cells += [f"{texts[model]:.4g}" if model in texts else ""] if texts else []
-        return cells + [_percent(o.passes[model]) if model in o.passes else "" for o in harm.others.values()]
+        return cells + [bounded(o.passes[model]) if model in o.passes else "" for o in harm.others.values()]
 
     print_table(
         f"\nOn {n} {split} prompts (95 % interval; KL from the base, unasked, in nats a token)",
@@ -311,11 +320,6 @@ def print_extraction(found: Extraction, out: Path, as_json: bool) -> None:
     )
     print(f"\n{printable(found.summary)}")
     print(f"\nwrote {out}")
-
-
-def _percent(of: Interval) -> str:
-    """A share with its interval as a cell of a table; empty if there is none."""
-    return "" if math.isnan(of.mean) else f"{of.mean:.0%} [{of.low:.0%}, {of.high:.0%}]"
 
 
 def _number(value: float) -> str:

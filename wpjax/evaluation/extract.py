@@ -141,7 +141,8 @@ def extract(
     points = prefix_sizes(ranking.sizes, N_POINTS)
     if planned is not None:
         n_along, n_drops = (0, 0) if goal is None else (_n_along(points), most_drops)
-        schedule = _schedule(runs[-1].seconds, n_along, n_drops, 2 + n_random, len(others))
+        n_harm = 2 + 3 * len(others) + (0 if windows is None else 5)
+        schedule = _schedule(runs[-1].seconds, n_along, n_drops, 2 + n_random, n_harm)
         progress = schedule.watching(progress)
         planned(schedule)
 
@@ -400,13 +401,13 @@ def _controls(
     return controls
 
 
-def _schedule(seconds: float, n_along: int, n_drops: int, n_models: int, n_others: int) -> Schedule:
-    """The phases after the first, from how long one model takes to answer."""
+def _schedule(seconds: float, n_along: int, n_drops: int, n_controls: int, n_harm: int) -> Schedule:
+    """The phases after the first, each as so many times the time that one model takes to answer."""
     phases = [
         Phase("sets along the ranking", f"{n_along} patched models", n_along * seconds),
         Phase("blocks left out", f"at most {n_drops} patched models", n_drops * seconds),
-        Phase("controls", f"{n_models} patched models", n_models * seconds),
-        Phase("harm", "", (2 + 3 * n_others) * seconds),
+        Phase("controls", f"{n_controls} patched models", n_controls * seconds),
+        Phase("harm", "answers and text of three models", n_harm * seconds),
     ]
     return Schedule([phase for phase in phases if phase.seconds])
 

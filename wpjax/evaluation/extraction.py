@@ -158,13 +158,13 @@ class Extraction:
             models, ratio = self.harm.perplexity.models, self.harm.perplexity.ratio
             told.append(
                 f"The perplexity of the text goes from {models['base']:.4g} to {models['patched']:.4g} "
-                f"({ratio.mean - 1:+.1%} [{ratio.low - 1:+.1%}, {ratio.high - 1:+.1%}]), the expert's is "
-                f"{models['expert']:.4g}."
+                f"({ratio.mean - 1:+.1%} [{100 * (ratio.low - 1):+.1f}, {100 * (ratio.high - 1):+.1f}]), the "
+                f"expert's is {models['expert']:.4g}."
             )
         for name, of in self.harm.others.items():
             told.append(
                 f"{name}: the base passes on {of.passes['base'].mean:.0%}, patched on {of.passes['patched'].mean:.0%} "
-                f"({of.change.mean:+.0%} [{of.change.low:+.0%}, {of.change.high:+.0%}])."
+                f"({bounded(of.change, '+')})."
             )
         return told
 
@@ -191,9 +191,15 @@ def _listed(parts: Sequence[str]) -> str:
     return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
 
 
-def bounded(of: Interval) -> str:
-    """A share with its interval: 91% [80%, 97%]."""
-    return f"{of.mean:.0%} [{of.low:.0%}, {of.high:.0%}]"
+def bounded(of: Interval, sign: str = "") -> str:
+    """A share with its interval, in per cent: 91% [80, 97]; empty if there is none.
+
+    >>> bounded(Interval(0.905, 0.8, 0.97)), bounded(Interval(0.02, -0.01, 0.05), sign="+")
+    ('90% [80, 97]', '+2% [-1, +5]')
+    """
+    if np.isnan(of.mean):
+        return ""
+    return f"{of.mean:{sign}.0%} [{100 * of.low:{sign}.0f}, {100 * of.high:{sign}.0f}]"
 
 
 def _plain(intervals: Mapping[str, Interval]) -> dict[str, dict[str, float]]:

@@ -30,6 +30,10 @@ COARSE = 4
 """Where the whole ranking does not reach the goal, every such point of the grid is tried, from the largest down."""
 
 
+FIRST_BLOCKS = 8
+"""Blocks at first. The set is a beginning of the ranking that is hardly too long, so larger ones are needed anyway."""
+
+
 def prefix_sizes(sizes: Int[np.ndarray, " C"], n_points: int) -> list[int]:
     """Numbers of leading components to try: the budgets of parameters are evenly spaced on a logarithmic scale.
 
@@ -100,7 +104,7 @@ def drop_blocks(members: Members, sizes: Int[np.ndarray, " C"], reaches: Reaches
     >>> drop_blocks(tuple(range(10)), np.ones(10, int), lambda some: needed <= set(some), most=100)
     (0, 5, 6)
     """
-    n_blocks, n_tests, needed = 4, 0, list[frozenset[int]]()
+    n_blocks, n_tests, needed = FIRST_BLOCKS, 0, list[frozenset[int]]()
     while True:
         blocks = _blocks(members, sizes, n_blocks)
         for block in reversed(blocks):
