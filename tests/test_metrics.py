@@ -51,6 +51,16 @@ def hf_decision(hf_pair, model, prompt, stop_tokens):
     return 0.0
 
 
+def hf_partings(hf_pair, model, prompt, stop_tokens):
+    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens, N_NEW)
+    odds = []
+    for t, y in enumerate(answer):
+        base, log_p = (hf_log_p(m, [*prompt, *answer[:t]])[-1] for m in (hf_pair.base.model, model))
+        b = int(base.argmax())
+        odds += [] if b == y else [float(log_p[y] - log_p[b])]
+    return np.mean(odds) if odds else 0.0
+
+
 def hf_kl(hf_pair, model, prompt, stop_tokens):
     answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens, N_NEW)
     log_p, log_q = (hf_log_p(m, [*prompt, *answer[:-1]])[len(prompt) - 1 :] for m in (hf_pair.expert.model, model))
@@ -60,7 +70,7 @@ def hf_kl(hf_pair, model, prompt, stop_tokens):
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_equal_hf_torch(hf_pair, pair, batch, name):
     metric = METRICS[name](pair, batch, N_NEW)
-    oracle = {"response": hf_response, "decision": hf_decision, "kl": hf_kl}[name]
+    oracle = {"response": hf_response, "decision": hf_decision, "partings": hf_partings, "kl": hf_kl}[name]
     tokens = batch.with_instruction
     prompts = [ids[:n].tolist() for ids, n in zip(tokens.ids, tokens.lengths, strict=True)]
     for model, params in ((hf_pair.base.model, pair.base), (hf_pair.expert.model, pair.expert)):
@@ -127,8 +137,8 @@ def test_a_metric_of_some_prompts_is_theirs(pair, batch):
 
 def test_digests_tell_metrics_apart(pair, batch):
     made = [make(pair, batch, N_NEW) for make in METRICS.values()]
-    assert len({m.digest for m in made} | {made[0].take(jnp.asarray([0, 1])).digest}) == 4
-    assert METRICS["kl"](pair, batch, N_NEW).digest == made[2].digest
+    assert len({m.digest for m in made} | {made[0].take(jnp.asarray([0, 1])).digest}) == 5
+    assert METRICS["kl"](pair, batch, N_NEW).digest == made[3].digest
 
 
 def test_metrics_compose_with_vmap_and_grad(pair, batch):

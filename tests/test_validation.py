@@ -253,10 +253,10 @@ def test_sets_are_ranked_by_a_share_of_the_decisions_gap_for_each_parameter(plan
     names = [c.name for c in components]
     every.dataset = every.dataset.isel(component=np.zeros(len(names), int)).assign_coords(name=("component", names))
     sizes = np.array([n_parameters(pair.cfg, c) for c in components])
-    total = add_set_score(pair, every, metric).values("set_score") @ sizes / sizes.sum()
+    total = add_set_score(pair, every, [metric]).values("set_score") @ sizes / sizes.sum()
     assert total == pytest.approx(1, abs=1e-3)
 
-    scored = add_set_score(pair, result, metric)
+    scored = add_set_score(pair, result, [metric])
     assert (result.set_ranking, scored.ranking, scored.set_ranking) == ("effect", "effect", "set_score")
     found = control_orders(*planted, scored, anchor_of(result), n_random=1)
     assert list(found) == ["set_score", "effect", "attribution", "delta_norm", "random 1"]
@@ -334,7 +334,7 @@ def test_later_layers_are_ranked_for_sets_and_counted_nowhere_else(tiny_pair):
     anchor = fit_anchor(tiny_pair, task, layer=3, n_prompts=8, causal="skip")
     result = sweep(tiny_pair, batch, anchor, kinds=("kv_group", "mlp"), method="screen+exact", top=3, stratum=1)
     metric = decision_metric(tiny_pair, batch, N_NEW)
-    scored = add_set_score(tiny_pair, result, metric)
+    scored = add_set_score(tiny_pair, result, [metric])
     every = enumerate_components(tiny_pair.cfg, ["kv_group", "mlp"])
     assert scored.dataset["name"].values.tolist() == [c.name for c in every]
     np.testing.assert_allclose(scored.dataset["delta_norm"], tiny_pair.delta_norms(every), rtol=1e-6)

@@ -25,6 +25,7 @@ from .finetuning import finetune as finetune
 from .metrics.anchor import Anchor as Anchor
 from .metrics.answers import decision_metric as decision_metric
 from .metrics.answers import kl_metric as kl_metric
+from .metrics.answers import partings_metric as partings_metric
 from .metrics.answers import response_metric as response_metric
 from .metrics.metric import Metric as Metric
 from .models.config import ModelConfig as ModelConfig

@@ -27,7 +27,7 @@ from wpjax.behaviours import Behaviour, PromptBatch, behaviour
 from wpjax.components import KINDS, check_kind, count, parse_component
 from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import AnchorRejected, WpjaxError
-from wpjax.estimators.sets import add_set_score
+from wpjax.estimators.sets import add_set_score, set_metrics
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
@@ -36,7 +36,6 @@ from wpjax.forecast import Forecast
 from wpjax.methods import check_method
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import decision_metric
 from wpjax.metrics.diagnostics import diagnostics_kept
 from wpjax.metrics.metric import Measure, Metric
 from wpjax.models.generate import Generation
@@ -166,7 +165,7 @@ def run_study(
         study = Study(result)
         if config.set_score and measured.given is None:
             progress("set score", 0, 1)
-            study = _with_set_score(config, pair, batch, measured.metric, result)
+            study = _with_set_score(config, pair, batch, result)
             progress("set score", 1, 1)
         if config.answers:
             progress("answers to read", 0, 1)
@@ -318,11 +317,10 @@ def _versions() -> list[str]:
     return [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"]
 
 
-def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, metric: Metric, result: SweepResult) -> Study:
+def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, result: SweepResult) -> Study:
     """The result with a set score, or the reason why there is none: a long sweep is not lost with its set score."""
     try:
-        decision = metric if config.metric == "decision" else decision_metric(pair, batch, config.max_new_tokens)
-        return Study(add_set_score(pair, result, decision))
+        return Study(add_set_score(pair, result, set_metrics(pair, batch, config.max_new_tokens)))
     except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
         return Study(result, " ".join(str(error).split()))
 

@@ -4,10 +4,12 @@ The effect of a single component tells whether it is a source. A set of componen
 Then the slope on the way from base to expert counts for more than the slope at the base. And a set is small if it has
 few parameters, so a head is held against the neurons that would fit in its place:
 
-    set score(c) = share of F(expert) - F(base) that the secant adjoint gives to c  /  c's share of the parameters
+    set score(c) = mean over F of (share of F(expert) - F(base) that the secant adjoint gives to c)
+                   /  c's share of the parameters
 
-F is the decision score: it reads all layers, at the place where base and expert part ways. 1 is what a component would
-have if the gap were spread evenly over all parameters (docs/method.md, "Set score"; ours).
+F are the log-odds of the expert's token against the base's, where the two first part ways, and wherever they do. The
+first place is where the behaviour begins; the others tell whether it goes on and how it ends. 1 is what a component
+would have if the gap were spread evenly over all parameters (docs/method.md, "Set score"; ours).
 """
 
 from __future__ import annotations
@@ -15,45 +17,74 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, enumerate_components, n_parameters, parse_component
 from wpjax.estimators.secant import secant_adjoint
+from wpjax.metrics.answers import answer_of, decision_metric, partings_metric
 from wpjax.metrics.metric import Metric, expect_positive_gap, scores
+from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.results.sweep_result import SweepResult
 
 
-def add_set_score(pair: Pair, result: SweepResult, metric: Metric) -> SweepResult:
-    """Add the ranking `set_score` to a result: each component's share of a metric's gap, for its share of parameters.
+def add_set_score(pair: Pair, result: SweepResult, metrics: Sequence[Metric]) -> SweepResult:
+    """Add the ranking `set_score` to a result: a component's share of the metrics' gaps, for its share of parameters.
 
     It ranks every component of the kinds that were swept, those of later layers, too (see `candidates`).
 
     Args:
         pair: the models that were swept.
         result: result of the sweep.
-        metric: the metric that a set of components should recover, such as `decision_metric`.
+        metrics: the metrics that a set of components should recover; `set_metrics` gives those that `wpjax sweep`
+            takes. The score is the mean over them.
 
     Returns:
-        a new result. A component that cannot change the metric has score 0.
+        a new result. A component that cannot change a metric has share 0 of its gap.
 
     Raises:
-        MetricRejected: the gap of the metric may be zero.
+        MetricRejected: the gap of a metric may be zero.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
     >>> batch = task.encode(pair.tokenizer, n_prompts=4)
-    >>> decision = wp.decision_metric(pair, batch, max_new_tokens=8)
-    >>> result = wp.sweep(pair, batch, decision, kinds=("head",), method="screen")
-    >>> wp.add_set_score(pair, result, decision).set_ranking
+    >>> metrics = set_metrics(pair, batch, max_new_tokens=8)
+    >>> result = wp.sweep(pair, batch, metrics[0], kinds=("head",), method="screen")
+    >>> wp.add_set_score(pair, result, metrics).set_ranking
     'set_score'
     """
-    components = candidates(pair, result)
+    components, queries = candidates(pair, result), result.dataset["query"].values
+    share = np.mean([_shares(pair, components, metric, queries) for metric in metrics], axis=0)
+    return with_ranking(pair, result, "set_score", components, share / parameter_share(pair, components))
+
+
+def set_metrics(
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+) -> tuple[Metric, ...]:
+    """The metrics of the set score: the decision, and all partings.
+
+    Args:
+        pair: base and expert.
+        batch: prompts.
+        max_new_tokens: length of an answer, at most.
+        answers: answers of the expert, if they are known already; None to generate them.
+
+    Raises:
+        MetricRejected: base and expert part ways on fewer than half of the prompts.
+    """
+    answers = answer_of(pair, pair.expert, batch.with_instruction, max_new_tokens) if answers is None else answers
+    return tuple(make(pair, batch, max_new_tokens, answers) for make in (decision_metric, partings_metric))
+
+
+def _shares(
+    pair: Pair, components: Sequence[Component], metric: Metric, queries: Int[np.ndarray, " B"]
+) -> Float[np.ndarray, " C"]:
+    """The share of the metric's gap that the secant adjoint gives to each component."""
     base, expert = (scores(pair.cfg, params, metric).astype(np.float64) for params in (pair.base, pair.expert))
-    expect_positive_gap(expert - base, result.dataset["query"].values, f"the {metric.name} metric")
-    change = secant_adjoint(pair.cfg, pair.base, pair.expert, components, metric).mean(1)
-    density = change / (expert - base).mean() / parameter_share(pair, components)
-    return with_ranking(pair, result, "set_score", components, density)
+    expect_positive_gap(expert - base, queries, f"the {metric.name} metric")
+    change = secant_adjoint(pair.cfg, pair.base, pair.expert, components, metric)
+    return change.mean(1) / (expert - base).mean()
 
 
 def candidates(pair: Pair, result: SweepResult) -> list[Component]:

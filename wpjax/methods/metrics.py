@@ -114,6 +114,14 @@ register_metric(
 )
 register_metric(
     MetricEntry(
+        "partings",
+        "the same log-odds, the mean over all places of the expert's answer where the two part.",
+        "log-odds wherever they part",
+        lazily("wpjax.metrics.answers", "partings_metric"),
+    )
+)
+register_metric(
+    MetricEntry(
         "kl",
         "minus the divergence from the expert, along the expert's own answer.",
         "nearness to the expert (KL)",

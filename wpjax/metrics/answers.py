@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from wpjax.behaviours import PromptBatch, Tokens
 from wpjax.errors import MetricRejected
@@ -204,25 +204,76 @@ def decision_metric(
     >>> metric.at.shape  # one position for each prompt
     (4, 1)
     """
-    prompts = batch.with_instruction
-    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    tokens, (at, is_token) = with_answers(prompts, answers), answer_positions(prompts, answers)
-    experts = np.asarray(answers.tokens)[:, : at.shape[1]]
-    bases = _base_choices(pair, tokens, at)
-    differs = (is_token > 0) & (bases != experts)  # [B, N]
-    parted = differs.any(1)
-    if parted.mean() < 0.5:
-        raise MetricRejected(
-            f"base and expert part ways on {int(parted.sum())} of {len(batch)} prompts of {batch.behaviour} only: the "
-            "base answers them as the expert does; use other prompts, or a longer answer"
-        )
+    tokens, at, experts, bases, differs = _partings(pair, batch, max_new_tokens, answers)
     first = differs.argmax(1)[:, None]  # [B, 1], the step t; 0 where they never part, which gets weight 0 below
     at_decision, experts, bases = (np.take_along_axis(a, first, axis=1) for a in (at, experts, bases))
     longest = int(at_decision.max()) + 1  # tokens after the decision are not needed
     tokens = Tokens(tokens.ids[:, :longest], np.minimum(tokens.lengths, longest))
     readout = LogOdds(jnp.asarray(experts), jnp.asarray(bases))
-    weight = jnp.asarray(parted[:, None].astype(np.float32))
+    weight = jnp.asarray(differs.any(1, keepdims=True).astype(np.float32))
     return Metric(tokens, jnp.asarray(at_decision), weight, readout, pair.cfg.n_layers - 1, "decision")
+
+
+def partings_metric(
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+) -> Metric:
+    """Log-odds, in nats, of the expert's token against the base's: the mean over all places where the two part ways.
+
+        F_p(M, x) = mean over t in P of  log p_M(y_t | x, y_<t) - log p_M(b_t | x, y_<t),   P = {t : b_t != y_t}
+        (docs/method.md, "What the model says"; ours)
+
+    y is the expert's greedy answer, its end included, and b_t is the base's first choice after y_<t. The first of these
+    places is that of `decision_metric`. The later ones tell whether a behaviour goes on, and how it ends: a quotation
+    must be closed, too. A prompt on which the two never part has F_p = 0.
+
+    Args:
+        pair: base and expert.
+        batch: prompts; those with the instruction are used.
+        max_new_tokens: length of an answer, at most.
+        answers: answers of the expert, if they are known already; None to generate them.
+
+    Raises:
+        MetricRejected: base and expert part ways on fewer than half of the prompts.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> metric = wp.partings_metric(pair, task.encode(pair.tokenizer, n_prompts=4), max_new_tokens=8)
+    >>> bool((metric.weight.sum(1) == 1).all())
+    True
+    """
+    tokens, at, experts, bases, differs = _partings(pair, batch, max_new_tokens, answers)
+    longest = int(np.where(differs, at, 0).max()) + 1
+    steps = differs.any(0)  # a step at which no prompt parts is not read
+    at, experts, bases, differs = (a[:, steps] for a in (np.where(differs, at, 0), experts, bases, differs))
+    tokens = Tokens(tokens.ids[:, :longest], np.minimum(tokens.lengths, longest))
+    weight = differs / np.maximum(differs.sum(1, keepdims=True), 1)
+    readout = LogOdds(jnp.asarray(experts), jnp.asarray(bases))
+    weight = jnp.asarray(weight.astype(np.float32))
+    return Metric(tokens, jnp.asarray(at), weight, readout, pair.cfg.n_layers - 1, "partings")
+
+
+def _partings(
+    pair: Pair, batch: PromptBatch, max_new_tokens: int, answers: Generation | None
+) -> tuple[Tokens, Int[np.ndarray, "B N"], Int[np.ndarray, "B N"], Int[np.ndarray, "B N"], Bool[np.ndarray, "B N"]]:
+    """Prompts with the expert's answers; for each step of an answer its position, the expert's token, the base's choice
+    there, and whether the two differ.
+
+    Raises:
+        MetricRejected: they differ on fewer than half of the prompts.
+    """
+    prompts = batch.with_instruction
+    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
+    tokens, (at, is_token) = with_answers(prompts, answers), answer_positions(prompts, answers)
+    experts = np.asarray(answers.tokens)[:, : at.shape[1]]
+    bases = _base_choices(pair, tokens, at)
+    differs = (is_token > 0) & (bases != experts)
+    n_parted = int(differs.any(1).sum())
+    if n_parted < len(batch) / 2:
+        raise MetricRejected(
+            f"base and expert part ways on {n_parted} of {len(batch)} prompts of {batch.behaviour} only: the "
+            "base answers them as the expert does; use other prompts, or a longer answer"
+        )
+    return tokens, at, experts, bases, differs
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -8,10 +8,11 @@ weights them by w_s(x).
     anchor      readout = <r, v>                            has the control state formed?     (arXiv 2604.13694)
     response    readout = log p_M(y_t | x, y_<t)            the expert's own answer y, teacher-forced, mean over t
     decision    readout = log p_M(y_E) - log p_M(y_B)       at the first token where base and expert part ways
+    partings    the same readout                            at every token where they do, mean over these
     kl          readout = -KL(p_E(. | x, y_<t) || p_M)      along the same answer y, mean over t
 
-The last three are ours (docs/method.md, "What the model says"). They read the output of the model, so components after
-the anchor count too. All four are differentiable, and every sweep and screen takes any of them.
+All but the first are ours (docs/method.md, "What the model says"). They read the output of the model, so components
+after the anchor count too. All are differentiable, and every sweep and screen takes any of them.
 
 The on-policy score reads the anchor along a model's own answer. A patch may change that answer, so it is a `Metric`
 only once the answers are given: `Anchor.metric_along(batch, answers)`. `engines.on_policy` does the rest.
@@ -62,7 +63,7 @@ class Metric:
         weight: [B, S], weight of each position in the sum. Positions that only fill up the array have weight 0.
         readout: turns the residual stream at a position into a number.
         layer: 0-based layer whose `resid_post` is read. Later layers are not run (static).
-        name: "anchor", "response", "decision" or "kl"; "on_policy" along a model's own answer (static).
+        name: "anchor", "response", "decision", "partings" or "kl"; "on_policy" along a model's own answer (static).
         held: an edit that holds every model at a given state (see `Anchor.clamp_to`), or None. With it, only components
             that act on that state count.
 
