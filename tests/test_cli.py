@@ -229,7 +229,8 @@ def test_inspect_prints_tables(wpjax):
 
 
 COMMANDS = [
-    "demo", "inspect", "anchor", "sweep", "show", "report", "validate", "extract", "compare", "export", "finetune",
+    "demo", "inspect", "anchor", "sweep", "show", "report", "validate", "extract", "interference", "compare",
+    "export", "finetune",
 ]  # fmt: skip
 
 

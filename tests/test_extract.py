@@ -200,7 +200,7 @@ def result(planted):
     pair, task = planted
     metric = kl_metric(pair, task.encode(pair.tokenizer, "sweep", 16), N_NEW)
     swept = sweep(pair, task.encode(pair.tokenizer, "sweep", 16), metric, kinds=KINDS, method="screen")
-    return add_set_score(pair, swept, metric)
+    return add_set_score(pair, swept, [metric])
 
 
 @pytest.fixture(scope="module")
