@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
-from wpjax.models.families import FAMILIES, Family, TensorRule
+from wpjax.models.families import FAMILIES, TensorRule
 
 flatten: Callable[[Params], dict[str, Any]] = functools.partial(flatten_dict, sep="/")
 """The leaves of a parameter tree by path, such as "blocks/attn/W_Q"."""
@@ -137,8 +137,7 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
         CheckpointError: a tensor is unknown, missing, of another shape, not of floats, or not finite. The message
             names it.
     """
-    family = FAMILIES[cfg.family]
-    names = _match_names(cfg, family, source)
+    names = match_names(cfg, source)
     flat: dict[str, Any] = {}
     for rule in _rules(cfg):
         layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
@@ -153,12 +152,19 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
     return unflatten(flat)
 
 
-def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict[str, str]:
-    """Full HF name -> name in the source. The two differ if the checkpoint leaves out the family's prefix.
+def match_names(cfg: ModelConfig, source: TensorSource) -> dict[str, str]:
+    """The tensors of a model in a checkpoint: full HF name -> name in the source.
+
+    The two differ if the checkpoint leaves out the family's prefix, or holds a tied embedding as `lm_head.weight`.
+
+    Args:
+        cfg: the configuration that the tensors must fit.
+        source: the tensors.
 
     Raises:
-        CheckpointError: tensors are missing or unknown.
+        CheckpointError: tensors are missing or unknown, or a tied model has another head.
     """
+    family = FAMILIES[cfg.family]
     if cfg.n_layers > len(source.names()):  # a damaged config.json may say millions; make no list of so many names
         raise CheckpointError(
             f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of "
