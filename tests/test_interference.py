@@ -3,18 +3,17 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.helpers import make_anchor
 from wpjax import cli
 from wpjax.behaviours import behaviour
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.errors import PairError, WpjaxError
 from wpjax.estimators.secant import secant_adjoint
 from wpjax.estimators.sets import set_metrics
-from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.interference import KINDS, N_HALVINGS, Parts, alike, interference
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.validation import curve_steps
@@ -22,8 +21,10 @@ from wpjax.metrics.metric import scores
 from wpjax.models.config import ModelConfig
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
+from wpjax.results.sweep_result import SweepResult
 
 SHARE, N, N_NEW = 0.05, 8, 8
+SAVED = Path(__file__).parent / "data" / "schema4" / "title.nc"
 
 
 def test_units_may_differ_where_modules_do_not():
@@ -58,9 +59,19 @@ def test_a_set_that_changes_with_the_prompts_has_a_lower_ceiling():
 
 
 @pytest.fixture(scope="module")
-def made():
+def folder(tmp_path_factory):
+    """A folder with the prompts of english_capital as a file: another name, and no other programs."""
+    folder = tmp_path_factory.mktemp("interference")
+    pairs = behaviour("tiny:english_capital").pairs
+    lines = [json.dumps({"with": p.with_instruction, "without": p.without}) for p in pairs]
+    (folder / "mine.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(folder):
     pairs = [load_pair("tiny:base", "tiny:expert"), load_pair("tiny:base", "tiny:planted")]
-    return pairs, [behaviour("tiny:title"), behaviour("tiny:english_capital")]
+    return pairs, [behaviour(folder / "mine.jsonl", "english_capital"), behaviour("tiny:english_capital")]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +104,7 @@ def test_each_set_is_judged_by_each_checker(made, found):
             rates = [judge.passes(judge.answers(p)).mean() for p in (other.base, patched, other.expert)]
             expected = (rates[1] - rates[0]) / (rates[2] - rates[0])
             assert level.brings_back[a][b].mean == pytest.approx(expected)
-    assert level.brings_back[1][1].mean > 0.5 > level.brings_back[1][0].mean
+    assert level.brings_back[0] != level.brings_back[1]
     assert found.levels["modules"].n_parts[0] < Parts.of(pairs[0].cfg, every, "modules").sizes.size == 16
 
 
@@ -105,13 +116,13 @@ def test_finished_parts_are_used(made, found, parts):
     assert set(parts) == before
 
 
-def test_the_command_writes_a_map_and_a_figure(made, found, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    pair, task = made[0][0], made[1][0]
-    swept = sweep(pair, task.encode(pair.tokenizer, "sweep", N), make_anchor(pair, 1), components=["L0.head.3"])
-    swept.dataset.attrs |= {"behaviour": "tiny:title", "expert": "tiny:expert"}
+def test_the_command_writes_a_map_and_a_figure(found, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    swept = SweepResult.from_netcdf(SAVED)
+    swept.dataset.attrs |= {"behaviour": "mine", "behaviour_source": "mine.jsonl", "checker": "english_capital"}
     swept.to_netcdf("a.nc")
-    swept.dataset.attrs |= {"behaviour": "tiny:english_capital", "expert": "tiny:planted"}
+    del swept.dataset.attrs["checker"]
+    swept.dataset.attrs |= {"behaviour": "tiny:english_capital", "expert": "tiny:planted", "behaviour_source": ""}
     swept.to_netcdf("b.nc")
 
     def run(*arguments):
@@ -121,14 +132,14 @@ def test_the_command_writes_a_map_and_a_figure(made, found, tmp_path, monkeypatc
         return exit_.value.code, capsys.readouterr()
 
     code, printed = run("a.nc", "--out", "m.json")
-    assert (code, list(tmp_path.glob("*m*"))) == (2, [])
+    assert (code, list(folder.glob("*m.*"))) == (2, [])
     assert "needs two different behaviours" in printed.err
     quick = ["--n-prompts", str(N), "--max-new-tokens", str(N_NEW), "--share", str(SHARE)]
     code, printed = run("a.nc", "b.nc", *quick, "--out", "m.json")
     assert code == 0, printed.err
-    assert json.loads((tmp_path / "m.json").read_text()) == json.loads(json.dumps(found.as_json))
-    assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
-    assert "tiny:title: its set brings back" in " ".join(printed.out.split())
+    assert json.loads((folder / "m.json").read_text()) == json.loads(json.dumps(found.as_json))
+    assert (folder / "m.png").read_bytes()[:4] == b"\x89PNG"
+    assert "mine: its set brings back" in " ".join(printed.out.split())
 
 
 def test_other_bases_and_shares_are_refused(made):

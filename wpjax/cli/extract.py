@@ -93,14 +93,14 @@ def run(
         Setting("A text file: its perplexity before and after is measured (its first 4,096 tokens).", panel=MEASURED),
     ] = None,
     others: Annotated[
-        tuple[str, ...],
+        tuple[str, ...] | None,
         Setting(
             "Other behaviours whose pass rates are measured, too, comma-separated: built-in ones, or "
             "FILE.jsonl=CHECKER.",
             separator=",",
             panel=MEASURED,
         ),
-    ] = (),
+    ] = None,
     n_random: Annotated[
         int, Setting("Random sets of as many parameters to compare with.", least=0, most=1000, panel=MEASURED)
     ] = 2,
@@ -148,7 +148,7 @@ def run(
     from wpjax.cli.console import progress_bars
     from wpjax.patchfiles import save_patch
 
-    task, more = behaviour_of(result, asked, checker is not None), [other_behaviour(name) for name in others]
+    task, more = behaviour_of(result, asked, checker is not None), [other_behaviour(name) for name in others or ()]
     for one in (task, *more):
         one.check_checker()
     pair = pair_of(asked)
@@ -161,7 +161,7 @@ def run(
             [(p.with_instruction, dict(p.args)) for split in ("sweep", "test") for p in one.select(split, n_prompts)]
             for one in (task, *more)
         ],
-        "checkers": [asked.checker, *others],
+        "checkers": [asked.checker, *(others or ())],
         "text": words,
         "max_new_tokens": n_new,
     }
