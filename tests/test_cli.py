@@ -228,10 +228,8 @@ def test_inspect_prints_tables(wpjax):
     assert "a pair" in out
 
 
-COMMANDS = [
-    "demo", "inspect", "anchor", "sweep", "show", "report", "validate", "extract", "interference", "compare",
-    "export", "finetune",
-]  # fmt: skip
+COMMANDS = ["demo", "inspect", "anchor", "sweep", "show", "report", "validate", "extract", "interference", "compare"]
+COMMANDS += ["export", "apply", "remove", "finetune"]
 
 
 def test_help_of_every_command(wpjax, monkeypatch):

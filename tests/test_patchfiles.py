@@ -1,6 +1,10 @@
 """Patch files against torch models that are edited by hand, against PEFT, and against the base's own bytes."""
 
+import dataclasses
+import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import chex
@@ -10,24 +14,29 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import wpjax
 from tests.tiny import as_pair, build_pair, random_model, slices
+from wpjax import cli
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.components import parse_component
-from wpjax.errors import OutputError, PatchError
+from wpjax.errors import CheckpointError, OutputError, PatchError
 from wpjax.models.decoder import forward
-from wpjax.pairs import Pair
+from wpjax.pairs import Pair, load_pair
 from wpjax.patchfiles import (
     Encoding,
     apply_patches,
     export_lora,
     export_mask,
+    load_patch,
     remove_patch,
     save_patch,
 )
+from wpjax.patchfiles.card import model_card
+from wpjax.patchfiles.stack import stack
 from wpjax.patching import PatchMask, materialize
 
 IDS = np.random.default_rng(2).integers(0, 61, (2, 9))
@@ -146,7 +155,7 @@ def test_scales_and_several_patches(one, tmp_path):
         for i, names in enumerate((["L1.head.1", "L1.head.2"], ["L1.head.2", "L0.mlp"]))
     )
     w, v = (m.model.state_dict()[tensor].numpy() for m in (hf_pair.base, hf_pair.expert))
-    with pytest.raises(PatchError, match=r"same component: L1\.head\.2 \(.*0\.safetensors and .*1\.safetensors\)"):
+    with pytest.raises(PatchError, match=r"0\.safetensors and .*1\.safetensors both bring L1\.head\.2;"):
         apply_patches(base, [p, q], tmp_path / "x")
     summed = w.copy()
     summed[8:16] += np.float32(0.5) * (v - w)[8:16]
@@ -176,8 +185,7 @@ def test_models_that_a_patch_does_not_fit(one, tmp_path):
     hf_pair, pair, patch = one
     base = open_model(hf_pair.base.folder)
     apply_patches(base, [patch], tmp_path / "patched")
-    patched, expert = open_model(tmp_path / "patched"), open_model(hf_pair.expert.folder)
-    other = build_pair("llama-gqa3", tmp_path / "other").expert.folder
+    patched = open_model(tmp_path / "patched")
     half = save_patch(tmp_path / "half.safetensors", pair, ["L1.head.1"])
     apply_patches(base, [half], tmp_path / "in half")
     moved = tmp_path / "moved"
@@ -203,7 +211,6 @@ def test_models_that_a_patch_does_not_fit(one, tmp_path):
     with pytest.raises(OutputError, match="lies inside"):
         apply_patches(patched, [patch], tmp_path / "patched" / "x", undo=True)
     assert not (tmp_path / "x").exists()
-    del other, expert
 
 
 def test_a_behaviour_is_taken_out_of_an_expert(one, tmp_path):
@@ -334,3 +341,204 @@ def test_training_with_the_mask_changes_nothing_else(one, tmp_path):
         assert not (changed & ~allowed[name]).any(), name
         if name.endswith("q_proj.weight") and allowed[name].any():
             assert changed[allowed[name]].float().mean() > 0.9
+
+
+def test_a_card_tells_no_path_and_no_markup(one, tmp_path):
+    """Whatever a patch file says of itself."""
+    hf_pair, pair, _ = one
+    ours = dataclasses.replace(pair.base_checkpoint, source=str(hf_pair.base.folder))
+    theirs = dataclasses.replace(pair.expert_checkpoint, source="org/expert")
+    pair = dataclasses.replace(pair, base_checkpoint=ours, expert_checkpoint=theirs)
+    names = [f"L{i}.neuron.{j}" for i in range(2) for j in range(30)]
+    measured = {"<b>x`": {"mean": 0.5, "low": 0.25, "high": float("nan")}, "y": "`<script>\n# z"}
+    patch = save_patch(tmp_path / "p.safetensors", pair, names, behaviour="a`b\n# c", measured=measured)
+    apply_patches(open_model(hf_pair.base.folder), [patch], tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(hf_pair.base.folder.parent) not in card
+    assert "# `base` with 60 components of `org/expert`" in card
+    assert "- Behaviour: `a'b # c`" in card
+    assert "- Measured, `<b>x'`: `0.5 [0.25, unknown]`" in card
+    assert "- Measured, `y`: `'<script> # z`" in card
+    assert "and 10 more" in card
+    assert "base_model" not in card
+    hub = dataclasses.replace(open_model(hf_pair.base.folder), source="org/base@v1")
+    assert 'base_model: "org/base@v1"' in model_card(hub.source, stack(hub.cfg, [patch]))
+
+
+def rewrite_patch(path, out, edit_json=lambda about: None, edit_tensors=lambda tensors: None):
+    """A copy of a patch file with something else in it."""
+    tensors = load_file(path)
+    with safe_open(path, "np") as file:
+        metadata = dict(file.metadata())
+    about = json.loads(metadata["wpjax_patch"])
+    edit_json(about)
+    edit_tensors(tensors)
+    save_file(tensors, out, metadata={"wpjax_patch": json.dumps(about)})
+
+
+KEY = "model.layers.1.self_attn.q_proj.weight"
+HOSTILE = {
+    "no components": (lambda a: a.update(components=[]), None, "damaged patch: .* components are no names"),
+    "components are numbers": (lambda a: a.update(components=[1]), None, "components are no names"),
+    "no json object": (lambda a: a.update(measured=3), None, "measured is int"),
+    "a later format": (lambda a: a.update(format=2), None, "a patch of format 2, and this wpjax reads up to 1"),
+    "no format": (lambda a: a.pop("format"), None, "damaged patch"),
+    "no tensors": (lambda a: a.update(tensors={}), None, "it holds no tensors"),
+    "huge": (
+        lambda a: a["tensors"][KEY].update(shape=[10**15, 24]),
+        None,
+        "is for a model where it has .10+, 24.",
+    ),
+    "infinite": (lambda a: a["tensors"][KEY].update(shape=[float("inf"), 24]), None, "cannot be"),
+    "axis": (lambda a: a["tensors"][KEY].update(axis=2), None, "axis 2 of a tensor"),
+    "other axis": (lambda a: a["tensors"][KEY].update(axis=1, shape=[48, 24]), None, "which does not fit"),
+    "lacks before": (None, lambda t: t.pop(f"before/{KEY}"), "it lacks 'before/"),
+    "lacks after": (None, lambda t: t.pop(f"after/{KEY}"), "does not hold what .* becomes"),
+    "lacks positions": (None, lambda t: t.pop(f"positions/{KEY}"), "it lacks 'positions/"),
+    "more": (None, lambda t: t.update(more=np.ones(1)), "holds 'more', which its header does not name"),
+    "out of range": (None, lambda t: t[f"positions/{KEY}"].__setitem__(-1, 48), "not among its 48"),
+    "negative": (None, lambda t: t[f"positions/{KEY}"].__setitem__(0, -1), "not among its 48"),
+    "twice": (None, lambda t: t[f"positions/{KEY}"].__setitem__(0, 9), "not among its 48"),
+    "shapes": (None, lambda t: t.update({f"after/{KEY}": np.ones((8, 25), np.float32)}), "which does not fit"),
+    "integers": (None, lambda t: t.update({f"after/{KEY}": np.ones((8, 24), np.int32)}), "is I32 of shape"),
+    "not finite": (None, lambda t: t[f"after/{KEY}"].__setitem__((0, 0), np.nan), "holds NaN or infinity"),
+    "another's rows": (None, lambda t: t[f"positions/{KEY}"].__isub__(8), "own other rows or columns"),
+    "no component of it": (lambda a: a.update(components=["L0.kv_group.1"]), None, "own nothing of"),
+    "no name": (lambda a: a.update(components=["../x"]), None, "not a component name"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_patches_are_refused_in_one_line(one, tmp_path, case):
+    hf_pair, _, patch = one
+    edit_json, edit_tensors, says = HOSTILE[case]
+    nothing = lambda _: None  # noqa: E731
+    rewrite_patch(patch.where, tmp_path / "h.safetensors", edit_json or nothing, edit_tensors or nothing)
+    with pytest.raises((PatchError, CheckpointError), match=says) as refused:
+        apply_patches(open_model(hf_pair.base.folder), [load_patch(tmp_path / "h.safetensors")], tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["h.safetensors"]
+
+
+def test_files_that_are_no_patches(one, tmp_path):
+    hf_pair, _, patch = one
+    (tmp_path / "cut").write_bytes(Path(patch.where).read_bytes()[:-9])
+    (tmp_path / "text").write_text("x")
+    nested = json.dumps({"__metadata__": {"wpjax_patch": "[" * 100_000}}).encode()
+    (tmp_path / "deep").write_bytes(len(nested).to_bytes(8, "little") + nested)
+    weights = hf_pair.base.folder / "model.safetensors"
+    for path, says in (
+        (tmp_path / "nowhere", "no patch file that can be read"),
+        (tmp_path, "no patch file that can be read"),
+        (tmp_path / "cut", "no patch file that can be read"),
+        (tmp_path / "text", "no patch file that can be read"),
+        (tmp_path / "deep", "a damaged patch"),
+        (weights, "a safetensors file, but not a patch"),
+    ):
+        with pytest.raises(PatchError, match=says):
+            load_patch(path)
+
+
+def test_what_cannot_be_saved_as_a_patch(one, tmp_path):
+    _, pair, _ = one
+    base = dataclasses.replace(pair, base=jax.tree.map(lambda leaf: 2 * leaf, pair.base))
+    same = dataclasses.replace(pair, expert=pair.base)
+    for case, names, options, says in (
+        (pair, [], {}, "needs components"),
+        (base, ["L0.mlp"], {}, "in memory is not that of"),
+        (same, ["L0.mlp"], {}, "nothing to patch"),
+        (pair, ["L0.mlp"], {"encoding": Encoding(rank=0)}, "rank=0"),
+        (pair, ["L0.mlp"], {"encoding": Encoding(tolerance=1.0)}, "tolerance=1"),
+        (pair, ["L0.mlp"], {"encoding": Encoding(rank=1, int8=True)}, "two ways"),
+    ):
+        with pytest.raises(PatchError, match=says):
+            save_patch(tmp_path / "p.safetensors", case, names, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_patch_of_an_adapter_and_its_knock_out(tmp_path):
+    """The expert is a LoRA over a base in bfloat16: its files are read over the base's, in both directions."""
+    folder = tmp_path / "base"
+    random_model("llama-gqa3").to(torch.bfloat16).save_pretrained(folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(torch_of(folder, dtype=torch.float32), config)
+    wrapped.save_pretrained(tmp_path / "lora")
+    base = load_checkpoint(str(folder))
+    expert = load_checkpoint(str(tmp_path / "lora"), base=base)
+    pair = Pair(base.cfg, base.params, expert.params, None, base, expert)
+    patch = save_patch(tmp_path / "p.safetensors", pair, ["L1"])
+    assert set(patch.slices) == {f"model.layers.1.{m}.weight" for m in ("self_attn.q_proj", "mlp.down_proj")}
+    stored = open_model(folder)
+    apply_patches(stored, [patch], tmp_path / "wide", dtype="float32")
+    merged = wrapped.merge_and_unload().state_dict()
+    found = torch_of(tmp_path / "wide").state_dict()
+    for name in patch.slices:
+        torch.testing.assert_close(found[name], merged[name])
+    # The change is of rank 2, and PEFT gets no more.
+    made = export_lora(stored, [patch], tmp_path / "again")
+    assert set(made.ranks.values()) == {2}
+    adapted = open_model(tmp_path / "lora", base=stored)
+    reverse = save_patch(tmp_path / "k.safetensors", pair, ["L1"], knockout=True)
+    apply_patches(adapted, [reverse], tmp_path / "knocked")
+    remove_patch(adapted, patch, tmp_path / "removed", base=stored)
+    assert_same_bytes(tmp_path / "knocked", tmp_path / "removed")
+    original, left = weights_of(folder), weights_of(tmp_path / "removed")
+    changed = {name for name, tensor in left.items() if tensor.tobytes() != original[name].tobytes()}
+    assert changed == {f"model.layers.{i}.{m}.weight" for i in (0, 2) for m in ("self_attn.q_proj", "mlp.down_proj")}
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def wpjax(*arguments):
+        monkeypatch.setattr(sys, "argv", ["wpjax", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return left.value.code, captured.out, captured.err
+
+    pair = load_pair("tiny:base", "tiny:expert")
+    save_patch("p.safetensors", pair, ["L2.head.0", "L4.mlp"], behaviour="title", measured={"recovery": 0.5})
+    save_patch("q.safetensors", pair, ["L2.head.0"])
+    both = ["--patch", "p.safetensors", "--patch", "q.safetensors"]
+    code, out, err = wpjax("apply", "--base", "tiny:base", *both, "--out", "x")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "p.safetensors and q.safetensors both bring L2.head.0;" in err
+    code, out, err = wpjax(
+        "apply", "--base", "tiny:base", *both, "--on-conflict", "sum", "--scale", "1,0.5", "--out", "x"
+    )
+    assert (code, "2 patches" in out, "wrote x: tiny:base with 3 components" in out) == (0, False, True), err
+    code, out, err = wpjax("apply", "--base", "tiny:base", *both[:2], "--out", "patched", "--json")
+    assert (code, json.loads(out)["rest_is_the_hosts"]) == (0, True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("patched")
+    assert tokenizer.chat_template
+    code, out, err = wpjax("apply", "--base", "patched", *both[:2], "--undo", "--out", "restored")
+    assert (code, open_model("restored").fingerprint()) == (0, open_model("tiny:base").fingerprint())
+    code, out, err = wpjax("apply", "--base", "patched", *both[:2], "--out", "y")
+    assert (code, "already; to take it out, pass --undo" in err) == (2, True)
+    code, out, err = wpjax("remove", "--expert", "tiny:expert", "--patch", "p.safetensors", "--out", "without")
+    assert (code, "wrote without: tiny:expert with 2 components" in out) == (0, True), err
+    code, out, err = wpjax("apply", "--base", "tiny:base", *both[:2], "--as", "lora", "--rank", "4", "--out", "lora")
+    assert (code, bool(re.search(r"LoRA of 5 modules, rank 4 to 4; relative error 0\.\d", out))) == (0, True), err
+    code, out, err = wpjax("apply", "--base", "tiny:base", *both[:2], "--as", "mask", "--out", "m.safetensors")
+    assert (code, "2 components own, in 5 tensors" in out) == (0, True), err
+    code, out, err = wpjax("show", "p.safetensors")
+    assert code == 0
+    assert "Patch: 1 head, 1 mlp of tiny:expert, for tiny:base (" in out
+    assert "Components: L2.head.0, L4.mlp" in out
+    assert json.loads(wpjax("show", "p.safetensors", "--json")[1])["measured"] == {"recovery": 0.5}
+    left = sorted(tmp_path.iterdir())
+    for arguments, says in (
+        (["--scale", "x"], "give numbers"),
+        (["--scale", "1,2"], "2 scales for 1 patches"),
+        (["--scale", "nan"], "scale nan"),
+        (["--rank", "4"], "--rank and --tolerance are for --as lora"),
+        (["--as", "mask", "--undo"], "--undo and --dtype are for a model"),
+    ):
+        code, _, err = wpjax("apply", "--base", "tiny:base", *both[:2], *arguments, "--out", "z")
+        assert (code, err.count("\n"), says in err) == (2, 1, True), err
+    code, _, err = wpjax("show", "p.safetensors", "--csv")
+    assert (code, "is a patch: --by" in err) == (2, True)
+    assert sorted(tmp_path.iterdir()) == left

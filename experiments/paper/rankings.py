@@ -37,6 +37,9 @@ from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.stats import resample
 
+METRICS = ("response", "decision", "kl")
+"""Metrics that read an answer, and that are compared here."""
+
 PAIRED = (
     ("anchor, linearised", "decision, integrated"),
     ("anchor, linearised", "decision, linearised"),
@@ -50,7 +53,7 @@ N_RANDOM = 2
 SETTINGS = ("base", "expert", "n_prompts", "n_validated", "max_new_tokens", "dtype")
 """Of a config, what rankings depend on."""
 NAMES = (
-    *(f"{name}, linearised" for name in ("anchor", *answer_metrics())),
+    *(f"{name}, linearised" for name in ("anchor", *METRICS)),
     *(f"{name}, {estimator}" for name in ("anchor", "decision") for estimator in ESTIMATORS[1:]),
     *(" + ".join(names) for names in PAIRED),
     "norm of the change",
@@ -91,7 +94,7 @@ def run_task(
     anchor.check_belongs(pair)
     batch = task.encode(pair.tokenizer, "sweep", int(config["n_prompts"]))
     metrics = {"anchor": anchor.metric(pair, batch)}
-    metrics |= {name: make(pair, batch, new_tokens) for name, make in answer_metrics().items()}
+    metrics |= {name: make(pair, batch, new_tokens) for name, make in answer_metrics().items() if name in METRICS}
     components = enumerate_components(pair.cfg, FINE)
     sizes = np.array([n_parameters(pair.cfg, c) for c in components])
     budgets = np.geomspace(0.003, 0.6, points) * sizes.sum()

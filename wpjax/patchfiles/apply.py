@@ -9,8 +9,10 @@ from typing import Literal
 
 import numpy as np
 
+from wpjax.checkpoints.convert import tensor_name
 from wpjax.checkpoints.rewrite import StoredModel, TensorDigest, check_rewrite, rewrite_folder
 from wpjax.errors import PatchError
+from wpjax.models.config import ModelConfig
 from wpjax.patchfiles.card import model_card
 from wpjax.patchfiles.delta import widened
 from wpjax.patchfiles.patch import Patch
@@ -194,7 +196,8 @@ def check_model(model: StoredModel, put: Stack, undo: bool = False, progress: Pr
     other: list[str] = []
     for i, name in enumerate(put.names):
         progress("comparing", i, len(put.names))
-        tensor = _fitting(model, next(patch for patch in put.patches if name in patch.slices), name)
+        fitting = [_fitting(model, patch, name) for patch in put.patches if name in patch.slices]
+        tensor = fitting.pop()
         values = put.values(name)
         found = values.slices.of(tensor)
         with np.errstate(over="ignore"):
@@ -224,24 +227,30 @@ def check_model(model: StoredModel, put: Stack, undo: bool = False, progress: Pr
 
 
 def _fitting(model: StoredModel, patch: Patch, name: str) -> np.ndarray:
-    """A tensor of a model, of the shape that a patch says it has. Of a vocabulary, rows may be there that it lacks.
+    """A tensor of a model, of the shape that a patch says it has. Vocabularies may have more rows, or fewer.
 
     Raises:
         PatchError: it is missing, or of another shape.
     """
-    shape, axis = patch.shapes[name], patch.slices[name].axis
+    shape, last = patch.shapes[name], int(patch.slices[name].positions[-1])
     if name not in model.names:
         raise PatchError(f"{model.source} has no tensor {name}; {patch.where} is for {patch.info.into}")
     tensor = model.read(name)
-    if (
-        len(tensor.shape) != len(shape)
-        or any(n != m for i, (n, m) in enumerate(zip(tensor.shape, shape, strict=True)) if i != axis)
-        or tensor.shape[axis] <= patch.slices[name].positions[-1]
-    ):
+    grown = tensor.shape[1:] == shape[1:] and last < len(tensor) and name in vocabulary_tensors(model.cfg)
+    if tensor.shape != shape and not grown:
         raise PatchError(
             f"{model.source}: {name} has shape {tensor.shape}, and {patch.where} is for a model where it has {shape}"
         )
     return tensor
+
+
+def vocabulary_tensors(cfg: ModelConfig) -> set[str]:
+    """Full HF names of the tensors that have a row for each token.
+
+    >>> sorted(vocabulary_tensors(ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64)))
+    ['lm_head.weight', 'model.embed_tokens.weight']
+    """
+    return {tensor_name(cfg, leaf) for leaf in (["embed/W_E"] if cfg.tied else ["embed/W_E", "unembed/W_U"])}
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:

@@ -97,14 +97,14 @@ def described(info: PatchInfo) -> list[str]:
         lines.append(f"Behaviour: `{one_line(info.behaviour)}`")
     if info.ranked_by:
         lines.append(f"Chosen by: `{one_line(info.ranked_by)}`")
-    told = [f"Measured, {one_line(name)}: {one_line(value)}" for name, value in figures(info.measured)]
+    told = [f"Measured, `{one_line(name)}`: `{one_line(value)}`" for name, value in figures(info.measured)]
     lines += told[:N_MEASURED]
     if len(told) > N_MEASURED:
         lines.append(f"and {len(told) - N_MEASURED:,} more figures, in the patch file")
     if info.encoding != "exact":
-        lines.append(f"Stored as {one_line(info.encoding)}; relative error {info.error:.2g}")
+        lines.append(f"Stored as `{one_line(info.encoding)}`; relative error {info.error:.2g}")
     if info.date:
-        lines.append(f"Patch made by wpjax {one_line(info.wpjax_version)}, {one_line(info.date)}")
+        lines.append(f"Patch made by `wpjax {one_line(info.wpjax_version)}`, `{one_line(info.date)}`")
     return lines
 
 

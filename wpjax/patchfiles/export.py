@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wpjax.checkpoints.convert import tensor_shapes
+from wpjax.checkpoints.convert import tensor_name, tensor_shapes
 from wpjax.checkpoints.folder import ADAPTER
 from wpjax.checkpoints.rewrite import StoredModel
 from wpjax.checkpoints.text_tower import text_config
 from wpjax.checkpoints.weights import SafetensorsWriter
 from wpjax.errors import PatchError
 from wpjax.models.families import FAMILIES
-from wpjax.patchfiles.apply import Progress, check_model
+from wpjax.patchfiles.apply import Progress, check_model, vocabulary_tensors
 from wpjax.patchfiles.card import model_card
 from wpjax.patchfiles.delta import truncated, widened
 from wpjax.patchfiles.names import public_name
@@ -155,7 +155,7 @@ def _module(model: StoredModel, name: str) -> tuple[str, str]:
         PatchError: it is an embedding that the model ties.
     """
     module, _, parameter = name.rpartition(".")
-    if model.cfg.tied and _is_embedding(name):
+    if model.cfg.tied and name in vocabulary_tensors(model.cfg):
         raise PatchError(
             f"{model.source} ties embed and unembed, and PEFT would change one of them alone; leave the component "
             "embed out, or write a model"
@@ -163,14 +163,10 @@ def _module(model: StoredModel, name: str) -> tuple[str, str]:
     return "lm_head" if module == "embed_out" else module, parameter
 
 
-def _is_embedding(name: str) -> bool:
-    return name.endswith(("embed_tokens.weight", "embed_in.weight", "wte.weight"))
-
-
 def _is_matrix(model: StoredModel, name: str) -> bool:
     """Whether a tensor is the matrix of a linear map, not a table of vectors, a norm or a bias."""
-    table = _is_embedding(name) or name.endswith("wpe.weight")
-    return not table and len(tensor_shapes(model.cfg).get(name, ())) == 2
+    tables = (tensor_name(model.cfg, "embed/W_E"), "transformer.wpe.weight")
+    return name not in tables and len(tensor_shapes(model.cfg).get(name, ())) == 2
 
 
 def _factors(

@@ -303,7 +303,7 @@ def save_patch(
     absent = [name for name in slices if name not in stored.names]
     if absent:
         raise PatchError(
-            f"{into.source} has no tensor {absent[0]} of its own, as it ties embed and unembed; leave both"
+            f"{into.source} ties embed and unembed, and {origin.source} does not; leave embed and unembed out"
         )
     mask = PatchMask.of(pair.cfg, names)
     n_owned = sum(n_parameters(pair.cfg, component) for component in components_of(pair.cfg, mask))

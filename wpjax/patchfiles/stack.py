@@ -88,11 +88,13 @@ class Stack:
             check_fits(patch, self.cfg)
         found = self.conflicts
         if found and self.on_conflict == "error":
-            named = "; ".join(f"{c.component} ({c.one} and {c.other})" for c in found[:MOST_NAMED])
-            more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
+            files: dict[tuple[str, str], list[str]] = {}
+            for conflict in found:
+                files.setdefault((conflict.one, conflict.other), []).append(conflict.component)
+            said = "; ".join(f"{one} and {other} both bring {_first(names)}" for (one, other), names in files.items())
             raise PatchError(
-                f"two patches bring the same {'component' if len(found) == 1 else 'components'}: {named}{more}; pass "
-                "--on-conflict sum to add their changes up, or --on-conflict first to let the first patch win"
+                f"{said}; pass --on-conflict sum to add their changes up, or --on-conflict first to let the first "
+                "patch win"
             )
 
     @property
@@ -151,6 +153,12 @@ class Stack:
             before = patch.before(name)
             after = patch.after(name) if scale == 1 else widened(before) + np.float32(scale) * patch.delta(name)
             yield Values(patch.slices[name], before, after), scale, patch
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def _along(slices: Slices, axis: int, shape: tuple[int, ...]) -> Slices:

@@ -1,0 +1,1 @@
+"""Which ranking finds the smallest set of components that carries the behaviour?"""

@@ -1,0 +1,288 @@
+"""Which ranking's best few per cent of the parameters carry the behaviour?
+
+    python -m experiments.sets.compare --base work/smollm2/base --expert work/smollm2/lora_quotation \
+        --behaviour quotation --out experiments/sets/lora_quotation.json
+
+Heads, KV groups and neurons of all layers are ranked on "sweep" prompts. The best ones by each ranking, up to a few
+shares of their parameters, are put into the base together, and the strict checker judges its answers to "test" prompts.
+`--learned r.nc` adds the ranking of a result to which `wpjax relax` was applied. Rankings that the file has already are
+kept, so that a run that was stopped goes on.
+
+Every ranking is by score for each parameter, unless it says otherwise. Intervals resample queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from experiments.records import made, table, write
+from wpjax.behaviours import PromptBatch, behaviour
+from wpjax.components import Component, enumerate_components
+from wpjax.estimators.screens import integrated_gradients, output_linearised
+from wpjax.estimators.secant import secant_adjoint
+from wpjax.estimators.sets import set_metrics
+from wpjax.estimators.sweep import DEFAULT_KINDS
+from wpjax.evaluation.judge import Judge
+from wpjax.metrics.answers import kl_metric, response_metric
+from wpjax.metrics.metric import Metric, scores
+from wpjax.models.decoder import Params
+from wpjax.pairs import Pair, load_pair
+from wpjax.patching import materialize
+from wpjax.relax.gates import Gates
+from wpjax.results.sweep_result import SweepResult
+from wpjax.stats import Resamples, resample
+
+SHARES = (0.005, 0.01, 0.02, 0.05)
+"""Parts of the parameters of all heads, KV groups and neurons."""
+
+GOALS = (0.5, 0.8, 0.9)
+"""Parts of the expert's pass rate; the smallest share that reaches each is looked for."""
+
+N_RANDOM = 2
+
+
+class Rankings:
+    """The rankings of one pair, each made when it is asked for.
+
+    Attributes:
+        components: the C components.
+        gates: their gates.
+    """
+
+    def __init__(self, pair: Pair, batch: PromptBatch, max_new_tokens: int, learned: Path | None):
+        self.pair, self.learned = pair, learned
+        self.components = enumerate_components(pair.cfg, DEFAULT_KINDS)
+        self.gates = Gates.of(pair.cfg, self.components)
+        self.share = np.asarray(self.gates.share, np.float64)
+        decision, partings = set_metrics(pair, batch, max_new_tokens)
+        kl, response = (make(pair, batch, max_new_tokens) for make in (kl_metric, response_metric))
+        self.metrics: dict[str, Metric] = {
+            "decision": decision, "partings": partings, "kl": kl, "response": response,
+        }  # fmt: skip
+        self._known: dict[tuple[str, str], Float[np.ndarray, "C B"]] = {}
+
+    def shares(self, name: str, estimator: Callable[..., Any], **options: Any) -> Float[np.ndarray, "C B"]:
+        """What an estimator gives each component on each prompt, as shares of the metric's mean gap."""
+        metric, key = self.metrics[name], (name, f"{estimator.__name__} {options}")
+        if key not in self._known:
+            models = self.pair.base, self.pair.expert
+            base, expert = (scores(self.pair.cfg, params, metric).mean() for params in models)
+            found = estimator(self.pair.cfg, *models, self.components, metric, **options)
+            self._known[key] = found / (expert - base)
+        return self._known[key]
+
+    def set_score(self) -> Float[np.ndarray, "C B"]:
+        """The mean of the shares of both metrics of the set score."""
+        return (self.shares("decision", secant_adjoint) + self.shares("partings", secant_adjoint)) / 2
+
+    def again_and_again(self) -> Float[np.ndarray, "C 1"]:
+        """The set score, made anew each time that the patched set is twice as large, of what is left in that host."""
+        scored, is_open, place = np.zeros(len(self.components)), np.zeros(len(self.components), bool), 1.0
+        for share in (0.0025, *SHARES, 1.0):
+            host = self.patched(is_open)
+            change = np.mean([self._left(host, self.metrics[name]) for name in ("decision", "partings")], axis=0)
+            density = np.where(is_open, -np.inf, change / self.share)
+            order = np.argsort(-density, kind="stable")
+            new = order[np.cumsum(self.share[order]) <= share - self.share[is_open].sum() + 1e-9]
+            new = new[~is_open[new]]
+            scored[new] = place - np.arange(len(new)) / (len(new) + 1)  # those of this round above all later ones
+            is_open[new], place = True, place - 1
+        return (scored * self.share)[:, None]  # as the others: it is divided by the share of the parameters
+
+    def _left(self, host: Params, metric: Metric) -> Float[np.ndarray, " C"]:
+        base, expert = (scores(self.pair.cfg, params, metric).mean() for params in (self.pair.base, self.pair.expert))
+        return secant_adjoint(self.pair.cfg, host, self.pair.expert, self.components, metric).mean(1) / (expert - base)
+
+    def patched(self, is_open: Bool[np.ndarray, " C"]) -> Params:
+        """The base with some components of the expert."""
+        mask = self.gates.mask(jnp.asarray(is_open, jnp.float32)).threshold(0.5)
+        return materialize(self.pair.base, self.pair.expert, mask)
+
+    def best(self, score: Float[np.ndarray, " C"], share: float) -> Bool[np.ndarray, " C"]:
+        """The best components within a share of the parameters."""
+        largest: Array = self.gates.largest(jnp.asarray(score, jnp.float32), share)
+        return np.asarray(largest) > 0.5
+
+    def all(self) -> dict[str, Callable[[], Float[np.ndarray, "C _"]]]:
+        """Name -> function that makes the numbers, prompt by prompt where they are; in the order of the table."""
+        size, rng = self.share[:, None], np.random.default_rng(0)
+        norms = self.pair.delta_norms(self.components)[:, None]
+        rankings: dict[str, Callable[[], Float[np.ndarray, "C _"]]] = {
+            "set score": self.set_score,
+            "set score, made anew as the set grows": self.again_and_again,
+            "decision, secant": lambda: self.shares("decision", secant_adjoint),
+            "partings, secant": lambda: self.shares("partings", secant_adjoint),
+            "decision, linearised": lambda: self.shares("decision", output_linearised),
+            "decision, integrated": lambda: self.shares("decision", integrated_gradients),
+            "kl, secant": lambda: self.shares("kl", secant_adjoint),
+            "response, secant": lambda: self.shares("response", secant_adjoint),
+            "set score, not for each parameter": lambda: self.set_score() * size,
+            "activation patching (decision, linearised)": lambda: self.shares(
+                "decision", output_linearised, inputs="donor"
+            ),
+            "norm of the change": lambda: norms * np.sqrt(size),  # the root mean square, when divided by the size
+            **{f"random {i + 1}": lambda: rng.standard_normal(size.shape) * size for i in range(N_RANDOM)},
+        }
+        if self.learned is not None:
+            rankings["learned"] = lambda: _learned(self.learned, self.components) * size  # type: ignore[arg-type]
+        return rankings
+
+
+def _learned(path: Path, components: list[Component]) -> Float[np.ndarray, "C 1"]:
+    result = SweepResult.from_netcdf(path)
+    score = dict(
+        zip(result.dataset["name"].values.astype(str).tolist(), result.values("learned").tolist(), strict=True)
+    )
+    return np.array([[score[c.name]] for c in components])
+
+
+def jaccard(rankings: Rankings, by_prompt: Float[np.ndarray, "C B"], share: float) -> float:
+    """Overlap of the best sets by two halves of the prompts: what both have, of what either has."""
+    one, other = (rankings.best(by_prompt[:, half::2].mean(1) / rankings.share, share) for half in (0, 1))
+    return float((one & other).sum() / max((one | other).sum(), 1))
+
+
+def measure(
+    pair: Pair, name: str, n_prompts: int, n_judged: int, max_new_tokens: int, learned: Path | None, out: Path
+) -> dict[str, Any]:
+    """Every ranking's sets, judged; the file is written after each ranking."""
+    task = behaviour(name)
+    rankings = Rankings(pair, task.encode(pair.tokenizer, "sweep", n_prompts), max_new_tokens, learned)
+    batch = task.encode(pair.tokenizer, "test", n_judged)
+    judge = Judge(pair, task, batch, max_new_tokens)
+
+    def passes(params: Params) -> list[int]:
+        return judge.passes(judge.answers(params)).astype(int).tolist()
+
+    report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {
+        "what": "answers that pass the strict checker, prompt by prompt, of the base with the best components by each "
+        "ranking, for shares of the parameters of all heads, KV groups and neurons",
+        "behaviour": name,
+        "n_prompts": n_prompts,
+        "max_new_tokens": max_new_tokens,
+        "dtype": "float32",
+        "shares": SHARES,
+        "n_components": len(rankings.components),
+        "queries": batch.queries.tolist(),
+        "base": passes(pair.base),
+        "expert": passes(pair.expert),
+        "rankings": {},
+        **made(),
+    }  # fmt: skip
+    for ranking, make in rankings.all().items():
+        if ranking in report["rankings"]:
+            continue
+        started = time.perf_counter()
+        values = make()
+        row: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1)}
+        sets = [rankings.best(values.mean(1) / rankings.share, share) for share in SHARES]
+        row["n_components"] = [int(chosen.sum()) for chosen in sets]
+        row["passes"] = [passes(rankings.patched(chosen)) for chosen in sets]
+        if values.shape[1] > 1:
+            row["jaccard"] = {str(share): round(jaccard(rankings, values, share), 3) for share in (0.01, 0.05)}
+        report["rankings"][ranking] = row
+        print(ranking, [f"{np.mean(p):.3f}" for p in row["passes"]], flush=True)
+        write(out, report)
+    return report
+
+
+def smallest(rates: Float[np.ndarray, "S N"], shares: tuple[float, ...], goal: Float[np.ndarray, " N"]) -> np.ndarray:
+    """The smallest share at which a curve reaches a goal, between two sizes by the logarithm; infinite if none does.
+
+    Args:
+        rates: [S, N], pass rates at S shares, N resamples of them.
+        shares: the S shares.
+        goal: [N], what is to be reached.
+    """
+    x, found = np.log(shares), np.full(rates.shape[1], np.inf)
+    for n, curve in enumerate(rates.T):
+        reached = np.flatnonzero(curve >= goal[n] - 1e-9)
+        if reached.size:
+            k = reached[0]
+            part = 0.0 if k == 0 else (goal[n] - curve[k - 1]) / (curve[k] - curve[k - 1])
+            found[n] = np.exp(x[k] if k == 0 else x[k - 1] + part * (x[k] - x[k - 1]))
+    return found
+
+
+def figures(report: dict[str, Any], row: dict[str, Any]) -> dict[str, list[float]]:
+    """Of one ranking: each figure with the ends of its 95 % interval over queries."""
+    resamples: Resamples = resample(np.array(report["queries"]), seed=0)
+    weights = np.vstack([np.ones((1, len(report["queries"]))), resamples.weights])
+    weights = weights / weights.sum(1, keepdims=True)
+    rates = np.array(row["passes"]) @ weights.T  # [share, all prompts and then resamples]
+    expert = np.array(report["expert"]) @ weights.T
+    low, high = resamples.tails(0.95)
+
+    def with_ends(values: Float[np.ndarray, " N"]) -> list[float]:
+        # Without interpolation, as a share that is never reached is infinite.
+        return [float(values[0]), *(float(np.percentile(values[1:], q, method="nearest")) for q in (low, high))]
+
+    x = np.log(report["shares"])
+    found = {f"at {share:g}": with_ends(rates[i] / expert) for i, share in enumerate(report["shares"])}
+    found["area"] = with_ends(np.trapezoid(rates, x, axis=0) / (x[-1] - x[0]) / expert)
+    for goal in GOALS:
+        found[f"reaches {goal:g}"] = with_ends(smallest(rates, tuple(report["shares"]), goal * expert))
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of one pair: parts of the expert's pass rate, and the smallest sets."""
+
+    def part(values: list[float]) -> str:
+        return f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
+
+    def size(values: list[float]) -> str:
+        if values[0] == np.inf:
+            return f"> {report['shares'][-1]:.0%}"
+        return f"{values[0]:.1%} [{values[1]:.1%}, {'–' if values[2] == np.inf else f'{values[2]:.1%}'}]"
+
+    rows = []
+    for name, row in report["rankings"].items():
+        found, stable = figures(report, row), row.get("jaccard", {})
+        rows.append(
+            [
+                name,
+                *(part(found[f"at {share:g}"]) for share in report["shares"]),
+                part(found["area"]),
+                *(size(found[f"reaches {goal:g}"]) for goal in GOALS),
+                *(f"{stable[key]:.2f}" if key in stable else "" for key in ("0.01", "0.05")),
+            ]
+        )
+    columns = [
+        "ranking", *(f"{share:.1%}" for share in report["shares"]), "area", *(f"{g:.0%} reached at" for g in GOALS),
+        "halves agree, 1%", "5%",
+    ]  # fmt: skip
+    about = (
+        f"{report['behaviour']}: of {len(report['queries'])} prompts the base passes {np.mean(report['base']):.2f}, "
+        f"the expert {np.mean(report['expert']):.2f}; {report['device']}, {report['dtype']}, {report['date']}."
+    )
+    return f"{about}\n\n{table(columns, rows)}"
+
+
+def main() -> None:
+    """Compare the rankings of one pair."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--base", "--expert", "--behaviour"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--n-prompts", type=int, default=32)
+    parser.add_argument("--n-judged", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--learned", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    pair = load_pair(a.base, a.expert)
+    report = measure(pair, a.behaviour, a.n_prompts, a.n_judged, a.max_new_tokens, a.learned, a.out)
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
