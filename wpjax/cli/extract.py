@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,7 +147,9 @@ def run(
 
     import wpjax
     from wpjax.cli.console import progress_bars
+    from wpjax.cli.words import printable
     from wpjax.patchfiles import save_patch
+    from wpjax.results.verdict import as_argument
 
     task, more = behaviour_of(result, asked, checker is not None), [other_behaviour(name) for name in others or ()]
     for one in (task, *more):
@@ -211,6 +214,18 @@ def run(
         )
         shards.discard()
     print_extraction(found, out, as_json)
+    if not as_json:
+        command = [
+            "wpjax",
+            "apply",
+            "--base",
+            asked.base,
+            "--patch",
+            as_argument(out),
+            "--out",
+            as_argument(out.with_suffix("")),
+        ]
+        print(f"\nwrote {out}\nnext: {printable(shlex.join(command))}")
 
 
 def read_text(path: Path) -> str:
@@ -319,7 +334,6 @@ def print_extraction(found: Extraction, out: Path, as_json: bool) -> None:
         [row(model) for model in found.passes],
     )
     print(f"\n{printable(found.summary)}")
-    print(f"\nwrote {out}")
 
 
 def _number(value: float) -> str:
