@@ -33,9 +33,9 @@ def run(
 ) -> None:
     """Print a result: a sweep's ranking, verdict and answers to read; a validation's curves; what a patch holds."""
     from wpjax.errors import WpjaxError
-    from wpjax.patchfiles.patch import is_patch, load_patch
+    from wpjax.patchfiles.patch import is_safetensors, load_patch
 
-    if is_patch(result):
+    if is_safetensors(result):
         if by is not None or kinds is not None or as_csv:
             raise WpjaxError(f"{result} is a patch: --by, --kinds and --csv are for the result of a sweep")
         print_patch(load_patch(result), top or 20, as_json)

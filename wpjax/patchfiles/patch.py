@@ -240,9 +240,22 @@ def load_patch(path: str | Path) -> Patch:
     return Patch(path)
 
 
-def is_patch(path: str | Path) -> bool:
-    """Whether a file is a patch, by its name: patches are safetensors files."""
-    return Path(path).suffix == ".safetensors"
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file is in the format of patches: by its name, or by how it begins.
+
+    >>> is_safetensors("caps.safetensors"), is_safetensors("caps.nc")
+    (True, False)
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return True
+    if not path.is_file():  # reading a pipe may never end
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"  # after eight bytes, the length of the header, comes JSON
+    except OSError:
+        return False
 
 
 def save_patch(
