@@ -41,6 +41,7 @@ TABLES = [
     ("bench", "shape", "markdown", "shape.tiny.json"),
     ("bench", "shape", "markdown", "shape.smollm2-135m.json"),
     ("bench", "startup", "markdown", "startup.json"),
+    ("bench", "merging", "markdown", "merging.json"),
 ]
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tests.tiny import GEMMA3_ROPE, LLAMA, LLAMA_TIED, NO_HEAD_DIM
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.checkpoints.hf_config import parse_config
+from wpjax.checkpoints.rewrite import rewrite_folder
 from wpjax.checkpoints.text_tower import text_config
 from wpjax.errors import ConfigError
 from wpjax.models.decoder import forward
@@ -203,6 +204,12 @@ def test_the_text_tower_of_a_model_of_images_and_text(model_type, tmp_path):
     text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", attn_implementation="eager")
     with torch.no_grad():
         np.testing.assert_allclose(text(torch.tensor(TOKENS)).logits.numpy(), expected, atol=1e-4, rtol=1e-4)
+    # Rewritten, it is the whole model still, and the tower's tensors are known by the names of its family.
+    rewrite_folder(tmp_path / "whole", tmp_path / "out", lambda name, w: 2 * w if name == "model.norm.weight" else w)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "out"))
+    changed = [name for name in before if before[name].tobytes() != after[name].tobytes()]
+    assert (len(changed), changed[0].endswith(".norm.weight"), before.keys()) == (1, True, after.keys())
+    transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
 
 
 def test_names_and_configurations_of_both_ways_of_saving_are_read(tmp_path):

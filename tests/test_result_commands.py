@@ -6,6 +6,7 @@ import json
 import re
 import sys
 
+import chex
 import numpy as np
 import pytest
 import torch
@@ -18,9 +19,11 @@ from tests.tiny import patched_torch
 from wpjax import cli
 from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import load_checkpoint
+from wpjax.checkpoints.rewrite import open_model
 from wpjax.components import parse_component
 from wpjax.errors import WpjaxError
-from wpjax.evaluation.export import choose, export, joint_effect, model_card, public_name
+from wpjax.evaluation.export import choose, export, joint_effect, patch_path
+from wpjax.patchfiles import apply_patches, load_patch
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.comparison import compare
 from wpjax.results.curves import Curves
@@ -289,22 +292,20 @@ def ends_of(pair):
     return {**fingerprints, "base": pair.base_checkpoint.source, "expert": pair.expert_checkpoint.source}
 
 
-def test_the_names_in_the_folder_undo_the_patch(one_pair, tmp_path):
-    """The patched model, the base and patch.json give the base back, and the knock-out likewise the expert."""
+def test_the_patch_beside_the_folder_undoes_it(one_pair, tmp_path):
+    """The patch undoes what it did to the base, and the knock-out what it did to the expert."""
     pair = one_pair
     result = sweep_by_hand([0.5, 0.1], kinds=["head", "mlp"], names=["L1.head.1", "L0.mlp"], **ends_of(pair))
-    for knockout, host in ((False, pair.base), (True, pair.expert)):
+    for knockout, (host, donor) in ((False, (pair.base, pair.expert)), (True, (pair.expert, pair.base))):
         out = tmp_path / f"out-{knockout}"
         export(pair, result, choose(result, 2), out, knockout=knockout)
-        patch = json.loads((out / "patch.json").read_text())
-        assert patch["components"] == ["L1.head.1", "L0.mlp"]
-        assert (patch["into"], patch["from"]) == (("expert", "base") if knockout else ("base", "expert"))
-        patched = load_checkpoint(out).params
-        back = materialize(patched, host, PatchMask.of(pair.cfg, patch["components"]))
-        for path in ("attn/W_Q", "attn/W_O", "mlp/W_in"):
-            part, leaf = path.split("/")
-            np.testing.assert_array_equal(back["blocks"][part][leaf], host["blocks"][part][leaf])
-            assert (patched["blocks"][part][leaf] != host["blocks"][part][leaf]).any()
+        patch = load_patch(patch_path(out))
+        assert patch.info.components == ("L1.head.1", "L0.mlp")
+        assert (patch.info.into, patch.info.origin) == (("expert", "base") if knockout else ("base", "expert"))
+        expected = materialize(host, donor, PatchMask.of(pair.cfg, patch.info.components))
+        chex.assert_trees_all_equal(load_checkpoint(out).params, expected)
+        apply_patches(open_model(out), [patch], tmp_path / f"back-{knockout}", undo=True)
+        chex.assert_trees_all_equal(load_checkpoint(tmp_path / f"back-{knockout}").params, host)
     with pytest.raises(WpjaxError, match="the result is of the pair"):
         export(pair, sweep_by_hand([0.5]), [], tmp_path / "x")
 
@@ -312,9 +313,9 @@ def test_the_names_in_the_folder_undo_the_patch(one_pair, tmp_path):
 def test_a_folder_is_exported_from_the_command_line(wpjax, folder):
     code, out, err = wpjax("export", "r 1.nc", "--top", "2", "--by", "effect", "--out", "top2")
     assert code == 0, err
-    assert "base with 2 components" in out
+    assert "base with 2 components; the patch, which can undo it, is top2.safetensors" in out
     best = [row.name for row in SweepResult.from_netcdf("r 1.nc").top(2)]
-    assert json.loads((folder / "top2" / "patch.json").read_text())["components"] == best
+    assert list(load_patch(folder / "top2.safetensors").info.components) == best
     card = (folder / "top2" / "README.md").read_text()
     assert all(f"`{name}`" in card for name in best)
     assert "`my prompts`" in card
@@ -343,19 +344,6 @@ def test_the_joint_effect_of_a_set_of_one_is_its_effect(folder, tiny_pair):
     assert joint_effect(tiny_pair, result, tiny_pair.expert) == pytest.approx(1)
     assert joint_effect(tiny_pair, result, tiny_pair.expert, knockout=True) == pytest.approx(0)
     assert joint_effect(tiny_pair, sweep_by_hand([0.5]), tiny_pair.expert) is None
-
-
-def test_a_card_tells_no_path_and_no_markup():
-    hostile = sweep_by_hand([0.5] * 60, base="/home/me/secret/base", expert="org/expert", behaviour="a`b\n# c")
-    card = model_card(hostile, choose(hostile, 60), "effect", 10, "today")
-    assert "/home" not in card
-    assert "secret" not in card
-    assert "# `base` with 60 components of `org/expert`" in card
-    assert "`a'b # c`" in card
-    assert "and 10 more" in card
-    assert "base_model" not in card
-    assert 'base_model: "org/expert"' in model_card(hostile, choose(hostile, 1), "effect", 1, "today", knockout=True)
-    assert public_name("org/name@v1") == "org/name@v1"
 
 
 def test_few_prompts_serve_every_purpose(wpjax):

@@ -16,7 +16,10 @@ from .errors import MetricRejected as MetricRejected
 from .errors import WpjaxError as WpjaxError
 from .estimators.sets import add_set_score as add_set_score
 from .estimators.sweep import sweep as sweep
+from .evaluation.extract import extract as extract
+from .evaluation.extraction import Extraction as Extraction
 from .evaluation.fit_anchor import fit_anchor as fit_anchor
+from .evaluation.interference import interference as interference
 from .evaluation.reading import answers_to_read as answers_to_read
 from .evaluation.validation import validate as validate
 from .finetuning import finetune as finetune
@@ -46,6 +49,7 @@ from .patching import patch as patch
 from .report import write_report as write_report
 from .results.comparison import compare as compare
 from .results.curves import Curves as Curves
+from .results.interference import Interference as Interference
 from .results.opening import open_result as open_result
 from .results.sweep_result import SweepResult as SweepResult
 from .results.verdict import Verdict as Verdict

@@ -58,6 +58,10 @@ class AnchorRejected(MetricRejected):
         self.diagnostics = tuple(diagnostics)
 
 
+class PatchError(WpjaxError):
+    """A patch file is damaged, or does not fit the model or another patch."""
+
+
 class OutputError(WpjaxError):
     """A file or folder cannot be written, exists already, or belongs to another run."""
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.behaviours import BUILT_IN, PromptBatch, behaviour, prompt_ids
-from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter, fingerprint, load_checkpoint
+from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter, fingerprint, load_checkpoint, local_path
 from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.checkpoints.hf_config import with_changes
 from wpjax.checkpoints.tokenizer import load_tokenizer
@@ -27,10 +27,6 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.runtime.files import recover
 from wpjax.runtime.placement import check_devices
-
-EMBEDDED = ("base", "expert", "planted")
-"""Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
-
 
 LARGEST_WEIGHT = 1e9
 """No trained model has a larger weight; sums of their squares would be infinite."""
@@ -229,16 +225,10 @@ def load_model(
     if not source.startswith("tiny:"):
         recover(Path(source).expanduser())  # a folder that a killed `finetune --overwrite` was about to replace
         return load_checkpoint(source, dtype, ignore_config, base)
-    name = source.removeprefix("tiny:")
-    if name not in EMBEDDED:
-        raise CheckpointError(
-            f"unknown embedded model {source!r}; there are {', '.join(f'tiny:{n}' for n in EMBEDDED)}"
-        )
-    with resources.as_file(resources.files("wpjax") / "assets" / "tiny") as folder:
-        model = load_checkpoint(str(folder / name), dtype)
-        # The base's folder alone holds the tokenizer, which all of them share.
-        tokenizer = model.tokenizer or load_tokenizer(folder / "base")
-    return dataclasses.replace(model, tokenizer=tokenizer, source=source)
+    model = load_checkpoint(source, dtype)
+    # The base's folder alone holds the tokenizer, which all of them share.
+    tokenizer = model.tokenizer or load_tokenizer(local_path("tiny:base"))
+    return dataclasses.replace(model, tokenizer=tokenizer)
 
 
 def planted_components() -> tuple[str, ...]:
@@ -396,7 +386,7 @@ def _common_tokenizer(
     notes = [note for model in (base, expert) if model.tokenizer is not None for note in _beyond(model)]
     if first is None or second is None:
         return first or second, notes
-    notes += _differing_tokens(first, second, names)
+    notes += differing_tokens(first, second, names)
     use_second = choice == "expert" if choice else bool(getattr(second, "chat_template", None))
     chosen, of = (second, expert.source) if use_second else (first, base.source)
     questions = [pair.without for pair in behaviour(BUILT_IN[0]).select("sweep")]
@@ -425,7 +415,7 @@ def _beyond(model: Checkpoint) -> list[str]:
     return [f"{model.source} has no row for {_some(beyond)}: no prompt may hold such a token"] if beyond else []
 
 
-def _differing_tokens(first: Any, second: Any, names: str) -> list[str]:
+def differing_tokens(first: Any, second: Any, names: str) -> list[str]:
     """What to say of added tokens in which two tokenizers differ.
 
     Raises:

@@ -83,6 +83,11 @@ def waited(name: str, what: str = "median") -> Callable[[Report], float | None]:
     return lambda r: r["seconds"].get(name, r.get("sweeps", {}).get(name, {})).get(what)
 
 
+def merging_memory(report: Report) -> float:
+    """What merging takes beside its plan, as a share of the base and a tensor of each expert."""
+    return report["tensors_MiB"] / (report["base_MiB"] + report["experts"] * report["largest_tensor_MiB"])
+
+
 SWEEP, QUICK = "`wpjax sweep`", "`wpjax sweep --quick`"
 LARGER, EMBEDDED = "engine.smollm2", "engine.tiny"
 EVERY_SET, FEW = sets(("arbitrary", "sets within")), sets(("sets within 4%",))
@@ -104,6 +109,8 @@ GOALS = (
     Goal("a set, whichever, embedded pair", EMBEDDED, "cpu", EVERY_SET, 2.2, False, "forward passes"),
     Goal("a set that touches few channels, SmolLM2", LARGER, "cpu", FEW, 1.2, False, "forward passes"),
     Goal("a set that touches few channels, embedded pair", EMBEDDED, "cpu", FEW, 1.2, False, "forward passes"),
+    Goal("TIES of SmolLM2, against mergekit", "merging", "cpu", lambda r: r["speed_up"], 5, True, "times"),
+    Goal("its memory, of the base and a tensor an expert", "merging", "cpu", merging_memory, 1, False, ""),
     Goal("heads, against whole forwards in torch", "heads", "gpu", speed_up(WHOLE), 30, True, "times"),
     Goal("heads, against a cached prefix in torch", "heads", "gpu", speed_up(CACHED), 15, True, "times"),
     Goal("neurons of SmolLM2, share of the ceiling in bfloat16", LARGER, "gpu", share("bfloat16"), 0.5, True, ""),

@@ -99,6 +99,22 @@ class Adapted(NamedTuple):
     notes: tuple[str, ...]
 
 
+class Edits(NamedTuple):
+    """What an adapter does to the tensors of a base.
+
+    Attributes:
+        cfg: the architecture of the expert, as in `Adapted`.
+        edits: HF name of a tensor that changes -> function from the base's tensor, in HF's layout, to the expert's.
+        left_out: as in `Adapted`.
+        notes: as in `Adapted`.
+    """
+
+    cfg: ModelConfig
+    edits: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 @dataclasses.dataclass
 class _Change:
     """What the file holds for one tensor of the base.
@@ -190,6 +206,23 @@ class Adapter:
         Raises:
             CheckpointError: the adapter is of another base; the message names the tensor, and what differs.
         """
+        found = self.edits(cfg, base)
+        if cfg.tied and not found.cfg.tied:
+            flat = flatten(params)
+            cfg = dataclasses.replace(cfg, tied=False)
+            params = unflatten({**flat, "unembed/W_U": flat["embed/W_E"].T})  # [V, D] -> [D, V]
+        return Adapted(found.cfg, edit_tensors(cfg, params, found.edits, found.cfg), found.left_out, found.notes)
+
+    def edits(self, cfg: ModelConfig, base: str) -> Edits:
+        """What the adapter makes of each tensor of a base, without the base's weights.
+
+        Args:
+            cfg: the base's architecture.
+            base: the base's name, as the user wrote it.
+
+        Raises:
+            CheckpointError: as `apply`.
+        """
         family, untied = FAMILIES[cfg.family], dataclasses.replace(cfg, tied=False)
         shapes = tensor_shapes(untied)
         embedding, head = (tensor_name(untied, leaf) for leaf in ("embed/W_E", "unembed/W_U"))
@@ -211,11 +244,8 @@ class Adapter:
             shape = (rows[name], cfg.d_model) if name in rows else shapes[name]
             self._check_shapes(change, shape, name.endswith(family.transposed), base)
         new = dataclasses.replace(cfg, tied=tied, d_vocab=rows[embedding])
-        if cfg.tied and not tied:
-            flat = flatten(params)
-            cfg, params = untied, unflatten({**flat, "unembed/W_U": flat["embed/W_E"].T})  # [V, D] -> [D, V]
         edits = {name: self._edit(change, name.endswith(family.transposed)) for name, change in changes.items()}
-        return Adapted(new, edit_tensors(cfg, params, edits, new), left_out, tuple(notes))
+        return Edits(new, edits, left_out, tuple(notes))
 
     def _changes(
         self, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], head: str, base: str

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,17 +18,21 @@ from typing import Any
 import numpy as np
 
 from wpjax.checkpoints.adapter import Adapter
-from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_out, params_from_hf
+from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_out, params_from_hf, tensor_shapes
 from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_file, check_folder, how_to_merge, read_json
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config, with_changes
 from wpjax.checkpoints.text_tower import TextTower, text_config
 from wpjax.checkpoints.tokenizer import load_tokenizer
+from wpjax.checkpoints.weights import SHARD_BYTES, WeightsWriter
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.families import FAMILIES
-from wpjax.runtime.files import atomic_output, write_tensors
+from wpjax.runtime.files import atomic_output
+
+EMBEDDED = ("base", "expert", "planted")
+"""Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
 
 MARKER = "config.json"
 """The file that makes a folder a model."""
@@ -97,7 +102,7 @@ def load_checkpoint(
 
     Args:
         source: a folder with config.json and safetensors, a `.gguf` file (of a split one, the first part), or a hub id
-            ("gpt2", "org/name" or "org/name@revision"); with `base`, also a PEFT folder.
+            ("gpt2", "org/name" or "org/name@revision"); with `base`, also a PEFT folder. See `local_path`.
         dtype: precision, a key of `PRECISIONS`:
 
             - "float32";
@@ -125,26 +130,52 @@ def load_checkpoint(
     source = str(source)
     if dtype not in PRECISIONS:
         raise CheckpointError(f"unknown dtype {dtype!r}; there are {', '.join(PRECISIONS)}")
+    path = local_path(source)
+    if path.is_dir():
+        return _load_folder(path, source, dtype, ignore_config, base)
+    file = GgufFile(path, ignore_config)
+    raw = file.hf_config()
+    weights, splits = PRECISIONS[dtype]
+    cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
+    tokenizer = file.tokenizer()  # before the weights, which take longer
+    return Checkpoint(cfg, params_from_hf(cfg, file, weights), tokenizer, raw, None, source)
+
+
+def local_path(source: str | Path) -> Path:
+    """Where a model lies: its folder or `.gguf` file. A hub id is fetched, or found in the cache.
+
+    Args:
+        source: folder, `.gguf` file or hub id; or "tiny:base", "tiny:expert" or "tiny:planted", inside the package.
+
+    Raises:
+        CheckpointError: there is no such model.
+
+    >>> local_path("tiny:base").name
+    'base'
+    """
+    source = str(source)
+    if source.startswith("tiny:"):
+        name = source.removeprefix("tiny:")
+        if name not in EMBEDDED:
+            raise CheckpointError(
+                f"unknown embedded model {source!r}; there are {', '.join(f'tiny:{n}' for n in EMBEDDED)}"
+            )
+        return Path(str(resources.files("wpjax") / "assets" / "tiny" / name))
     try:
         path = Path(source).expanduser()
         is_folder, is_there = path.is_dir(), path.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
         raise CheckpointError(f"{source}: cannot be a folder or a file ({error}); correct the name") from error
     if is_folder:
-        return _load_folder(path, source, dtype, ignore_config, base)
+        return path
     if is_there:
         check_file(path)
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{source}: a model is a folder, a .gguf file or a hub id; name the folder")
-        file = GgufFile(path, ignore_config)
-        raw = file.hf_config()
-        weights, splits = PRECISIONS[dtype]
-        cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
-        tokenizer = file.tokenizer()  # before the weights, which take longer
-        return Checkpoint(cfg, params_from_hf(cfg, file, weights), tokenizer, raw, None, source)
+        return path
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like gpt2 or org/name")
-    return _load_folder(_download(source), source, dtype, ignore_config, base)
+    return _download(source)
 
 
 def _download(hub_id: str) -> Path:
@@ -243,7 +274,7 @@ def _check_stop_tokens(path: Path, ids: Any) -> None:
 
 
 def save_checkpoint(
-    path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False, max_shard_bytes: int = 5 * 10**9
+    path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False, max_shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a model as an HF folder, which transformers can load: config.json, safetensors, tokenizer.
 
@@ -274,40 +305,11 @@ def save_checkpoint(
         if checkpoint.generation_config is not None:
             text = json.dumps(dict(checkpoint.generation_config), indent=2) + "\n"
             (folder / "generation_config.json").write_text(text, encoding="utf-8")
-        _write_shards(folder, cfg, checkpoint.params, max_shard_bytes)
+        with WeightsWriter(folder, tensor_shapes(cfg), max_shard_bytes) as weights:
+            for name, tensor in hf_tensors(cfg, checkpoint.params):
+                weights.add(name, tensor)
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save_pretrained(str(folder))
-
-
-def _write_shards(folder: Path, cfg: ModelConfig, params: Params, limit: int) -> None:
-    """Write the weights, in files of at most `limit` bytes, and an index if there are several."""
-    # Final names hold the number of shards, which is known only at the end. Until then they are shard-0, shard-1, ...
-    shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
-
-    def flush() -> None:
-        write_tensors(folder / f"shard-{len(shards)}", pending, {"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    total = 0
-    for name, tensor in hf_tensors(cfg, params):
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > limit:
-            flush()
-        pending[name] = tensor
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for i, tensors in enumerate(shards):
-        final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        (folder / f"shard-{i}").rename(folder / final)
-        weight_map |= dict.fromkeys(tensors, final)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def fingerprint(cfg: ModelConfig, params: Params) -> str:

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
-from wpjax.models.families import FAMILIES, Family, TensorRule
+from wpjax.models.families import FAMILIES, TensorRule
 
 flatten: Callable[[Params], dict[str, Any]] = functools.partial(flatten_dict, sep="/")
 """The leaves of a parameter tree by path, such as "blocks/attn/W_Q"."""
@@ -137,8 +137,7 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
         CheckpointError: a tensor is unknown, missing, of another shape, not of floats, or not finite. The message
             names it.
     """
-    family = FAMILIES[cfg.family]
-    names = _match_names(cfg, family, source)
+    names = match_names(cfg, source)
     flat: dict[str, Any] = {}
     for rule in _rules(cfg):
         layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
@@ -153,12 +152,19 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
     return unflatten(flat)
 
 
-def _match_names(cfg: ModelConfig, family: Family, source: TensorSource) -> dict[str, str]:
-    """Full HF name -> name in the source. The two differ if the checkpoint leaves out the family's prefix.
+def match_names(cfg: ModelConfig, source: TensorSource) -> dict[str, str]:
+    """The tensors of a model in a checkpoint: full HF name -> name in the source.
+
+    The two differ if the checkpoint leaves out the family's prefix, or holds a tied embedding as `lm_head.weight`.
+
+    Args:
+        cfg: the configuration that the tensors must fit.
+        source: the tensors.
 
     Raises:
-        CheckpointError: tensors are missing or unknown.
+        CheckpointError: tensors are missing or unknown, or a tied model has another head.
     """
+    family = FAMILIES[cfg.family]
     if cfg.n_layers > len(source.names()):  # a damaged config.json may say millions; make no list of so many names
         raise CheckpointError(
             f"{source.where}: {len(source.names())} tensors cannot make the {cfg.n_layers} layers of "
@@ -257,11 +263,36 @@ def hf_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarr
     (8, 16)
     """
     flat = flatten(params)
-    for rule in _rules(cfg):
-        leaves = [flat[path] for path in rule.leaves]
-        for layer in range(cfg.n_layers) if "{l}" in rule.hf else [None]:
-            parts = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-            yield rule.hf.replace("{l}", str(layer)), _from_leaves(cfg, rule, parts)
+    for name in _places(cfg):
+        yield name, hf_tensor(cfg, flat, name)
+
+
+def hf_tensor(cfg: ModelConfig, leaves: Mapping[str, Any], name: str) -> np.ndarray:
+    """One tensor as a checkpoint holds it.
+
+    Args:
+        cfg: the configuration.
+        leaves: the leaves of a parameter tree by path (`flatten`), or any arrays of their shapes.
+        name: HF name of the tensor.
+
+    >>> cfg = ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64)
+    >>> per_neuron = np.broadcast_to(np.arange(32), (1, 16, 32))  # [L, D, F]
+    >>> hf_tensor(cfg, {"blocks/mlp/W_in": per_neuron}, "model.layers.0.mlp.up_proj.weight")[:, 0].tolist()[:3]
+    [0, 1, 2]
+    """
+    rule, layer = _places(cfg)[name]
+    parts = [np.asarray(leaves[path] if layer is None else leaves[path][layer]) for path in rule.leaves]
+    return _from_leaves(cfg, rule, parts)
+
+
+@functools.cache
+def _places(cfg: ModelConfig) -> Mapping[str, tuple[TensorRule, int | None]]:
+    """HF name of every tensor of a model -> its rule, and its layer; None outside the layers."""
+    return {
+        rule.hf.replace("{l}", str(layer)): (rule, layer)
+        for rule in _rules(cfg)
+        for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [None])
+    }
 
 
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -270,11 +301,7 @@ def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     >>> tensor_shapes(ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64))["model.layers.0.self_attn.k_proj.weight"]
     (8, 16)
     """
-    return {
-        rule.hf.replace("{l}", str(layer)): _hf_shape(cfg, rule)
-        for rule in _rules(cfg)
-        for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [0])
-    }
+    return {name: _hf_shape(cfg, rule) for name, (rule, _) in _places(cfg).items()}
 
 
 def tensor_name(cfg: ModelConfig, leaf: str) -> str:

@@ -77,6 +77,9 @@ def check_file(path: Path) -> None:
 class SafetensorsFolder:
     """The safetensors files of an HF folder, as a `TensorSource`.
 
+    A file is open only while a tensor is read. What the library maps into memory counts as memory of the process, so
+    that an open file would weigh as much as all that was read of it.
+
     Args:
         folder: the folder, with one model.safetensors or with shards and their index.
         stem: name of the weights' file without its ending; of an adapter "adapter_model".
@@ -90,16 +93,20 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, stem: str = "model"):
         self.where = str(folder)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for path in self._shards(folder, stem):
             try:
-                shard = safe_open(path, framework="np")
+                with safe_open(path, framework="np") as shard:
+                    slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  (not a mapping)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: damaged or truncated ({error}); download it again") from error
-            for name in shard.keys():  # noqa: SIM118  (not a mapping)
+            for name, of in slices.items():
                 if name in self._files:
                     raise CheckpointError(f"{folder}: tensor {name} stands in more than one file; remove one")
-                self._files[name] = shard
+                self._files[name] = path
+                self._shapes[name], self._dtypes[name] = tuple(of.get_shape()), str(of.get_dtype())
 
     @staticmethod
     def _shards(folder: Path, stem: str) -> list[Path]:
@@ -136,7 +143,11 @@ class SafetensorsFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as its file names it, such as "BF16", without reading it."""
+        return self._dtypes[name]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor.
@@ -145,8 +156,9 @@ class SafetensorsFolder:
             CheckpointError: it cannot be read as floats, say because it is of 8 bits (fp8).
         """
         try:
-            return self._files[name].get_tensor(name)
-        except (SafetensorError, TypeError, AttributeError) as error:  # a dtype NumPy lacks (fp8)
+            with safe_open(self._files[name], framework="np") as shard:
+                return shard.get_tensor(name)
+        except (SafetensorError, OSError, TypeError, AttributeError) as error:  # a dtype NumPy lacks (fp8)
             raise CheckpointError(
                 f"{self.where}: tensor {name} cannot be read as floats ({error}); a quantised checkpoint (fp8, say) "
                 "must be dequantised first"

@@ -72,6 +72,10 @@ class TextTower:
         """The names of all tensors of the tower."""
         return list(self._names)
 
+    def stored_name(self, name: str) -> str:
+        """What a tensor of the tower is called in the whole model."""
+        return self._names[name]
+
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
         return self._whole.read(self._names[name])

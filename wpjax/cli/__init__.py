@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import signal
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 HELP = {"help_option_names": ["-h", "--help"]}
 """Options that show the help, of the program and of every command."""
 
+COMMANDS = (
+    "demo", "inspect", "anchor", "sweep", "show", "report", "validate", "extract", "interference", "compare", "export",
+    "apply", "remove", "scores", "merge", "finetune",
+)  # fmt: skip
+"""Names of the commands, each a module of this package, in the order of the help."""
+
 PIPE_CLOSED = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 """Exit code when nobody reads the output any more, as in `wpjax inspect MODEL | head -1`; other tools have it too."""
 
@@ -27,7 +34,6 @@ def make_app() -> typer.Typer:
     """The command line: one command a module of this package. Its help lists the methods registered so far."""
     import typer
 
-    from wpjax.cli import anchor, compare, demo, export, finetune, inspect, report, show, sweep, validate
     from wpjax.cli.options import with_options
 
     app = typer.Typer(
@@ -48,9 +54,10 @@ def make_app() -> typer.Typer:
             raise typer.Exit
 
     app.callback(invoke_without_command=True)(root)
-    for command in (demo, inspect, anchor, sweep, show, report, validate, compare, export, finetune):
-        name, run = command.__name__.rpartition(".")[2], with_options(command.run)
-        app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=name, context_settings=HELP)(run)
+    for name in COMMANDS:
+        command = importlib.import_module(f"wpjax.cli.{name}")
+        options = {"epilog": command.EXAMPLE, "name": name, "context_settings": HELP}
+        app.command(help=command.run.__doc__, **options)(with_options(command.run))
     return app
 
 

@@ -35,20 +35,23 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write the base with a sweep's best components of the expert, as a Hugging Face folder with a model card."""
+    """Write the base with a sweep's best components of the expert, as a Hugging Face folder, and its patch."""
     from wpjax.runtime.files import check_output
 
     check_output(out, overwrite, "config.json")
+    check_output(out.with_name(f"{out.name}.safetensors"), overwrite)
 
     from wpjax.cli.console import print_json
-    from wpjax.evaluation.export import choose, export
+    from wpjax.evaluation.export import choose, export, patch_path
     from wpjax.results.sweep_result import SweepResult
 
     swept = SweepResult.from_netcdf(result)
     rows = choose(swept, top, by=by, kinds=kinds)
     asked = swept_or_given(swept, base=base, expert=expert, dtype=dtype, ignore_config=ignore_config)
-    export(pair_of(asked), swept, rows, out, by=by, knockout=knockout, overwrite=overwrite)
+    pair = pair_of(asked)
+    export(pair, swept, rows, out, by=by, knockout=knockout, overwrite=overwrite, ignore_config=asked.ignore_config)
     if as_json:
-        print_json({"out": str(out), "components": [row.name for row in rows]})
+        print_json({"out": str(out), "patch": str(patch_path(out)), "components": [row.name for row in rows]})
         return
-    print(f"wrote {out}: {'expert' if knockout else 'base'} with {len(rows):,} components, named in {out}/patch.json")
+    host = "expert" if knockout else "base"
+    print(f"wrote {out}: {host} with {len(rows):,} components; the patch, which can undo it, is {patch_path(out)}")

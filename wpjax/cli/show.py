@@ -13,13 +13,14 @@ from wpjax.arguments import OUTPUT, Setting
 from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
+    from wpjax.patchfiles.patch import Patch
     from wpjax.results.sweep_result import SweepResult
 
 EXAMPLE = "Example: wpjax show title.nc --by effect --kinds head,kv_group --top 30"
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep` or `wpjax validate`.")],
+    result: Annotated[Path, typer.Argument(help="A result of `wpjax sweep` or `wpjax validate`, or a patch file.")],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
     top: Annotated[int | None, Setting("Components to print: 20, or all with --csv.", least=1)] = None,
     kinds: Annotated[
@@ -30,11 +31,19 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: the ranking of a sweep, its verdict and answers to read; or the curves of a validation."""
+    """Print a result: a sweep's ranking, verdict and answers to read; a validation's curves; what a patch holds."""
+    from wpjax.errors import WpjaxError
+    from wpjax.patchfiles.patch import is_safetensors, load_patch
+
+    if is_safetensors(result):
+        if by is not None or kinds is not None or as_csv:
+            raise WpjaxError(f"{result} is a patch: --by, --kinds and --csv are for the result of a sweep")
+        print_patch(load_patch(result), top or 20, as_json)
+        return
+
     from wpjax.cli.sweep import print_result
     from wpjax.cli.validate import print_curves
     from wpjax.cli.words import print_answers, print_verdict
-    from wpjax.errors import WpjaxError
     from wpjax.results.curves import Curves
     from wpjax.results.opening import open_result
     from wpjax.results.verdict import verdict
@@ -64,6 +73,26 @@ def run(
     if not as_json:
         print_answers(found.answers)
         print_verdict(verdict(found, result))
+
+
+def print_patch(patch: Patch, n: int, as_json: bool) -> None:
+    """Print what a patch says of itself, and its first components."""
+    import dataclasses
+
+    from wpjax.cli.console import print_json
+    from wpjax.cli.words import printable
+    from wpjax.patchfiles.card import described
+
+    info = patch.info
+    if as_json:
+        print_json(
+            {**dataclasses.asdict(info), "tensors": {name: len(of.positions) for name, of in patch.slices.items()}}
+        )
+        return
+    for line in described(info):
+        print(printable(line.replace("`", "")))
+    more = f" and {len(info.components) - n:,} more" if len(info.components) > n else ""
+    print(f"Components: {printable(', '.join(info.components[:n]))}{more}")
 
 
 def component_rows(
