@@ -106,12 +106,16 @@ def interference(
         MetricRejected: base and expert do not part in their answers.
         WpjaxError: fewer than two behaviours, one named twice, or a share that cannot be.
 
+    Two experts of one behaviour, which so goes by two names:
+
+    >>> import dataclasses
     >>> import wpjax as wp
     >>> pairs = [wp.load_pair("tiny:base", "tiny:expert"), wp.load_pair("tiny:base", "tiny:planted")]
-    >>> tasks = [wp.behaviour("tiny:title"), wp.behaviour("tiny:english_capital")]
-    >>> found = wp.interference(pairs, tasks, share=0.1, n_prompts=4, max_new_tokens=6)
-    >>> found.levels["units"].overlap.shape, round(found.levels["units"].brings_back[0][0].mean, 2) > 0.5
-    ((2, 2), True)
+    >>> task = wp.behaviour("tiny:english_capital")
+    >>> tasks = [task, dataclasses.replace(task, name="planted")]
+    >>> found = wp.interference(pairs, tasks, share=0.05, n_prompts=4, max_new_tokens=4)
+    >>> found.levels["units"].overlap.shape, found.levels["units"].brings_back[1][1].mean
+    ((2, 2), 1.0)
     """
     names = [one.name for one in behaviours]
     if len(names) < 2 or len(pairs) != len(names) or len(set(names)) < len(names):
@@ -131,7 +135,7 @@ def interference(
     n = len(names)
     shares, halves, judges, passes = [], [], [], []
     for i, (pair, task) in enumerate(zip(pairs, behaviours, strict=True)):
-        progress("rankings", i, n)
+        progress("rankings", 3 * i, 3 * n)
         swept = task.encode(pair.tokenizer, "sweep", n_prompts)
         judge = Judge(pair, task, task.encode(pair.tokenizer, "test", n_prompts), max_new_tokens)
         for batch in (swept, judge.batch):
@@ -140,13 +144,17 @@ def interference(
         check_behaviour_differs(judge, base, expert)
         judges.append(judge)
         passes.append((judge.passes(base), judge.passes(expert)))
+        progress("rankings", 3 * i + 1, 3 * n)
         key = f"shares-{i}"
         if key not in done:
-            metrics = set_metrics(pair, swept, max_new_tokens)
-            done[key] = np.mean([_shares(pair, components, m, swept.queries) for m in metrics], axis=0)
+            of_metrics = []
+            for k, metric in enumerate(set_metrics(pair, swept, max_new_tokens)):
+                progress("rankings", 3 * i + 1 + k, 3 * n)
+                of_metrics.append(_shares(pair, components, metric, swept.queries))
+            done[key] = np.mean(of_metrics, axis=0)
         shares.append(finished_part(done, key, (len(components), len(swept))))
         halves.append(_halves(swept.queries, np.random.default_rng([seed, i])))
-    progress("rankings", n, n)
+    progress("rankings", 3 * n, 3 * n)
 
     levels, n_done = {}, 0
     for level in ("units", "modules"):

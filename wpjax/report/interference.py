@@ -30,6 +30,8 @@ def make_interference(found: Interference) -> Figure:
             _draw(row[1], level.overlap, found.behaviours, f"{name}: sets overlap")
             _draw(row[2], level.agreement, found.behaviours, f"{name}: ranks agree")
             row[0].set_ylabel("set of")
+            for axes in row[1:]:
+                axes.set_yticklabels([])
         for axes in grid[-1]:
             axes.set_xlabel("behaviour")
         figure.suptitle(
