@@ -228,7 +228,7 @@ def test_inspect_prints_tables(wpjax):
     assert "a pair" in out
 
 
-COMMANDS = ["demo", "inspect", "anchor", "sweep", "show", "report", "validate", "compare", "export", "finetune"]
+COMMANDS = "demo inspect anchor sweep show report validate compare export scores merge finetune".split()
 
 
 def test_help_of_every_command(wpjax, monkeypatch):
@@ -254,7 +254,7 @@ def test_help_of_every_command(wpjax, monkeypatch):
 def test_a_shell_completes_commands(wpjax, monkeypatch):
     for name, value in (("_WPJAX_COMPLETE", "complete_bash"), ("COMP_WORDS", "wpjax s"), ("COMP_CWORD", "1")):
         monkeypatch.setenv(name, value)
-    assert wpjax()[1].split() == ["sweep", "show"]
+    assert wpjax()[1].split() == ["sweep", "show", "scores"]
 
 
 @pytest.fixture(scope="module")
