@@ -21,13 +21,11 @@ from safetensors.numpy import load_file, save_file
 from tests.helpers import sweep_by_hand
 from tests.tiny import build_pair, random_model, slices
 from wpjax import cli
-from wpjax.behaviours import behaviour
 from wpjax.checkpoints.convert import hf_tensors
 from wpjax.checkpoints.rewrite import open_model
+from wpjax.columns import ALWAYS, columns
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.errors import WpjaxError
-from wpjax.estimators.sweep import sweep
-from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.merging.gates import check_changes, component_gates
 from wpjax.merging.merge import masked_experts, merge, peak_bytes
 from wpjax.merging.plan import make_plan
@@ -35,6 +33,7 @@ from wpjax.merging.recipe import Rule, recipe_of, value_for
 from wpjax.merging.registry import MergeError
 from wpjax.merging.scores import Scores, read_scores, scores_of, write_scores
 from wpjax.patching import PatchMask, materialize
+from wpjax.results.sweep_result import SweepResult
 
 TOKENS = torch.tensor(np.random.default_rng(2).integers(0, 61, (2, 9)))
 FAMILIES = ("llama-gqa3", "gpt2-tied", "phi3")
@@ -635,16 +634,20 @@ def test_the_card_tells_what_was_merged_and_nothing_of_this_machine(llama, tmp_p
 
 
 def test_a_sweep_is_published_and_merged_by(tiny_pair, tmp_path, wpjax):
-    task = behaviour("tiny:title")
-    anchor, batch = (
-        fit_anchor(tiny_pair, task, n_prompts=8, causal="skip"),
-        task.encode(tiny_pair.tokenizer, n_prompts=4),
-    )
-    result = sweep(tiny_pair, batch, anchor, kinds=("head",), method="gradient")
-    result.to_netcdf("r.nc")
-    n = result.dataset.sizes["component"]
+    components = enumerate_components(tiny_pair.cfg, ["head"])
+    n, names = len(components), [c.name for c in components]
+    effects = np.random.default_rng(0).standard_normal(n)
+    result = sweep_by_hand(effects, ["head"] * n, [c.layer for c in components], names=names, n_layers=8)
+    data = result.dataset.assign_attrs(noise_floor_by_kind="{}", schema=4)
+    data["delta_norm"] = ("component", tiny_pair.delta_norms(components))
+    data["index"], data["query"] = ("component", [c.index for c in components]), ("prompt", np.arange(2))
+    for column in columns():  # what a file of a sweep cannot lack
+        if column.group_name == ALWAYS and column.name not in data:
+            zeros = np.zeros([data.sizes[dim] for dim in column.dims])
+            data[column.name] = (column.dims, zeros.astype(column.dtype[0]))
+    SweepResult(data.assign_attrs(n_queries=2)).to_netcdf("r.nc")
     code, out, err = wpjax("scores", "r.nc", "--out", "r.safetensors")
-    assert (code, out.strip()) == (0, f"wrote r.safetensors and r.json: gradient of {n} components"), err
+    assert (code, out.strip()) == (0, f"wrote r.safetensors and r.json: effect of {n} components"), err
     merged = []
     for scores in ("r.nc", "r.safetensors"):
         own = {"model": "tiny:expert", "parameters": {"scores": scores, "share": 0.25}}
@@ -653,7 +656,7 @@ def test_a_sweep_is_published_and_merged_by(tiny_pair, tmp_path, wpjax):
         code, _, err = wpjax("merge", "merge.yaml", "--out", f"by {scores}")
         assert code == 0, err
         merged.append(tensors(tmp_path / f"by {scores}"))
-    best = [row.name for row in result.top(n // 4, by="gradient")]
+    best = [row.name for row in result.top(n // 4)]
     patched = materialize(tiny_pair.base, tiny_pair.expert, PatchMask.of(tiny_pair.cfg, best))
     assert_close(merged[0], dict(hf_tensors(tiny_pair.cfg, patched)))
     assert_close(merged[0], merged[1])

@@ -5,6 +5,7 @@ compared with transformers' in torch.
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -457,9 +458,10 @@ def test_prompts_that_a_tokenizer_cannot_tell_apart_are_one_query(copy, tmp_path
     assert [q == batch.queries[is_why.index(True)] for q in batch.queries] == is_why
 
 
-@pytest.mark.skipif(bool(transformers.utils.is_sentencepiece_available()), reason="sentencepiece is installed")
 @pytest.mark.parametrize(("start", "what"), [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\n", "tiktoken")])
-def test_what_is_needed_to_read_tokenizer_model(copy, start, what):
+def test_what_is_needed_to_read_tokenizer_model(copy, start, what, monkeypatch):
+    find = importlib.util.find_spec  # other tests need what is hidden here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == what else find(name, *of))
     folder = copy("llama")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(start)
