@@ -6,10 +6,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests compile far longer than they run: XLA's own passes as ever, LLVM's expensive ones left out.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's older emitters take a third of the newer ones' time to write the same loops; one part has less overhead than 32.
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 " + os.environ.get("XLA_FLAGS", "")
+)
+# Torch's threads wait for one another by spinning. Its models here are tiny, and a worker has a core to itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Workers, and the processes that tests start, compile the same programs: one cache for the run, gone with it.
+    # Workers, and the processes that tests start, compile the same programs: one cache for the run, gone with it. To
+    # write and read a small one takes longer than to compile it.
     _compiled = tempfile.TemporaryDirectory(prefix="wpjax-tests-")
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
 
 import jax
 import numpy as np
@@ -20,6 +27,12 @@ from wpjax.behaviours import PromptBatch, PromptPair, Tokens
 from wpjax.pairs import Pair, load_pair
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+gc.set_threshold(50_000)  # programs and their traces are many objects that stay: look through them less often
+
+
+def pytest_collection_finish():
+    """What was imported stays: no collection looks through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,6 @@
 """One table of tiny random architectures, shared by the tests; HF torch is the oracle."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -265,7 +266,7 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
 
 def patched_torch(pair: HfPair, component: Any) -> Any:
     """The torch base with a component's slices copied from the expert's state dict."""
-    model, donor = random_model(pair.name), pair.expert.model.state_dict()
+    model, donor = copy.deepcopy(pair.base.model), pair.expert.model.state_dict()
     state = model.state_dict()
     with torch.no_grad():
         for name, parts in slices(model, component).items():
