@@ -61,10 +61,13 @@ class States:
         Raises:
             OutputError: a state cannot be written.
         """
+        import jax
+        import numpy as np
         import orbax.checkpoint as ocp
 
         with self._in_words():
-            self._manager.save(step, args=ocp.args.StandardSave(tree))
+            # As NumPy's, which orbax copies: JAX's may be donated to the next step while they are being written.
+            self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(np.asarray, tree)))
         interrupts.leave(self.folder, self._kept)
 
     def close(self) -> None:
