@@ -14,6 +14,7 @@ from wpjax.behaviours import behaviour
 from wpjax.cli.validate import print_curves
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.errors import AnchorRejected, WpjaxError
+from wpjax.estimators.secant import secant_adjoint
 from wpjax.estimators.sets import add_set_score
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
@@ -27,6 +28,7 @@ from wpjax.patching import PatchMask, patch
 from wpjax.report.curves import write_curves
 from wpjax.results.curves import Curves
 from wpjax.results.sweep_result import SweepResult
+from wpjax.results.verdict import verdict
 from wpjax.stats import resample
 
 FINEST = ("head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm")
@@ -242,19 +244,19 @@ def test_a_control_that_is_the_ranking_under_test_is_left_out(planted, result):
         assert [c.name for c in found[by][:3]] == [row.name for row in result.top(3, by=by)]
 
 
-def test_sets_are_ranked_by_a_score_that_sums_to_the_decisions_gap(planted, result):
-    """Over every unit of the model once; a result that has it is validated by it."""
+def test_sets_are_ranked_by_a_share_of_the_decisions_gap_for_each_parameter(planted, result):
+    """Weighted by their parameters, scores of all units of the model make up the gap; a result is validated by them."""
     pair, task = planted
     metric = decision_metric(pair, task.encode(pair.tokenizer, "sweep", 8), N_NEW)
+    components = enumerate_components(pair.cfg, FINEST)
     every = SweepResult(result.dataset.isel(component=[0]))
-    names = [c.name for c in enumerate_components(pair.cfg, FINEST)]
+    names = [c.name for c in components]
     every.dataset = every.dataset.isel(component=np.zeros(len(names), int)).assign_coords(name=("component", names))
-    assert add_set_score(pair, every, [metric]).values("set_score").sum() == pytest.approx(1, abs=1e-3)
+    sizes = np.array([n_parameters(pair.cfg, c) for c in components])
+    total = add_set_score(pair, every, metric).values("set_score") @ sizes / sizes.sum()
+    assert total == pytest.approx(1, abs=1e-3)
 
-    anchor = anchor_of(result).metric(pair, task.encode(pair.tokenizer, "sweep", 8))
-    alone = [add_set_score(pair, result, [m]).values("set_score") for m in (anchor, metric)]
-    scored = add_set_score(pair, result, [anchor, metric])
-    np.testing.assert_allclose(scored.values("set_score"), np.mean(alone, axis=0), rtol=1e-6)
+    scored = add_set_score(pair, result, metric)
     assert (result.set_ranking, scored.ranking, scored.set_ranking) == ("effect", "effect", "set_score")
     found = control_orders(*planted, scored, anchor_of(result), n_random=1)
     assert list(found) == ["set_score", "effect", "attribution", "delta_norm", "random 1"]
@@ -323,3 +325,30 @@ def test_curves_say_in_words_how_few_components_are_enough():
     assert both.startswith("With the 2 best of 2 components (by effect) the base passes the checker on 100%")
     assert "random" not in both
     assert said((1, 1), (1, 0), (0, 1)).startswith("No set that was tried brings half of the behaviour back")
+
+
+def test_later_layers_are_ranked_for_sets_and_counted_nowhere_else(tiny_pair):
+    """A sweep by an anchor ends at its layer; a set may go on. What was measured stays what it was."""
+    task = behaviour("tiny:english_capital")
+    batch = task.encode(tiny_pair.tokenizer, n_prompts=4)
+    anchor = fit_anchor(tiny_pair, task, layer=3, n_prompts=8, causal="skip")
+    result = sweep(tiny_pair, batch, anchor, kinds=("kv_group", "mlp"), method="screen+exact", top=3, stratum=1)
+    metric = decision_metric(tiny_pair, batch, N_NEW)
+    scored = add_set_score(tiny_pair, result, metric)
+    every = enumerate_components(tiny_pair.cfg, ["kv_group", "mlp"])
+    assert scored.dataset["name"].values.tolist() == [c.name for c in every]
+    np.testing.assert_allclose(scored.dataset["delta_norm"], tiny_pair.delta_norms(every), rtol=1e-6)
+    assert [c.name for c, swept in zip(every, scored.dataset["swept"].values, strict=True) if c.layer > 3] == [
+        c.name for c, swept in zip(every, scored.dataset["swept"].values, strict=True) if not swept
+    ]
+    xr.testing.assert_identical(scored.swept.dataset.drop_vars("set_score"), result.dataset)
+    assert str(verdict(scored)) == str(verdict(result))
+    # By the definition, of the first MLP after the anchor.
+    change = secant_adjoint(tiny_pair.cfg, tiny_pair.base, tiny_pair.expert, every, metric).mean(1)
+    sizes = np.array([n_parameters(tiny_pair.cfg, c) for c in every])
+    gap = (scores(tiny_pair.cfg, tiny_pair.expert, metric) - scores(tiny_pair.cfg, tiny_pair.base, metric)).mean()
+    np.testing.assert_allclose(scored.values("set_score"), change / gap / (sizes / sizes.sum()), rtol=1e-5)
+    # The rows that were not swept come last where a ranking has no number of them.
+    orders = control_orders(tiny_pair, task, scored, anchor, n_random=1)
+    assert {len(order) for order in orders.values()} == {len(every)}
+    assert all(c.layer <= 3 for c in orders["effect"][: result.dataset.sizes["component"]])

@@ -281,8 +281,8 @@ class SweepConfig:
     set_score: Annotated[
         bool,
         Setting(
-            "Also rank components for patching together, by the secant adjoint of the anchor and the decision score. "
-            "`wpjax validate` uses this ranking.",
+            "Also rank components of all layers for patching together: the secant adjoint of the decision score, for "
+            "each parameter. `wpjax validate` uses this ranking.",
             panel=OUTPUT,
         ),
     ] = True

@@ -319,15 +319,10 @@ def _versions() -> list[str]:
 
 
 def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, metric: Metric, result: SweepResult) -> Study:
-    """The result with a set score, or the reason why there is none: a long sweep is not lost with its set score.
-
-    The score rests on the anchor and the decision score; after a sweep by response, kl or decision, only the second.
-    """
+    """The result with a set score, or the reason why there is none: a long sweep is not lost with its set score."""
     try:
-        metrics = [metric] if config.reads_anchor or config.metric == "decision" else []
-        if config.metric != "decision":
-            metrics.append(decision_metric(pair, batch, config.max_new_tokens))
-        return Study(add_set_score(pair, result, metrics))
+        decision = metric if config.metric == "decision" else decision_metric(pair, batch, config.max_new_tokens)
+        return Study(add_set_score(pair, result, decision))
     except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
         return Study(result, " ".join(str(error).split()))
 

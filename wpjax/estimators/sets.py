@@ -1,60 +1,126 @@
 """A ranking for sets: which components, patched together, carry the behaviour with the fewest parameters?
 
 The effect of a single component tells whether it is a source. A set of components moves the model far from the base.
-Then the slope on the way from base to expert counts for more than the slope at the base:
+Then the slope on the way from base to expert counts for more than the slope at the base. And a set is small if it has
+few parameters, so a head is held against the neurons that would fit in its place:
 
-    set score(c) = mean over metrics of the share of F(expert) - F(base) that the secant adjoint gives to c
+    set score(c) = share of F(expert) - F(base) that the secant adjoint gives to c  /  c's share of the parameters
 
-(docs/method.md, "Set score"; ours). The metrics are the anchor and the decision score. The anchor tells more where it
-is a good one; the decision score still finds the behaviour where it is not (`experiments/paper`).
+F is the decision score: it reads all layers, at the place where base and expert part ways. 1 is what a component would
+have if the gap were spread evenly over all parameters (docs/method.md, "Set score"; ours).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from wpjax.components import Component, parse_component
+from wpjax.components import KINDS, Component, enumerate_components, n_parameters, parse_component
 from wpjax.estimators.secant import secant_adjoint
 from wpjax.metrics.metric import Metric, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.results.sweep_result import SweepResult
 
 
-def add_set_score(pair: Pair, result: SweepResult, metrics: Sequence[Metric]) -> SweepResult:
-    """Add the ranking `set_score` to a result: each component's share of the metrics' gaps, by the secant adjoint.
+def add_set_score(pair: Pair, result: SweepResult, metric: Metric) -> SweepResult:
+    """Add the ranking `set_score` to a result: each component's share of a metric's gap, for its share of parameters.
+
+    It ranks every component of the kinds that were swept, those of later layers, too (see `candidates`).
 
     Args:
         pair: the models that were swept.
         result: result of the sweep.
-        metrics: metrics that a set of components should recover, such as the anchor's and `decision_metric`.
+        metric: the metric that a set of components should recover, such as `decision_metric`.
 
     Returns:
-        a new result. The score is the mean over metrics; a component that cannot change a metric has share 0 of it.
+        a new result. A component that cannot change the metric has score 0.
 
     Raises:
-        MetricRejected: the gap of a metric may be zero.
+        MetricRejected: the gap of the metric may be zero.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
     >>> batch = task.encode(pair.tokenizer, n_prompts=4)
     >>> decision = wp.decision_metric(pair, batch, max_new_tokens=8)
     >>> result = wp.sweep(pair, batch, decision, kinds=("head",), method="screen")
-    >>> wp.add_set_score(pair, result, [decision]).set_ranking
+    >>> wp.add_set_score(pair, result, decision).set_ranking
     'set_score'
     """
-    components = [parse_component(pair.cfg, str(name)) for name in result.dataset["name"].values]
-    queries = result.dataset["query"].values
-    score = np.mean([_shares(pair, components, metric, queries) for metric in metrics], axis=0)
-    return SweepResult(result.dataset.assign(set_score=("component", score)))
-
-
-def _shares(
-    pair: Pair, components: Sequence[Component], metric: Metric, queries: Int[np.ndarray, " B"]
-) -> Float[np.ndarray, " C"]:
+    components = candidates(pair, result)
     base, expert = (scores(pair.cfg, params, metric).astype(np.float64) for params in (pair.base, pair.expert))
-    expect_positive_gap(expert - base, queries, f"the {metric.name} metric")
-    change = secant_adjoint(pair.cfg, pair.base, pair.expert, components, metric)
-    return change.mean(1) / (expert - base).mean()
+    expect_positive_gap(expert - base, result.dataset["query"].values, f"the {metric.name} metric")
+    change = secant_adjoint(pair.cfg, pair.base, pair.expert, components, metric).mean(1)
+    density = change / (expert - base).mean() / parameter_share(pair, components)
+    return with_ranking(pair, result, "set_score", components, density)
+
+
+def candidates(pair: Pair, result: SweepResult) -> list[Component]:
+    """The components that a set may hold, after a sweep: all of the kinds that were swept.
+
+    A sweep leaves out layers that its metric does not read. A set needs them: the behaviour is carried out there. A
+    sweep of named components keeps to these.
+
+    Args:
+        pair: the models that were swept.
+        result: result of the sweep.
+    """
+    swept = [parse_component(pair.cfg, str(name)) for name in result.dataset["name"].values]
+    kinds, layers = dict.fromkeys(c.kind for c in swept), {c.layer for c in swept if KINDS[c.kind].in_layer}
+    whole = enumerate_components(pair.cfg, kinds, sorted(layers))
+    return enumerate_components(pair.cfg, kinds) if set(whole) <= set(swept) else swept
+
+
+def parameter_share(pair: Pair, components: Sequence[Component]) -> Float[np.ndarray, " C"]:
+    """The part of the parameters that each of C components owns, of what all of them own together.
+
+    What two components own, as a head and its attention module do, counts for both; then the parts sum to 1 all the
+    same, and are smaller than they would be alone.
+    """
+    sizes = np.array([n_parameters(pair.cfg, c) for c in components], np.float64)
+    return sizes / sizes.sum()
+
+
+def with_ranking(
+    pair: Pair, result: SweepResult, name: str, components: Iterable[Component], values: Float[np.ndarray, " C"]
+) -> SweepResult:
+    """A result with one more column, of components that it may not have yet.
+
+    Components that are new come with their name, their place and the norm of their change. `swept` is False for them,
+    and what was not measured of them is NaN. The order is that of a sweep: by kind, layer and index.
+
+    Args:
+        pair: the models that were swept.
+        result: result of the sweep.
+        name: the column, one of `wpjax.columns`.
+        components: C components that it has a number of.
+        values: [C], the numbers.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> batch = task.encode(pair.tokenizer, n_prompts=4)
+    >>> result = wp.sweep(pair, batch, wp.decision_metric, components=["L2.mlp", "L3.mlp"], method="screen")
+    >>> more = wp.enumerate_components(pair.cfg, ["mlp"])
+    >>> ranked = with_ranking(pair, result, "set_score", more, np.arange(8.0))
+    >>> [row.name for row in ranked.top(2, by="set_score")], ranked.swept.dataset.sizes["component"]
+    (['L7.mlp', 'L6.mlp'], 2)
+    """
+    score = dict(zip((c.name for c in components), np.asarray(values, np.float64).tolist(), strict=True))
+    known = result.dataset["name"].values.astype(str).tolist()
+    new = [parse_component(pair.cfg, n) for n in score if n not in set(known)]
+    if new:
+        place = {
+            "name": np.array([c.name for c in new], dtype=object),
+            "kind": np.array([c.kind for c in new], dtype=object),
+            "layer": np.array([c.layer for c in new]),
+            "index": np.array([c.index for c in new]),
+            "delta_norm": pair.delta_norms(new),
+        }
+        kind, layer, index = (
+            np.concatenate([result.dataset[name].values, place[name]]) for name in ("kind", "layer", "index")
+        )
+        number = np.array([list(KINDS).index(str(k)) for k in kind])
+        result = result.extended(place, np.lexsort((index, layer, number)))
+    column = [score.get(str(n), np.nan) for n in result.dataset["name"].values]
+    return SweepResult(result.dataset.assign({name: ("component", np.array(column))}))

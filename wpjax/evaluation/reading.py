@@ -5,21 +5,26 @@ A ranking and a share of the gap are numbers. Whether the best components bring 
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 from jaxtyping import Float
 
 from wpjax.behaviours import Behaviour
 from wpjax.behaviours.prompts import MIN_PROMPTS
+from wpjax.components import parse_component
 from wpjax.errors import BehaviourError
+from wpjax.estimators.sets import parameter_share
 from wpjax.evaluation.judge import Judge
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.answers import Answers
 from wpjax.results.sweep_result import SweepResult
-from wpjax.results.verdict import n_reaching
+
+SHARES = (0.01, 0.05, 0.2, 1.0)
+"""Sets that are tried for answers to read, as shares of the parameters of all components that are ranked."""
+
+ROUNDING = 1e-9
+"""What sums of shares may be off by."""
 
 
 def answers_to_read(
@@ -33,9 +38,9 @@ def answers_to_read(
 ) -> Answers:
     """What the base, the base with the best components of the expert, and the expert say to held-out prompts.
 
-    How many components are patched is found by trying: `sizes_to_try` and at last all of them, up to the first number
-    with which the checker accepts at least half as many of these answers as of the expert's. Without a checker it is
-    the last of the sizes.
+    How many components are patched is found by trying: the best that own `SHARES` of the parameters, the fewest first,
+    up to the first with which the checker accepts at least half as many of these answers as of the expert's. Without a
+    checker it is the second of them.
 
     Args:
         pair: the models that were swept.
@@ -62,10 +67,11 @@ def answers_to_read(
     judge = Judge(pair, behaviour, batch, max_new_tokens)
     base, expert = judge.answers(pair.base), judge.answers(pair.expert)
     passes = _passes(judge, expert)
-    sizes = sizes_to_try(result) if top is None else [top]
     ranked = [row.name for row in result.top(result.dataset.sizes["component"], by=result.set_ranking)]
+    share = np.cumsum(parameter_share(pair, [parse_component(pair.cfg, name) for name in ranked]))
+    sizes = [top] if top is not None else [max(1, int((share <= s + ROUNDING).sum())) for s in SHARES]
     if top is None:  # without a checker, none can be said to be too few
-        sizes = sizes[-1:] if np.isnan(passes).any() else list(dict.fromkeys([*sizes, len(ranked)]))
+        sizes = sizes[1:2] if np.isnan(passes).any() else list(dict.fromkeys(sizes))
     tried: list[int] = []
     for size in sizes:
         names = ranked[:size]
@@ -74,26 +80,7 @@ def answers_to_read(
             break
         tried.append(size)
     answers = side_by_side(judge, base, patched, expert, len(names), result.set_ranking, n_prompts)
-    return answers._replace(tried=tuple(tried))
-
-
-def sizes_to_try(result: SweepResult) -> list[int]:
-    """How many of the best components to patch for answers to read, the fewest first.
-
-    They grow by a factor of four. The first have scores that add up to half of the coverage, the last to 90 % of it; if
-    they do not add up to that, the last are all with a positive score. At least one component is patched.
-
-    >>> import xarray as xr
-    >>> data = {"effect": ("component", [0.4, 0.2, 0.2, 0.1, 0.0]), "kind": ("component", ["head"] * 5),
-    ...         "layer": ("component", [0] * 5)}
-    >>> sizes_to_try(SweepResult(xr.Dataset(data, attrs={"coverage": 0.9})))
-    [2, 4]
-    """
-    values = result.values(result.set_ranking)
-    values = values[result.finest]
-    coverage, n_positive = float(result.dataset.attrs["coverage"]), max(1, int((values > 0).sum()))
-    first, last = (n_reaching(values, share * coverage) or n_positive for share in (0.5, 0.9))
-    return [*itertools.takewhile(lambda n: n < last, (first * 4**i for i in itertools.count())), last]
+    return answers._replace(tried=tuple(tried), share=float(share[len(names) - 1]))
 
 
 def side_by_side(

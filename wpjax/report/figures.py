@@ -309,6 +309,7 @@ def available(
         result: the sweep.
         execution: a second sweep, with the anchor's state given: its components are the hierarchy's executors.
     """
+    result = result.swept
     figures: dict[str, tuple[Callable[[SweepResult, Axes], None], tuple[float, float]]] = {}
     if result.dataset["exact"].values.any():
         figures["top"] = (draw_top, (5.4, 4.2))
@@ -341,6 +342,7 @@ def make_figure(result: SweepResult, name: str, execution: SweepResult | None = 
         name: name of the figure.
         execution: a second sweep, with the anchor's state given (see `available`).
     """
+    result = result.swept
     draw, size = available(result, execution)[name]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -350,6 +352,7 @@ def make_figure(result: SweepResult, name: str, execution: SweepResult | None = 
 
 def make_overview(result: SweepResult) -> Figure:
     """The main figures on one sheet: where the behaviour lives, at a glance."""
+    result = result.swept
     figures = available(result)
     names = [n for n in ("top", "heads", "neurons", "depth", "coverage", "anchor") if n in figures]
     with mpl.rc_context(STYLE):

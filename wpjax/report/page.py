@@ -205,7 +205,7 @@ def _with_interval(data: xr.Dataset, column: Column, i: int) -> str:
 
 def _kind_rows(result: SweepResult) -> list[dict[str, Any]]:
     """The rows of the table of kinds."""
-    data, floors = result.dataset, result.attribute("noise_floor_by_kind")
+    data, floors = result.swept.dataset, result.attribute("noise_floor_by_kind")
     trust = [c.name for c in columns() if c.dims == ("swept_kind",) and c.group != ALWAYS and c.name in data]
     rows = []
     for i, kind in enumerate(str(k) for k in data["swept_kind"].values):

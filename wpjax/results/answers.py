@@ -33,6 +33,7 @@ class Answers(NamedTuple):
         n_components: number of the expert's components in the patched base.
         by: name of the ranking that these components lead.
         tried: numbers of components that were tried before, and with which fewer answers passed.
+        share: the part of the parameters that the patched components own, of all that were ranked; NaN if not known.
 
     >>> answers = Answers(("Hi! Shout.",), (("hello",), ("HELLO",), ("HELLO",)), np.array([[0.0], [1.0], [1.0]]), 3,
     ...                   "effect")
@@ -48,15 +49,15 @@ class Answers(NamedTuple):
     n_components: int
     by: str
     tried: Sequence[int] = ()
+    share: float = float("nan")
 
     @property
     def about(self) -> str:
         """Whose answers these are, in words."""
         components = "component" if self.n_components == 1 else "components"
-        told = (
-            f"Of the base, of the base with the {self.n_components:,} best {components} of the expert (by {self.by}), "
-        )
-        told += "and of the expert."
+        size = "" if np.isnan(self.share) else f", {self.share:.1%} of the parameters that were ranked"
+        told = f"Of the base, of the base with the {self.n_components:,} best {components} of the expert "
+        told += f"(by {self.by}{size}), and of the expert."
         if self.tried:
             told += f" With the best {', '.join(f'{n:,}' for n in self.tried)} too few of these answers passed."
         return told
@@ -79,6 +80,7 @@ class Answers(NamedTuple):
             "answers_n_components": int(self.n_components),
             "answers_by": self.by,
             "answers_tried": json.dumps([int(n) for n in self.tried]),
+            "answers_share": float(self.share),
         }
         coords = {"answerer": np.array(ANSWERERS, dtype=object)}
         return dataset.assign(variables).assign_coords(coords).assign_attrs(attributes)
@@ -92,7 +94,9 @@ class Answers(NamedTuple):
         texts = tuple(tuple(map(str, row)) for row in dataset["answer"].values)
         passes = dataset["answer_passes"].values.astype(np.float64)
         n, by = int(dataset.attrs["answers_n_components"]), str(dataset.attrs["answers_by"])
-        return cls(prompts, texts, passes, n, by, tuple(_numbers(dataset.attrs.get("answers_tried"))))
+        tried, share = tuple(_numbers(dataset.attrs.get("answers_tried"))), dataset.attrs.get("answers_share")
+        share = float(share) if isinstance(share, float | np.floating) else float("nan")
+        return cls(prompts, texts, passes, n, by, tried, share)
 
 
 def _numbers(text: Any) -> list[int]:

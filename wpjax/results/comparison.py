@@ -139,7 +139,7 @@ def compare(a: SweepResult, b: SweepResult, *, by: str | None = None, top: int =
         row, tops = _kind(kind, names, [np.array([n[name][0] for name in names]) for n in numbers], top)
         rows.append(row)
         shown |= dict.fromkeys(tops)
-    unpaired, tests, reach = _paired(a, b, rankings)
+    unpaired, tests, reach = _paired(a.swept, b.swept, rankings)
     sides = [
         Side(name, numbers[0][name], numbers[1][name], _apart(numbers[0][name], numbers[1][name]), *tests.get(name, ()))
         for name in shown

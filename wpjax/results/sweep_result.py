@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from wpjax.columns import ALWAYS, EFFECT, columns, effect_estimates, rankings
 from wpjax.errors import WpjaxError
@@ -88,8 +88,10 @@ class SweepResult:
       the expert loses without the component. Each with its interval.
     - `beta_low`, `banzhaf`, `beta_high`: share of the gap in the company of few, half and most of the others.
       `redundancy`: the first minus the last. Each with its interval.
-    - `set_score`: share of the gaps of anchor and decision score, to rank components for patching together (see
-      `estimators.sets.add_set_score`).
+    - `set_score`: share of the gap of the decision score, for the component's share of the parameters, to rank
+      components for patching together (see `estimators.sets.add_set_score`).
+    - `swept`: False for components that are there for such a ranking only, as those after the anchor's layer. Of them
+      nothing else was measured but `delta_norm`. Without this column all components were swept.
     - `flow` [component, target]: the effect, split over the later heads and MLPs that it arrives by, along the slope of
       the metric at the base. Each row sums to the effect. The target `rest`, of metrics that read logits, is what the
       slope does not tell; on-policy also what the patched model does by saying other words.
@@ -131,7 +133,7 @@ class SweepResult:
 
     def __repr__(self) -> str:
         """A few lines: the pair, the behaviour, the metric, the kinds, the gap and the five components that lead."""
-        data, attrs, by = self.dataset, self.dataset.attrs, self.ranking
+        data, attrs, by = self.swept.dataset, self.dataset.attrs, self.ranking
         kinds = data["kind"].values.astype(str).tolist()
         n_by_kind = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
         lines = [
@@ -209,6 +211,35 @@ class SweepResult:
         value = self.dataset.attrs[name]
         is_json = name in STORED_AS_JSON or any(name in method.marks for method in methods())
         return json.loads(value) if is_json and isinstance(value, str) else value
+
+    @property
+    def swept(self) -> SweepResult:
+        """The result without components that are there only to be ranked for sets; those were not swept."""
+        if "swept" not in self.dataset:
+            return self
+        rows = np.flatnonzero(self.dataset["swept"].values)
+        return SweepResult(self.dataset.isel(component=rows).drop_vars("swept"))
+
+    def extended(self, new: Mapping[str, np.ndarray], order: Int[np.ndarray, " C"]) -> SweepResult:
+        """A result with more components, which were not swept: `swept` says so, and what is not given of them is NaN.
+
+        Args:
+            new: column -> [N], what is known of N more components: name, kind, layer, index at least.
+            order: [C], where each row of the new result comes from: the components of this result are counted first,
+                then the new ones.
+        """
+        data, n = self.dataset, len(new["name"])
+        columns: dict[str, Any] = {"swept": np.ones(data.sizes["component"], bool)}
+        columns |= {str(name): column.values for name, column in data.variables.items() if "component" in column.dims}
+        variables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+        for name, values in columns.items():
+            # Every column of components has the component first.
+            nothing = False if values.dtype == bool else np.nan
+            more = new[name] if name in new else np.full((n, *values.shape[1:]), nothing, values.dtype)
+            dims = data[name].dims if name in data.variables else ("component",)
+            variables[name in data.coords][name] = dims, np.concatenate([values, more])[order]
+        rest = data.drop_dims("component")
+        return SweepResult(rest.assign(variables[False]).assign_coords(variables[True]))
 
     @property
     def finest(self) -> Bool[np.ndarray, " C"]:

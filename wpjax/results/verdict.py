@@ -115,6 +115,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     >>> found.status, found.commands[0]
     ('not tested', 'wpjax validate title.nc')
     """
+    answers, result = result.answers, result.swept
     data, attrs = result.dataset, result.dataset.attrs
     values = result.best() if result.ranking in (EFFECT, *effect_estimates()) else result.values(result.ranking)
     finest = result.finest
@@ -134,7 +135,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
         *_about_pair(attrs),
     )
     # The answers to read say with how many components the behaviour came back; without them the count has to do.
-    n_best = n_most or n_half if result.answers is None else result.answers.n_components
+    n_best = n_most or n_half if answers is None else answers.n_components
     commands = () if path is None else _commands(attrs, Path(path), status, n_best)
     smallest_q = float("nan") if reach is None else reach.smallest_q
     return Verdict(status, shape, layers, n_half, n_most, int(finest.sum()), coverage, smallest_q, points, commands)
