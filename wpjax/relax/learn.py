@@ -58,10 +58,12 @@ class RelaxConfig:
     def __post_init__(self) -> None:
         counts = {"steps": self.steps, "restarts": self.restarts, "steps_at_once": self.steps_at_once}
         counts |= {"save_every": self.save_every, "at_once": self.restarts if self.at_once is None else self.at_once}
-        sizes = {"lr": self.lr, "eps": self.eps, "clip": self.clip}
-        if min(counts.values()) < 1 or not all(size > 0 for size in sizes.values()):
-            given = ", ".join(f"{name}={value:g}" for name, value in {**counts, **sizes}.items())
-            raise WpjaxError(f"{given}: steps, restarts and the like must be at least 1, and lr, eps and clip above 0")
+        for name, count in counts.items():
+            if count < 1:
+                raise WpjaxError(f"{name}={count}: {name} must be at least 1")
+        for name, size in {"lr": self.lr, "eps": self.eps, "clip": self.clip}.items():
+            if not size > 0:
+                raise WpjaxError(f"{name}={size:g}: {name} must be above 0")
 
 
 class State(NamedTuple):
