@@ -16,6 +16,8 @@ from .errors import MetricRejected as MetricRejected
 from .errors import WpjaxError as WpjaxError
 from .estimators.sets import add_set_score as add_set_score
 from .estimators.sweep import sweep as sweep
+from .evaluation.extract import Extraction as Extraction
+from .evaluation.extract import extract as extract
 from .evaluation.fit_anchor import fit_anchor as fit_anchor
 from .evaluation.reading import answers_to_read as answers_to_read
 from .evaluation.validation import validate as validate

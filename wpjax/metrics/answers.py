@@ -112,8 +112,11 @@ def response_metric(
     """
     prompts = batch.with_instruction
     answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    metric = answer_metric(pair.cfg, prompts, trimmed(answers))
-    # The longest prompt need not have the longest answer: drop columns that are padding in every row.
+    return _as_narrow(answer_metric(pair.cfg, prompts, trimmed(answers)))
+
+
+def _as_narrow(metric: Metric) -> Metric:
+    """The metric without columns that are padding in every row: the longest prompt need not have the longest answer."""
     width = int(metric.tokens.lengths.max())
     return dataclasses.replace(metric, tokens=Tokens(metric.tokens.ids[:, :width], metric.tokens.lengths))
 
@@ -144,10 +147,35 @@ def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers:
     >>> bool((base < -0.1).all()), bool((abs(expert) < 1e-4).all())
     (True, True)
     """
-    metric = response_metric(pair, batch, max_new_tokens, answers)
-    # Tokens, positions and weights are those of the response; the readout compares with the expert's own stream.
-    resid = jnp.asarray(over_prompts(metric, lambda part: _picked(pair.cfg, pair.expert, part)))
-    return dataclasses.replace(metric, readout=Divergence(resid, pair.expert), name="kl")
+    prompts = batch.with_instruction
+    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
+    return divergence_metric(pair.cfg, pair.expert, prompts, answers)
+
+
+def divergence_metric(cfg: ModelConfig, reference: Params, prompts: Tokens, answers: Generation) -> Metric:
+    """Minus the divergence of the model's next-token distributions from a reference model's, along given answers y.
+
+        F(M, x) = -1 / |y| sum_t KL(p_R(. | x, y_<t) || p_M(. | x, y_<t))      (nats per token; 0 for the reference R)
+
+    Args:
+        cfg: architecture of the models.
+        reference: parameters of R.
+        prompts: prompts x, [B, T].
+        answers: answers to them, [B, N].
+
+    >>> import wpjax as wp
+    >>> from wpjax.metrics.answers import answer_of, divergence_metric
+    >>> from wpjax.metrics.metric import scores
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> prompts = task.encode(pair.tokenizer, n_prompts=4).without
+    >>> metric = divergence_metric(pair.cfg, pair.base, prompts, answer_of(pair, pair.base, prompts, 8))
+    >>> bool((abs(scores(pair.cfg, pair.base, metric)) < 1e-4).all())
+    True
+    """
+    # Tokens, positions and weights are those of the response; the readout compares with the reference's own stream.
+    metric = _as_narrow(answer_metric(cfg, prompts, trimmed(answers)))
+    resid = jnp.asarray(over_prompts(metric, lambda part: _picked(cfg, reference, part)))
+    return dataclasses.replace(metric, readout=Divergence(resid, reference), name="kl")
 
 
 def decision_metric(
