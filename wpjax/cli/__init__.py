@@ -27,7 +27,7 @@ def make_app() -> typer.Typer:
     """The command line: one command a module of this package. Its help lists the methods registered so far."""
     import typer
 
-    from wpjax.cli import anchor, compare, demo, export, finetune, inspect, report, show, sweep, validate
+    from wpjax.cli import anchor, compare, demo, export, finetune, inspect, relax, report, show, sweep, validate
     from wpjax.cli.options import with_options
 
     app = typer.Typer(
@@ -48,7 +48,7 @@ def make_app() -> typer.Typer:
             raise typer.Exit
 
     app.callback(invoke_without_command=True)(root)
-    for command in (demo, inspect, anchor, sweep, show, report, validate, compare, export, finetune):
+    for command in (demo, inspect, anchor, sweep, show, report, validate, relax, compare, export, finetune):
         name, run = command.__name__.rpartition(".")[2], with_options(command.run)
         app.command(help=command.run.__doc__, epilog=command.EXAMPLE, name=name, context_settings=HELP)(run)
     return app

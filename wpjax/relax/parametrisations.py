@@ -15,6 +15,7 @@ A nested mask is learned once for all budgets. The other two need a run a budget
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -199,3 +200,26 @@ class StraightThrough(Priced):
     def price(self, numbers: Float[Array, " C"], gates: Gates) -> Float[Array, ""]:
         """The share of the parameters that is open, with the slope of the sigmoid, times `weight`."""
         return self.weight * (gates.share @ self.draw(numbers, gates, jax.random.key(0)))
+
+
+def make_parametrisation(name: str, price: float = 1.0) -> Parametrisation:
+    """The parametrisation of a name, with its defaults.
+
+    Args:
+        name: "nested", "hard-concrete" or "straight-through".
+        price: price of the whole expert, of the last two.
+
+    Raises:
+        WpjaxError: there is no such parametrisation.
+
+    >>> make_parametrisation("straight-through", price=2.0).weight
+    2.0
+    """
+    makes: dict[str, Callable[[], Parametrisation]] = {
+        "nested": Nested,
+        "hard-concrete": lambda: HardConcrete(price),
+        "straight-through": lambda: StraightThrough(price),
+    }
+    if name not in makes:
+        raise WpjaxError(f"unknown parametrisation {name!r}; parametrisations: {', '.join(makes)}")
+    return makes[name]()
