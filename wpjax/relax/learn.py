@@ -52,8 +52,8 @@ class RelaxConfig:
     seed: int = 0
     restarts: int = 1
     at_once: int | None = None
-    steps_at_once: int = 10
-    save_every: int = 10
+    steps_at_once: int = 5
+    save_every: int = 20
 
     def __post_init__(self) -> None:
         counts = {"steps": self.steps, "restarts": self.restarts, "steps_at_once": self.steps_at_once}
