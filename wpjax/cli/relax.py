@@ -128,6 +128,7 @@ def run(
     if not lr > 0:
         raise WpjaxError(f"--lr {lr:g}: above 0")
 
+    from wpjax.components import check_kind
     from wpjax.results.sweep_result import SweepResult
 
     swept = SweepResult.from_netcdf(result)
@@ -141,6 +142,8 @@ def run(
         tokenizer=tokenizer,
         ignore_config=ignore_config,
     )
+    for kind in kinds:
+        check_kind(kind)
     if start is not None:
         swept.values(start)  # refused before the models are read
 

@@ -393,6 +393,7 @@ def add_learned(
     for kind in kinds:
         check_kind(kind)
     components = enumerate_components(pair.cfg, kinds)
+    Gates.of(pair.cfg, components)  # kinds that overlap are refused before any model answers
     first = None if start is None else starting_values(result, start, components)
     batch = behaviour.encode(pair.tokenizer, "sweep", aim.n_prompts)
     pair.check_prompts(batch)

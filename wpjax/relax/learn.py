@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from scipy.stats import rankdata
 
 from wpjax.errors import WpjaxError
 from wpjax.patching import PatchMask
@@ -114,17 +115,14 @@ def _adam(lr: float, eps: float, clip: float) -> optax.GradientTransformation:
 
 
 def together(runs: Float[np.ndarray, "R C"]) -> Float[np.ndarray, " C"]:
-    """One ranking from those of several restarts: the mean of their ranks, as shares of the number of components.
-
-    One restart keeps its numbers.
+    """One ranking from those of several restarts: the mean of their ranks, from 0 to 1. One restart keeps its numbers.
 
     >>> together(np.array([[0.1, 0.5, 9.0], [0.2, 0.1, 0.3]])).round(2).tolist()
     [0.25, 0.25, 1.0]
     """
     if len(runs) == 1:
         return runs[0]
-    ranks = runs.argsort(1, kind="stable").argsort(1, kind="stable")
-    return ranks.mean(0) / max(runs.shape[1] - 1, 1)
+    return (rankdata(runs, axis=1) - 1).mean(0) / max(runs.shape[1] - 1, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("parametrisation", "optimiser", "n_steps"), donate_argnums=0)

@@ -246,6 +246,8 @@ class Shards(MutableMapping[str, np.ndarray]):
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._is_open and not _parts(self.folder):  # nothing was finished, so there is nothing to go on with
+            discard(self.folder, self.out.name)
         self._unlock()
 
     def _unlock(self) -> None:
