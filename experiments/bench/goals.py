@@ -83,6 +83,11 @@ def waited(name: str, what: str = "median") -> Callable[[Report], float | None]:
     return lambda r: r["seconds"].get(name, r.get("sweeps", {}).get(name, {})).get(what)
 
 
+def step(figure: str) -> Callable[[Report], float | None]:
+    """Of a step of a learned mask, by the divergence from the expert."""
+    return lambda r: r["steps"]["kl, 1 run"][figure]
+
+
 SWEEP, QUICK = "`wpjax sweep`", "`wpjax sweep --quick`"
 LARGER, EMBEDDED = "engine.smollm2", "engine.tiny"
 EVERY_SET, FEW = sets(("arbitrary", "sets within")), sets(("sets within 4%",))
@@ -104,6 +109,8 @@ GOALS = (
     Goal("a set, whichever, embedded pair", EMBEDDED, "cpu", EVERY_SET, 2.2, False, "forward passes"),
     Goal("a set that touches few channels, SmolLM2", LARGER, "cpu", FEW, 1.2, False, "forward passes"),
     Goal("a set that touches few channels, embedded pair", EMBEDDED, "cpu", FEW, 1.2, False, "forward passes"),
+    Goal("a step of a learned mask, SmolLM2", "relax.smollm2", "cpu", step("forwards"), 4.5, False, "forward passes"),
+    Goal("200 steps of it, SmolLM2", "relax.smollm2", "cpu", step("minutes"), 20, False, "CPU minutes"),
     Goal("heads, against whole forwards in torch", "heads", "gpu", speed_up(WHOLE), 30, True, "times"),
     Goal("heads, against a cached prefix in torch", "heads", "gpu", speed_up(CACHED), 15, True, "times"),
     Goal("neurons of SmolLM2, share of the ceiling in bfloat16", LARGER, "gpu", share("bfloat16"), 0.5, True, ""),
