@@ -1,5 +1,6 @@
 """Learned rankings: what they are learned for, against divergences and odds by hand, and as a column of a result."""
 
+import dataclasses
 import json
 import sys
 
@@ -13,10 +14,11 @@ from wpjax import cli
 from wpjax.behaviours import behaviour
 from wpjax.components import enumerate_components
 from wpjax.errors import WpjaxError
-from wpjax.evaluation.learned import Aim, parts_of, restarts_at_once, starting_values
+from wpjax.evaluation.learned import Aim, Part, learned_mask, parts_of, restarts_at_once, starting_values
 from wpjax.metrics.answers import answer_of
 from wpjax.models.decoder import forward
 from wpjax.patching import PatchMask, materialize
+from wpjax.relax.learn import RelaxConfig
 from wpjax.results.opening import open_result
 from wpjax.results.sweep_result import SweepResult
 
@@ -97,6 +99,18 @@ def test_a_reward_is_what_the_checker_says(tiny_pair, task, prompts):
     one = full.astype(jnp.float32)
     assert float(restore.objective.prepared(one, jax.random.key(0)).reward.mean()) > 0.5
     assert float(knockout.objective.prepared(one, jax.random.key(0)).reward.mean()) > 0.5
+
+
+def test_a_reward_that_nothing_earns_is_refused(tiny_pair, prompts):
+    """Not even a slope to follow: a ranking of zeros would mean nothing."""
+    hopeless = dataclasses.replace(behaviour("tiny:english_capital"), checker=lambda text, args: "zebra" in text)
+    aim = Aim("reward", n_answers=2, prompts_a_step=2, max_new_tokens=1)
+    with pytest.raises(WpjaxError, match="0% and 0% of the reward"):
+        parts_of(tiny_pair, hopeless, prompts, aim)
+    flat = Part("reward", jax.tree_util.Partial(lambda mask, key: 0 * mask.units["head"].sum()), 1.0, None)
+    components = enumerate_components(tiny_pair.cfg, ["head"])
+    with pytest.raises(WpjaxError, match="--start set_score --spread 4"):
+        learned_mask(tiny_pair, components, [flat], config=RelaxConfig(steps=40))
 
 
 def test_aims_that_cannot_work_are_refused(tiny_pair, task, prompts):

@@ -96,6 +96,16 @@ def run(
             "Ranking of the result to begin with, say set_score or screen; without it, all gates alike.", panel=PATCHED
         ),
     ] = None,
+    spread: Annotated[
+        float | None,
+        Setting(
+            "How far that ranking sets the gates apart: the larger, the surer of it the run begins. The reward needs "
+            "answers that pass from the start: 4.",
+            least=0,
+            most=100,
+            panel=PATCHED,
+        ),
+    ] = None,
     steps: Annotated[int, Setting("Steps to take.", least=1, most=10**6, panel=RUNNING)] = 200,
     lr: Annotated[float, Setting("Learning rate.", least=0, most=1e3, panel=RUNNING)] = 0.05,
     restarts: Annotated[
@@ -170,7 +180,7 @@ def run(
         n_answers,
         max_new_tokens or asked.max_new_tokens or 32,
     )
-    gates = make_parametrisation(parametrisation, price)
+    gates = make_parametrisation(parametrisation, price, spread)
     task = behaviour_of(result, asked, checker is not None)
     pair = pair_of(asked)
     watch_compilation()

@@ -60,6 +60,9 @@ SHARES = (0.01, 0.02, 0.05)
 N_CHECKED = 16
 """Prompts that the patched model answers where a reward is looked at, at most."""
 
+PATIENCE = 20
+"""Steps after which a loss that never changed is refused."""
+
 TEXT_WINDOW = 64
 """Tokens of a window of a neutral text."""
 
@@ -311,7 +314,7 @@ def learned_mask(
 
     Raises:
         ComponentError: two components own the same weights.
-        WpjaxError: the loss is not finite.
+        WpjaxError: the loss is not finite, or it never changes.
     """
     gates, config = Gates.of(pair.cfg, components), config or RelaxConfig()
     objective = Weighted(tuple(part.objective for part in parts), jnp.array([part.weight for part in parts]))
@@ -320,6 +323,12 @@ def learned_mask(
     def watch(learned: Learned) -> None:
         nonlocal said
         taken = learned.losses.shape[1]
+        if taken == min(PATIENCE, config.steps) and np.ptp(learned.losses) == 0:
+            raise WpjaxError(
+                f"the loss is {learned.losses[0, 0]:g} in each of the first {taken} steps: the checker judges all "
+                "sampled answers alike, so nothing can be learned from them; begin with a ranking that is "
+                "trusted (--start set_score --spread 4), or add an objective that has a slope everywhere (kl+reward)"
+            )
         if taken // check_every == said and taken < config.steps:
             return
         said = taken // check_every
@@ -376,7 +385,8 @@ def add_learned(
     Raises:
         MetricRejected: the gap of a metric may be zero.
         ComponentError: kinds that do not exist, or that overlap.
-        WpjaxError: the result is of another pair or behaviour, or lacks the ranking or the anchor.
+        WpjaxError: the result is of another pair or behaviour, or lacks the ranking or the anchor; or nothing can be
+            learned, as no sampled answer passes.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")

@@ -242,8 +242,8 @@ def learn(
         kept = states.restore({"state": state, "losses": losses})
         state, losses, taken = kept["state"], np.array(kept["losses"]), states.newest
     on_host = is_on_host(objective)
-    together_ = 1 if on_host else config.at_once or n
-    groups = [slice(i, i + together_) for i in range(0, n, together_)]
+    size = 1 if on_host else config.at_once or n
+    groups = [slice(i, i + size) for i in range(0, n, size)]
     progress("learned mask", taken, config.steps)
     while taken < config.steps:
         n_steps = 1 if on_host else min(config.steps_at_once, config.steps - taken)
@@ -267,10 +267,10 @@ def learn(
             raise WpjaxError(
                 f"the loss is {losses[:, taken - 1].max():g} at step {taken}; take a smaller learning rate"
             )
-        if states is not None and (taken % config.save_every < n_steps or taken == config.steps):
-            states.save(taken, {"state": state, "losses": losses})
         runs = np.asarray(state.numbers)
         watch(Learned(together(runs), losses[:, :taken], runs))
+        if states is not None and (taken % config.save_every < n_steps or taken == config.steps):
+            states.save(taken, {"state": state, "losses": losses})
         progress("learned mask", taken, config.steps)
     runs = np.asarray(state.numbers)
     return Learned(together(runs), losses, runs)

@@ -202,12 +202,13 @@ class StraightThrough(Priced):
         return self.weight * (gates.share @ self.draw(numbers, gates, jax.random.key(0)))
 
 
-def make_parametrisation(name: str, price: float = 1.0) -> Parametrisation:
+def make_parametrisation(name: str, price: float = 1.0, spread: float | None = None) -> Parametrisation:
     """The parametrisation of a name, with its defaults.
 
     Args:
         name: "nested", "hard-concrete" or "straight-through".
         price: price of the whole expert, of the last two.
+        spread: how far a ranking to begin with sets gates apart; None for the default of each.
 
     Raises:
         WpjaxError: there is no such parametrisation.
@@ -215,11 +216,12 @@ def make_parametrisation(name: str, price: float = 1.0) -> Parametrisation:
     >>> make_parametrisation("straight-through", price=2.0).weight
     2.0
     """
-    makes: dict[str, Callable[[], Parametrisation]] = {
+    makes: dict[str, Callable[[], Nested | HardConcrete | StraightThrough]] = {
         "nested": Nested,
         "hard-concrete": lambda: HardConcrete(price),
         "straight-through": lambda: StraightThrough(price),
     }
     if name not in makes:
         raise WpjaxError(f"unknown parametrisation {name!r}; parametrisations: {', '.join(makes)}")
-    return makes[name]()
+    made = makes[name]()
+    return made if spread is None else dataclasses.replace(made, spread=spread)
