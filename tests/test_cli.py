@@ -228,8 +228,8 @@ def test_inspect_prints_tables(wpjax):
     assert "a pair" in out
 
 
-COMMANDS = ["demo", "inspect", "anchor", "sweep", "show", "report", "validate", "extract", "interference", "compare"]
-COMMANDS += ["export", "apply", "remove", "scores", "merge", "finetune"]
+COMMANDS = ["demo", "inspect", "anchor", "sweep", "show", "report", "validate", "relax", "extract"]
+COMMANDS += ["interference", "compare", "export", "apply", "remove", "scores", "merge", "finetune"]
 
 
 def test_help_of_every_command(wpjax, monkeypatch):

@@ -31,6 +31,8 @@ TABLES = [
     ("paper", "on_policy", "markdown", "tiny.on_policy.json"),
     ("paper", "positions", "markdown", "tiny.positions.json"),
     ("paper", "estimate", "markdown", "estimate.json"),
+    ("relax", "compare", "markdown", "planted.json"),
+    ("relax", "compare", "restarts", "planted.json"),
     ("bench", "heads", "markdown", "heads.json"),
     ("bench", "engine", "markdown", "engine.tiny.json"),
     ("bench", "engine", "markdown", "engine.smollm2.json"),
@@ -42,6 +44,8 @@ TABLES = [
     ("bench", "shape", "markdown", "shape.smollm2-135m.json"),
     ("bench", "startup", "markdown", "startup.json"),
     ("bench", "merging", "markdown", "merging.json"),
+    ("bench", "relax", "markdown", "relax.tiny.json"),
+    ("bench", "relax", "markdown", "relax.smollm2.json"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Learned masks against planted truth, finite differences and hand-worked thresholds."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,14 +11,16 @@ import pytest
 from wpjax import PatchMask, behaviour, enumerate_components, kl_metric, load_pair, materialize
 from wpjax.behaviours import Tokens
 from wpjax.components import n_parameters
-from wpjax.errors import ComponentError, WpjaxError
+from wpjax.errors import ComponentError, OutputError, WpjaxError
 from wpjax.metrics.metric import Metric, scores
 from wpjax.metrics.readouts import Projection
+from wpjax.models.decoder import forward
 from wpjax.pairs import planted_components
 from wpjax.relax.gates import Gates
 from wpjax.relax.learn import RelaxConfig, learn
-from wpjax.relax.objectives import Recover, Weighted
-from wpjax.relax.parametrisations import HardConcrete, Nested, StraightThrough, threshold
+from wpjax.relax.objectives import Recover, Reward, Weighted, prepared
+from wpjax.relax.parametrisations import HardConcrete, Nested, StraightThrough, make_parametrisation, threshold
+from wpjax.runtime.shards import Shards, check_parts
 
 KINDS = ("head", "kv_group", "neuron")
 
@@ -111,7 +114,7 @@ def test_a_nested_mask_finds_what_was_planted():
     best = np.argsort(-learned.scores)[: truth.sum()]
     assert roc_area(learned.scores, truth) > 0.99
     assert truth[best].mean() >= 0.9
-    assert learned.losses[-20:].mean() < learned.losses[:20].mean()
+    assert learned.losses[0, -20:].mean() < learned.losses[0, :20].mean()
 
 
 def test_recover_is_the_distance_of_the_hard_patch(family_pair):
@@ -140,7 +143,163 @@ def test_a_run_in_parts_is_the_run_in_one():
     objective = jax.tree_util.Partial(lambda mask, key: ((mask.units["head"][0, :2] - 1) ** 2).sum())
     runs = [learn(objective, gates, Nested(), RelaxConfig(steps=6, steps_at_once=n)) for n in (6, 4)]
     np.testing.assert_allclose(runs[0].scores, runs[1].scores, rtol=1e-6)
-    assert len(runs[0].losses) == len(runs[1].losses) == 6
+    assert runs[0].losses.shape == runs[1].losses.shape == (1, 6)
+
+
+def toy(n_gates=4, sizes=None):
+    """Gates of the heads of one layer, and an objective that wants the first two open, more so on some prompts."""
+    share = np.ones(n_gates) if sizes is None else np.asarray(sizes, float)
+    gates = Gates({"head": jnp.arange(n_gates)[None]}, jnp.asarray(share / share.sum(), jnp.float32))
+
+    def loss(mask, key):
+        return jax.random.uniform(key) * ((mask.units["head"][0, :2] - 1) ** 2).sum()
+
+    return jax.tree_util.Partial(loss), gates
+
+
+def test_restarts_are_the_runs_of_the_next_seeds():
+    objective, gates = toy()
+    config = RelaxConfig(steps=6, seed=3, restarts=3, steps_at_once=3)
+    every = learn(objective, gates, Nested(), config)
+    groups = learn(objective, gates, Nested(), dataclasses.replace(config, at_once=2))
+    for r in range(3):
+        alone = learn(objective, gates, Nested(), dataclasses.replace(config, seed=3 + r, restarts=1))
+        for run in (every.runs[r], groups.runs[r]):
+            np.testing.assert_allclose(run, alone.scores, rtol=1e-5)
+        np.testing.assert_allclose(every.losses[r], alone.losses[0], rtol=1e-5)
+    assert len({tuple(run) for run in every.runs.tolist()}) == 3
+    below, ties = (f(every.runs[:, None], every.runs[:, :, None]).sum(2) for f in (np.less, np.equal))
+    np.testing.assert_allclose(every.scores, (below + (ties - 1) / 2).mean(0) / 3)
+
+
+class Killed(Exception):
+    """What stops the learning of a test."""
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
+    objective, gates = toy()
+    config = RelaxConfig(steps=12, restarts=2, steps_at_once=2, save_every=4)
+    whole = learn(objective, gates, Nested(), config)
+    seen = []
+
+    def watch(learned):
+        seen.append(learned.losses.shape[1])
+        if seen[-1] == 10:
+            raise Killed
+
+    out = tmp_path / "r.nc"
+    with pytest.raises(Killed), Shards(out, "relax", {"seed": 0}, False) as shards, shards.states() as states:
+        learn(objective, gates, Nested(), config, states=states, watch=watch)
+    with pytest.raises(OutputError, match="pass --resume"):
+        check_parts(out, "relax", resume=False)
+    with pytest.raises(OutputError, match="other settings"):
+        Shards(out, "relax", {"seed": 1}, resume=True)
+    seen.clear()
+    with Shards(out, "relax", {"seed": 0}, resume=True) as shards:
+        with shards.states() as states:
+            resumed = learn(objective, gates, Nested(), config, states=states, watch=watch_steps(seen))
+        shards.discard()
+    assert seen == [10, 12]  # the state of step 8 was the last
+    for ours, theirs in zip(resumed, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not list(tmp_path.iterdir())
+
+
+def watch_steps(seen):
+    return lambda learned: seen.append(learned.losses.shape[1])
+
+
+def test_a_state_that_is_damaged_is_refused(tmp_path):
+    objective, gates = toy()
+    config = RelaxConfig(steps=4, steps_at_once=2, save_every=2)
+    with Shards(tmp_path / "r.nc", "relax", {}, False) as shards, shards.states() as states:
+        learn(objective, gates, Nested(), config, states=states)
+    for file in (tmp_path / ".r.nc.relax" / "states").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"no state")
+    with (
+        Shards(tmp_path / "r.nc", "relax", {}, True) as shards,
+        pytest.raises(OutputError, match="damaged"),
+        shards.states() as states,
+    ):
+        learn(objective, gates, Nested(), config, states=states)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [4, 1, 2, 1, 3, 2]], ids=["equal", "unequal"])
+def test_a_linear_toy_is_ranked_by_what_a_parameter_is_worth(sizes):
+    """Loss = -sum of the worth of what is open: within any budget the best set takes the worthiest parameters first."""
+    worth = np.array([0.3, 2.0, 0.1, 1.2, 0.7, 3.0])
+    gain = jnp.asarray(worth * np.array(sizes) / sum(sizes), jnp.float32)
+    _, gates = toy(6, sizes)
+    objective = jax.tree_util.Partial(lambda mask, key: -(mask.units["head"][0] * gain).sum())
+    learned = learn(objective, gates, Nested(0.5, 0.05, 0.9), RelaxConfig(steps=400, lr=0.05, steps_at_once=100))
+    assert np.argsort(-learned.scores).tolist() == np.argsort(-worth).tolist()
+
+
+def test_a_reward_is_reinforced_as_by_hand(one_pair):
+    """The slope of what was sampled is that of the definition, answer by answer, by finite differences."""
+    cfg = one_pair.cfg
+    gates = Gates.of(cfg, enumerate_components(cfg, ["head"]))
+    prompts = Tokens(np.arange(8, dtype=np.int32).reshape(2, 4), np.array([4, 3], np.int32))
+    values = jnp.linspace(0.2, 0.8, len(gates))
+    judged = {}
+
+    def judge(answers, rows):
+        judged["answers"], judged["rows"] = answers, rows
+        return (np.asarray(answers.tokens)[:, 0] % 2).astype(np.float32)  # an odd first token passes
+
+    reward = Reward(cfg, one_pair.base, one_pair.expert, prompts, (5,), judge, None, 3, 2)
+    key = jax.random.key(0)
+    sampled = prepared(reward, gates.mask(values), key)
+    answers, rows = judged["answers"], judged["rows"]
+    assert sorted(rows.tolist()) == [0, 0, 0, 1, 1, 1]
+    passed = np.asarray(answers.tokens)[:, 0] % 2
+    others = np.array([passed[(rows == row) & (np.arange(6) != i)].mean() for i, row in enumerate(rows)])
+
+    def gain(values):
+        """Mean over answers of advantage times log-probability, token by token."""
+        model, total = materialize(one_pair.base, one_pair.expert, gates.mask(values)), 0.0
+        lengths, ids = np.asarray(prompts.lengths)[rows], np.zeros((6, 6), np.int32)
+        for line, row, n, tokens in zip(ids, rows, lengths, np.asarray(answers.tokens), strict=True):
+            line[:n], line[n : n + 2] = np.asarray(prompts.ids)[row, :n], tokens
+        log_p = np.asarray(jax.nn.log_softmax(forward(cfg, model, jnp.asarray(ids)).logits))
+        for i, (n, n_new, advantage) in enumerate(zip(lengths, answers.lengths, passed - others, strict=True)):
+            for t in range(n, n + n_new):
+                total += advantage * float(log_p[i, t - 1, ids[i, t]])
+        return total / len(rows)
+
+    value, slope = jax.value_and_grad(lambda v: sampled(gates.mask(v), key))(values)
+    assert float(value) == pytest.approx(1 - passed.mean())
+    c, step = int(np.abs(slope).argmax()), 0.05
+    naive = (gain(values.at[c].add(step)) - gain(values.at[c].add(-step))) / (2 * step)
+    assert float(slope[c]) == pytest.approx(-naive, rel=0.02, abs=1e-4)
+
+
+def test_the_slope_of_a_reward_is_that_of_its_expectation(one_pair):
+    """With one token to say, the expected reward is a sum over the vocabulary."""
+    cfg = one_pair.cfg
+    gates = Gates.of(cfg, enumerate_components(cfg, ["head"]))
+    prompts = Tokens(np.arange(4, dtype=np.int32)[None], np.array([4], np.int32))
+    values, key = jnp.linspace(0.2, 0.8, len(gates)), jax.random.key(0)
+    passes = np.random.default_rng(0).integers(0, 2, cfg.d_vocab).astype(np.float32)
+
+    def judge(answers, rows):
+        return passes[np.asarray(answers.tokens)[:, 0]]
+
+    reward = Reward(cfg, one_pair.base, one_pair.expert, prompts, (), judge, None, 4000, 1)
+
+    def expected(values):
+        model = materialize(one_pair.base, one_pair.expert, gates.mask(values))
+        logits = forward(cfg, model, jnp.asarray(prompts.ids)).logits
+        return 1 - jax.nn.softmax(logits[0, -1]) @ passes
+
+    sampled = prepared(reward, gates.mask(values), key)
+    value, slope = jax.value_and_grad(lambda v: sampled(gates.mask(v), key))(values)
+    true_value, true_slope = jax.value_and_grad(expected)(values)
+    assert float(value) == pytest.approx(float(true_value), abs=0.03)
+    cosine = slope @ true_slope / jnp.linalg.norm(slope) / jnp.linalg.norm(true_slope)
+    assert float(cosine) > 0.9
+    assert float(jnp.linalg.norm(slope) / jnp.linalg.norm(true_slope)) == pytest.approx(1, abs=0.2)
 
 
 def test_a_loss_that_is_not_finite_is_refused():
@@ -156,6 +315,10 @@ def test_settings_that_cannot_work_are_refused():
         (lambda: Nested(temperature=0), "the temperature must be above 0"),
         (lambda: Nested(smallest=0.4, largest=0.2), "0 < smallest <= largest <= 1"),
         (lambda: RelaxConfig(steps=0), "steps must be at least 1"),
+        (lambda: RelaxConfig(restarts=0), "restarts must be at least 1"),
+        (lambda: RelaxConfig(lr=0), "lr must be above 0"),
+        (lambda: HardConcrete(-1), "must not be below 0"),
+        (lambda: make_parametrisation("soft"), "parametrisations: nested, hard-concrete, straight-through"),
         (lambda: learn(objective, gates, start=np.zeros(3)), r"shape \(3,\); give a finite number for each of the 4"),
     ):
         with pytest.raises(WpjaxError, match=says):

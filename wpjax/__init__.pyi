@@ -20,6 +20,7 @@ from .evaluation.extract import extract as extract
 from .evaluation.extraction import Extraction as Extraction
 from .evaluation.fit_anchor import fit_anchor as fit_anchor
 from .evaluation.interference import interference as interference
+from .evaluation.learned import add_learned as add_learned
 from .evaluation.reading import answers_to_read as answers_to_read
 from .evaluation.validation import validate as validate
 from .finetuning import finetune as finetune

@@ -22,6 +22,7 @@ from wpjax.engines.operations import of_layer, of_logits, of_patches
 from wpjax.engines.packing import pack
 from wpjax.engines.plan import make_plan, sham_plan
 from wpjax.evaluation.fit_anchor import N_SCREENED_PROMPTS, N_TRIED, N_TRIED_PROMPTS
+from wpjax.evaluation.learned import DIRECTIONS, REWARD, Aim
 from wpjax.evaluation.steering import LAYERS_AT_ONCE, N_RANDOM, N_SCREENED, PROMPTS_A_LOOK, STRENGTHS
 from wpjax.methods import check_method
 from wpjax.methods.metrics import check_metric
@@ -29,6 +30,7 @@ from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.pairs import Pair
+from wpjax.relax.learn import RelaxConfig
 from wpjax.runtime.progress import Phase, Schedule
 
 EFFICIENCY, OF_ANSWERS = 0.7, 0.35
@@ -39,6 +41,9 @@ COMPILING = 1.5
 
 PASSES_OF_ESTIMATE, PASSES_OF_SECANT = 5.0, 10.0
 """Forward passes that first-order estimates cost, and that the secant adjoint costs, about."""
+
+PASSES_OF_MASK = 4.5
+"""Forward passes that a step of a learned mask costs, about."""
 
 DECIDED = 0.75
 """Share of the prompts of two looks that decide the tests of an anchor, about."""
@@ -175,6 +180,35 @@ class Forecast:
             seconds = pace.seconds(5 * max(config.answers, 4) * self.answer, 5, OF_ANSWERS)
             phases.append(Phase("answers to read", f"{config.answers} held-out prompts", seconds))
         return phases
+
+    def learned(self, aim: Aim, config: RelaxConfig, batch: PromptBatch) -> Schedule:
+        """The schedule of a learned mask.
+
+        Args:
+            aim: what it is learned for.
+            config: how it is learned.
+            batch: prompts to learn from.
+        """
+        n_directions, width = len(DIRECTIONS[aim.direction]), batch.with_instruction.ids.shape[1]
+        n_models = n_directions * (2 if aim.harm else 1)
+        answers = self.pace.seconds(n_models * len(batch) * self.answer, 6, OF_ANSWERS)
+        n_prompts, step = min(aim.prompts_a_step, len(batch)), 0.0
+        for name in (*aim.names, *(("harm",) if aim.harm else ())):
+            n_rows = n_prompts * (aim.n_answers if name == REWARD else 1)
+            read = (width + aim.max_new_tokens) * self.through + aim.max_new_tokens * of_logits(self.cfg)
+            # Sampling goes through both models, token by token: as slow as answers, with twice the products.
+            sampled = 2 * self.answer * EFFICIENCY / OF_ANSWERS if name == REWARD else 0.0
+            step += n_directions * n_rows * (PASSES_OF_MASK * read + sampled)
+        steps = self.pace.seconds(config.steps * config.restarts * step, 4 * n_directions)
+        n_gated = f"{config.steps} steps of {n_prompts} prompts"
+        if config.restarts > 1:
+            n_gated += f", {config.restarts} times"
+        return Schedule(
+            [
+                Phase("answers to learn from", f"{len(batch)} prompts", answers),
+                Phase("learned mask", n_gated, steps),
+            ]
+        )
 
     def study(self, config: SweepConfig, batch: PromptBatch, layer: int | None) -> Schedule:
         """The schedule of a study whose pair is loaded.

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -16,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int
 
 from wpjax.behaviours import encode_texts
@@ -27,6 +24,7 @@ from wpjax.models.decoder import Params, forward
 from wpjax.patching import PatchMask, materialize
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import LOCK, discard, recover, release, try_lock
+from wpjax.runtime.states import States, open_states, saved_states
 
 
 class Example(NamedTuple):
@@ -224,7 +222,7 @@ def check_checkpoints(folder: Path, resume: bool, out: Path) -> None:
     Raises:
         OutputError: there are checkpoints, and `resume` is off.
     """
-    steps = _steps(folder)
+    steps = saved_states(folder)
     expert = out / "config.json"
     if not steps or (expert.exists() and expert.stat().st_mtime_ns > max(p.stat().st_mtime_ns for p in steps)):
         discard_checkpoints(folder, out)
@@ -239,46 +237,8 @@ def discard_checkpoints(folder: Path, out: Path) -> None:
     interrupts.forget(folder)
 
 
-class _Checkpoints:
-    """The checkpoints of one training in a folder; the newest that is whole is kept."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1))
-        self.newest: int | None = self._manager.latest_step()
-
-    def restore(self, like: Any) -> Any:
-        """The newest checkpoint, a tree like another one."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            return self._manager.restore(self.newest, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # whatever orbax raises on a folder that is not whole
-            raise OutputError(f"{self.folder}: damaged ({_brief(error)}); delete it, and start again") from error
-
-    def save(self, step: int, tree: Any) -> None:
-        """Begin to write a checkpoint. A disk that refuses it shows at the next one, or at the end."""
-        with self._in_words():
-            self._manager.save(step, args=ocp.args.StandardSave(tree))
-        interrupts.leave(self.folder, "the training so far is kept: go on with --resume")
-
-    def close(self) -> None:
-        """Wait for a checkpoint that is being written."""
-        with self._in_words(), interrupts.undisturbed():
-            self._manager.close()
-
-    @contextlib.contextmanager
-    def _in_words(self) -> Iterator[None]:
-        """Say in one line why a checkpoint cannot be written."""
-        try:
-            yield
-        except Exception as error:  # orbax raises what its background threads raised
-            earlier = max((int(path.name) for path in _steps(self.folder)), default=0)
-            kept = f"that of step {earlier} is kept: make room, and go on with --resume" if earlier else "make room"
-            raise OutputError(f"{self.folder}: a checkpoint cannot be written ({_brief(error)}); {kept}") from error
-
-
 @contextlib.contextmanager
-def _checkpoints(folder: Path | None, identity: Callable[[], str]) -> Iterator[_Checkpoints | None]:
+def _checkpoints(folder: Path | None, identity: Callable[[], str]) -> Iterator[States | None]:
     """The checkpoints in a folder, for the time of a training; None without a folder."""
     if folder is None:
         yield None
@@ -286,46 +246,14 @@ def _checkpoints(folder: Path | None, identity: Callable[[], str]) -> Iterator[_
     recover(folder)
     _check_training(folder, identity())
     lock = try_lock(folder / LOCK)
-    # Errors come as exceptions. What orbax and its threads print of them beside that is hundreds of lines.
-    shown = sys.unraisablehook
-    sys.unraisablehook = lambda seen: None if str(seen.exc_value) == "Event loop is closed" else shown(seen)
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    kept = _Checkpoints(folder)
     try:
-        if kept.newest:
-            interrupts.leave(folder, "the training so far is kept: go on with --resume")
-        yield kept
-    except BaseException:
-        with contextlib.suppress(OutputError):  # the first error says more
-            kept.close()
-        raise
-    else:
-        kept.close()
+        with open_states(folder, "the training so far is kept: go on with --resume") as kept:
+            yield kept
     finally:
-        sys.unraisablehook = shown
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if lock is not None:
             release(lock)
-        if not _steps(folder):
+        if not saved_states(folder):
             discard(folder, folder.name)
-
-
-def _steps(folder: Path) -> list[Path]:
-    """The checkpoints in a folder that are whole."""
-    return [path for path in folder.glob("*") if path.name.isdigit()]
-
-
-def _brief(error: Exception) -> str:
-    """An error in some words, on one line."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    for known in ("No space left on device", "File too large", "Disk quota exceeded"):
-        if known in reason:
-            return known
-    return reason if len(reason) <= 200 else reason[:200] + "..."
 
 
 def _identity(cfg: ModelConfig, params: Params, data: Dataset, config: TrainConfig, mask: Params | None) -> str:
@@ -340,7 +268,7 @@ def _check_training(folder: Path, identity: str) -> None:
     """Refuse a folder of another training's checkpoints; write our identity into a new folder."""
     signature = folder / "training.txt"
     try:
-        if _steps(folder) and signature.exists() and signature.read_bytes() != identity.encode():
+        if saved_states(folder) and signature.exists() and signature.read_bytes() != identity.encode():
             raise OutputError(f"{folder} holds another training's checkpoints; delete it, or repeat its settings")
         folder.mkdir(parents=True, exist_ok=True)
         signature.write_text(identity, encoding="utf-8")

@@ -57,6 +57,8 @@ def on_cpu(pair: list[str]) -> dict[str, list[str]]:
         "profile.tiny": ["profile", "--n-prompts", "16"],
         "profile.sets": ["profile", "--of", "sets", "--n-prompts", "16"],
         "profile.screens": ["profile", "--of", "screens", *pair, "--n-prompts", "32"],
+        "relax.smollm2": ["relax", *pair],
+        "relax.tiny": ["relax", "--restarts", "4"],
         "shape.tiny": ["shape", "tiny", "--neurons", "128"],
         "shape.smollm2-135m": ["shape", "smollm2-135m", "--neurons", "48"],
     }

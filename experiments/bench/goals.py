@@ -88,6 +88,11 @@ def merging_memory(report: Report) -> float:
     return report["tensors_MiB"] / (report["base_MiB"] + report["experts"] * report["largest_tensor_MiB"])
 
 
+def step(figure: str) -> Callable[[Report], float | None]:
+    """Of a step of a learned mask, by the divergence from the expert."""
+    return lambda r: r["steps"]["kl, 1 run"][figure]
+
+
 SWEEP, QUICK = "`wpjax sweep`", "`wpjax sweep --quick`"
 LARGER, EMBEDDED = "engine.smollm2", "engine.tiny"
 EVERY_SET, FEW = sets(("arbitrary", "sets within")), sets(("sets within 4%",))
@@ -111,6 +116,8 @@ GOALS = (
     Goal("a set that touches few channels, embedded pair", EMBEDDED, "cpu", FEW, 1.2, False, "forward passes"),
     Goal("TIES of SmolLM2, against mergekit", "merging", "cpu", lambda r: r["speed_up"], 5, True, "times"),
     Goal("its memory, of the base and a tensor an expert", "merging", "cpu", merging_memory, 1, False, ""),
+    Goal("a step of a learned mask, SmolLM2", "relax.smollm2", "cpu", step("forwards"), 4.5, False, "forward passes"),
+    Goal("200 steps of it, SmolLM2", "relax.smollm2", "cpu", step("minutes"), 20, False, "CPU minutes"),
     Goal("heads, against whole forwards in torch", "heads", "gpu", speed_up(WHOLE), 30, True, "times"),
     Goal("heads, against a cached prefix in torch", "heads", "gpu", speed_up(CACHED), 15, True, "times"),
     Goal("neurons of SmolLM2, share of the ceiling in bfloat16", LARGER, "gpu", share("bfloat16"), 0.5, True, ""),

@@ -15,6 +15,7 @@ A nested mask is learned once for all budgets. The other two need a run a budget
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -136,28 +137,41 @@ class Nested:
 
 
 @dataclasses.dataclass(frozen=True)
-class HardConcrete:
-    """Random gates that are often exactly 0 or 1, at a price.
+class Priced:
+    """What parametrisations at a price share.
 
     Attributes:
         weight: price of the whole expert, in units of the loss.
-        beta: temperature of the random gates.
-        gamma: what a gate is stretched down to before it is cut off at 0.
-        zeta: what a gate is stretched up to before it is cut off at 1.
         initial: a_c to begin with: the larger, the more is open.
         spread: how far a ranking to begin with moves a_c up and down.
     """
 
     weight: float = 1.0
-    beta: float = 2 / 3
-    gamma: float = -0.1
-    zeta: float = 1.1
     initial: float = 1.0
     spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise WpjaxError(f"weight={self.weight:g}: the price of what is open must not be below 0")
 
     def start(self, gates: Gates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
         """`initial`, moved by the ranking."""
         return self.initial + standardised(ranking, self.spread)
+
+
+@dataclasses.dataclass(frozen=True)
+class HardConcrete(Priced):
+    """Random gates that are often exactly 0 or 1, at a price.
+
+    Attributes:
+        beta: temperature of the random gates.
+        gamma: what a gate is stretched down to before it is cut off at 0.
+        zeta: what a gate is stretched up to before it is cut off at 1.
+    """
+
+    beta: float = 2 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
 
     def draw(self, numbers: Float[Array, " C"], gates: Gates, key: PRNGKeyArray) -> Float[Array, " C"]:
         """Random gates."""
@@ -172,22 +186,11 @@ class HardConcrete:
 
 
 @dataclasses.dataclass(frozen=True)
-class StraightThrough:
-    """Gates that are 0 or 1, with the slope of a sigmoid, at a price.
+class StraightThrough(Priced):
+    """Gates that are 0 or 1, with the slope of a sigmoid, at a price. A gate is open where a_c is positive."""
 
-    Attributes:
-        weight: price of the whole expert, in units of the loss.
-        initial: a_c to begin with: a gate is open where it is positive.
-        spread: how far a ranking to begin with moves a_c up and down.
-    """
-
-    weight: float = 1.0
     initial: float = 0.5
     spread: float = 0.4
-
-    def start(self, gates: Gates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
-        """`initial`, moved by the ranking."""
-        return self.initial + standardised(ranking, self.spread)
 
     def draw(self, numbers: Float[Array, " C"], gates: Gates, key: PRNGKeyArray) -> Float[Array, " C"]:
         """Which gates are open."""
@@ -197,3 +200,28 @@ class StraightThrough:
     def price(self, numbers: Float[Array, " C"], gates: Gates) -> Float[Array, ""]:
         """The share of the parameters that is open, with the slope of the sigmoid, times `weight`."""
         return self.weight * (gates.share @ self.draw(numbers, gates, jax.random.key(0)))
+
+
+def make_parametrisation(name: str, price: float = 1.0, spread: float | None = None) -> Parametrisation:
+    """The parametrisation of a name, with its defaults.
+
+    Args:
+        name: "nested", "hard-concrete" or "straight-through".
+        price: price of the whole expert, of the last two.
+        spread: how far a ranking to begin with sets gates apart; None for the default of each.
+
+    Raises:
+        WpjaxError: there is no such parametrisation.
+
+    >>> make_parametrisation("straight-through", price=2.0).weight
+    2.0
+    """
+    makes: dict[str, Callable[[], Nested | HardConcrete | StraightThrough]] = {
+        "nested": Nested,
+        "hard-concrete": lambda: HardConcrete(price),
+        "straight-through": lambda: StraightThrough(price),
+    }
+    if name not in makes:
+        raise WpjaxError(f"unknown parametrisation {name!r}; parametrisations: {', '.join(makes)}")
+    made = makes[name]()
+    return made if spread is None else dataclasses.replace(made, spread=spread)

@@ -15,6 +15,7 @@ import numpy as np
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import LOCK, discard, flush, recover, release, try_lock
+from wpjax.runtime.states import States, open_states, saved_states
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -24,6 +25,9 @@ DIGEST = 16
 
 MANIFEST = "manifest.json"
 """The file that says which work the parts of a folder are of."""
+
+STATES = "states"
+"""The folder, inside that of the parts, that holds the newest state of iterative work."""
 
 KEPT = "finished parts are kept: go on with --resume"
 """What an interrupted command says of its finished parts."""
@@ -56,8 +60,7 @@ def check_parts(out: Path, command: str, resume: bool, known: Mapping[str, Any] 
         return
     lock = try_lock(folder / LOCK)
     try:
-        parts = list(folder.glob("[!.]*.npy"))
-        if not parts or (out.exists() and _newest(folder) <= out.stat().st_mtime_ns):
+        if not _parts(folder) or (out.exists() and _newest(folder) <= out.stat().st_mtime_ns):
             discard(folder, out.name)
             return
     finally:
@@ -144,7 +147,7 @@ class Shards(MutableMapping[str, np.ndarray]):
         except OSError as error:
             raise OutputError(f"{self.folder}: cannot be made ({error.strerror})") from error
         self._lock = try_lock(self.folder / LOCK)
-        if not (self.folder / MANIFEST).exists() and not len(self):
+        if not (self.folder / MANIFEST).exists() and not _parts(self.folder):
             self._write(MANIFEST, json.dumps(self._manifest, default=str).encode())
         elif _manifest(self.folder).get("digest") != self._manifest["digest"]:
             raise OutputError(
@@ -218,6 +221,20 @@ class Shards(MutableMapping[str, np.ndarray]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    @contextlib.contextmanager
+    def states(self) -> Iterator[States]:
+        """The states of iterative work, for the time of the work: parts that replace each other (`runtime.states`).
+
+        They stand in the folder beside the parts, under the same identity and the same lock.
+
+        Raises:
+            OutputError: a state cannot be written.
+        """
+        if not self._is_open:
+            self._open()
+        with open_states(self.folder / STATES, KEPT) as states:
+            yield states
+
     def discard(self) -> None:
         """Delete the folder, once the output is written."""
         if self._is_open:
@@ -229,6 +246,8 @@ class Shards(MutableMapping[str, np.ndarray]):
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._is_open and not _parts(self.folder):  # nothing was finished, so there is nothing to go on with
+            discard(self.folder, self.out.name)
         self._unlock()
 
     def _unlock(self) -> None:
@@ -246,9 +265,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
+def _parts(folder: Path) -> list[Path]:
+    """What is finished in a folder: parts, and the state of iterative work."""
+    return [*folder.glob("[!.]*.npy"), *saved_states(folder / STATES)]  # a leading dot: a file not yet complete
+
+
 def _newest(folder: Path) -> int:
     """When the last part of a folder was written, in nanoseconds."""
-    return max(path.stat().st_mtime_ns for path in folder.glob("*.npy"))
+    return max(path.stat().st_mtime_ns for path in _parts(folder))
 
 
 def _brief(value: Any) -> str:

@@ -1,0 +1,1 @@
+"""Learned masks: which parametrisation finds what was planted, and with which settings."""
