@@ -120,7 +120,7 @@ def run(
             what = "without" if undo else "with"
             words = f"{base} {what} {len(names):,} components, {found.n_weights:,} weights"
             if found.is_host is False:
-                words += "; the rest of the model is not that of the patch's own host, so other patches may be in it"
+                words += "; its other tensors are not those of the patch's host: another dtype, or other patches in it"
             said |= {"n_weights": found.n_weights, "rest_is_the_hosts": found.is_host}
     if as_json:
         print_json(said)

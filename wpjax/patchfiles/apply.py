@@ -29,8 +29,8 @@ class Written:
     Attributes:
         n_tensors: number of tensors that were changed.
         n_weights: number of weights in the slices that were written.
-        is_host: whether the model, but for these slices, was the host of the patches to the last bit; None if they say
-            different things.
+        is_host: whether the model, but for these slices, was the host of the patches to the last bit, in its dtype;
+            None if they say different things.
     """
 
     n_tensors: int
