@@ -167,8 +167,9 @@ def measure(
     batch = task.encode(pair.tokenizer, "test", n_judged)
     judge = Judge(pair, task, batch, max_new_tokens)
 
-    def passes(params: Params) -> list[int]:
-        return judge.passes(judge.answers(params)).astype(int).tolist()
+    def passes(params: Params) -> str:
+        """One digit a prompt: 1 if the answer passes."""
+        return "".join(str(int(ok)) for ok in judge.passes(judge.answers(params)))
 
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {
         "what": "answers that pass the strict checker, prompt by prompt, of the base with the best components by each "
@@ -197,9 +198,14 @@ def measure(
         if values.shape[1] > 1:
             row["jaccard"] = {str(share): round(jaccard(rankings, values, share), 3) for share in (0.01, 0.05)}
         report["rankings"][ranking] = row
-        print(ranking, [f"{np.mean(p):.3f}" for p in row["passes"]], flush=True)
+        print(ranking, [f"{digits(p).mean():.3f}" for p in row["passes"]], flush=True)
         write(out, report)
     return report
+
+
+def digits(passes: str) -> Float[np.ndarray, " B"]:
+    """What a text of zeros and ones says of each prompt."""
+    return np.array([float(digit) for digit in passes])
 
 
 def smallest(rates: Float[np.ndarray, "S N"], shares: tuple[float, ...], goal: Float[np.ndarray, " N"]) -> np.ndarray:
@@ -225,8 +231,10 @@ def figures(report: dict[str, Any], row: dict[str, Any]) -> dict[str, list[float
     resamples: Resamples = resample(np.array(report["queries"]), seed=0)
     weights = np.vstack([np.ones((1, len(report["queries"]))), resamples.weights])
     weights = weights / weights.sum(1, keepdims=True)
-    rates = np.array(row["passes"]) @ weights.T  # [share, all prompts and then resamples]
-    expert = np.array(report["expert"]) @ weights.T
+    rates = (
+        np.stack([digits(passes) for passes in row["passes"]]) @ weights.T
+    )  # [share, all prompts and then resamples]
+    expert = digits(report["expert"]) @ weights.T
     low, high = resamples.tails(0.95)
 
     def with_ends(values: Float[np.ndarray, " N"]) -> list[float]:
@@ -269,8 +277,8 @@ def markdown(report: dict[str, Any]) -> str:
         "halves agree, 1%", "5%",
     ]  # fmt: skip
     about = (
-        f"{report['behaviour']}: of {len(report['queries'])} prompts the base passes {np.mean(report['base']):.2f}, "
-        f"the expert {np.mean(report['expert']):.2f}; {report['device']}, {report['dtype']}, {report['date']}."
+        f"{report['behaviour']}: of {len(report['queries'])} prompts the base passes {digits(report['base']).mean():.2f}, "
+        f"the expert {digits(report['expert']).mean():.2f}; {report['device']}, {report['dtype']}, {report['date']}."
     )
     return f"{about}\n\n{table(columns, rows)}"
 
