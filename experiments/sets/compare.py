@@ -276,9 +276,10 @@ def markdown(report: dict[str, Any]) -> str:
         "ranking", *(f"{share:.1%}" for share in report["shares"]), "area", *(f"{g:.0%} reached at" for g in GOALS),
         "halves agree, 1%", "5%",
     ]  # fmt: skip
+    base, expert = digits(report["base"]).mean(), digits(report["expert"]).mean()
     about = (
-        f"{report['behaviour']}: of {len(report['queries'])} prompts the base passes {digits(report['base']).mean():.2f}, "
-        f"the expert {digits(report['expert']).mean():.2f}; {report['device']}, {report['dtype']}, {report['date']}."
+        f"{report['behaviour']}: of {len(report['queries'])} prompts the base passes {base:.2f}, "
+        f"the expert {expert:.2f}; {report['device']}, {report['dtype']}, {report['date']}."
     )
     return f"{about}\n\n{table(columns, rows)}"
 
