@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
@@ -112,7 +113,7 @@ def main() -> None:
     planted, gates = np.isin([c.name for c in components], planted_components()), Gates.of(pair.cfg, components)
     aim = Aim("kl", n_prompts=32, max_new_tokens=8)
     (part,) = parts_of(pair, task, task.encode(pair.tokenizer, "sweep", aim.n_prompts), aim)
-    objective = Weighted((part.objective,), np.array([part.weight], np.float32))
+    objective = Weighted((part.objective,), jnp.array([part.weight]))
     report: dict[str, Any] = {"components": len(components), "planted": int(planted.sum()), "seeds": SEEDS, "rows": {}}
     for row in ROWS:
         if row.name.startswith(args.rows):
