@@ -161,8 +161,9 @@ def test_the_next_commands_can_be_copied(text, tmp_path):
     found = dict(map(parsed, commands))
     assert found["validate"]["result"] == path
     assert found["report"]["out"] == path.with_suffix(".html")
-    if text == "accepted":
-        assert found["export"]["top"] == 2
+    if not text.startswith("rejected"):
+        assert found["extract"]["out"] == path.with_suffix(".safetensors")
+        assert found["extract"]["checker"] == found["validate"]["checker"]
     if text.startswith(("undecided", "rejected")):
         again = found["sweep"]
         assert (again["behaviour"], again["checker"]) == (asked["behaviour_source"], asked["checker"])

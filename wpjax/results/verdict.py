@@ -115,7 +115,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     >>> found.status, found.commands[0]
     ('not tested', 'wpjax validate title.nc')
     """
-    answers, result = result.answers, result.swept
+    result = result.swept
     data, attrs = result.dataset, result.dataset.attrs
     values = result.best() if result.ranking in (EFFECT, *effect_estimates()) else result.values(result.ranking)
     finest = result.finest
@@ -134,9 +134,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
         ("Noise", _noise(result, reach)),
         *_about_pair(attrs),
     )
-    # The answers to read say with how many components the behaviour came back; without them the count has to do.
-    n_best = n_most or n_half if answers is None else answers.n_components
-    commands = () if path is None else _commands(attrs, Path(path), status, n_best)
+    commands = () if path is None else _commands(attrs, Path(path), status)
     smallest_q = float("nan") if reach is None else reach.smallest_q
     return Verdict(status, shape, layers, n_half, n_most, int(finest.sum()), coverage, smallest_q, points, commands)
 
@@ -315,7 +313,7 @@ def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _commands(attrs: Any, path: Path, status: Status, n: int | None) -> tuple[str, ...]:
+def _commands(attrs: Any, path: Path, status: Status) -> tuple[str, ...]:
     """What to run next, the most useful first."""
     origin, file = Origin.of(attrs), as_argument(path)
     needs = ["--checker", origin.checker] if origin.checker is not None and origin.checker_is_code else []
@@ -337,8 +335,8 @@ def _commands(attrs: Any, path: Path, status: Status, n: int | None) -> tuple[st
         again = ["sweep", *asked, *change, "--out", as_argument(path.with_name(f"{path.stem}-{name}.nc"))]
         commands.insert(0 if status == "rejected" else 1, again)
     commands.append(["report", file, "--out", as_argument(path.with_suffix(".html"))])
-    if n is not None and status == "accepted":
-        commands.append(["export", file, "--top", str(n), "--out", as_argument(path.with_name(f"{path.stem}-top{n}"))])
+    if status != "rejected":
+        commands.append(["extract", file, *needs, "--out", as_argument(path.with_suffix(".safetensors"))])
     return tuple(shlex.join(["wpjax", *command]) for command in commands)
 
 
