@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers import run_cli
 from tests.tiny import PAIR_SPECS, SPECS, HfModel, HfPair, as_pair, build, build_pair
 from wpjax.behaviours import PromptBatch, PromptPair, Tokens
 from wpjax.pairs import Pair, load_pair
@@ -41,6 +42,26 @@ def _few_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """The folder in which `wpjax` runs; test files whose commands share files have one of their own."""
+    return tmp_path
+
+
+@pytest.fixture
+def wpjax(monkeypatch, capsys, workplace):
+    """Run the command line in a folder: returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(workplace)
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = run_cli(*arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session", params=sorted(SPECS))

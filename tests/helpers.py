@@ -1,13 +1,16 @@
-"""Anchors, effects by suffix replay, sweeps by hand and counts of programs, that several test files need."""
+"""Anchors, effects by suffix replay, sweeps by hand, counts of programs and the command line, for several files."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import xarray as xr
 
+from wpjax import cli
 from wpjax.engines.exact import exact_changes
 from wpjax.engines.packing import pack
 from wpjax.engines.plan import make_plan
@@ -15,6 +18,18 @@ from wpjax.engines.replay import run_packed
 from wpjax.metrics.anchor import Anchor
 from wpjax.results.curves import Curves
 from wpjax.results.sweep_result import SweepResult
+
+
+def run_cli(*arguments) -> int:
+    """Exit code of the command line, run in this process."""
+    before = sys.argv
+    sys.argv = ["wpjax", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    finally:
+        sys.argv = before
+    return left.value.code
 
 
 def make_anchor(pair, layer) -> Anchor:

@@ -31,21 +31,6 @@ CAPITAL = [*PAIR[:-1], "tiny:english_capital", "--causal", "skip"]
 SMALL = [*UNTESTED, "--kinds", "head", "--method", "exact", "--n-prompts", "4"]
 
 
-@pytest.fixture
-def wpjax(monkeypatch, capsys, tmp_path):
-    """Run the command line in an empty folder: returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["wpjax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run
-
-
 def assert_refused(result, says, folder, left=()):
     """One line on the error stream, exit code 2, and nothing new in the folder."""
     code, _, err = result

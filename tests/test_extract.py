@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from importlib import resources
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from wpjax import cli
 from wpjax.behaviours import behaviour
 from wpjax.components import enumerate_components, n_parameters, parse_component
 from wpjax.errors import WpjaxError
@@ -329,20 +327,8 @@ def folder(tmp_path_factory, result):
 
 
 @pytest.fixture
-def wpjax(monkeypatch, capsys, folder):
-    """Run the command line in the folder: returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [])
-
-    def run(*arguments):
-        capsys.readouterr()
-        sys.argv = ["wpjax", *map(str, arguments)]
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run
+def workplace(folder):
+    return folder
 
 
 SMALL = ["--n-prompts", "16", "--max-new-tokens", str(N_NEW), "--n-random", "1"]

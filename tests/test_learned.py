@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.helpers import sweep_by_hand
-from wpjax import cli
 from wpjax.behaviours import behaviour
 from wpjax.components import enumerate_components
 from wpjax.errors import WpjaxError
@@ -129,22 +127,6 @@ def test_aims_that_cannot_work_are_refused(tiny_pair, task, prompts):
 def test_restarts_run_together_as_memory_allows(tiny_pair):
     assert restarts_at_once(tiny_pair.cfg, Aim(), 10, 3) == 3
     assert restarts_at_once(tiny_pair.cfg, Aim(prompts_a_step=10**9), 10, 3) == 1
-
-
-@pytest.fixture
-def wpjax(monkeypatch, capsys, tmp_path):
-    """Run the command line in a folder of its own: returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["wpjax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_a_result_gets_one_more_ranking(wpjax, tmp_path):

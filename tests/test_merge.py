@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import tracemalloc
 import typing
 from pathlib import Path
@@ -20,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers import sweep_by_hand
 from tests.tiny import build_pair, random_model, slices
-from wpjax import cli
 from wpjax.checkpoints.convert import hf_tensors
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.columns import ALWAYS, columns
@@ -523,21 +521,6 @@ REFUSED = {
         "x.csv is neither a result",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture
-def wpjax(monkeypatch, capsys, tmp_path):
-    """Run the command line in an empty folder: returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["wpjax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run_command
 
 
 @pytest.mark.parametrize("case", REFUSED)

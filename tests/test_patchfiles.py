@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import chex
@@ -19,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 
 import wpjax
 from tests.tiny import as_pair, build_pair, random_model, slices
-from wpjax import cli
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.components import parse_component
@@ -516,16 +514,7 @@ def test_a_patch_of_an_adapter_and_its_knock_out(tmp_path):
     assert changed == {f"model.layers.{i}.{m}.weight" for i in (0, 2) for m in ("self_attn.q_proj", "mlp.down_proj")}
 
 
-def test_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def wpjax(*arguments):
-        monkeypatch.setattr(sys, "argv", ["wpjax", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return left.value.code, captured.out, captured.err
-
+def test_the_command_line(tmp_path, wpjax):
     pair = load_pair("tiny:base", "tiny:expert")
     save_patch("p.safetensors", pair, ["L2.head.0", "L4.mlp"], behaviour="title", measured={"recovery": 0.5})
     save_patch("q.safetensors", pair, ["L2.head.0"])

@@ -14,9 +14,8 @@ import transformers
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
-from tests.helpers import sweep_by_hand
+from tests.helpers import run_cli, sweep_by_hand
 from tests.tiny import patched_torch
-from wpjax import cli
 from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.checkpoints.rewrite import open_model
@@ -33,14 +32,6 @@ CHECKER = "regex:^[^a-z]*[A-Z][^a-z]*$"
 NAMES = "L2.head.0,L2.head.1,L3.head.1,L4.mlp,L5.mlp"
 
 
-def run_cli(*arguments):
-    """Exit code of the command line."""
-    sys.argv = ["wpjax", *map(str, arguments)]
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with eight prompts of the user's own, a sweep on them, and the same sweep with other numbers.
@@ -52,12 +43,10 @@ def folder(tmp_path_factory):
     lines = [json.dumps({"with": with_, "without": without}) for without, with_ in list(queries.items())[:8]]
     for name in ("my prompts.jsonl", "others.jsonl"):
         (folder / name).write_text("\n".join(lines))
-    before = sys.argv
     asked = ["--base", "tiny:base", "--expert", "tiny:expert", "--behaviour", folder / "my prompts.jsonl"]
     asked += ["--checker", CHECKER, "--split", "none", "--causal", "skip"]
     small = ["--components", NAMES, "--method", "exact", "--max-new-tokens", "10"]
     assert run_cli("sweep", *asked, *small, "--out", folder / "r 1.nc") == 0
-    sys.argv = before
     other = SweepResult.from_netcdf(folder / "r 1.nc")
     del other.dataset.attrs["checker"]
     other.dataset.attrs |= {"metric": "decision", "metric_layer": 7}
@@ -67,18 +56,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def wpjax(monkeypatch, capsys, folder):
-    """Run the command line in the folder: returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [])
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = run_cli(*arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def workplace(folder):
+    return folder
 
 
 def test_a_result_is_shown_again(wpjax):

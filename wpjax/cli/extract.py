@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: wpjax extract title.nc --recover 0.9 --text notes.txt --others quotation --out title.safetensors"
 
-MOST_CHARACTERS = 2**20
-"""Characters of a text file that are read, at most; its first tokens are enough."""
-
 
 def run(
     result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
@@ -121,12 +118,12 @@ def run(
     The set is searched on the prompts that were swept. What it brings back, and what it does besides, is measured on
     held-out prompts. Models, behaviour and checker are those of the sweep, as its file names them.
     """
-    from wpjax.runtime.files import check_output
+    from wpjax.runtime.files import beginning_of_text, check_output
     from wpjax.runtime.shards import Shards, check_parts
 
     check_output(out, overwrite, inputs=(result, base, expert, behaviour, text))
     check_parts(out, "extract", resume)
-    words = None if text is None else read_text(text)
+    words = None if text is None else beginning_of_text(text)
 
     from wpjax.evaluation.extract import GoalMissed, check_goal, extract
     from wpjax.results.sweep_result import SweepResult
@@ -226,25 +223,6 @@ def run(
             as_argument(out.with_suffix("")),
         ]
         print(f"\nwrote {out}\nnext: {printable(shlex.join(command))}")
-
-
-def read_text(path: Path) -> str:
-    """The beginning of a text file.
-
-    Raises:
-        WpjaxError: it cannot be read as UTF-8 text.
-    """
-    from wpjax.errors import WpjaxError
-
-    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-        raise WpjaxError(f"{path}: not a regular file; name a text file")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return file.read(MOST_CHARACTERS)
-    except OSError as error:
-        raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise WpjaxError(f"{path}: not text in UTF-8 ({error}); convert it") from error
 
 
 def other_behaviour(name: str) -> Behaviour:

@@ -129,7 +129,7 @@ def run(
     Models, behaviour and checker are those of the sweep, as its file names them.
     """
     from wpjax.errors import WpjaxError
-    from wpjax.runtime.files import check_output
+    from wpjax.runtime.files import beginning_of_text, check_output
     from wpjax.runtime.shards import Shards, check_parts
 
     out = result.with_suffix(".learned.nc") if out is None else out
@@ -174,7 +174,7 @@ def run(
         objective,
         direction,
         harm,
-        "" if text is None else read_text(text),
+        "" if text is None else beginning_of_text(text),
         n_prompts,
         prompts_a_step,
         n_answers,
@@ -226,19 +226,3 @@ def run(
         print(f"\nwrote {out}")
         command = ["wpjax", "validate", as_argument(out), "--by", "learned"]
         print(f"next: {printable(shlex.join(command))}")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        WpjaxError: it cannot be read, or is no text in UTF-8.
-    """
-    from wpjax.errors import WpjaxError
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise WpjaxError(f"{path}: cannot be read ({error.strerror}); name a text file") from error
-    except UnicodeDecodeError as error:
-        raise WpjaxError(f"{path}: not a text in UTF-8 ({error.reason}); name a text file") from error

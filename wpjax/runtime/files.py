@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wpjax.errors import OutputError
+from wpjax.errors import OutputError, WpjaxError
 from wpjax.runtime import interrupts
 
 if TYPE_CHECKING:
@@ -355,3 +355,30 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+MOST_CHARACTERS = 2**20
+"""Characters of a text file that are read, at most: what is measured on a text needs its first tokens."""
+
+
+def beginning_of_text(path: Path) -> str:
+    """The beginning of a text file in UTF-8.
+
+    Raises:
+        WpjaxError: it cannot be read, or is no such text.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
+    >>> _ = path.write_text("Owls hunt at night.", encoding="utf-8")
+    >>> beginning_of_text(path)
+    'Owls hunt at night.'
+    """
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise WpjaxError(f"{path}: not a regular file; name a text file")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(MOST_CHARACTERS)
+    except OSError as error:
+        raise WpjaxError(f"{path}: cannot be read ({error.strerror or error}); name a text file") from error
+    except ValueError as error:
+        raise WpjaxError(f"{path}: not text in UTF-8 ({error}); convert it") from error
