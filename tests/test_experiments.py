@@ -8,6 +8,7 @@ import pytest
 
 from experiments.bench import goals
 from experiments.paper import together
+from experiments.sets import summary
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -43,6 +44,9 @@ TABLES = [
     ("bench", "shape", "markdown", "shape.tiny.json"),
     ("bench", "shape", "markdown", "shape.smollm2-135m.json"),
     ("bench", "startup", "markdown", "startup.json"),
+    ("sets", "compare", "markdown", "lora_english_capital.json"),
+    ("sets", "compare", "markdown", "lora_quotation.json"),
+    ("sets", "compare", "markdown", "english_capital.json"),
     ("bench", "merging", "markdown", "merging.json"),
     ("bench", "relax", "markdown", "relax.tiny.json"),
     ("bench", "relax", "markdown", "relax.smollm2.json"),
@@ -52,6 +56,12 @@ TABLES = [
 def test_rankings_of_both_pairs_together():
     made = together.markdown(EXPERIMENTS / "paper")
     assert made in (EXPERIMENTS / "paper" / "README.md").read_text(encoding="utf-8")
+
+
+def test_rankings_for_sets_of_all_pairs_together():
+    made = summary.markdown(EXPERIMENTS / "sets")
+    for page in (EXPERIMENTS / "sets" / "README.md", EXPERIMENTS.parent / "README.md"):
+        assert made in page.read_text(encoding="utf-8"), page
 
 
 def test_goals_are_those_of_the_committed_results():
