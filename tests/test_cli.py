@@ -55,8 +55,9 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     assert "wpjax validate r.nc" in out
     result = SweepResult.from_netcdf("r.nc")
     assert result.dataset.attrs["metric_layer"] == anchor.layer
+    assert int(result.dataset["swept"].sum()) == 8 * (anchor.layer + 1)
     assert result.dataset.sizes == {
-        "component": 8 * (anchor.layer + 1), "prompt": 4, "swept_kind": 1, "model_layer": 8, "d_model": 128,
+        "component": 8 * 8, "prompt": 4, "swept_kind": 1, "model_layer": 8, "d_model": 128,
         "target": 1 + 9 * (anchor.layer + 1), "answerer": 3, "shown": 4,
     }  # fmt: skip
     code, out, _ = wpjax("report", "r.nc", "--out", "r.html")

@@ -148,7 +148,7 @@ def print_curves(curves: Curves, as_json: bool) -> None:
     """Print the areas under the curves of every ranking, and the calibration of every score."""
     from wpjax.cli.console import print_json, print_table
     from wpjax.cli.words import printable
-    from wpjax.results.curves import BINS, DIRECTIONS
+    from wpjax.results.curves import BINS, CHECKS, DIRECTIONS
 
     measures = curves.measures
     areas = {
@@ -173,11 +173,8 @@ def print_curves(curves: Curves, as_json: bool) -> None:
     for direction, of in areas.items():
         print_table(
             f"{titles[direction]}: mean share along the curve (95 % interval)",
-            ("ranking", "pass the checker", *measures[1:]),
-            [
-                (name, _bounded(figures["strict"]), *(_figure(figures[m].mean) for m in measures[1:]))
-                for name, figures in of.items()
-            ],
+            ("ranking", "pass the checker", "loosely"),
+            [(name, *(_bounded(figures[check]) for check in CHECKS)) for name, figures in of.items()],
         )
     print_table(
         f"\nShare of answers that pass, by the share that a score gives ({calibration[0].n_sets} patched models)",
