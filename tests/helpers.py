@@ -20,7 +20,7 @@ from wpjax.results.curves import Curves
 from wpjax.results.sweep_result import SweepResult
 
 
-def run_cli(*arguments) -> int:
+def run_cli(*arguments) -> str | int | None:
     """Exit code of the command line, run in this process."""
     before = sys.argv
     sys.argv = ["wpjax", *map(str, arguments)]

@@ -544,7 +544,7 @@ def test_the_command_line(tmp_path, wpjax):
     shutil.copy("p.safetensors", "copy")
     code, out, err = wpjax("show", "copy")
     assert code == 0
-    assert "Patch: 1 head, 1 mlp of tiny:expert, for tiny:base (" in out
+    assert "Patch: 1 head and 1 MLP of tiny:expert, for tiny:base (" in out
     assert "Components: L2.head.0, L4.mlp" in out
     assert json.loads(wpjax("show", "p.safetensors", "--json")[1])["measured"] == {"recovery": 0.5}
     left = sorted(tmp_path.iterdir())

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from wpjax.components import Component
 from wpjax.evaluation.harm import Harm
-from wpjax.results.verdict import KIND_NAMES
+from wpjax.results.verdict import KIND_NAMES, counted, enumerated
 from wpjax.stats import Interval
 
 
@@ -112,9 +111,9 @@ class Extraction:
         unseen = self.searched_on is not None and self.searched_on[0] != split
         rates = {name: f"{passes.mean:.0%}" for name, passes in self.passes.items()}
         brings, them = ("brings", "it") if len(self.components) == 1 else ("bring", "them")
-        kinds = _listed([KIND_NAMES[kind] for kind in self.kinds])
+        kinds = enumerated([KIND_NAMES[kind] for kind in self.kinds])
         return (
-            f"{named(self.components)} ({self.share:.2%} of the parameters of {kinds}) {brings} back "
+            f"{counted(c.kind for c in self.components)} ({self.share:.2%} of the parameters of {kinds}) {brings} back "
             f"{bounded(self.recovery['patched'])} of {self.behaviour}: of the {n} {split} prompts"
             f"{', which no set was chosen by' if unseen else ''}, the base passes the checker on {rates['base']}, with "
             f"{them} on {rates['patched']}, the expert on {rates['expert']}."
@@ -167,28 +166,6 @@ class Extraction:
                 f"({bounded(of.change, '+')})."
             )
         return told
-
-
-def named(components: Sequence[Component]) -> str:
-    """How many components of each kind: "1 head and 800 neurons".
-
-    >>> named([Component("head", 0, 1), Component("neuron", 0, 1), Component("neuron", 0, 2)])
-    '1 head and 2 neurons'
-    """
-    counts = Counter(c.kind for c in components)
-    return _listed(
-        [
-            KIND_NAMES[kind]
-            if kind in ("embed", "unembed", "final_norm")
-            else f"{counts[kind]:,} {KIND_NAMES[kind].removesuffix('s') if counts[kind] == 1 else KIND_NAMES[kind]}"
-            for kind in KIND_NAMES
-            if kind in counts
-        ]
-    )
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
 
 
 def bounded(of: Interval, sign: str = "") -> str:

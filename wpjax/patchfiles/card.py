@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import wpjax
 from wpjax.patchfiles.patch import PatchInfo
+from wpjax.results.verdict import counted
 from wpjax.runtime.cards import one_line, public_name
 
 if TYPE_CHECKING:
@@ -83,14 +83,12 @@ def described(info: PatchInfo) -> list[str]:
     >>> info = PatchInfo(("L3.head.1", "L3.head.2", "embed"), "base", "expert", False, "", "llama", 1280, "capitals")
     >>> for line in described(info):
     ...     print(line)
-    Patch: 2 head, 1 embed of `expert`, for `base` (1,280 weights)
+    Patch: 2 heads and the embedding of `expert`, for `base` (1,280 weights)
     Behaviour: `capitals`
     """
-    kinds = Counter(kind_of(name) for name in info.components)
-    counted = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items())
     role = ", a knock-out" if info.knockout else ""
     lines = [
-        f"Patch: {counted} of `{one_line(info.origin)}`, for `{one_line(info.into)}` "
+        f"Patch: {counted(map(kind_of, info.components))} of `{one_line(info.origin)}`, for `{one_line(info.into)}` "
         f"({info.n_parameters:,} weights){role}"
     ]
     if info.behaviour:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,36 @@ KIND_NAMES = {
     "unembed": "the unembedding",
     "final_norm": "the final norm",
 }
+
+
+def counted(kinds: Iterable[str]) -> str:
+    """How many components of each kind: "1 head and 800 neurons".
+
+    Args:
+        kinds: the kind of each component.
+
+    >>> counted(["neuron", "head", "neuron"])
+    '1 head and 2 neurons'
+    """
+    counts = Counter(kinds)
+    parts = []
+    for kind, names in KIND_NAMES.items():
+        if kind in counts:
+            is_one = kind in ("embed", "unembed", "final_norm")  # of these a model has one
+            parts.append(
+                names if is_one else f"{counts[kind]:,} {names.removesuffix('s') if counts[kind] == 1 else names}"
+            )
+    return enumerated(parts)
+
+
+def enumerated(parts: Sequence[str]) -> str:
+    """Several things as one phrase.
+
+    >>> enumerated(["heads", "KV groups", "neurons"])
+    'heads, KV groups and neurons'
+    """
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
+
 
 _ANCHOR_SAYS = {
     "accepted": "The anchor is accepted: held at the expert's state on it, the base shows the behaviour, and held at "
@@ -310,7 +342,7 @@ def _listed(parts: list[str]) -> str:
     """Shares of kinds as one phrase: "heads 40%, KV groups 10% and neurons 50%", with its verb."""
     first = parts[0].rpartition(" ")
     parts = [f"{first[0]} recover {first[2]}", *parts[1:]]
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return enumerated(parts)
 
 
 def _commands(attrs: Any, path: Path, status: Status) -> tuple[str, ...]:
