@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from wpjax.results.sweep_result import SweepResult
 from wpjax.stats import Resamples, resample
 
 SHARES = (0.005, 0.01, 0.02, 0.05)
-"""Parts of the parameters of all heads, KV groups and neurons."""
+"""Parts of the parameters of all heads, KV groups and neurons, unless others are asked for."""
 
 GOALS = (0.5, 0.8, 0.9)
 """Parts of the expert's pass rate; the smallest share that reaches each is looked for."""
@@ -56,10 +56,13 @@ class Rankings:
     Attributes:
         components: the C components.
         gates: their gates.
+        sizes: shares of the parameters of the sets that are judged.
     """
 
-    def __init__(self, pair: Pair, batch: PromptBatch, max_new_tokens: int, learned: Path | None):
-        self.pair, self.learned = pair, learned
+    def __init__(
+        self, pair: Pair, batch: PromptBatch, max_new_tokens: int, learned: Path | None, shares: Sequence[float]
+    ):
+        self.pair, self.learned, self.sizes = pair, learned, shares
         self.components = enumerate_components(pair.cfg, DEFAULT_KINDS)
         self.gates = Gates.of(pair.cfg, self.components)
         self.share = np.asarray(self.gates.share, np.float64)
@@ -87,7 +90,7 @@ class Rankings:
     def again_and_again(self) -> Float[np.ndarray, "C 1"]:
         """The set score, made anew each time that the patched set is twice as large, of what is left in that host."""
         scored, is_open, place = np.zeros(len(self.components)), np.zeros(len(self.components), bool), 1.0
-        for share in (0.0025, *SHARES, 1.0):
+        for share in (self.sizes[0] / 2, *self.sizes, 1.0):
             host = self.patched(is_open)
             change = np.mean([self._left(host, self.metrics[name]) for name in ("decision", "partings")], axis=0)
             density = np.where(is_open, -np.inf, change / self.share)
@@ -159,11 +162,12 @@ def measure(
     max_new_tokens: int,
     learned: Path | None,
     only: list[str],
+    shares: Sequence[float],
     out: Path,
 ) -> dict[str, Any]:
     """The sets of every ranking, or only of some, judged; the file is written after each ranking."""
     task = behaviour(name)
-    rankings = Rankings(pair, task.encode(pair.tokenizer, "sweep", n_prompts), max_new_tokens, learned)
+    rankings = Rankings(pair, task.encode(pair.tokenizer, "sweep", n_prompts), max_new_tokens, learned, shares)
     batch = task.encode(pair.tokenizer, "test", n_judged)
     judge = Judge(pair, task, batch, max_new_tokens)
 
@@ -178,7 +182,7 @@ def measure(
         "n_prompts": n_prompts,
         "max_new_tokens": max_new_tokens,
         "dtype": "float32",
-        "shares": SHARES,
+        "shares": list(shares),
         "n_components": len(rankings.components),
         "queries": batch.queries.tolist(),
         "base": passes(pair.base),
@@ -192,11 +196,13 @@ def measure(
         started = time.perf_counter()
         values = make()
         row: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1)}
-        sets = [rankings.best(values.mean(1) / rankings.share, share) for share in SHARES]
+        sets = [rankings.best(values.mean(1) / rankings.share, share) for share in shares]
         row["n_components"] = [int(chosen.sum()) for chosen in sets]
         row["passes"] = [passes(rankings.patched(chosen)) for chosen in sets]
         if values.shape[1] > 1:
-            row["jaccard"] = {str(share): round(jaccard(rankings, values, share), 3) for share in (0.01, 0.05)}
+            row["jaccard"] = {
+                str(share): round(jaccard(rankings, values, share), 3) for share in (shares[1], shares[-1])
+            }
         report["rankings"][ranking] = row
         print(ranking, [f"{digits(p).mean():.3f}" for p in row["passes"]], flush=True)
         write(out, report)
@@ -260,7 +266,7 @@ def markdown(report: dict[str, Any]) -> str:
             return f"> {report['shares'][-1]:.0%}"
         return f"{values[0]:.1%} [{values[1]:.1%}, {'–' if values[2] == np.inf else f'{values[2]:.1%}'}]"
 
-    rows = []
+    rows, agreed = [], (report["shares"][1], report["shares"][-1])
     for name, row in report["rankings"].items():
         found, stable = figures(report, row), row.get("jaccard", {})
         rows.append(
@@ -269,12 +275,12 @@ def markdown(report: dict[str, Any]) -> str:
                 *(part(found[f"at {share:g}"]) for share in report["shares"]),
                 part(found["area"]),
                 *(size(found[f"reaches {goal:g}"]) for goal in GOALS),
-                *(f"{stable[key]:.2f}" if key in stable else "" for key in ("0.01", "0.05")),
+                *(f"{stable[str(share)]:.2f}" if stable else "" for share in agreed),
             ]
         )
     columns = [
         "ranking", *(f"{share:.1%}" for share in report["shares"]), "area", *(f"{g:.0%} reached at" for g in GOALS),
-        "halves agree, 1%", "5%",
+        f"halves agree, {agreed[0]:.0%}", f"{agreed[1]:.0%}",
     ]  # fmt: skip
     base, expert = digits(report["base"]).mean(), digits(report["expert"]).mean()
     about = (
@@ -294,10 +300,11 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--learned", type=Path)
     parser.add_argument("--only", nargs="+", default=[], help="rankings to compare, by name; all if absent")
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the parameters")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     pair = load_pair(a.base, a.expert)
-    report = measure(pair, a.behaviour, a.n_prompts, a.n_judged, a.max_new_tokens, a.learned, a.only, a.out)
+    report = measure(pair, a.behaviour, a.n_prompts, a.n_judged, a.max_new_tokens, a.learned, a.only, a.shares, a.out)
     print(markdown(report))
 
 
