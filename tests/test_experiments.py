@@ -47,6 +47,7 @@ TABLES = [
     ("sets", "compare", "markdown", "lora_english_capital.json"),
     ("sets", "compare", "markdown", "lora_quotation.json"),
     ("sets", "compare", "markdown", "english_capital.json"),
+    ("sets", "compare", "markdown", "planted.json"),
     ("bench", "merging", "markdown", "merging.json"),
     ("bench", "relax", "markdown", "relax.tiny.json"),
     ("bench", "relax", "markdown", "relax.smollm2.json"),
@@ -62,6 +63,7 @@ def test_rankings_for_sets_of_all_pairs_together():
     made = summary.markdown(EXPERIMENTS / "sets")
     for page in (EXPERIMENTS / "sets" / "README.md", EXPERIMENTS.parent / "README.md"):
         assert made in page.read_text(encoding="utf-8"), page
+    assert summary.areas(EXPERIMENTS / "sets") in (EXPERIMENTS / "sets" / "README.md").read_text(encoding="utf-8")
 
 
 def test_goals_are_those_of_the_committed_results():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from experiments.records import table
 from experiments.sets.compare import digits, figures
 
@@ -34,5 +36,22 @@ def markdown(folder: Path) -> str:
     return table(columns, rows)
 
 
+TASKS = ("english_capital", "title", "quotation", "no_comma", "multiple_sections", "number_highlighted_sections")
+"""Behaviours of the embedded expert."""
+
+
+def areas(folder: Path) -> str:
+    """The area of every ranking on each behaviour of the embedded expert, and the mean over them."""
+    reports = [json.loads((folder / f"tiny_{task}.json").read_text(encoding="utf-8")) for task in TASKS]
+    rows = []
+    for ranking in reports[0]["rankings"]:
+        found = [figures(report, report["rankings"][ranking])["area"] for report in reports]
+        cells = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in found]
+        rows.append((float(np.mean([mean for mean, _, _ in found])), [ranking, *cells]))
+    rows.sort(key=lambda row: -row[0])
+    return table(["ranking", *TASKS, "mean"], [[*cells, f"{mean:.3f}"] for mean, cells in rows])
+
+
 if __name__ == "__main__":
     print(markdown(Path(__file__).parent))
+    print(areas(Path(__file__).parent))
