@@ -50,7 +50,9 @@ def quantiles(scores: Float[np.ndarray, " C"], sizes: Float[np.ndarray, " C"]) -
 
 
 def opened(scores: Float[np.ndarray, " C"], sizes: Float[np.ndarray, " C"], share: float) -> Float[np.ndarray, " C"]:
-    """1 for the best components, whose parameters come nearest to a share of all; else 0. At least one is open.
+    """1 for the best components within a share of the parameters, as `wpjax extract --share` takes them; else 0.
+
+    At least one is open, but for a share of 0.
 
     >>> opened(np.array([3.0, 1.0, 2.0]), np.array([2.0, 4.0, 2.0]), 0.5).tolist()
     [1.0, 0.0, 1.0]
@@ -58,8 +60,9 @@ def opened(scores: Float[np.ndarray, " C"], sizes: Float[np.ndarray, " C"], shar
     gates = np.zeros(len(scores))
     if share > 0:
         order = np.argsort(-scores, kind="stable")
-        n_open = 1 + int(np.abs(np.cumsum(sizes[order]) - share * sizes.sum()).argmin())
-        gates[order[:n_open]] = 1
+        # A billionth more, so that a share that was computed from sizes is not missed by rounding.
+        n_open = int((np.cumsum(sizes[order]) <= share * sizes.sum() * (1 + 1e-9)).sum())
+        gates[order[: max(n_open, 1)]] = 1
     return gates
 
 
