@@ -35,6 +35,7 @@ def run(
         from wpjax import behaviours
         from wpjax.cli.sweep import print_result
         from wpjax.cli.words import print_answers, print_verdict
+        from wpjax.estimators.sets import add_set_score, set_metrics
         from wpjax.estimators.sweep import sweep
         from wpjax.evaluation.fit_anchor import fit_anchor
         from wpjax.evaluation.reading import answers_to_read
@@ -51,6 +52,9 @@ def run(
         anchor = fit_anchor(pair, task, causal="report", seed=seed, progress=progress)
         batch = task.encode(pair.tokenizer, n_prompts=16)
         result = sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
+        progress("set score", 0, 1)
+        result = add_set_score(pair, result, set_metrics(pair, batch))
+        progress("set score", 1, 1)
         progress("answers to read", 0, 1)
         answers = answers_to_read(pair, task, result, n_prompts=3)
         progress("answers to read", 1, 1)
