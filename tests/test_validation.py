@@ -15,12 +15,12 @@ from wpjax.cli.validate import print_curves
 from wpjax.components import Component, enumerate_components, n_parameters
 from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.estimators.secant import secant_adjoint
-from wpjax.estimators.sets import add_set_score
+from wpjax.estimators.sets import add_set_score, weighted_sum
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.validation import activation_values, anchor_of, control_orders, curve_steps, log_grid, validate
-from wpjax.metrics.answers import decision_metric, response_metric
+from wpjax.metrics.answers import decision_metric, partings_metric, response_metric
 from wpjax.metrics.metric import scores
 from wpjax.models.decoder import forward
 from wpjax.pairs import load_pair, planted_components
@@ -348,6 +348,12 @@ def test_later_layers_are_ranked_for_sets_and_counted_nowhere_else(tiny_pair):
     sizes = np.array([n_parameters(tiny_pair.cfg, c) for c in every])
     gap = (scores(tiny_pair.cfg, tiny_pair.expert, metric) - scores(tiny_pair.cfg, tiny_pair.base, metric)).mean()
     np.testing.assert_allclose(scored.values("set_score"), change / gap / (sizes / sizes.sum()), rtol=1e-5)
+    # Two metrics in one pass are the mean of each alone.
+    both = [metric, partings_metric(tiny_pair, batch, N_NEW)]
+    alone = [add_set_score(tiny_pair, result, [one]).values("set_score") for one in both]
+    together = add_set_score(tiny_pair, result, both).values("set_score")
+    np.testing.assert_allclose(together, np.mean(alone, axis=0), rtol=1e-3, atol=1e-4)
+    assert len(weighted_sum(both, np.ones(2))) == 1
     # The rows that were not swept come last where a ranking has no number of them.
     orders = control_orders(tiny_pair, task, scored, anchor, n_random=1)
     assert {len(order) for order in orders.values()} == {len(every)}

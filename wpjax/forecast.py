@@ -174,7 +174,7 @@ class Forecast:
         phases.append(Phase("joint patches", f"{n_sets} sets", pace.seconds(2 * n_sets * one_pass, 4)))
         if config.set_score and config.given_anchor is None:
             seconds = pace.seconds(len(batch) * self.answer, 2, OF_ANSWERS)
-            seconds += pace.seconds(2 * PASSES_OF_SECANT * one_pass, 4)
+            seconds += pace.seconds(PASSES_OF_SECANT * one_pass, 2)
             phases.append(Phase("set score", f"the secant adjoint on {len(batch)} prompts", seconds))
         if config.answers:
             seconds = pace.seconds(5 * max(config.answers, 4) * self.answer, 5, OF_ANSWERS)

@@ -14,16 +14,19 @@ would have if the gap were spread evenly over all parameters (docs/method.md, "S
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, enumerate_components, n_parameters, parse_component
 from wpjax.estimators.secant import secant_adjoint
 from wpjax.metrics.answers import answer_of, decision_metric, partings_metric
-from wpjax.metrics.metric import Metric, expect_positive_gap, scores
+from wpjax.metrics.metric import Metric, begins, expect_positive_gap, joint_scores
+from wpjax.metrics.readouts import LogOdds
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.results.sweep_result import SweepResult
@@ -55,8 +58,37 @@ def add_set_score(pair: Pair, result: SweepResult, metrics: Sequence[Metric]) ->
     'set_score'
     """
     components, queries = candidates(pair, result), result.dataset["query"].values
-    share = np.mean([_shares(pair, components, metric, queries) for metric in metrics], axis=0)
+    base, expert = (joint_scores(pair.cfg, params, metrics).astype(np.float64) for params in (pair.base, pair.expert))
+    for metric, gap in zip(metrics, expert - base, strict=True):
+        expect_positive_gap(gap, queries, f"the {metric.name} metric")
+    parts = weighted_sum(metrics, 1 / (expert - base).mean(1) / len(metrics))
+    share = sum(secant_adjoint(pair.cfg, pair.base, pair.expert, components, part).mean(1) for part in parts)
     return with_ranking(pair, result, "set_score", components, share / parameter_share(pair, components))
+
+
+def weighted_sum(metrics: Sequence[Metric], weights: Float[np.ndarray, " M"]) -> list[Metric]:
+    """Metrics that add up to a weighted sum of M metrics: one, where all can be read from the same pass.
+
+    Log-odds along the beginning of the same answers can. Then one program of the secant adjoint is compiled and run.
+
+    Args:
+        metrics: the metrics, on the same prompts.
+        weights: [M], their weights.
+    """
+    weighted = [
+        dataclasses.replace(metric, weight=metric.weight * float(weight))
+        for metric, weight in zip(metrics, weights, strict=True)
+    ]
+    longest = max(metrics, key=lambda metric: metric.tokens.ids.shape[1])
+    for metric in metrics:
+        fits = metric.layer == longest.layer and metric.held is None and begins(metric.tokens, longest.tokens)
+        if not (fits and isinstance(metric.readout, LogOdds)):
+            return weighted
+    at, weight = (jnp.concatenate([getattr(m, name) for m in weighted], axis=1) for name in ("at", "weight"))
+    odds = LogOdds(
+        *(jnp.concatenate([getattr(m.readout, name) for m in weighted], axis=1) for name in ("tokens", "foils"))
+    )
+    return [dataclasses.replace(longest, at=at, weight=weight, readout=odds)]
 
 
 def set_metrics(
@@ -75,16 +107,6 @@ def set_metrics(
     """
     answers = answer_of(pair, pair.expert, batch.with_instruction, max_new_tokens) if answers is None else answers
     return tuple(make(pair, batch, max_new_tokens, answers) for make in (decision_metric, partings_metric))
-
-
-def _shares(
-    pair: Pair, components: Sequence[Component], metric: Metric, queries: Int[np.ndarray, " B"]
-) -> Float[np.ndarray, " C"]:
-    """The share of the metric's gap that the secant adjoint gives to each component."""
-    base, expert = (scores(pair.cfg, params, metric).astype(np.float64) for params in (pair.base, pair.expert))
-    expect_positive_gap(expert - base, queries, f"the {metric.name} metric")
-    change = secant_adjoint(pair.cfg, pair.base, pair.expert, components, metric)
-    return change.mean(1) / (expert - base).mean()
 
 
 def candidates(pair: Pair, result: SweepResult) -> list[Component]:

@@ -231,7 +231,7 @@ def joint_scores(cfg: ModelConfig, params: Params, metrics: Sequence[Metric]) ->
     from_one_pass: dict[int, Float[np.ndarray, " B"]] = {}  # by the metric's number
     if longest is not None:
         # Positions that a metric reads stay valid in the longer tokens, as prompts are padded on the right.
-        joint = [i for i, m in enumerate(metrics) if m.held is None and _begins(m.tokens, longest.tokens)]
+        joint = [i for i, m in enumerate(metrics) if m.held is None and begins(m.tokens, longest.tokens)]
         same_tokens = tuple(dataclasses.replace(metrics[i], tokens=longest.tokens) for i in joint)
 
         def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "N M"]:
@@ -241,7 +241,7 @@ def joint_scores(cfg: ModelConfig, params: Params, metrics: Sequence[Metric]) ->
     return np.stack([from_one_pass[i] if i in from_one_pass else scores(cfg, params, m) for i, m in enumerate(metrics)])
 
 
-def _begins(short: Tokens, long: Tokens) -> bool:
+def begins(short: Tokens, long: Tokens) -> bool:
     """Whether every row of one is the beginning of that row of the other; padding does not count."""
     ids, n = np.asarray(short.ids), np.asarray(short.lengths)[:, None]
     same = ids == np.asarray(long.ids)[:, : ids.shape[1]]
