@@ -160,8 +160,8 @@ def with_ranking(
     (['L7.mlp', 'L6.mlp'], 2)
     """
     score = dict(zip((c.name for c in components), np.asarray(values, np.float64).tolist(), strict=True))
-    known = result.dataset["name"].values.astype(str).tolist()
-    new = [parse_component(pair.cfg, n) for n in score if n not in set(known)]
+    known = set(result.dataset["name"].values.astype(str).tolist())
+    new = [parse_component(pair.cfg, n) for n in score if n not in known]
     if new:
         place = {
             "name": np.array([c.name for c in new], dtype=object),
