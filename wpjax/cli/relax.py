@@ -39,8 +39,9 @@ def run(
         str,
         Setting(
             "What to learn the mask for. kl: nearness to the expert, along its answers; decision: the expert's token "
-            "where base and expert part ways; response: the expert's answers; anchor: the anchor of the sweep; reward: "
-            "the checker, on answers that are sampled as it learns (slow). A sum: kl+decision.",
+            "where base and expert first part ways; partings: its tokens wherever they do; response: the expert's "
+            "answers; anchor: the anchor of the sweep; reward: the checker, on answers that are sampled as it learns "
+            "(slow). A sum: kl+decision.",
             panel=MEASURED,
         ),
     ] = "kl",

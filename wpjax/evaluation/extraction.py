@@ -10,7 +10,7 @@ import numpy as np
 
 from wpjax.components import Component
 from wpjax.evaluation.harm import Harm
-from wpjax.results.verdict import KIND_NAMES, counted, enumerated
+from wpjax.results.words import KIND_NAMES, counted, enumerated
 from wpjax.stats import Interval
 
 

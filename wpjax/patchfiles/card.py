@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import wpjax
 from wpjax.patchfiles.patch import PatchInfo
-from wpjax.results.verdict import counted
+from wpjax.results.words import counted
 from wpjax.runtime.cards import one_line, public_name
 
 if TYPE_CHECKING:

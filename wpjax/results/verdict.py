@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,55 +18,13 @@ from wpjax.methods.metrics import reads_anchor
 from wpjax.results.origin import Origin
 from wpjax.results.reach import LEVEL, Reach
 from wpjax.results.sweep_result import SweepResult
+from wpjax.results.words import KIND_NAMES, enumerated
 
 Status = Literal["accepted", "undecided", "rejected", "not tested"]
 Shape = Literal["concentrated", "in between", "diffuse", "in company"]
 
 FEW, MANY = 0.02, 0.1
 """Half of the joint effect in at most this share of the components is concentrated; in more than that, diffuse."""
-
-KIND_NAMES = {
-    "head": "heads",
-    "kv_group": "KV groups",
-    "neuron": "neurons",
-    "attn": "attention modules",
-    "mlp": "MLPs",
-    "layer": "whole layers",
-    "norm": "norms",
-    "embed": "the embedding",
-    "unembed": "the unembedding",
-    "final_norm": "the final norm",
-}
-
-
-def counted(kinds: Iterable[str]) -> str:
-    """How many components of each kind: "1 head and 800 neurons".
-
-    Args:
-        kinds: the kind of each component.
-
-    >>> counted(["neuron", "head", "neuron"])
-    '1 head and 2 neurons'
-    """
-    counts = Counter(kinds)
-    parts = []
-    for kind, names in KIND_NAMES.items():
-        if kind in counts:
-            is_one = kind in ("embed", "unembed", "final_norm")  # of these a model has one
-            parts.append(
-                names if is_one else f"{counts[kind]:,} {names.removesuffix('s') if counts[kind] == 1 else names}"
-            )
-    return enumerated(parts)
-
-
-def enumerated(parts: Sequence[str]) -> str:
-    """Several things as one phrase.
-
-    >>> enumerated(["heads", "KV groups", "neurons"])
-    'heads, KV groups and neurons'
-    """
-    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
-
 
 _ANCHOR_SAYS = {
     "accepted": "The anchor is accepted: held at the expert's state on it, the base shows the behaviour, and held at "
