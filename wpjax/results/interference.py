@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from wpjax.results.words import enumerated
 from wpjax.stats import Interval
 
 
@@ -87,7 +88,7 @@ class Interference:
         """In words: what each set does to the others, and how alike the sets are beside their ceiling."""
         units, lines = self.levels["units"], []
         for a, name in enumerate(self.behaviours):
-            others = _listed(
+            others = enumerated(
                 [
                     f"{of.mean:.0%} [{100 * of.low:.0f}, {100 * of.high:.0f}] of {other}"
                     for b, (other, of) in enumerate(zip(self.behaviours, units.brings_back[a], strict=True))
@@ -103,7 +104,3 @@ class Interference:
             ]
             lines.append(f"By {name} {pairs[0]}; {pairs[1]} (means, on halves of the queries).")
         return "\n".join(lines)
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
