@@ -35,8 +35,6 @@ def run(
         from wpjax import behaviours
         from wpjax.cli.sweep import print_result
         from wpjax.cli.words import print_answers, print_verdict
-        from wpjax.errors import WpjaxError
-        from wpjax.estimators.sets import add_set_score, set_metrics
         from wpjax.estimators.sweep import sweep
         from wpjax.evaluation.fit_anchor import fit_anchor
         from wpjax.evaluation.reading import answers_to_read
@@ -53,12 +51,6 @@ def run(
         anchor = fit_anchor(pair, task, causal="report", seed=seed, progress=progress)
         batch = task.encode(pair.tokenizer, n_prompts=16)
         result = sweep(pair, batch, anchor, method="exact", seed=seed, progress=progress)
-        progress("set score", 0, 1)
-        try:
-            result = add_set_score(pair, result, set_metrics(pair, batch))
-        except WpjaxError as error:  # the sweep is worth showing all the same
-            progress.say(f"no set score: {error}")
-        progress("set score", 1, 1)
         progress("answers to read", 0, 1)
         answers = answers_to_read(pair, task, result, n_prompts=3)
         progress("answers to read", 1, 1)
