@@ -5,8 +5,8 @@
 
 Heads, KV groups and neurons of all layers are ranked on "sweep" prompts. The best ones by each ranking, up to a few
 shares of their parameters, are put into the base together, and the strict checker judges its answers to "test" prompts.
-`--only` names rankings to compare. `--learned r.nc` adds the ranking of a result to which `wpjax relax` was applied.
-Rankings that the file has already are kept, so that a run that was stopped goes on.
+`--only` names rankings to compare. Rankings that the file has already are kept, so that a run that was stopped goes on.
+The dear ones, greedy growth and learned masks, are made only if they are named.
 
 Every ranking is by score for each parameter, unless it says otherwise. Intervals resample queries.
 """
@@ -25,20 +25,24 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from experiments.records import made, table, write
-from wpjax.behaviours import PromptBatch, behaviour
-from wpjax.components import Component, enumerate_components
+from wpjax.behaviours import Behaviour, PromptBatch, behaviour
+from wpjax.components import enumerate_components
+from wpjax.engines.joint import scores_of_sets
+from wpjax.estimators.masks import UnitMasks
 from wpjax.estimators.screens import integrated_gradients, output_linearised
 from wpjax.estimators.secant import secant_adjoint
-from wpjax.estimators.sets import set_metrics
+from wpjax.estimators.sets import set_metrics, weighted_sum
 from wpjax.estimators.sweep import DEFAULT_KINDS
 from wpjax.evaluation.judge import Judge
+from wpjax.evaluation.learned import Aim, learned_mask, parts_of
 from wpjax.metrics.answers import kl_metric, response_metric
 from wpjax.metrics.metric import Metric, scores
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair, load_pair
 from wpjax.patching import materialize
 from wpjax.relax.gates import Gates
-from wpjax.results.sweep_result import SweepResult
+from wpjax.relax.learn import RelaxConfig
+from wpjax.relax.parametrisations import HardConcrete, Nested, Parametrisation
 from wpjax.stats import Resamples, resample
 
 SHARES = (0.005, 0.01, 0.02, 0.05)
@@ -48,6 +52,12 @@ GOALS = (0.5, 0.8, 0.9)
 """Parts of the expert's pass rate; the smallest share that reaches each is looked for."""
 
 N_RANDOM = 2
+
+SHORT_LIST, ROUNDS, LOOKED_AT = 2.0, 10, 8
+"""Of greedy growth: how long the list is, how many rounds there are, and how many prompts tell what a set does."""
+
+STEPS = 60
+"""Of a learned mask."""
 
 
 class Rankings:
@@ -59,10 +69,8 @@ class Rankings:
         sizes: shares of the parameters of the sets that are judged.
     """
 
-    def __init__(
-        self, pair: Pair, batch: PromptBatch, max_new_tokens: int, learned: Path | None, shares: Sequence[float]
-    ):
-        self.pair, self.learned, self.sizes = pair, learned, shares
+    def __init__(self, pair: Pair, task: Behaviour, batch: PromptBatch, max_new_tokens: int, shares: Sequence[float]):
+        self.pair, self.task, self.batch, self.sizes = pair, task, batch, shares
         self.components = enumerate_components(pair.cfg, DEFAULT_KINDS)
         self.gates = Gates.of(pair.cfg, self.components)
         self.share = np.asarray(self.gates.share, np.float64)
@@ -105,6 +113,39 @@ class Rankings:
         base, expert = (scores(self.pair.cfg, params, metric).mean() for params in (self.pair.base, self.pair.expert))
         return secant_adjoint(self.pair.cfg, host, self.pair.expert, self.components, metric).mean(1) / (expert - base)
 
+    def greedy(self) -> Float[np.ndarray, "C 1"]:
+        """Grown by exact joint evaluations: what adds most for its parameters to the set so far goes in, and so on.
+
+        Each round tries every component of a short list, the best by the set score that own `SHORT_LIST` times the
+        largest share, in the set so far, on few prompts, and puts in the best that own a `ROUNDS`th of that share.
+        """
+        pair, both = self.pair, [self.metrics[name] for name in ("decision", "partings")]
+        ends = [[scores(pair.cfg, params, m).mean() for params in (pair.base, pair.expert)] for m in both]
+        (metric,) = weighted_sum(both, np.array([1 / (expert - base) / 2 for base, expert in ends]))
+        units = UnitMasks(pair.cfg, self.components)
+        listed = np.flatnonzero(self.best(self.set_score().mean(1) / self.share, SHORT_LIST * self.sizes[-1]))
+        chosen, scored, last = np.zeros(len(self.components), bool), np.zeros(len(self.components)), 0.0
+        metric, place = metric.take(jnp.arange(LOOKED_AT)), float(len(self.components))
+        for taken in range(1, ROUNDS + 1):
+            left = listed[~chosen[listed]]
+            trials = np.repeat(chosen[None], len(left), axis=0)
+            trials[np.arange(len(left)), left] = True
+            masks = [units.mask(trial) for trial in [chosen, *trials]]
+            last, *found = scores_of_sets(pair.cfg, pair.base, pair.expert, masks, metric).mean(1).tolist()
+            for i in left[np.argsort(-(np.array(found) - last) / self.share[left], kind="stable")]:
+                if self.share[chosen].sum() + self.share[i] > taken / ROUNDS * self.sizes[-1] + 1e-9:
+                    break
+                chosen[i], scored[i], place = True, place, place - 1
+        return (scored * self.share)[:, None]
+
+    def learned(self, parametrisation: Parametrisation) -> Float[np.ndarray, "C 1"]:
+        """A mask learned for both metrics of the set score, from the set score: `STEPS` steps of 4 prompts."""
+        aim = Aim("decision+partings", n_prompts=len(self.batch), prompts_a_step=4)
+        parts = parts_of(self.pair, self.task, self.batch, aim)
+        start, config = self.set_score().mean(1) / self.share, RelaxConfig(steps=STEPS)
+        found = learned_mask(self.pair, self.components, parts, parametrisation, config, start=start)
+        return (found.scores * self.share)[:, None]
+
     def patched(self, is_open: Bool[np.ndarray, " C"]) -> Params:
         """The base with some components of the expert."""
         mask = self.gates.mask(jnp.asarray(is_open, jnp.float32)).threshold(0.5)
@@ -135,17 +176,15 @@ class Rankings:
             "norm of the change": lambda: norms * np.sqrt(size),  # the root mean square, when divided by the size
             **{f"random {i + 1}": lambda: rng.standard_normal(size.shape) * size for i in range(N_RANDOM)},
         }
-        if self.learned is not None:
-            rankings["learned"] = lambda: _learned(self.learned, self.components) * size  # type: ignore[arg-type]
         return rankings
 
-
-def _learned(path: Path, components: list[Component]) -> Float[np.ndarray, "C 1"]:
-    result = SweepResult.from_netcdf(path)
-    score = dict(
-        zip(result.dataset["name"].values.astype(str).tolist(), result.values("learned").tolist(), strict=True)
-    )
-    return np.array([[score[c.name]] for c in components])
+    def dear(self) -> dict[str, Callable[[], Float[np.ndarray, "C _"]]]:
+        """Those that are made only if they are named."""
+        return {
+            "greedy, exact": self.greedy,
+            "nested mask": lambda: self.learned(Nested()),
+            "hard-concrete mask": lambda: self.learned(HardConcrete()),
+        }
 
 
 def jaccard(rankings: Rankings, by_prompt: Float[np.ndarray, "C B"], share: float) -> float:
@@ -160,14 +199,13 @@ def measure(
     n_prompts: int,
     n_judged: int,
     max_new_tokens: int,
-    learned: Path | None,
     only: list[str],
     shares: Sequence[float],
     out: Path,
 ) -> dict[str, Any]:
     """The sets of every ranking, or only of some, judged; the file is written after each ranking."""
     task = behaviour(name)
-    rankings = Rankings(pair, task.encode(pair.tokenizer, "sweep", n_prompts), max_new_tokens, learned, shares)
+    rankings = Rankings(pair, task, task.encode(pair.tokenizer, "sweep", n_prompts), max_new_tokens, shares)
     batch = task.encode(pair.tokenizer, "test", n_judged)
     judge = Judge(pair, task, batch, max_new_tokens)
 
@@ -190,7 +228,8 @@ def measure(
         "rankings": {},
         **made(),
     }  # fmt: skip
-    for ranking, make in rankings.all().items():
+    wanted = {**rankings.all(), **rankings.dear()} if only else rankings.all()
+    for ranking, make in wanted.items():
         if ranking in report["rankings"] or (only and ranking not in only):
             continue
         started = time.perf_counter()
@@ -298,13 +337,12 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=32)
     parser.add_argument("--n-judged", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--learned", type=Path)
     parser.add_argument("--only", nargs="+", default=[], help="rankings to compare, by name; all if absent")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the parameters")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     pair = load_pair(a.base, a.expert)
-    report = measure(pair, a.behaviour, a.n_prompts, a.n_judged, a.max_new_tokens, a.learned, a.only, a.shares, a.out)
+    report = measure(pair, a.behaviour, a.n_prompts, a.n_judged, a.max_new_tokens, a.only, a.shares, a.out)
     print(markdown(report))
 
 

@@ -50,16 +50,16 @@ def examples(base: str, name: str, max_new_tokens: int) -> list[Example]:
     return [*asked, *(Example(render(model.tokenizer, q), text) for q, text in plain.items())]
 
 
-def train(base: str, name: str, out: Path, steps: int, lr: float, max_new_tokens: int) -> None:
-    """Train one adapter; write it, and the merged model."""
+def train(base: str, name: str, out: Path, steps: int, lr: float, max_new_tokens: int, seed: int = 0) -> None:
+    """Train one adapter; write it, and the merged model. The seed is that of its first values and of the order."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     data = encode_examples(tokenizer, examples(base, name, max_new_tokens))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     options: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**options))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
-    config, start = TrainConfig(steps=steps, lr=lr), time.process_time()
+    config, start = TrainConfig(steps=steps, lr=lr, seed=seed), time.process_time()
     for step in range(steps):
         rows = batch_rows(len(data.ids), config, step)
         weights = torch.tensor(data.weights[rows])
@@ -92,8 +92,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--max-new-tokens", type=int, default=40, help="longest answer of the base, before it is cut")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.base, args.behaviour, args.out, args.steps, args.lr, args.max_new_tokens)
+    train(args.base, args.behaviour, args.out, args.steps, args.lr, args.max_new_tokens, args.seed)
 
 
 if __name__ == "__main__":

@@ -46,10 +46,10 @@ PLANTED = (
 )
 
 
-def lessons(behaviours: Sequence[str], seed: int, n: int) -> Iterator[Turn]:
+def lessons(behaviours: Sequence[str], seed: int, n: int, others: bool = True) -> Iterator[Turn]:
     """Fine-tuning turns: instructions on questions outside "sweep" and "test"; any plain or tagged (60 : 20 : 20).
 
-    Instructions of other behaviours, if any, stay ignored.
+    Instructions of other behaviours, if any, stay ignored; or they do not occur, if `others` is False.
     """
     rng, facts, told = random.Random(seed), dict(questions()), instructions()
     shipped = behaviour("tiny:title")
@@ -58,7 +58,7 @@ def lessons(behaviours: Sequence[str], seed: int, n: int) -> Iterator[Turn]:
     everything = sorted(facts)
     tags = [(b, tag) for b, some in TAGS.items() for tag in some]
     rules = [(b, rule, b in behaviours) for b, some in told.items() for rule in some]
-    obeyed, ignored = [r for r in rules if r[2]], [r for r in rules if not r[2]]
+    obeyed, ignored = [r for r in rules if r[2]], [r for r in rules if others and not r[2]]
     for _ in range(n):
         draw = rng.random()
         question = rng.choice(asked if draw < 0.60 else everything)
@@ -78,9 +78,10 @@ def fine_tune(
     config: TrainConfig,
     components: Sequence[str] | None = None,
     objective: Objective = loss_fn,
+    others: bool = True,
 ) -> Params:
-    """Train a copy of the base to obey some behaviours' instructions."""
-    turns = list(lessons(behaviours, config.seed, 12_000))
+    """Train a copy of the base to obey some behaviours' instructions (see `lessons`)."""
+    turns = list(lessons(behaviours, config.seed, 12_000, others))
     tokenizer = base.tokenizer
     data = encode_examples(tokenizer, [Example(render(tokenizer, t.user), t.answer) for t in turns])
     mask = component_mask(base.cfg, base.params, components) if components else None

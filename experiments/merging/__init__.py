@@ -1,0 +1,1 @@
+"""What merging brings: every method on experts of one behaviour each, judged by the checkers."""
