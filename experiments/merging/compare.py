@@ -56,7 +56,7 @@ from wpjax.pairs import Pair, load_pair
 from wpjax.relax.learn import RelaxConfig
 from wpjax.training import Example, encode_examples, loss_fn
 
-SUMS, MEANS = (0.3, 0.5, 0.7, 1.0, 1.5), (1.0, 1.5, 2.0, 3.0)
+SUMS, MEANS = (0.4, 0.7, 1.0, 1.5), (1.0, 1.5, 2.0, 3.0)
 """Factors of what a merge changes: of methods that add the experts' changes up, and of those that take their mean."""
 
 SHARES = (0.02, 0.05, 0.1, 0.2)

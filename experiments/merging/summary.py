@@ -99,26 +99,31 @@ def markdown(folder: Path, pair: str) -> str:
     return table(columns, [cells for _, cells in rows])
 
 
+def shares_of(rates: Rates) -> list[float]:
+    """The shares that were tried."""
+    return [share for share in SHARES if f"score_gated, {SOURCES[0]}, {share:.0%}" in rates.passes]
+
+
 def gates(folder: Path, pair: str) -> str:
     """`score_gated` by what orders the components, at equal budgets: shares of the experts' pass rates."""
     rates = Rates.read(folder, pair)
-    rows = []
+    shares, rows = shares_of(rates), []
     for source in SOURCES:
-        named = [f"score_gated, {source}, {share:.0%}" for share in SHARES]
+        named = [f"score_gated, {source}, {share:.0%}" for share in shares]
         if all(row in rates.passes for row in named):
             rows.append([source, *(ends(rates.share(row)) for row in named)])
-    return table(["gates by", *(f"{share:.0%}" for share in SHARES)], rows)
+    return table(["gates by", *(f"{share:.0%}" for share in shares)], rows)
 
 
 def ahead(folder: Path, pair: str) -> str:
     """How much more gates by the set score bring than gates by something else, at equal budgets; paired."""
     rates = Rates.read(folder, pair)
-    rows = []
+    shares, rows = shares_of(rates), []
     for source in SOURCES[1:]:
-        both = [[f"score_gated, {which}, {share:.0%}" for which in (SOURCES[0], source)] for share in SHARES]
-        if all(row in rates.passes for rows_ in both for row in rows_):
+        both = [[f"score_gated, {which}, {share:.0%}" for which in (SOURCES[0], source)] for share in shares]
+        if all(row in rates.passes for pair_ in both for row in pair_):
             rows.append([source, *(ends(rates.share(ours) - rates.share(other)) for ours, other in both)])
-    return table(["set score minus", *(f"{share:.0%}" for share in SHARES)], rows)
+    return table(["set score minus", *(f"{share:.0%}" for share in shares)], rows)
 
 
 if __name__ == "__main__":
