@@ -14,7 +14,7 @@ from experiments.sets.compare import digits, figures
 PAIRS = {
     "lora_english_capital": "LoRA, capitals",
     "lora_quotation": "LoRA, quotes",
-    "lora_title": "LoRA, title",
+    "lora_number_highlighted_sections": "LoRA, highlights",
     "english_capital": "full fine-tune, capitals",
 }
 """Name of a result -> what the table calls the pair."""
