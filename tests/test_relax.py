@@ -50,20 +50,6 @@ def test_components_that_overlap_are_refused(family_pair):
         Gates.of(family_pair.cfg, [])
 
 
-def test_a_budget_is_filled_and_not_exceeded(family_pair):
-    components = enumerate_components(family_pair.cfg, KINDS)
-    gates = Gates.of(family_pair.cfg, components)
-    order = np.random.default_rng(0).permutation(len(components)).astype(np.float32)
-    for share in (0.0, 0.1, 0.5, 1.0):
-        chosen = np.asarray(gates.largest(jnp.asarray(order), share)) > 0
-        taken = np.asarray(gates.share)[chosen].sum()
-        assert taken <= share + 1e-5
-        left = order[~chosen]
-        if left.size:  # the next one would have been too much
-            assert taken + np.asarray(gates.share)[~chosen][left.argmax()] > share
-        assert not left.size or not chosen.any() or order[chosen].min() > left.max()
-
-
 @pytest.mark.parametrize("budget", [0.03, 0.4, 0.9])
 def test_threshold_keeps_the_budget_and_its_slope_is_the_implicit_one(budget):
     rng = np.random.default_rng(1)

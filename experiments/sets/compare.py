@@ -22,14 +22,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from experiments.records import made, table, write
 from wpjax.behaviours import PromptBatch, behaviour
-from wpjax.components import Component, enumerate_components
+from wpjax.components import Component, best_within, enumerate_components, n_within
 from wpjax.estimators.screens import integrated_gradients, output_linearised
 from wpjax.estimators.secant import secant_adjoint
-from wpjax.estimators.sets import set_metrics
+from wpjax.estimators.sets import parameter_share, set_metrics
 from wpjax.estimators.sweep import DEFAULT_KINDS
 from wpjax.evaluation.judge import Judge
 from wpjax.metrics.answers import kl_metric, response_metric
@@ -65,7 +65,7 @@ class Rankings:
         self.pair, self.learned, self.sizes = pair, learned, shares
         self.components = enumerate_components(pair.cfg, DEFAULT_KINDS)
         self.gates = Gates.of(pair.cfg, self.components)
-        self.share = np.asarray(self.gates.share, np.float64)
+        self.share = parameter_share(pair, self.components)
         decision, partings = set_metrics(pair, batch, max_new_tokens)
         kl, response = (make(pair, batch, max_new_tokens) for make in (kl_metric, response_metric))
         self.metrics: dict[str, Metric] = {
@@ -95,7 +95,7 @@ class Rankings:
             change = np.mean([self._left(host, self.metrics[name]) for name in ("decision", "partings")], axis=0)
             density = np.where(is_open, -np.inf, change / self.share)
             order = np.argsort(-density, kind="stable")
-            new = order[np.cumsum(self.share[order]) <= share - self.share[is_open].sum() + 1e-9]
+            new = order[: n_within(self.share[order], share - self.share[is_open].sum())]
             new = new[~is_open[new]]
             scored[new] = place - np.arange(len(new)) / (len(new) + 1)  # those of this round above all later ones
             is_open[new], place = True, place - 1
@@ -112,8 +112,7 @@ class Rankings:
 
     def best(self, score: Float[np.ndarray, " C"], share: float) -> Bool[np.ndarray, " C"]:
         """The best components within a share of the parameters."""
-        largest: Array = self.gates.largest(jnp.asarray(score, jnp.float32), share)
-        return np.asarray(largest) > 0.5
+        return best_within(score, self.share, share)
 
     def all(self) -> dict[str, Callable[[], Float[np.ndarray, "C _"]]]:
         """Name -> function that makes the numbers, prompt by prompt where they are; in the order of the table."""

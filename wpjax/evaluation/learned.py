@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
-from wpjax.components import Component, check_kind, enumerate_components
+from wpjax.components import Component, best_within, check_kind, enumerate_components, n_parameters
 from wpjax.engines.memory import device_budget
 from wpjax.errors import WpjaxError
 from wpjax.estimators.sets import with_ranking
@@ -318,6 +318,7 @@ def learned_mask(
     """
     gates, config = Gates.of(pair.cfg, components), config or RelaxConfig()
     objective = Weighted(tuple(part.objective for part in parts), jnp.array([part.weight for part in parts]))
+    sizes = np.array([n_parameters(pair.cfg, component) for component in components])
     said = 0
 
     def watch(learned: Learned) -> None:
@@ -334,7 +335,8 @@ def learned_mask(
         said = taken // check_every
         far = []
         for share in SHARES:
-            mask = gates.mask(gates.largest(jnp.asarray(learned.scores, jnp.float32), share))
+            best = best_within(learned.scores, sizes, share * sizes.sum())
+            mask = gates.mask(jnp.asarray(best, jnp.float32))
             by_part = [part.recovered(mask) for part in parts if part.recovered is not None]
             far.append(f"{share:.0%}: {np.mean(by_part):.0%}")
         loss = learned.losses[:, -min(taken, check_every) :].mean()
