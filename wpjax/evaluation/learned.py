@@ -4,9 +4,9 @@ What the gates are learned for is a sum of parts, each from 1 (the host as it is
 
     loss(m)  =  sum over parts of  (l(m) - l(donor)) / (l(host) - l(donor))  +  price * KL(host || m) on neutral prompts
 
-A part l is the loss of a metric (`relax.objectives.Recover`) or what the checker's reward lacks to 1 (`Reward`). To
-restore, the host is the base and the donor the expert; to knock out, the other way round; both are learned for together
-by one mask (docs/method.md, "Learned masks"; ours).
+A part l is what a metric lacks to the donor's (`relax.objectives.Recover`), or what the checker's reward lacks to 1
+(`Reward`). To restore, the host is the base and the donor the expert; to knock out, the other way round; both are
+learned for together by one mask (docs/method.md, "Learned masks"; ours).
 """
 
 from __future__ import annotations
@@ -211,21 +211,17 @@ def parts_of(
 
 def _recovering(label: str, view: Pair, batch: PromptBatch, metric: Metric, aim: Aim) -> Part:
     """A part that a metric gives."""
+    metric = metric.to_learn
     host, donor = (scores(view.cfg, params, metric) for params in (view.base, view.expert))
     expect_positive_gap(donor - host, batch.queries, f"the objective {label},")
-    recover = Recover(
-        view.cfg, view.base, view.expert, metric, jnp.asarray(donor), aim.prompts_a_step, metric.name == "decision"
-    )
-
-    def loss(score: Float[np.ndarray, " B"]) -> float:
-        return float(recover.loss(jnp.asarray(score), recover.reached).mean())
-
-    at_host, at_donor = loss(host), loss(donor)
+    gap = float((donor - host).mean())
+    recover = Recover(view.cfg, view.base, view.expert, metric, jnp.asarray(donor), aim.prompts_a_step)
 
     def recovered(mask: PatchMask) -> float:
-        return (at_host - loss(scores(view.cfg, patch(view.base, view.expert, mask), metric))) / (at_host - at_donor)
+        patched = scores(view.cfg, patch(view.base, view.expert, mask), metric)
+        return float((patched - host).mean()) / gap
 
-    return Part(label, recover, 1 / (at_host - at_donor), recovered)
+    return Part(label, recover, 1 / gap, recovered)
 
 
 def _rewarded(label: str, view: Pair, behaviour: Behaviour, batch: PromptBatch, aim: Aim, direction: Direction) -> Part:

@@ -130,6 +130,11 @@ class Metric:
         held = None if self.held is None else self.held.take(rows)
         return Metric(tokens, at, weight, self.readout.take(rows), self.layer, self.name, held)
 
+    @property
+    def to_learn(self) -> Metric:
+        """The metric that a mask is learned to raise: the same places, by the readout's `to_learn`."""
+        return dataclasses.replace(self, readout=self.readout.to_learn)
+
     def reaches(self, component: Component) -> bool:
         """Whether a patch of a component can change the metric.
 
