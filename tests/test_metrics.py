@@ -1,5 +1,7 @@
 """Metrics against HF torch, prompt by prompt; sweeps and screens of them against the definition."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,9 @@ from wpjax.components import KINDS, MODEL_LAYER, Component, enumerate_components
 from wpjax.engines.reference import reference_changes
 from wpjax.errors import MetricRejected, WpjaxError
 from wpjax.estimators.screens import output_linearised, weight_gradient
+from wpjax.estimators.sets import set_metrics
 from wpjax.methods.metrics import answer_metrics
-from wpjax.metrics.answers import decision_metric, response_metric
+from wpjax.metrics.answers import ExpertAnswers, decision_metric, partings_metric, response_metric
 from wpjax.metrics.metric import expect_positive_gap, joint_scores, scores
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask, patch
@@ -178,12 +181,29 @@ def test_several_metrics_read_from_one_pass_are_those_of_their_own(pair, batch):
 
 def test_answers_that_are_given_are_used(pair, batch):
     answers = Generation(np.full((6, 2), 7, np.int32), np.array([2, 1, 2, 2, 1, 2], np.int32))
-    metric = response_metric(pair, batch, answers=answers)
+    metric = response_metric(pair, batch, answers=ExpertAnswers(pair, batch.with_instruction, given=answers))
     n = batch.with_instruction.lengths
     np.testing.assert_array_equal(metric.tokens.lengths, n + answers.lengths)
     np.testing.assert_array_equal(metric.at[:, 0], n - 1)
     np.testing.assert_array_equal(metric.weight[1], [1, 0])
     assert (np.asarray(metric.tokens.ids)[np.arange(6), n] == 7).all()
+
+
+def test_metrics_that_share_the_answers_are_those_of_their_own(pair, batch):
+    """Once both models have been read, they can be taken away: no metric of the answers' tokens reads them again."""
+    shared = ExpertAnswers(pair, batch.with_instruction, N_NEW)
+    assert len(shared.along.differs) == 6
+    without = dataclasses.replace(pair, base={}, expert={})
+    for make in (decision_metric, partings_metric, response_metric):
+        alone = make(pair, batch, N_NEW)
+        assert make(without, batch, answers=shared).digest == alone.digest
+    for one, alone in zip(set_metrics(without, batch, answers=shared), set_metrics(pair, batch, N_NEW), strict=True):
+        assert one.digest == alone.digest
+    # The set score's two metrics alone: the first parting is the first of all partings.
+    decision, partings = set_metrics(pair, batch, N_NEW)
+    parted = np.asarray(decision.weight[:, 0]) > 0
+    first = np.where(np.asarray(partings.weight) > 0, np.asarray(partings.at), 10**6).min(1)
+    np.testing.assert_array_equal(np.asarray(decision.at[:, 0])[parted], first[parted])
 
 
 def test_gaps_that_are_negative_or_may_be_zero_are_refused():

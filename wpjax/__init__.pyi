@@ -25,6 +25,7 @@ from .evaluation.reading import answers_to_read as answers_to_read
 from .evaluation.validation import validate as validate
 from .finetuning import finetune as finetune
 from .metrics.anchor import Anchor as Anchor
+from .metrics.answers import ExpertAnswers as ExpertAnswers
 from .metrics.answers import decision_metric as decision_metric
 from .metrics.answers import kl_metric as kl_metric
 from .metrics.answers import partings_metric as partings_metric

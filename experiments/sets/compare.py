@@ -32,7 +32,7 @@ from wpjax.estimators.secant import secant_adjoint
 from wpjax.estimators.sets import parameter_share, set_metrics
 from wpjax.estimators.sweep import DEFAULT_KINDS
 from wpjax.evaluation.judge import Judge
-from wpjax.metrics.answers import kl_metric, response_metric
+from wpjax.metrics.answers import ExpertAnswers, kl_metric, response_metric
 from wpjax.metrics.metric import Metric, scores
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair, load_pair
@@ -66,8 +66,9 @@ class Rankings:
         self.components = enumerate_components(pair.cfg, DEFAULT_KINDS)
         self.gates = Gates.of(pair.cfg, self.components)
         self.share = parameter_share(pair, self.components)
-        decision, partings = set_metrics(pair, batch, max_new_tokens)
-        kl, response = (make(pair, batch, max_new_tokens) for make in (kl_metric, response_metric))
+        answers = ExpertAnswers(pair, batch.with_instruction, max_new_tokens)
+        decision, partings = set_metrics(pair, batch, answers=answers)
+        kl, response = (make(pair, batch, answers=answers) for make in (kl_metric, response_metric))
         self.metrics: dict[str, Metric] = {
             "decision": decision, "partings": partings, "kl": kl, "response": response,
         }  # fmt: skip

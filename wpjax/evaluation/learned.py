@@ -30,7 +30,7 @@ from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.validation import anchor_of, check_same_behaviour, check_same_pair
 from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import answer_of, divergence_metric
+from wpjax.metrics.answers import ExpertAnswers, answer_of, divergence_metric
 from wpjax.metrics.metric import Metric, expect_positive_gap, scores
 from wpjax.models.config import ModelConfig
 from wpjax.models.generate import Generation
@@ -188,9 +188,7 @@ def parts_of(
     for d, direction in enumerate(DIRECTIONS[aim.direction]):
         progress("answers to learn from", d, len(DIRECTIONS[aim.direction]))
         view = pair if direction == "restore" else mirrored(pair)
-        answers = None
-        if set(aim.names) & set(answer_metrics()):
-            answers = answer_of(view, view.expert, batch.with_instruction, aim.max_new_tokens)
+        answers = ExpertAnswers(view, batch.with_instruction, aim.max_new_tokens)
         for name in aim.names:
             label = f"{name}, {direction}"
             if name == REWARD:

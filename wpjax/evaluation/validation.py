@@ -34,7 +34,7 @@ from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.evaluation.reading import side_by_side
 from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import answer_of
+from wpjax.metrics.answers import ExpertAnswers, answer_of
 from wpjax.metrics.metric import joint_scores, scores
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation
@@ -258,7 +258,8 @@ def validate(
     judge = Judge(pair, behaviour, batch, max_new_tokens)
     by_base, by_expert = judge.answers(pair.base), judge.answers(pair.expert)
     check_behaviour_differs(judge, by_base, by_expert)
-    metrics = {name: make(pair, batch, max_new_tokens, by_expert) for name, make in answer_metrics().items()}
+    answers = ExpertAnswers(pair, batch.with_instruction, max_new_tokens, by_expert)
+    metrics = {name: make(pair, batch, max_new_tokens, answers) for name, make in answer_metrics().items()}
     if anchor is not None:
         metrics = {"anchor": anchor.metric(pair, batch), **metrics}
     names = (*CHECKS, *metrics, *(() if anchor is None else ("on_policy",)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +92,75 @@ def answer_of(pair: Pair, params: Params, tokens: Tokens, max_new_tokens: int = 
     return generate_batched(pair.cfg, params, *tokens, pair.stop_tokens, max_new_tokens, batch_size)
 
 
+class Along(NamedTuple):
+    """What base and expert choose along the expert's answers, step by step.
+
+    Attributes:
+        tokens: prompts with the expert's answers.
+        at: [B, N], the position that predicts each token of an answer.
+        experts: [B, N], the expert's token.
+        bases: [B, N], the base's first choice there.
+        differs: [B, N], whether the two differ; False where the array is only filled up.
+    """
+
+    tokens: Tokens
+    at: Int[np.ndarray, "B N"]
+    experts: Int[np.ndarray, "B N"]
+    bases: Int[np.ndarray, "B N"]
+    differs: Bool[np.ndarray, "B N"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertAnswers:
+    """The expert's greedy answers to prompts, and the base's choices along them.
+
+    Each is made when it is asked for, and once. So metrics of the same prompts that are given the same `ExpertAnswers`
+    share them.
+
+    Attributes:
+        pair: base and expert.
+        prompts: the prompts.
+        max_new_tokens: length of an answer, at most.
+        given: the answers, if they are known already; None to generate them.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> batch = task.encode(pair.tokenizer, n_prompts=4)
+    >>> answers = wp.ExpertAnswers(pair, batch.with_instruction, max_new_tokens=8)
+    >>> [make(pair, batch, answers=answers).at.shape for make in (wp.response_metric, wp.decision_metric)]
+    [(4, 8), (4, 1)]
+    """
+
+    pair: Pair
+    prompts: Tokens
+    max_new_tokens: int = 32
+    given: Generation | None = None
+
+    @functools.cached_property
+    def generation(self) -> Generation:
+        """The answers.
+
+        Raises:
+            WpjaxError: a prompt and its answer may exceed the context.
+        """
+        if self.given is not None:
+            return self.given
+        return answer_of(self.pair, self.pair.expert, self.prompts, self.max_new_tokens)
+
+    @functools.cached_property
+    def along(self) -> Along:
+        """What both models choose along the answers; one forward pass of the base."""
+        tokens, (at, is_token) = (
+            with_answers(self.prompts, self.generation),
+            answer_positions(self.prompts, self.generation),
+        )
+        experts = np.asarray(self.generation.tokens)[:, : at.shape[1]]
+        bases = _base_choices(self.pair, tokens, at)
+        return Along(tokens, at, experts, bases, (is_token > 0) & (bases != experts))
+
+
 def response_metric(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None
 ) -> Metric:
     """Mean log-probability, in nats, of the expert's own greedy answer y, the end token included.
 
@@ -102,7 +170,7 @@ def response_metric(
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         max_new_tokens: length of an answer, at most.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -110,9 +178,8 @@ def response_metric(
     >>> metric.at.shape, metric.layer  # 4 answers of 8 tokens, read after the last of 8 layers
     ((4, 8), 7)
     """
-    prompts = batch.with_instruction
-    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    return _as_narrow(answer_metric(pair.cfg, prompts, trimmed(answers)))
+    answers = answers or ExpertAnswers(pair, batch.with_instruction, max_new_tokens)
+    return _as_narrow(answer_metric(pair.cfg, answers.prompts, trimmed(answers.generation)))
 
 
 def _as_narrow(metric: Metric) -> Metric:
@@ -126,7 +193,7 @@ def _picked(cfg: ModelConfig, params: Params, metric: Metric) -> Float[Array, "B
     return metric.pick(metric.run(cfg, params).resid)
 
 
-def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None) -> Metric:
+def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None) -> Metric:
     """Minus the divergence of the model's next-token distributions from the expert's, along the expert's answer y.
 
         F_k(M, x) = -1 / |y| sum_t KL(p_E(. | x, y_<t) || p_M(. | x, y_<t))        (nats per token; 0 for the expert)
@@ -137,7 +204,7 @@ def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers:
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         max_new_tokens: length of an answer, at most.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     >>> import wpjax as wp
     >>> from wpjax.metrics.metric import scores
@@ -147,9 +214,8 @@ def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers:
     >>> bool((base < -0.1).all()), bool((abs(expert) < 1e-4).all())
     (True, True)
     """
-    prompts = batch.with_instruction
-    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    return divergence_metric(pair.cfg, pair.expert, prompts, answers)
+    answers = answers or ExpertAnswers(pair, batch.with_instruction, max_new_tokens)
+    return divergence_metric(pair.cfg, pair.expert, answers.prompts, answers.generation)
 
 
 def divergence_metric(cfg: ModelConfig, reference: Params, prompts: Tokens, answers: Generation) -> Metric:
@@ -179,7 +245,7 @@ def divergence_metric(cfg: ModelConfig, reference: Params, prompts: Tokens, answ
 
 
 def decision_metric(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None
 ) -> Metric:
     """Log-odds, in nats, of the expert's token against the base's, where the two first part ways.
 
@@ -193,7 +259,7 @@ def decision_metric(
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         max_new_tokens: tokens of the answer that are searched for t.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     Raises:
         MetricRejected: base and expert part ways on fewer than half of the prompts.
@@ -215,7 +281,7 @@ def decision_metric(
 
 
 def partings_metric(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None
 ) -> Metric:
     """Log-odds, in nats, of the expert's token against the base's: the mean over all places where the two part ways.
 
@@ -230,7 +296,7 @@ def partings_metric(
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         max_new_tokens: length of an answer, at most.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     Raises:
         MetricRejected: base and expert part ways on fewer than half of the prompts.
@@ -252,28 +318,20 @@ def partings_metric(
     return Metric(tokens, jnp.asarray(at), weight, readout, pair.cfg.n_layers - 1, "partings")
 
 
-def _partings(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int, answers: Generation | None
-) -> tuple[Tokens, Int[np.ndarray, "B N"], Int[np.ndarray, "B N"], Int[np.ndarray, "B N"], Bool[np.ndarray, "B N"]]:
-    """Prompts with the expert's answers; for each step of an answer its position, the expert's token, the base's choice
-    there, and whether the two differ.
+def _partings(pair: Pair, batch: PromptBatch, max_new_tokens: int, answers: ExpertAnswers | None) -> Along:
+    """What the models choose along the expert's answers.
 
     Raises:
         MetricRejected: they differ on fewer than half of the prompts.
     """
-    prompts = batch.with_instruction
-    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    tokens, (at, is_token) = with_answers(prompts, answers), answer_positions(prompts, answers)
-    experts = np.asarray(answers.tokens)[:, : at.shape[1]]
-    bases = _base_choices(pair, tokens, at)
-    differs = (is_token > 0) & (bases != experts)
-    n_parted = int(differs.any(1).sum())
+    along = (answers or ExpertAnswers(pair, batch.with_instruction, max_new_tokens)).along
+    n_parted = int(along.differs.any(1).sum())
     if n_parted < len(batch) / 2:
         raise MetricRejected(
             f"base and expert part ways on {n_parted} of {len(batch)} prompts of {batch.behaviour} only: the "
             "base answers them as the expert does; use other prompts, or a longer answer"
         )
-    return tokens, at, experts, bases, differs
+    return along
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
