@@ -355,8 +355,12 @@ def test_a_patch_is_extracted_by_the_command(wpjax, found, folder):
     patch = load_patch("p.safetensors")
     assert list(patch.info.components) == told["components"]
     assert patch.info.measured["recovery"] == told["recovery"]
-    code, out, _ = wpjax("extract", "r.nc", "--top", "3", *SMALL, "--out", "top.safetensors")
+    assert (told["encoding"], told["error"]) == ("exact", 0)
+    code, out, _ = wpjax("extract", "r.nc", "--top", "3", "--int8", *SMALL, "--out", "top.safetensors")
     assert code == 0
+    stored = load_patch("top.safetensors").info
+    assert 0 < stored.error < 0.01
+    assert f"wrote top.safetensors: {stored.encoding}, relative error {stored.error:.2g}" in out
     best = [row.name for row in SweepResult.from_netcdf("r.nc").top(3, by="set_score")]
     assert list(load_patch("top.safetensors").info.components) == best
     assert "wrote top.safetensors" in out

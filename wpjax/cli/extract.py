@@ -13,6 +13,9 @@ from wpjax.arguments import (
     MEASURED,
     PATCHED,
     RUNNING,
+    ChangeInt8,
+    ChangeRank,
+    ChangeTolerance,
     IgnoreConfig,
     NPrompts,
     Out,
@@ -35,7 +38,7 @@ from wpjax.cli.swept import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from wpjax.behaviours import Behaviour
     from wpjax.evaluation.extraction import Extraction, TriedSet
@@ -102,6 +105,9 @@ def run(
     n_random: Annotated[
         int, Setting("Random sets of as many parameters to compare with.", least=0, most=1000, panel=MEASURED)
     ] = 2,
+    rank: ChangeRank = None,
+    tolerance: ChangeTolerance = None,
+    int8: ChangeInt8 = False,
     tokenizer: TokenizerOf = None,
     dtype: SweptDtype = None,
     dry_run: Annotated[
@@ -126,9 +132,12 @@ def run(
     words = None if text is None else beginning_of_text(text)
 
     from wpjax.evaluation.extract import GoalMissed, check_goal, extract
+    from wpjax.patchfiles import Encoding, save_patch
     from wpjax.results.sweep_result import SweepResult
 
     check_goal(recover, share, top)
+    encoding = Encoding(rank, tolerance, int8)
+    encoding.check()
     swept = SweepResult.from_netcdf(result)
     asked = swept_or_given(
         swept,
@@ -145,7 +154,6 @@ def run(
     import wpjax
     from wpjax.cli.console import progress_bars
     from wpjax.cli.words import printable
-    from wpjax.patchfiles import save_patch
     from wpjax.results.verdict import as_argument
 
     task, more = behaviour_of(result, asked, checker is not None), [other_behaviour(name) for name in others or ()]
@@ -199,18 +207,19 @@ def run(
                     with progress.paused():
                         print_tried(error.tried)
                 raise
-        save_patch(
+        patch = save_patch(
             out,
             pair,
             found.components,
             behaviour=found.behaviour,
             measured=found.measured,
             ranked_by=found.ranked_by,
+            encoding=encoding,
             overwrite=overwrite,
             ignore_config=asked.ignore_config,
         )
         shards.discard()
-    print_extraction(found, out, as_json)
+    print_extraction(found, out, as_json, {"encoding": patch.info.encoding, "error": patch.info.error})
     if not as_json:
         command = [
             "wpjax",
@@ -222,7 +231,9 @@ def run(
             "--out",
             as_argument(out.with_suffix("")),
         ]
-        print(f"\nwrote {out}\nnext: {printable(shlex.join(command))}")
+        how = patch.info.encoding
+        stored = "" if how == "exact" else f": {how}, relative error {patch.info.error:.2g}"
+        print(f"\nwrote {out}{stored}\nnext: {printable(shlex.join(command))}")
 
 
 def other_behaviour(name: str) -> Behaviour:
@@ -273,8 +284,15 @@ def print_tried(tried: Sequence[TriedSet]) -> None:
         print(f"{n_failed} more sets, without blocks that turned out to be needed, did not reach the goal")
 
 
-def print_extraction(found: Extraction, out: Path, as_json: bool) -> None:
-    """Print what was found: the sets that were tried, the models on held-out prompts, the verdict."""
+def print_extraction(found: Extraction, out: Path, as_json: bool, stored: Mapping[str, str | float]) -> None:
+    """Print what was found: the sets that were tried, the models on held-out prompts, the verdict.
+
+    Args:
+        found: what was found.
+        out: the patch file.
+        as_json: whether to print JSON.
+        stored: how the patch is stored, for the JSON.
+    """
     from wpjax.cli.console import print_json, print_table
     from wpjax.cli.words import printable
     from wpjax.evaluation.extraction import bounded
@@ -287,6 +305,7 @@ def print_extraction(found: Extraction, out: Path, as_json: bool) -> None:
                 "ranked_by": found.ranked_by,
                 "components": [c.name for c in found.components],
                 **found.measured,
+                **stored,
                 "tried": [t._asdict() | {"recovery": t.recovery._asdict()} for t in found.tried],
                 "summary": found.summary,
             }
