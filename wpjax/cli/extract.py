@@ -16,26 +16,15 @@ from wpjax.arguments import (
     ChangeInt8,
     ChangeRank,
     ChangeTolerance,
-    IgnoreConfig,
     NPrompts,
     Out,
     Overwrite,
     Resume,
     Seed,
     Setting,
-    TokenizerOf,
 )
 from wpjax.cli.options import Json
-from wpjax.cli.swept import (
-    SweptBase,
-    SweptBehaviour,
-    SweptChecker,
-    SweptDtype,
-    SweptExpert,
-    behaviour_of,
-    pair_of,
-    swept_or_given,
-)
+from wpjax.cli.swept import Given, SweepFile, SweptNewTokens, behaviour_of, pair_of, swept_or_given
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,7 +37,8 @@ EXAMPLE = "Example: wpjax extract title.nc --recover 0.9 --text notes.txt --othe
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    result: SweepFile,
+    given: Given,
     out: Out,
     recover: Annotated[
         float | None,
@@ -68,10 +58,6 @@ def run(
         ),
     ] = None,
     top: Annotated[int | None, Setting("Instead: take this number of the best components.", least=1)] = None,
-    base: SweptBase = None,
-    expert: SweptExpert = None,
-    behaviour: SweptBehaviour = None,
-    checker: SweptChecker = None,
     by: Annotated[str | None, Setting("The ranking to search along; the set score if absent.", panel=PATCHED)] = None,
     drops: Annotated[
         int,
@@ -83,12 +69,7 @@ def run(
         ),
     ] = 40,
     n_prompts: NPrompts = 32,
-    max_new_tokens: Annotated[
-        int | None,
-        Setting(
-            "Longest answer that the checker judges, in tokens; that of the sweep if absent.", least=1, panel=MEASURED
-        ),
-    ] = None,
+    max_new_tokens: SweptNewTokens = None,
     text: Annotated[
         Path | None,
         Setting("A text file: its perplexity before and after is measured (its first 4,096 tokens).", panel=MEASURED),
@@ -108,14 +89,11 @@ def run(
     rank: ChangeRank = None,
     tolerance: ChangeTolerance = None,
     int8: ChangeInt8 = False,
-    tokenizer: TokenizerOf = None,
-    dtype: SweptDtype = None,
     dry_run: Annotated[
         bool, Setting("Let base and expert answer, say how long the rest takes, and stop.", panel=RUNNING)
     ] = False,
     resume: Resume = False,
     seed: Seed = 0,
-    ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -127,7 +105,7 @@ def run(
     from wpjax.runtime.files import beginning_of_text, check_output
     from wpjax.runtime.shards import Shards, check_parts
 
-    check_output(out, overwrite, inputs=(result, base, expert, behaviour, text))
+    check_output(out, overwrite, inputs=(result, *given.inputs, text))
     check_parts(out, "extract", resume)
     words = None if text is None else beginning_of_text(text)
 
@@ -139,16 +117,7 @@ def run(
     encoding = Encoding(rank, tolerance, int8)
     encoding.check()
     swept = SweepResult.from_netcdf(result)
-    asked = swept_or_given(
-        swept,
-        base=base,
-        expert=expert,
-        behaviour=behaviour,
-        checker=checker,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        ignore_config=ignore_config,
-    )
+    asked = swept_or_given(swept, given)
     n_new = max_new_tokens or asked.max_new_tokens or 32
 
     import wpjax
@@ -156,7 +125,7 @@ def run(
     from wpjax.cli.words import printable
     from wpjax.results.verdict import as_argument
 
-    task, more = behaviour_of(result, asked, checker is not None), [other_behaviour(name) for name in others or ()]
+    task, more = behaviour_of(result, asked, given.has_checker), [other_behaviour(name) for name in others or ()]
     for one in (task, *more):
         one.check_checker()
     pair = pair_of(asked)
@@ -231,8 +200,9 @@ def run(
             "--out",
             as_argument(out.with_suffix("")),
         ]
-        how = patch.info.encoding
-        stored = "" if how == "exact" else f": {how}, relative error {patch.info.error:.2g}"
+        stored = (
+            "" if patch.info.encoding == "exact" else f": {patch.info.encoding}, relative error {patch.info.error:.2g}"
+        )
         print(f"\nwrote {out}{stored}\nnext: {printable(shlex.join(command))}")
 
 

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from wpjax.arguments import Overwrite, Setting
+from wpjax.cli.swept import SweepFile
 
 EXAMPLE = "Example: wpjax report title.nc title.curves.nc --out title.html"
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    result: SweepFile,
     curves: Annotated[
         Path | None,
         typer.Argument(help="Its curves, from `wpjax validate`: the page shows them, and the answers in them, too."),

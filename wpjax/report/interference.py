@@ -14,7 +14,6 @@ from wpjax.report.figures import STYLE
 from wpjax.results.interference import Interference
 from wpjax.runtime.files import atomic_outputs
 
-
 LONGEST_NAME = 28
 """Characters of a behaviour's name in the figure."""
 
