@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from wpjax.checkpoints.convert import flatten
-from wpjax.components import KINDS, LEAVES, Component, count, enumerate_components, open_units, parse_component
+from wpjax.components import (
+    KINDS,
+    LEAVES,
+    Component,
+    best_within,
+    count,
+    enumerate_components,
+    n_within,
+    open_units,
+    parse_component,
+)
 from wpjax.errors import ComponentError
 from wpjax.models.decoder import abstract_params
 from wpjax.models.parameters import PARAMETERS
@@ -54,6 +64,25 @@ def test_the_table_of_parameters_says_the_axes_of_every_leaf(pair):
         assert [axis for axis, where in zip(axes, cut, strict=True) if where] == [
             axis for axis in axes if axis in ("head", "neuron")
         ]
+
+
+def test_the_best_within_a_budget_are_the_longest_beginning_that_fits():
+    """Against brute force; a share of exactly some components is not missed by rounding."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n = int(rng.integers(1, 12))
+        scores, sizes = rng.integers(0, 4, n).astype(float), rng.integers(1, 9, n)
+        order = sorted(range(n), key=lambda i: (-scores[i], i))
+        for budget in (0, *rng.uniform(0, sizes.sum(), 4), *(k / sizes.sum() * sizes.sum() for k in np.cumsum(sizes))):
+            fits = [k for k in range(n + 1) if sum(sizes[order[:k]]) <= budget + 1e-6]
+            assert n_within(sizes[order], budget) == max(fits)
+            for least in (0, 1):
+                chosen = best_within(scores, sizes, budget, least)
+                assert set(np.flatnonzero(chosen)) == set(order[: max(max(fits), least)])
+    sizes = rng.integers(1, 10**6, 1000)
+    for k in range(0, 1001, 50):
+        share = sizes[:k].sum() / sizes.sum()
+        assert n_within(sizes, share * sizes.sum()) == k
 
 
 def test_norms_that_a_model_does_not_have_are_named(pair):

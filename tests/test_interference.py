@@ -21,6 +21,7 @@ from wpjax.metrics.metric import scores
 from wpjax.models.config import ModelConfig
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
+from wpjax.results.interference import Interference
 from wpjax.results.sweep_result import SweepResult
 
 SHARE, N, N_NEW = 0.05, 8, 8
@@ -126,20 +127,24 @@ def test_the_command_writes_a_map_and_a_figure(found, folder, monkeypatch, capsy
     swept.to_netcdf("b.nc")
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["wpjax", "interference", *arguments])
+        monkeypatch.setattr(sys, "argv", ["wpjax", *arguments])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         return exit_.value.code, capsys.readouterr()
 
-    code, printed = run("a.nc", "--out", "m.json")
+    code, printed = run("interference", "a.nc", "--out", "m.json")
     assert (code, list(folder.glob("*m.*"))) == (2, [])
     assert "needs two different behaviours" in printed.err
     quick = ["--n-prompts", str(N), "--max-new-tokens", str(N_NEW), "--share", str(SHARE)]
-    code, printed = run("a.nc", "b.nc", *quick, "--out", "m.json")
+    code, printed = run("interference", "a.nc", "b.nc", *quick, "--out", "m.json")
     assert code == 0, printed.err
     assert json.loads((folder / "m.json").read_text()) == json.loads(json.dumps(found.as_json))
     assert (folder / "m.png").read_bytes()[:4] == b"\x89PNG"
     assert "mine: its set brings back" in " ".join(printed.out.split())
+    assert Interference.from_json("m.json").as_json == found.as_json
+    code, shown = run("show", "m.json")
+    assert code == 0, shown.err
+    assert shown.out.strip() == printed.out.partition("\nwrote")[0].strip()
 
 
 def test_other_bases_and_shares_are_refused(made):

@@ -1,5 +1,7 @@
 """Metrics against HF torch, prompt by prompt; sweeps and screens of them against the definition."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,9 @@ from wpjax.components import KINDS, MODEL_LAYER, Component, enumerate_components
 from wpjax.engines.reference import reference_changes
 from wpjax.errors import MetricRejected, WpjaxError
 from wpjax.estimators.screens import output_linearised, weight_gradient
+from wpjax.estimators.sets import set_metrics
 from wpjax.methods.metrics import answer_metrics
-from wpjax.metrics.answers import decision_metric, response_metric
+from wpjax.metrics.answers import ExpertAnswers, decision_metric, partings_metric, response_metric
 from wpjax.metrics.metric import expect_positive_gap, joint_scores, scores
 from wpjax.models.generate import Generation
 from wpjax.patching import PatchMask, patch
@@ -61,6 +64,23 @@ def hf_partings(hf_pair, model, prompt, stop_tokens):
     return np.mean(odds) if odds else 0.0
 
 
+def hf_instructed(hf_pair, model, prompt, stop_tokens, plain):
+    """The parting at which the instruction adds at least half of what it adds anywhere to the expert's log-odds."""
+    answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens, N_NEW)
+    due, odds = [], []
+    for t, y in enumerate(answer):
+        so_far = [*prompt, *answer[:t]]
+        b = int(hf_log_p(hf_pair.base.model, so_far)[-1].argmax())
+        if b != y:
+            asked, unasked = (hf_log_p(hf_pair.expert.model, [*p, *answer[:t]])[-1] for p in (prompt, plain))
+            due.append(float(asked[y] - asked[b] - unasked[y] + unasked[b]))
+            log_p = hf_log_p(model, so_far)[-1]
+            odds.append(float(log_p[y] - log_p[b]))
+    if not odds:
+        return 0.0
+    return next((o for d, o in zip(due, odds, strict=True) if max(due) > 0 and d >= max(due) / 2), odds[0])
+
+
 def hf_kl(hf_pair, model, prompt, stop_tokens):
     answer = hf_answer(hf_pair.expert.model, prompt, stop_tokens, N_NEW)
     log_p, log_q = (hf_log_p(m, [*prompt, *answer[:-1]])[len(prompt) - 1 :] for m in (hf_pair.expert.model, model))
@@ -70,11 +90,19 @@ def hf_kl(hf_pair, model, prompt, stop_tokens):
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_equal_hf_torch(hf_pair, pair, batch, name):
     metric = METRICS[name](pair, batch, N_NEW)
-    oracle = {"response": hf_response, "decision": hf_decision, "partings": hf_partings, "kl": hf_kl}[name]
-    tokens = batch.with_instruction
-    prompts = [ids[:n].tolist() for ids, n in zip(tokens.ids, tokens.lengths, strict=True)]
+    oracle = {
+        "response": hf_response, "decision": hf_decision, "instructed": hf_instructed, "partings": hf_partings,
+        "kl": hf_kl,
+    }[name]  # fmt: skip
+    prompts, plain = (
+        [ids[:n].tolist() for ids, n in zip(tokens.ids, tokens.lengths, strict=True)]
+        for tokens in (batch.with_instruction, batch.without)
+    )
     for model, params in ((hf_pair.base.model, pair.base), (hf_pair.expert.model, pair.expert)):
-        expected = [oracle(hf_pair, model, prompt, pair.stop_tokens) for prompt in prompts]
+        expected = [
+            oracle(hf_pair, model, *both[:1], pair.stop_tokens, *(both[1:] if name == "instructed" else ()))
+            for both in zip(prompts, plain, strict=True)
+        ]
         np.testing.assert_allclose(metric(pair.cfg, params), expected, atol=1e-4)
 
 
@@ -178,12 +206,29 @@ def test_several_metrics_read_from_one_pass_are_those_of_their_own(pair, batch):
 
 def test_answers_that_are_given_are_used(pair, batch):
     answers = Generation(np.full((6, 2), 7, np.int32), np.array([2, 1, 2, 2, 1, 2], np.int32))
-    metric = response_metric(pair, batch, answers=answers)
+    metric = response_metric(pair, batch, answers=ExpertAnswers(pair, batch.with_instruction, given=answers))
     n = batch.with_instruction.lengths
     np.testing.assert_array_equal(metric.tokens.lengths, n + answers.lengths)
     np.testing.assert_array_equal(metric.at[:, 0], n - 1)
     np.testing.assert_array_equal(metric.weight[1], [1, 0])
     assert (np.asarray(metric.tokens.ids)[np.arange(6), n] == 7).all()
+
+
+def test_metrics_that_share_the_answers_are_those_of_their_own(pair, batch):
+    """Once both models have been read, they can be taken away: no metric of the answers' tokens reads them again."""
+    shared = ExpertAnswers(pair, batch.with_instruction, N_NEW)
+    assert len(shared.along.differs) == 6
+    without = dataclasses.replace(pair, base={}, expert={})
+    for make in (decision_metric, partings_metric, response_metric):
+        alone = make(pair, batch, N_NEW)
+        assert make(without, batch, answers=shared).digest == alone.digest
+    for one, alone in zip(set_metrics(pair, batch, answers=shared), set_metrics(pair, batch, N_NEW), strict=True):
+        assert one.digest == alone.digest
+    # The first parting is the first of all partings.
+    decision, partings = (make(pair, batch, N_NEW) for make in (decision_metric, partings_metric))
+    parted = np.asarray(decision.weight[:, 0]) > 0
+    first = np.where(np.asarray(partings.weight) > 0, np.asarray(partings.at), 10**6).min(1)
+    np.testing.assert_array_equal(np.asarray(decision.at[:, 0])[parted], first[parted])
 
 
 def test_gaps_that_are_negative_or_may_be_zero_are_refused():

@@ -27,6 +27,7 @@ from wpjax.pairs import Pair, load_pair
 from wpjax.patchfiles import (
     Encoding,
     apply_patches,
+    encode_patch,
     export_lora,
     export_mask,
     load_patch,
@@ -235,6 +236,13 @@ def build_other(folder):
     return folder / "random"
 
 
+def contents(path):
+    """The tensors of a patch file, and what its header says but for the time."""
+    with safe_open(path, framework="np") as file:
+        about = json.loads(file.metadata()["wpjax_patch"])
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}, about | {"date": ""}  # noqa: SIM118
+
+
 @pytest.mark.parametrize(
     ("encoding", "says"),
     [
@@ -249,6 +257,15 @@ def test_smaller_patches_state_their_error_and_are_undone_exactly(tmp_path, enco
         tmp_path / "p.safetensors", as_pair(hf_pair), ["L1.mlp", "L0.head.1", "embed"], encoding=encoding
     )
     assert patch.info.encoding == says
+    whole = save_patch(tmp_path / "whole.safetensors", as_pair(hf_pair), patch.info.components)
+    again = encode_patch(tmp_path / "again.safetensors", whole, encoding)
+    tensors, metadata = contents(tmp_path / "p.safetensors")
+    assert contents(tmp_path / "again.safetensors") == (tensors, metadata)
+    assert again.info.error == patch.info.error > 0
+    if encoding.int8:
+        with pytest.raises(PatchError, match=r"holds changes in 8 bits already, with a relative error of 0\.00"):
+            encode_patch(tmp_path / "twice.safetensors", again, Encoding(rank=1))
+        assert not (tmp_path / "twice.safetensors").exists()
     apply_patches(open_model(hf_pair.base.folder), [patch], tmp_path / "patched")
     base, expert = (m.model.state_dict() for m in (hf_pair.base, hf_pair.expert))
     found = torch_of(tmp_path / "patched").state_dict()
@@ -547,7 +564,20 @@ def test_the_command_line(tmp_path, wpjax):
     assert "Patch: 1 head and 1 MLP of tiny:expert, for tiny:base (" in out
     assert "Components: L2.head.0, L4.mlp" in out
     assert json.loads(wpjax("show", "p.safetensors", "--json")[1])["measured"] == {"recovery": 0.5}
+    code, out, err = wpjax("encode", "p.safetensors", "--int8", "--out", "small.safetensors")
+    small = load_patch("small.safetensors").info
+    assert (code, f"wrote small.safetensors: changes in 8 bits, relative error {small.error:.2g};" in out) == (
+        0,
+        True,
+    ), err
+    assert 0 < small.error < 0.01
+    told = wpjax("show", "small.safetensors")[1]
+    assert f"Stored as changes in 8 bits; relative error of the change {small.error:.2g}. What was measured" in told
     left = sorted(tmp_path.iterdir())
+    for arguments, says in (([], "say how changes are to be stored"), (["--int8", "--rank", "2"], "two ways"),
+                            (["--rank", "0"], "0 is not")):  # fmt: skip
+        code, _, err = wpjax("encode", "p.safetensors", *arguments, "--out", "z.safetensors")
+        assert (code, err.count("\n"), says in err) == (2, 1, True), err
     for arguments, says in (
         (["--scale", "x"], "give numbers"),
         (["--scale", "1,2"], "2 scales for 1 patches"),

@@ -13,7 +13,7 @@ from wpjax.behaviours import Tokens
 from wpjax.components import n_parameters
 from wpjax.errors import ComponentError, OutputError, WpjaxError
 from wpjax.metrics.metric import Metric, scores
-from wpjax.metrics.readouts import Projection
+from wpjax.metrics.readouts import LogOdds, Projection
 from wpjax.models.decoder import forward
 from wpjax.pairs import planted_components
 from wpjax.relax.gates import Gates
@@ -48,20 +48,6 @@ def test_components_that_overlap_are_refused(family_pair):
         Gates.of(family_pair.cfg, components)
     with pytest.raises(ComponentError, match="no component"):
         Gates.of(family_pair.cfg, [])
-
-
-def test_a_budget_is_filled_and_not_exceeded(family_pair):
-    components = enumerate_components(family_pair.cfg, KINDS)
-    gates = Gates.of(family_pair.cfg, components)
-    order = np.random.default_rng(0).permutation(len(components)).astype(np.float32)
-    for share in (0.0, 0.1, 0.5, 1.0):
-        chosen = np.asarray(gates.largest(jnp.asarray(order), share)) > 0
-        taken = np.asarray(gates.share)[chosen].sum()
-        assert taken <= share + 1e-5
-        left = order[~chosen]
-        if left.size:  # the next one would have been too much
-            assert taken + np.asarray(gates.share)[~chosen][left.argmax()] > share
-        assert not left.size or not chosen.any() or order[chosen].min() > left.max()
 
 
 @pytest.mark.parametrize("budget", [0.03, 0.4, 0.9])
@@ -118,19 +104,40 @@ def test_a_nested_mask_finds_what_was_planted():
 
 
 def test_recover_is_the_distance_of_the_hard_patch(family_pair):
-    """At gates of 0 and 1 the loss is that of the model with the slices copied; a sum weighs its parts."""
+    """At gates of 0 and 1 the loss is that of the model with the slices copied; a sum weighs its parts.
+
+    With log-odds the loss is what the log-probability of the choice lacks, place by place.
+    """
     cfg, pair = family_pair.cfg, family_pair
     components = enumerate_components(cfg, ["head", "neuron"])
     tokens = Tokens(np.arange(12).reshape(3, 4) % cfg.d_vocab, np.array([4, 4, 4]))
     direction = Projection(jnp.ones(cfg.d_model) / cfg.d_model**0.5)
     metric = Metric(tokens, jnp.full((3, 1), 3), jnp.ones((3, 1)), direction, cfg.n_layers - 1, "anchor")
-    reached = jnp.asarray(scores(cfg, pair.expert, metric))
-    recover, odds = (Recover(cfg, pair.base, pair.expert, metric, reached, None, is_odds) for is_odds in (False, True))
+    here, foils = np.array([[1, 2], [3, 4], [5, 6]]), np.array([[7, 8], [9, 10], [11, 12]])
+    odds_at, weight = np.array([[1, 3], [0, 2], [2, 3]]), np.array([[0.5, 0.5], [0.25, 0.75], [1, 0]], np.float32)
+    odds_metric = Metric(
+        tokens, jnp.asarray(odds_at), jnp.asarray(weight), LogOdds(jnp.asarray(here), jnp.asarray(foils)),
+        cfg.n_layers - 1, "a metric of one's own",
+    )  # fmt: skip
+    assert metric.to_learn == metric
+
+    def choices(params):
+        """Mean log-probability of the tokens against their foils, from the logits."""
+        logits = np.asarray(forward(cfg, params, jnp.asarray(tokens.ids)).logits, np.float64)
+        rows = np.arange(3)[:, None]
+        odds = logits[rows, odds_at, here] - logits[rows, odds_at, foils]
+        return (-np.log1p(np.exp(-odds)) * weight).sum(1)
+
+    reached, reached_odds = (jnp.asarray(scores(cfg, pair.expert, m)) for m in (metric.to_learn, odds_metric.to_learn))
+    np.testing.assert_allclose(reached_odds, choices(pair.expert), atol=1e-5)
+    recover = Recover(cfg, pair.base, pair.expert, metric.to_learn, reached)
+    odds = Recover(cfg, pair.base, pair.expert, odds_metric.to_learn, reached_odds)
     values = np.random.default_rng(0).integers(0, 2, len(components))
     mask = Gates.of(cfg, components).mask(jnp.asarray(values, jnp.float32))
     chosen = [c for c, value in zip(components, values, strict=True) if value]
-    patched = scores(cfg, materialize(pair.base, pair.expert, PatchMask.of(cfg, chosen)), metric)
-    distance, loss = float((np.asarray(reached) - patched).mean()), float(np.log1p(np.exp(-patched)).mean())
+    patched = materialize(pair.base, pair.expert, PatchMask.of(cfg, chosen))
+    distance = float((np.asarray(reached) - scores(cfg, patched, metric)).mean())
+    loss = float((choices(pair.expert) - choices(patched)).mean())
     key = jax.random.key(0)
     assert float(recover(mask, key)) == pytest.approx(distance, abs=1e-4)
     assert float(odds(mask, key)) == pytest.approx(loss, abs=1e-4)

@@ -1,6 +1,8 @@
 """The page: every figure of the result on it, nothing of a name or a prompt as markup, nothing from a network."""
 
+import dataclasses
 import html.parser
+import json
 import re
 import struct
 from pathlib import Path
@@ -17,9 +19,12 @@ from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.pairs import load_pair
 from wpjax.report import write_report
 from wpjax.report.figures import available, make_figure
+from wpjax.report.interference import write_interference
 from wpjax.results.answers import Answers
 from wpjax.results.curves import Curves
+from wpjax.results.interference import Interference, Level
 from wpjax.results.sweep_result import SweepResult
+from wpjax.stats import Interval
 
 SAVED = Path(__file__).parent / "data" / "schema4" / "title.nc"
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac$ & [bold]"
@@ -133,6 +138,61 @@ def test_a_validation_stands_on_the_page_with_its_answers(tmp_path):
     assert any(again.summary in text for text in clean.shown)
     assert said[4] == ["base + 2", "fails", HOSTILE]
     assert not any(f"wpjax validate {tmp_path}" in text for text in hostile.shown)
+
+
+def a_map(*names):
+    """A map of some behaviours: numbers that tell cells apart."""
+    n = len(names)
+    back = tuple(tuple(Interval(0.1 * (n * a + b), 0.05, 0.95) for b in range(n)) for a in range(n))
+    level = Level((7,) * n, (0.0123,) * n, back, np.eye(n) / 2, np.eye(n) / 4)
+    modules = dataclasses.replace(level, n_parts=(1,) * n)
+    passes = {name: {end: Interval(0.5, 0.4, 0.6) for end in ("base", "expert")} for name in names}
+    return Interference(names, 0.02, {"units": level, "modules": modules}, passes, 32)
+
+
+def test_an_interference_map_stands_on_the_page(tmp_path):
+    saved, pages = SweepResult.from_netcdf(SAVED), []
+    for i, other in enumerate((HOSTILE, "quotation")):
+        written = write_interference(a_map("tiny:title", other), tmp_path / f"{i}.json")
+        found = Interference.from_json(tmp_path / f"{i}.json")
+        assert found.as_json == a_map("tiny:title", other).as_json
+        assert written.exists()
+        page = write_report(saved, tmp_path / f"{i}.html", interference=found)[0]
+        pages.append(Page(page.read_text()))
+    hostile, clean = pages
+    without = Page(write_report(saved, tmp_path / "none.html")[0].read_text())
+    assert (hostile.tags, hostile.loads) == (clean.tags, [])
+    assert clean.tags.count("svg") == without.tags.count("svg") + 1
+    rows = [row for row in hostile.rows if row[:1] == [HOSTILE]]
+    assert rows == [[HOSTILE, parts, "1.23%", "20% [5, 95], 0.00", "30% [5, 95], 0.50"] for parts in ("7", "1")]
+    for line in found.summary.splitlines():
+        assert line in clean.shown
+        assert line not in without.shown
+
+
+def test_maps_of_other_behaviours_and_damaged_ones_are_refused(tmp_path):
+    path = tmp_path / "m.json"
+    with pytest.raises(WpjaxError, match=r"the map is of a, b, this sweep is of tiny:title: name a map with it"):
+        write_report(SweepResult.from_netcdf(SAVED), tmp_path / "r.html", interference=a_map("a", "b"))
+    with pytest.raises(WpjaxError, match="no such file"):
+        Interference.from_json(path)
+    whole = a_map("a", "b").as_json
+    cases = [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "no interference map"),
+        (json.dumps(whole | {"share": "2"}), "damaged .*'2' is no number"),
+        (json.dumps(whole | {"share": float("nan")}), "damaged .*nan is no number"),
+        (json.dumps(whole | {"behaviours": ["a", "b", "c"]}), "damaged .*as many rows and columns"),
+        (json.dumps(whole | {"behaviours": ["a", 2]}), "damaged .*2 is no name"),
+        (json.dumps(whole | {"levels": {"units": whole["levels"]["units"]}}), "damaged .*not two levels"),
+        (json.dumps({k: v for k, v in whole.items() if k != "passes"}), "damaged .*passes"),
+        (json.dumps(whole | {"passes": {"a": {"base": {"mean": 1}}}}), "damaged .*missing"),
+    ]
+    for text, says in cases:
+        path.write_text(text)
+        with pytest.raises(WpjaxError, match=says):
+            Interference.from_json(path)
 
 
 @pytest.mark.parametrize(

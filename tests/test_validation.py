@@ -53,10 +53,10 @@ def np_leaves(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def test_controls_come_nearest_to_the_budget():
+def test_controls_stay_within_the_budget():
     order = [Component("neuron", 0, i) for i in range(4)]
-    steps = curve_steps(order, np.array([10, 1, 1, 30]), [1, 11, 13, 1000])
-    assert [(len(s.components), s.n_parameters) for s in steps] == [(1, 10), (2, 11), (3, 12), (4, 42)]
+    steps = curve_steps(order, np.array([10, 1, 1, 30]), [1, 11, 13, 41, 1000])
+    assert [(len(s.components), s.n_parameters) for s in steps] == [(1, 10), (2, 11), (3, 12), (3, 12), (4, 42)]
     assert log_grid(1000, 4) == [1, 10, 100, 1000]
     assert log_grid(3, 8) == [1, 2, 3]
 

@@ -25,7 +25,9 @@ from .evaluation.reading import answers_to_read as answers_to_read
 from .evaluation.validation import validate as validate
 from .finetuning import finetune as finetune
 from .metrics.anchor import Anchor as Anchor
+from .metrics.answers import ExpertAnswers as ExpertAnswers
 from .metrics.answers import decision_metric as decision_metric
+from .metrics.answers import instructed_metric as instructed_metric
 from .metrics.answers import kl_metric as kl_metric
 from .metrics.answers import partings_metric as partings_metric
 from .metrics.answers import response_metric as response_metric

@@ -149,6 +149,25 @@ TokenizerOf = Annotated[
         panel=INPUT,
     ),
 ]
+ChangeRank = Annotated[
+    int | None,
+    Setting(
+        "Store the change of each matrix in a low rank, this at most; the file states the error.", least=1, panel=OUTPUT
+    ),
+]
+ChangeTolerance = Annotated[
+    float | None,
+    Setting(
+        "Store the change of each matrix in the lowest rank with this relative error (Frobenius norm).",
+        least=0,
+        most=0.999,
+        panel=OUTPUT,
+    ),
+]
+ChangeInt8 = Annotated[
+    bool,
+    Setting("Store the change of each matrix in 8 bits; the file states the error.", option="--int8", panel=OUTPUT),
+]
 IgnoreConfig = Annotated[
     tuple[str, ...],
     Setting(

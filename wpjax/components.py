@@ -29,6 +29,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Real
 
 from wpjax.checkpoints.convert import flatten
 from wpjax.errors import ComponentError
@@ -217,6 +218,45 @@ def n_parameters(cfg: ModelConfig, component: Component) -> int:
             n = math.prod(shape)
             total += n // shape[axis] if kind.opens == "channel" and axis is not None else n
     return total
+
+
+def n_within(sizes: Real[np.ndarray, " C"], budget: float) -> int:
+    """How many components that lead a ranking stay together within a budget of parameters.
+
+    All that asks for "the best within a share of the parameters" counts by this rule: the ranking is taken from its
+    start as long as it fits, and what does not fit ends it, even if smaller components come after.
+
+    Args:
+        sizes: [C], number of parameters of each component, the best first.
+        budget: number of parameters, perhaps computed from a share, so that it is off by a rounding.
+
+    Returns:
+        a number from 0 to C.
+
+    >>> n_within(np.array([10, 1, 1, 30]), 11.9), n_within(np.array([10, 1, 1, 30]), 9)
+    (2, 0)
+    """
+    return int(np.searchsorted(np.cumsum(sizes), budget * (1 + 1e-9), side="right"))
+
+
+def best_within(
+    scores: Real[np.ndarray, " C"], sizes: Real[np.ndarray, " C"], budget: float, least: int = 0
+) -> Bool[np.ndarray, " C"]:
+    """Which components lead a ranking and stay within a budget of parameters (`n_within`).
+
+    Args:
+        scores: [C], the larger the better; of equal ones the first counts.
+        sizes: [C], number of parameters of each component.
+        budget: number of parameters.
+        least: number of components that are taken even if they are too large.
+
+    >>> best_within(np.array([3.0, 1.0, 2.0]), np.array([2, 4, 2]), 4).tolist()
+    [True, False, True]
+    """
+    order = np.argsort(-scores, kind="stable")
+    chosen = np.zeros(len(order), bool)
+    chosen[order[: max(n_within(sizes[order], budget), least)]] = True
+    return chosen
 
 
 def check_kind(kind: str) -> None:

@@ -36,9 +36,9 @@ from wpjax.forecast import Forecast
 from wpjax.methods import check_method
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
+from wpjax.metrics.answers import ExpertAnswers
 from wpjax.metrics.diagnostics import diagnostics_kept
 from wpjax.metrics.metric import Measure, Metric
-from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
 from wpjax.results.origin import asked_for
 from wpjax.results.reach import Reach
@@ -70,6 +70,7 @@ class Measured(NamedTuple):
         metric: the same as a metric that reads all models along the same words; for an on-policy sweep, that of its
             anchor. The set score and the identity of finished parts need it.
         given: the anchor at whose expert state both models are held; None if no state is given.
+        answers: the expert's answers to the swept prompts.
         differs: what the checker says of base and expert: do they differ in the behaviour? Empty for the metric
             `anchor`, which has causal tests of its own.
     """
@@ -77,6 +78,7 @@ class Measured(NamedTuple):
     measure: Measure
     metric: Metric
     given: Anchor | None
+    answers: ExpertAnswers
     differs: str
 
 
@@ -165,7 +167,7 @@ def run_study(
         study = Study(result)
         if config.set_score and measured.given is None:
             progress("set score", 0, 1)
-            study = _with_set_score(config, pair, batch, result)
+            study = _with_set_score(pair, batch, measured.answers, result)
             progress("set score", 1, 1)
         if config.answers:
             progress("answers to read", 0, 1)
@@ -240,33 +242,33 @@ def _measured(
     config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, loaded: Anchor | None, progress: Progress
 ) -> Measured:
     """Make the metric that a config names, after the tests that belong to it; `loaded` is the anchor of its file."""
-    expert_answers, differs, entry = None, "", check_metric(config.metric)
+    differs, entry = "", check_metric(config.metric)
+    answers = ExpertAnswers(pair, batch.with_instruction, config.max_new_tokens)
     if not (entry.reads_anchor and entry.has_fixed_words):  # the metric `anchor` has causal tests instead
         progress("behaviour check", 0, 1)
-        expert_answers, differs = _differing(config, pair, task, batch)
+        differs = _differing(config, pair, task, batch, answers)
         progress("behaviour check", 1, 1)
     if entry.make is None:
         anchor = _fitted(config, pair, task, progress) if loaded is None else loaded
-        measure = anchor if entry.has_fixed_words else OnPolicy(anchor, config.max_new_tokens)
-        return Measured(measure, anchor.metric(pair, batch), None, differs)
-    metric = entry.make(pair, batch, config.max_new_tokens, expert_answers)
-    return Measured(metric, metric, loaded, differs)
+        measure = anchor if entry.has_fixed_words else OnPolicy(anchor, config.max_new_tokens, answers)
+        return Measured(measure, anchor.metric(pair, batch), None, answers, differs)
+    metric = entry.make(pair, batch, config.max_new_tokens, answers)
+    return Measured(metric, metric, loaded, answers, differs)
 
 
-def _differing(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch) -> tuple[Generation, str]:
-    """The expert's own answers, and in words whether they differ from the base's in the behaviour."""
-    judge = Judge(pair, task, batch, config.max_new_tokens)
-    expert_answers = judge.answers(pair.expert)
+def _differing(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, answers: ExpertAnswers) -> str:
+    """In words, whether the expert's answers differ from the base's in the behaviour."""
     if config.causal == "skip":
-        return expert_answers, "not tested"
+        return "not tested"
     task.check_checker()
+    judge = Judge(pair, task, batch, config.max_new_tokens)
     try:
-        check_behaviour_differs(judge, judge.answers(pair.base), expert_answers)
+        check_behaviour_differs(judge, judge.answers(pair.base), answers.generation)
     except AnchorRejected as error:
         if config.causal == "require":
             raise AnchorRejected(f"{error} (--causal report goes on and marks the result)") from error
-        return expert_answers, str(error)
-    return expert_answers, "by the checker"
+        return str(error)
+    return "by the checker"
 
 
 def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress) -> Anchor:
@@ -317,10 +319,10 @@ def _versions() -> list[str]:
     return [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"]
 
 
-def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, result: SweepResult) -> Study:
+def _with_set_score(pair: Pair, batch: PromptBatch, answers: ExpertAnswers, result: SweepResult) -> Study:
     """The result with a set score, or the reason why there is none: a long sweep is not lost with its set score."""
     try:
-        return Study(add_set_score(pair, result, set_metrics(pair, batch, config.max_new_tokens)))
+        return Study(add_set_score(pair, result, set_metrics(pair, batch, answers=answers)))
     except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
         return Study(result, " ".join(str(error).split()))
 

@@ -22,20 +22,20 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from experiments.records import made, table, write
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.components import enumerate_components
+from wpjax.components import best_within, enumerate_components, n_within
 from wpjax.engines.joint import scores_of_sets
 from wpjax.estimators.masks import UnitMasks
 from wpjax.estimators.screens import integrated_gradients, output_linearised
 from wpjax.estimators.secant import secant_adjoint
-from wpjax.estimators.sets import set_metrics, weighted_sum
+from wpjax.estimators.sets import parameter_share, set_metrics, weighted_sum
 from wpjax.estimators.sweep import DEFAULT_KINDS
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.learned import Aim, learned_mask, parts_of
-from wpjax.metrics.answers import kl_metric, response_metric
+from wpjax.metrics.answers import ExpertAnswers, decision_metric, kl_metric, response_metric
 from wpjax.metrics.metric import Metric, scores
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair, load_pair
@@ -52,6 +52,9 @@ GOALS = (0.5, 0.8, 0.9)
 """Parts of the expert's pass rate; the smallest share that reaches each is looked for."""
 
 N_RANDOM = 2
+
+SET_METRICS = ("instructed", "partings")
+"""Those of the set score."""
 
 SHORT_LIST, ROUNDS, LOOKED_AT = 2.0, 10, 8
 """Of greedy growth: how long the list is, how many rounds there are, and how many prompts tell what a set does."""
@@ -73,12 +76,13 @@ class Rankings:
         self.pair, self.task, self.batch, self.sizes = pair, task, batch, shares
         self.components = enumerate_components(pair.cfg, DEFAULT_KINDS)
         self.gates = Gates.of(pair.cfg, self.components)
-        self.share = np.asarray(self.gates.share, np.float64)
-        decision, partings = set_metrics(pair, batch, max_new_tokens)
-        kl, response = (make(pair, batch, max_new_tokens) for make in (kl_metric, response_metric))
-        self.metrics: dict[str, Metric] = {
-            "decision": decision, "partings": partings, "kl": kl, "response": response,
-        }  # fmt: skip
+        self.share = parameter_share(pair, self.components)
+        answers = ExpertAnswers(pair, batch.with_instruction, max_new_tokens)
+        made = (
+            *set_metrics(pair, batch, answers=answers),
+            *(make(pair, batch, answers=answers) for make in (decision_metric, kl_metric, response_metric)),
+        )
+        self.metrics: dict[str, Metric] = {metric.name: metric for metric in made}
         self._known: dict[tuple[str, str], Float[np.ndarray, "C B"]] = {}
 
     def shares(self, name: str, estimator: Callable[..., Any], **options: Any) -> Float[np.ndarray, "C B"]:
@@ -93,17 +97,17 @@ class Rankings:
 
     def set_score(self) -> Float[np.ndarray, "C B"]:
         """The mean of the shares of both metrics of the set score."""
-        return (self.shares("decision", secant_adjoint) + self.shares("partings", secant_adjoint)) / 2
+        return (self.shares("instructed", secant_adjoint) + self.shares("partings", secant_adjoint)) / 2
 
     def again_and_again(self) -> Float[np.ndarray, "C 1"]:
         """The set score, made anew each time that the patched set is twice as large, of what is left in that host."""
         scored, is_open, place = np.zeros(len(self.components)), np.zeros(len(self.components), bool), 1.0
         for share in (self.sizes[0] / 2, *self.sizes, 1.0):
             host = self.patched(is_open)
-            change = np.mean([self._left(host, self.metrics[name]) for name in ("decision", "partings")], axis=0)
+            change = np.mean([self._left(host, self.metrics[name]) for name in SET_METRICS], axis=0)
             density = np.where(is_open, -np.inf, change / self.share)
             order = np.argsort(-density, kind="stable")
-            new = order[np.cumsum(self.share[order]) <= share - self.share[is_open].sum() + 1e-9]
+            new = order[: n_within(self.share[order], share - self.share[is_open].sum())]
             new = new[~is_open[new]]
             scored[new] = place - np.arange(len(new)) / (len(new) + 1)  # those of this round above all later ones
             is_open[new], place = True, place - 1
@@ -119,7 +123,7 @@ class Rankings:
         Each round tries every component of a short list, the best by the set score that own `SHORT_LIST` times the
         largest share, in the set so far, on few prompts, and puts in the best that own a `ROUNDS`th of that share.
         """
-        pair, both = self.pair, [self.metrics[name] for name in ("decision", "partings")]
+        pair, both = self.pair, [self.metrics[name] for name in SET_METRICS]
         ends = [[scores(pair.cfg, params, m).mean() for params in (pair.base, pair.expert)] for m in both]
         (metric,) = weighted_sum(both, np.array([1 / (expert - base) / 2 for base, expert in ends]))
         units = UnitMasks(pair.cfg, self.components)
@@ -140,7 +144,7 @@ class Rankings:
 
     def learned(self, parametrisation: Parametrisation) -> Float[np.ndarray, "C 1"]:
         """A mask learned for both metrics of the set score, from the set score: `STEPS` steps of 4 prompts."""
-        aim = Aim("decision+partings", n_prompts=len(self.batch), prompts_a_step=4)
+        aim = Aim("+".join(SET_METRICS), n_prompts=len(self.batch), prompts_a_step=4)
         parts = parts_of(self.pair, self.task, self.batch, aim)
         start, config = self.set_score().mean(1) / self.share, RelaxConfig(steps=STEPS)
         found = learned_mask(self.pair, self.components, parts, parametrisation, config, start=start)
@@ -153,8 +157,7 @@ class Rankings:
 
     def best(self, score: Float[np.ndarray, " C"], share: float) -> Bool[np.ndarray, " C"]:
         """The best components within a share of the parameters."""
-        largest: Array = self.gates.largest(jnp.asarray(score, jnp.float32), share)
-        return np.asarray(largest) > 0.5
+        return best_within(score, self.share, share)
 
     def all(self) -> dict[str, Callable[[], Float[np.ndarray, "C _"]]]:
         """Name -> function that makes the numbers, prompt by prompt where they are; in the order of the table."""
@@ -163,6 +166,7 @@ class Rankings:
         rankings: dict[str, Callable[[], Float[np.ndarray, "C _"]]] = {
             "set score": self.set_score,
             "set score, made anew as the set grows": self.again_and_again,
+            "instructed, secant": lambda: self.shares("instructed", secant_adjoint),
             "decision, secant": lambda: self.shares("decision", secant_adjoint),
             "partings, secant": lambda: self.shares("partings", secant_adjoint),
             "decision, linearised": lambda: self.shares("decision", output_linearised),

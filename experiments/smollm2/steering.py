@@ -26,7 +26,7 @@ from wpjax.evaluation.continued import Continued, steer
 from wpjax.evaluation.fit_anchor import mean_states
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.steering import Directions
-from wpjax.metrics.answers import decision_metric
+from wpjax.metrics.answers import ExpertAnswers, decision_metric
 from wpjax.metrics.reading import read_at
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
@@ -54,7 +54,7 @@ def measure(pair: Pair, name: str, n_prompts: int, max_new_tokens: int) -> dict[
     still_first = steer([directions.still, *(directions.way(layer, strength) for layer, strength in ways)])
 
     experts = judge.answers(pair.expert)
-    metric = decision_metric(pair, few, max_new_tokens, experts)
+    metric = decision_metric(pair, few, max_new_tokens, ExpertAnswers(pair, prompts, max_new_tokens, experts))
     step = np.maximum(np.asarray(metric.at) - np.asarray(prompts.last)[:, None], 0)
     words = np.asarray(experts.tokens)[:, : int(step.max()) + 1]
     base = Continued(pair.cfg, pair.base, prompts, max_new_tokens)

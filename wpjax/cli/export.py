@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
-
-import typer
 
 from wpjax.arguments import PATCHED, IgnoreConfig, Out, Overwrite, Setting
 from wpjax.cli.options import Json
-from wpjax.cli.swept import SweptBase, SweptDtype, SweptExpert, pair_of, swept_or_given
+from wpjax.cli.swept import Given, SweepFile, SweptBase, SweptDtype, SweptExpert, pair_of, swept_or_given
 
 EXAMPLE = "Example: wpjax export title.nc --top 100 --out title-top100"
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    result: SweepFile,
     top: Annotated[int, Setting("Number of components of the expert that the base gets.", least=1)],
     out: Out,
     by: Annotated[
@@ -47,7 +44,7 @@ def run(
 
     swept = SweepResult.from_netcdf(result)
     rows = choose(swept, top, by=by, kinds=kinds)
-    asked = swept_or_given(swept, base=base, expert=expert, dtype=dtype, ignore_config=ignore_config)
+    asked = swept_or_given(swept, Given(base, expert, dtype=dtype, ignore_config=ignore_config))
     pair = pair_of(asked)
     export(pair, swept, rows, out, by=by, knockout=knockout, overwrite=overwrite, ignore_config=asked.ignore_config)
     if as_json:

@@ -13,29 +13,21 @@ from wpjax.arguments import (
     MEASURED,
     PATCHED,
     RUNNING,
-    IgnoreConfig,
+    ChangeInt8,
+    ChangeRank,
+    ChangeTolerance,
     NPrompts,
     Out,
     Overwrite,
     Resume,
     Seed,
     Setting,
-    TokenizerOf,
 )
 from wpjax.cli.options import Json
-from wpjax.cli.swept import (
-    SweptBase,
-    SweptBehaviour,
-    SweptChecker,
-    SweptDtype,
-    SweptExpert,
-    behaviour_of,
-    pair_of,
-    swept_or_given,
-)
+from wpjax.cli.swept import Given, SweepFile, SweptNewTokens, behaviour_of, pair_of, swept_or_given
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from wpjax.behaviours import Behaviour
     from wpjax.evaluation.extraction import Extraction, TriedSet
@@ -45,7 +37,8 @@ EXAMPLE = "Example: wpjax extract title.nc --recover 0.9 --text notes.txt --othe
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    result: SweepFile,
+    given: Given,
     out: Out,
     recover: Annotated[
         float | None,
@@ -65,10 +58,6 @@ def run(
         ),
     ] = None,
     top: Annotated[int | None, Setting("Instead: take this number of the best components.", least=1)] = None,
-    base: SweptBase = None,
-    expert: SweptExpert = None,
-    behaviour: SweptBehaviour = None,
-    checker: SweptChecker = None,
     by: Annotated[str | None, Setting("The ranking to search along; the set score if absent.", panel=PATCHED)] = None,
     drops: Annotated[
         int,
@@ -80,12 +69,7 @@ def run(
         ),
     ] = 40,
     n_prompts: NPrompts = 32,
-    max_new_tokens: Annotated[
-        int | None,
-        Setting(
-            "Longest answer that the checker judges, in tokens; that of the sweep if absent.", least=1, panel=MEASURED
-        ),
-    ] = None,
+    max_new_tokens: SweptNewTokens = None,
     text: Annotated[
         Path | None,
         Setting("A text file: its perplexity before and after is measured (its first 4,096 tokens).", panel=MEASURED),
@@ -102,14 +86,14 @@ def run(
     n_random: Annotated[
         int, Setting("Random sets of as many parameters to compare with.", least=0, most=1000, panel=MEASURED)
     ] = 2,
-    tokenizer: TokenizerOf = None,
-    dtype: SweptDtype = None,
+    rank: ChangeRank = None,
+    tolerance: ChangeTolerance = None,
+    int8: ChangeInt8 = False,
     dry_run: Annotated[
         bool, Setting("Let base and expert answer, say how long the rest takes, and stop.", panel=RUNNING)
     ] = False,
     resume: Resume = False,
     seed: Seed = 0,
-    ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -121,34 +105,27 @@ def run(
     from wpjax.runtime.files import beginning_of_text, check_output
     from wpjax.runtime.shards import Shards, check_parts
 
-    check_output(out, overwrite, inputs=(result, base, expert, behaviour, text))
+    check_output(out, overwrite, inputs=(result, *given.inputs, text))
     check_parts(out, "extract", resume)
     words = None if text is None else beginning_of_text(text)
 
     from wpjax.evaluation.extract import GoalMissed, check_goal, extract
+    from wpjax.patchfiles import Encoding, save_patch
     from wpjax.results.sweep_result import SweepResult
 
     check_goal(recover, share, top)
+    encoding = Encoding(rank, tolerance, int8)
+    encoding.check()
     swept = SweepResult.from_netcdf(result)
-    asked = swept_or_given(
-        swept,
-        base=base,
-        expert=expert,
-        behaviour=behaviour,
-        checker=checker,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        ignore_config=ignore_config,
-    )
+    asked = swept_or_given(swept, given)
     n_new = max_new_tokens or asked.max_new_tokens or 32
 
     import wpjax
     from wpjax.cli.console import progress_bars
     from wpjax.cli.words import printable
-    from wpjax.patchfiles import save_patch
     from wpjax.results.verdict import as_argument
 
-    task, more = behaviour_of(result, asked, checker is not None), [other_behaviour(name) for name in others or ()]
+    task, more = behaviour_of(result, asked, given.has_checker), [other_behaviour(name) for name in others or ()]
     for one in (task, *more):
         one.check_checker()
     pair = pair_of(asked)
@@ -199,18 +176,19 @@ def run(
                     with progress.paused():
                         print_tried(error.tried)
                 raise
-        save_patch(
+        patch = save_patch(
             out,
             pair,
             found.components,
             behaviour=found.behaviour,
             measured=found.measured,
             ranked_by=found.ranked_by,
+            encoding=encoding,
             overwrite=overwrite,
             ignore_config=asked.ignore_config,
         )
         shards.discard()
-    print_extraction(found, out, as_json)
+    print_extraction(found, out, as_json, {"encoding": patch.info.encoding, "error": patch.info.error})
     if not as_json:
         command = [
             "wpjax",
@@ -222,7 +200,10 @@ def run(
             "--out",
             as_argument(out.with_suffix("")),
         ]
-        print(f"\nwrote {out}\nnext: {printable(shlex.join(command))}")
+        stored = (
+            "" if patch.info.encoding == "exact" else f": {patch.info.encoding}, relative error {patch.info.error:.2g}"
+        )
+        print(f"\nwrote {out}{stored}\nnext: {printable(shlex.join(command))}")
 
 
 def other_behaviour(name: str) -> Behaviour:
@@ -273,8 +254,15 @@ def print_tried(tried: Sequence[TriedSet]) -> None:
         print(f"{n_failed} more sets, without blocks that turned out to be needed, did not reach the goal")
 
 
-def print_extraction(found: Extraction, out: Path, as_json: bool) -> None:
-    """Print what was found: the sets that were tried, the models on held-out prompts, the verdict."""
+def print_extraction(found: Extraction, out: Path, as_json: bool, stored: Mapping[str, str | float]) -> None:
+    """Print what was found: the sets that were tried, the models on held-out prompts, the verdict.
+
+    Args:
+        found: what was found.
+        out: the patch file.
+        as_json: whether to print JSON.
+        stored: how the patch is stored, for the JSON.
+    """
     from wpjax.cli.console import print_json, print_table
     from wpjax.cli.words import printable
     from wpjax.evaluation.extraction import bounded
@@ -287,6 +275,7 @@ def print_extraction(found: Extraction, out: Path, as_json: bool) -> None:
                 "ranked_by": found.ranked_by,
                 "components": [c.name for c in found.components],
                 **found.measured,
+                **stored,
                 "tried": [t._asdict() | {"recovery": t.recovery._asdict()} for t in found.tried],
                 "summary": found.summary,
             }

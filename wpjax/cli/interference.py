@@ -116,22 +116,11 @@ def print_interference(found: Interference, as_json: bool) -> None:
     if as_json:
         print_json(found.as_json)
         return
-    for name, level in found.levels.items():
+    for name in found.levels:
         print_table(
             f"By {name}: what the set of each row brings back (95 % interval), and its overlap with that of the column",
             ("set of", "parts", "share", *found.behaviours),
-            [
-                (
-                    row,
-                    f"{level.n_parts[a]:,}",
-                    f"{level.shares[a]:.2%}",
-                    *(
-                        f"{of.mean:.0%} [{100 * of.low:.0f}, {100 * of.high:.0f}], {level.overlap[a, b]:.2f}"
-                        for b, of in enumerate(level.brings_back[a])
-                    ),
-                )
-                for a, row in enumerate(found.behaviours)
-            ],
+            found.rows(name),
         )
     print()
     for line in found.summary.splitlines():

@@ -8,39 +8,25 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
-from wpjax.arguments import MEASURED, PATCHED, RUNNING, IgnoreConfig, Overwrite, Resume, Seed, Setting, TokenizerOf
+from wpjax.arguments import MEASURED, PATCHED, RUNNING, Overwrite, Resume, Seed, Setting
 from wpjax.cli.options import Json
-from wpjax.cli.swept import (
-    SweptBase,
-    SweptBehaviour,
-    SweptChecker,
-    SweptDtype,
-    SweptExpert,
-    behaviour_of,
-    pair_of,
-    swept_or_given,
-)
+from wpjax.cli.swept import Given, SweepFile, SweptNewTokens, behaviour_of, pair_of, swept_or_given
 
 EXAMPLE = "Example: wpjax relax title.nc --objective kl+decision --start set_score"
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    result: SweepFile,
+    given: Given,
     out: Annotated[
         Path | None, Setting("Where to write; beside the result if absent: title.learned.nc for title.nc.")
     ] = None,
-    base: SweptBase = None,
-    expert: SweptExpert = None,
-    behaviour: SweptBehaviour = None,
-    checker: SweptChecker = None,
     objective: Annotated[
         str,
         Setting(
             "What to learn the mask for. kl: nearness to the expert, along its answers; decision: the expert's token "
-            "where base and expert first part ways; partings: its tokens wherever they do; response: the expert's "
-            "answers; anchor: the anchor of the sweep; reward: the checker, on answers that are sampled as it learns "
+            "where base and expert first part ways; instructed: where the instruction first parts them; partings: its "
+            "tokens wherever they part; response: the expert's answers; anchor: the anchor of the sweep; reward: the checker, on answers that are sampled as it learns "
             "(slow). A sum: kl+decision.",
             panel=MEASURED,
         ),
@@ -70,9 +56,7 @@ def run(
     n_answers: Annotated[
         int, Setting("With the reward: answers to each prompt of a step.", least=2, panel=MEASURED)
     ] = 4,
-    max_new_tokens: Annotated[
-        int | None, Setting("Longest answer, in tokens; that of the sweep if absent.", least=1, panel=MEASURED)
-    ] = None,
+    max_new_tokens: SweptNewTokens = None,
     kinds: Annotated[
         tuple[str, ...],
         Setting(
@@ -117,11 +101,8 @@ def run(
     ] = 1,
     check_every: Annotated[int, Setting("Steps between two looks at hard masks.", least=1, panel=RUNNING)] = 50,
     show: Annotated[int, Setting("Rows to print.", least=1)] = 20,
-    tokenizer: TokenizerOf = None,
-    dtype: SweptDtype = None,
     resume: Resume = False,
     seed: Seed = 0,
-    ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -134,7 +115,7 @@ def run(
     from wpjax.runtime.shards import Shards, check_parts
 
     out = result.with_suffix(".learned.nc") if out is None else out
-    check_output(out, overwrite, inputs=(result, base, expert, behaviour, text))
+    check_output(out, overwrite, inputs=(result, *given.inputs, text))
     check_parts(out, "relax", resume)
     if not lr > 0:
         raise WpjaxError(f"--lr {lr:g}: above 0")
@@ -143,16 +124,7 @@ def run(
     from wpjax.results.sweep_result import SweepResult
 
     swept = SweepResult.from_netcdf(result)
-    asked = swept_or_given(
-        swept,
-        base=base,
-        expert=expert,
-        behaviour=behaviour,
-        checker=checker,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        ignore_config=ignore_config,
-    )
+    asked = swept_or_given(swept, given)
     for kind in kinds:
         check_kind(kind)
     if start is not None:
@@ -182,7 +154,7 @@ def run(
         max_new_tokens or asked.max_new_tokens or 32,
     )
     gates = make_parametrisation(parametrisation, price, spread)
-    task = behaviour_of(result, asked, checker is not None)
+    task = behaviour_of(result, asked, given.has_checker)
     pair = pair_of(asked)
     watch_compilation()
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from wpjax.arguments import Overwrite, Setting
+from wpjax.cli.swept import SweepFile
 
 EXAMPLE = "Example: wpjax report title.nc title.curves.nc --out title.html"
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    result: SweepFile,
     curves: Annotated[
         Path | None,
         typer.Argument(help="Its curves, from `wpjax validate`: the page shows them, and the answers in them, too."),
@@ -25,6 +26,12 @@ def run(
         Path | None,
         Setting("Result of a sweep with --given-anchor: its best components join the hierarchy as executors."),
     ] = None,
+    interference: Annotated[
+        Path | None,
+        Setting(
+            "A map from `wpjax interference` that this behaviour is on: the page shows what sets do to one another."
+        ),
+    ] = None,
     rows: Annotated[int, Setting("Components in the table of the page.", least=1)] = 100,
     overwrite: Overwrite = False,
 ) -> None:
@@ -32,18 +39,27 @@ def run(
     from wpjax.errors import OtherResult
     from wpjax.report import write_report
     from wpjax.results.curves import Curves
+    from wpjax.results.interference import Interference
     from wpjax.results.sweep_result import SweepResult
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite, inputs=(result, curves, execution))
+    check_output(out, overwrite, inputs=(result, curves, execution, interference))
     try:
         swept = SweepResult.from_netcdf(result)
     except OtherResult as error:
         raise OtherResult(f"{error}; a page is of a sweep: wpjax report SWEEP.nc {result}") from error
     later = None if execution is None else SweepResult.from_netcdf(execution)
     validated = None if curves is None else Curves.from_netcdf(curves)
+    found = None if interference is None else Interference.from_json(interference)
     written = write_report(
-        swept, out, execution=later, curves=validated, source=result, n_rows=rows, overwrite=overwrite
+        swept,
+        out,
+        execution=later,
+        curves=validated,
+        interference=found,
+        source=result,
+        n_rows=rows,
+        overwrite=overwrite,
     )
     for path in written:
         print(path)

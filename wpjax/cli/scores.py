@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from wpjax.arguments import PATCHED, IgnoreConfig, Overwrite, Setting
 from wpjax.cli.options import Json
-from wpjax.cli.swept import SweptBase, swept_or_given
+from wpjax.cli.swept import Given, SweepFile, SweptBase, swept_or_given
 
 EXAMPLE = "Example: wpjax scores title.nc --out title.safetensors"
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    result: SweepFile,
     out: Annotated[Path, Setting("The .safetensors file to write; what it holds is told in a .json file beside it.")],
     by: Annotated[str | None, Setting("The ranking to publish; that for sets if absent.", panel=PATCHED)] = None,
     kinds: Annotated[
@@ -41,7 +39,7 @@ def run(
     from wpjax.results.sweep_result import SweepResult
 
     swept = SweepResult.from_netcdf(result)
-    asked = swept_or_given(swept, base=base, ignore_config=ignore_config)
+    asked = swept_or_given(swept, Given(base, ignore_config=ignore_config))
     cfg = open_model(asked.base, asked.ignore_config).cfg
     scores = scores_of(cfg, swept, by, kinds)
     files = write_scores(out, cfg, scores, overwrite=overwrite)

@@ -20,7 +20,12 @@ EXAMPLE = "Example: wpjax show title.nc --by effect --kinds head,kv_group --top 
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result of `wpjax sweep` or `wpjax validate`, or a patch file.")],
+    result: Annotated[
+        Path,
+        typer.Argument(
+            help="A result of `wpjax sweep` or `wpjax validate`, a map of `wpjax interference`, or a patch file."
+        ),
+    ],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
     top: Annotated[int | None, Setting("Components to print: 20, or all with --csv.", least=1)] = None,
     kinds: Annotated[
@@ -31,7 +36,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: a sweep's ranking, verdict and answers to read; a validation's curves; what a patch holds."""
+    """Print a result: a sweep's ranking, verdict and answers; a validation's curves; a map; what a patch holds."""
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 
@@ -39,6 +44,14 @@ def run(
         if by is not None or kinds is not None or as_csv:
             raise WpjaxError(f"{result} is a patch: --by, --kinds and --csv are for the result of a sweep")
         print_patch(load_patch(result), top or 20, as_json)
+        return
+    if result.suffix == ".json":
+        from wpjax.cli.interference import print_interference
+        from wpjax.results.interference import Interference
+
+        if by is not None or kinds is not None or top is not None or as_csv:
+            raise WpjaxError(f"{result} is a map: --by, --kinds, --top and --csv are for the result of a sweep")
+        print_interference(Interference.from_json(result), as_json)
         return
 
     from wpjax.cli.sweep import print_result

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from wpjax.arguments import INPUT, Setting
+import typer
+
+from wpjax.arguments import INPUT, MEASURED, IgnoreConfig, Setting, TokenizerOf
 
 if TYPE_CHECKING:
     from wpjax.behaviours import Behaviour
@@ -25,27 +28,46 @@ SweptDtype = Annotated[
 ]
 
 
-def swept_or_given(
-    result: SweepResult,
-    *,
-    base: str | None = None,
-    expert: str | None = None,
-    behaviour: str | None = None,
-    checker: str | None = None,
-    dtype: str | None = None,
-    tokenizer: str | None = None,
-    ignore_config: tuple[str, ...] = (),
-) -> Origin:
+SweepFile = Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")]
+SweptNewTokens = Annotated[
+    int | None, Setting("Longest answer, in tokens; that of the sweep if absent.", least=1, panel=MEASURED)
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The options that stand in place of what the file of a sweep names; a command that takes all of them has this as
+    one argument.
+    """
+
+    base: SweptBase = None
+    expert: SweptExpert = None
+    behaviour: SweptBehaviour = None
+    checker: SweptChecker = None
+    dtype: SweptDtype = None
+    tokenizer: TokenizerOf = None
+    ignore_config: IgnoreConfig = ()
+
+    @property
+    def inputs(self) -> tuple[str | None, ...]:
+        """What may be files or folders that are read."""
+        return self.base, self.expert, self.behaviour
+
+    @property
+    def has_checker(self) -> bool:
+        """Whether the checker comes from an option, not from the file."""
+        return self.checker is not None
+
+
+def swept_or_given(result: SweepResult, given: Given | None = None) -> Origin:
     """What a result was made from, with the options that were given in place of what its file names."""
     from wpjax.results.origin import Origin
 
-    origin = Origin.of(result.dataset.attrs)
-    options = {"base": base, "expert": expert, "behaviour": behaviour, "checker": checker, "dtype": dtype}
-    options["tokenizer"] = tokenizer
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if behaviour is not None and not behaviour.endswith(".jsonl"):
-        given["checker"] = checker  # a built-in behaviour has its own
-    return origin._replace(**given, ignore_config=ignore_config or origin.ignore_config)
+    origin, given = Origin.of(result.dataset.attrs), given or Given()
+    values: dict[str, Any] = {name: value for name, value in vars(given).items() if value is not None}
+    if given.behaviour is not None and not given.behaviour.endswith(".jsonl"):
+        values["checker"] = given.checker  # a built-in behaviour has its own
+    return origin._replace(**values | {"ignore_config": given.ignore_config or origin.ignore_config})
 
 
 def behaviour_of(path: Path, origin: Origin, is_checker_given: bool) -> Behaviour:

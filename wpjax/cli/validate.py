@@ -7,20 +7,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from wpjax.arguments import INPUT, MEASURED, IgnoreConfig, NPrompts, Overwrite, Resume, Seed, Setting, TokenizerOf
+from wpjax.arguments import INPUT, MEASURED, NPrompts, Overwrite, Resume, Seed, Setting
 from wpjax.cli.options import Json
-from wpjax.cli.swept import (
-    SweptBase,
-    SweptBehaviour,
-    SweptChecker,
-    SweptDtype,
-    SweptExpert,
-    behaviour_of,
-    pair_of,
-    swept_or_given,
-)
+from wpjax.cli.swept import Given, SweepFile, SweptNewTokens, behaviour_of, pair_of, swept_or_given
 
 if TYPE_CHECKING:
     from wpjax.results.curves import Curves
@@ -30,14 +19,11 @@ EXAMPLE = "Example: wpjax validate title.nc --out title.curves.nc"
 
 
 def run(
-    result: Annotated[Path, typer.Argument(help="A result file from `wpjax sweep`.")],
+    result: SweepFile,
+    given: Given,
     out: Annotated[
         Path | None, Setting("Where to write; beside the result if absent: title.curves.nc for title.nc.")
     ] = None,
-    base: SweptBase = None,
-    expert: SweptExpert = None,
-    behaviour: SweptBehaviour = None,
-    checker: SweptChecker = None,
     other_behaviour: Annotated[
         bool,
         Setting("Allow a --behaviour that was not swept. The curves are of it, and say so.", panel=INPUT),
@@ -51,17 +37,9 @@ def run(
         int, Setting("Sizes of sets on each curve, from one component to all.", least=2, most=1000, panel=MEASURED)
     ] = 10,
     n_random: Annotated[int, Setting("Random orders to compare with.", least=1, most=1000, panel=MEASURED)] = 3,
-    max_new_tokens: Annotated[
-        int | None,
-        Setting(
-            "Longest answer that the checker judges, in tokens; that of the sweep if absent.", least=1, panel=MEASURED
-        ),
-    ] = None,
-    tokenizer: TokenizerOf = None,
-    dtype: SweptDtype = None,
+    max_new_tokens: SweptNewTokens = None,
     resume: Resume = False,
     seed: Seed = 0,
-    ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +51,7 @@ def run(
     from wpjax.runtime.shards import Shards, check_parts
 
     out = result.with_suffix(".curves.nc") if out is None else out
-    check_output(out, overwrite, inputs=(result, base, expert, behaviour))
+    check_output(out, overwrite, inputs=(result, *given.inputs))
     check_parts(out, "validate", resume)
 
     from wpjax.report.curves import curve_figures
@@ -82,16 +60,7 @@ def run(
     for figure in curve_figures(out):
         check_output(figure, overwrite)
     swept = SweepResult.from_netcdf(result)
-    asked = swept_or_given(
-        swept,
-        base=base,
-        expert=expert,
-        behaviour=behaviour,
-        checker=checker,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        ignore_config=ignore_config,
-    )
+    asked = swept_or_given(swept, given)
     n_new = max_new_tokens or asked.max_new_tokens or 32
 
     import wpjax
@@ -101,7 +70,7 @@ def run(
     from wpjax.report.curves import write_curves
     from wpjax.results.verdict import as_argument
 
-    task = behaviour_of(result, asked, checker is not None)
+    task = behaviour_of(result, asked, given.has_checker)
     pair = pair_of(asked)
     settings = {  # everything that finished parts depend on
         "version": wpjax.__version__,

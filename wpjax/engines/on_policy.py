@@ -36,7 +36,7 @@ from wpjax.engines.exact import Changes
 from wpjax.engines.plan import Chunk, Plan
 from wpjax.errors import MetricRejected
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import answer_of, answer_positions, decision_metric, trimmed, with_answers
+from wpjax.metrics.answers import ExpertAnswers, answer_of, answer_positions, decision_metric, trimmed, with_answers
 from wpjax.metrics.metric import Metric, PreparedMetric, scores
 from wpjax.metrics.readouts import Readout, TokensUnchanged
 from wpjax.models.config import ModelConfig
@@ -111,6 +111,7 @@ class OnPolicy:
     Attributes:
         anchor: the direction.
         max_new_tokens: length of an answer, in tokens, at most.
+        answers: the expert's answers, if other metrics share them; the metric that helps a screen reads them.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -123,6 +124,7 @@ class OnPolicy:
 
     anchor: Anchor
     max_new_tokens: int = 32
+    answers: ExpertAnswers | None = None
 
     has_fixed_words: ClassVar[bool] = False
 
@@ -146,7 +148,7 @@ class OnPolicy:
             metric has a slope there.
             """
             try:
-                return decision_metric(pair, batch, self.max_new_tokens)
+                return decision_metric(pair, batch, self.max_new_tokens, self.answers)
             except MetricRejected:  # base and expert part ways on too few prompts
                 return None
 

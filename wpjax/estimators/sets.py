@@ -7,9 +7,9 @@ few parameters, so a head is held against the neurons that would fit in its plac
     set score(c) = mean over F of (share of F(expert) - F(base) that the secant adjoint gives to c)
                    /  c's share of the parameters
 
-F are the log-odds of the expert's token against the base's, where the two first part ways, and wherever they do. The
-first place is where the behaviour begins; the others tell whether it goes on and how it ends. 1 is what a component
-would have if the gap were spread evenly over all parameters (docs/method.md, "Set score"; ours).
+F are the log-odds of the expert's token against the base's, where the instruction first makes the two part ways, and
+wherever they do. The first is where the behaviour begins; the others tell whether it goes on and how it ends. 1 is what
+a component would have if the gap were spread evenly over all parameters (docs/method.md, "Set score"; ours).
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from jaxtyping import Float
 from wpjax.behaviours import PromptBatch
 from wpjax.components import KINDS, Component, enumerate_components, n_parameters, parse_component
 from wpjax.estimators.secant import secant_adjoint
-from wpjax.metrics.answers import answer_of, decision_metric, partings_metric
+from wpjax.metrics.answers import ExpertAnswers, instructed_metric, partings_metric
 from wpjax.metrics.metric import Metric, begins, expect_positive_gap, joint_scores
 from wpjax.metrics.readouts import LogOdds
-from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
 from wpjax.results.sweep_result import SweepResult
 
@@ -92,21 +91,21 @@ def weighted_sum(metrics: Sequence[Metric], weights: Float[np.ndarray, " M"]) ->
 
 
 def set_metrics(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None
 ) -> tuple[Metric, ...]:
-    """The metrics of the set score: the decision, and all partings.
+    """The metrics of the set score: where the instruction parts base and expert, and all partings.
 
     Args:
         pair: base and expert.
         batch: prompts.
         max_new_tokens: length of an answer, at most.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     Raises:
         MetricRejected: base and expert part ways on fewer than half of the prompts.
     """
-    answers = answer_of(pair, pair.expert, batch.with_instruction, max_new_tokens) if answers is None else answers
-    return tuple(make(pair, batch, max_new_tokens, answers) for make in (decision_metric, partings_metric))
+    answers = answers or ExpertAnswers(pair, batch.with_instruction, max_new_tokens)
+    return tuple(make(pair, batch, max_new_tokens, answers) for make in (instructed_metric, partings_metric))
 
 
 def candidates(pair: Pair, result: SweepResult) -> list[Component]:

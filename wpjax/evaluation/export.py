@@ -16,8 +16,8 @@ from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patchfiles.apply import apply_patches
 from wpjax.patchfiles.card import model_card
-from wpjax.patchfiles.patch import save_patch
 from wpjax.patchfiles.stack import stack
+from wpjax.patchfiles.write import save_patch
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.sweep_result import Row, SweepResult
 from wpjax.runtime.files import check_output

@@ -19,14 +19,14 @@ from jaxtyping import Int
 
 from wpjax.behaviours import Behaviour, PromptBatch
 from wpjax.behaviours.prompts import Split
-from wpjax.components import Component, enumerate_components, n_parameters, parse_component
+from wpjax.components import Component, enumerate_components, n_parameters, n_within, parse_component
 from wpjax.errors import WpjaxError
 from wpjax.evaluation.extraction import Extraction, TriedSet, bounded
 from wpjax.evaluation.harm import Harm, Neutral, Windows, other, perplexity, text_nll, windows_of
 from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.smallest import Members, drop_blocks, prefix_sizes, smallest_prefix
 from wpjax.evaluation.trials import Trials, digest, patched
-from wpjax.evaluation.validation import check_same_behaviour, check_same_pair, curve_steps
+from wpjax.evaluation.validation import check_same_behaviour, check_same_pair
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
@@ -245,8 +245,7 @@ class Ranking:
             WpjaxError: the first alone exceeds the share, or there are not so many.
         """
         if share is not None:
-            # A billionth more, so that a share that was computed from sizes is not missed by rounding.
-            k = int((np.cumsum(self.sizes) <= share * self.n_all * (1 + 1e-9)).sum())
+            k = n_within(self.sizes, share * self.n_all)
             if not k:
                 least = self.sizes[0] / self.n_all
                 raise WpjaxError(
@@ -387,7 +386,7 @@ def _harm(
 def _controls(
     cfg: ModelConfig, kinds: Sequence[str], components: Sequence[Component], n_random: int, seed: int
 ) -> dict[str, list[Component]]:
-    """The complement of a set, and random sets of about as many parameters; none if the set is everything."""
+    """The complement of a set, and random sets within as many parameters; none if the set is everything."""
     everything, chosen = enumerate_components(cfg, kinds), set(components)
     rest = [c for c in everything if c not in chosen]
     if not rest:
@@ -396,8 +395,7 @@ def _controls(
     controls = {"complement": rest}
     for i in range(n_random):
         order = [everything[j] for j in rng.permutation(len(everything))]
-        sizes = np.array([n_parameters(cfg, c) for c in order])
-        controls[f"random {i + 1}"] = list(curve_steps(order, sizes, [budget])[0].components)
+        controls[f"random {i + 1}"] = order[: max(1, n_within(np.array([n_parameters(cfg, c) for c in order]), budget))]
     return controls
 
 

@@ -3,13 +3,13 @@
     brings_back[a, b]  =  recovery of behaviour b by the base with a's set of a's expert
     overlap[a, b]      =  |A & B| / |A | B|         A, B: sets that different halves of the queries choose
 
-A set is what owns about a share of the parameters, the best by the set score first. It is chosen on the "sweep"
+A set is the best by the set score within a share of the parameters. It is chosen on the "sweep"
 queries, and its effect is measured on the "test" queries. Two sets that are chosen from few prompts differ by chance.
 So sets are compared between halves of the queries, and what two halves of *one* behaviour's queries give is the
 ceiling.
 
-The same is done with whole modules of about as many parameters. A module's score is the sum of its units'. Modules of
-two behaviours may be the same where their units are not (arXiv 2609.25518; the map is ours).
+The same is done with whole modules, within as many parameters but at least one. A module's score is the sum of its
+units'. Modules of two behaviours may be the same where their units are not (arXiv 2609.25518; the map is ours).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 
 from wpjax.behaviours import Behaviour
-from wpjax.components import Component, enumerate_components, n_parameters
+from wpjax.components import Component, best_within, enumerate_components, n_parameters
 from wpjax.errors import PairError, WpjaxError
 from wpjax.estimators.secant import secant_adjoint
 from wpjax.estimators.sets import set_metrics
@@ -69,12 +69,8 @@ class Parts(NamedTuple):
         return np.bincount(self.member, share) / self.sizes
 
     def best(self, density: Float[np.ndarray, " P"], budget: float) -> Bool[np.ndarray, " P"]:
-        """The parts that lead a ranking: as many as come nearest to a budget of parameters, at least one."""
-        order = np.argsort(-density, kind="stable")
-        k = 1 + int(np.abs(np.cumsum(self.sizes[order]) - budget).argmin())
-        chosen = np.zeros(len(order), bool)
-        chosen[order[:k]] = True
-        return chosen
+        """The parts that lead a ranking and stay within a budget of parameters; at least one."""
+        return best_within(density, self.sizes, budget, least=1)
 
 
 def interference(
@@ -93,7 +89,7 @@ def interference(
     Args:
         pairs: N pairs of one base, each with the expert of one behaviour; all of them are held in memory.
         behaviours: the N behaviours, each with a checker.
-        share: the part of the parameters of heads, KV groups and neurons that a set has, about.
+        share: the part of the parameters of heads, KV groups and neurons that a set stays within.
         n_prompts: prompts of each behaviour that sets are chosen on, and again that they are judged on, at most.
         max_new_tokens: length of an answer, at most.
         seed: seed of the halvings.

@@ -4,9 +4,9 @@ What the gates are learned for is a sum of parts, each from 1 (the host as it is
 
     loss(m)  =  sum over parts of  (l(m) - l(donor)) / (l(host) - l(donor))  +  price * KL(host || m) on neutral prompts
 
-A part l is the loss of a metric (`relax.objectives.Recover`) or what the checker's reward lacks to 1 (`Reward`). To
-restore, the host is the base and the donor the expert; to knock out, the other way round; both are learned for together
-by one mask (docs/method.md, "Learned masks"; ours).
+A part l is what a metric lacks to the donor's (`relax.objectives.Recover`), or what the checker's reward lacks to 1
+(`Reward`). To restore, the host is the base and the donor the expert; to knock out, the other way round; both are
+learned for together by one mask (docs/method.md, "Learned masks"; ours).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
-from wpjax.components import Component, check_kind, enumerate_components
+from wpjax.components import Component, best_within, check_kind, enumerate_components, n_parameters
 from wpjax.engines.memory import device_budget
 from wpjax.errors import WpjaxError
 from wpjax.estimators.sets import with_ranking
@@ -30,7 +30,7 @@ from wpjax.evaluation.judge import Judge
 from wpjax.evaluation.validation import anchor_of, check_same_behaviour, check_same_pair
 from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import answer_of, divergence_metric
+from wpjax.metrics.answers import ExpertAnswers, answer_of, divergence_metric
 from wpjax.metrics.metric import Metric, expect_positive_gap, scores
 from wpjax.models.config import ModelConfig
 from wpjax.models.generate import Generation
@@ -188,9 +188,7 @@ def parts_of(
     for d, direction in enumerate(DIRECTIONS[aim.direction]):
         progress("answers to learn from", d, len(DIRECTIONS[aim.direction]))
         view = pair if direction == "restore" else mirrored(pair)
-        answers = None
-        if set(aim.names) & set(answer_metrics()):
-            answers = answer_of(view, view.expert, batch.with_instruction, aim.max_new_tokens)
+        answers = ExpertAnswers(view, batch.with_instruction, aim.max_new_tokens)
         for name in aim.names:
             label = f"{name}, {direction}"
             if name == REWARD:
@@ -211,21 +209,17 @@ def parts_of(
 
 def _recovering(label: str, view: Pair, batch: PromptBatch, metric: Metric, aim: Aim) -> Part:
     """A part that a metric gives."""
+    metric = metric.to_learn
     host, donor = (scores(view.cfg, params, metric) for params in (view.base, view.expert))
     expect_positive_gap(donor - host, batch.queries, f"the objective {label},")
-    recover = Recover(
-        view.cfg, view.base, view.expert, metric, jnp.asarray(donor), aim.prompts_a_step, metric.name == "decision"
-    )
-
-    def loss(score: Float[np.ndarray, " B"]) -> float:
-        return float(recover.loss(jnp.asarray(score), recover.reached).mean())
-
-    at_host, at_donor = loss(host), loss(donor)
+    gap = float((donor - host).mean())
+    recover = Recover(view.cfg, view.base, view.expert, metric, jnp.asarray(donor), aim.prompts_a_step)
 
     def recovered(mask: PatchMask) -> float:
-        return (at_host - loss(scores(view.cfg, patch(view.base, view.expert, mask), metric))) / (at_host - at_donor)
+        patched = scores(view.cfg, patch(view.base, view.expert, mask), metric)
+        return float((patched - host).mean()) / gap
 
-    return Part(label, recover, 1 / (at_host - at_donor), recovered)
+    return Part(label, recover, 1 / gap, recovered)
 
 
 def _rewarded(label: str, view: Pair, behaviour: Behaviour, batch: PromptBatch, aim: Aim, direction: Direction) -> Part:
@@ -318,6 +312,7 @@ def learned_mask(
     """
     gates, config = Gates.of(pair.cfg, components), config or RelaxConfig()
     objective = Weighted(tuple(part.objective for part in parts), jnp.array([part.weight for part in parts]))
+    sizes = np.array([n_parameters(pair.cfg, component) for component in components])
     said = 0
 
     def watch(learned: Learned) -> None:
@@ -334,7 +329,8 @@ def learned_mask(
         said = taken // check_every
         far = []
         for share in SHARES:
-            mask = gates.mask(gates.largest(jnp.asarray(learned.scores, jnp.float32), share))
+            best = best_within(learned.scores, sizes, share * sizes.sum())
+            mask = gates.mask(jnp.asarray(best, jnp.float32))
             by_part = [part.recovered(mask) for part in parts if part.recovered is not None]
             far.append(f"{share:.0%}: {np.mean(by_part):.0%}")
         loss = learned.losses[:, -min(taken, check_every) :].mean()

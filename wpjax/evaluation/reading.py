@@ -10,9 +10,8 @@ from jaxtyping import Float
 
 from wpjax.behaviours import Behaviour
 from wpjax.behaviours.prompts import MIN_PROMPTS
-from wpjax.components import parse_component
+from wpjax.components import n_parameters, n_within, parse_component
 from wpjax.errors import BehaviourError
-from wpjax.estimators.sets import parameter_share
 from wpjax.evaluation.judge import Judge
 from wpjax.models.generate import Generation
 from wpjax.pairs import Pair
@@ -22,9 +21,6 @@ from wpjax.results.sweep_result import SweepResult
 
 SHARES = (0.01, 0.05, 0.2, 1.0)
 """Sets that are tried for answers to read, as shares of the parameters of all components that are ranked."""
-
-ROUNDING = 1e-9
-"""What sums of shares may be off by."""
 
 
 def answers_to_read(
@@ -68,8 +64,8 @@ def answers_to_read(
     base, expert = judge.answers(pair.base), judge.answers(pair.expert)
     passes = _passes(judge, expert)
     ranked = [row.name for row in result.top(result.dataset.sizes["component"], by=result.set_ranking)]
-    share = np.cumsum(parameter_share(pair, [parse_component(pair.cfg, name) for name in ranked]))
-    sizes = [top] if top is not None else [max(1, int((share <= s + ROUNDING).sum())) for s in SHARES]
+    owned = np.array([n_parameters(pair.cfg, parse_component(pair.cfg, name)) for name in ranked])
+    sizes = [top] if top is not None else [max(1, n_within(owned, share * owned.sum())) for share in SHARES]
     if top is None:  # without a checker, none can be said to be too few
         sizes = sizes[1:2] if np.isnan(passes).any() else list(dict.fromkeys(sizes))
     tried: list[int] = []
@@ -80,7 +76,7 @@ def answers_to_read(
             break
         tried.append(size)
     answers = side_by_side(judge, base, patched, expert, len(names), result.set_ranking, n_prompts)
-    return answers._replace(tried=tuple(tried), share=float(share[len(names) - 1]))
+    return answers._replace(tried=tuple(tried), share=float(owned[: len(names)].sum() / owned.sum()))
 
 
 def side_by_side(

@@ -20,6 +20,8 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Int
 
+from wpjax.components import n_within
+
 Members: TypeAlias = tuple[int, ...]
 """Places in the ranking of the components of a set, in order."""
 
@@ -47,11 +49,8 @@ def prefix_sizes(sizes: Int[np.ndarray, " C"], n_points: int) -> list[int]:
     >>> prefix_sizes(np.full(100, 10), 5)
     [1, 3, 10, 31, 100]
     """
-    total = np.cumsum(sizes)
-    budgets = np.geomspace(total[0], total[-1], n_points)
-    # A billionth more: the last budget is everything, and is rounded.
-    fit = np.searchsorted(total, budgets * (1 + 1e-9), side="right")
-    return np.unique(np.maximum(fit, 1)).tolist()
+    budgets = np.geomspace(sizes[0], sizes.sum(), n_points)
+    return np.unique([max(n_within(sizes, budget), 1) for budget in budgets]).tolist()
 
 
 def smallest_prefix(points: Sequence[int], reaches: Callable[[int], bool]) -> int | None:

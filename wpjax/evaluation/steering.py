@@ -38,7 +38,7 @@ from wpjax.behaviours import PromptBatch
 from wpjax.errors import MetricRejected
 from wpjax.evaluation.continued import Continued, steer
 from wpjax.evaluation.judge import Judge, check_pass_rates_differ, passes_surely_more
-from wpjax.metrics.answers import decision_metric
+from wpjax.metrics.answers import ExpertAnswers, decision_metric
 from wpjax.metrics.diagnostics import MAX_EXCESS_NLL, SteeringTest
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation
@@ -134,7 +134,8 @@ def screen_layers(
     """
     layers, prompts = list(layers[:N_SCREENED]), batch.with_instruction
     try:
-        metric = decision_metric(pair, batch, answers.tokens.shape[1], answers)
+        known = ExpertAnswers(pair, prompts, answers.tokens.shape[1], answers)
+        metric = decision_metric(pair, batch, known.max_new_tokens, known)
     except MetricRejected:
         return layers
     step = np.maximum(np.asarray(metric.at) - np.asarray(prompts.last)[:, None], 0)

@@ -4,8 +4,8 @@
     knockout   the expert with the k best components of the base        is it necessary?
 
 k is on a logarithmic grid. The ranking under test is compared with the ranking of single effects and with controls:
-random components, the components that changed most, and the order of activation patching. All get sets of about the
-same number of parameters.
+random components, the components that changed most, and the order of activation patching. Their sets stay within as
+many parameters.
 
 Every patched model answers held-out prompts freely, and the checker judges the answers. The scores that need no
 generation are measured, too, each as a share of the way from base to expert. So one can see whether they promise what
@@ -26,7 +26,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from wpjax.behaviours import Behaviour, loose, strict
-from wpjax.components import Component, n_parameters, parse_component
+from wpjax.components import Component, n_parameters, n_within, parse_component
 from wpjax.engines.on_policy import along_answers
 from wpjax.errors import BehaviourError, WpjaxError
 from wpjax.estimators.screens import output_linearised
@@ -34,7 +34,7 @@ from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.evaluation.reading import side_by_side
 from wpjax.methods.metrics import answer_metrics
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import answer_of
+from wpjax.metrics.answers import ExpertAnswers, answer_of
 from wpjax.metrics.metric import joint_scores, scores
 from wpjax.models.decoder import Params
 from wpjax.models.generate import Generation
@@ -69,18 +69,17 @@ def log_grid(n: int, points: int) -> list[int]:
 
 
 def curve_steps(order: Sequence[Component], sizes: Int[np.ndarray, " C"], budgets: Sequence[int]) -> list[Step]:
-    """For each budget, the first components of an order whose number of parameters comes nearest to it.
+    """For each budget, the first components of an order that stay within it (`components.n_within`).
 
     Args:
         order: components, the best first.
         sizes: [C], number of parameters of each component.
-        budgets: numbers of parameters to come near to. A set has at least one component.
+        budgets: numbers of parameters. A set has at least one component, even if it is too large.
     """
-    total = np.cumsum(sizes)
     steps = []
     for budget in budgets:
-        k = 1 + int(np.abs(total - budget).argmin())
-        steps.append(Step(tuple(order[:k]), int(total[k - 1])))
+        k = max(n_within(sizes, budget), 1)
+        steps.append(Step(tuple(order[:k]), int(sizes[:k].sum())))
     return steps
 
 
@@ -249,7 +248,7 @@ def validate(
     )
     under_test = next(iter(ranked))
     sizes = {name: np.array([n_parameters(pair.cfg, c) for c in order]) for name, order in ranked.items()}
-    # The ranking under test sets the budgets of parameters. The controls come as near to them as they can.
+    # The ranking under test sets the budgets of parameters. The controls stay within them.
     totals = np.cumsum(sizes[under_test])
     budgets = [int(totals[k - 1]) for k in log_grid(len(totals), n_points)]
     steps = {name: curve_steps(order, sizes[name], budgets) for name, order in ranked.items()}
@@ -259,7 +258,8 @@ def validate(
     judge = Judge(pair, behaviour, batch, max_new_tokens)
     by_base, by_expert = judge.answers(pair.base), judge.answers(pair.expert)
     check_behaviour_differs(judge, by_base, by_expert)
-    metrics = {name: make(pair, batch, max_new_tokens, by_expert) for name, make in answer_metrics().items()}
+    answers = ExpertAnswers(pair, batch.with_instruction, max_new_tokens, by_expert)
+    metrics = {name: make(pair, batch, max_new_tokens, answers) for name, make in answer_metrics().items()}
     if anchor is not None:
         metrics = {"anchor": anchor.metric(pair, batch), **metrics}
     names = (*CHECKS, *metrics, *(() if anchor is None else ("on_policy",)))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from wpjax.checkpoints.convert import hf_tensor
-from wpjax.components import KINDS, Component, n_parameters
+from wpjax.components import KINDS, Component, best_within, n_parameters
 from wpjax.merging.recipe import layer_of
 from wpjax.merging.registry import MergeError, nearest
 from wpjax.merging.scores import Owners, Scores, read_scores, scores_of, spread, unit_numbers
@@ -49,23 +49,6 @@ def quantiles(scores: Float[np.ndarray, " C"], sizes: Float[np.ndarray, " C"]) -
     return places
 
 
-def opened(scores: Float[np.ndarray, " C"], sizes: Float[np.ndarray, " C"], share: float) -> Float[np.ndarray, " C"]:
-    """1 for the best components within a share of the parameters, as `wpjax extract --share` takes them; else 0.
-
-    At least one is open, but for a share of 0.
-
-    >>> opened(np.array([3.0, 1.0, 2.0]), np.array([2.0, 4.0, 2.0]), 0.5).tolist()
-    [1.0, 0.0, 1.0]
-    """
-    gates = np.zeros(len(scores))
-    if share > 0:
-        order = np.argsort(-scores, kind="stable")
-        # A billionth more, so that a share that was computed from sizes is not missed by rounding.
-        n_open = int((np.cumsum(sizes[order]) <= share * sizes.sum() * (1 + 1e-9)).sum())
-        gates[order[: max(n_open, 1)]] = 1
-    return gates
-
-
 def component_gates(
     cfg: ModelConfig,
     scores: Sequence[Scores],
@@ -83,7 +66,8 @@ def component_gates(
         share: of each expert, the share of the parameters of its components that opens.
         gate: what makes a gate of a score:
 
-            - "top": 1 for the best `share` of the parameters, else 0 (`opened`);
+            - "top": 1 for the best components within `share` of the parameters, as `wpjax extract --share` takes them,
+              but at least one if `share` is above 0; else 0;
             - "quantile": the place among all, from 0 to 1 (`quantiles`);
             - "score": the score itself; so a published file can say any weights.
         conflict: whose change a component takes where the gates of several experts are not 0:
@@ -107,7 +91,7 @@ def component_gates(
         values = of_expert.values / sizes if per_parameter else of_expert.values
         ranked.append(values)
         if gate == "top":
-            gates.append(opened(values, sizes, part))
+            gates.append(best_within(values, sizes, part * sizes.sum(), least=int(part > 0)).astype(np.float64))
         else:
             gates.append(quantiles(values, sizes) if gate == "quantile" else np.array(values, np.float64))
     if conflict != "sum":

@@ -22,8 +22,8 @@ class MetricEntry:
         name: name that users give to `--metric`.
         help: what the metric is, for the help of the command line; it goes on after "NAME: ".
         label: what figures call the metric.
-        make: function of (pair, batch, max_new_tokens, answers of the expert) that returns the `Metric`. None for
-            metrics that read an anchor.
+        make: function of (pair, batch, max_new_tokens, answers) that returns the `Metric`; `answers` are the expert's
+            (`metrics.answers.ExpertAnswers`), or None. None for metrics that read an anchor.
         has_fixed_words: True if every model is read along the same words, False if along what it says itself.
     """
 
@@ -110,6 +110,14 @@ register_metric(
         "log-odds of the expert's token against the base's, where the two first part ways.",
         "log-odds where they part",
         lazily("wpjax.metrics.answers", "decision_metric"),
+    )
+)
+register_metric(
+    MetricEntry(
+        "instructed",
+        "the same log-odds, where the instruction first makes the two part ways.",
+        "log-odds where the instruction parts them",
+        lazily("wpjax.metrics.answers", "instructed_metric"),
     )
 )
 register_metric(

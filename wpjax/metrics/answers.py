@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +92,75 @@ def answer_of(pair: Pair, params: Params, tokens: Tokens, max_new_tokens: int = 
     return generate_batched(pair.cfg, params, *tokens, pair.stop_tokens, max_new_tokens, batch_size)
 
 
+class Along(NamedTuple):
+    """What base and expert choose along the expert's answers, step by step.
+
+    Attributes:
+        tokens: prompts with the expert's answers.
+        at: [B, N], the position that predicts each token of an answer.
+        experts: [B, N], the expert's token.
+        bases: [B, N], the base's first choice there.
+        differs: [B, N], whether the two differ; False where the array is only filled up.
+    """
+
+    tokens: Tokens
+    at: Int[np.ndarray, "B N"]
+    experts: Int[np.ndarray, "B N"]
+    bases: Int[np.ndarray, "B N"]
+    differs: Bool[np.ndarray, "B N"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertAnswers:
+    """The expert's greedy answers to prompts, and the base's choices along them.
+
+    Each is made when it is asked for, and once. So metrics of the same prompts that are given the same `ExpertAnswers`
+    share them.
+
+    Attributes:
+        pair: base and expert.
+        prompts: the prompts.
+        max_new_tokens: length of an answer, at most.
+        given: the answers, if they are known already; None to generate them.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> batch = task.encode(pair.tokenizer, n_prompts=4)
+    >>> answers = wp.ExpertAnswers(pair, batch.with_instruction, max_new_tokens=8)
+    >>> [make(pair, batch, answers=answers).at.shape for make in (wp.response_metric, wp.decision_metric)]
+    [(4, 8), (4, 1)]
+    """
+
+    pair: Pair
+    prompts: Tokens
+    max_new_tokens: int = 32
+    given: Generation | None = None
+
+    @functools.cached_property
+    def generation(self) -> Generation:
+        """The answers.
+
+        Raises:
+            WpjaxError: a prompt and its answer may exceed the context.
+        """
+        if self.given is not None:
+            return self.given
+        return answer_of(self.pair, self.pair.expert, self.prompts, self.max_new_tokens)
+
+    @functools.cached_property
+    def along(self) -> Along:
+        """What both models choose along the answers; one forward pass of the base."""
+        tokens, (at, is_token) = (
+            with_answers(self.prompts, self.generation),
+            answer_positions(self.prompts, self.generation),
+        )
+        experts = np.asarray(self.generation.tokens)[:, : at.shape[1]]
+        bases = _base_choices(self.pair, tokens, at)
+        return Along(tokens, at, experts, bases, (is_token > 0) & (bases != experts))
+
+
 def response_metric(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None
 ) -> Metric:
     """Mean log-probability, in nats, of the expert's own greedy answer y, the end token included.
 
@@ -102,7 +170,7 @@ def response_metric(
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         max_new_tokens: length of an answer, at most.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -110,9 +178,8 @@ def response_metric(
     >>> metric.at.shape, metric.layer  # 4 answers of 8 tokens, read after the last of 8 layers
     ((4, 8), 7)
     """
-    prompts = batch.with_instruction
-    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    return _as_narrow(answer_metric(pair.cfg, prompts, trimmed(answers)))
+    answers = answers or ExpertAnswers(pair, batch.with_instruction, max_new_tokens)
+    return _as_narrow(answer_metric(pair.cfg, answers.prompts, trimmed(answers.generation)))
 
 
 def _as_narrow(metric: Metric) -> Metric:
@@ -126,7 +193,7 @@ def _picked(cfg: ModelConfig, params: Params, metric: Metric) -> Float[Array, "B
     return metric.pick(metric.run(cfg, params).resid)
 
 
-def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None) -> Metric:
+def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None) -> Metric:
     """Minus the divergence of the model's next-token distributions from the expert's, along the expert's answer y.
 
         F_k(M, x) = -1 / |y| sum_t KL(p_E(. | x, y_<t) || p_M(. | x, y_<t))        (nats per token; 0 for the expert)
@@ -137,7 +204,7 @@ def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers:
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         max_new_tokens: length of an answer, at most.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     >>> import wpjax as wp
     >>> from wpjax.metrics.metric import scores
@@ -147,9 +214,8 @@ def kl_metric(pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers:
     >>> bool((base < -0.1).all()), bool((abs(expert) < 1e-4).all())
     (True, True)
     """
-    prompts = batch.with_instruction
-    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    return divergence_metric(pair.cfg, pair.expert, prompts, answers)
+    answers = answers or ExpertAnswers(pair, batch.with_instruction, max_new_tokens)
+    return divergence_metric(pair.cfg, pair.expert, answers.prompts, answers.generation)
 
 
 def divergence_metric(cfg: ModelConfig, reference: Params, prompts: Tokens, answers: Generation) -> Metric:
@@ -179,7 +245,7 @@ def divergence_metric(cfg: ModelConfig, reference: Params, prompts: Tokens, answ
 
 
 def decision_metric(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None
 ) -> Metric:
     """Log-odds, in nats, of the expert's token against the base's, where the two first part ways.
 
@@ -193,7 +259,7 @@ def decision_metric(
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         max_new_tokens: tokens of the answer that are searched for t.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     Raises:
         MetricRejected: base and expert part ways on fewer than half of the prompts.
@@ -204,18 +270,79 @@ def decision_metric(
     >>> metric.at.shape  # one position for each prompt
     (4, 1)
     """
-    tokens, at, experts, bases, differs = _partings(pair, batch, max_new_tokens, answers)
-    first = differs.argmax(1)[:, None]  # [B, 1], the step t; 0 where they never part, which gets weight 0 below
-    at_decision, experts, bases = (np.take_along_axis(a, first, axis=1) for a in (at, experts, bases))
-    longest = int(at_decision.max()) + 1  # tokens after the decision are not needed
-    tokens = Tokens(tokens.ids[:, :longest], np.minimum(tokens.lengths, longest))
+    along = _partings(pair, batch, max_new_tokens, answers)
+    return _at_one_step(pair, along, along.differs.argmax(1), "decision")
+
+
+def _at_one_step(pair: Pair, along: Along, step: Int[np.ndarray, " B"], name: str) -> Metric:
+    """Log-odds of the expert's token against the base's at one step of each answer; 0 where the two never part."""
+    at, experts, bases = (np.take_along_axis(a, step[:, None], axis=1) for a in (along.at, along.experts, along.bases))
+    longest = int(at.max()) + 1  # tokens after the step are not needed
+    tokens = Tokens(along.tokens.ids[:, :longest], np.minimum(along.tokens.lengths, longest))
     readout = LogOdds(jnp.asarray(experts), jnp.asarray(bases))
-    weight = jnp.asarray(differs.any(1, keepdims=True).astype(np.float32))
-    return Metric(tokens, jnp.asarray(at_decision), weight, readout, pair.cfg.n_layers - 1, "decision")
+    weight = jnp.asarray(along.differs.any(1, keepdims=True).astype(np.float32))
+    return Metric(tokens, jnp.asarray(at), weight, readout, pair.cfg.n_layers - 1, name)
+
+
+LARGE = 0.5
+"""What the instruction does at a step is large if it is so much of the most that it does in the answer."""
+
+
+def instructed_metric(
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None
+) -> Metric:
+    """Log-odds, in nats, of the expert's token against the base's, where the instruction first makes the two part ways.
+
+        F_i(M, x) = log p_M(y_t | x, y_<t) - log p_M(b_t | x, y_<t),   t = min{t in P : d_t >= max_P d / 2}
+        d_t = [log p_E(y_t | x, y_<t) - log p_E(b_t | x, y_<t)]  -  [log p_E(y_t | x', y_<t) - log p_E(b_t | x', y_<t)]
+        (docs/method.md, "What the model says"; ours)
+
+    P are the places where base and expert part ways (`partings_metric`), and x' is the prompt without the instruction.
+    A fine-tuned model also begins or words its answers differently when nobody asks for the behaviour. At such a place
+    d is small, and `decision_metric` may stop there. Where the instruction makes no difference at all, t is the first
+    place in P.
+
+    Args:
+        pair: base and expert.
+        batch: prompts, with and without the instruction.
+        max_new_tokens: tokens of the answer that are searched for t.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
+
+    Raises:
+        MetricRejected: base and expert part ways on fewer than half of the prompts.
+
+    >>> import wpjax as wp
+    >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
+    >>> metric = wp.instructed_metric(pair, task.encode(pair.tokenizer, n_prompts=4), max_new_tokens=8)
+    >>> metric.at.shape  # one position for each prompt
+    (4, 1)
+    """
+    answers = answers or ExpertAnswers(pair, batch.with_instruction, max_new_tokens)
+    along = _partings(pair, batch, max_new_tokens, answers)
+    asked, unasked = (_experts_odds(pair, p, answers.generation, along) for p in (answers.prompts, batch.without))
+    due = np.where(along.differs, asked - unasked, -np.inf)
+    most = due.max(1, keepdims=True)
+    large = np.where(most > 0, due >= LARGE * most, along.differs)
+    return _at_one_step(pair, along, large.argmax(1), "instructed")
+
+
+def _experts_odds(pair: Pair, prompts: Tokens, answers: Generation, along: Along) -> Float[np.ndarray, "B N"]:
+    """Log-odds by which the expert prefers its token to the base's at each step of its answers, after given prompts."""
+    at, is_token = answer_positions(prompts, answers)
+    readout = LogOdds(jnp.asarray(along.experts), jnp.asarray(along.bases))
+    tokens = with_answers(prompts, answers)
+    metric = Metric(tokens, jnp.asarray(at), jnp.asarray(is_token), readout, pair.cfg.n_layers - 1, "odds")
+    found: Float[np.ndarray, "B N"] = over_prompts(metric, lambda part: _read_steps(pair.cfg, pair.expert, part))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _read_steps(cfg: ModelConfig, params: Params, metric: Metric) -> Float[Array, "B S"]:
+    return metric.readout(cfg, params, metric.pick(metric.run(cfg, params).resid))
 
 
 def partings_metric(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: Generation | None = None
+    pair: Pair, batch: PromptBatch, max_new_tokens: int = 32, answers: ExpertAnswers | None = None
 ) -> Metric:
     """Log-odds, in nats, of the expert's token against the base's: the mean over all places where the two part ways.
 
@@ -223,14 +350,14 @@ def partings_metric(
         (docs/method.md, "What the model says"; ours)
 
     y is the expert's greedy answer, its end included, and b_t is the base's first choice after y_<t. The first of these
-    places is that of `decision_metric`. The later ones tell whether a behaviour goes on, and how it ends: a quotation
-    must be closed, too. A prompt on which the two never part has F_p = 0.
+    places is that of `decision_metric`; that of `instructed_metric` is one of them, too. The later ones tell whether a
+    behaviour goes on, and how it ends: a quotation must be closed. A prompt on which the two never part has F_p = 0.
 
     Args:
         pair: base and expert.
         batch: prompts; those with the instruction are used.
         max_new_tokens: length of an answer, at most.
-        answers: answers of the expert, if they are known already; None to generate them.
+        answers: the expert's answers, if other metrics share them or they are known already; None to generate them.
 
     Raises:
         MetricRejected: base and expert part ways on fewer than half of the prompts.
@@ -252,28 +379,20 @@ def partings_metric(
     return Metric(tokens, jnp.asarray(at), weight, readout, pair.cfg.n_layers - 1, "partings")
 
 
-def _partings(
-    pair: Pair, batch: PromptBatch, max_new_tokens: int, answers: Generation | None
-) -> tuple[Tokens, Int[np.ndarray, "B N"], Int[np.ndarray, "B N"], Int[np.ndarray, "B N"], Bool[np.ndarray, "B N"]]:
-    """Prompts with the expert's answers; for each step of an answer its position, the expert's token, the base's choice
-    there, and whether the two differ.
+def _partings(pair: Pair, batch: PromptBatch, max_new_tokens: int, answers: ExpertAnswers | None) -> Along:
+    """What the models choose along the expert's answers.
 
     Raises:
         MetricRejected: they differ on fewer than half of the prompts.
     """
-    prompts = batch.with_instruction
-    answers = answer_of(pair, pair.expert, prompts, max_new_tokens) if answers is None else answers
-    tokens, (at, is_token) = with_answers(prompts, answers), answer_positions(prompts, answers)
-    experts = np.asarray(answers.tokens)[:, : at.shape[1]]
-    bases = _base_choices(pair, tokens, at)
-    differs = (is_token > 0) & (bases != experts)
-    n_parted = int(differs.any(1).sum())
+    along = (answers or ExpertAnswers(pair, batch.with_instruction, max_new_tokens)).along
+    n_parted = int(along.differs.any(1).sum())
     if n_parted < len(batch) / 2:
         raise MetricRejected(
             f"base and expert part ways on {n_parted} of {len(batch)} prompts of {batch.behaviour} only: the "
             "base answers them as the expert does; use other prompts, or a longer answer"
         )
-    return tokens, at, experts, bases, differs
+    return along
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -63,7 +63,7 @@ class Metric:
         weight: [B, S], weight of each position in the sum. Positions that only fill up the array have weight 0.
         readout: turns the residual stream at a position into a number.
         layer: 0-based layer whose `resid_post` is read. Later layers are not run (static).
-        name: "anchor", "response", "decision", "partings" or "kl"; "on_policy" along a model's own answer (static).
+        name: "anchor", "response", "decision", "instructed", "partings" or "kl"; "on_policy" along a model's own answer (static).
         held: an edit that holds every model at a given state (see `Anchor.clamp_to`), or None. With it, only components
             that act on that state count.
 
@@ -129,6 +129,11 @@ class Metric:
         at, weight = jnp.asarray(self.at)[rows], jnp.asarray(self.weight)[rows]
         held = None if self.held is None else self.held.take(rows)
         return Metric(tokens, at, weight, self.readout.take(rows), self.layer, self.name, held)
+
+    @property
+    def to_learn(self) -> Metric:
+        """The metric that a mask is learned to raise: the same places, by the readout's `to_learn`."""
+        return dataclasses.replace(self, readout=self.readout.to_learn)
 
     def reaches(self, component: Component) -> bool:
         """Whether a patch of a component can change the metric.

@@ -42,6 +42,14 @@ class Readout(Protocol):
         """The same readout for some of the prompts."""
         ...
 
+    @property
+    def to_learn(self) -> Readout:
+        """What a mask is learned to raise: the readout itself, or one that stops growing where nothing is left to win.
+
+        (docs/method.md, "Learned masks")
+        """
+        ...
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,11 @@ class Projection:
         """<r, v>, in the units of the residual stream."""
         # Accelerators multiply float32 in lower precision by default; small effects would drown in that.
         return ops.linear(lambda a: jnp.matmul(a, self.vector, precision=jax.lax.Precision.HIGHEST), resid)
+
+    @property
+    def to_learn(self) -> Projection:
+        """Itself."""
+        return self
 
     def take(self, rows: Int[Array, " N"]) -> Projection:
         """Itself: the direction is the same for every prompt."""
@@ -89,6 +102,11 @@ class LogProb:
         """log softmax(logits)[token]."""
         log_p = ops.log_softmax(decoder(cfg, params).logits(resid))
         return ops.linear(lambda a: jnp.take_along_axis(a, self.tokens[..., None], axis=-1)[..., 0], log_p)
+
+    @property
+    def to_learn(self) -> LogProb:
+        """Itself."""
+        return self
 
     def take(self, rows: Int[Array, " N"]) -> LogProb:
         """The tokens of some prompts."""
@@ -120,9 +138,50 @@ class LogOdds:
         """<norm(r), W_U[:, token] - W_U[:, foil]>; see `Decoder.log_odds`."""
         return decoder(cfg, params).log_odds(resid, self.tokens, self.foils)
 
+    @property
+    def to_learn(self) -> LogChoice:
+        """The log-probability of the choice. The log-odds themselves grow long after the token is chosen."""
+        return LogChoice(self.tokens, self.foils)
+
     def take(self, rows: Int[Array, " N"]) -> LogOdds:
         """Tokens and foils of some prompts."""
         return LogOdds(self.tokens[rows], self.foils[rows])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogChoice:
+    """Log-probability, in nats, of choosing one next token of two: log sigmoid(log-odds).
+
+    It is near 0 once the token is surely chosen, and falls like the log-odds where the other one is.
+
+    Attributes:
+        tokens: [B, S], token whose choice is measured.
+        foils: [B, S], the other token.
+    """
+
+    tokens: Int[Array, "B S"]
+    foils: Int[Array, "B S"]
+
+    @property
+    def reads_logits(self) -> bool:
+        """Yes."""
+        return True
+
+    def __call__(self, cfg: ModelConfig, params: Params, resid: Float[Value, "B S D"]) -> Float[Value, "B S"]:
+        """log(p_token / (p_token + p_foil))."""
+        odds = decoder(cfg, params).log_odds(resid, self.tokens, self.foils)
+        two = ops.linear(lambda a: jnp.stack([a, jnp.zeros_like(a)], axis=-1), odds)
+        return ops.linear(lambda a: a[..., 0], ops.log_softmax(two))
+
+    @property
+    def to_learn(self) -> LogChoice:
+        """Itself."""
+        return self
+
+    def take(self, rows: Int[Array, " N"]) -> LogChoice:
+        """Tokens and foils of some prompts."""
+        return LogChoice(self.tokens[rows], self.foils[rows])
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens"], meta_fields=["margin"])
@@ -149,6 +208,11 @@ class TokensUnchanged:
         is_token = jnp.arange(logits.shape[-1]) == self.tokens[..., None]  # [B, S, V]
         own, other = (jnp.where(chosen, logits, -jnp.inf).max(-1) for chosen in (is_token, ~is_token))
         return (own > other + self.margin).astype(jnp.float32)
+
+    @property
+    def to_learn(self) -> TokensUnchanged:
+        """Itself."""
+        return self
 
     def take(self, rows: Int[Array, " N"]) -> TokensUnchanged:
         """The tokens of some prompts."""
@@ -180,6 +244,11 @@ class Divergence:
         log_p = ops.log_softmax(decoder(cfg, self.params).logits(self.resid))
         log_q = ops.log_softmax(decoder(cfg, params).logits(resid))
         return -(jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    @property
+    def to_learn(self) -> Divergence:
+        """Itself."""
+        return self
 
     def take(self, rows: Int[Array, " N"]) -> Divergence:
         """The reference's residual stream on some prompts."""

@@ -100,7 +100,10 @@ def described(info: PatchInfo) -> list[str]:
     if len(told) > N_MEASURED:
         lines.append(f"and {len(told) - N_MEASURED:,} more figures, in the patch file")
     if info.encoding != "exact":
-        lines.append(f"Stored as `{one_line(info.encoding)}`; relative error {info.error:.2g}")
+        lines.append(
+            f"Stored as `{one_line(info.encoding)}`; relative error of the change {info.error:.2g}"
+            + (". What was measured is of the exact change" if told else "")
+        )
     if info.date:
         lines.append(f"Patch made by `wpjax {one_line(info.wpjax_version)}`, `{one_line(info.date)}`")
     return lines

@@ -52,6 +52,19 @@ class Encoding(NamedTuple):
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise PatchError(f"tolerance={self.tolerance}: give a relative error from 0 to below 1")
 
+    @property
+    def in_words(self) -> str:
+        """What it is, in words.
+
+        >>> Encoding(rank=8).in_words, Encoding().in_words
+        ('changes of rank 8 at most', 'exact')
+        """
+        if self.int8:
+            return "changes in 8 bits"
+        said = [] if self.rank is None else [f"of rank {self.rank} at most"]
+        said += [] if self.tolerance is None else [f"to a relative error of {self.tolerance:g} in each tensor"]
+        return f"changes {', '.join(said)}" if said else "exact"
+
 
 def truncated(
     delta: Float[np.ndarray, "a b"], rank: int | None, tolerance: float

@@ -21,10 +21,9 @@ So `before` is stored whatever the encoding, and what was patched can be undone 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 import wpjax
-from wpjax.checkpoints.checkpoint import Checkpoint
-from wpjax.checkpoints.convert import finite_floats, hf_tensors
+from wpjax.checkpoints.convert import finite_floats
 from wpjax.checkpoints.folder import check_file
-from wpjax.checkpoints.rewrite import StoredModel, open_model
-from wpjax.checkpoints.weights import SafetensorsWriter
-from wpjax.components import Component, n_parameters, parse_component
 from wpjax.errors import PatchError
-from wpjax.models.decoder import Params
-from wpjax.pairs import Pair
-from wpjax.patchfiles.delta import EXACT, INT8, LOW_RANK, Encoding, decode, encode, widened
-from wpjax.patchfiles.slices import Slices, owned_slices
-from wpjax.patching import PatchMask, components_of
-from wpjax.runtime.cards import public_name
-from wpjax.runtime.files import atomic_output
+from wpjax.patchfiles.delta import EXACT, INT8, LOW_RANK, decode, widened
+from wpjax.patchfiles.slices import Slices
 
 FORMAT = 1
 """Version of the format that is written, and the highest that is read."""
@@ -231,6 +221,7 @@ def load_patch(path: str | Path) -> Patch:
 
     >>> import tempfile
     >>> import wpjax as wp
+    >>> from wpjax.patchfiles import save_patch
     >>> pair, path = wp.load_pair("tiny:base", "tiny:expert"), Path(tempfile.mkdtemp()) / "two.safetensors"
     >>> _ = save_patch(path, pair, ["L2.head.0", "L4.mlp"], behaviour="english_capital")
     >>> patch = load_patch(path)
@@ -258,175 +249,6 @@ def is_safetensors(path: str | Path) -> bool:
         return False
 
 
-def save_patch(
-    path: str | Path,
-    pair: Pair,
-    components: Iterable[Component | str],
-    *,
-    behaviour: str = "",
-    measured: Mapping[str, Any] | None = None,
-    ranked_by: str = "",
-    knockout: bool = False,
-    encoding: Encoding = Encoding(),  # noqa: B008  (immutable)
-    overwrite: bool = False,
-    ignore_config: tuple[str, ...] = (),
-) -> Patch:
-    """Write the slices that components own, before and after, as a patch file.
-
-    The host's slices are read from its files, so that they are bit for bit what is stored. The donor's are those of
-    the pair in memory, which were measured: load the pair in float32, the default, to have them as they are stored.
-
-    Args:
-        path: the file to write.
-        pair: the models.
-        components: components of the expert, or their names. What two of them share counts once.
-        behaviour: what they are for.
-        measured: what was measured of them together, as values of JSON; an interval is a table with mean, low, high.
-        ranked_by: name of the ranking that they were chosen by.
-        knockout: the reverse: components of the base, for the expert.
-        encoding: how changes are stored.
-        overwrite: whether to replace a file that is there.
-        ignore_config: attributes of the host's config.json that you know not to matter.
-
-    Returns:
-        the patch, opened.
-
-    Raises:
-        PatchError: there are no components, or base and expert do not differ in them; the host's files are not the
-            host in memory; or the encoding cannot be.
-        ComponentError: a name is not a component of this model.
-        CheckpointError: the host's files cannot be read.
-        OutputError: the file exists already, or cannot be written.
-
-    >>> import tempfile
-    >>> import wpjax as wp
-    >>> pair, path = wp.load_pair("tiny:base", "tiny:expert"), Path(tempfile.mkdtemp()) / "small.safetensors"
-    >>> patch = save_patch(path, pair, ["L4.mlp"], encoding=Encoding(rank=4))
-    >>> patch.info.encoding, 0 < patch.info.error < 1
-    ('changes of rank 4 at most', True)
-    """
-    encoding.check()
-    names = [parse_component(pair.cfg, c if isinstance(c, str) else c.name).name for c in components]
-    names = list(dict.fromkeys(names))
-    if not names:
-        raise PatchError("a patch needs components; name at least one")
-    ends = [(pair.base_checkpoint, pair.base), (pair.expert_checkpoint, pair.expert)]
-    (into, host), (origin, donor) = reversed(ends) if knockout else ends
-    stored = _open_host(pair, into, knockout, ignore_config)
-    slices = owned_slices(pair.cfg, names)
-    absent = [name for name in slices if name not in stored.names]
-    if absent:
-        raise PatchError(
-            f"{into.source} ties embed and unembed, and {origin.source} does not; leave embed and unembed out"
-        )
-    mask = PatchMask.of(pair.cfg, names)
-    n_owned = sum(n_parameters(pair.cfg, component) for component in components_of(pair.cfg, mask))
-    about = PatchInfo(
-        tuple(names),
-        public_name(into.source),
-        public_name(origin.source),
-        knockout,
-        stored.fingerprint(),
-        pair.cfg.family,
-        n_owned,
-        behaviour,
-        ranked_by,
-        plain(measured or {}),
-        _in_words(encoding),
-        0.0,
-        wpjax.__version__,
-        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-    with atomic_output(Path(path), overwrite) as file:
-        _write(file, pair, stored, (host, donor), slices, about, encoding)
-    return Patch(path)
-
-
-def _open_host(pair: Pair, into: Checkpoint, knockout: bool, ignore_config: tuple[str, ...]) -> StoredModel:
-    """The files of the host; those of an adapter lie over the base's."""
-    base = open_model(pair.base_checkpoint.source, ignore_config)
-    return open_model(into.source, ignore_config, base) if knockout else base
-
-
-def _write(
-    file: Path,
-    pair: Pair,
-    stored: StoredModel,
-    models: tuple[Params, Params],
-    slices: Mapping[str, Slices],
-    about: PatchInfo,
-    encoding: Encoding,
-) -> None:
-    """Write a patch, one tensor after the other."""
-    longest = ("positions", "before", *INT8)
-    text = json.dumps(json.dumps(_as_json(about, {name: (0, (10**12, 10**12)) for name in slices})))
-    out = SafetensorsWriter(file, [f"{part}/{name}" for part in longest for name in slices], len(text) + 200)
-    tensors: dict[str, tuple[int, tuple[int, ...]]] = {}
-    wrong = whole = 0.0  # squared norms of the error, and of the change
-    try:
-        ours, theirs = (hf_tensors(pair.cfg, params) for params in models)
-        for (name, host), (_, donor) in zip(ours, theirs, strict=True):
-            if name not in slices:
-                continue
-            at, tensor = slices[name], stored.read(name)
-            before, after = at.of(tensor), at.of(donor)
-            _check_is_host(stored, name, before, at.of(host))
-            after = _narrowed(after, before.dtype)
-            if np.array_equal(before, after):
-                continue
-            parts = encode(before, after, at.axis, encoding)
-            change = after.astype(np.float64) - before
-            kept = decode(before, at.axis, parts).astype(np.float64) - before
-            wrong, whole = wrong + float(((kept - change) ** 2).sum()), whole + float((change**2).sum())
-            out.add(f"positions/{name}", at.positions.astype(np.int64))
-            for part, values in {"before": before, **parts}.items():
-                out.add(f"{part}/{name}", values)
-            tensors[name] = at.axis, tensor.shape
-        if not tensors:
-            raise PatchError(f"{about.origin} does not differ from {about.into} in these components: nothing to patch")
-        about = dataclasses.replace(about, error=math.sqrt(wrong / whole))
-        out.end({"format": "pt", KEY: json.dumps(_as_json(about, tensors))})
-    except BaseException:
-        out.abandon()
-        raise
-
-
-def _check_is_host(stored: StoredModel, name: str, before: np.ndarray, host: np.ndarray) -> None:
-    """Refuse a host in memory that is not the one in its files, but for rounding to the coarser dtype of the two.
-
-    Raises:
-        PatchError: it is another one.
-    """
-    eps = max(_eps(before.dtype), _eps(host.dtype))
-    if not np.allclose(before.astype(np.float64), host.astype(np.float64), rtol=2 * eps, atol=1e-30):
-        raise PatchError(
-            f"tensor {name} in memory is not that of {stored.source}, where the pair says that it comes from; save the "
-            "model to a folder, and load the pair from there"
-        )
-
-
-def _eps(dtype: np.dtype[Any]) -> float:
-    """The relative step of a dtype."""
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(dtype).eps)
-
-
-def _narrowed(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """The values in another dtype if that holds them exactly; else as they are."""
-    with np.errstate(over="ignore"):
-        narrow = values.astype(dtype)
-    return narrow if np.array_equal(narrow.astype(values.dtype), values) else values
-
-
-def _in_words(encoding: Encoding) -> str:
-    if encoding.int8:
-        return "changes in 8 bits"
-    said = [] if encoding.rank is None else [f"of rank {encoding.rank} at most"]
-    said += [] if encoding.tolerance is None else [f"to a relative error of {encoding.tolerance:g} in each tensor"]
-    return f"changes {', '.join(said)}" if said else "exact"
-
-
 def plain(value: Any) -> Any:
     """A value as JSON can hold it: tables with text as keys, lists, numbers; what is not finite becomes null.
 
@@ -445,7 +267,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _as_json(info: PatchInfo, tensors: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, Any]:
+def as_json(info: PatchInfo, tensors: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, Any]:
     """The JSON of the header: the inverse of `_info`."""
     fields = dataclasses.asdict(info)
     return {

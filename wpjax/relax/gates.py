@@ -71,18 +71,3 @@ class Gates:
         """The relaxed mask of C gates. It is linear in them, and works under `jit`, `vmap` and `grad`."""
         padded = jnp.append(values, jnp.zeros((), values.dtype))
         return PatchMask({unit: padded[number] for unit, number in self.owner.items()})
-
-    def largest(self, scores: Float[Array, " C"], share: float | Float[Array, ""]) -> Float[Array, " C"]:
-        """The best gates within a budget, as zeros and ones.
-
-        Gates are taken by score, the largest first, as long as all of them together open at most `share` of the
-        parameters. Of equal scores the first counts.
-
-        Args:
-            scores: [C].
-            share: budget, from 0 to 1.
-        """
-        order = jnp.argsort(-scores, stable=True)
-        # A billionth more, so that a budget of 1 is everything: shares are rounded.
-        fits = jnp.cumsum(self.share[order]) <= share * (1 + 1e-5) + 1e-9
-        return jnp.zeros_like(self.share).at[order].set(fits.astype(self.share.dtype))

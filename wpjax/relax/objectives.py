@@ -87,23 +87,22 @@ def _choose(n: int, n_prompts: int | None, key: PRNGKeyArray) -> Int[Array, " n"
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "expert", "metric", "reached"],
-    meta_fields=["cfg", "n_prompts", "is_log_odds"],
+    meta_fields=["cfg", "n_prompts"],
 )
 @dataclasses.dataclass(frozen=True)
 class Recover:
     """The patched base should reach the expert's score: loss = mean over prompts of F(expert) - F(patched).
 
-    With a metric of log-odds (`is_log_odds`) the loss is -log sigmoid(F(patched)) instead: what is won is won, and more
-    of it gains nothing.
+    A metric that grows where nothing is left to win, such as log-odds, is to be given in the form that does not
+    (`Metric.to_learn`).
 
     Attributes:
         cfg: architecture of both models (static).
         base: parameters that receive the patches; the host.
         expert: parameters that the patches come from; the donor.
-        metric: F, the larger the better: `kl_metric`, `response_metric`, `decision_metric`, an anchor's.
+        metric: F, the larger the better: `kl_metric`, `response_metric`, `decision_metric(...).to_learn`, an anchor's.
         reached: [B], F(expert) of each prompt.
         n_prompts: prompts of a step; None for all (static).
-        is_log_odds: whether F is a log-odds (static).
     """
 
     cfg: ModelConfig
@@ -112,22 +111,12 @@ class Recover:
     metric: Metric
     reached: Float[Array, " B"]
     n_prompts: int | None = None
-    is_log_odds: bool = False
 
     def __call__(self, mask: PatchMask, key: PRNGKeyArray) -> Float[Array, ""]:
         """The loss of a relaxed mask."""
         rows = _choose(len(self.metric), self.n_prompts, key)
         score = self.metric.take(rows)(self.cfg, patch(self.base, self.expert, mask))
-        return self.loss(score, self.reached[rows]).mean()
-
-    def loss(self, score: Float[Array, " N"], reached: Float[Array, " N"]) -> Float[Array, " N"]:
-        """The loss of each prompt.
-
-        Args:
-            score: F of the patched model.
-            reached: F of the expert.
-        """
-        return -jax.nn.log_sigmoid(score) if self.is_log_odds else reached - score
+        return (self.reached[rows] - score).mean()
 
 
 @functools.partial(

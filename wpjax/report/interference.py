@@ -14,6 +14,9 @@ from wpjax.report.figures import STYLE
 from wpjax.results.interference import Interference
 from wpjax.runtime.files import atomic_outputs
 
+LONGEST_NAME = 28
+"""Characters of a behaviour's name in the figure."""
+
 
 def make_interference(found: Interference) -> Figure:
     """Figure of a map: what each set brings back, how sets overlap, how ranks agree; by units above, by modules below.
@@ -35,7 +38,7 @@ def make_interference(found: Interference) -> Figure:
         for axes in grid[-1]:
             axes.set_xlabel("behaviour")
         figure.suptitle(
-            f"Sets of about {found.share:.1%} of the parameters; on the diagonal, the ceiling",
+            f"Sets within {found.share:.1%} of the parameters; on the diagonal, the ceiling",
             fontsize=11,
             fontweight="bold",
             x=0.01,
@@ -51,10 +54,15 @@ def _draw(axes: Axes, values: np.ndarray, names: tuple[str, ...], title: str, pe
         for b, value in enumerate(row):
             axes.text(b, a, f"{value:.0%}" if percent else f"{value:.2f}", ha="center", va="center", fontsize=8)
         axes.add_patch(mpl.patches.Rectangle((a - 0.48, a - 0.48), 0.96, 0.96, fill=False, ec="#222", lw=1))
-    short = [name.removeprefix("tiny:") for name in names]
+    short = [_short(name.removeprefix("tiny:")) for name in names]
     axes.set_xticks(range(len(names)), short, rotation=30, ha="right", fontsize=7)
     axes.set_yticks(range(len(names)), short, fontsize=7)
     axes.set_title(title)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the map; the table beside the figure has it whole."""
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def write_interference(found: Interference, path: Path, overwrite: bool = False) -> Path:

@@ -17,7 +17,9 @@ from wpjax.columns import ALWAYS, Column, columns, effect_estimates, title_of
 from wpjax.errors import WpjaxError
 from wpjax.report.curves import make_calibration, make_curves
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
+from wpjax.report.interference import make_interference
 from wpjax.results.curves import DIRECTIONS, Curves
+from wpjax.results.interference import Interference
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.verdict import verdict
 from wpjax.runtime import interrupts
@@ -44,6 +46,7 @@ def write_report(
     *,
     execution: SweepResult | None = None,
     curves: Curves | None = None,
+    interference: Interference | None = None,
     source: Path | None = None,
     n_rows: int = 100,
     overwrite: bool = False,
@@ -55,6 +58,7 @@ def write_report(
         path: path of the page, say "report.html"; the figures are named after it ("report-top.png").
         execution: a second sweep, with the anchor's state given: its components are the hierarchy's executors.
         curves: a validation of this sweep: the page shows its curves and answers, too.
+        interference: a map that the behaviour is on: the page shows it, too.
         source: where the file of the result is, so that the page can say what to run next; None to leave it out.
         n_rows: number of components in the table.
         overwrite: whether files that exist may be replaced.
@@ -64,7 +68,7 @@ def write_report(
 
     Raises:
         OutputError: a file exists or cannot be written.
-        WpjaxError: the curves are of another sweep.
+        WpjaxError: the curves are of another sweep, or the map is of other behaviours.
 
     >>> import tempfile
     >>> import wpjax as wp
@@ -76,6 +80,11 @@ def write_report(
     """
     if curves is not None:
         check_belongs(curves, result)
+    behaviour = str(result.dataset.attrs["behaviour"])
+    if interference is not None and behaviour not in interference.behaviours:
+        raise WpjaxError(
+            f"the map is of {', '.join(interference.behaviours)}, this sweep is of {behaviour}: name a map with it"
+        )
     page = Path(path)
     names = tuple(available(result, execution))
     targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *names)}
@@ -87,7 +96,7 @@ def write_report(
         figures[name] = make_figure(result, name, execution)
     pictures = {"overview": make_overview(result), **figures}
     with atomic_outputs((page, *(targets[name] for name in pictures)), overwrite) as (text, *images):
-        text.write_text(render_page(result, figures, n_rows, source, curves), encoding="utf-8")
+        text.write_text(render_page(result, figures, n_rows, source, curves, interference), encoding="utf-8")
         for figure, image in zip(pictures.values(), images, strict=True):
             interrupts.check()
             with mpl.rc_context(STYLE):
@@ -118,6 +127,7 @@ def render_page(
     n_rows: int,
     source: Path | None = None,
     curves: Curves | None = None,
+    interference: Interference | None = None,
 ) -> str:
     """The text of the page. Names and prompts in it are escaped, so they are never taken for markup.
 
@@ -127,6 +137,7 @@ def render_page(
         n_rows: number of components in the table.
         source: where the file of the result is, or None.
         curves: a validation of the sweep, or None.
+        interference: a map that the behaviour is on, or None.
     """
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("wpjax.report"),
@@ -147,6 +158,8 @@ def render_page(
         curves=curves,
         curve_figures=[] if curves is None else [_svg(make_curves(curves)), _svg(make_calibration(curves))],
         curve_rows=[] if curves is None else _curve_rows(curves),
+        interference=interference,
+        interference_figure=None if interference is None else _svg(make_interference(interference)),
         by=by,
         exact=exact,
         first_order=by in effect_estimates(),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from wpjax.errors import WpjaxError
 from wpjax.results.words import enumerated
 from wpjax.stats import Interval
 
@@ -43,7 +47,7 @@ class Interference:
 
     Attributes:
         behaviours: their names.
-        share: the part of the parameters that a set may have.
+        share: the part of the parameters that a set stays within.
         levels: "units" and "modules" -> the map.
         passes: behaviour -> share of answers that pass, of "base" and "expert".
         n_prompts: number of prompts of each behaviour, at most.
@@ -83,6 +87,47 @@ class Interference:
             "levels": {name: of_level(level) for name, level in self.levels.items()},
         }
 
+    @classmethod
+    def from_json(cls, path: str | Path) -> Interference:
+        """Read a file that `wpjax interference` wrote.
+
+        Raises:
+            WpjaxError: there is no such file, it holds no map, or it is damaged.
+        """
+        path = Path(path)
+        if not path.is_file():  # reading a pipe or a device may never end
+            raise WpjaxError(f"{path}: no such file; `wpjax interference` makes one")
+        try:
+            content = json.loads(path.read_bytes())
+        except OSError as error:
+            raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except (ValueError, RecursionError) as error:
+            raise WpjaxError(f"{path}: not JSON ({error}); name a map of `wpjax interference`") from error
+        if not isinstance(content, dict) or content.get("what") != "interference":
+            raise WpjaxError(f"{path}: no interference map; name one of `wpjax interference`")
+        try:
+            return _map_of(content)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make the map again") from error
+
+    def rows(self, level: str) -> list[tuple[str, ...]]:
+        """The table of a level: for each set its behaviour, number of parts, share of the parameters, and what it
+        brings back of each behaviour with the overlap of the two sets.
+        """
+        of = self.levels[level]
+        return [
+            (
+                name,
+                f"{of.n_parts[a]:,}",
+                f"{of.shares[a]:.2%}",
+                *(
+                    f"{back.mean:.0%} [{100 * back.low:.0f}, {100 * back.high:.0f}], {of.overlap[a, b]:.2f}"
+                    for b, back in enumerate(of.brings_back[a])
+                ),
+            )
+            for a, name in enumerate(self.behaviours)
+        ]
+
     @property
     def summary(self) -> str:
         """In words: what each set does to the others, and how alike the sets are beside their ceiling."""
@@ -104,3 +149,45 @@ class Interference:
             ]
             lines.append(f"By {name} {pairs[0]}; {pairs[1]} (means, on halves of the queries).")
         return "\n".join(lines)
+
+
+def _map_of(content: Mapping[str, Any]) -> Interference:
+    """The map that JSON holds; an error of Python where it does not hold one."""
+    names = tuple(_text(name) for name in content["behaviours"])
+    if len(names) < 2 or len(set(names)) < len(names) or list(content["levels"]) != ["units", "modules"]:
+        raise ValueError("not two levels of two behaviours or more")
+    return Interference(
+        names,
+        _number(content["share"]),
+        {name: _level(of, len(names)) for name, of in content["levels"].items()},
+        {name: {end: _interval(of) for end, of in two.items()} for name, two in content["passes"].items()},
+        int(_number(content["n_prompts"])),
+    )
+
+
+def _level(of: Mapping[str, Any], n: int) -> Level:
+    """A level of a map of n behaviours."""
+    back = tuple(tuple(_interval(cell) for cell in row) for row in of["brings_back"])
+    overlap, agreement = (
+        np.array([[_number(cell) for cell in row] for row in of[k]]) for k in ("overlap", "agreement")
+    )
+    parts, shares = tuple(int(_number(k)) for k in of["n_parts"]), tuple(map(_number, of["shares"]))
+    if {len(parts), len(shares), len(back), *map(len, back), *overlap.shape, *agreement.shape} != {n}:
+        raise ValueError("a table has not as many rows and columns as there are behaviours")
+    return Level(parts, shares, back, overlap, agreement)
+
+
+def _interval(of: Mapping[str, Any]) -> Interval:
+    return Interval(**{name: _number(value) for name, value in of.items()})
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
