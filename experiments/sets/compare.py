@@ -95,16 +95,21 @@ class Rankings:
             self._known[key] = found / (expert - base)
         return self._known[key]
 
+    def both(self, *names: str) -> Float[np.ndarray, "C B"]:
+        """The mean of the shares of two metrics."""
+        one, other = (self.shares(name, secant_adjoint) for name in names)
+        return (one + other) / 2
+
     def set_score(self) -> Float[np.ndarray, "C B"]:
         """The mean of the shares of both metrics of the set score."""
-        return (self.shares("instructed", secant_adjoint) + self.shares("partings", secant_adjoint)) / 2
+        return self.both(*SET_METRICS)
 
     def again_and_again(self) -> Float[np.ndarray, "C 1"]:
-        """The set score, made anew each time that the patched set is twice as large, of what is left in that host."""
+        """The mean of decision and partings, made anew each time that the patched set is twice as large, of what is left in that host."""
         scored, is_open, place = np.zeros(len(self.components)), np.zeros(len(self.components), bool), 1.0
         for share in (self.sizes[0] / 2, *self.sizes, 1.0):
             host = self.patched(is_open)
-            change = np.mean([self._left(host, self.metrics[name]) for name in SET_METRICS], axis=0)
+            change = np.mean([self._left(host, self.metrics[name]) for name in ("decision", "partings")], axis=0)
             density = np.where(is_open, -np.inf, change / self.share)
             order = np.argsort(-density, kind="stable")
             new = order[: n_within(self.share[order], share - self.share[is_open].sum())]
@@ -165,7 +170,8 @@ class Rankings:
         norms = self.pair.delta_norms(self.components)[:, None]
         rankings: dict[str, Callable[[], Float[np.ndarray, "C _"]]] = {
             "set score": self.set_score,
-            "set score, made anew as the set grows": self.again_and_again,
+            "decision + partings": lambda: self.both("decision", "partings"),
+            "decision + partings, made anew as the set grows": self.again_and_again,
             "instructed, secant": lambda: self.shares("instructed", secant_adjoint),
             "decision, secant": lambda: self.shares("decision", secant_adjoint),
             "partings, secant": lambda: self.shares("partings", secant_adjoint),
@@ -174,6 +180,7 @@ class Rankings:
             "kl, secant": lambda: self.shares("kl", secant_adjoint),
             "response, secant": lambda: self.shares("response", secant_adjoint),
             "set score, not for each parameter": lambda: self.set_score() * size,
+            "decision + partings, not for each parameter": lambda: self.both("decision", "partings") * size,
             "activation patching (decision, linearised)": lambda: self.shares(
                 "decision", output_linearised, inputs="donor"
             ),

@@ -26,8 +26,8 @@ def run(
         Setting(
             "What to learn the mask for. kl: nearness to the expert, along its answers; decision: the expert's token "
             "where base and expert first part ways; instructed: where the instruction first parts them; partings: its "
-            "tokens wherever they part; response: the expert's answers; anchor: the anchor of the sweep; reward: the checker, on answers that are sampled as it learns "
-            "(slow). A sum: kl+decision.",
+            "tokens wherever they part; response: the expert's answers; anchor: the anchor of the sweep; reward: the "
+            "checker, on answers that are sampled as it learns (slow). A sum: kl+decision.",
             panel=MEASURED,
         ),
     ] = "kl",

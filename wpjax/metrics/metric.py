@@ -63,7 +63,8 @@ class Metric:
         weight: [B, S], weight of each position in the sum. Positions that only fill up the array have weight 0.
         readout: turns the residual stream at a position into a number.
         layer: 0-based layer whose `resid_post` is read. Later layers are not run (static).
-        name: "anchor", "response", "decision", "instructed", "partings" or "kl"; "on_policy" along a model's own answer (static).
+        name: "anchor", "response", "decision", "instructed", "partings" or "kl"; "on_policy" along a model's own
+            answer (static).
         held: an edit that holds every model at a given state (see `Anchor.clamp_to`), or None. With it, only components
             that act on that state count.
 
