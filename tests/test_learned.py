@@ -113,7 +113,10 @@ def test_a_reward_that_nothing_earns_is_refused(tiny_pair, prompts):
 
 def test_aims_that_cannot_work_are_refused(tiny_pair, task, prompts):
     for make, says in (
-        (lambda: Aim("loss"), "unknown objective 'loss'; objectives: response, decision, partings, kl, anchor, reward"),
+        (
+            lambda: Aim("loss"),
+            "unknown objective 'loss'; objectives: response, decision, instructed, partings, kl, anchor, reward",
+        ),
         (lambda: Aim("kl+kl"), "names one twice"),
         (lambda: Aim(direction="up"), "directions: restore, knockout, both"),
         (lambda: Aim(harm=-1), "must not be below 0"),

@@ -24,7 +24,7 @@ from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.finetuning import answer
 from wpjax.forecast import EFFICIENCY, Forecast, Pace
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import decision_metric, partings_metric
+from wpjax.metrics.answers import decision_metric, instructed_metric, partings_metric
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
 from wpjax.pairs import load_model, load_pair
@@ -58,7 +58,7 @@ def test_a_study_is_its_steps(tmp_path):
     batch = task.encode(pair.tokenizer, n_prompts=4)
     anchor = fit_anchor(pair, task, n_prompts=4, causal="skip")
     expected = sweep(pair, batch, anchor, components=NAMES, method="screen+exact")
-    expected = add_set_score(pair, expected, [decision_metric(pair, batch, 32), partings_metric(pair, batch, 32)])
+    expected = add_set_score(pair, expected, [instructed_metric(pair, batch, 32), partings_metric(pair, batch, 32)])
     expected.dataset.attrs |= {"behaviour_source": "tiny:title", "max_new_tokens": 32}
     xr.testing.assert_identical(without_times(study.result.dataset), without_times(expected.dataset))
     xr.testing.assert_identical(SweepResult.from_netcdf(tmp_path / "r.nc").dataset, study.result.dataset)

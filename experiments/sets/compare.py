@@ -105,7 +105,7 @@ class Rankings:
         return self.both(*SET_METRICS)
 
     def again_and_again(self) -> Float[np.ndarray, "C 1"]:
-        """The mean of decision and partings, made anew each time that the patched set is twice as large, of what is left in that host."""
+        """The mean of decision and partings, of what is left, made anew each time that the set is twice as large."""
         scored, is_open, place = np.zeros(len(self.components)), np.zeros(len(self.components), bool), 1.0
         for share in (self.sizes[0] / 2, *self.sizes, 1.0):
             host = self.patched(is_open)
