@@ -24,7 +24,7 @@ from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.finetuning import answer
 from wpjax.forecast import EFFICIENCY, Forecast, Pace
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import decision_metric, instructed_metric, partings_metric
+from wpjax.metrics.answers import instructed_metric, partings_metric
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
 from wpjax.pairs import load_model, load_pair

@@ -148,7 +148,7 @@ class Task:
         metrics = set_metrics(self.pair, self.ranking, 32)
         share = parameter_share(self.pair, components)
         if source == "nested mask":
-            aim = Aim("decision+partings", n_prompts=32, prompts_a_step=4)
+            aim = Aim("instructed+partings", n_prompts=32, prompts_a_step=4)
             parts = parts_of(self.pair, self.behaviour, self.ranking, aim)
             start = self.score("set score", components, steps)
             return learned_mask(self.pair, components, parts, config=RelaxConfig(steps=steps), start=start).scores
