@@ -7,8 +7,9 @@ these types (`cli/options.py`), and `check_values` their bounds. Nothing here im
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -98,6 +99,7 @@ Split = Annotated[
     ),
 ]
 Out = Annotated[Path, Setting("Where to write.")]
+OutOfSweep = Annotated[Path | None, Setting("Where to write; not with --part.")]
 Causal = Annotated[
     Literal["require", "report", "skip"],
     Setting(
@@ -185,7 +187,7 @@ class SweepConfig:
     base: Base
     expert: Expert
     behaviour: BehaviourName
-    out: Out
+    out: OutOfSweep = None
     checker: Checker = None
     split: Split = "thirds"
     anchor: Annotated[
@@ -317,10 +319,32 @@ class SweepConfig:
     profile: Annotated[
         Path | None, Setting("New folder for a JAX profile of the sweep; XProf and Perfetto open it.", panel=RUNNING)
     ] = None
+    part: Annotated[
+        str | None,
+        Setting(
+            "Do part i/n of the sweep, say 2/8, and leave the rest to other processes, with --part 1/8 to 8/8 and the "
+            "same --shards. `wpjax collect` then writes the result.",
+            panel=RUNNING,
+        ),
+    ] = None
+    shards: Annotated[
+        Path | None, Setting("Folder that all parts share; made by the first of them.", panel=RUNNING)
+    ] = None
     resume: Resume = False
     seed: Seed = 0
     ignore_config: IgnoreConfig = ()
     overwrite: Overwrite = False
+
+    @property
+    def output(self) -> Path:
+        """Where to write.
+
+        Raises:
+            OutputError: no place was named.
+        """
+        if self.out is None:
+            raise OutputError("--out is missing: name the file to write, say --out r.nc")
+        return self.out
 
     @property
     def resolved(self) -> SweepConfig:
@@ -340,6 +364,17 @@ class SweepConfig:
         """The arguments of the function `sweep`, by name."""
         return {arg.name: getattr(self, arg.name) for arg in arguments_of(SweepConfig) if arg.setting.passed_to_sweep}
 
+    @property
+    def shared_arguments(self) -> dict[str, Any]:
+        """The arguments that all parts of a farm must repeat, by name.
+
+        Not among them are names of files, which may be others on another machine: what they hold is compared.
+        """
+        ours = {"out", "part", "shards", "resume", "overwrite", "profile", "memory_mb", "quick"}
+        files = {"base", "expert", "behaviour", "anchor", "given_anchor"}
+        names = (arg.name for arg in arguments_of(SweepConfig) if arg.name not in ours | files)
+        return {name: getattr(self.resolved, name) for name in names}
+
     def check(self) -> None:
         """Refuse what cannot work, before any work is done.
 
@@ -347,14 +382,25 @@ class SweepConfig:
             OutputError: a place that cannot be written to.
             WpjaxError: a value that is not allowed, or two arguments that do not go together.
         """
+        from wpjax.runtime.farm import Part, check_farm
         from wpjax.runtime.files import check_output
         from wpjax.runtime.shards import check_parts
 
         check_values(self)
-        inputs = (self.base, self.expert, self.behaviour, self.anchor, self.given_anchor)
-        check_output(self.out, self.overwrite, inputs=inputs)
-        check_parts(self.out, "anchor", self.resume)
-        check_parts(self.out, "sweep", self.resume, {"dtype": self.dtype, **self.sweep_arguments})
+        if self.part is not None:
+            Part.parse(self.part)
+            if self.shards is None:
+                raise OutputError("--part needs --shards: name a folder that all parts share")
+            if self.out is not None:
+                raise OutputError(f"--out does not go with --part: `wpjax collect {self.shards} --out r.nc` writes it")
+        else:
+            inputs = (self.base, self.expert, self.behaviour, self.anchor, self.given_anchor)
+            check_output(self.output, self.overwrite, inputs=inputs)
+        if self.shards is not None:
+            check_farm(self.shards, self.shared_arguments, is_begun=self.part is None)
+        else:
+            check_parts(self.output, "anchor", self.resume)
+            check_parts(self.output, "sweep", self.resume, {"dtype": self.dtype, **self.sweep_arguments})
         if self.profile is not None:
             if self.profile.exists():
                 raise OutputError(f"--profile {self.profile} exists; name a new folder")
@@ -371,6 +417,58 @@ class SweepConfig:
             raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
         if self.given_anchor is not None and self.reads_anchor:
             raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
+
+
+def as_command(config: SweepConfig) -> str:
+    """The command that asks for a sweep, without what only one part of a farm is told.
+
+    >>> as_command(SweepConfig("tiny:base", "tiny:expert", "tiny:title", seed=1, set_score=False))
+    'wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --no-set-score --seed 1'
+    """
+    words = ["wpjax", "sweep"]
+    for arg in arguments_of(SweepConfig):
+        value, option = getattr(config, arg.name), "--" + arg.name.replace("_", "-")
+        if value == arg.default or arg.name in ("out", "part", "shards", "resume", "overwrite", "profile"):
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, tuple) and not arg.setting.separator:
+            words += [word for item in value for word in (option, item)]
+        else:
+            words += [option, arg.setting.separator.join(value) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def as_written(config: SweepConfig) -> dict[str, Any]:
+    """The arguments as values that JSON can hold; `as_read` makes them a config again.
+
+    >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", kinds=("head",))
+    >>> as_read(as_written(config)) == config
+    True
+    """
+    values = {arg.name: getattr(config, arg.name) for arg in arguments_of(SweepConfig)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def as_read(values: Mapping[str, Any]) -> SweepConfig:
+    """The config of arguments that `as_written` made, perhaps by way of a file.
+
+    Raises:
+        WpjaxError: they are no such arguments.
+    """
+    found: dict[str, Any] = {}
+    for arg in arguments_of(SweepConfig):
+        value, kinds = values.get(arg.name), (arg.type, *typing.get_args(arg.type))
+        is_path, is_tuple = Path in kinds, any(typing.get_origin(kind) is tuple for kind in kinds)
+        found[arg.name] = Path(value) if is_path and isinstance(value, str) else value
+        if is_tuple and isinstance(value, list | tuple):
+            found[arg.name] = tuple(map(str, value))
+    try:
+        config = SweepConfig(**found)
+        check_values(config)
+    except (TypeError, ValueError) as error:
+        raise WpjaxError(f"these are no arguments of a sweep ({error})") from error
+    return config
 
 
 def arguments_of(config: type) -> tuple[Argument, ...]:

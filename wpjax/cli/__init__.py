@@ -21,7 +21,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 """Options that show the help, of the program and of every command."""
 
 COMMANDS = (
-    "demo", "inspect", "anchor", "sweep", "show", "report", "validate", "relax", "extract", "interference",
+    "demo", "inspect", "anchor", "sweep", "collect", "show", "report", "validate", "relax", "extract", "interference",
     "compare", "export", "apply", "remove", "scores", "merge", "finetune",
 )  # fmt: skip
 """Names of the commands, each a module of this package, in the order of the help."""

@@ -72,15 +72,23 @@ class BaseAnswers:
         batch: the prompts; those with the instruction are answered.
         anchor: the direction.
         max_new_tokens: length of an answer, in tokens, at most.
+        answers: the base's answers, if they are known already; None to generate them.
 
     Attributes:
         answers: the base's greedy answers.
         metric: the anchor's score along these answers.
     """
 
-    def __init__(self, pair: Pair, batch: PromptBatch, anchor: Anchor, max_new_tokens: int):
+    def __init__(
+        self,
+        pair: Pair,
+        batch: PromptBatch,
+        anchor: Anchor,
+        max_new_tokens: int,
+        answers: Generation | None = None,
+    ):
         self.pair, self.batch, self.anchor, self.max_new_tokens = pair, batch, anchor, max_new_tokens
-        self.answers = trimmed(self.of(pair.base))
+        self.answers = trimmed(self.of(pair.base) if answers is None else answers)
         self.metric = along_answers(anchor, batch, self.answers)
 
     def of(self, params: Params) -> Generation:
@@ -111,6 +119,7 @@ class OnPolicy:
     Attributes:
         anchor: the direction.
         max_new_tokens: length of an answer, in tokens, at most.
+        answers: the base's answers to the prompts of the sweep, if they are known already; None to generate them.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -123,12 +132,13 @@ class OnPolicy:
 
     anchor: Anchor
     max_new_tokens: int = 32
+    answers: Generation | None = None
 
     has_fixed_words: ClassVar[bool] = False
 
     def base_answers(self, pair: Pair, batch: PromptBatch) -> BaseAnswers:
         """The base's answers to some prompts, and the metrics along them."""
-        return BaseAnswers(pair, batch, self.anchor, self.max_new_tokens)
+        return BaseAnswers(pair, batch, self.anchor, self.max_new_tokens, self.answers)
 
     def prepare(self, pair: Pair, batch: PromptBatch) -> PreparedMetric:
         """What a sweep needs to measure it: every model is scored along its own words, and every component counts.
@@ -272,6 +282,11 @@ class OnPolicyEngine(Engine):
         """F_o of the base with each of M sets of the expert, [M, B]: each model answers, one after the other."""
         pair = self.pair
         return np.stack([self.base_answers.score(materialize(pair.base, pair.expert, mask)) for mask in masks])
+
+    def is_done(self, label: str, chunk: Chunk) -> bool:
+        """Whether all that `perform` yields of a chunk is in `done`; the correction for new words is made last."""
+        along_base = not self.metric.reaches(chunk.components[0]) or super().is_done(label, chunk)
+        return along_base and part_key(f"{label}-anew", chunk) in self.done
 
     def perform(
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None

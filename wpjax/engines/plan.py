@@ -7,8 +7,9 @@ kind needs one compiled program.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from wpjax.components import Component
 from wpjax.engines.memory import bytes_of_rows, bytes_per_row, device_budget, groups, rows_together
 from wpjax.engines.packing import Packing
 from wpjax.models.config import ModelConfig
+from wpjax.runtime.farm import Farm, made
 from wpjax.runtime.placement import Placement
 
 K = TypeVar("K")
@@ -135,6 +137,25 @@ def cut(components: Iterable[Component], rows: Mapping[str, int]) -> tuple[Chunk
         for layer, in_layer in _grouped(members, lambda c: c.layer)
         for i in range(0, len(in_layer), rows[kind])
     )
+
+
+def agreed_plan(plan: Plan, components: Sequence[Component], done: MutableMapping[str, np.ndarray]) -> Plan:
+    """The plan of all parts of a farm; outside a farm, the plan as it is.
+
+    How much memory is free is not the same on all machines. So the first plan that is made counts for all parts. Where
+    its chunks turn out to be too large, they are run in smaller pieces (`exact_changes`).
+
+    Args:
+        plan: the plan of this process, from `make_plan`.
+        components: the components that it was made of.
+        done: finished parts.
+    """
+    if not isinstance(done, Farm):
+        return plan
+    names = hashlib.blake2b(" ".join(c.name for c in components).encode(), digest_size=8).hexdigest()
+    counts = made(done, f"rows-{names}", lambda: np.array([*plan.rows.values()], np.float64), (len(plan.rows),))
+    rows = {kind: int(n) for kind, n in zip(plan.rows, counts, strict=True)}
+    return plan._replace(rows=rows, chunks=cut(components, rows))
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:

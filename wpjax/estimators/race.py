@@ -29,11 +29,12 @@ from wpjax.columns import EFFECT
 from wpjax.components import Component
 from wpjax.engines.engine import Engine, placed
 from wpjax.engines.packing import common_shape, pack
-from wpjax.engines.plan import cut, make_plan
+from wpjax.engines.plan import agreed_plan, cut, make_plan
 from wpjax.estimators.job import MethodOutput, SweepJob
 from wpjax.metrics.metric import Metric
 from wpjax.pairs import Pair
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.farm import conclude
 from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress
 
@@ -194,15 +195,18 @@ def race(
     delta = np.full((len(components), len(queries)), np.nan)
     packing = pack(metrics[0], shape)
     # The plan is made once, with all components, so that every round runs programs with the same number of rows.
-    plan = make_plan(pair.cfg, components, packing, budget, ROWS, placement)
+    plan = agreed_plan(make_plan(pair.cfg, components, packing, budget, ROWS, placement), components, done)
 
     def measure(number: int, racing: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n q"]:
         running, columns = [components[i] for i in racing], prompts[number]
         engine = Engine(pair, metrics[number], running, done, progress, placement, models, with_flow=False, shape=shape)
         waiting = plan.with_chunks(cut(running, plan.rows))
-        for chunk, changes, _ in engine.perform("exact", waiting, label=f"race-{number + 1}"):
+        label = f"race-{number + 1}"
+        for chunk, changes, _ in engine.perform("exact", engine.own("exact", waiting, label), label=label):
             rows = [racing[engine.position[c]] for c in chunk.components]
             delta[np.ix_(rows, columns)] = changes[:, : len(columns)]  # without the prompts that fill up the round
+        if np.isnan(delta[np.ix_(racing, columns)]).any():  # who is out depends on what other parts measure
+            conclude(done)
         return np.stack([delta[np.ix_(racing, queries == q)].mean(1) for q in rounds[number]], axis=1)
 
     left, mean = eliminated(kinds, len(rounds), measure, top, confidence)

@@ -22,10 +22,11 @@ from wpjax.estimators.dataset import Controls, make_dataset
 from wpjax.estimators.job import MethodOutput, SweepJob
 from wpjax.methods import DEFAULT_METHOD, check_method
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.metric import Measure, Metric, expect_finite, expect_positive_gap, scores
+from wpjax.metrics.metric import Measure, Metric, agreed_metric, expect_finite, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.farm import Farm, conclude
 from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress, silent
 
@@ -98,7 +99,8 @@ def sweep(
         n_resamples: number of bootstrap samples behind the intervals.
         budget: bytes for the activations of patches that run at once; None to choose from the device.
         devices: devices among which patches are divided; None for all devices of this process.
-        done: finished parts of an earlier attempt (see `runtime.shards.Shards`). New parts are added as they finish.
+        done: finished parts of an earlier attempt (see `runtime.shards.Shards`), or those of a farm
+            (`runtime.farm.Farm`). New parts are added as they finish.
         progress: function that is called as work gets done.
 
     Returns:
@@ -111,6 +113,7 @@ def sweep(
         AnchorRejected: the anchor belongs to another expert.
         MetricRejected: the gap on these prompts may be zero.
         BehaviourError: the model cannot take the prompts.
+        Unfinished: this process is one part of a farm, and its own pieces are done; or it collects, and some are not.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -137,6 +140,8 @@ def sweep(
         attributes = {**prepared.attributes, **given.attributes(batch.behaviour)}
         prepared = dataclasses.replace(prepared, metric=held, attributes=attributes)
     swept = _swept_components(pair, prepared.reach_metric or prepared.metric, kinds, components)
+    if isinstance(done, Farm):
+        prepared = dataclasses.replace(prepared, metric=agreed_metric(prepared.metric, done))
     read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
     for params, score, name in ((pair.base, base_score, "the base"), (pair.expert, expert_score, "the expert")):
@@ -187,6 +192,7 @@ def _controls(job: SweepJob, output: MethodOutput) -> Controls:
         floor = job.engine.noise_floor(output.plan, job.gap, job.seed)
         if EFFECT in output.changes:  # nulls are of weight patches
             nulls = job.engine.nulls(output.plan, job.gap, job.seed)
+    conclude(job.done)
     return Controls(_coverage(job.engine, job.components, job.gap, job.budget, job.progress), floor, nulls)
 
 

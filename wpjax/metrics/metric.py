@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -45,6 +45,7 @@ from wpjax.models.secant import Value
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.runtime.batching import map_batches
+from wpjax.runtime.farm import made
 from wpjax.stats import mean_interval, resample
 
 
@@ -158,6 +159,37 @@ class Metric:
         for leaf in jax.tree.leaves((self.tokens, self.at, self.weight, readout, self.held)):
             hasher.update(np.asarray(leaf).tobytes())
         return hasher.hexdigest()
+
+
+def agreed_metric(metric: Metric, done: MutableMapping[str, np.ndarray]) -> Metric:
+    """The metric of all processes of a farm: the first one that was made.
+
+    Machines round differently. So the arrays of a metric that was made from a model's numbers, say the word that the
+    base would say, could be others in another process.
+
+    Args:
+        metric: the metric of this process.
+        done: finished parts.
+    """
+    readout = metric.readout
+    # The reference of `Divergence` is a whole model, which is the same for all of them.
+    light = dataclasses.replace(readout, params={}) if isinstance(readout, Divergence) else readout
+    leaves, structure = jax.tree.flatten(dataclasses.replace(metric, readout=light))
+    for i, leaf in enumerate(leaves):
+        array = np.asarray(leaf)
+        data = made(done, f"metric-{i}", lambda array=array: np.frombuffer(array.tobytes(), np.uint8))
+        if data.size != array.nbytes:
+            raise WpjaxError(
+                f"the {metric.name} metric has {array.nbytes} bytes here and {data.size} in other parts: the models "
+                "answer differently on this machine; run all parts on machines of one kind"
+            )
+        agreed = np.frombuffer(data.tobytes(), array.dtype).reshape(array.shape)
+        leaves[i] = jnp.asarray(agreed) if isinstance(leaf, jax.Array) else agreed
+    agreed_by_all: Metric = jax.tree.unflatten(structure, leaves)
+    if isinstance(readout, Divergence):
+        light = dataclasses.replace(agreed_by_all.readout, params=readout.params)  # type: ignore[type-var]
+        return dataclasses.replace(agreed_by_all, readout=light)
+    return agreed_by_all
 
 
 PROMPTS_AT_ONCE = 16
