@@ -37,9 +37,7 @@ def run(
     if anchor is not None:
         given["anchor" if config.given_anchor is None else "given_anchor"] = anchor
     config = dataclasses.replace(config, out=out, shards=shards, overwrite=overwrite, **given)
-    config.check()  # before anything heavy is imported
 
-    from wpjax.cli.sweep import run_and_print
     from wpjax.errors import BehaviourError
     from wpjax.results.origin import Origin
 
@@ -49,6 +47,10 @@ def run(
             f"{shards} names the checker {config.checker!r}, which is code, and a folder is not trusted to choose "
             f"code: pass --checker {config.checker} if it is yours"
         )
+    config.check()  # before anything heavy is imported
+
+    from wpjax.cli.sweep import run_and_print
+
     run_and_print(config, show, as_json)
 
 

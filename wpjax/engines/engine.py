@@ -157,7 +157,7 @@ class Engine:
         return self.runs[model]
 
     def own(self, name: str, plan: Plan, label: str | None = None) -> Plan:
-        """The chunks of a plan that this process runs or, to collect a farm, reads; outside a farm, all of them.
+        """The chunks of a plan that this process runs, or reads: in a farm its own and those that are done, else all.
 
         Args:
             name: the cell.

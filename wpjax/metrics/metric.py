@@ -177,7 +177,7 @@ def agreed_metric(metric: Metric, done: MutableMapping[str, np.ndarray]) -> Metr
     leaves, structure = jax.tree.flatten(dataclasses.replace(metric, readout=light))
     for i, leaf in enumerate(leaves):
         array = np.asarray(leaf)
-        data = made(done, f"metric-{i}", lambda array=array: np.frombuffer(array.tobytes(), np.uint8))
+        data = made(done, f"metric-{i}", functools.partial(np.frombuffer, array.tobytes(), np.uint8))
         if data.size != array.nbytes:
             raise WpjaxError(
                 f"the {metric.name} metric has {array.nbytes} bytes here and {data.size} in other parts: the models "

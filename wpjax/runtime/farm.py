@@ -13,6 +13,7 @@ There is no server, and there are no locks: file systems of clusters often have 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -154,7 +155,7 @@ class Farm(PartFiles):
         interrupts.leave(self.folder, KEPT)
 
     def share(self, pieces: Sequence[T], is_done: Callable[[T], bool]) -> list[T]:
-        """The pieces that are this process's own, some of which may be done; to collect, those that are done.
+        """The pieces that are done, and those that are this process's own.
 
         All processes must ask for the same pieces in the same order.
 
@@ -165,11 +166,10 @@ class Farm(PartFiles):
         first = len(self._pieces)
         owners = [(first + i) % self._n_parts + 1 for i in range(len(pieces))]
         self._pieces += [
-            Piece(owner, lambda piece=piece: is_done(piece)) for owner, piece in zip(owners, pieces, strict=True)
+            Piece(owner, functools.partial(is_done, piece)) for owner, piece in zip(owners, pieces, strict=True)
         ]
-        if self.part is None:
-            return [piece for piece in pieces if is_done(piece)]
-        return [piece for owner, piece in zip(owners, pieces, strict=True) if owner == self.part.number]
+        own = 0 if self.part is None else self.part.number
+        return [piece for owner, piece in zip(owners, pieces, strict=True) if owner == own or is_done(piece)]
 
     def missing(self) -> list[int]:
         """The part of every piece that was shared out and is not in the folder."""
@@ -287,7 +287,7 @@ def made(
 
 
 def shared_out(done: Mapping[str, np.ndarray], pieces: Sequence[T], is_done: Callable[[T], bool]) -> list[T]:
-    """The pieces of work that this process makes, or reads: all of them, unless it is a part of a farm (`Farm.share`).
+    """The pieces of work that this process makes or reads: all of them, outside a farm (`Farm.share`).
 
     >>> shared_out({}, ["a", "b"], lambda piece: False)
     ['a', 'b']
