@@ -149,6 +149,15 @@ TokenizerOf = Annotated[
         panel=INPUT,
     ),
 ]
+Mesh = Annotated[
+    str | None,
+    Setting(
+        "How the devices are used: patch=4,model=2 divides patches and prompts among 4 parts, and cuts the weights in "
+        "2. A size that is missing takes the devices that are left. Without it all devices are used, and weights are "
+        "cut only as far as memory demands.",
+        panel=RUNNING,
+    ),
+]
 IgnoreConfig = Annotated[
     tuple[str, ...],
     Setting(
@@ -314,6 +323,7 @@ class SweepConfig:
             panel=RUNNING,
         ),
     ] = None
+    mesh: Mesh = None
     profile: Annotated[
         Path | None, Setting("New folder for a JAX profile of the sweep; XProf and Perfetto open it.", panel=RUNNING)
     ] = None

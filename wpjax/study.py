@@ -125,14 +125,14 @@ def run_study(
         check_kind(kind)
     task = behaviour(config.behaviour, config.checker, config.split)
     progress("reading the pair", 0, 1)
-    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
+    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer, config.mesh)
     progress("reading the pair", 1, 1)
     for name in config.components or ():
         parse_component(pair.cfg, name)
     loaded = _loaded_anchor(config, pair, task, tell)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     pair.check_prompts(batch)
-    for note in dict.fromkeys((*pair.notes, _out_of_reach(config, pair, batch, loaded))):
+    for note in dict.fromkeys((pair.mesh_note(config.mesh), *pair.notes, _out_of_reach(config, pair, batch, loaded))):
         if note:
             tell(note)
     if planned is not None:
@@ -279,7 +279,7 @@ def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress
         "seed": config.seed,
     }
     identity = {
-        "versions": _versions(),
+        "versions": _versions(pair),
         "pair": pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in task.pairs],
         "dtype": config.dtype,
@@ -301,7 +301,7 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
     # A metric's digest covers the words that it reads. On-policy the words are the patched models' own, of this length.
     answer_length = None if check_metric(config.metric).has_fixed_words else config.max_new_tokens
     return {
-        "versions": _versions(),
+        "versions": _versions(pair),
         "pair": pair.fingerprints,
         "prompts": batch.texts,
         "tokenizer": config.tokenizer,
@@ -312,9 +312,9 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
     }
 
 
-def _versions() -> list[str]:
+def _versions(pair: Pair) -> list[str]:
     """What rounding depends on beside the numbers themselves."""
-    return [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"]
+    return [wpjax.__version__, jax.__version__, f"{pair.placement} {jax.devices()[0]}"]
 
 
 def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, result: SweepResult) -> Study:
