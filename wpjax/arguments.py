@@ -151,6 +151,15 @@ TokenizerOf = Annotated[
         panel=INPUT,
     ),
 ]
+Mesh = Annotated[
+    str | None,
+    Setting(
+        "How the devices are used: patch=4,model=2 divides patches and prompts among 4 parts, and cuts the weights in "
+        "2. A size that is missing takes the devices that are left. Without it all devices are used, and weights are "
+        "cut only as far as memory demands.",
+        panel=RUNNING,
+    ),
+]
 IgnoreConfig = Annotated[
     tuple[str, ...],
     Setting(
@@ -316,6 +325,7 @@ class SweepConfig:
             panel=RUNNING,
         ),
     ] = None
+    mesh: Mesh = None
     profile: Annotated[
         Path | None, Setting("New folder for a JAX profile of the sweep; XProf and Perfetto open it.", panel=RUNNING)
     ] = None
@@ -370,7 +380,7 @@ class SweepConfig:
 
         Not among them are names of files, which may be others on another machine: what they hold is compared.
         """
-        ours = {"out", "part", "shards", "resume", "overwrite", "profile", "memory_mb", "quick"}
+        ours = {"out", "part", "shards", "resume", "overwrite", "profile", "memory_mb", "mesh", "quick"}
         files = {"base", "expert", "behaviour", "anchor", "given_anchor"}
         names = (arg.name for arg in arguments_of(SweepConfig) if arg.name not in ours | files)
         return {name: getattr(self.resolved, name) for name in names}

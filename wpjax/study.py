@@ -235,14 +235,14 @@ def _prepare(
         check_kind(kind)
     task = behaviour(config.behaviour, config.checker, config.split)
     progress("reading the pair", 0, 1)
-    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
+    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer, config.mesh)
     progress("reading the pair", 1, 1)
     for name in config.components or ():
         parse_component(pair.cfg, name)
     loaded = _loaded_anchor(config, pair, task, tell)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     pair.check_prompts(batch)
-    for note in dict.fromkeys((*pair.notes, _out_of_reach(config, pair, batch, loaded))):
+    for note in dict.fromkeys((pair.mesh_note(config.mesh), *pair.notes, _out_of_reach(config, pair, batch, loaded))):
         if note:
             tell(note)
     schedule = None
@@ -267,7 +267,7 @@ def _begun(setting: Setting) -> Iterator[tuple[Measured, Shards | Farm]]:
     digest = None if setting.loaded is None else setting.loaded.metric(setting.pair, setting.batch).digest
     identity = {
         **config.shared_arguments,
-        "versions": _versions(),
+        "versions": _versions(setting.pair),
         "models": setting.pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in setting.task.pairs],
         "anchor": digest,
@@ -433,7 +433,7 @@ def _fitted(setting: Setting, shared: MutableMapping[str, np.ndarray]) -> Anchor
         folder = config.shards
         return _unpacked(made(shared, "anchor", lambda: _packed(fitted(shared, folder))))
     identity = {
-        "versions": _versions(),
+        "versions": _versions(pair),
         "pair": pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in task.pairs],
         "dtype": config.dtype,
@@ -468,7 +468,7 @@ def _identity(setting: Setting, measured: Measured) -> dict[str, object]:
     # A metric's digest covers the words that it reads. On-policy the words are the patched models' own, of this length.
     answer_length = None if check_metric(config.metric).has_fixed_words else config.max_new_tokens
     return {
-        "versions": _versions(),
+        "versions": _versions(pair),
         "pair": pair.fingerprints,
         "prompts": batch.texts,
         "tokenizer": config.tokenizer,
@@ -479,9 +479,9 @@ def _identity(setting: Setting, measured: Measured) -> dict[str, object]:
     }
 
 
-def _versions() -> list[str]:
+def _versions(pair: Pair) -> list[str]:
     """What rounding depends on beside the numbers themselves."""
-    return [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"]
+    return [wpjax.__version__, jax.__version__, f"{pair.placement} {jax.devices()[0]}"]
 
 
 def _with_set_score(config: SweepConfig, pair: Pair, batch: PromptBatch, result: SweepResult) -> Study:

@@ -14,6 +14,7 @@ from wpjax.arguments import (
     PATCHED,
     RUNNING,
     IgnoreConfig,
+    Mesh,
     NPrompts,
     Out,
     Overwrite,
@@ -109,6 +110,7 @@ def run(
     ] = False,
     resume: Resume = False,
     seed: Seed = 0,
+    mesh: Mesh = None,
     ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -151,7 +153,7 @@ def run(
     task, more = behaviour_of(result, asked, checker is not None), [other_behaviour(name) for name in others or ()]
     for one in (task, *more):
         one.check_checker()
-    pair = pair_of(asked)
+    pair = pair_of(asked, mesh)
     # Everything that finished parts depend on. A part is of one set, whatever goal or ranking led to it.
     settings = {
         "version": wpjax.__version__,

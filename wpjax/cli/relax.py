@@ -10,7 +10,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from wpjax.arguments import MEASURED, PATCHED, RUNNING, IgnoreConfig, Overwrite, Resume, Seed, Setting, TokenizerOf
+from wpjax.arguments import (
+    MEASURED,
+    PATCHED,
+    RUNNING,
+    IgnoreConfig,
+    Mesh,
+    Overwrite,
+    Resume,
+    Seed,
+    Setting,
+    TokenizerOf,
+)
 from wpjax.cli.options import Json
 from wpjax.cli.swept import (
     SweptBase,
@@ -121,6 +132,7 @@ def run(
     dtype: SweptDtype = None,
     resume: Resume = False,
     seed: Seed = 0,
+    mesh: Mesh = None,
     ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -183,14 +195,14 @@ def run(
     )
     gates = make_parametrisation(parametrisation, price, spread)
     task = behaviour_of(result, asked, checker is not None)
-    pair = pair_of(asked)
+    pair = pair_of(asked, mesh)
     watch_compilation()
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)
     pair.check_prompts(batch)
     at_once = restarts_at_once(pair.cfg, aim, batch.with_instruction.ids.shape[1], restarts)
     config = RelaxConfig(steps=steps, lr=lr, seed=seed, restarts=restarts, at_once=at_once)
     settings = {  # everything that the state depends on
-        "versions": [wpjax.__version__, jax.__version__, str(jax.devices()[0])],
+        "versions": [wpjax.__version__, jax.__version__, f"{pair.placement} {jax.devices()[0]}"],
         "pair": pair.fingerprints,
         "tokenizer": asked.tokenizer,
         "result": [swept.dataset.attrs["date"], start],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wpjax.arguments import INPUT, MEASURED, IgnoreConfig, NPrompts, Overwrite, Resume, Seed, Setting, TokenizerOf
+from wpjax.arguments import INPUT, MEASURED, IgnoreConfig, Mesh, NPrompts, Overwrite, Resume, Seed, Setting, TokenizerOf
 from wpjax.cli.options import Json
 from wpjax.cli.swept import (
     SweptBase,
@@ -61,6 +61,7 @@ def run(
     dtype: SweptDtype = None,
     resume: Resume = False,
     seed: Seed = 0,
+    mesh: Mesh = None,
     ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -102,7 +103,7 @@ def run(
     from wpjax.results.verdict import as_argument
 
     task = behaviour_of(result, asked, checker is not None)
-    pair = pair_of(asked)
+    pair = pair_of(asked, mesh)
     settings = {  # everything that finished parts depend on
         "version": wpjax.__version__,
         "pair": pair.fingerprints,

@@ -28,10 +28,10 @@ from wpjax.errors import WpjaxError
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
 from wpjax.models.decoder import Params
+from wpjax.models.sharding import place
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, permuted
 from wpjax.runtime.farm import shared_out
-from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress
 from wpjax.runtime.shards import finished_part
 
@@ -78,8 +78,6 @@ class Engine:
         chosen: all C components that are swept. Results come in this order.
         done: key -> finished part (`part_key`). The engine adds to it and runs nothing that is in it already.
         progress: called after every chunk.
-        placement: the devices that share every chunk; None for one.
-        models: base and expert on the devices, if `placed` has put them and the metric there. None: the engine does.
         with_flow: whether to follow by way of what effects arrive.
         shape: shape to pack the prompts into; None for the cheapest.
 
@@ -105,22 +103,20 @@ class Engine:
         chosen: Sequence[Component],
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
-        placement: Placement | None = None,
-        models: Mapping[str, Params] | None = None,
         with_flow: bool = True,
         shape: Shape | None = None,
     ):
         self.pair, self.done, self.progress, self.with_flow = pair, done, progress, with_flow
-        self.placement = Placement.single() if placement is None else placement
-        models, self.metric = placed(self.placement, pair, metric) if models is None else (models, metric)
-        self.models = dict(models)
+        self.models: dict[str, Params] = {"base": pair.base, "expert": pair.expert}
+        self.placement = pair.placement  # the devices that share every chunk
+        self.metric = self.placement.replicate(metric)
         self.position = {c: i for i, c in enumerate(chosen)}
         self.packing = pack(metric, shape)
         self.runs: dict[str, Run] = {}
 
     def with_metric(self, metric: Metric) -> Engine:
         """An engine of the same components with another metric of the same prompts; finished parts are shared."""
-        return Engine(self.pair, metric, list(self.position), self.done, self.progress, self.placement, self.models)
+        return Engine(self.pair, metric, list(self.position), self.done, self.progress)
 
     @property
     def targets(self) -> list[str]:
@@ -280,7 +276,7 @@ class Engine:
         dealt = self.own("permuted", dealt)
         changes: dict[str, list[Changes]] = {"permuted": [], "direction": []}
         if dealt.chunks:
-            self.models["permuted"] = permuted(self.pair.base, self.pair.expert, seed)
+            (self.models["permuted"],) = place(self.placement, permuted(self.pair.base, self.pair.expert, seed))
             changes["permuted"] = list(self.perform("permuted", dealt))
             del self.models["permuted"]  # a whole model, not needed any more
         if isinstance(self.metric.readout, Projection):
@@ -298,11 +294,6 @@ class Engine:
             return float(np.quantile(np.concatenate(sizes), 0.95)) if sizes else float("nan")
 
         return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in changes.items()}
-
-
-def placed(placement: Placement, pair: Pair, metric: Metric) -> tuple[dict[str, Params], Metric]:
-    """Put base, expert and metric on every device. They go together, since a metric may hold one of the models."""
-    return placement.replicate(({"base": pair.base, "expert": pair.expert}, metric))
 
 
 def part_key(prefix: str, chunk: Chunk) -> str:

@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         n = max(self.rows.values(), default=0)
-        used = self.bytes_for(math.ceil(n / self.placement.n_devices)) if n else 0
+        used = self.bytes_for(math.ceil(n / self.placement.n_patch)) if n else 0
         return f"up to {n} at once (about {used / 2**20:,.0f} of {self.budget / 2**20:,.0f} MiB a device)"
 
 
@@ -94,13 +94,13 @@ def make_plan(
         most_rows: rows of a chunk on a device, at most; None for no limit.
         placement: the devices; None for one.
     """
-    bytes_for = functools.partial(bytes_of_rows, cfg, packing)
+    placement = Placement.single() if placement is None else placement
+    bytes_for = functools.partial(bytes_of_rows, cfg, packing, n_model=placement.n_model)
     together = rows_together(bytes_per_row(cfg, packing), packing.n_tokens)
     if together is not None:
         most_rows = min(MOST_GROUPS * together, most_rows or MOST_GROUPS * together)
     budget = budget or device_budget() or bytes_for(MOST_GROUPS * (together or 1))
-    placement = Placement.single() if placement is None else placement
-    n_devices = placement.n_devices
+    n_devices = placement.n_patch
     rows: dict[str, int] = {}
     components = list(components)
     for kind, members in _grouped(components, lambda c: c.kind):

@@ -20,7 +20,6 @@ from wpjax.methods import Estimate, Method
 from wpjax.metrics.metric import Metric, PreparedMetric
 from wpjax.pairs import Pair
 from wpjax.runtime.farm import made
-from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress
 
 
@@ -60,7 +59,6 @@ class SweepJob:
         components: the C components to sweep, in the order of the result.
         queries: [B], index of each prompt's query.
         gap: [B], metric of the expert minus that of the base, for each prompt.
-        placement: the devices among which patches are divided.
     """
 
     method: Method
@@ -77,7 +75,6 @@ class SweepJob:
     budget: int | None
     done: MutableMapping[str, np.ndarray]
     progress: Progress
-    placement: Placement
 
     @property
     def metric(self) -> Metric:
@@ -86,10 +83,10 @@ class SweepJob:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """The engine that replaces components. The models are put on the devices when it is first used."""
+        """The engine that replaces components."""
         if self.prepared.make_engine is not None:
-            return self.prepared.make_engine(self.components, self.done, self.progress, self.placement)
-        return Engine(self.pair, self.metric, self.components, self.done, self.progress, self.placement)
+            return self.prepared.make_engine(self.components, self.done, self.progress)
+        return Engine(self.pair, self.metric, self.components, self.done, self.progress)
 
     def estimate(self, estimate: Estimate) -> Float[np.ndarray, "C B"]:
         """The change of the metric that an estimate expects of each component on each prompt.

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -27,7 +26,6 @@ from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime.farm import Farm, conclude
-from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress, silent
 
 DEFAULT_KINDS = ("head", "kv_group", "neuron")
@@ -50,7 +48,6 @@ def sweep(
     seed: int = 0,
     n_resamples: int = 1000,
     budget: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> SweepResult:
@@ -78,7 +75,7 @@ def sweep(
                         and the knock-out in the expert, for the `top` components of both screens
 
     Args:
-        pair: base and expert.
+        pair: base and expert. Patches are divided among the devices that they stand on (`load_pair`, `Pair.on`).
         batch: prompts; those with the instruction are used.
         metric: what is measured. An `Anchor`; a metric made on this batch (`response_metric`, `decision_metric`,
             `kl_metric`); or an `OnPolicy`, which reads an anchor along each model's own answer. Or a function of
@@ -98,7 +95,6 @@ def sweep(
         seed: seed of resampling, sign flips, shams, nulls and random sets.
         n_resamples: number of bootstrap samples behind the intervals.
         budget: bytes for the activations of patches that run at once; None to choose from the device.
-        devices: devices among which patches are divided; None for all devices of this process.
         done: finished parts of an earlier attempt (see `runtime.shards.Shards`), or those of a farm
             (`runtime.farm.Farm`). New parts are added as they finish.
         progress: function that is called as work gets done.
@@ -152,7 +148,7 @@ def sweep(
     job = SweepJob(
         chosen_method, pair, prepared, swept, batch.queries, gap,
         top=top, stratum=stratum, confidence=confidence, n_masks=n_masks, seed=seed, budget=budget,
-        done={} if done is None else done, progress=progress, placement=Placement.on(devices),
+        done={} if done is None else done, progress=progress,
     )  # fmt: skip
     output: MethodOutput = chosen_method.run(job)
     dataset = make_dataset(job, batch, output, _controls(job, output), n_resamples)
