@@ -385,8 +385,11 @@ class SweepConfig:
         names = (arg.name for arg in arguments_of(SweepConfig) if arg.name not in ours | files)
         return {name: getattr(self.resolved, name) for name in names}
 
-    def check(self) -> None:
+    def check(self, writes: bool = True) -> None:
         """Refuse what cannot work, before any work is done.
+
+        Args:
+            writes: whether this process writes the output; of several that work together, only one does.
 
         Raises:
             OutputError: a place that cannot be written to.
@@ -403,12 +406,12 @@ class SweepConfig:
                 raise OutputError("--part needs --shards: name a folder that all parts share")
             if self.out is not None:
                 raise OutputError(f"--out does not go with --part: `wpjax collect {self.shards} --out r.nc` writes it")
-        else:
+        elif writes:
             inputs = (self.base, self.expert, self.behaviour, self.anchor, self.given_anchor)
             check_output(self.output, self.overwrite, inputs=inputs)
         if self.shards is not None:
             check_farm(self.shards, self.shared_arguments, is_begun=self.part is None)
-        else:
+        elif writes:
             check_parts(self.output, "anchor", self.resume)
             check_parts(self.output, "sweep", self.resume, {"dtype": self.dtype, **self.sweep_arguments})
         if self.profile is not None:

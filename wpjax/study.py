@@ -48,6 +48,7 @@ from wpjax.results.reach import Reach
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime.farm import Farm, Part, Unfinished, made
 from wpjax.runtime.files import discard
+from wpjax.runtime.processes import Together, agree, member_now, together
 from wpjax.runtime.progress import Progress, Schedule, Tell, silent, untold
 from wpjax.runtime.shards import Shards, parts_folder
 
@@ -126,7 +127,7 @@ def run_study(
     >>> out.exists(), [row.name for row in study.result.top()]
     (True, ['L4.mlp', 'L2.head.0'])
     """
-    config.check()
+    config.check(member_now().writes)
     setting = _prepare(config, progress, tell, planned)
     config, progress = setting.config, setting.progress
     with _begun(setting) as (measured, parts):
@@ -149,8 +150,10 @@ def run_study(
             progress("answers to read", 1, 1)
         if setting.schedule is not None:
             setting.schedule.finish()
+        if not member_now().writes:
+            return study
         study.result.to_netcdf(config.output, config.overwrite)  # once and whole; the parts go after it
-        if isinstance(parts, Shards):
+        if isinstance(parts, Shards | Together):
             parts.discard()
             discard(parts_folder(config.output, "anchor"), config.output.name)
     return study
@@ -255,13 +258,16 @@ def _prepare(
 
 
 @contextlib.contextmanager
-def _begun(setting: Setting) -> Iterator[tuple[Measured, Shards | Farm]]:
+def _begun(setting: Setting) -> Iterator[tuple[Measured, MutableMapping[str, np.ndarray]]]:
     """What is measured, and the finished parts of the sweep: in a folder beside its output, or in that of a farm."""
     config = setting.config
     if config.shards is None:
-        measured = _measured(setting, {})
-        with Shards(config.output, "sweep", _identity(setting, measured), config.resume) as shards:
-            yield measured, shards
+        with together(lambda: contextlib.nullcontext({})) as shared:
+            measured = _measured(setting, shared)
+        identity = _identity(setting, measured)
+        agree("sweep", identity)
+        with together(lambda: Shards(config.output, "sweep", identity, config.resume)) as parts:
+            yield measured, parts
         return
     # What is measured may need much work, which the parts share. So the metric itself is not a part of the identity.
     digest = None if setting.loaded is None else setting.loaded.metric(setting.pair, setting.batch).digest
@@ -440,11 +446,12 @@ def _fitted(setting: Setting, shared: MutableMapping[str, np.ndarray]) -> Anchor
         "tokenizer": config.tokenizer,
         **options,
     }
-    with Shards(config.output, "anchor", identity, config.resume) as done:
+    with together(lambda: Shards(config.output, "anchor", identity, config.resume)) as done:
         try:
-            return fitted(done, config.output)
+            return _unpacked(made(shared, "anchor", lambda: _packed(fitted(done, config.output))))
         except AnchorRejected:
-            done.discard()  # other settings are to be tried next
+            if isinstance(done, Shards | Together):
+                done.discard()  # other settings are to be tried next
             raise
 
 

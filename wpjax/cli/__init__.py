@@ -84,6 +84,8 @@ def main() -> None:
             written = ", ".join(interrupts.written())
             also = f"; written and whole: {written}" if written else ""
             code = _print_error(f"the output cannot be printed ({failure.strerror or failure}){also}")
+    if interrupts.ends_abruptly():
+        _leave_at_once(code)
     sys.exit(code)
 
 

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
     from wpjax.cli.console import Reporter
     from wpjax.results.sweep_result import Row, SweepResult
+    from wpjax.runtime.processes import Member
     from wpjax.runtime.progress import Schedule
     from wpjax.study import Study
 
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
+
+TOGETHER = "Several processes"
+"""Title of the panel of `--help` with the options of processes that work together."""
 
 MARKS = ("anchor_acceptance", "behaviour_differs")
 """Attributes that JSON holds beside those of the method: they say whether to trust the ranking."""
@@ -30,20 +34,35 @@ MARKS = ("anchor_acceptance", "behaviour_differs")
 
 def run(
     config: SweepConfig,
+    coordinator: Annotated[
+        str | None,
+        Setting(
+            "HOST:PORT of process 0, where several processes do one sweep together. Without it: as JAX finds out, on "
+            "TPU pod slices, under Slurm (srun) and Open MPI, and in Kubernetes. none: this process is alone.",
+            panel=TOGETHER,
+        ),
+    ] = None,
+    num_processes: Annotated[int | None, Setting("Number of processes.", least=1, panel=TOGETHER)] = None,
+    process_id: Annotated[int | None, Setting("Number of this process, from 0.", least=0, panel=TOGETHER)] = None,
     show: Annotated[int, Setting("Rows to print.", least=1, panel=OUTPUT)] = 20,
     as_json: Json = False,
 ) -> None:
     """Measure how much of the behaviour each component's weights carry, and write the result."""
     if config.shards is not None and config.part is None:
         raise WpjaxError(f"--shards needs --part; to put finished parts together: wpjax collect {config.shards}")
+    if config.part is None:
+        from wpjax.runtime.processes import joined
+
+        with joined(coordinator, num_processes, process_id) as member:
+            run_as(member, config, show, as_json)
+        return
+    if coordinator not in (None, "none"):
+        raise WpjaxError("--part is for processes that know nothing of each other; drop it, or --coordinator")
     config.check()  # before anything heavy is imported
 
     from wpjax.cli.console import progress_bars
     from wpjax.runtime.progress import in_words
 
-    if config.part is None:
-        run_and_print(config, show, as_json)
-        return
     with progress_bars() as progress:
         begin(progress, config, f"part {config.part} of them, into {config.shards}")
         from wpjax.study import run_part
@@ -54,6 +73,28 @@ def run(
 
         said = run_part(config, progress, tell=progress.note, planned=planned)
     print(f"{said}\nwhen all parts have ended: wpjax collect {shlex.quote(str(config.shards))} --out r.nc")
+
+
+def run_as(member: Member, config: SweepConfig, show: int, as_json: bool) -> None:
+    """Run a study as one of several processes, or alone; only the first one prints.
+
+    Args:
+        member: which process this is.
+        config: the study.
+        show: rows to print.
+        as_json: whether to print JSON.
+    """
+    from wpjax.runtime.processes import agree
+
+    config.check(member.writes)  # before anything heavy is imported
+    if member.count > 1:
+        agree("arguments", {**config.shared_arguments, "mesh": config.mesh, "memory_mb": config.memory_mb})
+    if member.writes:
+        run_and_print(config, show, as_json)
+    else:
+        from wpjax.study import run_study
+
+        run_study(config)
 
 
 def begin(progress: Reporter, config: SweepConfig, what: str) -> None:

@@ -18,7 +18,7 @@ from wpjax.components import Component
 from wpjax.engines.memory import bytes_of_rows, bytes_per_row, device_budget, groups, rows_together
 from wpjax.engines.packing import Packing
 from wpjax.models.config import ModelConfig
-from wpjax.runtime.farm import Farm, made
+from wpjax.runtime.farm import is_shared, made
 from wpjax.runtime.placement import Placement
 
 K = TypeVar("K")
@@ -140,9 +140,9 @@ def cut(components: Iterable[Component], rows: Mapping[str, int]) -> tuple[Chunk
 
 
 def agreed_plan(plan: Plan, components: Sequence[Component], done: MutableMapping[str, np.ndarray]) -> Plan:
-    """The plan of all parts of a farm; outside a farm, the plan as it is.
+    """The plan of all processes that do parts of the same work; alone, the plan as it is.
 
-    How much memory is free is not the same on all machines. So the first plan that is made counts for all parts. Where
+    How much memory is free is not the same on all machines. So one plan counts for all of them (`farm.made`). Where
     its chunks turn out to be too large, they are run in smaller pieces (`exact_changes`).
 
     Args:
@@ -150,7 +150,7 @@ def agreed_plan(plan: Plan, components: Sequence[Component], done: MutableMappin
         components: the components that it was made of.
         done: finished parts.
     """
-    if not isinstance(done, Farm):
+    if not is_shared(done):
         return plan
     names = hashlib.blake2b(" ".join(c.name for c in components).encode(), digest_size=8).hexdigest()
     counts = made(done, f"rows-{names}", lambda: np.array([*plan.rows.values()], np.float64), (len(plan.rows),))

@@ -25,7 +25,7 @@ from wpjax.metrics.metric import Measure, Metric, agreed_metric, expect_finite, 
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results.sweep_result import SweepResult
-from wpjax.runtime.farm import Farm, conclude
+from wpjax.runtime.farm import conclude, is_shared
 from wpjax.runtime.progress import Progress, silent
 
 DEFAULT_KINDS = ("head", "kv_group", "neuron")
@@ -136,7 +136,7 @@ def sweep(
         attributes = {**prepared.attributes, **given.attributes(batch.behaviour)}
         prepared = dataclasses.replace(prepared, metric=held, attributes=attributes)
     swept = _swept_components(pair, prepared.reach_metric or prepared.metric, kinds, components)
-    if isinstance(done, Farm):
+    if done is not None and is_shared(done):
         prepared = dataclasses.replace(prepared, metric=agreed_metric(prepared.metric, done))
     read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))

@@ -163,7 +163,7 @@ class Metric:
 
 
 def agreed_metric(metric: Metric, done: MutableMapping[str, np.ndarray]) -> Metric:
-    """The metric of all processes of a farm: the first one that was made.
+    """The metric of all processes that do parts of the same work (`runtime.farm.made`).
 
     Machines round differently. So the arrays of a metric that was made from a model's numbers, say the word that the
     base would say, could be others in another process.

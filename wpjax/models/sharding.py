@@ -22,7 +22,7 @@ from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
 from wpjax.models.parameters import PARAMETERS
-from wpjax.runtime.placement import MODEL, Placement, partition, placement_for, read_mesh
+from wpjax.runtime.placement import MODEL, Placement, partition, placement_for, put, read_mesh
 
 RULES: Mapping[str, str] = MappingProxyType(dict.fromkeys(("head", "kv_head", "neuron", "vocab"), MODEL))
 """Logical axis of a parameter -> the mesh axis that it is cut along."""
@@ -65,7 +65,7 @@ def put_leaf(placement: Placement | None, path: str, leaf: Any) -> jax.Array:
     if placement.n_devices == 1:
         placed = isinstance(getattr(leaf, "sharding", None), NamedSharding)
         return jax.device_put(leaf, placement.mesh.devices.flat[0]) if placed else jax.device_put(leaf)
-    return jax.device_put(leaf, NamedSharding(placement.mesh, spec_of(path, leaf.shape, placement.n_model)))
+    return put(leaf, NamedSharding(placement.mesh, spec_of(path, leaf.shape, placement.n_model)))
 
 
 def place(placement: Placement, *models: Params) -> tuple[Params, ...]:

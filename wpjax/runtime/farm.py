@@ -26,6 +26,7 @@ import numpy as np
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import flush
+from wpjax.runtime.processes import Together
 from wpjax.runtime.shards import MANIFEST, PartFiles, digest_of, finished_part, read_manifest, what_differs
 
 T = TypeVar("T")
@@ -263,7 +264,8 @@ def made(
 ) -> np.ndarray:
     """A part of the work that all of its processes need: made here, unless it is there already.
 
-    In a farm all processes go on with the first one that was made, even if theirs was rounded in another way.
+    In a farm all processes go on with the first one that was made, even if theirs was rounded in another way. Processes
+    that work together (`runtime.processes`) go on with that of process 0.
 
     Args:
         done: finished parts.
@@ -282,7 +284,7 @@ def made(
     if key not in done:
         if isinstance(done, Farm) and done.part is None:
             raise done.unfinished([1], f"the beginning of the work ({key})")
-        done[key] = make()
+        done[key] = done.agreed(make()) if isinstance(done, Together) else make()
     return np.asarray(done[key]) if shape is None else finished_part(done, key, shape)
 
 
@@ -293,6 +295,15 @@ def shared_out(done: Mapping[str, np.ndarray], pieces: Sequence[T], is_done: Cal
     ['a', 'b']
     """
     return done.share(pieces, is_done) if isinstance(done, Farm) else list(pieces)
+
+
+def is_shared(done: Mapping[str, np.ndarray]) -> bool:
+    """Whether other processes do parts of the same work, so that they must agree on what it is (`made`).
+
+    >>> is_shared({})
+    False
+    """
+    return isinstance(done, Farm | Together)
 
 
 def conclude(done: Mapping[str, np.ndarray]) -> None:

@@ -102,15 +102,15 @@ class Placement(NamedTuple):
         if self.n_devices == 1:
             return tree
 
-        def put(leaf: Any) -> Any:
+        def moved(leaf: Any) -> Any:
             sharding = getattr(leaf, "sharding", None)
             if isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh:
                 return leaf
-            return jax.device_put(leaf, NamedSharding(self.mesh, spec))
+            return put(leaf, NamedSharding(self.mesh, spec))
 
         # by identity: a tied embedding, or a weight that base and expert share, takes memory once
         leaves, structure = jax.tree.flatten(tree)
-        placed = {id(leaf): put(leaf) for leaf in leaves if hasattr(leaf, "dtype")}
+        placed = {id(leaf): moved(leaf) for leaf in leaves if hasattr(leaf, "dtype")}
         return jax.tree.unflatten(structure, [placed.get(id(leaf), leaf) for leaf in leaves])
 
     def replicate(self, tree: T) -> T:
@@ -151,6 +151,17 @@ class Placement(NamedTuple):
             return run(*static, *self.replicate(whole), *self.replicate(split), **options)
         program = divided(self, run, static, len(whole), len(split), axis, **options)
         return program(*self.replicate(whole), *self.shard(split))
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array, which every process has, on the devices of a mesh.
+
+    Of several processes each puts its own devices' share there. (`jax.device_put` would first send the whole array to
+    all of them, to see whether they have the same.)
+    """
+    if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @functools.cache
