@@ -24,7 +24,9 @@ OPERATIONS = (
 )  # fmt: skip
 
 _CALL = re.compile(rf" ({'|'.join(OPERATIONS)})(?:-start)?\(.*")
-_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
+_GROUPS = re.compile(
+    r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+)
 
 
 def collectives(text: str, shape: Mapping[str, int]) -> Counter[tuple[str, str]]:
