@@ -219,6 +219,23 @@ def whole_commands():
                 np.testing.assert_allclose(values, ours.dataset[name], atol=1e-4, err_msg=name)
 
 
+GROUPS = {
+    "all-reduce(f32[4] %b), replica_groups={{0,1},{2,3}}, to_apply=%add": ("all-reduce", "model"),
+    "all-gather-start(f32[4] %b), replica_groups={{0,2},{1,3}}, dimensions={0}": ("all-gather", "patch"),
+    "all-to-all(f32[4] %b), replica_groups=[2,2]<=[4], dimensions={0}": ("all-to-all", "model"),
+    "reduce-scatter(f32[4] %b), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add": ("reduce-scatter", "patch"),
+    "all-reduce(f32[4] %b), replica_groups={}, to_apply=%add": ("all-reduce", "patch+model"),
+    "collective-permute(f32[4] %b), source_target_pairs={{0,1},{1,0}}": ("collective-permute", "model"),
+    "all-reduce(f32[4] %b), replica_groups={{0},{1},{2},{3}}, to_apply=%add": ("all-reduce", ""),
+}
+
+
+@pytest.mark.parametrize("call", GROUPS)
+def test_collectives_are_counted_by_the_axes_that_they_go_along(call):
+    text = f"  %a = f32[4] {call}\n  %c = f32[4] add(f32[4] %a, f32[4] %all-reduce.1)"
+    assert dict(collectives(text, {"patch": 2, "model": 2})) == {GROUPS[call]: 1}
+
+
 @pytest.mark.parametrize("text", ["patch", "patch=0", "patch=2,patch=2", "rows=2", "patch=two", "model=-1", ""])
 def test_a_mesh_that_is_none_is_refused(text):
     with pytest.raises(WpjaxError, match="patch=4,model=2"):

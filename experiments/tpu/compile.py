@@ -32,6 +32,7 @@ from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler asks a server about the TPU that is not there
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time: none of them uses a TPU
 
 import jax
 import jax.numpy as jnp
@@ -46,18 +47,18 @@ from wpjax.engines.packing import pack, shared_tokens
 from wpjax.engines.plan import make_plan
 from wpjax.engines.replay import replay
 from wpjax.estimators.kind_slopes import linearised_by_kind
-from wpjax.metrics.metric import PROMPTS_AT_ONCE, Metric, _on_prompts
+from wpjax.metrics.metric import PROMPTS_AT_ONCE, Metric, on_prompts
 from wpjax.metrics.readouts import LogProb, Projection
 from wpjax.models.config import ModelConfig, Rope
 from wpjax.models.decoder import abstract_params
-from wpjax.models.generate import _continued
+from wpjax.models.generate import continue_some
 from wpjax.models.sharding import fewest_parts, spec_of, weight_bytes
 from wpjax.models.sites import Site
 from wpjax.relax.gates import Gates
 from wpjax.relax.learn import RelaxConfig, State, adam, take_steps
 from wpjax.relax.objectives import Recover
 from wpjax.relax.parametrisations import Nested
-from wpjax.runtime.placement import PATCHES, Placement, divided
+from wpjax.runtime.placement import PATCHES, WHOLE, Placement, divided
 
 GIB = 2**30
 N_PROMPTS, N_TOKENS, N_SHARED, N_NEW = 32, 64, 16, 32
@@ -103,7 +104,7 @@ class Shapes:
     def __init__(self, cfg: ModelConfig, placement: Placement):
         self.cfg, self.placement = cfg, placement
 
-    def on(self, tree: Any, spec: PartitionSpec = PartitionSpec()) -> Any:
+    def on(self, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
         """Arrays, or shapes of arrays, as shapes that stand on the mesh."""
         sharding = NamedSharding(self.placement.mesh, spec)
 
@@ -178,7 +179,7 @@ def screen(shapes: Shapes, memory: int) -> tuple[Any, tuple, dict[str, float]]:
     options = {"kinds": ("head", "kv_group", "neuron"), "weights": "donor", "inputs": "host"}
     options["n_shared"] = shared_tokens(metric)  # type: ignore[assignment]
     static = linearised_by_kind, shapes.cfg
-    program = divided(shapes.placement, _on_prompts, static, 3, 1, 2, **options)
+    program = divided(shapes.placement, on_prompts, static, 3, 1, 2, **options)
     rows = shapes.divided(PROMPTS_AT_ONCE * shapes.placement.n_patch)
     return program, (shapes.on(metric), shapes.params(), shapes.params(), rows), {"rows": PROMPTS_AT_ONCE}
 
@@ -211,7 +212,7 @@ def nested_mask(shapes: Shapes, memory: int) -> tuple[Any, tuple, dict[str, floa
 def answers(shapes: Shapes, memory: int) -> tuple[Any, tuple, dict[str, float]]:
     """Prompts are read and continued, 32 on each row of devices."""
     cfg, n = shapes.cfg, N_PROMPTS * shapes.placement.n_patch
-    program = divided(shapes.placement, _continued, (cfg, N_NEW), 3, 3)
+    program = divided(shapes.placement, continue_some, (cfg, N_NEW), 3, 3)
     stop = shapes.on(jax.ShapeDtypeStruct((2,), jnp.int32))
     split = shapes.divided(n, N_TOKENS), shapes.divided(n), shapes.divided(n)
     return program, (shapes.params(), stop, (), *split), {"rows": N_PROMPTS}
@@ -251,7 +252,7 @@ def measure(model: str, name: str, programs: tuple[str, ...] = PROGRAMS) -> dict
 
 def compiled(shapes: Shapes, name: str, memory: int) -> dict[str, Any]:
     """What one program takes and exchanges; or why it cannot be compiled."""
-    with mock.patch.object(jax, "default_backend", lambda: "tpu"):  # programs are made for where they will run
+    with mock.patch.object(jax, "default_backend", return_value="tpu"):  # programs are made for where they will run
         made, args, about = MAKERS[name](shapes, memory)
         began = time.perf_counter()
         try:
