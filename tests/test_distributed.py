@@ -62,8 +62,8 @@ def made_batch() -> PromptBatch:
     return PromptBatch("random", "sweep", tokens, tokens, tuple(p.with_instruction for p in pairs), pairs)
 
 
-COMPONENTS = enumerate_components(CFG, ("head", "kv_group", "neuron", "mlp"), range(2))[::3]
-ANYWHERE = [c for c in enumerate_components(CFG, ("head", "mlp", "embed")) if c.layer != 1][::2]
+COMPONENTS = enumerate_components(CFG, ("head", "neuron"), range(2))[::3]
+ANYWHERE = [c for c in enumerate_components(CFG, ("mlp",)) if c.layer != 1]
 
 
 def single(pair, batch):
@@ -178,8 +178,8 @@ def bad_meshes():
     for mesh, what in {"patch=3": "does not divide the 4 devices", "patch=2,model=4": "takes 8 devices"}.items():
         with pytest.raises(WpjaxError, match=what):
             made_pair().on(mesh)
-    assert str(made_pair().on("model=2").placement) == "patch=2,model=2"  # what is left
-    assert made_pair().on("patch=1,model=1").placement.n_devices == 1
+    assert str(made_pair().on("model=2").placement) == "patch=2,model=2"  # patches take what is left
+    assert str(made_pair().on("patch=2").placement) == "patch=2,model=1"  # and the weights are not cut
     assert str(choose_placement(CFG, "float32")) == "patch=4,model=1"  # it fits: the weights are not cut
 
 
@@ -195,29 +195,45 @@ def one_row_for_each_device():
 
     with pytest.warns(UserWarning, match="out of memory: prompts go on 2 at a time"):
         assert map_batches(5, 4, run, parts=2).tolist() == [0, 1, 2, 3, 4]
-    assert sizes[0] == 6
-    assert set(sizes[1:]) == {2}
+    assert sizes[:2] == [6, 4]
+    assert set(sizes[2:]) == {2}
 
 
 def whole_commands():
-    """A sweep and its validation from the command line, on one device and on four."""
-    names = "L2.head.0,L4.mlp,L5.head.1"
+    """A sweep and its validation of the embedded pair: on one device, and from the command line on four."""
+    out, names = "caps.nc", ("L2.head.0", "L4.mlp")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        found = {}
-        for i, mesh in enumerate(("patch=1,model=1", "patch=2,model=2")):
-            out = f"{i}.nc"
-            sweep = "sweep --base tiny:base --expert tiny:expert --behaviour tiny:english_capital --method exact"
-            options = f"--components {names} --metric decision --n-prompts 4 --max-new-tokens 6 --no-set-score"
-            assert run_cli(*sweep.split(), *options.split(), "--answers", "0", "--out", out, "--mesh", mesh) == 0
-            validate = f"validate {out} --n-prompts 4 --points 2 --n-random 1 --max-new-tokens 6 --mesh {mesh}"
-            assert run_cli(*validate.split()) == 0
-            found[mesh] = wp.SweepResult.from_netcdf(Path(out)), wp.Curves.from_netcdf(Path(f"{i}.curves.nc"))
-        (alone, ours), (result, curves) = found.values()
-        np.testing.assert_allclose(result.values("effect"), alone.values("effect"), atol=1e-5)
-        for name, values in curves.dataset.data_vars.items():
+        pair, task = wp.load_pair("tiny:base", "tiny:expert", mesh="patch=1"), wp.behaviour("tiny:english_capital")
+        batch = task.encode(pair.tokenizer, n_prompts=4)
+        metric = wp.decision_metric(pair, batch, max_new_tokens=6)
+        result = wp.sweep(pair, batch, metric, components=names, method="screen")
+        result.to_netcdf(out)
+        ours = wp.validate(pair, task, result, n_prompts=4, n_points=2, n_random=1, max_new_tokens=6)
+        options = "--n-prompts 4 --points 2 --n-random 1 --max-new-tokens 6 --mesh patch=2,model=2"
+        models = "--base tiny:base --expert tiny:expert --behaviour tiny:english_capital"
+        assert run_cli("validate", out, *options.split(), *models.split()) == 0
+        theirs = wp.Curves.from_netcdf(Path("caps.curves.nc"))
+        for name, values in theirs.dataset.data_vars.items():
             if values.dtype.kind == "f":
                 np.testing.assert_allclose(values, ours.dataset[name], atol=1e-4, err_msg=name)
+
+
+GROUPS = {
+    "all-reduce(f32[4] %b), replica_groups={{0,1},{2,3}}, to_apply=%add": ("all-reduce", "model"),
+    "all-gather-start(f32[4] %b), replica_groups={{0,2},{1,3}}, dimensions={0}": ("all-gather", "patch"),
+    "all-to-all(f32[4] %b), replica_groups=[2,2]<=[4], dimensions={0}": ("all-to-all", "model"),
+    "reduce-scatter(f32[4] %b), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add": ("reduce-scatter", "patch"),
+    "all-reduce(f32[4] %b), replica_groups={}, to_apply=%add": ("all-reduce", "patch+model"),
+    "collective-permute(f32[4] %b), source_target_pairs={{0,1},{1,0}}": ("collective-permute", "model"),
+    "all-reduce(f32[4] %b), replica_groups={{0},{1},{2},{3}}, to_apply=%add": ("all-reduce", ""),
+}
+
+
+@pytest.mark.parametrize("call", GROUPS)
+def test_collectives_are_counted_by_the_axes_that_they_go_along(call):
+    text = f"  %a = f32[4] {call}\n  %c = f32[4] add(f32[4] %a, f32[4] %all-reduce.1)"
+    assert dict(collectives(text, {"patch": 2, "model": 2})) == {GROUPS[call]: 1}
 
 
 @pytest.mark.parametrize("text", ["patch", "patch=0", "patch=2,patch=2", "rows=2", "patch=two", "model=-1", ""])

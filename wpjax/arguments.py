@@ -155,8 +155,8 @@ Mesh = Annotated[
     str | None,
     Setting(
         "How the devices are used: patch=4,model=2 divides patches and prompts among 4 parts, and cuts the weights in "
-        "2. A size that is missing takes the devices that are left. Without it all devices are used, and weights are "
-        "cut only as far as memory demands.",
+        "2. model=2 alone takes all devices, patch=4 alone cuts no weights. Without it all devices are used, and "
+        "weights are cut only as far as memory demands.",
         panel=RUNNING,
     ),
 ]

@@ -225,12 +225,12 @@ def over_prompts(
     n_prompts = len(metric if isinstance(metric, Metric) else metric[0])
 
     def some(rows: Int[np.ndarray, " N"]) -> Any:
-        return placement.call(_on_prompts, (run, cfg), whole, (jnp.asarray(rows),), axis, **options)
+        return placement.call(on_prompts, (run, cfg), whole, (jnp.asarray(rows),), axis, **options)
 
     return map_batches(n_prompts, PROMPTS_AT_ONCE, some, axis, parts=placement.n_patch)
 
 
-def _on_prompts(run: Callable[..., Any], cfg: ModelConfig, metric: Any, *rest: Any, **options: Any) -> Any:
+def on_prompts(run: Callable[..., Any], cfg: ModelConfig, metric: Any, *rest: Any, **options: Any) -> Any:
     """The function of `over_prompts` on some prompts, whose numbers come last."""
     *models, rows = rest
     some = metric.take(rows) if isinstance(metric, Metric) else tuple(m.take(rows) for m in metric)

@@ -387,12 +387,12 @@ def generate_batched(
 
     def run(rows: Int[np.ndarray, " N"]) -> Generation:
         some = jnp.asarray(tokens[rows]), jnp.asarray(lengths[rows]), jnp.asarray(rows)
-        return placement.call(_continued, (cfg, max_new_tokens), whole, some)
+        return placement.call(continue_some, (cfg, max_new_tokens), whole, some)
 
     return map_batches(len(tokens), batch_size, run, parts=placement.n_patch)
 
 
-def _continued(
+def continue_some(
     cfg: ModelConfig,
     max_new_tokens: int,
     params: Params,

@@ -171,13 +171,25 @@ def choose_placement(cfg: ModelConfig, dtype: Any, mesh: str | None = None, n_mo
         return placement_for(read_mesh(mesh))
     devices = jax.devices()
     memory = min(memory_of(device) for device in devices if device.process_index == jax.process_index())
-    whole = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-    for n_model in whole:
-        if needed_bytes(cfg, dtype, n_model) <= memory:
-            return Placement.on(devices, n_model)
-    if needed_bytes(cfg, dtype, len(devices), n_models) <= memory:
-        return Placement.on(devices, len(devices))
-    raise WpjaxError(_too_large(cfg, dtype, memory, len(devices), n_models))
+    n_model = fewest_parts(cfg, dtype, len(devices), memory)
+    if n_model is None and needed_bytes(cfg, dtype, len(devices), n_models) <= memory:
+        n_model = len(devices)
+    if n_model is None:
+        raise WpjaxError(_too_large(cfg, dtype, memory, len(devices), n_models))
+    return Placement.on(devices, n_model)
+
+
+def fewest_parts(cfg: ModelConfig, dtype: Any, n_devices: int, memory: int) -> int | None:
+    """The fewest parts to cut weights into, so that a sweep of a pair fits; None if none are enough.
+
+    Args:
+        cfg: the architecture of both models.
+        dtype: dtype of the weights.
+        n_devices: number of devices; the parts divide it.
+        memory: bytes of each device.
+    """
+    whole = (n for n in range(1, n_devices + 1) if n_devices % n == 0)
+    return next((n for n in whole if needed_bytes(cfg, dtype, n) <= memory), None)
 
 
 def needed_bytes(cfg: ModelConfig, dtype: Any, n_model: int, n_models: int = 2) -> int:

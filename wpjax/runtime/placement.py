@@ -243,7 +243,8 @@ def placement_for(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None
     """The placement with a mesh of given sizes.
 
     Args:
-        sizes: sizes of `PATCHES` and `MODEL`. One that is missing takes the devices that are left.
+        sizes: sizes of `PATCHES` and `MODEL`. Without the first, patches take all devices that are left; without the
+            second, weights are not cut.
         devices: the devices to choose from; None for all. The first of them are used if the mesh needs fewer.
 
     Raises:
@@ -259,12 +260,12 @@ def placement_for(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None
             f"a mesh of {asked} takes {given} device{'s' * (given != 1)}, which does not divide the {has} here; "
             f"patch times model must be one of {fitting}"
         )
-    if jax.process_count() > 1 and len(sizes) == len(AXES) and given != len(devices):
+    n = given if PATCHES in sizes else len(devices)
+    if jax.process_count() > 1 and n != len(devices):
         raise WpjaxError(
-            f"a mesh of {asked} takes {given} of {len(devices)} devices; with several processes it must take all"
+            f"a mesh of {asked} takes {n} of {len(devices)} devices; with several processes it must take all"
         )
-    left = len(devices) // given if len(sizes) < len(AXES) else 1
-    return Placement.on(devices[: given * left], sizes.get(MODEL, left if PATCHES in sizes else 1))
+    return Placement.on(devices[:n], sizes.get(MODEL, 1))
 
 
 def check_devices() -> None:
