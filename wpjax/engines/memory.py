@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from wpjax.engines.packing import Packing
 from wpjax.models.config import ModelConfig
@@ -82,8 +84,12 @@ def bytes_of_rows(cfg: ModelConfig, packing: Packing, n_rows: int, n_model: int 
 def device_budget() -> int | None:
     """Bytes that temporary memory may take: a third of what is free on the fullest device.
 
-    None where JAX does not know, as on CPUs.
+    None where JAX does not know, as on CPUs. Processes that work together take the least that any of them has, so that
+    they run programs of one shape.
     """
     by_device = [device.memory_stats() for device in jax.local_devices()]
     free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in by_device if stats and "bytes_limit" in stats]
+    if free and jax.process_count() > 1:
+        megabytes = np.array(min(free) // 2**20, np.int32)  # JAX would cut off a number of 64 bits
+        free = [2**20 * int(n) for n in multihost_utils.process_allgather(megabytes)]
     return int(min(free)) // 3 if free else None

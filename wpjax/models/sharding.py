@@ -230,7 +230,7 @@ def described(placement: Placement, cfg: ModelConfig, dtype: Any, how: str) -> s
     """
     devices = placement.mesh.devices.flatten()
     need = needed_bytes(cfg, dtype, placement.n_model) / 2**30
-    has = memory_of(devices[0]) / 2**30
+    has = memory_of(next(d for d in devices if d.process_index == jax.process_index())) / 2**30
     return (
         f"mesh {placement} of {len(devices)} {devices[0].device_kind} device{'s' * (len(devices) != 1)}, {how}: about "
         f"{need:,.2f} of {has:,.2f} GiB a device for both models and the sweep"

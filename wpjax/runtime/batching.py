@@ -57,7 +57,7 @@ def map_batches(
             made.append(fetch(run(np.minimum(np.arange(first, first + size), n - 1))))
             first += size
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or size == parts:
+            if "RESOURCE_EXHAUSTED" not in str(error) or size == parts or jax.process_count() > 1:
                 raise
             fits[what] = (size // parts + 1) // 2
             warnings.warn(f"out of memory: {what} go on {parts * fits[what]} at a time", stacklevel=2)

@@ -150,6 +150,7 @@ def _is_one_of_many() -> bool:
 def _join(coordinator: str | None, n_processes: int | None, index: int | None) -> Member:
     """Start JAX's distributed service. If not all processes come, one line, not the hundred of JAX."""
     import jax
+    from jax.experimental import multihost_utils
 
     came = threading.Event()
 
@@ -172,9 +173,25 @@ def _join(coordinator: str | None, n_processes: int | None, index: int | None) -
     except (ValueError, TypeError, RuntimeError) as error:
         came.set()
         raise WpjaxError(f"the processes cannot join each other: {' '.join(str(error).split())}") from error
+    with _printing_nothing():  # Gloo, which CPUs use, prints what it does where results are printed
+        multihost_utils.sync_global_devices("wpjax")
     came.set()
     interrupts.end_abruptly()
     return member_now()
+
+
+@contextlib.contextmanager
+def _printing_nothing() -> Iterator[None]:
+    """Drop what libraries print on the standard output meanwhile."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def member_now() -> Member:
