@@ -90,7 +90,7 @@ def ended(body, members=(0, 1)):
 
 def all_endings():
     """Every way in which two processes may end, in children of one process that has imported everything."""
-    processes.BEAT, processes.SILENCE, processes.PATIENCE = 0.2, 8.0, 60.0
+    processes.BEAT, processes.SILENCE, processes.PATIENCE = 0.2, 20.0, 300.0
     kept = "finished parts are kept: go on with --resume"
 
     def dies(which):
@@ -170,7 +170,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_started(monkey
     for name, value in (("JOB_ID", "7"), ("STEP_NODELIST", "n"), ("NTASKS", "1"), ("PROCID", "0"), ("LOCALID", "0")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     with joined() as member:
-        assert (member.count, member.writes) == (1, True)
+        assert (member.size, member.writes) == (1, True)
     assert jax.process_count() == 1
 
 

@@ -87,14 +87,17 @@ def run_as(member: Member, config: SweepConfig, show: int, as_json: bool) -> Non
     from wpjax.runtime.processes import agree
 
     config.check(member.writes)  # before anything heavy is imported
-    if member.count > 1:
+    if member.size > 1:
         agree("arguments", {**config.shared_arguments, "mesh": config.mesh, "memory_mb": config.memory_mb})
     if member.writes:
         run_and_print(config, show, as_json)
     else:
+        import warnings
+
         from wpjax.study import run_study
 
-        run_study(config)
+        warnings.simplefilter("ignore")  # process 0 gives them
+        run_study(config, planned=lambda schedule: None)  # every process runs the same programs, also to make a plan
 
 
 def begin(progress: Reporter, config: SweepConfig, what: str) -> None:

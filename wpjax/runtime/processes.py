@@ -48,17 +48,17 @@ class Member(NamedTuple):
     """Which process this is.
 
     Attributes:
-        index: its number, from 0.
-        count: number of processes.
+        rank: its number, from 0.
+        size: number of processes.
     """
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    size: int = 1
 
     @property
     def writes(self) -> bool:
         """Whether this process prints and writes files: the first one does."""
-        return self.index == 0
+        return self.rank == 0
 
 
 FATAL = "Terminating process because the JAX distributed service detected fatal errors"
@@ -97,7 +97,7 @@ def joined(
         WpjaxError: the arguments do not fit each other.
 
     >>> with joined(coordinator="none") as member:
-    ...     member.writes, member.count
+    ...     member.writes, member.size
     (True, 1)
     """
     if coordinator == "none":
@@ -206,7 +206,7 @@ def _filter_errors(member: Member) -> None:
 
     JAX notices that death at once, and ends this process from a thread that Python cannot reach.
     """
-    line = f"error: process 0 of {member.count} died"
+    line = f"error: process 0 of {member.size} died"
     child = subprocess.Popen([sys.executable, "-I", "-S", "-c", FILTER, line], stdin=subprocess.PIPE)
     assert child.stdin is not None
     sys.stderr.flush()
@@ -227,13 +227,13 @@ class _Watch:
         """What the others have said: number of a process -> its text."""
         entries = self.client.key_value_dir_get(f"wpjax/{what}/")
         said = {int(key.rpartition("/")[2]): text for key, text in entries}
-        return {index: text for index, text in said.items() if index != self.member.index}
+        return {index: text for index, text in said.items() if index != self.member.rank}
 
     def _say(self, what: str, text: str) -> None:
-        self.client.key_value_set(f"wpjax/{what}/{self.member.index}", text, allow_overwrite=True)
+        self.client.key_value_set(f"wpjax/{what}/{self.member.rank}", text, allow_overwrite=True)
 
     def _run(self) -> None:
-        beats, heard = dict[int, str](), dict.fromkeys(range(self.member.count), time.monotonic())
+        beats, heard = dict[int, str](), dict.fromkeys(range(self.member.size), time.monotonic())
         n = 0
         while not self._over.wait(BEAT):
             try:
@@ -249,7 +249,7 @@ class _Watch:
                 if not self._over.is_set():
                     self._end_after(0)
             for index, last in heard.items():
-                if index not in (self.member.index, *ended) and now - last > SILENCE and not self._over.is_set():
+                if index not in (self.member.rank, *ended) and now - last > SILENCE and not self._over.is_set():
                     self._end_after(index)
 
     def _follow(self, index: int, text: str) -> None:
@@ -259,7 +259,7 @@ class _Watch:
             with contextlib.suppress(Exception):
                 self._say("end", text)
             self._linger()
-            _end(int(code), f"process {index} of {self.member.count} ended: {message}")
+            _end(int(code), f"process {index} of {self.member.size} ended: {message}")
 
     def _linger(self) -> None:
         """Let the others go first: with process 0 they lose the coordinator, and JAX would end them its own way."""
@@ -269,7 +269,7 @@ class _Watch:
     def _end_after(self, index: int) -> NoReturn:
         self._linger()
         kept = "; ".join(interrupts.how_to_go_on())
-        _end(DIED, f"error: process {index} of {self.member.count} died{'; ' if kept else ''}{kept}")
+        _end(DIED, f"error: process {index} of {self.member.size} died{'; ' if kept else ''}{kept}")
 
     def leave_with(self, error: BaseException) -> None:
         """Tell the others that this process ends with an error, and give them time to hear it."""
@@ -283,14 +283,14 @@ class _Watch:
         self._over.set()
         with contextlib.suppress(Exception):
             self._say("end", f"{code} {interrupts.account() if isinstance(error, KeyboardInterrupt) else message}")
-            self._wait_for(range(self.member.count), 5 * BEAT)
+            self._wait_for(range(self.member.size), 5 * BEAT)
 
     def leave(self) -> None:
         """Wait for process 0 to be done, then for all others."""
         if not self.member.writes:
             self._wait_for([0], float("inf"))
         self._say("end", "0 ")
-        self._wait_for(range(self.member.count), SILENCE)
+        self._wait_for(range(self.member.size), SILENCE)
         self._over.set()
         self._thread.join()
         import jax
@@ -300,7 +300,7 @@ class _Watch:
     def _wait_for(self, members: range | list[int], seconds: float) -> None:
         """Wait until some processes have ended."""
         end = time.monotonic() + seconds
-        while not {*members} - {self.member.index} <= {*self._others("end")} and time.monotonic() < end:
+        while not {*members} - {self.member.rank} <= {*self._others("end")} and time.monotonic() < end:
             interrupts.check()
             time.sleep(BEAT / 5)
 
@@ -331,7 +331,7 @@ def agree(what: str, ours: Mapping[str, Any]) -> None:
 
     >>> agree("arguments", {"seed": 0})  # alone
     """
-    client, index = _client(), member_now().index
+    client, index = _client(), member_now().rank
     if client is None:
         return
     text = json.dumps(dict(ours), sort_keys=True, default=str)
@@ -427,7 +427,7 @@ def together(
         opened: a function that opens them.
     """
     member = member_now()
-    if member.count == 1:
+    if member.size == 1:
         with opened() as alone:
             yield alone
     elif member.writes:
