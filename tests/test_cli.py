@@ -214,7 +214,7 @@ def test_inspect_prints_tables(wpjax):
     assert "a pair" in out
 
 
-COMMANDS = ["demo", "inspect", "anchor", "sweep", "show", "report", "validate", "relax", "extract"]
+COMMANDS = ["demo", "inspect", "anchor", "sweep", "collect", "show", "report", "validate", "relax", "extract"]
 COMMANDS += ["interference", "compare", "export", "apply", "remove", "scores", "merge", "finetune"]
 
 
