@@ -69,6 +69,7 @@ INPUT = "Models and prompts"
 MEASURED = "What is measured"
 PATCHED = "What is patched"
 RUNNING = "Running"
+TOGETHER = "Several processes"
 OUTPUT = "Output"
 
 MODEL = "Hugging Face folder, .gguf file, hub id (gpt2, org/name or org/name@revision) or embedded model (tiny:base)."
@@ -334,11 +335,11 @@ class SweepConfig:
         Setting(
             "Do part i/n of the sweep, say 2/8, and leave the rest to other processes, with --part 1/8 to 8/8 and the "
             "same --shards. `wpjax collect` then writes the result.",
-            panel=RUNNING,
+            panel=TOGETHER,
         ),
     ] = None
     shards: Annotated[
-        Path | None, Setting("Folder that all parts share; made by the first of them.", panel=RUNNING)
+        Path | None, Setting("Folder that all parts share; made by the first of them.", panel=TOGETHER)
     ] = None
     resume: Resume = False
     seed: Seed = 0

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from wpjax.arguments import OUTPUT, Setting, SweepConfig
+from wpjax.arguments import OUTPUT, TOGETHER, Setting, SweepConfig
 from wpjax.cli.options import Json
 from wpjax.errors import WpjaxError
 from wpjax.methods import find_method
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from wpjax.study import Study
 
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
-
-TOGETHER = "Several processes"
-"""Title of the panel of `--help` with the options of processes that work together."""
 
 MARKS = ("anchor_acceptance", "behaviour_differs")
 """Attributes that JSON holds beside those of the method: they say whether to trust the ranking."""
