@@ -1,6 +1,9 @@
-"""Anchors, effects by suffix replay, sweeps by hand, counts of programs and the command line, for several files."""
+"""Anchors, effects by replay, sweeps by hand, counts of programs, faults and the command line, for several files."""
 
 import contextlib
+import os
+import resource
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -135,3 +138,48 @@ def compiled() -> Iterator[list[str]]:
         yield names
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
+
+
+def in_child(action):
+    """Run a function in a child process; the child's exit code, or minus the number of the signal that ended it."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            action()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(n, action):
+    """Run a function in a child that is killed before its n-th operation on a file; whether it came so far."""
+
+    def run():
+        left = [n]
+
+        def hook(event, arguments):
+            if event in FILE_EVENTS:
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+
+        sys.addaudithook(hook)
+        action()
+
+    code = in_child(run)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+@contextlib.contextmanager
+def files_of_at_most(n_bytes):
+    """As on a full disk: every write beyond so many bytes of a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

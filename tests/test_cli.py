@@ -214,7 +214,7 @@ def test_inspect_prints_tables(wpjax):
     assert "a pair" in out
 
 
-COMMANDS = ["demo", "inspect", "anchor", "sweep", "show", "report", "validate", "relax", "extract"]
+COMMANDS = ["demo", "inspect", "anchor", "sweep", "collect", "show", "report", "validate", "relax", "extract"]
 COMMANDS += ["interference", "compare", "export", "apply", "remove", "encode", "scores", "merge", "finetune"]
 
 
@@ -235,6 +235,7 @@ def test_help_of_every_command(wpjax, monkeypatch):
             assert not option.startswith("--") or re.search(rf"{option}[ ,│]", out), option
     assert re.findall(r"^╭─ (.*?) ─+╮", wpjax("sweep", "-h")[1], re.MULTILINE) == [
         "Options", "Models and prompts", "What is measured", "What is patched", "Output", "Running",
+        "Several processes",
     ]  # fmt: skip
 
 

@@ -50,6 +50,7 @@ TABLES = [
     ("sets", "compare", "markdown", "planted.json"),
     ("bench", "merging", "markdown", "merging.json"),
     ("bench", "relax", "markdown", "relax.tiny.json"),
+    ("tpu", "compile", "markdown", "programs.json"),
     ("bench", "relax", "markdown", "relax.smollm2.json"),
 ]
 

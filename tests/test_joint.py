@@ -136,11 +136,11 @@ def test_out_of_memory_sets_go_on_with_less_at_once(one_pair, batch, monkeypatch
     masks = sets_of(pair.cfg, ("head",), 2)
     sizes: list[int] = []
 
-    def small(cfg, host, donor, units, *args):
-        sizes.append(len(units["head"]))
+    def small(*args):
+        sizes.append(len(args[-1]["head"]))
         if sizes[-1] > 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
-        return scores_at_once(cfg, host, donor, units, *args)
+        return scores_at_once(*args)
 
     monkeypatch.setattr("wpjax.engines.joint.scores_at_once", small)
     with pytest.warns(UserWarning, match="out of memory: joint patches go on 2 at a time"):

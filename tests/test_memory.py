@@ -40,7 +40,7 @@ def screen(cfg, params):
 
 
 def gradient(cfg, params):
-    return unit_gradient(cfg, params, params, read_last(cfg), PatchMask.empty(cfg, jnp.float32))
+    return unit_gradient(cfg, params, params, PatchMask.empty(cfg, jnp.float32), read_last(cfg))
 
 
 def secant(cfg, params):

@@ -46,8 +46,8 @@ def components(pair):
 
 def swept(base_answers, components, donor=None):
     """Changes [C, B], flow [C, U] and the engine."""
-    models = {"base": base_answers.pair.base, "expert": base_answers.pair.expert if donor is None else donor}
-    engine = OnPolicyEngine(base_answers, components, {}, lambda *_: None, models=models)
+    engine = OnPolicyEngine(base_answers, components, {}, lambda *_: None)
+    engine.models |= {} if donor is None else {"expert": donor}
     plan = make_plan(base_answers.pair.cfg, components, engine.packing)
     return *engine.changes("exact", plan), engine
 

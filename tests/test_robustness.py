@@ -4,12 +4,10 @@ A process is killed for real: a child is forked, and ends itself without any cle
 operation on a file, for every n. Python's audit events tell when that is.
 """
 
-import contextlib
 import dataclasses
 import gc
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +21,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from tests.helpers import files_of_at_most, in_child, killed_at
 from wpjax import SweepConfig, cli, run_study
 from wpjax.behaviours import behaviour
 from wpjax.checkpoints.checkpoint import Checkpoint, save_checkpoint
@@ -42,7 +41,6 @@ from wpjax.runtime.shards import Shards, check_parts, parts_folder
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork")  # the children touch files only, never JAX
 
 SAVED = Path(__file__).parent / "data" / "schema4"
-FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +55,6 @@ def anchor():
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def in_child(action):
-    """Run a function in a child process; the child's exit code, or minus the number of the signal that ended it."""
-    child = os.fork()
-    if not child:
-        with contextlib.suppress(BaseException):
-            action()
-            os._exit(0)
-        os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed_at(n, action):
-    """Run a function in a child that is killed before its n-th operation on a file; whether it came so far."""
-
-    def run():
-        left = [n]
-
-        def hook(event, arguments):
-            if event in FILE_EVENTS:
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-
-        sys.addaudithook(hook)
-        action()
-
-    code = in_child(run)
-    assert code in (0, -signal.SIGKILL)
-    return code != 0
 
 
 def write(path, text, overwrite=False, marker=None):
@@ -240,17 +207,6 @@ def test_a_result_is_published_before_its_parts_go(tmp_path, saved):
     assert SweepResult.from_netcdf(out).set_ranking == "set_score"
     assert names(out.parent) == ["r.nc"]
     assert n > 10
-
-
-@contextlib.contextmanager
-def files_of_at_most(n_bytes):
-    """As on a full disk: every write beyond so many bytes of a file fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("what", ["result", "curves", "anchor", "model", "page", "part"])

@@ -154,11 +154,11 @@ def test_a_file_without_responses_cannot_be_trained_on(base, tmp_path):
 
 def test_checkpoints_of_another_training_are_refused(base, data, tmp_path):
     train(base.cfg, base.params, data, CONFIG, checkpoints=tmp_path / "ck")
-    for changed in ({"lr": 2e-3}, {"seed": 1}):
-        with pytest.raises(OutputError, match="another training's checkpoints"):
+    for changed, differs in (({"lr": 2e-3}, r"lr: \S+ there, 0\.002 here"), ({"seed": 1}, "seed: 0 there, 1 here")):
+        with pytest.raises(OutputError, match=rf"another training's checkpoints, with other settings \({differs}\)"):
             train(base.cfg, base.params, data, dataclasses.replace(CONFIG, **changed), checkpoints=tmp_path / "ck")
     other = Dataset(data.ids + 1, data.weights)
-    with pytest.raises(OutputError, match="another training's checkpoints"):
+    with pytest.raises(OutputError, match=r"with other settings \(prompts and answers: \w+ there, \w+ here\)"):
         train(base.cfg, base.params, other, CONFIG, checkpoints=tmp_path / "ck")
     coarse = jax.tree.map(lambda a: a.astype("bfloat16"), base.params)
     with pytest.raises(WpjaxError, match="float32 parameters"):
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line_and_the_last_state_stays(base, data, tmp_path, 
 def test_a_folder_without_a_checkpoint_is_in_nobodys_way(tmp_path):
     folder, out = tmp_path / ".e.training", tmp_path / "e"
     (folder / "2.orbax-checkpoint-tmp").mkdir(parents=True)
-    (folder / "training.txt").write_text("another")
+    (folder / "training.json").write_text("another")
     check_checkpoints(folder, False, out)
     assert not list(tmp_path.iterdir())
     (folder / "2").mkdir(parents=True)

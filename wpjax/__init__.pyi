@@ -58,6 +58,7 @@ from .results.sweep_result import SweepResult as SweepResult
 from .results.verdict import Verdict as Verdict
 from .results.verdict import verdict as verdict
 from .study import Study as Study
+from .study import run_part as run_part
 from .study import run_study as run_study
 from .training import TrainConfig as TrainConfig
 

@@ -7,8 +7,9 @@ these types (`cli/options.py`), and `check_values` their bounds. Nothing here im
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -68,6 +69,7 @@ INPUT = "Models and prompts"
 MEASURED = "What is measured"
 PATCHED = "What is patched"
 RUNNING = "Running"
+TOGETHER = "Several processes"
 OUTPUT = "Output"
 
 MODEL = "Hugging Face folder, .gguf file, hub id (gpt2, org/name or org/name@revision) or embedded model (tiny:base)."
@@ -98,6 +100,7 @@ Split = Annotated[
     ),
 ]
 Out = Annotated[Path, Setting("Where to write.")]
+OutOfSweep = Annotated[Path | None, Setting("Where to write; not with --part.")]
 Causal = Annotated[
     Literal["require", "report", "skip"],
     Setting(
@@ -168,6 +171,15 @@ ChangeInt8 = Annotated[
     bool,
     Setting("Store the change of each matrix in 8 bits; the file states the error.", option="--int8", panel=OUTPUT),
 ]
+Mesh = Annotated[
+    str | None,
+    Setting(
+        "How the devices are used: patch=4,model=2 divides patches and prompts among 4 parts, and cuts the weights in "
+        "2. model=2 alone takes all devices, patch=4 alone cuts no weights. Without it all devices are used, and "
+        "weights are cut only as far as memory demands.",
+        panel=RUNNING,
+    ),
+]
 IgnoreConfig = Annotated[
     tuple[str, ...],
     Setting(
@@ -204,7 +216,7 @@ class SweepConfig:
     base: Base
     expert: Expert
     behaviour: BehaviourName
-    out: Out
+    out: OutOfSweep = None
     checker: Checker = None
     split: Split = "thirds"
     anchor: Annotated[
@@ -333,13 +345,36 @@ class SweepConfig:
             panel=RUNNING,
         ),
     ] = None
+    mesh: Mesh = None
     profile: Annotated[
         Path | None, Setting("New folder for a JAX profile of the sweep; XProf and Perfetto open it.", panel=RUNNING)
+    ] = None
+    part: Annotated[
+        str | None,
+        Setting(
+            "Do part i/n of the sweep, say 2/8, and leave the rest to other processes, with --part 1/8 to 8/8 and the "
+            "same --shards. `wpjax collect` then writes the result.",
+            panel=TOGETHER,
+        ),
+    ] = None
+    shards: Annotated[
+        Path | None, Setting("Folder that all parts share; made by the first of them.", panel=TOGETHER)
     ] = None
     resume: Resume = False
     seed: Seed = 0
     ignore_config: IgnoreConfig = ()
     overwrite: Overwrite = False
+
+    @property
+    def output(self) -> Path:
+        """Where to write.
+
+        Raises:
+            OutputError: no place was named.
+        """
+        if self.out is None:
+            raise OutputError("--out is missing: name the file to write, say --out r.nc")
+        return self.out
 
     @property
     def resolved(self) -> SweepConfig:
@@ -359,21 +394,46 @@ class SweepConfig:
         """The arguments of the function `sweep`, by name."""
         return {arg.name: getattr(self, arg.name) for arg in arguments_of(SweepConfig) if arg.setting.passed_to_sweep}
 
-    def check(self) -> None:
+    @property
+    def shared_arguments(self) -> dict[str, Any]:
+        """The arguments that all parts of a farm must repeat, by name.
+
+        Not among them are names of files, which may be others on another machine: what they hold is compared.
+        """
+        ours = {"out", "part", "shards", "resume", "overwrite", "profile", "memory_mb", "mesh", "quick"}
+        files = {"base", "expert", "behaviour", "anchor", "given_anchor"}
+        names = (arg.name for arg in arguments_of(SweepConfig) if arg.name not in ours | files)
+        return {name: getattr(self.resolved, name) for name in names}
+
+    def check(self, writes: bool = True) -> None:
         """Refuse what cannot work, before any work is done.
+
+        Args:
+            writes: whether this process writes the output; of several that work together, only one does.
 
         Raises:
             OutputError: a place that cannot be written to.
             WpjaxError: a value that is not allowed, or two arguments that do not go together.
         """
+        from wpjax.runtime.farm import Part, check_farm
         from wpjax.runtime.files import check_output
         from wpjax.runtime.shards import check_parts
 
         check_values(self)
-        inputs = (self.base, self.expert, self.behaviour, self.anchor, self.given_anchor)
-        check_output(self.out, self.overwrite, inputs=inputs)
-        check_parts(self.out, "anchor", self.resume)
-        check_parts(self.out, "sweep", self.resume, {"dtype": self.dtype, **self.sweep_arguments})
+        if self.part is not None:
+            Part.parse(self.part)
+            if self.shards is None:
+                raise OutputError("--part needs --shards: name a folder that all parts share")
+            if self.out is not None:
+                raise OutputError(f"--out does not go with --part: `wpjax collect {self.shards} --out r.nc` writes it")
+        elif writes:
+            inputs = (self.base, self.expert, self.behaviour, self.anchor, self.given_anchor)
+            check_output(self.output, self.overwrite, inputs=inputs)
+        if self.shards is not None:
+            check_farm(self.shards, self.shared_arguments, is_begun=self.part is None)
+        elif writes:
+            check_parts(self.output, "anchor", self.resume)
+            check_parts(self.output, "sweep", self.resume, {"dtype": self.dtype, **self.sweep_arguments})
         if self.profile is not None:
             if self.profile.exists():
                 raise OutputError(f"--profile {self.profile} exists; name a new folder")
@@ -390,6 +450,58 @@ class SweepConfig:
             raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
         if self.given_anchor is not None and self.reads_anchor:
             raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
+
+
+def as_command(config: SweepConfig) -> str:
+    """The command that asks for a sweep, without what only one part of a farm is told.
+
+    >>> as_command(SweepConfig("tiny:base", "tiny:expert", "tiny:title", seed=1, set_score=False))
+    'wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --no-set-score --seed 1'
+    """
+    words = ["wpjax", "sweep"]
+    for arg in arguments_of(SweepConfig):
+        value, option = getattr(config, arg.name), "--" + arg.name.replace("_", "-")
+        if value == arg.default or arg.name in ("out", "part", "shards", "resume", "overwrite", "profile"):
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, tuple) and not arg.setting.separator:
+            words += [word for item in value for word in (option, item)]
+        else:
+            words += [option, arg.setting.separator.join(value) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def as_written(config: SweepConfig) -> dict[str, Any]:
+    """The arguments as values that JSON can hold; `as_read` makes them a config again.
+
+    >>> config = SweepConfig("tiny:base", "tiny:expert", "tiny:title", kinds=("head",))
+    >>> as_read(as_written(config)) == config
+    True
+    """
+    values = {arg.name: getattr(config, arg.name) for arg in arguments_of(SweepConfig)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def as_read(values: Mapping[str, Any]) -> SweepConfig:
+    """The config of arguments that `as_written` made, perhaps by way of a file.
+
+    Raises:
+        WpjaxError: they are no such arguments.
+    """
+    found: dict[str, Any] = {}
+    for arg in arguments_of(SweepConfig):
+        value, kinds = values.get(arg.name), (arg.type, *typing.get_args(arg.type))
+        is_path, is_tuple = Path in kinds, any(typing.get_origin(kind) is tuple for kind in kinds)
+        found[arg.name] = Path(value) if is_path and isinstance(value, str) else value
+        if is_tuple and isinstance(value, list | tuple):
+            found[arg.name] = tuple(map(str, value))
+    try:
+        config = SweepConfig(**found)
+        check_values(config)
+    except (TypeError, ValueError) as error:
+        raise WpjaxError(f"these are no arguments of a sweep ({error})") from error
+    return config
 
 
 def arguments_of(config: type) -> tuple[Argument, ...]:

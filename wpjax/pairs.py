@@ -17,7 +17,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from wpjax.behaviours import BUILT_IN, PromptBatch, behaviour, prompt_ids
-from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter, fingerprint, load_checkpoint, local_path
+from wpjax.checkpoints.checkpoint import (
+    PRECISIONS,
+    Checkpoint,
+    Place,
+    check_adapter,
+    fingerprint,
+    load_checkpoint,
+    local_path,
+)
 from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.checkpoints.hf_config import with_changes
 from wpjax.checkpoints.tokenizer import load_tokenizer
@@ -25,8 +33,9 @@ from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import BehaviourError, CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.models.sharding import choose_placement, described, place
 from wpjax.runtime.files import recover
-from wpjax.runtime.placement import check_devices
+from wpjax.runtime.placement import Placement, check_devices, placement_for, read_mesh
 
 LARGEST_WEIGHT = 1e9
 """No trained model has a larger weight; sums of their squares would be infinite."""
@@ -93,6 +102,41 @@ class Pair:
     def fingerprints(self) -> tuple[str, str]:
         """Hashes of base and expert (see `checkpoint.fingerprint`)."""
         return fingerprint(self.cfg, self.base), fingerprint(self.cfg, self.expert)
+
+    @property
+    def placement(self) -> Placement:
+        """The devices that the models stand on, and that everything done with them is divided among."""
+        return Placement.of(self.base)
+
+    def on(self, mesh: str | Placement) -> Pair:
+        """The same pair on other devices.
+
+        Args:
+            mesh: sizes of a mesh, such as "patch=4,model=2", or a placement.
+
+        Raises:
+            WpjaxError: the mesh does not divide the devices.
+
+        >>> import wpjax as wp
+        >>> str(wp.load_pair("tiny:base", "tiny:expert").on("patch=1,model=1").placement)
+        'patch=1,model=1'
+        """
+        placement = placement_for(read_mesh(mesh)) if isinstance(mesh, str) else mesh
+        base, expert = place(placement, self.base, self.expert)
+        base_checkpoint = dataclasses.replace(self.base_checkpoint, params=base)
+        expert_checkpoint = dataclasses.replace(self.expert_checkpoint, params=expert)
+        return Pair(self.cfg, base, expert, self.tokenizer, base_checkpoint, expert_checkpoint, self.notes)
+
+    def mesh_note(self, mesh: str | None) -> str:
+        """The mesh of devices in words, for the plan of a run; empty if there is one device, and no mesh was asked for.
+
+        Args:
+            mesh: the mesh that was asked for, if any.
+        """
+        if mesh is None and self.placement.n_devices == 1:
+            return ""
+        how = "chosen from memory" if mesh is None else "as asked"
+        return described(self.placement, self.cfg, self.base["embed"]["W_E"].dtype, how)
 
     def check_prompts(self, batch: PromptBatch) -> None:
         """Refuse prompts that the pair cannot take.
@@ -203,6 +247,7 @@ def load_model(
     dtype: str = "float32",
     ignore_config: tuple[str, ...] = (),
     base: Checkpoint | None = None,
+    place: Place | None = None,
 ) -> Checkpoint:
     """Load one model: any source of `load_checkpoint`, or a tiny model inside the package.
 
@@ -211,6 +256,7 @@ def load_model(
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
         base: what a PEFT adapter is applied to (see `load_checkpoint`).
+        place: from the architecture to the devices (see `load_checkpoint`); None for the default device.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -224,8 +270,8 @@ def load_model(
     check_devices()
     if not source.startswith("tiny:"):
         recover(Path(source).expanduser())  # a folder that a killed `finetune --overwrite` was about to replace
-        return load_checkpoint(source, dtype, ignore_config, base)
-    model = load_checkpoint(source, dtype)
+        return load_checkpoint(source, dtype, ignore_config, base, place)
+    model = load_checkpoint(source, dtype, place=place)
     # The base's folder alone holds the tokenizer, which all of them share.
     tokenizer = model.tokenizer or load_tokenizer(local_path("tiny:base"))
     return dataclasses.replace(model, tokenizer=tokenizer)
@@ -247,6 +293,7 @@ def load_pair(
     dtype: str = "float32",
     ignore_config: tuple[str, ...] = (),
     tokenizer: TokenizerOf | None = None,
+    mesh: str | None = None,
 ) -> Pair:
     """Load two checkpoints and check that they fit each other.
 
@@ -256,19 +303,33 @@ def load_pair(
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
         tokenizer: as for `make_pair`.
+        mesh: sizes of the mesh of devices, such as "patch=4,model=2": patches are divided among the rows of the mesh,
+            and each row holds both models, cut into as many parts as "model" says. None: all devices, with the weights
+            cut into as few parts as their memory allows.
 
     Raises:
         PairError: the two differ in architecture or vocabulary, or have equal weights. The message says how.
         CheckpointError: a source cannot be read.
+        WpjaxError: the mesh does not divide the devices, or no mesh of these devices holds the models.
 
     >>> import wpjax as wp
     >>> pair = wp.load_pair("tiny:base", "tiny:expert")
     >>> [norm.unit for norm in pair.diff_norms() if norm.n_changed][:3]
     ['head', 'kv_group', 'neuron']
     """
-    check_adapter(expert)
-    model = load_model(base, dtype, ignore_config)
-    return make_pair(model, load_model(expert, dtype, ignore_config, base=model), tokenizer)
+    is_adapter = check_adapter(expert)
+    if mesh is not None:
+        check_devices()
+        placement_for(read_mesh(mesh))  # refused before anything is read
+
+    def choose(cfg: ModelConfig) -> Placement:
+        return choose_placement(cfg, PRECISIONS[dtype][0], mesh, 1 if is_adapter else 2)
+
+    ours = load_model(base, dtype, ignore_config, place=choose)
+    placement = Placement.of(ours.params)
+    theirs = load_model(expert, dtype, ignore_config, ours, lambda _: placement)
+    pair = make_pair(ours, theirs, tokenizer)
+    return pair.on(placement)  # again, as what was cut or edited may stand elsewhere
 
 
 def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | None = None) -> Pair:

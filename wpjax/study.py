@@ -15,14 +15,16 @@ import collections
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import wpjax
-from wpjax.arguments import SweepConfig
+from wpjax.arguments import SweepConfig, as_command, as_written
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
 from wpjax.components import KINDS, check_kind, count, parse_component
 from wpjax.engines.on_policy import OnPolicy
@@ -36,14 +38,16 @@ from wpjax.forecast import Forecast
 from wpjax.methods import check_method
 from wpjax.methods.metrics import check_metric
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import ExpertAnswers
+from wpjax.metrics.answers import ExpertAnswers, answer_of
 from wpjax.metrics.diagnostics import diagnostics_kept
 from wpjax.metrics.metric import Measure, Metric
 from wpjax.pairs import Pair, load_pair
 from wpjax.results.origin import asked_for
 from wpjax.results.reach import Reach
 from wpjax.results.sweep_result import SweepResult
+from wpjax.runtime.farm import Farm, Part, Unfinished, made
 from wpjax.runtime.files import discard
+from wpjax.runtime.processes import Together, agree, member_now, together
 from wpjax.runtime.progress import Progress, Schedule, Tell, silent, untold
 from wpjax.runtime.shards import Shards, parts_folder
 
@@ -95,6 +99,9 @@ def run_study(
     If the study is interrupted, its finished parts stay in a folder beside its result file
     (`runtime.shards.parts_folder`). The same config with `resume=True` goes on with them.
 
+    With `config.shards`, the sweep was done in parts (`run_part`): they are collected, and only what comes after the
+    patches is still to be done.
+
     Args:
         config: all arguments.
         progress: called as work gets done.
@@ -121,44 +128,13 @@ def run_study(
     >>> out.exists(), [row.name for row in study.result.top()]
     (True, ['L4.mlp', 'L2.head.0'])
     """
-    config.check()
-    config = config.resolved
-    for kind in config.kinds:
-        check_kind(kind)
-    task = behaviour(config.behaviour, config.checker, config.split)
-    progress("reading the pair", 0, 1)
-    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer)
-    progress("reading the pair", 1, 1)
-    for name in config.components or ():
-        parse_component(pair.cfg, name)
-    loaded = _loaded_anchor(config, pair, task, tell)
-    batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
-    pair.check_prompts(batch)
-    for note in dict.fromkeys((*pair.notes, _out_of_reach(config, pair, batch, loaded))):
-        if note:
-            tell(note)
-    if planned is not None:
-        layer = None if loaded is None else loaded.layer
-        schedule = Forecast(pair, task, config.max_new_tokens).study(config, batch, layer)
-        planned(schedule)
-        progress = schedule.watching(progress)
-    measured = _measured(config, pair, task, batch, loaded, progress)
-    with Shards(config.out, "sweep", _identity(config, pair, batch, measured), config.resume) as shards:
-        with contextlib.nullcontext() if config.profile is None else jax.profiler.trace(str(config.profile)):
-            result = sweep(
-                pair,
-                batch,
-                measured.measure,
-                given=measured.given,
-                budget=None if config.memory_mb is None else int(config.memory_mb * 2**20),
-                done=shards,
-                progress=progress,
-                **config.sweep_arguments,
-            )
+    config.check(member_now().writes)
+    setting = _prepare(config, progress, tell, planned)
+    config, progress = setting.config, setting.progress
+    with _begun(setting) as (measured, parts):
+        result = _swept(setting, measured, parts)
         if config.quick:
             result.dataset.attrs["quick"] = "a first look, at few prompts and components (--quick)"
-        if measured.differs:
-            result.dataset.attrs["behaviour_differs"] = measured.differs
         result.dataset.attrs |= asked_for(
             config.behaviour, config.checker, config.max_new_tokens, config.ignore_config, config.tokenizer
         )
@@ -167,18 +143,166 @@ def run_study(
         study = Study(result)
         if config.set_score and measured.given is None:
             progress("set score", 0, 1)
-            study = _with_set_score(pair, batch, measured.answers, result)
+            study = _with_set_score(setting.pair, setting.batch, measured.answers, result)
             progress("set score", 1, 1)
         if config.answers:
             progress("answers to read", 0, 1)
-            study = _with_answers(config, pair, task, study)
+            study = _with_answers(config, setting.pair, setting.task, study)
             progress("answers to read", 1, 1)
-        if planned is not None:
-            schedule.finish()
-        study.result.to_netcdf(config.out, config.overwrite)  # once and whole; the parts go after it
-        shards.discard()
-        discard(parts_folder(config.out, "anchor"), config.out.name)
+        if setting.schedule is not None:
+            setting.schedule.finish()
+        if not member_now().writes:
+            return study
+        study.result.to_netcdf(config.output, config.overwrite)  # once and whole; the parts go after it
+        if isinstance(parts, Shards | Together):
+            parts.discard()
+            discard(parts_folder(config.output, "anchor"), config.output.name)
     return study
+
+
+def run_part(
+    config: SweepConfig,
+    progress: Progress = silent,
+    *,
+    tell: Tell = untold,
+    planned: Callable[[Schedule], None] | None = None,
+) -> str:
+    """Do one part of a study, `config.part`, and leave its pieces in the folder that all parts share (`config.shards`).
+
+    `run_study` with the same config, but with `out` in place of `part`, collects the pieces of all parts.
+
+    Args:
+        config: all arguments.
+        progress: as of `run_study`.
+        tell: as of `run_study`.
+        planned: as of `run_study`.
+
+    Returns:
+        how far the work is, in words.
+
+    Raises:
+        WpjaxError: as of `run_study`; or the folder holds parts of another sweep.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> config = SweepConfig(
+    ...     "tiny:base", "tiny:expert", "tiny:title", components=("L2.head.0", "L4.mlp"), method="exact", n_prompts=4,
+    ...     causal="skip", set_score=False, answers=0, shards=folder / "parts",
+    ... )
+    >>> for part in ("1/2", "2/2"):
+    ...     said = run_part(dataclasses.replace(config, part=part))
+    >>> study = run_study(dataclasses.replace(config, out=folder / "title.nc"))
+    >>> [row.name for row in study.result.top()]
+    ['L4.mlp', 'L2.head.0']
+    """
+    if config.part is None:
+        raise WpjaxError("part is missing: say which part of the study to do, such as part='1/8'")
+    config.check()
+    setting = _prepare(config, progress, tell, planned)
+    with _begun(setting) as (measured, parts):
+        try:
+            _swept(setting, measured, parts)
+        except Unfinished as reached:  # a sweep in parts ends with it
+            return str(reached)
+    raise AssertionError("the sweep did not stop where it needs all parts")
+
+
+class Setting(NamedTuple):
+    """A study before its long work: what it sweeps, on which prompts.
+
+    Attributes:
+        config: all arguments, resolved.
+        pair: base and expert.
+        task: the behaviour.
+        batch: its prompts.
+        loaded: the anchor of the file that the config names; None if it names none.
+        schedule: the phases of the study; None if nobody asked for them.
+        progress: called as work gets done.
+    """
+
+    config: SweepConfig
+    pair: Pair
+    task: Behaviour
+    batch: PromptBatch
+    loaded: Anchor | None
+    schedule: Schedule | None
+    progress: Progress
+
+
+def _prepare(
+    config: SweepConfig, progress: Progress, tell: Tell, planned: Callable[[Schedule], None] | None
+) -> Setting:
+    """Load the pair and encode the prompts; all that takes long comes after it."""
+    config = config.resolved
+    for kind in config.kinds:
+        check_kind(kind)
+    task = behaviour(config.behaviour, config.checker, config.split)
+    progress("reading the pair", 0, 1)
+    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer, config.mesh)
+    progress("reading the pair", 1, 1)
+    for name in config.components or ():
+        parse_component(pair.cfg, name)
+    loaded = _loaded_anchor(config, pair, task, tell)
+    batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
+    pair.check_prompts(batch)
+    for note in dict.fromkeys((pair.mesh_note(config.mesh), *pair.notes, _out_of_reach(config, pair, batch, loaded))):
+        if note:
+            tell(note)
+    schedule = None
+    if planned is not None:
+        layer = None if loaded is None else loaded.layer
+        schedule = Forecast(pair, task, config.max_new_tokens).study(config, batch, layer)
+        planned(schedule)
+        progress = schedule.watching(progress)
+    return Setting(config, pair, task, batch, loaded, schedule, progress)
+
+
+@contextlib.contextmanager
+def _begun(setting: Setting) -> Iterator[tuple[Measured, MutableMapping[str, np.ndarray]]]:
+    """What is measured, and the finished parts of the sweep: in a folder beside its output, or in that of a farm."""
+    config = setting.config
+    if config.shards is None:
+        with together(lambda: contextlib.nullcontext({})) as shared:
+            measured = _measured(setting, shared)
+        identity = _identity(setting, measured)
+        # The metric is not compared: machines round differently, and that of process 0 counts.
+        agree("sweep", {name: value for name, value in identity.items() if name not in ("metric", "given")})
+        with together(lambda: Shards(config.output, "sweep", identity, config.resume)) as parts:
+            yield measured, parts
+        return
+    # What is measured may need much work, which the parts share. So the metric itself is not a part of the identity.
+    digest = None if setting.loaded is None else setting.loaded.metric(setting.pair, setting.batch).digest
+    identity = {
+        **config.shared_arguments,
+        "versions": _versions(setting.pair),
+        "models": setting.pair.fingerprints,
+        "prompts": [(p.with_instruction, p.without) for p in setting.task.pairs],
+        "anchor": digest,
+    }
+    asked = {"command": as_command(config), "config": as_written(dataclasses.replace(config, part=None, shards=None))}
+    part = None if config.part is None else Part.parse(config.part)
+    with Farm(config.shards, part, identity, asked) as farm:
+        yield _measured(setting, farm), farm
+
+
+def _swept(setting: Setting, measured: Measured, done: MutableMapping[str, np.ndarray]) -> SweepResult:
+    """The sweep itself, with what the checker says of base and expert."""
+    config = setting.config
+    with contextlib.nullcontext() if config.profile is None else jax.profiler.trace(str(config.profile)):
+        result = sweep(
+            setting.pair,
+            setting.batch,
+            measured.measure,
+            given=measured.given,
+            budget=None if config.memory_mb is None else int(config.memory_mb * 2**20),
+            done=done,
+            progress=setting.progress,
+            **config.sweep_arguments,
+        )
+    if measured.differs:
+        result.dataset.attrs["behaviour_differs"] = measured.differs
+    return result
 
 
 def _loaded_anchor(config: SweepConfig, pair: Pair, task: Behaviour, tell: Tell) -> Anchor | None:
@@ -238,41 +362,69 @@ def _out_of_reach(config: SweepConfig, pair: Pair, batch: PromptBatch, loaded: A
     return str(Reach.of(len(np.unique(batch.queries)), sum(sizes.values()), n_replaced, config.seed))
 
 
-def _measured(
-    config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, loaded: Anchor | None, progress: Progress
-) -> Measured:
-    """Make the metric that a config names, after the tests that belong to it; `loaded` is the anchor of its file."""
+def _measured(setting: Setting, shared: MutableMapping[str, np.ndarray]) -> Measured:
+    """Make the metric that a config names, after the tests that belong to it.
+
+    Args:
+        setting: the study.
+        shared: what the parts of a farm have made already, and must not differ in; an empty dict outside a farm.
+    """
+    config, pair, batch, loaded = setting.config, setting.pair, setting.batch, setting.loaded
     differs, entry = "", check_metric(config.metric)
     answers = ExpertAnswers(pair, batch.with_instruction, config.max_new_tokens)
     if not (entry.reads_anchor and entry.has_fixed_words):  # the metric `anchor` has causal tests instead
-        progress("behaviour check", 0, 1)
-        differs = _differing(config, pair, task, batch, answers)
-        progress("behaviour check", 1, 1)
+        setting.progress("behaviour check", 0, 1)
+        generation = _shared_answers(shared, "expert-answers", lambda: answers.generation)
+        answers = dataclasses.replace(answers, given=generation)
+        differs = _differing(setting, shared, generation)
+        setting.progress("behaviour check", 1, 1)
     if entry.make is None:
-        anchor = _fitted(config, pair, task, progress) if loaded is None else loaded
-        measure = anchor if entry.has_fixed_words else OnPolicy(anchor, config.max_new_tokens, answers)
-        return Measured(measure, anchor.metric(pair, batch), None, answers, differs)
+        anchor = _fitted(setting, shared) if loaded is None else loaded
+        if entry.has_fixed_words:
+            return Measured(anchor, anchor.metric(pair, batch), None, answers, differs)
+        words = _shared_answers(
+            shared, "base-answers", lambda: answer_of(pair, pair.base, batch.with_instruction, config.max_new_tokens)
+        )
+        on_policy = OnPolicy(anchor, config.max_new_tokens, answers, words)
+        return Measured(on_policy, anchor.metric(pair, batch), None, answers, differs)
     metric = entry.make(pair, batch, config.max_new_tokens, answers)
     return Measured(metric, metric, loaded, answers, differs)
 
 
-def _differing(config: SweepConfig, pair: Pair, task: Behaviour, batch: PromptBatch, answers: ExpertAnswers) -> str:
+def _shared_answers(shared: MutableMapping[str, np.ndarray], key: str, make: Callable[[], Generation]) -> Generation:
+    """Answers that the parts of a farm share: tokens, and one more column for the lengths."""
+
+    def as_array() -> np.ndarray:
+        tokens, lengths = make()
+        return np.concatenate([np.asarray(tokens), np.asarray(lengths)[:, None]], axis=1)
+
+    both = made(shared, key, as_array)
+    return Generation(both[:, :-1], both[:, -1])
+
+
+def _differing(setting: Setting, shared: MutableMapping[str, np.ndarray], by_expert: Generation) -> str:
     """In words, whether the expert's answers differ from the base's in the behaviour."""
+    config, pair, task = setting.config, setting.pair, setting.task
     if config.causal == "skip":
         return "not tested"
-    task.check_checker()
-    judge = Judge(pair, task, batch, config.max_new_tokens)
-    try:
-        check_behaviour_differs(judge, judge.answers(pair.base), answers.generation)
-    except AnchorRejected as error:
-        if config.causal == "require":
-            raise AnchorRejected(f"{error} (--causal report goes on and marks the result)") from error
-        return str(error)
-    return "by the checker"
+
+    def tested() -> str:
+        task.check_checker()
+        judge = Judge(pair, task, setting.batch, config.max_new_tokens)
+        try:
+            check_behaviour_differs(judge, judge.answers(pair.base), by_expert)
+        except AnchorRejected as error:
+            if config.causal == "require":
+                raise AnchorRejected(f"{error} (--causal report goes on and marks the result)") from error
+            return str(error)
+        return "by the checker"
+
+    return made(shared, "behaviour-differs", lambda: np.frombuffer(tested().encode(), np.uint8)).tobytes().decode()
 
 
-def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress) -> Anchor:
+def _fitted(setting: Setting, shared: MutableMapping[str, np.ndarray]) -> Anchor:
     """An anchor that is fitted here, as the config says. If it is rejected, its diagnostics are written to a file."""
+    config, pair, task = setting.config, setting.pair, setting.task
     options: dict[str, Any] = {
         "n_response": config.response_tokens,
         "n_prompts": config.n_prompts,
@@ -280,30 +432,53 @@ def _fitted(config: SweepConfig, pair: Pair, task: Behaviour, progress: Progress
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
     }
+
+    def fitted(done: MutableMapping[str, np.ndarray], beside: Path) -> Anchor:
+        setting.progress("anchor", 0, 1)
+        with diagnostics_kept(beside):
+            return fit_anchor(pair, task, causal=config.causal, done=done, progress=setting.progress, **options)
+
+    if config.shards is not None:  # the first anchor counts for all parts
+        folder = config.shards
+        return _unpacked(made(shared, "anchor", lambda: _packed(fitted(shared, folder))))
     identity = {
-        "versions": _versions(),
+        "versions": _versions(pair),
         "pair": pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in task.pairs],
         "dtype": config.dtype,
         "tokenizer": config.tokenizer,
         **options,
     }
-    with Shards(config.out, "anchor", identity, config.resume) as done:
+    with together(lambda: Shards(config.output, "anchor", identity, config.resume)) as done:
         try:
-            progress("anchor", 0, 1)
-            with diagnostics_kept(config.out):
-                return fit_anchor(pair, task, causal=config.causal, done=done, progress=progress, **options)
+            return _unpacked(made(shared, "anchor", lambda: _packed(fitted(done, config.output))))
         except AnchorRejected:
-            done.discard()  # other settings are to be tried next
+            if isinstance(done, Shards | Together):
+                done.discard()  # other settings are to be tried next
             raise
 
 
-def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Measured) -> dict[str, object]:
+def _packed(anchor: Anchor) -> np.ndarray:
+    """The bytes of an anchor's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        anchor.save(Path(folder) / "anchor")
+        return np.frombuffer((Path(folder) / "anchor").read_bytes(), np.uint8)
+
+
+def _unpacked(data: np.ndarray) -> Anchor:
+    """The anchor of `_packed`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "anchor").write_bytes(data.tobytes())
+        return Anchor.load(Path(folder) / "anchor")
+
+
+def _identity(setting: Setting, measured: Measured) -> dict[str, object]:
     """Everything that finished parts depend on: parts of another identity are never mixed into a result."""
+    config, pair, batch = setting.config, setting.pair, setting.batch
     # A metric's digest covers the words that it reads. On-policy the words are the patched models' own, of this length.
     answer_length = None if check_metric(config.metric).has_fixed_words else config.max_new_tokens
     return {
-        "versions": _versions(),
+        "versions": _versions(pair),
         "pair": pair.fingerprints,
         "prompts": batch.texts,
         "tokenizer": config.tokenizer,
@@ -314,9 +489,9 @@ def _identity(config: SweepConfig, pair: Pair, batch: PromptBatch, measured: Mea
     }
 
 
-def _versions() -> list[str]:
+def _versions(pair: Pair) -> list[str]:
     """What rounding depends on beside the numbers themselves."""
-    return [wpjax.__version__, jax.__version__, f"{len(jax.local_devices())} {jax.devices()[0]}"]
+    return [wpjax.__version__, jax.__version__, f"{pair.placement} {jax.devices()[0]}"]
 
 
 def _with_set_score(pair: Pair, batch: PromptBatch, answers: ExpertAnswers, result: SweepResult) -> Study:

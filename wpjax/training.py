@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,6 +25,7 @@ from wpjax.models.decoder import Params, forward
 from wpjax.patching import PatchMask, materialize
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import LOCK, discard, recover, release, try_lock
+from wpjax.runtime.shards import what_differs
 from wpjax.runtime.states import States, open_states, saved_states
 
 
@@ -238,7 +240,7 @@ def discard_checkpoints(folder: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _checkpoints(folder: Path | None, identity: Callable[[], str]) -> Iterator[States | None]:
+def _checkpoints(folder: Path | None, identity: Callable[[], dict[str, Any]]) -> Iterator[States | None]:
     """The checkpoints in a folder, for the time of a training; None without a folder."""
     if folder is None:
         yield None
@@ -256,22 +258,36 @@ def _checkpoints(folder: Path | None, identity: Callable[[], str]) -> Iterator[S
             discard(folder, folder.name)
 
 
-def _identity(cfg: ModelConfig, params: Params, data: Dataset, config: TrainConfig, mask: Params | None) -> str:
-    """Digest of everything that the result of a training depends on, but the objective."""
-    digest = hashlib.blake2b(f"{fingerprint(cfg, params)} {config}".encode(), digest_size=16)
-    for array in (*data, *(jax.tree.leaves(mask) if mask else ())):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+def _identity(
+    cfg: ModelConfig, params: Params, data: Dataset, config: TrainConfig, mask: Params | None
+) -> dict[str, Any]:
+    """Everything that the result of a training depends on, but the objective; of arrays a hash."""
+
+    def hashed(arrays: Iterable[Any]) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    model = {"model": fingerprint(cfg, params), "trained parameters": hashed(jax.tree.leaves(mask)) if mask else "all"}
+    return {**model, "prompts and answers": hashed(data), **dataclasses.asdict(config)}
 
 
-def _check_training(folder: Path, identity: str) -> None:
+def _check_training(folder: Path, identity: dict[str, Any]) -> None:
     """Refuse a folder of another training's checkpoints; write our identity into a new folder."""
-    signature = folder / "training.txt"
+    signature = folder / "training.json"
     try:
-        if saved_states(folder) and signature.exists() and signature.read_bytes() != identity.encode():
-            raise OutputError(f"{folder} holds another training's checkpoints; delete it, or repeat its settings")
+        if saved_states(folder) and signature.exists():
+            try:
+                differs = what_differs(json.loads(signature.read_text(encoding="utf-8")), identity)
+            except (ValueError, AttributeError, RecursionError):
+                differs = "settings that cannot be read"
+            if differs:
+                raise OutputError(
+                    f"{folder} holds another training's checkpoints, with {differs}; delete it, or repeat its settings"
+                )
         folder.mkdir(parents=True, exist_ok=True)
-        signature.write_text(identity, encoding="utf-8")
+        signature.write_text(json.dumps(identity, default=str), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror}); delete it, or choose another") from error
 

@@ -73,6 +73,11 @@ def programs(report: Report) -> float | None:
     return max(c["programs"] / c["kinds"] for c in report["compilation"].values())
 
 
+def two_devices(report: Report) -> float | None:
+    """Throughput of an exact sweep on a CPU that is divided into two devices, against the CPU as one."""
+    return report["devices"]["1"] / report["devices"]["2"] if "devices" in report else None
+
+
 def sets(begins: tuple[str, ...]) -> Callable[[Report], float | None]:
     """The most forward passes that a set costs, of some rows."""
     return lambda r: max(n for name, n in r["joint"]["forwards"].items() if name.startswith(begins))
@@ -109,6 +114,7 @@ GOALS = (
     Goal("neurons of SmolLM2, share of the ceiling", LARGER, "cpu", share("float32"), 0.75, True, ""),
     Goal("all neurons of the embedded pair", EMBEDDED, "cpu", all_neurons(16), 20, False, "s"),
     Goal("first-order scores of everything, SmolLM2", LARGER, "cpu", screens, 5, False, "forward passes"),
+    Goal("two devices, against one with the same cores", EMBEDDED, "cpu", two_devices, 0.9, True, "times"),
     Goal("programs a kind, at any depth", EMBEDDED, "cpu", programs, 1, False, ""),
     Goal("a set, whichever, SmolLM2", LARGER, "cpu", EVERY_SET, 2.2, False, "forward passes"),
     Goal("a set, whichever, embedded pair", EMBEDDED, "cpu", EVERY_SET, 2.2, False, "forward passes"),

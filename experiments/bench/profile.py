@@ -109,11 +109,11 @@ def profiled(run: Callable[[], Any], program: jax.stages.Compiled, repeats: int)
             "unprofiled": statistics.median(unprofiled)}  # fmt: skip
 
 
-def called(module: ModuleType, name: str, run: Callable[[], Any]) -> list[tuple[Any, ...]]:
+def called(module: ModuleType, name: str, run: Callable[[], Any]) -> list[Any]:
     """Arguments of every call of a module's program."""
     with mock.patch.object(module, name, wraps=getattr(module, name)) as seen:
         run()
-    return [call.args for call in seen.call_args_list]
+    return list(seen.call_args_list)
 
 
 def of_sets(pair: Pair, metric: Metric, repeats: int, n_sets: int = 32) -> dict[str, Any]:
@@ -121,10 +121,10 @@ def of_sets(pair: Pair, metric: Metric, repeats: int, n_sets: int = 32) -> dict[
     packing, masks = pack(metric), batches_of_sets(pair, metric, n_sets)[SETS]
     run = functools.partial(scores_of_sets, pair.cfg, pair.base, pair.expert, masks, metric)
     calls = called(joint, "scores_at_once", run)
-    together = len(next(iter(calls[0][3].values())))
+    together = len(next(iter(calls[0].args[-1].values())))
     args = (pair.cfg, pair.base, jnp.tile(jnp.asarray(packing.ids), (together, 1)), packing, metric.layer + 1)
     plain = plain_forward.lower(*args).compile()
-    program = joint.scores_at_once.lower(*calls[0]).compile()
+    program = joint.scores_at_once.lower(*calls[0].args).compile()
     return {
         "what": f"{n_sets} of them, {together} at once",
         "plain forward passes": profiled(lambda: [plain_forward(*args) for _ in calls], plain, repeats),
@@ -139,7 +139,8 @@ def of_screens(pair: Pair, metric: Metric, repeats: int) -> dict[str, Any]:
     run = functools.partial(output_linearised, pair.cfg, pair.base, pair.expert, components, metric)
     with jax.numpy_dtype_promotion("standard"):  # as it runs itself
         jitted = inspect.unwrap(screens.linearised_by_kind, stop=lambda f: hasattr(f, "lower"))
-        program = jitted.lower(*called(screens, "linearised_by_kind", run)[0]).compile()  # type: ignore[attr-defined]
+        call = called(screens, "linearised_by_kind", run)[0]
+        program = jitted.lower(*call.args, **call.kwargs).compile()  # type: ignore[attr-defined]
     args = (pair.cfg, pair.base, metric)
     return {
         "what": f"{len(metric)} prompts",

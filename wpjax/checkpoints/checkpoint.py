@@ -9,11 +9,11 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,10 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.families import FAMILIES
 from wpjax.runtime.files import atomic_output
+from wpjax.runtime.placement import Placement
+
+Place: TypeAlias = Callable[[ModelConfig], Placement]
+"""From an architecture to the devices of its weights."""
 
 EMBEDDED = ("base", "expert", "planted")
 """Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
@@ -48,7 +52,7 @@ class Checkpoint:
 
     Attributes:
         cfg: the architecture.
-        params: parameter tree on the default device.
+        params: parameter tree on the devices.
         tokenizer: its transformers tokenizer; None if the source has none.
         hf_config: the content of its config.json.
         generation_config: the content of its generation_config.json; None if the source has none.
@@ -97,6 +101,7 @@ def load_checkpoint(
     dtype: str = "float32",
     ignore_config: tuple[str, ...] = (),
     base: Checkpoint | None = None,
+    place: Place | None = None,
 ) -> Checkpoint:
     """Load a model.
 
@@ -112,6 +117,8 @@ def load_checkpoint(
         ignore_config: attributes of config.json, or entries of a GGUF file's metadata, that you know not to matter.
         base: what an adapter is applied to (`checkpoints.adapter`). The result has the base's precision, and shares
             with it the arrays that the adapter does not change. A whole model does without.
+        place: a function that is given the architecture, before weights are read, and returns the devices that they
+            are cut among; None for the default device.
 
     Raises:
         CheckpointError: the model cannot be read, or it is an adapter of another base. The message names the file, the
@@ -132,13 +139,14 @@ def load_checkpoint(
         raise CheckpointError(f"unknown dtype {dtype!r}; there are {', '.join(PRECISIONS)}")
     path = local_path(source)
     if path.is_dir():
-        return _load_folder(path, source, dtype, ignore_config, base)
+        return _load_folder(path, source, dtype, ignore_config, base, place)
     file = GgufFile(path, ignore_config)
     raw = file.hf_config()
     weights, splits = PRECISIONS[dtype]
     cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
     tokenizer = file.tokenizer()  # before the weights, which take longer
-    return Checkpoint(cfg, params_from_hf(cfg, file, weights), tokenizer, raw, None, source)
+    params = params_from_hf(cfg, file, weights, None if place is None else place(cfg))
+    return Checkpoint(cfg, params, tokenizer, raw, None, source)
 
 
 def local_path(source: str | Path) -> Path:
@@ -206,7 +214,12 @@ def _download(hub_id: str) -> Path:
 
 
 def _load_folder(
-    folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...], base: Checkpoint | None
+    folder: Path,
+    source: str,
+    dtype: str,
+    ignore_config: tuple[str, ...],
+    base: Checkpoint | None,
+    place: Place | None,
 ) -> Checkpoint:
     check_folder(folder)
     if (folder / ADAPTER).exists():
@@ -227,29 +240,34 @@ def _load_folder(
         tensors = tower = TextTower(tensors)
         towers = tower.left_out
     tokenizer = load_tokenizer(folder)  # before the weights are read, which takes longer
-    params = params_from_hf(cfg, tensors, weights)
+    params = params_from_hf(cfg, tensors, weights, None if place is None else place(cfg))
     return Checkpoint(cfg, params, tokenizer, raw, generation, source, (*towers, *left_out(tensors)))
 
 
-def check_adapter(source: str | Path) -> None:
+def check_adapter(source: str | Path) -> bool:
     """Refuse an adapter that fits no base, before a base is read, which takes longer. Every other source passes.
 
     Args:
         source: what may be a folder with an adapter.
 
+    Returns:
+        whether it is one.
+
     Raises:
         CheckpointError: as `Adapter`.
 
     >>> check_adapter("tiny:expert")
+    False
     """
     try:
         folder = Path(source).expanduser()
         is_adapter = (folder / ADAPTER).is_file()
     except (OSError, RuntimeError, ValueError):  # no name of a folder: said when it is loaded
-        return
+        return False
     if is_adapter:
         check_folder(folder)
         Adapter(folder, str(source))
+    return is_adapter
 
 
 def _load_adapter(folder: Path, source: str, base: Checkpoint | None) -> Checkpoint:

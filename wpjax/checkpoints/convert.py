@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import einops
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -21,6 +20,8 @@ from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
 from wpjax.models.families import FAMILIES, TensorRule
+from wpjax.models.sharding import put_leaf
+from wpjax.runtime.placement import Placement
 
 flatten: Callable[[Params], dict[str, Any]] = functools.partial(flatten_dict, sep="/")
 """The leaves of a parameter tree by path, such as "blocks/attn/W_Q"."""
@@ -123,8 +124,10 @@ def _from_leaves(cfg: ModelConfig, rule: TensorRule, leaves: list[np.ndarray]) -
     return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
-def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32") -> Params:
-    """Read every tensor of a checkpoint into a parameter tree on the default device.
+def params_from_hf(
+    cfg: ModelConfig, source: TensorSource, dtype: str = "float32", placement: Placement | None = None
+) -> Params:
+    """Read every tensor of a checkpoint into a parameter tree on the devices.
 
     Only the tensors of one rule, stacked over the layers, are in host memory at a time.
 
@@ -132,6 +135,7 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
         cfg: the configuration that the tensors must fit.
         source: the tensors.
         dtype: dtype of all leaves, "float32" or "bfloat16".
+        placement: the devices that the weights are cut among; None for the default device.
 
     Raises:
         CheckpointError: a tensor is unknown, missing, of another shape, not of floats, or not finite. The message
@@ -148,7 +152,8 @@ def params_from_hf(cfg: ModelConfig, source: TensorSource, dtype: str = "float32
             for part, value in zip(parts, _to_leaves(cfg, rule, tensor), strict=True):
                 part.append(value.astype(jnp.dtype(dtype)))
         for path, part in zip(rule.leaves, parts, strict=True):
-            flat[path] = jax.device_put(np.stack(part) if "{l}" in rule.hf else np.ascontiguousarray(part[0]))
+            value = np.stack(part) if "{l}" in rule.hf else np.ascontiguousarray(part[0])
+            flat[path] = put_leaf(placement, path, value)
     return unflatten(flat)
 
 
@@ -336,7 +341,7 @@ def edit_tensors(
     >>> now["W_out"] is was["W_out"], bool((now["W_in"][1] == 2 * was["W_in"][1]).all())
     (True, True)
     """
-    flat = flatten(params)
+    flat, placement = flatten(params), Placement.of(params)  # new arrays stand where the others do
     for rule in _rules(cfg):
         layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
         names = {layer: rule.hf.replace("{l}", str(layer)) for layer in layers}
@@ -355,5 +360,6 @@ def edit_tensors(
                 new = [np.empty((cfg.n_layers, *part.shape), leaf.dtype) for part, leaf in zip(parts, old, strict=True)]
             for leaf, part in zip(new, parts, strict=True):
                 leaf[layer] = part
-        flat |= {path: jax.device_put(leaf) for path, leaf in zip(rule.leaves, new, strict=True)}
+        for path, leaf in zip(rule.leaves, new, strict=True):
+            flat[path] = put_leaf(placement, path, leaf)
     return unflatten(flat)

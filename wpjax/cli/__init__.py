@@ -21,7 +21,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 """Options that show the help, of the program and of every command."""
 
 COMMANDS = (
-    "demo", "inspect", "anchor", "sweep", "show", "report", "validate", "relax", "extract", "interference",
+    "demo", "inspect", "anchor", "sweep", "collect", "show", "report", "validate", "relax", "extract", "interference",
     "compare", "export", "apply", "remove", "encode", "scores", "merge", "finetune",
 )  # fmt: skip
 """Names of the commands, each a module of this package, in the order of the help."""
@@ -84,6 +84,8 @@ def main() -> None:
             written = ", ".join(interrupts.written())
             also = f"; written and whole: {written}" if written else ""
             code = _print_error(f"the output cannot be printed ({failure.strerror or failure}){also}")
+    if interrupts.ends_abruptly():
+        _leave_at_once(code)
     sys.exit(code)
 
 

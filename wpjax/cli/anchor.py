@@ -14,6 +14,7 @@ from wpjax.arguments import (
     Dtype,
     Expert,
     IgnoreConfig,
+    Mesh,
     NewTokens,
     NPrompts,
     NSteered,
@@ -54,6 +55,7 @@ def run(
     tokenizer: TokenizerOf = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
+    mesh: Mesh = None,
     ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -76,7 +78,9 @@ def run(
 
         task = behaviours.behaviour(behaviour, checker, split)
         progress("reading the pair", 0, 1)
-        pair = load_pair(base, expert, dtype, ignore_config, tokenizer)
+        pair = load_pair(base, expert, dtype, ignore_config, tokenizer, mesh)
+        if note := pair.mesh_note(mesh):
+            progress.note(note)
         progress("reading the pair", 1, 1)
         for note in pair.notes:
             progress.note(note)

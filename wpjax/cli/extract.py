@@ -16,6 +16,7 @@ from wpjax.arguments import (
     ChangeInt8,
     ChangeRank,
     ChangeTolerance,
+    Mesh,
     NPrompts,
     Out,
     Overwrite,
@@ -94,6 +95,7 @@ def run(
     ] = False,
     resume: Resume = False,
     seed: Seed = 0,
+    mesh: Mesh = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -128,7 +130,7 @@ def run(
     task, more = behaviour_of(result, asked, given.has_checker), [other_behaviour(name) for name in others or ()]
     for one in (task, *more):
         one.check_checker()
-    pair = pair_of(asked)
+    pair = pair_of(asked, mesh)
     # Everything that finished parts depend on. A part is of one set, whatever goal or ranking led to it.
     settings = {
         "version": wpjax.__version__,

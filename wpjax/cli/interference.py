@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wpjax.arguments import MEASURED, PATCHED, NPrompts, Out, Overwrite, Resume, Seed, Setting
+from wpjax.arguments import MEASURED, PATCHED, Mesh, NPrompts, Out, Overwrite, Resume, Seed, Setting
 from wpjax.cli.options import Json
 from wpjax.cli.swept import behaviour_of, pair_of, swept_or_given
 
@@ -37,6 +37,7 @@ def run(
     max_new_tokens: Annotated[
         int, Setting("Longest answer that the checkers judge, in tokens.", least=1, panel=MEASURED)
     ] = 32,
+    mesh: Mesh = None,
     resume: Resume = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -74,7 +75,7 @@ def run(
         task.check_checker()
     pairs: list[Pair] = []
     for origin in origins:
-        pair = pair_of(origin)
+        pair = pair_of(origin, mesh)
         # One copy of the base in memory, if it is one.
         same = pairs and pair.fingerprints[0] == pairs[0].fingerprints[0]
         pairs.append(dataclasses.replace(pair, base=pairs[0].base) if same else pair)

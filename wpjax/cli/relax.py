@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-from wpjax.arguments import MEASURED, PATCHED, RUNNING, Overwrite, Resume, Seed, Setting
+from wpjax.arguments import MEASURED, PATCHED, RUNNING, Mesh, Overwrite, Resume, Seed, Setting
 from wpjax.cli.options import Json
 from wpjax.cli.swept import Given, SweepFile, SweptNewTokens, behaviour_of, pair_of, swept_or_given
 
@@ -103,6 +103,7 @@ def run(
     show: Annotated[int, Setting("Rows to print.", least=1)] = 20,
     resume: Resume = False,
     seed: Seed = 0,
+    mesh: Mesh = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -155,14 +156,14 @@ def run(
     )
     gates = make_parametrisation(parametrisation, price, spread)
     task = behaviour_of(result, asked, given.has_checker)
-    pair = pair_of(asked)
+    pair = pair_of(asked, mesh)
     watch_compilation()
     batch = task.encode(pair.tokenizer, "sweep", n_prompts)
     pair.check_prompts(batch)
     at_once = restarts_at_once(pair.cfg, aim, batch.with_instruction.ids.shape[1], restarts)
     config = RelaxConfig(steps=steps, lr=lr, seed=seed, restarts=restarts, at_once=at_once)
     settings = {  # everything that the state depends on
-        "versions": [wpjax.__version__, jax.__version__, str(jax.devices()[0])],
+        "versions": [wpjax.__version__, jax.__version__, f"{pair.placement} {jax.devices()[0]}"],
         "pair": pair.fingerprints,
         "tokenizer": asked.tokenizer,
         "result": [swept.dataset.attrs["date"], start],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from wpjax.arguments import OUTPUT, Setting, SweepConfig
+from wpjax.arguments import OUTPUT, TOGETHER, Setting, SweepConfig
 from wpjax.cli.options import Json
+from wpjax.errors import WpjaxError
 from wpjax.methods import find_method
 from wpjax.methods.metrics import reads_anchor
 
@@ -15,8 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from wpjax.cli.console import Reporter
     from wpjax.results.sweep_result import Row, SweepResult
+    from wpjax.runtime.processes import Member
     from wpjax.runtime.progress import Schedule
+    from wpjax.study import Study
 
 EXAMPLE = "Example: wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --out title.nc"
 
@@ -26,26 +31,103 @@ MARKS = ("anchor_acceptance", "behaviour_differs")
 
 def run(
     config: SweepConfig,
+    coordinator: Annotated[
+        str | None,
+        Setting(
+            "HOST:PORT of process 0, where several processes do one sweep together. Without it: as JAX finds out, on "
+            "TPU pod slices, under Slurm (srun) and Open MPI, and in Kubernetes. none: this process is alone.",
+            panel=TOGETHER,
+        ),
+    ] = None,
+    num_processes: Annotated[int | None, Setting("Number of processes.", least=1, panel=TOGETHER)] = None,
+    process_id: Annotated[int | None, Setting("Number of this process, from 0.", least=0, panel=TOGETHER)] = None,
     show: Annotated[int, Setting("Rows to print.", least=1, panel=OUTPUT)] = 20,
     as_json: Json = False,
 ) -> None:
     """Measure how much of the behaviour each component's weights carry, and write the result."""
+    if config.shards is not None and config.part is None:
+        raise WpjaxError(f"--shards needs --part; to put finished parts together: wpjax collect {config.shards}")
+    if config.part is None:
+        from wpjax.runtime.processes import joined
+
+        with joined(coordinator, num_processes, process_id) as member:
+            run_as(member, config, show, as_json)
+        return
+    if coordinator not in (None, "none"):
+        raise WpjaxError("--part is for processes that know nothing of each other; drop it, or --coordinator")
     config.check()  # before anything heavy is imported
 
-    from wpjax.cli.compiled import watch_compilation
     from wpjax.cli.console import progress_bars
     from wpjax.runtime.progress import in_words
 
     with progress_bars() as progress:
-        progress.say(
-            f"sweep of {config.base} -> {config.expert}, {config.behaviour}: {config.metric} metric, method "
-            f"{config.method}; result: {config.out}"
-        )
-        from wpjax.cli.words import print_answers, print_verdict
-        from wpjax.results.verdict import verdict
+        begin(progress, config, f"part {config.part} of them, into {config.shards}")
+        from wpjax.study import run_part
+
+        def planned(schedule: Schedule) -> None:
+            progress.planned(schedule)
+            progress.say(f"all parts together take about {in_words(schedule.left)}")
+
+        said = run_part(config, progress, tell=progress.note, planned=planned)
+    print(f"{said}\nwhen all parts have ended: wpjax collect {shlex.quote(str(config.shards))} --out r.nc")
+
+
+def run_as(member: Member, config: SweepConfig, show: int, as_json: bool) -> None:
+    """Run a study as one of several processes, or alone; only the first one prints.
+
+    Args:
+        member: which process this is.
+        config: the study.
+        show: rows to print.
+        as_json: whether to print JSON.
+    """
+    from wpjax.runtime.processes import agree
+
+    config.check(member.writes)  # before anything heavy is imported
+    if member.size > 1:
+        agree("arguments", {**config.shared_arguments, "mesh": config.mesh, "memory_mb": config.memory_mb})
+    if member.writes:
+        run_and_print(config, show, as_json)
+    else:
+        import warnings
+
         from wpjax.study import run_study
 
-        watch_compilation()
+        warnings.simplefilter("ignore")  # process 0 gives them
+        run_study(config, planned=lambda schedule: None)  # every process runs the same programs, also to make a plan
+
+
+def begin(progress: Reporter, config: SweepConfig, what: str) -> None:
+    """Say which sweep begins, then import what it needs.
+
+    Args:
+        progress: says it.
+        config: the sweep.
+        what: what becomes of it, in words.
+    """
+    progress.say(
+        f"sweep of {config.base} -> {config.expert}, {config.behaviour}: {config.metric} metric, method "
+        f"{config.method}; {what}"
+    )
+    from wpjax.cli.compiled import watch_compilation
+
+    watch_compilation()
+
+
+def run_and_print(config: SweepConfig, show: int, as_json: bool) -> None:
+    """Run a study, or collect its parts, and print what it finds.
+
+    Args:
+        config: the study.
+        show: rows to print.
+        as_json: whether to print JSON.
+    """
+    from wpjax.cli.console import progress_bars
+    from wpjax.runtime.progress import in_words
+
+    with progress_bars() as progress:
+        begin(progress, config, f"result: {config.out}")
+        from wpjax.study import run_study
 
         def planned(schedule: Schedule) -> None:
             progress.planned(schedule)
@@ -57,17 +139,31 @@ def run(
             with progress.paused():
                 print_result(result, show, as_json=False)
 
-        study = run_study(config, progress, tell=progress.note, planned=planned, ranked=None if as_json else ranked)
+        study = run_study(
+            config,
+            progress,
+            tell=progress.note,
+            planned=planned if config.shards is None else None,  # of collected parts most is done
+            ranked=None if as_json else ranked,
+        )
+    print_study(study, config.output, show, as_json)
+
+
+def print_study(study: Study, path: Path, show: int, as_json: bool) -> None:
+    """Print what comes after the ranking: answers and verdict; with JSON, all of it."""
+    from wpjax.cli.words import print_answers, print_verdict
+    from wpjax.results.verdict import verdict
+
     if study.no_set_score:
         print(f"no set score: {study.no_set_score}", file=sys.stderr)
     if study.no_answers:
         print(f"no answers to read: {study.no_answers}", file=sys.stderr)
     if as_json:
-        print_result(study.result, show, as_json, path=config.out)
+        print_result(study.result, show, as_json, path=path)
     else:  # the ranking has been printed already
         print_answers(study.result.answers)
-        print_verdict(verdict(study.result, config.out))
-        print(f"\nwrote {config.out}")
+        print_verdict(verdict(study.result, path))
+        print(f"\nwrote {path}")
 
 
 def print_result(

@@ -99,12 +99,15 @@ def behaviour_of(path: Path, origin: Origin, is_checker_given: bool) -> Behaviou
     return behaviours.behaviour(name, origin.checker, "none" if origin.split == "none" else "thirds")
 
 
-def pair_of(origin: Origin) -> Pair:
-    """The pair of models that a result was swept on, or that the options name."""
+def pair_of(origin: Origin, mesh: str | None = None) -> Pair:
+    """The pair of models that a result was swept on, or that the options name, on a mesh of devices."""
     from wpjax.cli.console import progress_bars
 
     with progress_bars() as progress:
         progress("reading the pair", 0, 1)
         from wpjax.pairs import load_pair
 
-        return load_pair(origin.base, origin.expert, origin.dtype, origin.ignore_config, origin.tokenizer)
+        pair = load_pair(origin.base, origin.expert, origin.dtype, origin.ignore_config, origin.tokenizer, mesh)
+        if note := pair.mesh_note(mesh):
+            progress.note(note)
+        return pair

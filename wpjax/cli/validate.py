@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from wpjax.arguments import INPUT, MEASURED, NPrompts, Overwrite, Resume, Seed, Setting
+from wpjax.arguments import INPUT, MEASURED, Mesh, NPrompts, Overwrite, Resume, Seed, Setting
 from wpjax.cli.options import Json
 from wpjax.cli.swept import Given, SweepFile, SweptNewTokens, behaviour_of, pair_of, swept_or_given
 
@@ -40,6 +40,7 @@ def run(
     max_new_tokens: SweptNewTokens = None,
     resume: Resume = False,
     seed: Seed = 0,
+    mesh: Mesh = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +72,7 @@ def run(
     from wpjax.results.verdict import as_argument
 
     task = behaviour_of(result, asked, given.has_checker)
-    pair = pair_of(asked)
+    pair = pair_of(asked, mesh)
     settings = {  # everything that finished parts depend on
         "version": wpjax.__version__,
         "pair": pair.fingerprints,

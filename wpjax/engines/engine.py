@@ -22,15 +22,16 @@ from wpjax.engines.exact import Changes, exact_changes
 from wpjax.engines.flow import flow_targets
 from wpjax.engines.joint import scores_of_sets
 from wpjax.engines.packing import Shape, pack
-from wpjax.engines.plan import Chunk, Plan, make_plan, sham_plan
+from wpjax.engines.plan import Chunk, Plan, agreed_plan, make_plan, sham_plan
 from wpjax.engines.replay import run_packed
 from wpjax.errors import WpjaxError
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
 from wpjax.models.decoder import Params
+from wpjax.models.sharding import place
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, permuted
-from wpjax.runtime.placement import Placement
+from wpjax.runtime.farm import shared_out
 from wpjax.runtime.progress import Progress
 from wpjax.runtime.shards import finished_part
 
@@ -77,8 +78,6 @@ class Engine:
         chosen: all C components that are swept. Results come in this order.
         done: key -> finished part (`part_key`). The engine adds to it and runs nothing that is in it already.
         progress: called after every chunk.
-        placement: the devices that share every chunk; None for one.
-        models: base and expert on the devices, if `placed` has put them and the metric there. None: the engine does.
         with_flow: whether to follow by way of what effects arrive.
         shape: shape to pack the prompts into; None for the cheapest.
 
@@ -104,22 +103,20 @@ class Engine:
         chosen: Sequence[Component],
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
-        placement: Placement | None = None,
-        models: Mapping[str, Params] | None = None,
         with_flow: bool = True,
         shape: Shape | None = None,
     ):
         self.pair, self.done, self.progress, self.with_flow = pair, done, progress, with_flow
-        self.placement = Placement.single() if placement is None else placement
-        models, self.metric = placed(self.placement, pair, metric) if models is None else (models, metric)
-        self.models = dict(models)
+        self.models: dict[str, Params] = {"base": pair.base, "expert": pair.expert}
+        self.placement = pair.placement  # the devices that share every chunk
+        self.metric = self.placement.replicate(metric)
         self.position = {c: i for i, c in enumerate(chosen)}
         self.packing = pack(metric, shape)
         self.runs: dict[str, Run] = {}
 
     def with_metric(self, metric: Metric) -> Engine:
         """An engine of the same components with another metric of the same prompts; finished parts are shared."""
-        return Engine(self.pair, metric, list(self.position), self.done, self.progress, self.placement, self.models)
+        return Engine(self.pair, metric, list(self.position), self.done, self.progress)
 
     @property
     def targets(self) -> list[str]:
@@ -132,8 +129,9 @@ class Engine:
         return {}
 
     def plan(self, components: Sequence[Component], budget: int | None = None) -> Plan:
-        """How patches of some components are cut into chunks; see `make_plan`."""
-        return make_plan(self.pair.cfg, components, self.packing, budget, placement=self.placement)
+        """How patches of some components are cut into chunks; see `make_plan`. All parts of a farm cut them alike."""
+        plan = make_plan(self.pair.cfg, components, self.packing, budget, placement=self.placement)
+        return agreed_plan(plan, components, self.done)
 
     def joint(self, masks: Sequence[PatchMask], budget: int | None = None) -> Float[np.ndarray, "M B"]:
         """The metric of the base with each of M sets of components taken from the expert.
@@ -154,6 +152,21 @@ class Engine:
             self.runs[model] = run
         return self.runs[model]
 
+    def own(self, name: str, plan: Plan, label: str | None = None) -> Plan:
+        """The chunks of a plan that this process runs, or reads: in a farm its own and those that are done, else all.
+
+        Args:
+            name: the cell.
+            plan: the chunks.
+            label: as of `perform`.
+        """
+        return plan.with_chunks(shared_out(self.done, plan.chunks, lambda chunk: self.is_done(label or name, chunk)))
+
+    def is_done(self, label: str, chunk: Chunk) -> bool:
+        """Whether all that `perform` yields of a chunk is in `done`."""
+        keys = [label, "flow"] if label == "exact" and self.with_flow else [label]
+        return all(part_key(key, chunk) in self.done for key in keys)
+
     def perform(
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
     ) -> Iterator[Changes]:
@@ -173,22 +186,10 @@ class Engine:
         cell, label = CELLS[name], label or name
         keys = {part_key(label, chunk): chunk for chunk in plan.chunks}
         with_flow = label == "exact" and self.with_flow
-
-        def finished(key: str, chunk: Chunk) -> bool:
-            return key in self.done and (not with_flow or part_key("flow", chunk) in self.done)
-
-        waiting = plan.with_chunks(chunk for key, chunk in keys.items() if not finished(key, chunk))
+        waiting = plan.with_chunks(chunk for chunk in keys.values() if not Engine.is_done(self, label, chunk))
         n_done = len(keys) - len(waiting.chunks)
         doing = f"{label} patches"
-        runs: tuple[Run, Run | None] = (self.run(cell.host), None)
-        if cell.inputs == "donor":  # another compiled program anyway, so it can leave out the flow, which nobody needs
-            runs = runs[0]._replace(slope=None, written=None), self.run(cell.donor)._replace(slope=None, written=None)
-        host, donor = self.models[cell.host], self.models[cell.donor]
-        parts = exact_changes(
-            self.pair.cfg, host, donor, runs, self.metric, self.packing, waiting,
-            weights=cell.weights, inputs=cell.inputs, jitter_seed=jitter_seed,
-        )  # fmt: skip
-        for chunk, delta, flow in parts:
+        for chunk, delta, flow in self._run(cell, waiting, jitter_seed) if waiting.chunks else ():
             if with_flow:
                 assert flow is not None
                 self.done[part_key("flow", chunk)] = flow
@@ -201,6 +202,17 @@ class Engine:
             flow = finished_part(self.done, part_key("flow", chunk), (n, n_targets)) if with_flow else None
             yield Changes(chunk, finished_part(self.done, key, (n, len(self.metric))), flow)
 
+    def _run(self, cell: Cell, plan: Plan, jitter_seed: int | None) -> Iterator[Changes]:
+        """Run all chunks of a plan in one cell."""
+        runs: tuple[Run, Run | None] = (self.run(cell.host), None)
+        if cell.inputs == "donor":  # another compiled program anyway, so it can leave out the flow, which nobody needs
+            runs = runs[0]._replace(slope=None, written=None), self.run(cell.donor)._replace(slope=None, written=None)
+        host, donor = self.models[cell.host], self.models[cell.donor]
+        yield from exact_changes(
+            self.pair.cfg, host, donor, runs, self.metric, self.packing, plan,
+            weights=cell.weights, inputs=cell.inputs, jitter_seed=jitter_seed,
+        )  # fmt: skip
+
     def changes(self, name: str, plan: Plan) -> tuple[Float[np.ndarray, "C B"], Float[np.ndarray, "C U"] | None]:
         """The change of the metric by each of the C components in one cell, and the flow.
 
@@ -209,14 +221,15 @@ class Engine:
             plan: the chunks.
 
         Returns:
-            [C, B] changes and [C, U] flow (None if it is not followed); NaN for components that the plan leaves out.
+            [C, B] changes and [C, U] flow (None if it is not followed). NaN for components that the plan leaves out
+            and, in a part of a farm, for those of other parts.
 
         Raises:
             WpjaxError: a change is not finite.
         """
         delta = np.full((len(self.position), len(self.metric)), np.nan)
         flow: np.ndarray | None = None
-        for chunk, changes, through in self.perform(name, plan):
+        for chunk, changes, through in self.perform(name, self.own(name, plan)):
             if not np.isfinite(changes).all():
                 names = ", ".join(c.name for c in chunk.components[:4])
                 raise WpjaxError(f"a patch of {names} gives scores that are not finite; check the checkpoints for NaN")
@@ -236,7 +249,7 @@ class Engine:
             seed: seed of the rounding steps.
         """
         floor = dict.fromkeys(plan.rows, 0.0)
-        for chunk, changes, _ in self.perform("sham", sham_plan(plan), seed):
+        for chunk, changes, _ in self.perform("sham", self.own("sham", sham_plan(plan)), seed):
             floor[chunk.kind] = max(floor[chunk.kind], float(np.abs(changes.mean(1)).max() / gap.mean()))
         return floor
 
@@ -260,9 +273,10 @@ class Engine:
         # Changes are dealt out among channels; norms and the kinds outside the layers have none.
         with_channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind != "norm"]
         dealt = few.with_chunks(chunk for chunk in few.chunks if chunk.kind in with_channels)
+        dealt = self.own("permuted", dealt)
         changes: dict[str, list[Changes]] = {"permuted": [], "direction": []}
         if dealt.chunks:
-            self.models["permuted"] = permuted(self.pair.base, self.pair.expert, seed)
+            (self.models["permuted"],) = place(self.placement, permuted(self.pair.base, self.pair.expert, seed))
             changes["permuted"] = list(self.perform("permuted", dealt))
             del self.models["permuted"]  # a whole model, not needed any more
         if isinstance(self.metric.readout, Projection):
@@ -272,18 +286,14 @@ class Engine:
                 readout = Projection(jnp.asarray(vector / np.linalg.norm(vector)))
                 metric = dataclasses.replace(self.metric, readout=readout)
                 some = few.with_chunks(few.chunks[i::N_DIRECTIONS])  # each patch is read along one of them
-                changes["direction"] += self.with_metric(metric).perform("exact", some, label=f"direction-{i}")
+                label, engine = f"direction-{i}", self.with_metric(metric)
+                changes["direction"] += engine.perform("exact", engine.own("exact", some, label), label=label)
 
         def quantile(parts: Sequence[Changes], kind: str) -> float:
             sizes = [np.abs(part.delta.mean(1)) / gap.mean() for part in parts if part.chunk.kind == kind]
             return float(np.quantile(np.concatenate(sizes), 0.95)) if sizes else float("nan")
 
         return {name: {kind: quantile(parts, kind) for kind in plan.rows} for name, parts in changes.items()}
-
-
-def placed(placement: Placement, pair: Pair, metric: Metric) -> tuple[dict[str, Params], Metric]:
-    """Put base, expert and metric on every device. They go together, since a metric may hold one of the models."""
-    return placement.replicate(({"base": pair.base, "expert": pair.expert}, metric))
 
 
 def part_key(prefix: str, chunk: Chunk) -> str:

@@ -6,10 +6,9 @@ out.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import TokensUnchanged
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.runtime.placement import Placement
+from wpjax.runtime.placement import fetch
 
 MAX_IN_FLIGHT = 4
 """Chunks in flight at most: sent to the device, with results that are not fetched yet."""
@@ -143,29 +142,28 @@ def exact_changes(
         # Seeds depend on the chunk alone, not on what ran before, so that a sweep that was interrupted draws the same.
         seed = (jitter_seed or 0, list(KINDS).index(chunk.kind), chunk.layer + 1, chunk.components[first].index)
         seeds = np.random.SeedSequence(seed).generate_state(size)
-        split = [placement.shard(a) for a in (np.asarray(index, np.int32), seeds)]
-        layer_and_step = placement.replicate((jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)))
-        options = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
-        if placement.n_devices == 1:
-            return replay(cfg, chunk.kind, *shared, *layer_and_step, *split, **options)
-        return divided_replay(placement, cfg, chunk.kind, **options)(*shared, *layer_and_step, *split)
+        split = jnp.asarray(np.asarray(index, np.int32)), jnp.asarray(seeds)
+        layer_and_step = jnp.asarray(max(chunk.layer, 0)), jnp.asarray(step, jnp.float32)
+        options: dict[str, Any] = {"weights": weights, "inputs": inputs, "with_reference": with_reference}
+        return placement.call(replay, (cfg, chunk.kind), (*shared, *layer_and_step), split, **options)
 
     def collect(chunk: Chunk, parts: list[Replayed]) -> Changes:
         """Fetch the results of a chunk; this waits until they are there."""
-        changes = [np.asarray(change, np.float64) for change, _ in parts]
-        flow = [np.asarray(flow, np.float64) for _, flow in parts if flow is not None]
+        found: list[Replayed] = fetch(parts)
+        changes = [change.astype(np.float64) for change, _ in found]
+        flow = [flow.astype(np.float64) for _, flow in found if flow is not None]
         n = len(chunk.components)
         return Changes(chunk, np.concatenate(changes)[:n], np.concatenate(flow)[:n] if flow else None)
 
     def halve(kind: str, error: Exception) -> None:
         """Halve the rows of a kind's program."""
-        share = rows[kind] // placement.n_devices
+        share = rows[kind] // placement.n_patch
         if share == 1:
             raise WpjaxError(
                 f"out of memory with one {kind} patch on {len(metric)} prompts at once; use fewer or shorter prompts, "
                 "or bfloat16x2"
             ) from error
-        rows[kind] = (share + 1) // 2 * placement.n_devices
+        rows[kind] = (share + 1) // 2 * placement.n_patch
         warnings.warn(f"out of memory: {kind} patches go on {rows[kind]} at a time", stacklevel=3)
 
     # Chunks go from `waiting` to `flying` to the caller, always in order. If memory runs out while several fly, the
@@ -181,7 +179,7 @@ def exact_changes(
                 continue
             changes = collect(*flying[0])
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if "RESOURCE_EXHAUSTED" not in str(error) or jax.process_count() > 1:  # the others would not know
                 raise
             alone = len(flying) + more > 1
             if not alone:
@@ -194,21 +192,3 @@ def exact_changes(
             warnings.warn(f"out of memory: chunks go on {most} at a time", stacklevel=2)
         flying.popleft()
         yield changes
-
-
-@functools.cache
-def divided_replay(placement: Placement, cfg: ModelConfig, kind: str, **options: Any) -> Callable[..., Replayed]:
-    """`replay` with its patches divided among devices.
-
-    Args:
-        placement: the devices.
-        cfg: the model.
-        kind: kind of the components.
-        options: `weights`, `inputs` and `with_reference`, as `replay` takes them.
-
-    Returns:
-        a compiled function of what `replay` takes after `cfg` and `kind`. Each device has its own copy of the first
-        seven (host, donor, runs, metric, packing, layer, step). The last two (indices and seeds) are divided; their
-        number must be a multiple of the number of devices.
-    """
-    return jax.jit(placement.divide(functools.partial(replay, cfg, kind, **options), 7, 2))

@@ -35,6 +35,7 @@ from wpjax.models.decoder import Params, decoder
 from wpjax.models.leaves import Blend
 from wpjax.patching import PatchedParams, PatchMask, patch
 from wpjax.runtime.batching import map_batches
+from wpjax.runtime.placement import Placement
 
 MOST_TOUCHED = 0.25
 """The largest share of a layer's channels for which cutting down the donor's weights is worth it."""
@@ -130,11 +131,11 @@ def scores_at_once(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
-    units: Mapping[str, Bool[Array, "M ..."]],
     few: Mapping[str, Touched],
     used: Mapping[str, Bool[Array, " L"]],
     metric: Metric,
     packing: Packing | None,
+    units: Mapping[str, Bool[Array, "M ..."]],
 ) -> Float[Array, "M B"]:
     """One batch of `scores_of_sets`: the metric of each prompt with each of M sets, in one program.
 
@@ -142,12 +143,12 @@ def scores_at_once(
         cfg: the model.
         host: parameters that receive the patches.
         donor: parameters that the components come from.
-        units: unit -> the masks of the M sets, stacked along the first axis. Units that are absent are closed.
         few: unit -> the channels that the sets open together, for units where these are few (`touched`).
         used: unit -> true in layers where any of the sets opens something.
         metric: what is measured, on B prompts.
         packing: the packing of the metric's prompts. None for a metric that holds a state: each prompt then needs a
             row of its own.
+        units: unit -> the masks of the M sets, stacked along the first axis. Units that are absent are closed.
     """
 
     def patched(mask: Mapping[str, Array]) -> PatchedParams:
@@ -228,6 +229,7 @@ def scores_of_sets(
     if not units:  # nothing is patched anywhere: keep one unit, so that the sets can be counted
         units = {"final_norm": np.zeros(len(masks), bool)}
 
+    placement = Placement.of((host, donor))
     layered = [name for name, unit in units.items() if unit.ndim == 3]  # [M, L, n]: heads, KV groups, neurons
     by_unit = [touched(units[name]) for name in layered]
     # Memory that the products with the donor's weights take beside the host's.
@@ -238,7 +240,10 @@ def scores_of_sets(
         part = metric if len(rows) == len(metric) else metric.take(jnp.asarray(rows))
         packing = None if metric.held is not None else pack(part)
         n_tokens, n_keys = metric.tokens.ids[rows].size, metric.tokens.ids.shape[1]
-        plain = bytes_of_row(cfg, n_tokens, n_keys) if packing is None else bytes_per_row(cfg, packing)
+        if packing is None:
+            plain = bytes_of_row(cfg, n_tokens, n_keys, n_model=placement.n_model)
+        else:
+            plain = bytes_per_row(cfg, packing, placement.n_model)
         set_bytes = int((1 + donor_share) * plain)
         tokens = n_tokens if packing is None else packing.n_tokens
         available = budget or device_budget()
@@ -249,8 +254,8 @@ def scores_of_sets(
             batch = {name: unit[sets] for name, unit in units.items()}
             few = {name: channels for name in layered if (channels := touched(batch[name])) is not None}
             used = {name: batch[name].any((0, 2)) for name in layered}
-            return scores_at_once(cfg, host, donor, batch, few, used, part, packing)
+            return placement.call(scores_at_once, (cfg,), (host, donor, few, used, part, packing), (batch,))
 
-        return map_batches(len(masks), most, score, what="joint patches", fits=fits).T
+        return map_batches(len(masks), most, score, what="joint patches", fits=fits, parts=placement.n_patch).T
 
     return map_batches(len(metric), max(16, TOKENS_AT_ONCE // metric.tokens.ids.shape[1]), run, fits=fits).T

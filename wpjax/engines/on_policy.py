@@ -11,7 +11,7 @@ change any word. So each patch is run as follows:
    rounding (in bfloat16 the margin is a guess).
 3. Only if some word may not stay, the patched model answers anew and is read along its own answer.
 
-The result is exact. It costs two replays and a few answers; answers are not divided among devices.
+The result is exact. It costs two replays and a few answers.
 
 Greedy words are piecewise constant in the weights. So the slope of F_o is the slope along the base's own words, and
 first-order screens take that. Components after the anchor act by words alone; only a real replacement shows them.
@@ -45,12 +45,11 @@ from wpjax.models.generate import Generation, generate
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask, materialize, patch
 from wpjax.runtime.batching import map_batches
-from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress
 from wpjax.runtime.shards import finished_part
 
 ANSWERS_AT_ONCE = 32
-"""Answers that one program generates, each by a patched model of its own."""
+"""Answers that one program generates on a device, each by a patched model of its own."""
 
 
 def along_answers(anchor: Anchor, batch: PromptBatch, answers: Generation) -> Metric:
@@ -72,15 +71,23 @@ class BaseAnswers:
         batch: the prompts; those with the instruction are answered.
         anchor: the direction.
         max_new_tokens: length of an answer, in tokens, at most.
+        answers: the base's answers, if they are known already; None to generate them.
 
     Attributes:
         answers: the base's greedy answers.
         metric: the anchor's score along these answers.
     """
 
-    def __init__(self, pair: Pair, batch: PromptBatch, anchor: Anchor, max_new_tokens: int):
+    def __init__(
+        self,
+        pair: Pair,
+        batch: PromptBatch,
+        anchor: Anchor,
+        max_new_tokens: int,
+        answers: Generation | None = None,
+    ):
         self.pair, self.batch, self.anchor, self.max_new_tokens = pair, batch, anchor, max_new_tokens
-        self.answers = trimmed(self.of(pair.base))
+        self.answers = trimmed(self.of(pair.base) if answers is None else answers)
         self.metric = along_answers(anchor, batch, self.answers)
 
     def of(self, params: Params) -> Generation:
@@ -112,6 +119,7 @@ class OnPolicy:
         anchor: the direction.
         max_new_tokens: length of an answer, in tokens, at most.
         answers: the expert's answers, if other metrics share them; the metric that helps a screen reads them.
+        words: the base's answers to the prompts of the sweep, if they are known already; None to generate them.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -125,12 +133,13 @@ class OnPolicy:
     anchor: Anchor
     max_new_tokens: int = 32
     answers: ExpertAnswers | None = None
+    words: Generation | None = None
 
     has_fixed_words: ClassVar[bool] = False
 
     def base_answers(self, pair: Pair, batch: PromptBatch) -> BaseAnswers:
         """The base's answers to some prompts, and the metrics along them."""
-        return BaseAnswers(pair, batch, self.anchor, self.max_new_tokens)
+        return BaseAnswers(pair, batch, self.anchor, self.max_new_tokens, self.words)
 
     def prepare(self, pair: Pair, batch: PromptBatch) -> PreparedMetric:
         """What a sweep needs to measure it: every model is scored along its own words, and every component counts.
@@ -168,11 +177,12 @@ def _anew(
     cfg: ModelConfig,
     host: Params,
     donor: Params,
+    readout: Readout,
+    stop_tokens: Int[Array, " S"],
     units: Mapping[str, Array],
     ids: Int[Array, "P T"],
     lengths: Int[Array, " P"],
-    readout: Readout,
-    stop_tokens: Int[Array, " S"],
+    *,
     layer: int,
     max_new_tokens: int,
 ) -> tuple[Float[Array, " P"], Generation]:
@@ -182,11 +192,11 @@ def _anew(
         cfg: the model (static).
         host: parameters that receive the patches.
         donor: parameters that the components come from.
+        readout: the projection on the anchor.
+        stop_tokens: ids that end an answer.
         units: unit -> the masks of the P models, stacked along the first axis.
         ids: one prompt for each model.
         lengths: tokens of each prompt.
-        readout: the projection on the anchor.
-        stop_tokens: ids that end an answer.
         layer: the anchor's layer (static).
         max_new_tokens: length of an answer, at most (static).
     """
@@ -215,9 +225,7 @@ class OnPolicyEngine(Engine):
         chosen: all C components that are swept, in any layer.
         done: key -> finished part; the engine adds to it.
         progress: called after every chunk.
-        placement: the devices that share every chunk; None for one.
         metric: another metric along the base's answers; None for that of `base_answers`.
-        models: base and expert on the devices; None: the engine puts them there.
         words: an engine whose metric is `base_answers.words_unchanged`, to share with this one; None for a new one.
     """
 
@@ -227,38 +235,21 @@ class OnPolicyEngine(Engine):
         chosen: Sequence[Component],
         done: MutableMapping[str, np.ndarray],
         progress: Progress,
-        placement: Placement | None = None,
         metric: Metric | None = None,
-        models: Mapping[str, Params] | None = None,
         words: Engine | None = None,
     ):
-        placement = Placement.single() if placement is None else placement
-        replicate = placement.replicate
-        super().__init__(
-            base_answers.pair, replicate(metric or base_answers.metric), chosen, done, progress, placement, models
-        )
+        super().__init__(base_answers.pair, metric or base_answers.metric, chosen, done, progress)
         self.base_answers, self.chosen = base_answers, chosen
         self.fits: dict[str, int] = {}
         if words is None:
-            words = Engine(
-                base_answers.pair,
-                replicate(base_answers.words_unchanged),
-                chosen,
-                done,
-                progress,
-                placement,
-                self.models,
-                with_flow=False,
-            )
-            words.models = self.models  # one dict for both: `nulls` puts a third model there for a while
+            words = Engine(base_answers.pair, base_answers.words_unchanged, chosen, done, progress, with_flow=False)
+        self.models = words.models  # one dict for both: `nulls` puts a third model there for a while
         self.words = words
         self.changed = np.full(len(chosen), np.nan)  # share of prompts on which each component changes words
 
     def with_metric(self, metric: Metric) -> Engine:
         """An engine of the same components with another metric along the same words."""
-        return OnPolicyEngine(
-            self.base_answers, self.chosen, self.done, self.progress, self.placement, metric, self.models, self.words
-        )
+        return OnPolicyEngine(self.base_answers, self.chosen, self.done, self.progress, metric, self.words)
 
     @property
     def targets(self) -> list[str]:
@@ -274,6 +265,11 @@ class OnPolicyEngine(Engine):
         """F_o of the base with each of M sets of the expert, [M, B]: each model answers, one after the other."""
         pair = self.pair
         return np.stack([self.base_answers.score(materialize(pair.base, pair.expert, mask)) for mask in masks])
+
+    def is_done(self, label: str, chunk: Chunk) -> bool:
+        """Whether all that `perform` yields of a chunk is in `done`; the correction for new words is made last."""
+        along_base = not self.metric.reaches(chunk.components[0]) or super().is_done(label, chunk)
+        return along_base and part_key(f"{label}-anew", chunk) in self.done
 
     def perform(
         self, name: str, plan: Plan, jitter_seed: int | None = None, label: str | None = None
@@ -334,25 +330,21 @@ class OnPolicyEngine(Engine):
         stacked = {unit: np.stack([mask[unit] for mask in masks]) for unit in masks[0]}
         units = {unit: value for unit, value in stacked.items() if value.any()}  # leaves of absent units stay plain
 
+        stop = jnp.asarray(self.pair.stop_tokens, jnp.int32)
+        whole = self.placement.replicate((host, donor, self.metric.readout, stop))
+        options = {"layer": self.metric.layer, "max_new_tokens": self.base_answers.max_new_tokens}
+
         def run(rows: Int[np.ndarray, " N"]) -> tuple[Array, Generation]:
             c, b = anew[rows].T
-            return _anew(
-                cfg,
-                host,
-                donor,
-                {unit: jnp.asarray(value[c]) for unit, value in units.items()},
-                jnp.asarray(prompts.ids[b]),
-                jnp.asarray(prompts.lengths[b]),
-                self.metric.readout,
-                jnp.asarray(self.pair.stop_tokens, jnp.int32),
-                self.metric.layer,
-                self.base_answers.max_new_tokens,
-            )
+            masks = {unit: jnp.asarray(value[c]) for unit, value in units.items()}
+            some = masks, jnp.asarray(prompts.ids[b]), jnp.asarray(prompts.lengths[b])
+            return self.placement.call(_anew, (cfg,), whole, some, **options)
 
         # Filled up to full parts by repeating rows, so that one compiled program serves all.
-        rows = np.arange(-(-len(anew) // ANSWERS_AT_ONCE) * ANSWERS_AT_ONCE) % len(anew)
+        parts = self.placement.n_patch
+        rows = np.arange(-(-len(anew) // (parts * ANSWERS_AT_ONCE)) * parts * ANSWERS_AT_ONCE) % len(anew)
         score, said = map_batches(
-            len(rows), ANSWERS_AT_ONCE, lambda part: run(rows[part]), what="answers", fits=self.fits
+            len(rows), ANSWERS_AT_ONCE, lambda part: run(rows[part]), what="answers", fits=self.fits, parts=parts
         )
         own = np.asarray(self.run(cell.host).score)
         for (c, b), f, tokens, n in zip(anew, score, said.tokens, said.lengths, strict=False):

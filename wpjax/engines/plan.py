@@ -7,8 +7,9 @@ kind needs one compiled program.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from wpjax.components import Component
 from wpjax.engines.memory import bytes_of_rows, bytes_per_row, device_budget, groups, rows_together
 from wpjax.engines.packing import Packing
 from wpjax.models.config import ModelConfig
+from wpjax.runtime.farm import is_shared, made
 from wpjax.runtime.placement import Placement
 
 K = TypeVar("K")
@@ -67,7 +69,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         n = max(self.rows.values(), default=0)
-        used = self.bytes_for(math.ceil(n / self.placement.n_devices)) if n else 0
+        used = self.bytes_for(math.ceil(n / self.placement.n_patch)) if n else 0
         return f"up to {n} at once (about {used / 2**20:,.0f} of {self.budget / 2**20:,.0f} MiB a device)"
 
 
@@ -92,13 +94,13 @@ def make_plan(
         most_rows: rows of a chunk on a device, at most; None for no limit.
         placement: the devices; None for one.
     """
-    bytes_for = functools.partial(bytes_of_rows, cfg, packing)
+    placement = Placement.single() if placement is None else placement
+    bytes_for = functools.partial(bytes_of_rows, cfg, packing, n_model=placement.n_model)
     together = rows_together(bytes_per_row(cfg, packing), packing.n_tokens)
     if together is not None:
         most_rows = min(MOST_GROUPS * together, most_rows or MOST_GROUPS * together)
     budget = budget or device_budget() or bytes_for(MOST_GROUPS * (together or 1))
-    placement = Placement.single() if placement is None else placement
-    n_devices = placement.n_devices
+    n_devices = placement.n_patch
     rows: dict[str, int] = {}
     components = list(components)
     for kind, members in _grouped(components, lambda c: c.kind):
@@ -135,6 +137,25 @@ def cut(components: Iterable[Component], rows: Mapping[str, int]) -> tuple[Chunk
         for layer, in_layer in _grouped(members, lambda c: c.layer)
         for i in range(0, len(in_layer), rows[kind])
     )
+
+
+def agreed_plan(plan: Plan, components: Sequence[Component], done: MutableMapping[str, np.ndarray]) -> Plan:
+    """The plan of all processes that do parts of the same work; alone, the plan as it is.
+
+    How much memory is free is not the same on all machines. So one plan counts for all of them (`farm.made`). Where
+    its chunks turn out to be too large, they are run in smaller pieces (`exact_changes`).
+
+    Args:
+        plan: the plan of this process, from `make_plan`.
+        components: the components that it was made of.
+        done: finished parts.
+    """
+    if not is_shared(done):
+        return plan
+    names = hashlib.blake2b(" ".join(c.name for c in components).encode(), digest_size=8).hexdigest()
+    counts = made(done, f"rows-{names}", lambda: np.array([*plan.rows.values()], np.float64), (len(plan.rows),))
+    rows = {kind: int(n) for kind, n in zip(plan.rows, counts, strict=True)}
+    return plan._replace(rows=rows, chunks=cut(components, rows))
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:

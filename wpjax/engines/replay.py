@@ -38,6 +38,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder, take_layer
 from wpjax.models.sites import Site
 from wpjax.patching import PatchMask, patch
+from wpjax.runtime.placement import Placement
 
 
 def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packing, with_flow: bool = True) -> Run:
@@ -62,9 +63,10 @@ def run_packed(cfg: ModelConfig, params: Params, metric: Metric, packing: Packin
     >>> run.resid_pre.shape, run.score.shape  # [A, 1, S, D] and [B]
     ((2, 1, 8, 16), (2,))
     """
-    sites, score = over_prompts(metric, functools.partial(unpacked_run, cfg, params), axis=1)  # a few prompts at a time
-    packed = {site: jnp.asarray(packing.gather(x)) for site, x in sites.items()}
-    run = Run(packed.pop(Site.RESID_PRE), jnp.asarray(score[0]), kept=packed)
+    sites, score = over_prompts(metric, unpacked_run, cfg, params, axis=1)  # a few prompts at a time
+    packed = {site: packing.gather(x) for site, x in sites.items()}
+    packed, score, metric, packing = Placement.of(params).replicate((packed, score[0], metric, packing))
+    run = Run(jnp.asarray(packed.pop(Site.RESID_PRE)), jnp.asarray(score), kept=jax.tree.map(jnp.asarray, packed))
     return add_flow(cfg, params, metric, packing, run) if with_flow else run
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,9 +19,8 @@ from wpjax.estimators.screens import output_linearised
 from wpjax.methods import Estimate, Method
 from wpjax.metrics.metric import Metric, PreparedMetric
 from wpjax.pairs import Pair
-from wpjax.runtime.placement import Placement
+from wpjax.runtime.farm import made
 from wpjax.runtime.progress import Progress
-from wpjax.runtime.shards import finished_part
 
 
 class MethodOutput(NamedTuple):
@@ -60,7 +59,6 @@ class SweepJob:
         components: the C components to sweep, in the order of the result.
         queries: [B], index of each prompt's query.
         gap: [B], metric of the expert minus that of the base, for each prompt.
-        placement: the devices among which patches are divided.
     """
 
     method: Method
@@ -77,7 +75,6 @@ class SweepJob:
     budget: int | None
     done: MutableMapping[str, np.ndarray]
     progress: Progress
-    placement: Placement
 
     @property
     def metric(self) -> Metric:
@@ -86,24 +83,29 @@ class SweepJob:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """The engine that replaces components. The models are put on the devices when it is first used."""
+        """The engine that replaces components."""
         if self.prepared.make_engine is not None:
-            return self.prepared.make_engine(self.components, self.done, self.progress, self.placement)
-        return Engine(self.pair, self.metric, self.components, self.done, self.progress, self.placement)
+            return self.prepared.make_engine(self.components, self.done, self.progress)
+        return Engine(self.pair, self.metric, self.components, self.done, self.progress)
 
     def estimate(self, estimate: Estimate) -> Float[np.ndarray, "C B"]:
         """The change of the metric that an estimate expects of each component on each prompt.
 
         It is kept in `done`, so that a resumed sweep does not make it again.
         """
-        name, n = estimate.column.name, len(self.components)
+        return self._kept(estimate.column.name, estimate.compute, self.metric)
+
+    def _kept(self, name: str, compute: Callable[..., np.ndarray], metric: Metric) -> Float[np.ndarray, "C B"]:
+        """An estimate by its name, from `done` or made anew."""
         self.progress(name, 0, 1)
-        if name not in self.done:
-            models = self.pair.base, self.pair.expert
-            self.done[name] = estimate.compute(self.pair.cfg, *models, self.components, self.metric)
-        changes = finished_part(self.done, name, (n, len(self.metric)))
+        arguments = self.pair.cfg, self.pair.base, self.pair.expert, self.components, metric
+        changes = made(self.done, name, lambda: compute(*arguments), (len(self.components), len(metric)))
         self.progress(name, 1, 1)
         return changes
+
+    def screen_of(self, name: str, metric: Metric) -> Float[np.ndarray, "C B"]:
+        """The output-linearised change of another metric of the same prompts by each component; kept as `estimate`."""
+        return self._kept(name, output_linearised, metric)
 
     def choose(self, estimates: Sequence[Float[np.ndarray, "C B"]]) -> tuple[list[int], Bool[np.ndarray, " C"]]:
         """Which components to replace after a screen: the best by any estimate, and a random sample of the others.
@@ -151,8 +153,7 @@ def estimate_and_replace(job: SweepJob) -> MethodOutput:
         choosing = list(estimates.values())
         second = None if job.prepared.second_metric is None else job.prepared.second_metric()
         if second is not None:  # it chooses only: its estimate is no column of the result
-            pair = job.pair
-            choosing.append(output_linearised(pair.cfg, pair.base, pair.expert, job.components, second))
+            choosing.append(job.screen_of(f"screen-of-{second.name}", second))
         positions, sampled = job.choose(choosing)
     plan, cells, flow = job.replace(positions)
     # In the result, changes by weight patches are the column `effect`; other cells have columns of their own names.

@@ -36,6 +36,7 @@ from wpjax.metrics.metric import Metric
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.patching import PatchMask
+from wpjax.runtime.farm import shared_out
 from wpjax.runtime.progress import Progress, silent
 from wpjax.runtime.shards import finished_part
 
@@ -193,20 +194,19 @@ def random_masks(
     done = {} if done is None else done
     units, masks = UnitMasks(cfg, components), draw_masks(n_masks, len(components), p, seed)
     fits: dict[str, int] = {}
-    for first in range(0, n_masks, MASKS_AT_ONCE):
-        key = f"masks-{p:g}-{first}"
+    values = np.full((n_masks, len(metric)), np.nan)
+    for first in shared_out(done, range(0, n_masks, MASKS_AT_ONCE), lambda first: f"masks-{p:g}-{first}" in done):
+        key, rows = f"masks-{p:g}-{first}", slice(first, min(first + MASKS_AT_ONCE, n_masks))
         if key not in done:
-            sets = [units.mask(m) for m in masks[first : first + MASKS_AT_ONCE]]
+            sets = [units.mask(m) for m in masks[rows]]
             values_of_part = scores_of_sets(cfg, host, donor, sets, metric, budget=budget, fits=fits)
             done[key] = values_of_part.astype(np.float64)
-        progress(f"random masks, p = {p:g}", min(first + MASKS_AT_ONCE, n_masks), n_masks)
-    parts = []
-    for first in range(0, n_masks, MASKS_AT_ONCE):
-        shape = (min(MASKS_AT_ONCE, n_masks - first), len(metric))
-        parts.append(finished_part(done, f"masks-{p:g}-{first}", shape))
-    values = np.concatenate(parts)
-    if not np.isfinite(values).all():
-        raise WpjaxError("a random set gives scores that are not finite; check the checkpoints for NaN")
+        values[rows] = finished_part(done, key, values[rows].shape)
+        if not np.isfinite(values[rows]).all():
+            raise WpjaxError("a random set gives scores that are not finite; check the checkpoints for NaN")
+        progress(f"random masks, p = {p:g}", rows.stop, n_masks)
+    if np.isnan(values).any():  # other parts make the rest
+        return MaskEstimate(np.full((len(components), len(metric)), np.nan), np.full(len(components), np.nan))
     slopes = None
     if control:
         at = units.mask(np.full(len(components), p, np.float32))

@@ -27,14 +27,14 @@ from scipy.stats import t as student
 
 from wpjax.columns import EFFECT
 from wpjax.components import Component
-from wpjax.engines.engine import Engine, placed
+from wpjax.engines.engine import Engine
 from wpjax.engines.packing import common_shape, pack
-from wpjax.engines.plan import cut, make_plan
+from wpjax.engines.plan import agreed_plan, cut, make_plan
 from wpjax.estimators.job import MethodOutput, SweepJob
 from wpjax.metrics.metric import Metric
 from wpjax.pairs import Pair
 from wpjax.results.sweep_result import SweepResult
-from wpjax.runtime.placement import Placement
+from wpjax.runtime.farm import conclude
 from wpjax.runtime.progress import Progress
 
 ROUNDS = 4
@@ -168,7 +168,6 @@ def race(
     budget: int | None = None,
     done: MutableMapping[str, np.ndarray],
     progress: Progress,
-    placement: Placement | None = None,
 ) -> Race:
     """Replace components in rounds until the k of largest effect of each kind are known, or the prompts are used up.
 
@@ -183,26 +182,26 @@ def race(
         budget: bytes for the activations of patches that run at once; None to choose from the device.
         done: finished parts of an earlier attempt; new parts are added.
         progress: function that is called after every chunk of patches.
-        placement: devices among which patches are divided; None for one device.
     """
     kinds, rounds = [c.kind for c in components], rounds_of(queries, seed)
-    placement = Placement.single() if placement is None else placement
-    models, metric = placed(placement, pair, metric)
     prompts = [np.flatnonzero(np.isin(queries, members)) for members in rounds]
     metrics = [metric.take(jnp.asarray(rows)) for rows in filled_up(prompts)]
     shape = common_shape(*metrics)
     delta = np.full((len(components), len(queries)), np.nan)
     packing = pack(metrics[0], shape)
     # The plan is made once, with all components, so that every round runs programs with the same number of rows.
-    plan = make_plan(pair.cfg, components, packing, budget, ROWS, placement)
+    plan = agreed_plan(make_plan(pair.cfg, components, packing, budget, ROWS, pair.placement), components, done)
 
     def measure(number: int, racing: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n q"]:
         running, columns = [components[i] for i in racing], prompts[number]
-        engine = Engine(pair, metrics[number], running, done, progress, placement, models, with_flow=False, shape=shape)
+        engine = Engine(pair, metrics[number], running, done, progress, with_flow=False, shape=shape)
         waiting = plan.with_chunks(cut(running, plan.rows))
-        for chunk, changes, _ in engine.perform("exact", waiting, label=f"race-{number + 1}"):
+        label = f"race-{number + 1}"
+        for chunk, changes, _ in engine.perform("exact", engine.own("exact", waiting, label), label=label):
             rows = [racing[engine.position[c]] for c in chunk.components]
             delta[np.ix_(rows, columns)] = changes[:, : len(columns)]  # without the prompts that fill up the round
+        if np.isnan(delta[np.ix_(racing, columns)]).any():  # who is out depends on what other parts measure
+            conclude(done)
         return np.stack([delta[np.ix_(racing, queries == q)].mean(1) for q in rounds[number]], axis=1)
 
     left, mean = eliminated(kinds, len(rounds), measure, top, confidence)
@@ -220,7 +219,6 @@ def run(job: SweepJob) -> MethodOutput:
     raced = race(
         job.pair, job.metric, job.components, job.queries,
         top=job.top, confidence=job.confidence, seed=job.seed, budget=job.budget, done=job.done, progress=job.progress,
-        placement=job.placement,
     )  # fmt: skip
     plan, cells, flow = job.replace(raced.chosen)
     changes = {"race": raced.mean[:, None], EFFECT: cells["exact"]}

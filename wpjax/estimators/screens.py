@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from wpjax.components import Component, indices
 from wpjax.engines.contributions import Side
@@ -101,12 +101,9 @@ def output_linearised(
     >>> output_linearised(pair.cfg, pair.base, pair.expert, heads, metric).shape  # 64 heads, 4 prompts
     (64, 4)
     """
-    kinds, n_shared = tuple(dict.fromkeys(c.kind for c in components)), shared_tokens(metric)
-
-    def run(part: Metric) -> dict[str, Array]:
-        return linearised_by_kind(cfg, host, donor, part, kinds, weights, inputs, n_shared)
-
-    by_kind = over_prompts(metric, run, axis=2)
+    kinds = tuple(dict.fromkeys(c.kind for c in components))
+    options = {"kinds": kinds, "weights": weights, "inputs": inputs, "n_shared": shared_tokens(metric)}
+    by_kind = over_prompts(metric, linearised_by_kind, cfg, host, donor, axis=2, **options)
     # For each kind: position in `components`, layer (0 for kinds outside the layers), index.
     places: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in kinds}
     for i, c in enumerate(components):

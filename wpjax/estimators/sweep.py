@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -22,11 +21,11 @@ from wpjax.estimators.dataset import Controls, make_dataset
 from wpjax.estimators.job import MethodOutput, SweepJob
 from wpjax.methods import DEFAULT_METHOD, check_method
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.metric import Measure, Metric, expect_finite, expect_positive_gap, scores
+from wpjax.metrics.metric import Measure, Metric, agreed_metric, expect_finite, expect_positive_gap, scores
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.results.sweep_result import SweepResult
-from wpjax.runtime.placement import Placement
+from wpjax.runtime.farm import conclude, is_shared
 from wpjax.runtime.progress import Progress, silent
 
 DEFAULT_KINDS = ("head", "kv_group", "neuron")
@@ -49,7 +48,6 @@ def sweep(
     seed: int = 0,
     n_resamples: int = 1000,
     budget: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> SweepResult:
@@ -77,7 +75,7 @@ def sweep(
                         and the knock-out in the expert, for the `top` components of both screens
 
     Args:
-        pair: base and expert.
+        pair: base and expert. Patches are divided among the devices that they stand on (`load_pair`, `Pair.on`).
         batch: prompts; those with the instruction are used.
         metric: what is measured. An `Anchor`; a metric made on this batch (`response_metric`, `decision_metric`,
             `kl_metric`); or an `OnPolicy`, which reads an anchor along each model's own answer. Or a function of
@@ -97,8 +95,8 @@ def sweep(
         seed: seed of resampling, sign flips, shams, nulls and random sets.
         n_resamples: number of bootstrap samples behind the intervals.
         budget: bytes for the activations of patches that run at once; None to choose from the device.
-        devices: devices among which patches are divided; None for all devices of this process.
-        done: finished parts of an earlier attempt (see `runtime.shards.Shards`). New parts are added as they finish.
+        done: finished parts of an earlier attempt (see `runtime.shards.Shards`), or those of a farm
+            (`runtime.farm.Farm`). New parts are added as they finish.
         progress: function that is called as work gets done.
 
     Returns:
@@ -111,6 +109,7 @@ def sweep(
         AnchorRejected: the anchor belongs to another expert.
         MetricRejected: the gap on these prompts may be zero.
         BehaviourError: the model cannot take the prompts.
+        Unfinished: this process is one part of a farm, and its own pieces are done; or it collects, and some are not.
 
     >>> import wpjax as wp
     >>> pair, task = wp.load_pair("tiny:base", "tiny:expert"), wp.behaviour("tiny:english_capital")
@@ -137,6 +136,8 @@ def sweep(
         attributes = {**prepared.attributes, **given.attributes(batch.behaviour)}
         prepared = dataclasses.replace(prepared, metric=held, attributes=attributes)
     swept = _swept_components(pair, prepared.reach_metric or prepared.metric, kinds, components)
+    if done is not None and is_shared(done):
+        prepared = dataclasses.replace(prepared, metric=agreed_metric(prepared.metric, done))
     read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
     for params, score, name in ((pair.base, base_score, "the base"), (pair.expert, expert_score, "the expert")):
@@ -147,7 +148,7 @@ def sweep(
     job = SweepJob(
         chosen_method, pair, prepared, swept, batch.queries, gap,
         top=top, stratum=stratum, confidence=confidence, n_masks=n_masks, seed=seed, budget=budget,
-        done={} if done is None else done, progress=progress, placement=Placement.on(devices),
+        done={} if done is None else done, progress=progress,
     )  # fmt: skip
     output: MethodOutput = chosen_method.run(job)
     dataset = make_dataset(job, batch, output, _controls(job, output), n_resamples)
@@ -187,6 +188,7 @@ def _controls(job: SweepJob, output: MethodOutput) -> Controls:
         floor = job.engine.noise_floor(output.plan, job.gap, job.seed)
         if EFFECT in output.changes:  # nulls are of weight patches
             nulls = job.engine.nulls(output.plan, job.gap, job.seed)
+    conclude(job.done)
     return Controls(_coverage(job.engine, job.components, job.gap, job.budget, job.progress), floor, nulls)
 
 

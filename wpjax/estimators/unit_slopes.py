@@ -23,7 +23,7 @@ from wpjax.patching import PatchMask, patch
 @jax.numpy_dtype_promotion("standard")  # as above
 @functools.partial(jax.jit, static_argnames="cfg")
 def unit_gradient(
-    cfg: ModelConfig, host: Params, donor: Params, metric: Metric, at: PatchMask
+    cfg: ModelConfig, host: Params, donor: Params, at: PatchMask, metric: Metric
 ) -> dict[str, Float[Array, "B ..."]]:
     """dF/dm of every unit, prompt by prompt, at a float mask.
 
@@ -31,8 +31,8 @@ def unit_gradient(
         cfg: architecture of both models (static).
         host: parameters at m = 0.
         donor: parameters at m = 1.
-        metric: the metric F.
         at: the mask at which the gradient is taken.
+        metric: the metric F.
 
     Returns:
         unit -> [B, *shape of the unit].
@@ -63,7 +63,7 @@ def unit_slopes(
     if not isinstance(at, PatchMask):
         value = jnp.asarray(at, jnp.float32)
         at = jax.tree.map(lambda unit: unit + value, PatchMask.empty(cfg, jnp.float32))
-    return over_prompts(metric, lambda part: unit_gradient(cfg, host, donor, part, at), axis=0)
+    return over_prompts(metric, unit_gradient, cfg, host, donor, at)
 
 
 def by_component(

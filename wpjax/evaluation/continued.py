@@ -7,8 +7,8 @@ version continues them from there; the weights, and the keys and values of the p
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from wpjax.models.generate import Generation, Prefix, continue_versions, prefill
 from wpjax.models.ops import log_softmax
 from wpjax.models.sites import Site
 from wpjax.runtime.batching import map_batches
+from wpjax.runtime.placement import Placement
 
 ROWS_AT_ONCE = 128
 """Answers of one program, at most: steered models times prompts."""
@@ -62,7 +63,13 @@ def steer(ways: Sequence[tuple[int, np.ndarray, np.ndarray, float]]) -> Steer:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens"))
 def _answers(
-    cfg: ModelConfig, params: Params, prefix: Prefix, ways: Steer, stop_tokens: Int[Array, " E"], max_new_tokens: int
+    cfg: ModelConfig,
+    params: Params,
+    prefix: Prefix,
+    stop_tokens: Int[Array, " E"],
+    ways: Steer,
+    *,
+    max_new_tokens: int,
 ) -> Generation:
     """Greedy answers of S steered versions of a model, [S, B, N]; the weights and the prefix are shared."""
 
@@ -78,10 +85,10 @@ def _scores(
     cfg: ModelConfig,
     params: Params,
     prefix: Prefix,
-    ways: Steer,
     tokens: Int[Array, "B N"],
     step: Int[Array, "B R"],
     metric: Metric,
+    ways: Steer,
 ) -> Float[Array, "S B"]:
     """A metric of S steered versions of a model, which read the same words."""
 
@@ -93,9 +100,7 @@ def _scores(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _nll(
-    cfg: ModelConfig, params: Params, prefix: Prefix, tokens: Int[Array, "S B N"], lengths: Int[Array, "S B"]
-) -> Float[Array, "S B"]:
+def _nll(cfg: ModelConfig, params: Params, prefix: Prefix, answers: Generation) -> Float[Array, "S B"]:
     """Mean negative log-likelihood of answers, in nats per token."""
 
     def one(tokens: Int[Array, "B N"], lengths: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -109,7 +114,7 @@ def _nll(
         is_token = jnp.arange(tokens.shape[1]) < lengths[:, None]
         return -jnp.mean(logp, axis=1, where=is_token)
 
-    return jax.vmap(one)(tokens, lengths)
+    return jax.vmap(one)(jnp.asarray(answers.tokens), jnp.asarray(answers.lengths))
 
 
 class Continued:
@@ -144,11 +149,7 @@ class Continued:
             stop_tokens: ids that end an answer.
         """
         stop = jnp.asarray(stop_tokens, jnp.int32)
-
-        def run(rows: Int[np.ndarray, " n"]) -> Generation:
-            return _answers(self.cfg, self.params, self.prefix, ways.take(rows), stop, self.room)
-
-        return map_batches(len(ways.layer), self.at_once, run, what="steered models")
+        return self._over(len(ways.layer), _answers, (stop,), ways.take, max_new_tokens=self.room)
 
     def scores(
         self, ways: Steer, tokens: Int[np.ndarray, "B N"], step: Int[np.ndarray, "B R"], metric: Metric
@@ -162,11 +163,7 @@ class Continued:
             metric: its readout and its weights are used.
         """
         given = jnp.asarray(tokens), jnp.asarray(step), metric
-
-        def run(rows: Int[np.ndarray, " n"]) -> Array:
-            return _scores(self.cfg, self.params, self.prefix, ways.take(rows), *given)
-
-        return map_batches(len(ways.layer), self.at_once, run, what="steered models")
+        return self._over(len(ways.layer), _scores, given, ways.take)
 
     def nll(self, answers: Generation) -> Float[np.ndarray, "S B"]:
         """Mean negative log-likelihood of answers under the model as it is, in nats per token.
@@ -174,9 +171,29 @@ class Continued:
         Args:
             answers: S answers to each prompt, [S, B, N].
         """
+        return self._over(len(answers.tokens), _nll, (), lambda rows: Generation(*(a[rows] for a in answers)))
 
-        def run(rows: Int[np.ndarray, " n"]) -> Array:
-            some = jnp.asarray(answers.tokens[rows]), jnp.asarray(answers.lengths[rows])
-            return _nll(self.cfg, self.params, self.prefix, *some)
+    def _over(
+        self,
+        n: int,
+        run: Callable[..., Any],
+        whole: tuple[Any, ...],
+        take: Callable[[Int[np.ndarray, " n"]], Any],
+        **options: int,
+    ) -> Any:
+        """Call a function on all n versions, some at a time; they are divided among the devices of the model.
 
-        return map_batches(len(answers.tokens), self.at_once, run, what="steered models")
+        Args:
+            n: number of versions.
+            run: a function of `cfg`, the parameters, the prefix, `whole`, some versions and `options`.
+            whole: arguments that all versions share.
+            take: from numbers of versions to these versions, a tree of arrays.
+            options: arguments that are not arrays.
+        """
+        placement = Placement.of(self.params)
+        shared = placement.replicate((self.params, self.prefix, *whole))
+
+        def some(rows: Int[np.ndarray, " n"]) -> Any:
+            return placement.call(run, (self.cfg,), shared, (take(rows),), **options)
+
+        return map_batches(n, self.at_once, some, what="steered models", parts=placement.n_patch)

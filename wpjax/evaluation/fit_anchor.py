@@ -26,6 +26,7 @@ from wpjax.models.layouts import Packed
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.runtime.batching import map_batches
+from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Progress, silent
 from wpjax.stats import mean_interval, resample
 
@@ -44,7 +45,7 @@ N_SCREENED_PROMPTS, N_TRIED_PROMPTS = 16, 8
 
 @functools.partial(jax.jit, static_argnames=("cfg", "n_shared"))
 def _mean_states(
-    cfg: ModelConfig, params: Params, ids: Array, at: Array, weight: Array, n_shared: int
+    cfg: ModelConfig, params: Params, ids: Array, at: Array, weight: Array, *, n_shared: int
 ) -> Float[Array, "L B D"]:
     n_prompts, n_tokens = ids.shape
     packed, n_own = Packed.side_by_side(n_prompts, n_tokens, n_shared), n_tokens - n_shared
@@ -71,11 +72,13 @@ def mean_states(cfg: ModelConfig, params: Params, reading: Reading, batch_size: 
     tokens = tokens.widened(cfg.n_ctx)
     n_shared = min(tokens.n_shared, tokens.ids.shape[1] - 1)
 
-    def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "L N D"]:
-        some = (jnp.asarray(a[rows]) for a in (tokens.ids, at, weight))
-        return _mean_states(cfg, params, *some, n_shared=n_shared)
+    placement = Placement.of(params)
 
-    states = map_batches(len(at), batch_size, run, axis=1)
+    def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "L N D"]:
+        some = tuple(jnp.asarray(a[rows]) for a in (tokens.ids, at, weight))
+        return placement.call(_mean_states, (cfg,), (params,), some, axis=1, n_shared=n_shared)
+
+    states = map_batches(len(at), batch_size, run, axis=1, parts=placement.n_patch)
     damaged = np.flatnonzero(~(np.abs(states) <= LARGEST_STATE).all((1, 2)))  # so written, NaN is too large
     if damaged.size:
         raise CheckpointError(

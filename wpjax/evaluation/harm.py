@@ -26,6 +26,7 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder, forward
 from wpjax.pairs import Pair
 from wpjax.runtime.batching import map_batches
+from wpjax.runtime.placement import Placement
 from wpjax.stats import Interval, mean_interval, ratio_of_means, resample
 
 WINDOW = 256
@@ -154,7 +155,12 @@ def text_nll(cfg: ModelConfig, params: Params, windows: Windows) -> Float[np.nda
     ids, lengths = np.asarray(windows.tokens.ids), np.asarray(windows.tokens.lengths)
     at = np.arange(1, ids.shape[1])
     counts = (at >= windows.n_opening) & (at < lengths[:, None])
-    found = map_batches(len(ids), 8, lambda rows: _nll(cfg, params, jnp.asarray(ids[rows]), jnp.asarray(counts[rows])))
+    placement = Placement.of(params)
+
+    def run(rows: Int[np.ndarray, " n"]) -> Float[Array, " n"]:
+        return placement.call(_nll, (cfg,), (params,), (jnp.asarray(ids[rows]), jnp.asarray(counts[rows])))
+
+    found = map_batches(len(ids), 8, run, parts=placement.n_patch)
     return found.astype(np.float64)
 
 

@@ -240,7 +240,7 @@ def divergence_metric(cfg: ModelConfig, reference: Params, prompts: Tokens, answ
     """
     # Tokens, positions and weights are those of the response; the readout compares with the reference's own stream.
     metric = _as_narrow(answer_metric(cfg, prompts, trimmed(answers)))
-    resid = jnp.asarray(over_prompts(metric, lambda part: _picked(cfg, reference, part)))
+    resid = jnp.asarray(over_prompts(metric, _picked, cfg, reference))
     return dataclasses.replace(metric, readout=Divergence(resid, reference), name="kl")
 
 
@@ -332,7 +332,7 @@ def _experts_odds(pair: Pair, prompts: Tokens, answers: Generation, along: Along
     readout = LogOdds(jnp.asarray(along.experts), jnp.asarray(along.bases))
     tokens = with_answers(prompts, answers)
     metric = Metric(tokens, jnp.asarray(at), jnp.asarray(is_token), readout, pair.cfg.n_layers - 1, "odds")
-    found: Float[np.ndarray, "B N"] = over_prompts(metric, lambda part: _read_steps(pair.cfg, pair.expert, part))
+    found: Float[np.ndarray, "B N"] = over_prompts(metric, _read_steps, pair.cfg, pair.expert)
     return found
 
 
@@ -406,7 +406,10 @@ def _choices(cfg: ModelConfig, params: Params, ids: Array, at: Array) -> Int[Arr
 def _base_choices(pair: Pair, tokens: Tokens, at: np.ndarray, batch_size: int = 32) -> Int[np.ndarray, "B S"]:
     """The base's greedy choice after each position."""
 
-    def run(rows: Int[np.ndarray, " N"]) -> Int[Array, "N S"]:
-        return _choices(pair.cfg, pair.base, jnp.asarray(tokens.ids[rows]), jnp.asarray(at[rows]))
+    placement = pair.placement
 
-    return map_batches(len(at), batch_size, run)
+    def run(rows: Int[np.ndarray, " N"]) -> Int[Array, "N S"]:
+        some = jnp.asarray(tokens.ids[rows]), jnp.asarray(at[rows])
+        return placement.call(_choices, (pair.cfg,), (pair.base,), some)
+
+    return map_batches(len(at), batch_size, run, parts=placement.n_patch)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -45,6 +45,8 @@ from wpjax.models.secant import Value
 from wpjax.models.sites import Site
 from wpjax.pairs import Pair
 from wpjax.runtime.batching import map_batches
+from wpjax.runtime.farm import made
+from wpjax.runtime.placement import Placement, fetch
 from wpjax.stats import mean_interval, resample
 
 
@@ -166,22 +168,79 @@ class Metric:
         return hasher.hexdigest()
 
 
-PROMPTS_AT_ONCE = 16
-"""Prompts of one forward pass, at most."""
+def agreed_metric(metric: Metric, done: MutableMapping[str, np.ndarray]) -> Metric:
+    """The metric of all processes that do parts of the same work (`runtime.farm.made`).
 
-
-def over_prompts(metric: Metric, run: Callable[[Metric], Any], axis: int = 0) -> Any:
-    """Run a function on the metric, a few prompts at a time; see `map_batches`.
+    Machines round differently. So the arrays of a metric that was made from a model's numbers, say the word that the
+    base would say, could be others in another process.
 
     Args:
-        metric: the metric on all prompts.
-        run: a function of the metric on some of the prompts. It returns a tree of arrays that have a prompt axis.
-        axis: the prompt axis of those arrays.
+        metric: the metric of this process.
+        done: finished parts.
+    """
+    readout = metric.readout
+    # The reference of `Divergence` is a whole model, which is the same for all of them.
+    light = dataclasses.replace(readout, params={}) if isinstance(readout, Divergence) else readout
+    leaves, structure = jax.tree.flatten(dataclasses.replace(metric, readout=light))
+    for i, leaf in enumerate(leaves):
+        array = fetch(leaf)
+        data = made(done, f"metric-{i}", functools.partial(np.frombuffer, array.tobytes(), np.uint8))
+        if data.size != array.nbytes:
+            raise WpjaxError(
+                f"the {metric.name} metric has {array.nbytes} bytes here and {data.size} in other parts: the models "
+                "answer differently on this machine; run all parts on machines of one kind"
+            )
+        agreed = np.frombuffer(data.tobytes(), array.dtype).reshape(array.shape)
+        leaves[i] = jnp.asarray(agreed) if isinstance(leaf, jax.Array) else agreed
+    agreed_by_all: Metric = jax.tree.unflatten(structure, leaves)
+    if isinstance(readout, Divergence):
+        light = dataclasses.replace(agreed_by_all.readout, params=readout.params)  # type: ignore[type-var]
+        return dataclasses.replace(agreed_by_all, readout=light)
+    return agreed_by_all
+
+
+PROMPTS_AT_ONCE = 16
+"""Prompts of one forward pass on a device, at most."""
+
+
+def over_prompts(
+    metric: Metric | tuple[Metric, ...],
+    run: Callable[..., Any],
+    cfg: ModelConfig,
+    *models: Any,
+    axis: int = 0,
+    **options: Any,
+) -> Any:
+    """Call `run(cfg, *models, metric, **options)` with the metric on a few prompts at a time; see `map_batches`.
+
+    The prompts are divided among the devices on which the models stand.
+
+    Args:
+        metric: the metric on all prompts; or several metrics of the same prompts.
+        run: the function, one object from call to call. It returns a tree of arrays that have a prompt axis.
+        cfg: architecture of the models.
+        models: parameters, and what else every prompt needs; trees of arrays.
+        axis: the prompt axis of what the function returns.
+        options: arguments that are not arrays; hashable.
 
     Returns:
         the arrays of all prompts, on the host.
     """
-    return map_batches(len(metric), PROMPTS_AT_ONCE, lambda rows: run(metric.take(jnp.asarray(rows))), axis)
+    placement = Placement.of(models)
+    whole = placement.replicate((metric, *models))
+    n_prompts = len(metric if isinstance(metric, Metric) else metric[0])
+
+    def some(rows: Int[np.ndarray, " N"]) -> Any:
+        return placement.call(on_prompts, (run, cfg), whole, (jnp.asarray(rows),), axis, **options)
+
+    return map_batches(n_prompts, PROMPTS_AT_ONCE, some, axis, parts=placement.n_patch)
+
+
+def on_prompts(run: Callable[..., Any], cfg: ModelConfig, metric: Any, *rest: Any, **options: Any) -> Any:
+    """The function of `over_prompts` on some prompts, whose numbers come last."""
+    *models, rows = rest
+    some = metric.take(rows) if isinstance(metric, Metric) else tuple(m.take(rows) for m in metric)
+    return run(cfg, *models, some, **options)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -210,7 +269,7 @@ def scores(cfg: ModelConfig, params: Params, metric: Metric) -> Float[np.ndarray
     >>> gap.shape, bool((gap > 0).all())
     ((4,), True)
     """
-    return over_prompts(metric, lambda part: _scores(cfg, params, part))
+    return over_prompts(metric, _scores, cfg, params)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -239,11 +298,7 @@ def joint_scores(cfg: ModelConfig, params: Params, metrics: Sequence[Metric]) ->
         # Positions that a metric reads stay valid in the longer tokens, as prompts are padded on the right.
         joint = [i for i, m in enumerate(metrics) if m.held is None and begins(m.tokens, longest.tokens)]
         same_tokens = tuple(dataclasses.replace(metrics[i], tokens=longest.tokens) for i in joint)
-
-        def run(rows: Int[np.ndarray, " N"]) -> Float[Array, "N M"]:
-            return _joint_scores(cfg, params, tuple(m.take(jnp.asarray(rows)) for m in same_tokens))
-
-        from_one_pass = dict(zip(joint, map_batches(len(longest), PROMPTS_AT_ONCE, run).T, strict=True))
+        from_one_pass = dict(zip(joint, over_prompts(same_tokens, _joint_scores, cfg, params).T, strict=True))
     return np.stack([from_one_pass[i] if i in from_one_pass else scores(cfg, params, m) for i, m in enumerate(metrics)])
 
 
@@ -315,7 +370,7 @@ class PreparedMetric:
         metric: a metric along fixed words. Screens differentiate it.
         reach_metric: a metric whose `reaches` says which components can be swept; None for `metric` itself.
         score: a function from a model's parameters to F of each prompt, [B]; None to read `metric`.
-        make_engine: a function of (components, finished parts, progress, placement) that returns the engine that
+        make_engine: a function of (components, finished parts, progress) that returns the engine that
             replaces components; None for the `engines.engine.Engine` of fixed words.
         second_metric: a function that returns one more metric, or None if there is none on these prompts. After a
             screen, the first-order effects on that metric choose components to replace, too. None for no such metric.

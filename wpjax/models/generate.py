@@ -22,6 +22,7 @@ from wpjax.models.edits import Edit
 from wpjax.models.layouts import Cached, Causal, Layout, Packed
 from wpjax.models.ops import heads_first
 from wpjax.runtime.batching import map_batches
+from wpjax.runtime.placement import Placement
 
 
 class Generation(NamedTuple):
@@ -376,20 +377,31 @@ def generate_batched(
     batch_size: int = 32,
     edits: Sequence[Edit] = (),
 ) -> Generation:
-    """Continue any number of prompts greedily, at most `batch_size` at once.
+    """Continue any number of prompts greedily, at most `batch_size` at once on a device.
 
-    The other arguments are those of `generate`. The result is in NumPy arrays, on the host.
+    The other arguments are those of `generate`. The prompts are divided among the devices on which the model stands.
+    The result is in NumPy arrays, on the host.
     """
+    placement = Placement.of(params)
+    whole = placement.replicate((params, jnp.asarray(stop_tokens, jnp.int32), tuple(edits)))
 
     def run(rows: Int[np.ndarray, " N"]) -> Generation:
-        return generate(
-            cfg,
-            params,
-            jnp.asarray(tokens[rows]),
-            jnp.asarray(lengths[rows]),
-            max_new_tokens=max_new_tokens,
-            stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
-            edits=tuple(edit.take(rows) for edit in edits),
-        )
+        some = jnp.asarray(tokens[rows]), jnp.asarray(lengths[rows]), jnp.asarray(rows)
+        return placement.call(continue_some, (cfg, max_new_tokens), whole, some)
 
-    return map_batches(len(tokens), batch_size, run)
+    return map_batches(len(tokens), batch_size, run, parts=placement.n_patch)
+
+
+def continue_some(
+    cfg: ModelConfig,
+    max_new_tokens: int,
+    params: Params,
+    stop_tokens: Int[Array, " S"],
+    edits: tuple[Edit, ...],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    rows: Int[Array, " B"],
+) -> Generation:
+    """`generate` on some prompts; `rows` are their numbers, by which edits know their part."""
+    some = tuple(edit.take(rows) for edit in edits)
+    return generate(cfg, params, tokens, lengths, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, edits=some)

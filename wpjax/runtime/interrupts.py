@@ -24,6 +24,7 @@ GRACE = 3.0
 
 _received: list[int] = []  # number of the signal that came, if one did
 _left: dict[Path, str] = {}  # what this process has left on the disk -> how to go on with it; "" for a whole file
+_abruptly: list[None] = []  # not empty if the process is to end without tearing down what it has loaded
 _busy: list[None] = []  # one entry for each piece of work that is not to be cut off
 
 
@@ -46,6 +47,16 @@ def exit_code() -> int:
     return 128 + (_received[0] if _received else signal.SIGINT)
 
 
+def end_abruptly() -> None:
+    """From now on, the command ends without tearing down what it has loaded: JAX would wait for other processes."""
+    _abruptly.append(None)
+
+
+def ends_abruptly() -> bool:
+    """Whether `end_abruptly` was called."""
+    return bool(_abruptly)
+
+
 def leave(path: Path, how: str = "") -> None:
     """Note something that stays on the disk if the process ends now.
 
@@ -66,6 +77,11 @@ def written() -> list[str]:
     return [_short(path) for path, how in _left.items() if not how and path.exists()]
 
 
+def how_to_go_on() -> list[str]:
+    """What to say of the finished parts that the process has left on the disk; each sentence once."""
+    return list(dict.fromkeys(how for path, how in _left.items() if how and path.exists()))
+
+
 def account() -> str:
     """What the process has left on the disk, and how to go on; for the message of an interrupted command.
 
@@ -74,7 +90,7 @@ def account() -> str:
     interrupted; nothing was written
     """
     said = [f"written and whole: {', '.join(written())}"] if written() else []
-    said += dict.fromkeys(how for path, how in _left.items() if how and path.exists())
+    said += how_to_go_on()
     what = "terminated" if _received and _received[0] != signal.SIGINT else "interrupted"
     return f"{what}; {'; '.join(said) or 'nothing was written'}"
 

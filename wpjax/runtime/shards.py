@@ -68,16 +68,10 @@ def check_parts(out: Path, command: str, resume: bool, known: Mapping[str, Any] 
             release(lock)
     if not resume:
         raise OutputError(f"{folder} is left from a run that did not finish; pass --resume, or delete it")
-    theirs = _manifest(folder).get("identity")
-    if not isinstance(theirs, dict):
-        return  # damaged: `Shards` refuses it
-    for name, value in (known or {}).items():
-        ours = json.loads(json.dumps(value, default=str))
-        if theirs.get(name) != ours:
-            raise OutputError(
-                f"{folder} belongs to a run with other settings ({name}: {_brief(theirs.get(name))} there, "
-                f"{_brief(ours)} here); delete it, or repeat those settings"
-            )
+    theirs = read_manifest(folder).get("identity")
+    other = what_differs(theirs, {**theirs, **(known or {})}) if isinstance(theirs, dict) else ""
+    if other:  # of a manifest that is damaged nothing is known; `Shards` refuses it
+        raise OutputError(f"{folder} belongs to a run with {other}; delete it, or go on with the same")
 
 
 def finished_part(done: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -100,12 +94,71 @@ def finished_part(done: Mapping[str, np.ndarray], key: str, shape: tuple[int, ..
     return part
 
 
-class Shards(MutableMapping[str, np.ndarray]):
+class PartFiles(MutableMapping[str, np.ndarray]):
+    """Finished parts as a mapping from keys to arrays, each a file of one folder. `Shards` and `runtime.farm` write it.
+
+    Each file ends with a checksum of the part, its key and the identity of the work. So a part that is damaged, or that
+    belongs to another key or other work, is refused.
+
+    Attributes:
+        folder: the folder.
+        digest: hash of the identity of the work (`digest_of`).
+        again: what to do once a damaged file was deleted, for messages.
+    """
+
+    folder: Path
+    digest: str
+    again: str
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file of the folder, whole or not at all."""
+        raise NotImplementedError
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
+
+    def _checksum(self, key: str, data: bytes) -> bytes:
+        return hashlib.blake2b(key.encode() + b"\0" + data, digest_size=DIGEST, key=bytes.fromhex(self.digest)).digest()
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        except OSError as error:
+            raise OutputError(f"{path} cannot be read ({error.strerror}); delete it, and {self.again}") from error
+        data, checksum = data[:-DIGEST], data[-DIGEST:]
+        if checksum != self._checksum(key, data):
+            raise OutputError(
+                f"{path} is damaged, or of another run (its checksum is wrong); delete it, and {self.again}"
+            )
+        try:
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # NumPy raises what it likes on a header that somebody made up
+            raise OutputError(f"{path} is no array ({error}); delete it, and {self.again}") from error
+
+    def __setitem__(self, key: str, value: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, value, allow_pickle=False)
+        data = buffer.getvalue()
+        self._write(self._path(key).name, data + self._checksum(key, data))
+
+    def __delitem__(self, key: str) -> None:
+        self._path(key).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in self.folder.glob("[!.]*.npy"))  # a leading dot: a file not yet complete
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Shards(PartFiles):
     """Finished parts of an output as a mapping from keys to arrays; each part is a file in a folder beside it.
 
     The folder is made with the first part. Beside the parts it holds a manifest with their identity, and a lock, so
-    that no two runs write into it. Each file ends with a checksum of the part, its key and the identity. So a part that
-    is damaged, or that belongs to another key or another run, is refused.
+    that no two runs write into it.
 
     Args:
         out: the output that the parts are for (see `parts_folder`).
@@ -127,12 +180,9 @@ class Shards(MutableMapping[str, np.ndarray]):
     """
 
     def __init__(self, out: Path, command: str, identity: dict[str, Any], resume: bool):
-        self.out, self.folder = out, parts_folder(out, command)
-        text = json.dumps(identity, sort_keys=True, default=str)
-        self._manifest: dict[str, Any] = {
-            "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-            "identity": identity,
-        }
+        self.out, self.folder, self.again = out, parts_folder(out, command), "pass --resume again"
+        self.digest = digest_of(identity)
+        self._manifest: dict[str, Any] = {"digest": self.digest, "identity": identity}
         self._is_open = False
         self._lock: BaseFileLock | None = None
         recover(out)
@@ -149,10 +199,9 @@ class Shards(MutableMapping[str, np.ndarray]):
         self._lock = try_lock(self.folder / LOCK)
         if not (self.folder / MANIFEST).exists() and not _parts(self.folder):
             self._write(MANIFEST, json.dumps(self._manifest, default=str).encode())
-        elif _manifest(self.folder).get("digest") != self._manifest["digest"]:
-            raise OutputError(
-                f"{self.folder} belongs to a run with other settings; delete it, or repeat those settings"
-            )
+        elif (theirs := read_manifest(self.folder)).get("digest") != self.digest:
+            differs = what_differs(theirs.get("identity") or {}, self._manifest["identity"]) or "other settings"
+            raise OutputError(f"{self.folder} belongs to a run with {differs}; delete it, or go on with the same")
         for dead in self.folder.glob(".*.partial"):
             dead.unlink(missing_ok=True)
         self._is_open = True
@@ -175,51 +224,11 @@ class Shards(MutableMapping[str, np.ndarray]):
                 "room, and go on with --resume"
             ) from error
 
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.npy"
-
-    def _checksum(self, key: str, data: bytes) -> bytes:
-        return hashlib.blake2b(
-            key.encode() + b"\0" + data, digest_size=DIGEST, key=bytes.fromhex(self._manifest["digest"])
-        ).digest()
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        path = self._path(key)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise KeyError(key) from None
-        except OSError as error:
-            raise OutputError(
-                f"{path} cannot be read ({error.strerror}); delete it, and pass --resume again"
-            ) from error
-        data, checksum = data[:-DIGEST], data[-DIGEST:]
-        if checksum != self._checksum(key, data):
-            raise OutputError(
-                f"{path} is damaged, or of another run (its checksum is wrong); delete it, and pass --resume again"
-            )
-        try:
-            return np.load(io.BytesIO(data), allow_pickle=False)
-        except Exception as error:  # NumPy raises what it likes on a header that somebody made up
-            raise OutputError(f"{path} is no array ({error}); delete it, and pass --resume again") from error
-
     def __setitem__(self, key: str, value: np.ndarray) -> None:
         if not self._is_open:
             self._open()
-        buffer = io.BytesIO()
-        np.save(buffer, value, allow_pickle=False)
-        data = buffer.getvalue()
-        self._write(self._path(key).name, data + self._checksum(key, data))
+        super().__setitem__(key, value)
         interrupts.leave(self.folder, KEPT)
-
-    def __delitem__(self, key: str) -> None:
-        self._path(key).unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in self.folder.glob("[!.]*.npy"))  # a leading dot: a file not yet complete
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
     @contextlib.contextmanager
     def states(self) -> Iterator[States]:
@@ -256,7 +265,35 @@ class Shards(MutableMapping[str, np.ndarray]):
         self._lock, self._is_open = None, False
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """A hash of everything that some work depends on (32 hex digits).
+
+    >>> digest_of({"seed": 0}) == digest_of({"seed": 1})
+    False
+    """
+    text = json.dumps(dict(identity), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def what_differs(theirs: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """What finished parts were made with that is another here, in words; empty if nothing is.
+
+    Args:
+        theirs: identity of the parts, as their manifest has it.
+        identity: identity of this run.
+
+    >>> what_differs({"seed": 0}, {"seed": 1})
+    'other settings (seed: 0 there, 1 here)'
+    """
+    for name, value in identity.items():
+        ours = json.loads(json.dumps(value, default=str))
+        if theirs.get(name) != ours:
+            there, here = _brief(theirs.get(name)), _brief(ours)
+            return f"other settings ({name}: {there} there, {here} here)" if there != here else f"other {name}"
+    return "" if len(theirs) <= len(identity) else "other settings"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; empty if it has none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

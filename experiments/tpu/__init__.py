@@ -1,0 +1,1 @@
+"""Programs of a sweep, compiled for TPUs that are not there."""
