@@ -575,7 +575,7 @@ def test_the_command_line(tmp_path, wpjax):
     assert f"Stored as changes in 8 bits; relative error of the change {small.error:.2g}. What was measured" in told
     left = sorted(tmp_path.iterdir())
     for arguments, says in (([], "say how changes are to be stored"), (["--int8", "--rank", "2"], "two ways"),
-                            (["--rank", "0"], "0 is not")):  # fmt: skip
+                            (["--rank", "0"], "greater than or equal to 1")):  # fmt: skip
         code, _, err = wpjax("encode", "p.safetensors", *arguments, "--out", "z.safetensors")
         assert (code, err.count("\n"), says in err) == (2, 1, True), err
     for arguments, says in (
