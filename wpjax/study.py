@@ -41,6 +41,7 @@ from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.answers import ExpertAnswers, answer_of
 from wpjax.metrics.diagnostics import diagnostics_kept
 from wpjax.metrics.metric import Measure, Metric
+from wpjax.models.generate import Generation
 from wpjax.pairs import Pair, load_pair
 from wpjax.results.origin import asked_for
 from wpjax.results.reach import Reach
