@@ -259,11 +259,13 @@ class Merger:
         return path
 
 
-class Merged(NamedTuple):
+@dataclasses.dataclass
+class Merged:
     """The tensors of a merged model, each made when it is read."""
 
     plan: Plan
     where: str = "the merged model"
+    configuration: str = "config.json"
 
     def names(self) -> list[str]:
         """Their full HF names."""
@@ -330,7 +332,8 @@ def measure(
                         for t, params in zip(tasks, scaled, strict=True)
                     ]
                     kept["validation"][f"{factor:g}"] = round(float(np.mean(rates)), 4)
-                factors = (max(factors, key=lambda f, v=kept["validation"]: v[f"{f:g}"]),)  # the first of the best
+                best = max(kept["validation"].values())
+                factors = tuple(f for f in factors if kept["validation"][f"{f:g}"] == best)[:1]  # the first of the best
             scaled = merger.scaled(models, factors[0])
             kept["factor"] = factors[0]
             kept["passes"] = {t.name: t.passes(params, "test") for t, params in zip(tasks, scaled, strict=True)}
