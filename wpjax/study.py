@@ -50,7 +50,7 @@ from wpjax.runtime.farm import Farm, Part, Unfinished, made
 from wpjax.runtime.files import discard
 from wpjax.runtime.processes import Together, agree, member_now, together
 from wpjax.runtime.progress import Progress, Schedule, Tell, silent, untold
-from wpjax.runtime.shards import Shards, parts_folder
+from wpjax.runtime.shards import Shards, digest_of, parts_folder
 
 
 class Study(NamedTuple):
@@ -271,13 +271,14 @@ def _begun(setting: Setting) -> Iterator[tuple[Measured, MutableMapping[str, np.
             yield measured, parts
         return
     # What is measured may need much work, which the parts share. So the metric itself is not a part of the identity.
-    digest = None if setting.loaded is None else setting.loaded.metric(setting.pair, setting.batch).digest
+    anchor = setting.loaded
     identity = {
         **config.shared_arguments,
         "versions": _versions(setting.pair),
         "models": setting.pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in setting.task.pairs],
-        "anchor": digest,
+        "anchor": anchor
+        and [anchor.layer, anchor.n_response, digest_of({"vector": np.asarray(anchor.vector).tolist()})],
     }
     asked = {"command": as_command(config), "config": as_written(dataclasses.replace(config, part=None, shards=None))}
     part = None if config.part is None else Part.parse(config.part)
