@@ -272,13 +272,13 @@ def _begun(setting: Setting) -> Iterator[tuple[Measured, MutableMapping[str, np.
         return
     # What is measured may need much work, which the parts share. So the metric itself is not a part of the identity.
     anchor = setting.loaded
+    vector = None if anchor is None else digest_of({"vector": np.asarray(anchor.vector).tolist()})
     identity = {
         **config.shared_arguments,
         "versions": _versions(setting.pair),
         "models": setting.pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in setting.task.pairs],
-        "anchor": anchor
-        and [anchor.layer, anchor.n_response, digest_of({"vector": np.asarray(anchor.vector).tolist()})],
+        "anchor": None if anchor is None else [anchor.layer, anchor.n_response, vector],
     }
     asked = {"command": as_command(config), "config": as_written(dataclasses.replace(config, part=None, shards=None))}
     part = None if config.part is None else Part.parse(config.part)
