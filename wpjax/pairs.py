@@ -20,6 +20,7 @@ from wpjax.behaviours import BUILT_IN, PromptBatch, behaviour, prompt_ids
 from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter, fingerprint, load_checkpoint, local_path
 from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.checkpoints.hf_config import with_changes
+from wpjax.checkpoints.placing import Place
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import BehaviourError, CheckpointError, PairError
@@ -203,6 +204,7 @@ def load_model(
     dtype: str = "float32",
     ignore_config: tuple[str, ...] = (),
     base: Checkpoint | None = None,
+    place: Place | None = None,
 ) -> Checkpoint:
     """Load one model: any source of `load_checkpoint`, or a tiny model inside the package.
 
@@ -210,7 +212,8 @@ def load_model(
         source: folder, `.gguf` file or hub id; or "tiny:base", "tiny:expert" or "tiny:planted".
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
-        base: what a PEFT adapter is applied to (see `load_checkpoint`).
+        base: what it was trained from, and a PEFT adapter is applied to (see `load_checkpoint`).
+        place: where each leaf is to stand (see `load_checkpoint`).
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -224,8 +227,8 @@ def load_model(
     check_devices()
     if not source.startswith("tiny:"):
         recover(Path(source).expanduser())  # a folder that a killed `finetune --overwrite` was about to replace
-        return load_checkpoint(source, dtype, ignore_config, base)
-    model = load_checkpoint(source, dtype)
+        return load_checkpoint(source, dtype, ignore_config, base, place)
+    model = load_checkpoint(source, dtype, base=base, place=place)
     # The base's folder alone holds the tokenizer, which all of them share.
     tokenizer = model.tokenizer or load_tokenizer(local_path("tiny:base"))
     return dataclasses.replace(model, tokenizer=tokenizer)
@@ -247,8 +250,12 @@ def load_pair(
     dtype: str = "float32",
     ignore_config: tuple[str, ...] = (),
     tokenizer: TokenizerOf | None = None,
+    place: Place | None = None,
 ) -> Pair:
     """Load two checkpoints and check that they fit each other.
+
+    An array whose bytes are equal in both is kept once: it is one array in both parameter trees. Layers of all blocks
+    are one array, so it is shared only if no layer of it differs.
 
     Args:
         base: source of the base, as `load_model` takes it.
@@ -256,6 +263,7 @@ def load_pair(
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
         tokenizer: as for `make_pair`.
+        place: where each leaf of both is to stand (see `load_checkpoint`).
 
     Raises:
         PairError: the two differ in architecture or vocabulary, or have equal weights. The message says how.
@@ -267,8 +275,8 @@ def load_pair(
     ['head', 'kv_group', 'neuron']
     """
     check_adapter(expert)
-    model = load_model(base, dtype, ignore_config)
-    return make_pair(model, load_model(expert, dtype, ignore_config, base=model), tokenizer)
+    model = load_model(base, dtype, ignore_config, place=place)
+    return make_pair(model, load_model(expert, dtype, ignore_config, model, place), tokenizer)
 
 
 def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | None = None) -> Pair:
@@ -306,7 +314,7 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     for checkpoint, leaves in ((base, ours), (expert, theirs)):
         for path, leaf in leaves.items():
             _check_size(checkpoint.source, path, leaf)
-    if all(bool(jnp.array_equal(ours[path], theirs[path])) for path in ours):
+    if all(ours[path] is theirs[path] or bool(jnp.array_equal(ours[path], theirs[path])) for path in ours):
         raise PairError(f"{names} have equal weights; name a base and an expert that was trained from it")
     if tokenizer is not None:
         base, expert = (dataclasses.replace(model, tokenizer=chosen) for model in (base, expert))
@@ -341,11 +349,10 @@ def _fitted(model: Checkpoint, cfg: ModelConfig) -> Checkpoint:
     flat = flatten(model.params)
     if model.cfg.tied and not cfg.tied:
         flat["unembed/W_U"] = flat["embed/W_E"].T  # [V, D] -> [D, V]
-    flat["embed/W_E"] = flat["embed/W_E"][: cfg.d_vocab]
-    if "unembed/W_U" in flat:
-        flat["unembed/W_U"] = flat["unembed/W_U"][:, : cfg.d_vocab]
-    if "embed/W_pos" in flat:
-        flat["embed/W_pos"] = flat["embed/W_pos"][: cfg.n_ctx]
+    sizes = {"embed/W_E": (0, cfg.d_vocab), "unembed/W_U": (1, cfg.d_vocab), "embed/W_pos": (0, cfg.n_ctx)}
+    for path, (axis, n) in sizes.items():
+        if path in flat and flat[path].shape[axis] > n:  # one that fits stays the array that the two may share
+            flat[path] = jax.lax.slice_in_dim(flat[path], 0, n, axis=axis)
     raw = with_changes(model.hf_config, model.cfg, cfg)  # so that the model can be saved again
     return dataclasses.replace(model, cfg=cfg, params=unflatten(flat), hf_config=raw)
 

@@ -22,6 +22,7 @@ from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_ou
 from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_file, check_folder, how_to_merge, read_json
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config, with_changes
+from wpjax.checkpoints.placing import Place, host_pieces
 from wpjax.checkpoints.text_tower import TextTower, text_config
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.checkpoints.weights import SHARD_BYTES, WeightsWriter
@@ -97,6 +98,7 @@ def load_checkpoint(
     dtype: str = "float32",
     ignore_config: tuple[str, ...] = (),
     base: Checkpoint | None = None,
+    place: Place | None = None,
 ) -> Checkpoint:
     """Load a model.
 
@@ -110,8 +112,10 @@ def load_checkpoint(
             - "bfloat16x2": weights are bfloat16, and each activation that meets them is the sum of two bfloat16
               numbers. This takes twice the operations of "bfloat16".
         ignore_config: attributes of config.json, or entries of a GGUF file's metadata, that you know not to matter.
-        base: what an adapter is applied to (`checkpoints.adapter`). The result has the base's precision, and shares
-            with it the arrays that the adapter does not change. A whole model does without.
+        base: the model that this one was trained from. The result shares with it each array whose bytes are equal. A
+            whole model does without; an adapter (`checkpoints.adapter`) is applied to it, and has its precision.
+        place: where each leaf is to stand: a function from its path, such as "blocks/attn/W_Q", and its shape to a
+            `jax.sharding.Sharding`. None for the default device.
 
     Raises:
         CheckpointError: the model cannot be read, or it is an adapter of another base. The message names the file, the
@@ -132,13 +136,14 @@ def load_checkpoint(
         raise CheckpointError(f"unknown dtype {dtype!r}; there are {', '.join(PRECISIONS)}")
     path = local_path(source)
     if path.is_dir():
-        return _load_folder(path, source, dtype, ignore_config, base)
+        return _load_folder(path, source, dtype, ignore_config, base, place)
     file = GgufFile(path, ignore_config)
     raw = file.hf_config()
     weights, splits = PRECISIONS[dtype]
     cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
     tokenizer = file.tokenizer()  # before the weights, which take longer
-    return Checkpoint(cfg, params_from_hf(cfg, file, weights), tokenizer, raw, None, source)
+    params = params_from_hf(cfg, file, weights, place, None if base is None else base.params)
+    return Checkpoint(cfg, params, tokenizer, raw, None, source)
 
 
 def local_path(source: str | Path) -> Path:
@@ -206,11 +211,16 @@ def _download(hub_id: str) -> Path:
 
 
 def _load_folder(
-    folder: Path, source: str, dtype: str, ignore_config: tuple[str, ...], base: Checkpoint | None
+    folder: Path,
+    source: str,
+    dtype: str,
+    ignore_config: tuple[str, ...],
+    base: Checkpoint | None,
+    place: Place | None,
 ) -> Checkpoint:
     check_folder(folder)
     if (folder / ADAPTER).exists():
-        return _load_adapter(folder, source, base)
+        return _load_adapter(folder, source, base, place)
     config = folder / MARKER
     whole = read_json(config)
     text = text_config(whole, str(config))
@@ -227,7 +237,7 @@ def _load_folder(
         tensors = tower = TextTower(tensors)
         towers = tower.left_out
     tokenizer = load_tokenizer(folder)  # before the weights are read, which takes longer
-    params = params_from_hf(cfg, tensors, weights)
+    params = params_from_hf(cfg, tensors, weights, place, None if base is None else base.params)
     return Checkpoint(cfg, params, tokenizer, raw, generation, source, (*towers, *left_out(tensors)))
 
 
@@ -252,7 +262,7 @@ def check_adapter(source: str | Path) -> None:
         Adapter(folder, str(source))
 
 
-def _load_adapter(folder: Path, source: str, base: Checkpoint | None) -> Checkpoint:
+def _load_adapter(folder: Path, source: str, base: Checkpoint | None, place: Place | None) -> Checkpoint:
     """The expert that an adapter makes of a base; its tokenizer is the one in the folder, if there is one."""
     if base is None:
         about = read_json(folder / ADAPTER)
@@ -261,7 +271,7 @@ def _load_adapter(folder: Path, source: str, base: Checkpoint | None) -> Checkpo
             f"a whole model; name it as the expert, and what it was trained over as the base; or {how_to_merge(folder)}"
         )
     adapter, tokenizer = Adapter(folder, source), load_tokenizer(folder)
-    cfg, params, omitted, notes = adapter.apply(base.cfg, base.params, base.source)
+    cfg, params, omitted, notes = adapter.apply(base.cfg, base.params, base.source, place)
     raw = with_changes(base.hf_config, base.cfg, cfg)
     return Checkpoint(cfg, params, tokenizer, raw, base.generation_config, source, omitted, notes)
 
@@ -316,7 +326,7 @@ def fingerprint(cfg: ModelConfig, params: Params) -> str:
     """A hash of a model: of its configuration and of every parameter's name, dtype, shape and bytes (16 hex digits)."""
     digest = hashlib.blake2b(repr(cfg).encode(), digest_size=8)
     for path, leaf in sorted(flatten(params).items()):
-        value = np.asarray(leaf)
-        digest.update(f"{path} {value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        for rows in host_pieces(leaf):
+            digest.update(np.ascontiguousarray(rows).view(np.uint8).data)
     return digest.hexdigest()
