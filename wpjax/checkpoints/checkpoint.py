@@ -19,9 +19,18 @@ import numpy as np
 
 from wpjax.checkpoints.adapter import Adapter
 from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_out, params_from_hf, tensor_shapes
-from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_file, check_folder, how_to_merge, read_json
+from wpjax.checkpoints.folder import (
+    ADAPTER,
+    MARKER,
+    SafetensorsFolder,
+    check_file,
+    check_folder,
+    how_to_merge,
+    read_json,
+)
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config, with_changes
+from wpjax.checkpoints.hub import download
 from wpjax.checkpoints.placing import Place, host_pieces
 from wpjax.checkpoints.text_tower import TextTower, text_config
 from wpjax.checkpoints.tokenizer import load_tokenizer
@@ -35,12 +44,7 @@ from wpjax.runtime.files import atomic_output
 EMBEDDED = ("base", "expert", "planted")
 """Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
 
-MARKER = "config.json"
-"""The file that makes a folder a model."""
-
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")  # the oldest ids have no organisation: gpt2
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-_HUB_REPEATS = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,34 +184,7 @@ def local_path(source: str | Path) -> Path:
         return path
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like gpt2 or org/name")
-    return _download(source)
-
-
-def _download(hub_id: str) -> Path:
-    """The folder of a hub model, fetched or found in the cache. Of weights only safetensors are fetched.
-
-    Raises:
-        CheckpointError: the hub does not give it.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    name, _, revision = hub_id.partition("@")
-    try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_REPEATS)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{hub_id}: no such folder here, and the hub did not give it ({reason}); check the name, the network "
-            "and, for a gated model, `hf auth login`"
-        ) from error
+    return download(source)
 
 
 def _load_folder(

@@ -17,6 +17,8 @@ _NUMPY = {stored: jnp.dtype(name) for name, stored in DTYPES.items()}
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Endings of the files of a folder that are read."""
+MARKER = "config.json"
+"""The file that makes a folder a model."""
 ADAPTER = "adapter_config.json"
 """The file that makes a folder a PEFT adapter."""
 
@@ -40,7 +42,7 @@ def check_folder(folder: Path) -> None:
                 f"{folder}: holds a PEFT adapter ({ADAPTER}) beside a model ({weights[0]}); if it is merged already, "
                 f"remove the adapter's files; else put them in a folder of their own, or {how_to_merge(folder)}"
             )
-    elif not (folder / "config.json").exists():
+    elif not (folder / MARKER).exists():
         raise CheckpointError(
             f"{folder}: no config.json; a model folder holds config.json and model.safetensors, an adapter {ADAPTER} "
             "and adapter_model.safetensors"
