@@ -17,6 +17,7 @@ into memory that was not touched before. The two take turns, and the fastest of 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -118,6 +119,7 @@ def case(name: str, folder: Path, expert: Path | None) -> dict[str, Any]:
             after = anonymous()
         if round_ < n_rounds - 1:
             del models, sizes[:]
+            gc.collect()
     found: dict[str, Any] = {"largest": max(sizes), "model": sum(sizes), "stays": after - before}
     found["above"] = peak.bytes - after
     found["peak"] = peak.bytes - before

@@ -8,8 +8,11 @@ copied.
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -30,6 +33,11 @@ _TURNED_ROWS = 16
 
 _PIECE = 2**18
 """Numbers that are checked, cast and copied together."""
+
+_LARGE = 2**20
+"""Numbers of a tensor from which on several threads copy it."""
+
+_THREADS = min(8, os.cpu_count() or 1)
 
 _ALIGNED = 64
 """JAX takes memory over on a CPU if it begins at a multiple of so many bytes."""
@@ -89,6 +97,7 @@ def put_leaf(
     >>> put_leaf((2, 3), np.dtype("float32"), [Layer("b", values)], twin=leaf) is leaf
     True
     """
+    gc.collect(0)  # JAX lets go here of the memory of arrays that are gone
     blocks = _blocks(shape, dtype, sharding)
     for number, (name, value) in enumerate(layers):
         is_stacked = value.ndim < len(shape)
@@ -144,13 +153,22 @@ def _copy(source: np.ndarray, target: np.ndarray, where: str | None, name: str) 
     is_turned = target.strides[axis] < max(target.strides)
     rows, places = np.moveaxis(source, axis, 0), np.moveaxis(_bits(target), axis, 0)
     step = _TURNED_ROWS if is_turned else max(1, _PIECE // rows[0].size)
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        if where is not None:
-            finite_floats(where, name, piece)
-        if piece.dtype != target.dtype:
-            piece = np.ascontiguousarray(piece).astype(target.dtype)
-        places[start : start + step] = _bits(piece)
+
+    def copy(span: range) -> None:
+        for start in range(span.start, span.stop, step):
+            piece = rows[start : min(start + step, span.stop)]
+            if where is not None:
+                finite_floats(where, name, piece)
+            if piece.dtype != target.dtype:
+                piece = np.ascontiguousarray(piece).astype(target.dtype)
+            places[start : start + len(piece)] = _bits(piece)
+
+    if source.size < _LARGE:
+        copy(range(len(rows)))
+        return
+    share = step * math.ceil(len(rows) / (step * _THREADS))
+    with ThreadPoolExecutor(_THREADS) as pool:  # NumPy lets other threads run while it copies, and while it reads
+        list(pool.map(copy, (range(start, min(start + share, len(rows))) for start in range(0, len(rows), share))))
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -196,7 +214,7 @@ def _is_twin(
     """
     if twin.shape != shape or twin.dtype != dtype:
         return False
-    if sharding is not None and not twin.sharding.is_equivalent_to(sharding, len(shape)):
+    if len(twin.devices()) > 1 if sharding is None else not twin.sharding.is_equivalent_to(sharding, len(shape)):
         return False
     there = {shard.device: shard.data for shard in twin.addressable_shards}
     same = all(_same_bytes(block.values, there[(block.devices or list(there))[0]]) for block in blocks)
