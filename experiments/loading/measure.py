@@ -2,7 +2,8 @@
 
     python -m experiments.loading.make llama-3.2-1b --out work/1b
     python -m experiments.loading.make llama-3.2-1b --out work/1b-mlp --changed mlp
-    python -m experiments.loading.measure work/1b --expert work/1b-mlp --stream work/8b --out experiments/loading/1b.json
+    python -m experiments.loading.measure work/1b --expert work/1b-mlp --out experiments/loading/1b.json
+    python -m experiments.loading.measure work/3b --stream work/8b --out experiments/loading/3b.json
 
 Each case runs in a process of its own. Memory is anonymous memory (what the process cannot get back from its files),
 sampled every millisecond; the arrays of a CPU device are part of it. A *plain read* copies the bytes of all files
