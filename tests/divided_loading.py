@@ -29,11 +29,18 @@ class Counting(SafetensorsFolder):
         return super().read(name)
 
 
+def cut_axes(path, shape):
+    """Heads and neurons are cut in two, unless their number is odd."""
+    axes = PARAMETERS[path].axes
+    sizes = zip(axes, shape[len(shape) - len(axes) :], strict=True)
+    return {axis for axis, n in sizes if axis in ("head", "kv_head", "neuron") and n % 2 == 0}
+
+
 def place(path, shape):
-    """Heads and neurons are cut in two, and each half stands on two devices."""
+    """Each half stands on two devices."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("patch", "model"))
     axes = PARAMETERS[path].axes
-    rules = {"head": "model", "kv_head": "model", "neuron": "model"}
+    rules = dict.fromkeys(cut_axes(path, shape), "model")
     return NamedSharding(mesh, partition(("layer", *axes) if path.startswith("blocks/") else axes, rules))
 
 
@@ -47,8 +54,8 @@ def main():
             assert leaf.sharding.is_equivalent_to(place(path, leaf.shape), leaf.ndim), path
             for shard in leaf.addressable_shards:
                 np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(whole[path])[shard.index], path)
-            is_cut = {"head", "kv_head", "neuron"} & set(PARAMETERS[path].axes)
-            assert leaf.addressable_shards[0].data.size == leaf.size // (2 if is_cut else 1), path
+            parts = 2 if cut_axes(path, leaf.shape) else 1
+            assert leaf.addressable_shards[0].data.size == leaf.size // parts, path
         assert fingerprint(four.cfg, four.params) == fingerprint(one.cfg, one.params)
         # Base and expert share arrays that are divided, too.
         again = flatten(load_checkpoint(folder, base=four, place=place).params)

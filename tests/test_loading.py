@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +179,14 @@ def test_rows_of_arrays_on_several_kinds_of_memory():
     values = np.arange(12.0).reshape(4, 3)
     for array in (values, jnp.asarray(values)):
         np.testing.assert_array_equal(host_rows(array, 1, 3), values[1:3])
+
+
+def test_the_page_on_machines(capsys):
+    """Its example of a placement runs, on the one device that is here."""
+    page = (Path(__file__).parent.parent / "docs" / "machines.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == "PartitionSpec(None, None, 'model', None)\n"
 
 
 def test_a_truncated_shard_is_named(tmp_path):

@@ -111,7 +111,8 @@ spec:
   failurePolicy:
     maxRestarts: ${opt[restarts]}
     rules:
-    - action: FailJobSet
+    - name: badInput
+      action: FailJobSet
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
 $(indented 2 <<<"$jobs")" kubectl apply --filename -

@@ -7,7 +7,7 @@
 
 Each case runs in a process of its own. Memory is anonymous memory (what the process cannot get back from its files),
 sampled every millisecond; the arrays of a CPU device are part of it. A *plain read* copies the bytes of all files
-into memory that was not touched before. The two take turns, and the fastest of the rounds counts.
+into memory that was not touched before. The two take turns, and of each the fastest round counts.
 
 - *whole*: all leaves on one device.
 - *cut*: the leaves are cut along heads, neurons and the vocabulary over two virtual devices.
@@ -31,7 +31,6 @@ from typing import Any
 
 from experiments.records import machine, made, table, write
 
-ROUNDS = 5
 CASES = ("whole", "cut", "pair", "stream")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -76,7 +75,7 @@ def plain_read(folder: Path) -> None:
         np.fromfile(path, np.uint8)
 
 
-def case(name: str, folder: Path, expert: Path | None) -> dict[str, Any]:
+def case(name: str, folder: Path, expert: Path | None, rounds: int) -> dict[str, Any]:
     """Measure one case in this process."""
     import jax
     from jax.sharding import Mesh, NamedSharding, Sharding
@@ -108,11 +107,11 @@ def case(name: str, folder: Path, expert: Path | None) -> dict[str, Any]:
         return base if expert is None else (base, load_checkpoint(expert, "bfloat16", base=base, place=where))
 
     sizes: list[int] = []
-    n_rounds = 1 if name in ("pair", "stream") else ROUNDS
+    n_rounds = 1 if name in ("pair", "stream") else rounds
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     before, reads, loads = anonymous(), [], []
     for round_ in range(n_rounds):
-        if n_rounds > 1:
+        if name in ("whole", "cut"):
             reads.append(seconds(lambda: plain_read(folder)))
         models: list[Any] = []
         with Peak() as peak:
@@ -149,20 +148,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--expert", type=Path)
     parser.add_argument("--stream", type=Path)
-    parser.add_argument("--case", choices=CASES, help="measure this alone, here, and print it as JSON")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="leave out the others")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--here", choices=CASES, help="measure this alone, in this process, and print it as JSON")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.case:
-        print(json.dumps(case(args.case, args.folder, args.expert)))
+    if args.here:
+        print(json.dumps(case(args.here, args.folder, args.expert, args.rounds)))
         return
     cases = {"whole": (args.folder, None), "cut": (args.folder, None)}
     cases |= {"pair": (args.folder, args.expert)} if args.expert else {}
     cases |= {"stream": (args.stream, None)} if args.stream else {}
-    found: dict[str, Any] = {"made": made(), "machine": machine(), "rounds": ROUNDS, "cases": {}}
+    found: dict[str, Any] = {"made": made(), "machine": machine(), "rounds": args.rounds, "cases": {}}
     for name, (folder, expert) in cases.items():
+        if name not in args.cases:
+            continue
         devices = "--xla_force_host_platform_device_count=2" if name == "cut" else ""
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
-        command = [sys.executable, "-m", "experiments.loading.measure", str(folder), "--case", name]
+        command = [sys.executable, "-m", "experiments.loading.measure", str(folder), "--here", name]
+        command += ["--rounds", str(args.rounds)]
         command += ["--expert", str(expert)] if expert else []
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         found["cases"][name] = json.loads(done.stdout) | {"folder": folder.name}

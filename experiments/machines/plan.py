@@ -104,6 +104,7 @@ def plan(tokenizer_folder: Path) -> dict[str, Any]:
             free = {n: device.memory * (1 - SPARED) - weights(cfg, n) for n in device.sizes}
             n_model = next((n for n, left in free.items() if left / 3 >= FEWEST * row), None)
             if n_model is None:
+                devices[kind] = None
                 continue
             forecast = Forecast(pair, task, config.max_new_tokens, Pace(device.peak / PASSES, compiling=0.0))
             hours = {
@@ -129,6 +130,9 @@ def markdown(found: dict[str, Any]) -> str:
     rows = []
     for name, devices in found["models"].items():
         for kind, of in devices.items():
+            if of is None:
+                rows.append([name, kind, "none holds it", *[""] * (3 + len(SWEEPS))])
+                continue
             n = of["devices"]
             slice_ = DEVICES[kind].slice.format(n=n, nodes=-(-n // ON_HOST), each=min(n, ON_HOST))
             hours = [f"{of['device_hours'][sweep]:.3g}" for sweep in SWEEPS]
