@@ -249,11 +249,10 @@ def test_a_bad_mesh_is_refused_before_anything_is_read(wpjax):
 
 
 def test_a_model_that_fits_no_mesh_is_told_what_would():
-    """Llama-3.1-405B and 70B on whatever machine the tests run on; 8B shaped layers give the numbers."""
+    """Llama-3.1-405B, on whatever machine the tests run."""
     large = ModelConfig("llama", 126, 16384, 128, 8, 128, 53248, 128256, 8192)
     with pytest.raises(WpjaxError, match=r"GiB a device, and a device has .*a mesh of model=\d+ .*--dtype bfloat16x2"):
         choose_placement(large, "float32")
-    assert choose_placement(large, "float32", mesh="patch=1").n_devices == 1  # asked for, so it is tried
 
 
 def test_the_bytes_of_weights_are_those_of_the_arrays():

@@ -1,0 +1,1 @@
+"""What sweeps of large models need of large machines."""
