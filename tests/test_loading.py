@@ -182,11 +182,11 @@ def test_rows_of_arrays_on_several_kinds_of_memory():
 
 
 def test_the_page_on_machines(capsys):
-    """Its example of a placement runs, on the one device that is here."""
+    """Its example of a mesh runs, on the one device that is here."""
     page = (Path(__file__).parent.parent / "docs" / "machines.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})
-    assert capsys.readouterr().out == "PartitionSpec(None, None, 'model', None)\n"
+    assert capsys.readouterr().out == "patch=1,model=1\n"
 
 
 def test_a_truncated_shard_is_named(tmp_path):

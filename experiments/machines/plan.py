@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from experiments.loading.make import MODELS
 from experiments.records import commit, table, write
 from wpjax.arguments import SweepConfig
 from wpjax.behaviours import behaviour
-from wpjax.checkpoints.convert import flatten
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.engines.memory import bytes_per_row
@@ -34,8 +32,7 @@ from wpjax.forecast import ANCHOR_AT, Forecast, Pace
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import abstract_params
-from wpjax.models.parameters import PARAMETERS
+from wpjax.models.sharding import weight_bytes
 from wpjax.pairs import load_pair
 
 
@@ -68,18 +65,11 @@ ON_HOST = 8
 """GPUs of a machine."""
 
 SPARED, FEWEST, PASSES = 0.2, 8, 2
-CUT = frozenset({"head", "kv_head", "neuron", "vocab"})
 
 
-def weights(cfg: ModelConfig, parts: int) -> float:
-    """Bytes of a pair's weights on a device, if they are cut in so many parts; an axis that is no multiple stays."""
-    total = 0.0
-    for path, leaf in flatten(abstract_params(cfg)).items():
-        axes = PARAMETERS[path].axes
-        sizes = leaf.shape[len(leaf.shape) - len(axes) :]
-        is_cut = any(axis in CUT and size % parts == 0 for axis, size in zip(axes, sizes, strict=True))
-        total += 2 * 2 * math.prod(leaf.shape) / (parts if is_cut else 1)
-    return total
+def weights(cfg: ModelConfig, parts: int) -> int:
+    """Bytes of a pair's weights on a device, in bfloat16, if they are cut into so many parts."""
+    return 2 * weight_bytes(cfg, jnp.bfloat16, parts)
 
 
 def plan(tokenizer_folder: Path) -> dict[str, Any]:
