@@ -110,7 +110,7 @@ def weight_bytes(cfg: ModelConfig, dtype: Any, n_model: int = 1) -> int:
 
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
     >>> weight_bytes(cfg, "float32"), weight_bytes(cfg, "float32", n_model=2)
-    (43968, 22144)
+    (25152, 12736)
     """
     total = 0
     for path, leaf in _leaves(abstract_params(cfg)):
@@ -232,9 +232,10 @@ def described(placement: Placement, cfg: ModelConfig, dtype: Any, how: str) -> s
         how: where the mesh comes from, in words.
     """
     devices = placement.mesh.devices.flatten()
+    here = placement.mesh.local_devices[0]  # the memory of another process's is not known
     need = needed_bytes(cfg, dtype, placement.n_model) / 2**30
-    has = memory_of(devices[0]) / 2**30
+    has = memory_of(here) / 2**30
     return (
-        f"mesh {placement} of {len(devices)} {devices[0].device_kind} device{'s' * (len(devices) != 1)}, {how}: about "
+        f"mesh {placement} of {len(devices)} {here.device_kind} device{'s' * (len(devices) != 1)}, {how}: about "
         f"{need:,.2f} of {has:,.2f} GiB a device for both models and the sweep"
     )
