@@ -33,8 +33,9 @@ from safetensors import SafetensorError, safe_open
 
 import wpjax
 from wpjax.checkpoints.checkpoint import Checkpoint
-from wpjax.checkpoints.convert import finite_floats, hf_tensors
+from wpjax.checkpoints.convert import hf_tensors
 from wpjax.checkpoints.folder import check_file
+from wpjax.checkpoints.placing import finite_floats
 from wpjax.checkpoints.rewrite import StoredModel, open_model
 from wpjax.checkpoints.weights import SafetensorsWriter
 from wpjax.components import Component, n_parameters, parse_component
