@@ -189,7 +189,7 @@ def test_a_hub_id_is_found_in_the_cache_and_missing_ones_are_explained(llama, tm
     found = load_checkpoint("org/name")
     assert found.source == "org/name"
     assert fingerprint(found.cfg, found.params) == fingerprint(*_loaded(llama.folder))
-    with pytest.raises(CheckpointError, match="org/other: no such folder here, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="org/other: no such folder here, and it is not in the cache"):
         load_checkpoint("org/other")
     with pytest.raises(CheckpointError, match="not a hub id"):
         load_checkpoint("a b/c")

@@ -11,6 +11,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "experiments").glob("*/README.md")),
+    ROOT / "tpu_scripts" / "README.md",
 ]
 SOURCES = [p for folder in ("wpjax", "experiments", "tests", "docs") for p in (ROOT / folder).rglob("*")]
 CITATION = re.compile(r'docs/method\.md,\s+(?:#\s+)?"([^"]+)"')

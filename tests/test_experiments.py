@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.bench import goals
+from experiments.machines import plan
 from experiments.paper import together
 from experiments.sets import summary
 
@@ -44,6 +45,9 @@ TABLES = [
     ("bench", "shape", "markdown", "shape.tiny.json"),
     ("bench", "shape", "markdown", "shape.smollm2-135m.json"),
     ("bench", "startup", "markdown", "startup.json"),
+    ("loading", "measure", "markdown", "1b.json"),
+    ("loading", "measure", "markdown", "3b.json"),
+    ("loading", "measure", "markdown", "8b.json"),
     ("sets", "compare", "markdown", "lora_english_capital.json"),
     ("sets", "compare", "markdown", "lora_quotation.json"),
     ("sets", "compare", "markdown", "english_capital.json"),
@@ -65,6 +69,11 @@ def test_rankings_for_sets_of_all_pairs_together():
     for page in (EXPERIMENTS / "sets" / "README.md", EXPERIMENTS.parent / "README.md"):
         assert made in page.read_text(encoding="utf-8"), page
     assert summary.areas(EXPERIMENTS / "sets") in (EXPERIMENTS / "sets" / "README.md").read_text(encoding="utf-8")
+
+
+def test_machines_are_those_of_the_planner():
+    report = json.loads((EXPERIMENTS / "machines" / "plan.json").read_text(encoding="utf-8"))
+    assert plan.markdown(report) in (EXPERIMENTS.parent / "tpu_scripts" / "README.md").read_text(encoding="utf-8")
 
 
 def test_goals_are_those_of_the_committed_results():

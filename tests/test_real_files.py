@@ -330,7 +330,7 @@ def test_hub_ids_without_an_organisation(models_of, tmp_path, monkeypatch):
     shutil.copytree(models_of["gpt2"], cached / "snapshots" / ("0" * 40))
     found, folder = load_checkpoint("tinygpt2"), load_checkpoint(models_of["gpt2"])
     assert fingerprint(found.cfg, found.params) == fingerprint(folder.cfg, folder.params)
-    with pytest.raises(CheckpointError, match="tinygpt3: no such folder here, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="tinygpt3: no such folder here, and it is not in the cache"):
         load_checkpoint("tinygpt3")
 
 

@@ -20,7 +20,6 @@ from wpjax.behaviours import BUILT_IN, PromptBatch, behaviour, prompt_ids
 from wpjax.checkpoints.checkpoint import (
     PRECISIONS,
     Checkpoint,
-    Place,
     check_adapter,
     fingerprint,
     load_checkpoint,
@@ -28,12 +27,14 @@ from wpjax.checkpoints.checkpoint import (
 )
 from wpjax.checkpoints.convert import flatten, unflatten
 from wpjax.checkpoints.hf_config import with_changes
+from wpjax.checkpoints.placing import Place
+from wpjax.checkpoints.rewrite import open_model
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import BehaviourError, CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
-from wpjax.models.sharding import choose_placement, described, place
+from wpjax.models.sharding import choose_placement, described, leaf_places, place
 from wpjax.runtime.files import recover
 from wpjax.runtime.placement import Placement, check_devices, placement_for, read_mesh
 
@@ -255,8 +256,8 @@ def load_model(
         source: folder, `.gguf` file or hub id; or "tiny:base", "tiny:expert" or "tiny:planted".
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
-        base: what a PEFT adapter is applied to (see `load_checkpoint`).
-        place: from the architecture to the devices (see `load_checkpoint`); None for the default device.
+        base: what it was trained from, and a PEFT adapter is applied to (see `load_checkpoint`).
+        place: where each leaf is to stand (see `load_checkpoint`).
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -271,7 +272,7 @@ def load_model(
     if not source.startswith("tiny:"):
         recover(Path(source).expanduser())  # a folder that a killed `finetune --overwrite` was about to replace
         return load_checkpoint(source, dtype, ignore_config, base, place)
-    model = load_checkpoint(source, dtype, place=place)
+    model = load_checkpoint(source, dtype, base=base, place=place)
     # The base's folder alone holds the tokenizer, which all of them share.
     tokenizer = model.tokenizer or load_tokenizer(local_path("tiny:base"))
     return dataclasses.replace(model, tokenizer=tokenizer)
@@ -297,6 +298,9 @@ def load_pair(
 ) -> Pair:
     """Load two checkpoints and check that they fit each other.
 
+    An array whose bytes are equal in both is kept once: it is one array in both parameter trees. Layers of all blocks
+    are one array, so it is shared only if no layer of it differs.
+
     Args:
         base: source of the base, as `load_model` takes it.
         expert: source of the expert, likewise; or a PEFT folder with an adapter of the base, or its hub id.
@@ -317,19 +321,29 @@ def load_pair(
     >>> [norm.unit for norm in pair.diff_norms() if norm.n_changed][:3]
     ['head', 'kv_group', 'neuron']
     """
-    is_adapter = check_adapter(expert)
+    n_models = 1 if check_adapter(expert) else 2
+    placement = _placement(base, dtype, ignore_config, mesh, n_models)
+    where = leaf_places(placement)
+    model = load_model(base, dtype, ignore_config, place=where)
+    pair = make_pair(model, load_model(expert, dtype, ignore_config, model, where), tokenizer)
+    return pair.on(placement)  # again, as what was cut to what the two have in common may stand elsewhere
+
+
+def _placement(
+    base: str | Path, dtype: str, ignore_config: tuple[str, ...], mesh: str | None, n_models: int
+) -> Placement:
+    """The devices for a pair, before weights are read; see `load_pair` and `choose_placement`."""
+    check_devices()
     if mesh is not None:
-        check_devices()
-        placement_for(read_mesh(mesh))  # refused before anything is read
-
-    def choose(cfg: ModelConfig) -> Placement:
-        return choose_placement(cfg, PRECISIONS[dtype][0], mesh, 1 if is_adapter else 2)
-
-    ours = load_model(base, dtype, ignore_config, place=choose)
-    placement = Placement.of(ours.params)
-    theirs = load_model(expert, dtype, ignore_config, ours, lambda _: placement)
-    pair = make_pair(ours, theirs, tokenizer)
-    return pair.on(placement)  # again, as what was cut or edited may stand elsewhere
+        return placement_for(read_mesh(mesh))
+    if not str(base).startswith("tiny:"):
+        recover(Path(base).expanduser())
+    try:
+        cfg = open_model(base, ignore_config).cfg
+    except CheckpointError:  # loading it will say what is wrong
+        return Placement.single()
+    weights, _ = PRECISIONS.get(dtype, (dtype, 1))
+    return choose_placement(cfg, weights, n_models)
 
 
 def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | None = None) -> Pair:
@@ -367,7 +381,7 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     for checkpoint, leaves in ((base, ours), (expert, theirs)):
         for path, leaf in leaves.items():
             _check_size(checkpoint.source, path, leaf)
-    if all(bool(jnp.array_equal(ours[path], theirs[path])) for path in ours):
+    if all(ours[path] is theirs[path] or bool(jnp.array_equal(ours[path], theirs[path])) for path in ours):
         raise PairError(f"{names} have equal weights; name a base and an expert that was trained from it")
     if tokenizer is not None:
         base, expert = (dataclasses.replace(model, tokenizer=chosen) for model in (base, expert))
@@ -402,11 +416,10 @@ def _fitted(model: Checkpoint, cfg: ModelConfig) -> Checkpoint:
     flat = flatten(model.params)
     if model.cfg.tied and not cfg.tied:
         flat["unembed/W_U"] = flat["embed/W_E"].T  # [V, D] -> [D, V]
-    flat["embed/W_E"] = flat["embed/W_E"][: cfg.d_vocab]
-    if "unembed/W_U" in flat:
-        flat["unembed/W_U"] = flat["unembed/W_U"][:, : cfg.d_vocab]
-    if "embed/W_pos" in flat:
-        flat["embed/W_pos"] = flat["embed/W_pos"][: cfg.n_ctx]
+    sizes = {"embed/W_E": (0, cfg.d_vocab), "unembed/W_U": (1, cfg.d_vocab), "embed/W_pos": (0, cfg.n_ctx)}
+    for path, (axis, n) in sizes.items():
+        if path in flat and flat[path].shape[axis] > n:  # one that fits stays the array that the two may share
+            flat[path] = jax.lax.slice_in_dim(flat[path], 0, n, axis=axis)
     raw = with_changes(model.hf_config, model.cfg, cfg)  # so that the model can be saved again
     return dataclasses.replace(model, cfg=cfg, params=unflatten(flat), hf_config=raw)
 

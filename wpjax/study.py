@@ -50,7 +50,7 @@ from wpjax.runtime.farm import Farm, Part, Unfinished, made
 from wpjax.runtime.files import discard
 from wpjax.runtime.processes import Together, agree, member_now, together
 from wpjax.runtime.progress import Progress, Schedule, Tell, silent, untold
-from wpjax.runtime.shards import Shards, parts_folder
+from wpjax.runtime.shards import Shards, digest_of, parts_folder
 
 
 class Study(NamedTuple):
@@ -273,13 +273,14 @@ def _begun(setting: Setting) -> Iterator[tuple[Measured, MutableMapping[str, np.
             yield measured, parts
         return
     # What is measured may need much work, which the parts share. So the metric itself is not a part of the identity.
-    digest = None if setting.loaded is None else setting.loaded.metric(setting.pair, setting.batch).digest
+    anchor = setting.loaded
+    vector = None if anchor is None else digest_of({"vector": np.asarray(anchor.vector).tolist()})
     identity = {
         **config.shared_arguments,
         "versions": _versions(setting.pair),
         "models": setting.pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in setting.task.pairs],
-        "anchor": digest,
+        "anchor": None if anchor is None else [anchor.layer, anchor.n_response, vector],
     }
     asked = {"command": as_command(config), "config": as_written(dataclasses.replace(config, part=None, shards=None))}
     part = None if config.part is None else Part.parse(config.part)

@@ -1,1 +1,1 @@
-"""What happens to a sweep when machines fail."""
+"""What sweeps need of machines, and what happens to them when machines fail."""

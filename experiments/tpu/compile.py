@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.records import table, write
 from experiments.tpu.collectives import collectives
 from wpjax.behaviours import Tokens
 from wpjax.components import Component, enumerate_components
@@ -275,35 +276,28 @@ def compiled(shapes: Shapes, name: str, memory: int) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of the programs."""
-    rows = [
-        "| model | slice | mesh | program | arguments | temporary | planned | of | collectives | compile |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
-    ]
+    """The table of the programs; it says so where one could not be compiled."""
+    rows = []
     for run in report["runs"]:
-        head = [run["model"], run["slice"], run["mesh"]]
+        head, memory = [f"{run['model']}, {run['slice']}, {run['mesh']}"], gib(run["memory"])
         if run["mesh"] == "none":
-            rows.append(_line([*head, run["why"], "", "", "", _gib(run["memory"]), "", ""]))
+            rows.append([*head, run["why"], "", "", "", memory, "", ""])
         for name, found in run["programs"].items():
             what = f"{name}, {found['rows']} at once"
             if "error" in found:
-                rows.append(
-                    _line([*head, what, "", "", "", _gib(run["memory"]), f"not compiled: {found['error']}", ""])
-                )
+                rows.append([*head, what, "", "", "", memory, f"not compiled: {found['error']}", ""])
                 continue
-            planned = _gib(found["planned_temporary"]) if "planned_temporary" in found else ""
+            planned = gib(found["planned_temporary"]) if "planned_temporary" in found else ""
             exchanged = ", ".join(f"{n} {op} along {axes or 'none'}" for op, axes, n in found["collectives"]) or "none"
-            sizes = [_gib(found["arguments"]), _gib(found["temporary"]), planned, _gib(run["memory"])]
-            rows.append(_line([*head, what, *sizes, exchanged, f"{found['compile_seconds']:.0f} s"]))
-    return "\n".join(rows)
+            sizes = [gib(found["arguments"]), gib(found["temporary"]), planned, memory]
+            rows.append([*head, what, *sizes, exchanged, f"{found['compile_seconds']:.0f} s"])
+    columns = ["model, slice, mesh", "program", "arguments", "temporary", "planned", "of", "collectives", "compile"]
+    return table(columns, rows)
 
 
-def _gib(n: float) -> str:
+def gib(n: float) -> str:
+    """Bytes in GiB, to three digits."""
     return f"{n / GIB:.2f}" if n < 10 * GIB else f"{n / GIB:.1f}"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def add(report: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -331,8 +325,7 @@ def main() -> None:
     for program in options.programs:  # each is kept as soon as it is there
         run = measure(options.model, options.slice, (program,))
         before = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-        text = json.dumps(add(before, run), indent=1) + "\n"
-        options.out.write_text(text, encoding="utf-8")
+        write(options.out, add(before, run))
         print(markdown(add({}, run)))
 
 

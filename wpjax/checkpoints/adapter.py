@@ -28,13 +28,13 @@ import numpy as np
 from wpjax.checkpoints.convert import (
     OTHER_HEADS,
     edit_tensors,
-    finite_floats,
     flatten,
     tensor_name,
     tensor_shapes,
     unflatten,
 )
 from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, how_to_merge, read_json
+from wpjax.checkpoints.placing import Place, finite_floats
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -194,7 +194,7 @@ class Adapter:
             if not one and not (isinstance(value, list) and all(isinstance(entry, kind) for entry in value)):
                 raise CheckpointError(f"{where}: {name}={value!r} is not a list of {_LISTED[kind]}; correct it")
 
-    def apply(self, cfg: ModelConfig, params: Params, base: str) -> Adapted:
+    def apply(self, cfg: ModelConfig, params: Params, base: str, place: Place | None = None) -> Adapted:
         """The expert that the adapter makes of a base.
 
         Args:
@@ -202,6 +202,7 @@ class Adapter:
             params: the base's parameters, which stay as they are. Changes are added to the weights as they are here. If
                 they were rounded to bfloat16, the sum is rounded to it once more.
             base: the base's name, as the user wrote it.
+            place: where new leaves are to stand; None for the default device.
 
         Raises:
             CheckpointError: the adapter is of another base; the message names the tensor, and what differs.
@@ -211,7 +212,8 @@ class Adapter:
             flat = flatten(params)
             cfg = dataclasses.replace(cfg, tied=False)
             params = unflatten({**flat, "unembed/W_U": flat["embed/W_E"].T})  # [V, D] -> [D, V]
-        return Adapted(found.cfg, edit_tensors(cfg, params, found.edits, found.cfg), found.left_out, found.notes)
+        params = edit_tensors(cfg, params, found.edits, found.cfg, place)
+        return Adapted(found.cfg, params, found.left_out, found.notes)
 
     def edits(self, cfg: ModelConfig, base: str) -> Edits:
         """What the adapter makes of each tensor of a base, without the base's weights.

@@ -9,19 +9,29 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from wpjax.checkpoints.adapter import Adapter
 from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_out, params_from_hf, tensor_shapes
-from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_file, check_folder, how_to_merge, read_json
+from wpjax.checkpoints.folder import (
+    ADAPTER,
+    MARKER,
+    SafetensorsFolder,
+    check_file,
+    check_folder,
+    how_to_merge,
+    read_json,
+)
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config, with_changes
+from wpjax.checkpoints.hub import download
+from wpjax.checkpoints.placing import Place, host_pieces
 from wpjax.checkpoints.text_tower import TextTower, text_config
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.checkpoints.weights import SHARD_BYTES, WeightsWriter
@@ -30,20 +40,11 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.families import FAMILIES
 from wpjax.runtime.files import atomic_output
-from wpjax.runtime.placement import Placement
-
-Place: TypeAlias = Callable[[ModelConfig], Placement]
-"""From an architecture to the devices of its weights."""
 
 EMBEDDED = ("base", "expert", "planted")
 """Names of the tiny models inside the package, which are loaded as "tiny:base" and so on."""
 
-MARKER = "config.json"
-"""The file that makes a folder a model."""
-
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")  # the oldest ids have no organisation: gpt2
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-_HUB_REPEATS = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Checkpoint:
 
     Attributes:
         cfg: the architecture.
-        params: parameter tree on the devices.
+        params: parameter tree on the default device.
         tokenizer: its transformers tokenizer; None if the source has none.
         hf_config: the content of its config.json.
         generation_config: the content of its generation_config.json; None if the source has none.
@@ -115,10 +116,10 @@ def load_checkpoint(
             - "bfloat16x2": weights are bfloat16, and each activation that meets them is the sum of two bfloat16
               numbers. This takes twice the operations of "bfloat16".
         ignore_config: attributes of config.json, or entries of a GGUF file's metadata, that you know not to matter.
-        base: what an adapter is applied to (`checkpoints.adapter`). The result has the base's precision, and shares
-            with it the arrays that the adapter does not change. A whole model does without.
-        place: a function that is given the architecture, before weights are read, and returns the devices that they
-            are cut among; None for the default device.
+        base: the model that this one was trained from. The result shares with it each array whose bytes are equal. A
+            whole model does without; an adapter (`checkpoints.adapter`) is applied to it, and has its precision.
+        place: where each leaf is to stand: a function from its path, such as "blocks/attn/W_Q", and its shape to a
+            `jax.sharding.Sharding`. None for the default device.
 
     Raises:
         CheckpointError: the model cannot be read, or it is an adapter of another base. The message names the file, the
@@ -145,7 +146,7 @@ def load_checkpoint(
     weights, splits = PRECISIONS[dtype]
     cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
     tokenizer = file.tokenizer()  # before the weights, which take longer
-    params = params_from_hf(cfg, file, weights, None if place is None else place(cfg))
+    params = params_from_hf(cfg, file, weights, place, None if base is None else base.params)
     return Checkpoint(cfg, params, tokenizer, raw, None, source)
 
 
@@ -183,34 +184,7 @@ def local_path(source: str | Path) -> Path:
         return path
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder or .gguf file, and not a hub id like gpt2 or org/name")
-    return _download(source)
-
-
-def _download(hub_id: str) -> Path:
-    """The folder of a hub model, fetched or found in the cache. Of weights only safetensors are fetched.
-
-    Raises:
-        CheckpointError: the hub does not give it.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    name, _, revision = hub_id.partition("@")
-    try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_REPEATS)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{hub_id}: no such folder here, and the hub did not give it ({reason}); check the name, the network "
-            "and, for a gated model, `hf auth login`"
-        ) from error
+    return download(source)
 
 
 def _load_folder(
@@ -223,7 +197,7 @@ def _load_folder(
 ) -> Checkpoint:
     check_folder(folder)
     if (folder / ADAPTER).exists():
-        return _load_adapter(folder, source, base)
+        return _load_adapter(folder, source, base, place)
     config = folder / MARKER
     whole = read_json(config)
     text = text_config(whole, str(config))
@@ -240,7 +214,7 @@ def _load_folder(
         tensors = tower = TextTower(tensors)
         towers = tower.left_out
     tokenizer = load_tokenizer(folder)  # before the weights are read, which takes longer
-    params = params_from_hf(cfg, tensors, weights, None if place is None else place(cfg))
+    params = params_from_hf(cfg, tensors, weights, place, None if base is None else base.params)
     return Checkpoint(cfg, params, tokenizer, raw, generation, source, (*towers, *left_out(tensors)))
 
 
@@ -270,7 +244,7 @@ def check_adapter(source: str | Path) -> bool:
     return is_adapter
 
 
-def _load_adapter(folder: Path, source: str, base: Checkpoint | None) -> Checkpoint:
+def _load_adapter(folder: Path, source: str, base: Checkpoint | None, place: Place | None) -> Checkpoint:
     """The expert that an adapter makes of a base; its tokenizer is the one in the folder, if there is one."""
     if base is None:
         about = read_json(folder / ADAPTER)
@@ -279,7 +253,7 @@ def _load_adapter(folder: Path, source: str, base: Checkpoint | None) -> Checkpo
             f"a whole model; name it as the expert, and what it was trained over as the base; or {how_to_merge(folder)}"
         )
     adapter, tokenizer = Adapter(folder, source), load_tokenizer(folder)
-    cfg, params, omitted, notes = adapter.apply(base.cfg, base.params, base.source)
+    cfg, params, omitted, notes = adapter.apply(base.cfg, base.params, base.source, place)
     raw = with_changes(base.hf_config, base.cfg, cfg)
     return Checkpoint(cfg, params, tokenizer, raw, base.generation_config, source, omitted, notes)
 
@@ -334,7 +308,7 @@ def fingerprint(cfg: ModelConfig, params: Params) -> str:
     """A hash of a model: of its configuration and of every parameter's name, dtype, shape and bytes (16 hex digits)."""
     digest = hashlib.blake2b(repr(cfg).encode(), digest_size=8)
     for path, leaf in sorted(flatten(params).items()):
-        value = np.asarray(leaf)
-        digest.update(f"{path} {value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        for rows in host_pieces(leaf):
+            digest.update(np.ascontiguousarray(rows).view(np.uint8).data)
     return digest.hexdigest()

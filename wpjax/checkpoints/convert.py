@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from wpjax.checkpoints.placing import Layer, Place, host_rows, put_leaf
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
 from wpjax.models.families import FAMILIES, TensorRule
-from wpjax.models.sharding import put_leaf
-from wpjax.runtime.placement import Placement
 
 flatten: Callable[[Params], dict[str, Any]] = functools.partial(flatten_dict, sep="/")
 """The leaves of a parameter tree by path, such as "blocks/attn/W_Q"."""
@@ -29,7 +29,6 @@ flatten: Callable[[Params], dict[str, Any]] = functools.partial(flatten_dict, se
 unflatten: Callable[[dict[str, Any]], Params] = functools.partial(unflatten_dict, sep="/")
 """The parameter tree of leaves by path: the inverse of `flatten`."""
 
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
 OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "v_head.", "value_head.", "multiple_choice_head.")
 """How the names of heads for other tasks begin: classification, questions, rewards, multiple choice.
 
@@ -125,36 +124,72 @@ def _from_leaves(cfg: ModelConfig, rule: TensorRule, leaves: list[np.ndarray]) -
 
 
 def params_from_hf(
-    cfg: ModelConfig, source: TensorSource, dtype: str = "float32", placement: Placement | None = None
+    cfg: ModelConfig,
+    source: TensorSource,
+    dtype: str = "float32",
+    place: Place | None = None,
+    like: Params | None = None,
 ) -> Params:
-    """Read every tensor of a checkpoint into a parameter tree on the devices.
+    """Read every tensor of a checkpoint into a parameter tree; the arguments are those of `leaves_from_hf`."""
+    return unflatten(dict(leaves_from_hf(cfg, source, dtype, place, like)))
 
-    Only the tensors of one rule, stacked over the layers, are in host memory at a time.
+
+def leaves_from_hf(
+    cfg: ModelConfig,
+    source: TensorSource,
+    dtype: str = "float32",
+    place: Place | None = None,
+    like: Params | None = None,
+) -> Iterator[tuple[str, jax.Array]]:
+    """The leaves of a checkpoint's parameter tree, one after the other.
+
+    One leaf at a time is in host memory, all of its layers; of a leaf that is divided, what this process's devices
+    hold.
 
     Args:
         cfg: the configuration that the tensors must fit.
         source: the tensors.
         dtype: dtype of all leaves, "float32" or "bfloat16".
-        placement: the devices that the weights are cut among; None for the default device.
+        place: where each leaf is to stand; None for the default device.
+        like: parameters that may hold the same numbers, such as those of the model that this one was trained from.
+
+    Yields:
+        path of a leaf, and the leaf; if `like` holds the very same bytes, that array.
 
     Raises:
         CheckpointError: a tensor is unknown, missing, of another shape, not of floats, or not finite. The message
             names it.
     """
-    names = match_names(cfg, source)
-    flat: dict[str, Any] = {}
+    names, shapes = match_names(cfg, source), _leaf_shapes(cfg)
+    twins = {} if like is None else flatten(like)
+
+    def tensor(rule: TensorRule, full_name: str) -> np.ndarray:
+        value, shape = source.read(names[full_name]), _hf_shape(cfg, rule)
+        if value.shape != shape:
+            raise CheckpointError(
+                f"{source.where}: tensor {full_name} has shape {value.shape}, {source.configuration} says {shape}"
+            )
+        return value
+
     for rule in _rules(cfg):
-        layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
-        parts: list[list[np.ndarray]] = [[] for _ in rule.leaves]
-        for layer in layers:
-            name = rule.hf.replace("{l}", str(layer))
-            tensor = _checked(cfg, rule, source, name, source.read(names[name]))
-            for part, value in zip(parts, _to_leaves(cfg, rule, tensor), strict=True):
-                part.append(value.astype(jnp.dtype(dtype)))
-        for path, part in zip(rule.leaves, parts, strict=True):
-            value = np.stack(part) if "{l}" in rule.hf else np.ascontiguousarray(part[0])
-            flat[path] = put_leaf(placement, path, value)
-    return unflatten(flat)
+        for part, path in enumerate(rule.leaves):
+            # Read anew for each leaf of a tensor, so that only one leaf is held. Of a file, a view of it.
+            layers = (
+                Layer(name, _to_leaves(cfg, rule, tensor(rule, name))[part]) for name in _names_of(cfg, rule).values()
+            )
+            sharding = None if place is None else place(path, shapes[path])
+            yield path, put_leaf(shapes[path], jnp.dtype(dtype), layers, sharding, source.where, twins.get(path))
+
+
+def _leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all leaves of a model by path."""
+    return {path: tuple(leaf.shape) for path, leaf in flatten(abstract_params(cfg)).items()}
+
+
+def _names_of(cfg: ModelConfig, rule: TensorRule) -> dict[int | None, str]:
+    """Layer -> HF name of the tensor that a rule is about; of a tensor outside the layers, None -> its name."""
+    layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
+    return {layer: rule.hf.replace("{l}", str(layer)) for layer in layers}
 
 
 def match_names(cfg: ModelConfig, source: TensorSource) -> dict[str, str]:
@@ -217,44 +252,6 @@ def _first_few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _checked(cfg: ModelConfig, rule: TensorRule, source: TensorSource, name: str, tensor: np.ndarray) -> np.ndarray:
-    """The tensor, if it has the right shape and finite floats.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    where, shape = source.where, _hf_shape(cfg, rule)
-    if tensor.shape != shape:
-        raise CheckpointError(f"{where}: tensor {name} has shape {tensor.shape}, {source.configuration} says {shape}")
-    return finite_floats(where, name, tensor)
-
-
-def finite_floats(where: str, name: str, tensor: np.ndarray) -> np.ndarray:
-    """The tensor, if it holds finite floats.
-
-    Args:
-        where: the file or folder, for messages.
-        name: name of the tensor, for messages.
-        tensor: the tensor as it was read.
-
-    Raises:
-        CheckpointError: it does not.
-
-    >>> finite_floats("model", "w", np.ones(2, np.float32)).dtype
-    dtype('float32')
-    """
-    if tensor.dtype.name not in _FLOATS:
-        raise CheckpointError(
-            f"{where}: tensor {name} has dtype {tensor.dtype.name}; only {', '.join(_FLOATS)} can be read, "
-            "so dequantise the checkpoint first"
-        )
-    with np.errstate(over="ignore"):  # a float64 that float32 cannot hold is refused as infinite
-        finite = bool(np.isfinite(tensor.astype(np.float32, copy=False)).all())
-    if not finite:
-        raise CheckpointError(f"{where}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
-    return tensor
-
-
 def hf_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a parameter tree as a checkpoint holds them, one at a time.
 
@@ -286,18 +283,13 @@ def hf_tensor(cfg: ModelConfig, leaves: Mapping[str, Any], name: str) -> np.ndar
     [0, 1, 2]
     """
     rule, layer = _places(cfg)[name]
-    parts = [np.asarray(leaves[path] if layer is None else leaves[path][layer]) for path in rule.leaves]
-    return _from_leaves(cfg, rule, parts)
+    return _from_leaves(cfg, rule, [_on_host(leaves[path], layer) for path in rule.leaves])
 
 
 @functools.cache
 def _places(cfg: ModelConfig) -> Mapping[str, tuple[TensorRule, int | None]]:
     """HF name of every tensor of a model -> its rule, and its layer; None outside the layers."""
-    return {
-        rule.hf.replace("{l}", str(layer)): (rule, layer)
-        for rule in _rules(cfg)
-        for layer in (range(cfg.n_layers) if "{l}" in rule.hf else [None])
-    }
+    return {name: (rule, layer) for rule in _rules(cfg) for layer, name in _names_of(cfg, rule).items()}
 
 
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -319,7 +311,11 @@ def tensor_name(cfg: ModelConfig, leaf: str) -> str:
 
 
 def edit_tensors(
-    cfg: ModelConfig, params: Params, edits: Mapping[str, Callable[[np.ndarray], np.ndarray]], new_cfg: ModelConfig
+    cfg: ModelConfig,
+    params: Params,
+    edits: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    new_cfg: ModelConfig,
+    place: Place | None = None,
 ) -> Params:
     """A parameter tree with some of its tensors changed. All other leaves are the very arrays of `params`.
 
@@ -329,6 +325,7 @@ def edit_tensors(
         edits: HF name of a tensor -> a function from the tensor, in HF's layout and the dtype of its leaf, to what
             takes its place. The result is cast to that dtype.
         new_cfg: the configuration of the result; another than `cfg` if a tensor gets another shape.
+        place: where new leaves are to stand; None for the default device.
 
     Returns:
         the tree. A leaf that holds an edited tensor is a new array; so are the other leaves of this tensor.
@@ -341,25 +338,39 @@ def edit_tensors(
     >>> now["W_out"] is was["W_out"], bool((now["W_in"][1] == 2 * was["W_in"][1]).all())
     (True, True)
     """
-    flat, placement = flatten(params), Placement.of(params)  # new arrays stand where the others do
+    flat, shapes = flatten(params), _leaf_shapes(new_cfg)
     for rule in _rules(cfg):
-        layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
-        names = {layer: rule.hf.replace("{l}", str(layer)) for layer in layers}
+        names = _names_of(cfg, rule)
         if not edits.keys() & set(names.values()):
             continue
-        old = [np.asarray(flat[path]) for path in rule.leaves]
-        new: list[np.ndarray] = []
-        for layer, name in names.items():
-            parts = old if layer is None else [leaf[layer] for leaf in old]
-            if name in edits:
-                parts = _to_leaves(new_cfg, rule, edits[name](_from_leaves(cfg, rule, parts)))
-            if layer is None:
-                new = [np.ascontiguousarray(part.astype(leaf.dtype)) for part, leaf in zip(parts, old, strict=True)]
-                continue
-            if not new:
-                new = [np.empty((cfg.n_layers, *part.shape), leaf.dtype) for part, leaf in zip(parts, old, strict=True)]
-            for leaf, part in zip(new, parts, strict=True):
-                leaf[layer] = part
-        for path, leaf in zip(rule.leaves, new, strict=True):
-            flat[path] = put_leaf(placement, path, leaf)
+        new: dict[str, Any] = {}
+        for part, path in enumerate(rule.leaves):
+            layers = (
+                Layer(name, _edited(cfg, new_cfg, rule, flat, layer, part, edits.get(name)))
+                for layer, name in names.items()
+            )
+            sharding = None if place is None else place(path, shapes[path])
+            new[path] = put_leaf(shapes[path], flat[path].dtype, layers, sharding)
+        flat |= new
     return unflatten(flat)
+
+
+def _edited(
+    cfg: ModelConfig,
+    new_cfg: ModelConfig,
+    rule: TensorRule,
+    leaves: Mapping[str, Any],
+    layer: int | None,
+    part: int,
+    edit: Callable[[np.ndarray], np.ndarray] | None,
+) -> np.ndarray:
+    """One layer of a leaf, the `part`th of its rule, after an edit of its tensor; as it is if there is no edit."""
+    if edit is None:
+        return _on_host(leaves[rule.leaves[part]], layer)
+    tensor = _from_leaves(cfg, rule, [_on_host(leaves[path], layer) for path in rule.leaves])
+    return _to_leaves(new_cfg, rule, edit(tensor))[part]
+
+
+def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+    """One layer of a leaf, or all of one without layers."""
+    return host_rows(leaf, 0, len(leaf)) if layer is None else host_rows(leaf, layer, layer + 1)[0]

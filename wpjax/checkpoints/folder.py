@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from wpjax.checkpoints.weights import DTYPES
 from wpjax.errors import CheckpointError
 
+_NUMPY = {stored: jnp.dtype(name) for name, stored in DTYPES.items()}
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Endings of the files of a folder that are read."""
+MARKER = "config.json"
+"""The file that makes a folder a model."""
 ADAPTER = "adapter_config.json"
 """The file that makes a folder a PEFT adapter."""
 
@@ -37,7 +42,7 @@ def check_folder(folder: Path) -> None:
                 f"{folder}: holds a PEFT adapter ({ADAPTER}) beside a model ({weights[0]}); if it is merged already, "
                 f"remove the adapter's files; else put them in a folder of their own, or {how_to_merge(folder)}"
             )
-    elif not (folder / "config.json").exists():
+    elif not (folder / MARKER).exists():
         raise CheckpointError(
             f"{folder}: no config.json; a model folder holds config.json and model.safetensors, an adapter {ADAPTER} "
             "and adapter_model.safetensors"
@@ -77,8 +82,8 @@ def check_file(path: Path) -> None:
 class SafetensorsFolder:
     """The safetensors files of an HF folder, as a `TensorSource`.
 
-    A file is open only while a tensor is read. What the library maps into memory counts as memory of the process, so
-    that an open file would weigh as much as all that was read of it.
+    Tensors are views of their files, which are mapped into memory. What is read of one is read when its numbers are
+    used, takes no memory of the process's own, and is let go with the view.
 
     Args:
         folder: the folder, with one model.safetensors or with shards and their index.
@@ -93,20 +98,12 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, stem: str = "model"):
         self.where = str(folder)
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, str] = {}
+        self._tensors: dict[str, _Stored] = {}
         for path in self._shards(folder, stem):
-            try:
-                with safe_open(path, framework="np") as shard:
-                    slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  (not a mapping)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: damaged or truncated ({error}); download it again") from error
-            for name, of in slices.items():
-                if name in self._files:
+            for name, tensor in _stored_tensors(path).items():
+                if name in self._tensors:
                     raise CheckpointError(f"{folder}: tensor {name} stands in more than one file; remove one")
-                self._files[name] = path
-                self._shapes[name], self._dtypes[name] = tuple(of.get_shape()), str(of.get_dtype())
+                self._tensors[name] = tensor
 
     @staticmethod
     def _shards(folder: Path, stem: str) -> list[Path]:
@@ -139,30 +136,71 @@ class SafetensorsFolder:
 
     def names(self) -> list[str]:
         """The names of all tensors."""
-        return list(self._files)
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return self._shapes[name]
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
         """The dtype of a tensor as its file names it, such as "BF16", without reading it."""
-        return self._dtypes[name]
+        return self._tensors[name].dtype
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor.
+        """One tensor, as a view of its file that cannot be written to.
 
         Raises:
             CheckpointError: it cannot be read as floats, say because it is of 8 bits (fp8).
         """
-        try:
-            with safe_open(self._files[name], framework="np") as shard:
-                return shard.get_tensor(name)
-        except (SafetensorError, OSError, TypeError, AttributeError) as error:  # a dtype NumPy lacks (fp8)
+        path, offset, shape, dtype = self._tensors[name]
+        if dtype not in _NUMPY:
             raise CheckpointError(
-                f"{self.where}: tensor {name} cannot be read as floats ({error}); a quantised checkpoint (fp8, say) "
+                f"{self.where}: tensor {name} cannot be read as floats ({dtype}); a quantised checkpoint (fp8, say) "
                 "must be dequantised first"
-            ) from error
+            )
+        if 0 in shape:  # of which there is nothing to map
+            return np.empty(shape, _NUMPY[dtype])
+        try:
+            return np.asarray(np.memmap(path, _NUMPY[dtype], "r", offset, shape))
+        except (OSError, ValueError) as error:  # gone or cut since its header was read
+            raise CheckpointError(f"{path}: cannot be read ({error}); download it again") from error
+
+
+class _Stored(NamedTuple):
+    """Where a tensor stands.
+
+    Attributes:
+        path: its file.
+        offset: its first byte in the file.
+        shape: its shape.
+        dtype: its dtype as the file names it.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _stored_tensors(path: Path) -> dict[str, _Stored]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        CheckpointError: the file is damaged, or not whole.
+    """
+    try:
+        with safe_open(path, framework="np"):  # checks the header, and the file's length against it
+            pass
+        with path.open("rb") as file:
+            n = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(n))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated ({error}); download it again") from error
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(path, 8 + n + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from wpjax.checkpoints.adapter import Adapter, Edits
-from wpjax.checkpoints.checkpoint import MARKER, local_path
+from wpjax.checkpoints.checkpoint import local_path
 from wpjax.checkpoints.convert import TensorSource, match_names
-from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_folder, how_to_merge, read_json
+from wpjax.checkpoints.folder import ADAPTER, MARKER, SafetensorsFolder, check_folder, how_to_merge, read_json
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.text_tower import TextTower, text_config

@@ -70,8 +70,7 @@ def run(
     if form == "mask" and (scales != (1.0,) or on_conflict != "error"):
         raise WpjaxError("a mask has no values: leave out --scale and --on-conflict")
 
-    from wpjax.checkpoints.checkpoint import MARKER
-    from wpjax.checkpoints.folder import ADAPTER
+    from wpjax.checkpoints.folder import ADAPTER, MARKER
     from wpjax.runtime.files import check_output
 
     check_output(out, overwrite, {"model": MARKER, "lora": ADAPTER, "mask": None}[form], [base, *patch])

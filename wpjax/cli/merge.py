@@ -53,7 +53,7 @@ def run(
     if out is not None:
         check_output(out, overwrite, "mergekit.yaml" if masked else "config.json")
 
-    from wpjax.checkpoints.checkpoint import MARKER
+    from wpjax.checkpoints.folder import MARKER
     from wpjax.cli.console import print_json, progress_bars
     from wpjax.merging.card import MERGEKIT
     from wpjax.merging.merge import check_merge, masked_experts, merge

@@ -24,7 +24,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Take a behaviour out of an expert: it gets the base's weights at a patch's components."""
-    from wpjax.checkpoints.checkpoint import MARKER
+    from wpjax.checkpoints.folder import MARKER
     from wpjax.runtime.files import check_output
 
     check_output(out, overwrite, MARKER, [expert, base, patch])

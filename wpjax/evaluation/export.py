@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wpjax.behaviours import encode_texts
-from wpjax.checkpoints.checkpoint import MARKER
+from wpjax.checkpoints.folder import MARKER
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.errors import WpjaxError
 from wpjax.evaluation.validation import anchor_of, check_same_pair

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wpjax.checkpoints.checkpoint import MARKER, local_path
+from wpjax.checkpoints.checkpoint import local_path
 from wpjax.checkpoints.convert import tensor_shapes
+from wpjax.checkpoints.folder import MARKER
 from wpjax.checkpoints.rewrite import rewrite_folder
 from wpjax.errors import OutputError
 from wpjax.merging.card import (

@@ -11,8 +11,9 @@ import numpy as np
 
 from wpjax.checkpoints.adapter import Adapter
 from wpjax.checkpoints.checkpoint import local_path
-from wpjax.checkpoints.convert import finite_floats, tensor_name, tensor_shapes
+from wpjax.checkpoints.convert import tensor_name, tensor_shapes
 from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_folder
+from wpjax.checkpoints.placing import finite_floats
 from wpjax.checkpoints.rewrite import StoredModel, open_model
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.errors import PairError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +22,7 @@ from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
 from wpjax.models.parameters import PARAMETERS
-from wpjax.runtime.placement import MODEL, Placement, partition, placement_for, put, read_mesh
+from wpjax.runtime.placement import MODEL, Placement, partition, put
 
 RULES: Mapping[str, str] = MappingProxyType(dict.fromkeys(("head", "kv_head", "neuron", "vocab"), MODEL))
 """Logical axis of a parameter -> the mesh axis that it is cut along."""
@@ -52,20 +52,19 @@ def spec_of(path: str, shape: tuple[int, ...], n_model: int) -> PartitionSpec:
     return partition(divisible, RULES)
 
 
-def put_leaf(placement: Placement | None, path: str, leaf: Any) -> jax.Array:
-    """One leaf of a parameter tree on the devices of a mesh.
+def leaf_places(placement: Placement) -> Callable[[str, tuple[int, ...]], NamedSharding] | None:
+    """Where each leaf of a model is to stand, from its path and shape; None for the default device.
 
     Args:
-        placement: the devices; None for the default device.
-        path: path of the leaf in the tree.
-        leaf: its value, on the host or anywhere else. If it stands as it should, it is not moved.
+        placement: the devices.
     """
-    if placement is None:
-        return jax.device_put(leaf)
     if placement.n_devices == 1:
-        placed = isinstance(getattr(leaf, "sharding", None), NamedSharding)
-        return jax.device_put(leaf, placement.mesh.devices.flat[0]) if placed else jax.device_put(leaf)
-    return put(leaf, NamedSharding(placement.mesh, spec_of(path, leaf.shape, placement.n_model)))
+        return None
+
+    def where(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(placement.mesh, spec_of(path, shape, placement.n_model))
+
+    return where
 
 
 def place(placement: Placement, *models: Params) -> tuple[Params, ...]:
@@ -82,12 +81,20 @@ def place(placement: Placement, *models: Params) -> tuple[Params, ...]:
     1
     """
     done: dict[int, jax.Array] = {}
+    where = leaf_places(placement)
+
+    def moved(path: str, leaf: Any) -> jax.Array:
+        """A leaf where it should be. If it stands there, it is not moved."""
+        if where is not None:
+            return put(leaf, where(path, leaf.shape))
+        is_cut = isinstance(getattr(leaf, "sharding", None), NamedSharding)
+        return jax.device_put(leaf, placement.mesh.devices.flat[0]) if is_cut else leaf
 
     def placed(tree: Any, prefix: str = "") -> Any:
         if isinstance(tree, dict):
             return {name: placed(branch, f"{prefix}{name}/") for name, branch in tree.items()}
         if id(tree) not in done:
-            done[id(tree)] = put_leaf(placement, prefix[:-1], tree)
+            done[id(tree)] = moved(prefix[:-1], tree)
         return done[id(tree)]
 
     return tuple(placed(model) for model in models)
@@ -103,7 +110,7 @@ def weight_bytes(cfg: ModelConfig, dtype: Any, n_model: int = 1) -> int:
 
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
     >>> weight_bytes(cfg, "float32"), weight_bytes(cfg, "float32", n_model=2)
-    (43968, 22144)
+    (25152, 12736)
     """
     total = 0
     for path, leaf in _leaves(abstract_params(cfg)):
@@ -151,24 +158,20 @@ def memory_of(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
 
 
-def choose_placement(cfg: ModelConfig, dtype: Any, mesh: str | None = None, n_models: int = 2) -> Placement:
-    """The mesh for a pair of models: the one that was asked for, or the one that cuts the weights least.
+def choose_placement(cfg: ModelConfig, dtype: Any, n_models: int = 2) -> Placement:
+    """The mesh for a pair of models: of all devices, and with weights that are cut as little as their memory allows.
 
     Args:
         cfg: the architecture of both models.
         dtype: dtype of the weights.
-        mesh: sizes of the mesh, such as "patch=4,model=2"; it is taken as it is. None: chosen so that both models, and
-            what a sweep needs beside them, fit the memory of each device.
         n_models: how many models must fit at least: 1 where the second shares most of its weights with the first.
 
     Raises:
-        WpjaxError: the mesh does not divide the devices, or no mesh of these devices holds the models.
+        WpjaxError: no mesh of these devices holds the models, and what a sweep needs beside them.
 
-    >>> str(choose_placement(ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64), "float32", "patch=1,model=1"))
-    'patch=1,model=1'
+    >>> choose_placement(ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64), "float32").n_model  # it is small
+    1
     """
-    if mesh is not None:
-        return placement_for(read_mesh(mesh))
     devices = jax.devices()
     memory = min(memory_of(device) for device in devices if device.process_index == jax.process_index())
     n_model = fewest_parts(cfg, dtype, len(devices), memory)
@@ -229,9 +232,10 @@ def described(placement: Placement, cfg: ModelConfig, dtype: Any, how: str) -> s
         how: where the mesh comes from, in words.
     """
     devices = placement.mesh.devices.flatten()
+    here = placement.mesh.local_devices[0]  # the memory of another process's is not known
     need = needed_bytes(cfg, dtype, placement.n_model) / 2**30
-    has = memory_of(next(d for d in devices if d.process_index == jax.process_index())) / 2**30
+    has = memory_of(here) / 2**30
     return (
-        f"mesh {placement} of {len(devices)} {devices[0].device_kind} device{'s' * (len(devices) != 1)}, {how}: about "
+        f"mesh {placement} of {len(devices)} {here.device_kind} device{'s' * (len(devices) != 1)}, {how}: about "
         f"{need:,.2f} of {has:,.2f} GiB a device for both models and the sweep"
     )

@@ -31,8 +31,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 import wpjax
-from wpjax.checkpoints.convert import finite_floats
 from wpjax.checkpoints.folder import check_file
+from wpjax.checkpoints.placing import finite_floats
 from wpjax.errors import PatchError
 from wpjax.patchfiles.delta import EXACT, INT8, LOW_RANK, decode, widened
 from wpjax.patchfiles.slices import Slices

@@ -250,8 +250,7 @@ def check_farm(folder: Path, known: Mapping[str, Any], is_begun: bool = True) ->
             f"{folder} holds no parts of a sweep ({MANIFEST} {why}); make them with `wpjax sweep ... --part 1/2 "
             f"--shards {folder}`"
         )
-    ours = json.loads(json.dumps(dict(known), default=str))
-    other = what_differs(theirs, {**theirs, **ours})
+    other = what_differs(theirs, known, is_all=False)
     if other:
         raise OutputError(f"{folder} belongs to a sweep with {other}; go on with the same, or name another folder")
 

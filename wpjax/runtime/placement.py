@@ -40,6 +40,7 @@ class Placement(NamedTuple):
     Attributes:
         mesh: the devices, along the axes `PATCHES` and `MODEL`.
 
+    >>> import jax.numpy as jnp
     >>> placement = Placement.on(jax.devices()[:1])
     >>> str(placement), placement.n_devices
     ('patch=1,model=1', 1)
@@ -209,6 +210,7 @@ def divided(
 def fetch(tree: Any) -> Any:
     """The arrays of a tree on the host, as NumPy arrays; this waits until they are there.
 
+    >>> import jax.numpy as jnp
     >>> fetch({"a": jnp.arange(3)})
     {'a': array([0, 1, 2], dtype=int32)}
     """

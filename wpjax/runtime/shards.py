@@ -69,7 +69,7 @@ def check_parts(out: Path, command: str, resume: bool, known: Mapping[str, Any] 
     if not resume:
         raise OutputError(f"{folder} is left from a run that did not finish; pass --resume, or delete it")
     theirs = read_manifest(folder).get("identity")
-    other = what_differs(theirs, {**theirs, **(known or {})}) if isinstance(theirs, dict) else ""
+    other = what_differs(theirs, known or {}, is_all=False) if isinstance(theirs, dict) else ""
     if other:  # of a manifest that is damaged nothing is known; `Shards` refuses it
         raise OutputError(f"{folder} belongs to a run with {other}; delete it, or go on with the same")
 
@@ -275,12 +275,13 @@ def digest_of(identity: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def what_differs(theirs: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+def what_differs(theirs: Mapping[str, Any], identity: Mapping[str, Any], is_all: bool = True) -> str:
     """What finished parts were made with that is another here, in words; empty if nothing is.
 
     Args:
         theirs: identity of the parts, as their manifest has it.
         identity: identity of this run.
+        is_all: whether it is all of it, and not only what is known so far.
 
     >>> what_differs({"seed": 0}, {"seed": 1})
     'other settings (seed: 0 there, 1 here)'
@@ -290,7 +291,7 @@ def what_differs(theirs: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
         if theirs.get(name) != ours:
             there, here = _brief(theirs.get(name)), _brief(ours)
             return f"other settings ({name}: {there} there, {here} here)" if there != here else f"other {name}"
-    return "" if len(theirs) <= len(identity) else "other settings"
+    return "other settings" if is_all and len(theirs) > len(identity) else ""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

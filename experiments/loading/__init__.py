@@ -1,0 +1,1 @@
+"""How fast large checkpoints load, and how much memory that takes."""
