@@ -3,7 +3,7 @@
     python -m experiments.loading.make llama-3.2-1b --out work/1b
     python -m experiments.loading.make llama-3.2-1b --out work/1b-mlp --changed mlp
     python -m experiments.loading.measure work/1b --expert work/1b-mlp --out experiments/loading/1b.json
-    python -m experiments.loading.measure work/3b --stream work/8b --out experiments/loading/3b.json
+    python -m experiments.loading.measure work/8b --stream work/8b --cases stream --out experiments/loading/8b.json
 
 Each case runs in a process of its own. Memory is anonymous memory (what the process cannot get back from its files),
 sampled every millisecond; the arrays of a CPU device are part of it. A *plain read* copies the bytes of all files
@@ -123,7 +123,7 @@ def case(name: str, folder: Path, expert: Path | None, rounds: int) -> dict[str,
     found: dict[str, Any] = {"largest": max(sizes), "model": sum(sizes), "stays": after - before}
     found["above"] = peak.bytes - after
     found["peak"] = peak.bytes - before
-    found |= {"load": [min(values) for values in zip(*loads, strict=True)]}
+    found |= {"rounds": n_rounds, "load": [min(values) for values in zip(*loads, strict=True)]}
     if reads:
         found["read"] = [min(values) for values in zip(*reads, strict=True)]
     return found
@@ -159,7 +159,7 @@ def main() -> None:
     cases = {"whole": (args.folder, None), "cut": (args.folder, None)}
     cases |= {"pair": (args.folder, args.expert)} if args.expert else {}
     cases |= {"stream": (args.stream, None)} if args.stream else {}
-    found: dict[str, Any] = {"made": made(), "machine": machine(), "rounds": args.rounds, "cases": {}}
+    found: dict[str, Any] = {"made": made(), "machine": machine(), "cases": {}}
     for name, (folder, expert) in cases.items():
         if name not in args.cases:
             continue
