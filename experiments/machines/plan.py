@@ -108,7 +108,7 @@ def plan(tokenizer_folder: Path) -> dict[str, Any]:
             forecast = Forecast(pair, task, config.max_new_tokens, Pace(device.peak / PASSES, compiling=0.0))
             hours = {
                 sweep: sum(
-                    phase.seconds
+                    phase.seconds or 0.0
                     for phase in forecast.study(dataclasses.replace(config, **options), batch, None).phases
                 )
                 / 3600
