@@ -137,8 +137,8 @@ def markdown(found: dict[str, Any]) -> str:
         if "read" in of:
             faster = [f"{load / read:.2f}" for load, read in zip(of["load"], of["read"], strict=True)]
         gib = [f"{of[key] / 2**30:.2f}" for key in ("model", "largest", "stays", "peak")]
-        over = of["peak"] if name == "stream" else of["above"]
-        rows.append([f"{of['folder']}, {name}", *gib, f"{over / of['largest']:.2f}", f"{of['load'][0]:.1f}", *faster])
+        above = f"{max(of['above'], 0) / of['largest']:.2f}"
+        rows.append([f"{of['folder']}, {name}", *gib, above, f"{of['load'][0]:.0f}", *faster])
     columns = ["", "one model, GiB", "largest leaf", "stays", "peak", "above what stays, in largest leaves"]
     return table([*columns, "seconds", "in plain reads", "in their processor time"], rows)
 
