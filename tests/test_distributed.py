@@ -49,8 +49,8 @@ def made_pair(dtype="float32") -> Pair:
     """Random models, the expert a part of the way to another one."""
     base, other = (init_params(CFG, jax.random.key(seed), dtype) for seed in (0, 1))
     expert = jax.tree.map(lambda a, b: a + jnp.asarray(0.5, a.dtype) * (b - a), base, other)
-    models = [Checkpoint(CFG, params, None, {}, None, name) for params, name in ((base, "base"), (expert, "expert"))]
-    return Pair(CFG, base, expert, None, *models)
+    whole, changed = (Checkpoint(CFG, params, None, {}, None, n) for params, n in ((base, "base"), (expert, "expert")))
+    return Pair(CFG, base, expert, None, whole, changed)
 
 
 def made_batch() -> PromptBatch:
