@@ -56,13 +56,13 @@ def main():
                 np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(whole[path])[shard.index], path)
             parts = 2 if cut_axes(path, leaf.shape) else 1
             assert leaf.addressable_shards[0].data.size == leaf.size // parts, path
-        assert fingerprint(four.cfg, four.params) == fingerprint(one.cfg, one.params)
-        # Base and expert share arrays that are divided, too.
-        again = flatten(load_checkpoint(folder, base=four, place=place).params)
-        assert all(again[path] is leaf for path, leaf in ours.items())
-        apart = flatten(load_checkpoint(folder, base=four).params)  # equal numbers at another place
-        assert not any(apart[path] is leaf for path, leaf in ours.items())
     base = load_checkpoint(its_base, place=place)
+    assert fingerprint(base.cfg, base.params) == fingerprint(base.cfg, load_checkpoint(its_base).params)
+    # Base and expert share arrays that are divided, too; but not equal numbers at another place.
+    ours = flatten(base.params)
+    again, apart = (flatten(load_checkpoint(its_base, base=base, place=p).params) for p in (place, None))
+    assert all(again[path] is leaf for path, leaf in ours.items())
+    assert not any(apart[path] is leaf for path, leaf in ours.items())
     expert = load_checkpoint(adapter, base=base, place=place)
     truth = load_checkpoint(adapter, base=load_checkpoint(its_base))
     assert fingerprint(expert.cfg, expert.params) == fingerprint(truth.cfg, truth.params)

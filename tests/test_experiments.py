@@ -46,7 +46,6 @@ TABLES = [
     ("bench", "shape", "markdown", "shape.smollm2-135m.json"),
     ("bench", "startup", "markdown", "startup.json"),
     ("loading", "measure", "markdown", "1b.json"),
-    ("loading", "measure", "markdown", "3b.json"),
     ("loading", "measure", "markdown", "8b.json"),
     ("sets", "compare", "markdown", "lora_english_capital.json"),
     ("sets", "compare", "markdown", "lora_quotation.json"),

@@ -33,7 +33,22 @@ CASES = {
         *("gcloud.sh", "--zone", "z", "--accelerator", "v6e-8", "--project", "p", "--spot", "yes", "--keep", "yes"),
         *("--", *SWEEP, *CUT),
     ],
-    "xpk": ["xpk.sh", "--cluster", "c", "--zone", "z", "--tpu", "v5litepod-16", "--image", "i:1", "--", *SWEEP, *CUT],
+    "xpk": [
+        "xpk.sh",
+        "--cluster",
+        "c",
+        "--zone",
+        "z",
+        "--tpu",
+        "v5litepod-16",
+        "--image",
+        "i:1",
+        "--storage",
+        "s",
+        "--",
+        *SWEEP,
+        *CUT,
+    ],
     "jobset-gpus": [
         *("jobset.sh", "--image", "i:1", "--nodes", "2", "--gpus", "8", "--claim", "results", "--secret", "hf"),
         *("--", *SWEEP, *CUT),
@@ -197,6 +212,7 @@ def test_xpk(rendered):
         *("xpk", "workload", "create", "--workload", "wpjax", "--cluster", "c", "--zone", "z"),
         *("--tpu-type=v5litepod-16", "--num-slices=1", "--docker-image", "i:1", "--max-restarts=3", "--command"),
         f"{SAID} --mesh patch=4\\,model=2 --out /results/r.nc --resume",
+        *("--storage", "s"),
     ]
 
 

@@ -3,7 +3,7 @@
     python -m experiments.loading.make llama-3.2-1b --out work/1b
     python -m experiments.loading.make llama-3.2-1b --out work/1b-mlp --changed mlp
     python -m experiments.loading.measure work/1b --expert work/1b-mlp --out experiments/loading/1b.json
-    python -m experiments.loading.measure work/3b --stream work/8b --out experiments/loading/3b.json
+    python -m experiments.loading.measure work/8b --stream work/8b --cases stream --out experiments/loading/8b.json
 
 Each case runs in a process of its own. Memory is anonymous memory (what the process cannot get back from its files),
 sampled every millisecond; the arrays of a CPU device are part of it. A *plain read* copies the bytes of all files
@@ -123,7 +123,7 @@ def case(name: str, folder: Path, expert: Path | None, rounds: int) -> dict[str,
     found: dict[str, Any] = {"largest": max(sizes), "model": sum(sizes), "stays": after - before}
     found["above"] = peak.bytes - after
     found["peak"] = peak.bytes - before
-    found |= {"load": [min(values) for values in zip(*loads, strict=True)]}
+    found |= {"rounds": n_rounds, "load": [min(values) for values in zip(*loads, strict=True)]}
     if reads:
         found["read"] = [min(values) for values in zip(*reads, strict=True)]
     return found
@@ -137,8 +137,8 @@ def markdown(found: dict[str, Any]) -> str:
         if "read" in of:
             faster = [f"{load / read:.2f}" for load, read in zip(of["load"], of["read"], strict=True)]
         gib = [f"{of[key] / 2**30:.2f}" for key in ("model", "largest", "stays", "peak")]
-        over = of["peak"] if name == "stream" else of["above"]
-        rows.append([f"{of['folder']}, {name}", *gib, f"{over / of['largest']:.2f}", f"{of['load'][0]:.1f}", *faster])
+        above = f"{max(of['above'], 0) / of['largest']:.2f}"
+        rows.append([f"{of['folder']}, {name}", *gib, above, f"{of['load'][0]:.0f}", *faster])
     columns = ["", "one model, GiB", "largest leaf", "stays", "peak", "above what stays, in largest leaves"]
     return table([*columns, "seconds", "in plain reads", "in their processor time"], rows)
 
@@ -159,7 +159,7 @@ def main() -> None:
     cases = {"whole": (args.folder, None), "cut": (args.folder, None)}
     cases |= {"pair": (args.folder, args.expert)} if args.expert else {}
     cases |= {"stream": (args.stream, None)} if args.stream else {}
-    found: dict[str, Any] = {"made": made(), "machine": machine(), "rounds": args.rounds, "cases": {}}
+    found: dict[str, Any] = {"made": made(), "machine": machine(), "cases": {}}
     for name, (folder, expert) in cases.items():
         if name not in args.cases:
             continue

@@ -58,7 +58,7 @@ DEVICES = {
     "TPU v6e": Device(32 * 2**30, 918e12, (1, 4, 8, 16, 32, 64, 128, 256), "v6e-{n}"),
     "H100": Device(80e9, 989e12, (1, 2, 4, 8, 16, 32), "{nodes} × H100:{each}"),
 }
-SWEEPS = {"screen+exact": {}, "exact": {"method": "exact", "set_score": False}}
+SWEEPS: dict[str, dict[str, Any]] = {"screen+exact": {}, "exact": {"method": "exact", "set_score": False}}
 """Methods, with the options besides."""
 
 ON_HOST = 8
@@ -94,12 +94,11 @@ def plan(tokenizer_folder: Path) -> dict[str, Any]:
             free = {n: device.memory * (1 - SPARED) - weights(cfg, n) for n in device.sizes}
             n_model = next((n for n, left in free.items() if left / 3 >= FEWEST * row), None)
             if n_model is None:
-                devices[kind] = None
                 continue
             forecast = Forecast(pair, task, config.max_new_tokens, Pace(device.peak / PASSES, compiling=0.0))
             hours = {
                 sweep: sum(
-                    phase.seconds
+                    phase.seconds or 0.0
                     for phase in forecast.study(dataclasses.replace(config, **options), batch, None).phases
                 )
                 / 3600
@@ -119,7 +118,8 @@ def markdown(found: dict[str, Any]) -> str:
     """One row a model and kind of device."""
     rows = []
     for name, devices in found["models"].items():
-        for kind, of in devices.items():
+        for kind in DEVICES:
+            of = devices.get(kind)
             if of is None:
                 rows.append([name, kind, "none holds it", *[""] * (3 + len(SWEEPS))])
                 continue

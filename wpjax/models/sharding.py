@@ -44,8 +44,8 @@ def spec_of(path: str, shape: tuple[int, ...], n_model: int) -> PartitionSpec:
 
     Four heads go to two devices, two each; three KV groups stay together:
 
-    >>> spec_of("blocks/attn/W_Q", (30, 16, 4, 4), 2), spec_of("blocks/attn/W_K", (30, 16, 3, 4), 2)
-    (PartitionSpec(None, None, 'model', None), PartitionSpec(None, None, None, None))
+    >>> tuple(spec_of("blocks/attn/W_Q", (30, 16, 4, 4), 2)), tuple(spec_of("blocks/attn/W_K", (30, 16, 3, 4), 2))
+    ((None, None, 'model', None), (None, None, None, None))
     """
     axes = ("layer",) * path.startswith("blocks/") + PARAMETERS[path].axes
     divisible = [axis if n % n_model == 0 else "" for axis, n in zip(axes, shape, strict=True)]
