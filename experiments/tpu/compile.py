@@ -235,7 +235,7 @@ def measure(model: str, name: str, programs: tuple[str, ...] = PROGRAMS) -> dict
     from jax.experimental import topologies
 
     cfg = dataclasses.replace(MODELS[model], activation_splits=2)
-    devices: list[Any] = topologies.get_topology_desc(SLICES[name].topology, platform="tpu").devices
+    devices: Any = topologies.get_topology_desc(SLICES[name].topology, platform="tpu").devices
     memory = SLICES[name].memory
     n_model = fewest_parts(cfg, jnp.bfloat16, len(devices), memory)
     found: dict[str, Any] = {
