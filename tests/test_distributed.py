@@ -33,7 +33,7 @@ from wpjax.metrics.answers import answer_metric, answer_of
 from wpjax.metrics.metric import joint_scores
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import init_params
-from wpjax.models.sharding import choose_placement, spec_of, weight_bytes
+from wpjax.models.sharding import choose_placement, memory_of, spec_of, weight_bytes
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
 from wpjax.runtime import placement as placing
@@ -251,8 +251,9 @@ def test_a_bad_mesh_is_refused_before_anything_is_read(wpjax):
 
 
 def test_a_model_that_fits_no_mesh_is_told_what_would():
-    """Llama-3.1-405B, on whatever machine the tests run."""
-    large = ModelConfig("llama", 126, 16384, 128, 8, 128, 53248, 128256, 8192)
+    """A pair of one layer, with weights of four times this machine's memory."""
+    wide = 4096 * (4 * memory_of(jax.devices()[0]) // (2 * 3 * 16 * 4) // 4096)
+    large = dataclasses.replace(CFG, n_layers=1, d_mlp=wide)
     with pytest.raises(WpjaxError, match=r"GiB a device, and a device has .*a mesh of model=\d+ .*--dtype bfloat16x2"):
         choose_placement(large, "float32")
 
