@@ -90,7 +90,7 @@ def wpjax_commands(shown):
     """The arguments of every call of wpjax, also of those inside the arguments of other commands."""
     for line in shown.splitlines():
         words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
-        for word, following in zip(words, [*words[1:], ""], strict=True):
+        for word, following in zip(words, [*words, ""][1:], strict=True):
             if " " in word:
                 yield from wpjax_commands(word)
             elif word == "wpjax" and following.isalpha():
