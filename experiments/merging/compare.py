@@ -59,6 +59,9 @@ from wpjax.training import Example, encode_examples, loss_fn
 SUMS, MEANS = (0.4, 0.7, 1.0, 1.5), (1.0, 1.5, 2.0, 3.0)
 """Factors of what a merge changes: of methods that add the experts' changes up, and of those that take their mean."""
 
+FLAT = (0.7, 1.0, 1.5, 2.0, 3.0, 6.0, 12.0, 24.0)
+"""The same of `isotropic`: where changes have a low rank, the mean of their singular values is small."""
+
 SHARES = (0.02, 0.05, 0.1, 0.2)
 """Parts of the parameters of all heads, KV groups and neurons that the gates of each expert open."""
 
@@ -102,7 +105,7 @@ ROWS = (
     Row("tall_mask", "tall_mask", {"threshold": 0.4, "agreement": 1}, SUMS),
     Row("localize_and_stitch", "localize_and_stitch", {"density": 0.05}, (1.0, 1.5)),
     Row("aim", "aim", factors=SUMS),
-    Row("isotropic", "isotropic", factors=SUMS),
+    Row("isotropic", "isotropic", factors=FLAT),
     Row("tsv", "tsv", factors=SUMS),
     Row("emr, a mask for each behaviour", "emr"),
     *(Row(f"score_gated, {source}, {share:.0%}", "score_gated", factors=(1.0, 1.5), source=source, share=share)

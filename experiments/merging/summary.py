@@ -74,7 +74,12 @@ def best_gates(rates: Rates, source: str, sums: bool = False) -> str:
     """The row of `score_gated` whose share of open parameters does best on validation, over all seeds."""
     rows = [f"score_gated, {'sums, ' if sums else ''}{source}, {share:.0%}" for share in SHARES]
     rows = [row for row in rows if row in rates.passes]
-    return max(rows, key=lambda row: np.mean([max(r["rows"][row]["validation"].values()) for r in rates.reports]))
+
+    def validated(row: str) -> float:  # a run that took the factors of another has validated nothing
+        tried = [r["rows"][row]["validation"] for r in rates.reports]
+        return float(np.mean([max(of_run.values()) for of_run in tried if of_run]))
+
+    return max(rows, key=validated)
 
 
 def markdown(folder: Path, pair: str) -> str:
