@@ -8,6 +8,7 @@ import pytest
 
 from experiments.bench import goals
 from experiments.machines import plan
+from experiments.merging import summary as merging
 from experiments.paper import together
 from experiments.sets import summary
 
@@ -49,7 +50,9 @@ TABLES = [
     ("loading", "measure", "markdown", "8b.json"),
     ("sets", "compare", "markdown", "lora_english_capital.json"),
     ("sets", "compare", "markdown", "lora_quotation.json"),
+    ("sets", "compare", "markdown", "lora_number_highlighted_sections.json"),
     ("sets", "compare", "markdown", "english_capital.json"),
+    ("merging", "llama2_13b", "markdown", "llama2-13b.json"),
     ("sets", "compare", "markdown", "planted.json"),
     ("bench", "merging", "markdown", "merging.json"),
     ("bench", "relax", "markdown", "relax.tiny.json"),
@@ -67,7 +70,16 @@ def test_rankings_for_sets_of_all_pairs_together():
     made = summary.markdown(EXPERIMENTS / "sets")
     for page in (EXPERIMENTS / "sets" / "README.md", EXPERIMENTS.parent / "README.md"):
         assert made in page.read_text(encoding="utf-8"), page
-    assert summary.areas(EXPERIMENTS / "sets") in (EXPERIMENTS / "sets" / "README.md").read_text(encoding="utf-8")
+    page = (EXPERIMENTS / "sets" / "README.md").read_text(encoding="utf-8")
+    for make in (summary.areas, summary.runs):
+        assert make(EXPERIMENTS / "sets") in page
+
+
+@pytest.mark.parametrize("pair", ["tiny", "smollm2"])
+def test_merges_of_all_seeds_together(pair):
+    page = (EXPERIMENTS / "merging" / "README.md").read_text(encoding="utf-8")
+    for make in (merging.markdown, merging.gates, merging.ahead):
+        assert make(EXPERIMENTS / "merging", pair) in page
 
 
 def test_machines_are_those_of_the_planner():
