@@ -7,6 +7,11 @@ from .behaviours import behaviour as behaviour
 from .checkpoints.checkpoint import Checkpoint as Checkpoint
 from .checkpoints.checkpoint import load_checkpoint as load_checkpoint
 from .checkpoints.checkpoint import save_checkpoint as save_checkpoint
+from .circuits.activations import activation_patch as activation_patch
+from .circuits.activations import attention_pattern as attention_pattern
+from .circuits.contrast import Contrast as Contrast
+from .circuits.contrast import contrast as contrast
+from .circuits.paths import path_patch as path_patch
 from .components import Component as Component
 from .components import enumerate_components as enumerate_components
 from .components import parse_component as parse_component
