@@ -31,7 +31,7 @@ PATTERN = "pattern"
 Place: TypeAlias = Site | Literal["pattern"]
 
 TOKENS_AT_ONCE = 1024
-"""Tokens that run side by side, about. Fewer waste the weights that are read for them, more do not fit a CPU's cache."""
+"""Tokens that run side by side, about: enough to be worth the weights that are read for them."""
 
 
 def rows_at_once(metric: Metric) -> int:
@@ -130,7 +130,7 @@ def _map(
     at_once: int,
 ) -> tuple[Float[Array, "L P B"], Float[Array, "1 1 B"], Float[Array, "1 1 B"]]:
     """The changes by all places of all layers, and the metrics of the two runs."""
-    host, donor = metrics
+    host = metrics[0]
     stop, n_tokens = host.layer + 1, host.tokens.ids.shape[1]
     layout = Causal.of(n_tokens)
     runs = [m.run(cfg, params, sites=(Site.RESID_PRE,)) for m in metrics]

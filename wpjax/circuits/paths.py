@@ -121,7 +121,8 @@ def path_patch(
 
 
 def _senders(sent: Sequence[Sender], filled: Int[np.ndarray, "C c"]) -> _From:
-    layer, head = (np.array(a) for a in zip(*((s.layer, s.index if s.kind == "head" else -1) for s in sent)))
+    layer = np.array([s.layer for s in sent])
+    head = np.array([s.index if s.kind == "head" else -1 for s in sent])
     return _From(jnp.asarray(layer[filled]), jnp.asarray(head[filled]))
 
 
@@ -142,6 +143,7 @@ class _Kept(NamedTuple):
     """What is kept of a run, for each of A layers: [A, B, T, ...]."""
 
     resid_pre: Array
+    resid_mid: Array
     z: Array
     mlp_out: Array
 
@@ -151,10 +153,11 @@ def _matrix(
     cfg: ModelConfig, params: Params, senders: _From, receivers: _Into, metrics: tuple[Metric, ...], *, mlps: MLPs
 ) -> tuple[Float[Array, "S R B"], Float[Array, "1 1 B"], Float[Array, "1 1 B"]]:
     """The changes by all senders (in C chunks of c) and all groups of receivers, and the metrics of the two runs."""
-    clean, donor = metrics
+    clean = metrics[0]
     stop = clean.layer + 1
-    runs = [m.run(cfg, params, sites=(Site.RESID_PRE, Site.Z, Site.MLP_OUT)) for m in metrics]
-    kept = [_Kept(*(r.sites[s] for s in (Site.RESID_PRE, Site.Z, Site.MLP_OUT))) for r in runs]
+    sites = tuple(Site(name) for name in _Kept._fields)
+    runs = [m.run(cfg, params, sites=sites) for m in metrics]
+    kept = [_Kept(*(run.sites[site] for site in sites)) for run in runs]
     scores = [m.read(cfg, params, m.pick(run.resid)) for m, run in zip(metrics, runs, strict=True)]
     layout = Causal.of(clean.tokens.ids.shape[1])
     ours, theirs = kept
@@ -162,10 +165,22 @@ def _matrix(
     def one_layer(layer: Array) -> functools.partial:
         return functools.partial(block(cfg, take_layer(params["blocks"], layer), layer), layout=layout)
 
-    def sent(sender: _From) -> tuple[Array, Array, Array]:
-        """Step 2: the stream before each layer and before each MLP, [A, B, T, D], and after the last layer."""
+    after = jnp.concatenate([ours.resid_pre[1:], runs[0].resid[None]])  # the clean stream after each layer
+
+    def sent(sender: _From, first: Array) -> tuple[Array, Array, Array]:
+        """Step 2: the stream before each layer and before each MLP, [A, B, T, D], and after the last layer.
+
+        Before layer `first` it is that of the clean run.
+        """
 
         def through(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
+            return jax.lax.cond(
+                layer < first,
+                lambda: (after[layer], (ours.resid_pre[layer], ours.resid_mid[layer])),
+                lambda: run(x, layer),
+            )
+
+        def run(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
             here = sender.layer == layer
             from_donor = here & (jnp.arange(cfg.n_heads) == sender.head)[:, None]  # [H, 1]
             z = jnp.where(from_donor, theirs.z[layer], ours.z[layer])
@@ -210,7 +225,7 @@ def _matrix(
         return read_rows(cfg, params, clean, jnp.where(receiver.logits, last, x))
 
     def chunk(some: _From) -> Float[Array, "R c B"]:
-        recorded = jax.vmap(sent)(some)
+        recorded = jax.vmap(sent, in_axes=(0, None))(some, some.layer.min())
         return jax.lax.map(lambda receiver: received(receiver, recorded), receivers)
 
     made = jnp.swapaxes(jax.lax.map(chunk, senders), 1, 2)  # [C, c, R, B]
