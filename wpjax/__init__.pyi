@@ -17,6 +17,8 @@ from .circuits.contrast import contrast as contrast
 from .circuits.edges import EdgeScores as EdgeScores
 from .circuits.edges import edge_patch as edge_patch
 from .circuits.edges import score_edges as score_edges
+from .circuits.ioi import ioi_prompts as ioi_prompts
+from .circuits.ioi_study import ioi_study as ioi_study
 from .circuits.measures import circuit_curve as circuit_curve
 from .circuits.measures import completeness as completeness
 from .circuits.measures import faithfulness as faithfulness
