@@ -96,7 +96,7 @@ def activation_patch(
     """
     if site != PATTERN and site not in list(Site):
         raise WpjaxError(f"unknown site {site!r}; sites: {', '.join(Site)}, {PATTERN}")
-    place: Place = PATTERN if site == PATTERN else Site(site)
+    place: Place = "pattern" if site == PATTERN else Site(site)
     options = {"site": place, "by_position": by_position, "at_once": rows_at_once(contrast.clean)}
     change, clean, corrupted = over_prompts(tuple(contrast), _map, cfg, params, axis=2, **options)
     n_positions = contrast.clean.tokens.ids.shape[1] if by_position else 1

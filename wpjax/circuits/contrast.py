@@ -173,9 +173,9 @@ def contrast(
     >>> len(two.clean)
     1
     """
-    tokens = [text_tokens(model.tokenizer, texts) for texts in (clean, corrupted)]
-    ids = [np.array([single_token(model.tokenizer, word) for word in words]) for words in (answers, foils)]
-    return Contrast.of_tokens(model.cfg, *tokens, *ids)
+    ours, theirs = (text_tokens(model.tokenizer, texts) for texts in (clean, corrupted))
+    wanted, other = (np.array([single_token(model.tokenizer, word) for word in words]) for words in (answers, foils))
+    return Contrast.of_tokens(model.cfg, ours, theirs, wanted, other)
 
 
 def text_tokens(tokenizer: object, texts: Sequence[str]) -> Tokens:

@@ -140,9 +140,8 @@ def ioi_prompts(model: Checkpoint, n_prompts: int = 16, *, seed: int = 0, names:
         io, s, *others = rng.sample(usable["names"], 5)
         fill = functools.partial(TEMPLATES[number].format, place=place, object=thing)
         first, second = (io, s) if i % 2 == 0 else (s, io)  # ABBA, BABA
-        clean = fill(first=first, second=second, giver=s)
-        corrupted = fill(first=others[0], second=others[1], giver=others[2])
-        rows.append((clean, corrupted, io, s, 2 * number + i % 2))
+        abc = fill(first=others[0], second=others[1], giver=others[2])
+        rows.append((fill(first=first, second=second, giver=s), abc, io, s, 2 * number + i % 2))
     clean, corrupted, ios, subjects, groups = (list(column) for column in zip(*rows, strict=True))
     answers, foils = (np.array([tokenizer(" " + w, add_special_tokens=False)["input_ids"][0] for w in words])
                       for words in (ios, subjects))  # fmt: skip

@@ -82,7 +82,8 @@ def faithfulness(
     """
     whole = circuit.whole(Graph.of(cfg, contrast.n_layers))
     scores = circuit_scores(cfg, params, contrast, ablated, [whole, circuit, circuit.without(circuit.members)])
-    return Faithfulness(*(float(x) for x in scores.mean(1)), ablated.kind)
+    model, alone, nothing = scores.mean(1).tolist()
+    return Faithfulness(model, alone, nothing, ablated.kind)
 
 
 class Incompleteness(NamedTuple):

@@ -9,6 +9,7 @@ Query heads that share keys and values (GQA) share a KV group. So keys and value
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -27,7 +28,8 @@ Input = Literal["q", "k", "v", "mlp", "logits"]
 """What a receiver reads the stream for."""
 
 
-class Sender(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sender:
     """A node that writes to the stream.
 
     Attributes:
@@ -48,7 +50,8 @@ class Sender(NamedTuple):
         return f"L{self.layer}.head.{self.index}" if self.kind == "head" else f"L{self.layer}.mlp"
 
 
-class Receiver(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Receiver:
     """A node that reads from the stream.
 
     Attributes:
@@ -179,7 +182,9 @@ class Graph(NamedTuple):
             ComponentError: there is none.
         """
         found = parse_receiver(self.cfg, name)
-        return _place(self.receivers, found._replace(layer=self.n_layers) if found.kind == "logits" else found)
+        return _place(
+            self.receivers, dataclasses.replace(found, layer=self.n_layers) if found.kind == "logits" else found
+        )
 
     def edge(self, sender: str, receiver: str) -> tuple[int, int]:
         """Numbers of the two ends of an edge.

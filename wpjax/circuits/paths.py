@@ -101,15 +101,16 @@ def path_patch(
     stop = contrast.n_layers
     if not sent or not read or not all(read):
         raise WpjaxError("path patching needs at least one sender and one receiver")
-    for node in (*sent, *(r for group in read for r in group if r.kind != "logits")):
+    nodes: list[Sender | Receiver] = [*sent, *(r for group in read for r in group if r.kind != "logits")]
+    for node in nodes:
         if node.layer >= stop:
             raise WpjaxError(f"{node.name} comes after layer {stop - 1}, which the metric reads")
     possible = np.array([[any(precedes(cfg, s, r) for r in group) for group in read] for s in sent])
-    for s, some in zip(sent, possible.any(1), strict=True):
-        if not some:
+    for s, reads in zip(sent, possible, strict=True):
+        if not reads.any():
             raise WpjaxError(f"{s.name} writes after every receiver has read; name a later receiver")
-    for group, some in zip(read, possible.any(0), strict=True):
-        if not some:
+    for group, feeds in zip(read, possible.T, strict=True):
+        if not feeds.any():
             raise WpjaxError(f"{group[0].name} reads before any sender has written; name an earlier sender")
     size = min(rows_at_once(contrast.clean), len(sent))
     filled = np.minimum(np.arange(-(-len(sent) // size) * size), len(sent) - 1).reshape(-1, size)

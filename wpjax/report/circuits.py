@@ -25,7 +25,7 @@ def make_ioi(study: IOIStudy) -> Figure:
     """Figure of a study: two maps of heads, name movers, faithfulness by share of edges, and the graph."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 11.5), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+        upper, lower = np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=[1, 1.15])))
         axes = upper.subplots(2, 2)
         shape = max(int(h.name[1:].split(".")[0]) for h in study.heads) + 1, -1
         draw_head_map(axes[0, 0], np.array([h.patched for h in study.heads]).reshape(shape), "Patched, by all paths")
