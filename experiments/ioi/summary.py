@@ -14,7 +14,7 @@ def heads(report: dict[str, Any]) -> str:
     """The heads with the strongest direct path to the logits, of `wpjax circuit ioi`."""
     shown = sorted(report["heads"], key=lambda h: -abs(h["direct"]))[:N_HEADS]
     return table(
-        ("head", "direct", "by all paths", "attends to IO", "to S", "copy score", "name mover"),
+        ("head", "direct", "by all paths", "attends to IO", "to S", "copies", "suppresses", "name mover"),
         [
             (
                 h["name"],
@@ -23,6 +23,7 @@ def heads(report: dict[str, Any]) -> str:
                 f"{h['to_io']:.2f}",
                 f"{h['to_s']:.2f}",
                 f"{h['copies']:.2f}",
+                f"{h['suppresses']:.2f}",
                 "yes" if h["name"] in report["name_movers"] else "",
             )
             for h in shown

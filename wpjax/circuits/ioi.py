@@ -164,34 +164,36 @@ def copy_scores(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B n"],
     k: int = 5,
-) -> Float[Array, "L H"]:
-    """How surely each head writes the word that it reads: its copy score.
+) -> Float[Array, "2 L H"]:
+    """How surely each head writes the word that it reads, and how surely it writes against it.
 
     The stream after layer 0 at a name goes through the head's values and output, then through the final norm and the
-    unembedding. The score is the share of names that are among the k first tokens (arXiv 2211.00593, section 3.1).
+    unembedding. The copy score is the share of names that are among the k first tokens (arXiv 2211.00593, section
+    3.1). The other score is the share that is among the k last: there, a head that attends to a name lowers it.
 
     Args:
         cfg: the model.
         params: its parameters.
         tokens: the prompts.
         positions: where names stand in each.
-        k: how many tokens count as first (static).
+        k: how many tokens count as first, or as last (static).
     """
     stream = forward(cfg, params, tokens, sites=(Site.RESID_POST,), stop=1, logits=False).sites[Site.RESID_POST][0]
     at_names = jnp.take_along_axis(stream, positions[..., None], 1)  # [B, n, D]
     names = jnp.take_along_axis(tokens, positions, 1)
     layout, model = Causal.of(positions.shape[1]), decoder(cfg, params)
 
-    def of_layer(layer: Array) -> Float[Array, " H"]:
+    def of_layer(layer: Array) -> Float[Array, "H two"]:
         one = block(cfg, take_layer(params["blocks"], layer), layer)(at_names, layout)
         values = jnp.repeat(one.v, cfg.n_rep, axis=2)  # values need no positions
         written = written_by_head(values, one.block.attn.W_O.get_value(), cfg.activation_splits)  # [H, B, n, D]
 
-        def score(o: Float[Array, "B n D"]) -> Float[Array, ""]:
+        def score(o: Float[Array, "B n D"]) -> Float[Array, " two"]:
             logits = model.logits(o)
             own = jnp.take_along_axis(logits, names[..., None], -1)
-            return ((logits > own).sum(-1) < k).astype(jnp.float32).mean()
+            beyond = jnp.stack([(logits > own).sum(-1), (logits < own).sum(-1)])
+            return (beyond < k).astype(jnp.float32).mean((1, 2))
 
         return jax.lax.map(score, written)
 
-    return jax.lax.map(of_layer, jnp.arange(cfg.n_layers))
+    return jnp.moveaxis(jax.lax.map(of_layer, jnp.arange(cfg.n_layers)), 2, 0)

@@ -47,7 +47,8 @@ class Head(NamedTuple):
         direct: share that goes by way of its direct path to the logits (other heads frozen, MLPs live).
         to_io: attention from the last token to IO, mean over prompts.
         to_s: attention from there to both S.
-        copies: copy score, 0 to 1.
+        copies: copy score, 0 to 1 (`copy_scores`).
+        suppresses: how surely it writes against the names that it reads, 0 to 1.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Head(NamedTuple):
     to_io: float
     to_s: float
     copies: float
+    suppresses: float
 
     @property
     def moves_names(self) -> bool:
@@ -232,8 +234,8 @@ def _heads(cfg: ModelConfig, params: Params, prompts: IOI) -> tuple[Head, ...]:
     ids, last, rows = jnp.asarray(tokens.ids), np.asarray(tokens.last), np.arange(len(tokens.ids))
     from_end = np.asarray(attention_pattern(cfg, params, ids))[:, rows, :, last]  # [B, L, H, S]
     at = [from_end[rows, ..., prompts.positions[:, i]].mean(0).ravel() for i in range(3)]
-    copies = np.asarray(copy_scores(cfg, params, ids, jnp.asarray(prompts.positions))).ravel()
-    columns = (patched, direct, at[0], at[1] + at[2], copies)
+    copies = np.asarray(copy_scores(cfg, params, ids, jnp.asarray(prompts.positions))).reshape(2, -1)
+    columns = (patched, direct, at[0], at[1] + at[2], *copies)
     return tuple(Head(name, *map(float, values)) for name, *values in zip(names, *columns, strict=True))
 
 

@@ -68,10 +68,11 @@ def print_study(study: IOIStudy) -> None:
     paper = ("paper",) if classes else ()
     print_table(
         "\nHeads with the strongest direct path to the logits (shares of the gap)",
-        ("head", "direct", "by all paths", "attends to IO", "to S", "copies", "name mover", *paper),
+        ("head", "direct", "by all paths", "attends to IO", "to S", "copies", "suppresses", "name mover", *paper),
         [
             (
                 h.name, f"{h.direct:+.3f}", f"{h.patched:+.3f}", f"{h.to_io:.2f}", f"{h.to_s:.2f}", f"{h.copies:.2f}",
+                f"{h.suppresses:.2f}",
                 "yes" if h.moves_names else "", *([classes.get(h.name, "")] if classes else []),
             )
             for h in shown

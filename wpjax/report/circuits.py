@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from wpjax.circuits.ioi_study import Head, IOIStudy
 from wpjax.report.figures import COLOURS, GREY, STYLE
@@ -76,9 +76,11 @@ def _draw_curves(axes: Axes, study: IOIStudy) -> None:
         label = f"{how} top k: CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f}"
         axes.plot(curve.shares, curve.f, style, ms=3, lw=1.2, label=label)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{100 * k:g} %"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="share k of all edges", ylabel="share of the model's metric")
     axes.set_title(f"Circuits of edges ({study.curves[0].method}, {study.curves[0].ablation})")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def draw_graph(axes: Axes, edges: Sequence[tuple[str, str, float]]) -> None:
