@@ -97,9 +97,7 @@ def test_the_command_writes_what_it_prints(folder, wpjax, tmp_path):
     path, _ = folder
     model, seed = load_checkpoint(str(path)), None
     for seed in range(20):
-        clean, abc = (
-            scores(model.cfg, model.params, m).mean() for m in ioi_prompts(model, 4, seed=seed + 1).contrast
-        )
+        clean, abc = (scores(model.cfg, model.params, m).mean() for m in ioi_prompts(model, 4, seed=seed + 1).contrast)
         if clean > max(abc, 0):
             break
     arguments = ["circuit", "ioi", "--model", path, "--out", "ioi.json", "--n-prompts", 4, "--steps", 1, "--seed", seed]
@@ -121,9 +119,7 @@ def test_what_cannot_do_the_task_is_refused(folder, tiny_pair):
     with pytest.raises(BehaviourError, match="of the names are one token for this tokenizer, 5 are needed"):
         ioi_prompts(tiny_pair.base_checkpoint, 4)
     for seed in range(20):
-        clean, abc = (
-            scores(model.cfg, model.params, m).mean() for m in ioi_prompts(model, 4, seed=seed + 1).contrast
-        )
+        clean, abc = (scores(model.cfg, model.params, m).mean() for m in ioi_prompts(model, 4, seed=seed + 1).contrast)
         if clean <= max(abc, 0):
             with pytest.raises(BehaviourError, match="does not do the task: its mean logit difference of IO and S is"):
                 ioi_study(model, n_prompts=4, seed=seed)

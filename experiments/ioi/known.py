@@ -59,9 +59,10 @@ def measure(path: Path, seed: int = 0) -> dict[str, Any]:
     first, second = ([f"L{layer}.head.{h}" for h in range(cfg.n_heads)] for layer in range(2))
     direct = wp.path_patch(cfg, params, two, [*first, *second], "logits").share[:, 0]
     into = {part: wp.path_patch(cfg, params, two, first, [f"{name}.{part}" for name in second]).share for part in "qkv"}
-    alike = wp.forward(cfg, params, jnp.asarray(clean)).logits[:, -1].argmax(-1)
+    logits = wp.forward(cfg, params, jnp.asarray(clean)).logits
+    assert logits is not None
     return {
-        "top1": float((np.asarray(alike) == half[:, middle]).mean()),
+        "top1": float((np.asarray(logits[:, -1].argmax(-1)) == half[:, middle]).mean()),
         "direct": dict(zip([*first, *second], direct.tolist(), strict=True)),
         "into": {part: dict(zip(first, share.tolist(), strict=True)) for part, share in into.items()},
         **made(),
