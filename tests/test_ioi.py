@@ -12,8 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests.oracles import hf_final_norm, hf_layers
 from tests.tiny import LLAMA
 from wpjax.checkpoints.checkpoint import load_checkpoint
-from wpjax.circuits.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, copy_scores, ioi_prompts
-from wpjax.circuits.ioi_study import ioi_study
+from wpjax.circuits.circuit import Circuit
+from wpjax.circuits.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, copy_scores, ioi_prompts, published_classes
+from wpjax.circuits.ioi_study import Head, IOIStudy, ioi_study
+from wpjax.circuits.measures import Curve, Faithfulness
+from wpjax.cli.circuit import print_study
 from wpjax.errors import BehaviourError
 from wpjax.metrics.metric import scores
 
@@ -112,6 +115,27 @@ def test_the_command_writes_what_it_prints(folder, wpjax, tmp_path):
         assert f"CPR {curve['cpr']:.3f}, CMD {curve['cmd']:.3f}" in printed
         assert curve["f"][-1] == pytest.approx(1)
     assert wpjax(*arguments)[0] == 2  # the files exist
+
+
+def test_the_published_circuit_stands_beside_the_papers_figures(capsys):
+    """A study of GPT-2 small, made by hand: 26 heads of 7 classes, of which two are shown."""
+    classes = published_classes()
+    assert len(classes) == 26
+    assert len(set(classes.values())) == 7
+    heads = (Head("L9.head.9", 0.3, 0.3, 0.6, 0.1, 0.99, 0.0), Head("L10.head.7", -0.2, -0.2, 0.5, 0.1, 0.0, 1.0))
+    faithful = Faithfulness(3.5, 3.1, 0.0, "mean")
+    curve = Curve((0.5, 1.0), (1, 2), (0.5, 1.0), True, "resample", "EAP")
+    circuit = Circuit("nodes", ("L9.head.9",), "0", ("head",))
+    study = IOIStudy(
+        ("gpt2", "0"), 4, 0, (3.5, 0.1, 1.0), heads, circuit, {1: 0.9}, faithful, (), (), (curve,),
+        (("L9.head.9", "logits", -1.0),), (1.0, 1.0, 1.0), faithful,
+    )  # fmt: skip
+    assert [h.name for h in study.name_movers] == ["L9.head.9"]
+    assert [h.name for h in study.negative] == ["L10.head.7"]
+    print_study(study)
+    printed = capsys.readouterr().out
+    assert "F(M) 3.50 (paper 3.56), |F(M) - F(C)| 0.40 (paper 0.46)" in printed
+    assert "L10.head.7" in printed
 
 
 def test_what_cannot_do_the_task_is_refused(folder, tiny_pair):
