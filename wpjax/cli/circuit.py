@@ -67,18 +67,18 @@ def print_study(study: IOIStudy) -> None:
     classes = published_classes() if study.published is not None else {}
     paper = ("paper",) if classes else ()
     print_table(
-        "\nHeads with the strongest direct path to the logits (shares of the gap)",
-        ("head", "direct", "by all paths", "attends to IO", "to S", "copies", "suppresses", "name mover", *paper),
+        "\nHeads with the strongest direct path to the logits (shares of the gap), and the last token's attention",
+        ("head", "direct", "all paths", "to IO", "to S", "copies", "suppresses", *paper),
         [
             (
-                h.name, f"{h.direct:+.3f}", f"{h.patched:+.3f}", f"{h.to_io:.2f}", f"{h.to_s:.2f}", f"{h.copies:.2f}",
-                f"{h.suppresses:.2f}",
-                "yes" if h.moves_names else "", *([classes.get(h.name, "")] if classes else []),
+                h.name + (" *" if h.moves_names else ""), f"{h.direct:+.3f}", f"{h.patched:+.3f}", f"{h.to_io:.2f}",
+                f"{h.to_s:.2f}", f"{h.copies:.2f}", f"{h.suppresses:.2f}",
+                *([classes.get(h.name, "")] if classes else []),
             )
             for h in shown
         ],
     )  # fmt: skip
-    print(f"Name mover: direct >= {MIN_DIRECT}, attends to IO more than to S, copies >= {MIN_COPY}.")
+    print(f"* name mover: direct >= {MIN_DIRECT}, attends to IO more than to S, copies >= {MIN_COPY}.")
     faithful, worst = study.faithful, max(study.incomplete, default=0.0)
     print(
         f"\nCircuit of {len(study.circuit.members)} heads, all MLPs kept, {faithful.ablation} ablation: F(C) "
