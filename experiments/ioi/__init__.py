@@ -1,1 +1,1 @@
-"""Indirect object identification in SmolLM2, and a comparison with TransformerLens."""
+"""Indirect object identification in SmolLM2, a known circuit, and a comparison with TransformerLens."""
