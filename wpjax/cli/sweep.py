@@ -66,7 +66,7 @@ def run(
 
         def planned(schedule: Schedule) -> None:
             progress.planned(schedule)
-            progress.say(f"all parts together take about {in_words(schedule.left)}")
+            progress.say(f"this part takes about {in_words(schedule.left)}, if it finds nothing that is done already")
 
         said = run_part(config, progress, tell=progress.note, planned=planned)
     print(f"{said}\nwhen all parts have ended: wpjax collect {shlex.quote(str(config.shards))} --out r.nc")
