@@ -125,7 +125,9 @@ def markdown(found: dict[str, Any]) -> str:
             slice_ = DEVICES[kind].slice.format(n=n, cores=2 * n, nodes=-(-n // ON_HOST), each=min(n, ON_HOST))
             hours = [f"{of['device_hours'][sweep]:.3g}" for sweep in SWEEPS]
             gib = f"{of['weights'] / 2**30:.1f}"
-            rows.append([name, kind, slice_, f"`patch={n // of['model']},model={of['model']}`", gib, str(of["patches"]), *hours])
+            rows.append(
+                [name, kind, slice_, f"`patch={n // of['model']},model={of['model']}`", gib, str(of["patches"]), *hours]
+            )
     sweeps = [f"device-hours, `{sweep}`" for sweep in SWEEPS]
     return table(
         ["pair", "device", "fewest", "mesh of these", "weights a device, GiB", "patches at once", *sweeps], rows
