@@ -29,6 +29,8 @@ GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions"
 
 LLAMA_TIED = {name: value for name, value in LLAMA.items() if name != "tie_word_embeddings"}  # as is their default
 NO_HEAD_DIM = {name: value for name, value in LLAMA.items() if name != "head_dim"}  # the heads share the width
+LAYER_NORM = {name: value for name, value in NO_HEAD_DIM.items() if name != "rms_norm_eps"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {
     **LLAMA_TIED,
     "head_dim": 6,
@@ -81,7 +83,7 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
             original_max_position_embeddings=32,
         ),
     ),
-    "llama-yarn": ("llama", _rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama-yarn": ("llama", _rope(**YARN)),
     "llama-longrope": (
         "llama",
         _rope(
@@ -117,9 +119,33 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
         {**NO_HEAD_DIM, "num_attention_heads": 3, "num_key_value_heads": 1, "sliding_window": 5,
          "original_max_position_embeddings": 32, "rope_parameters": PHI3_ROPE, "pad_token_id": 0},
     ),
-    "starcoder2": (
-        "starcoder2",
-        {**{name: value for name, value in NO_HEAD_DIM.items() if name != "rms_norm_eps"}, "sliding_window": 5},
+    "ministral": (
+        "ministral",
+        {**LLAMA, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "starcoder2": ("starcoder2", {**LAYER_NORM, "sliding_window": 5}),
+    "smollm3": (
+        "smollm3",
+        {**NO_HEAD_DIM, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5, "pad_token_id": 0,
+         "rope_parameters": {**YARN, "rope_theta": 500.0}},
+    ),
+    "granite": (
+        "granite",
+        {**NO_HEAD_DIM, "embedding_multiplier": 3.0, "attention_multiplier": 0.25, "residual_multiplier": 0.4,
+         "logits_scaling": 5.0},
+    ),
+    "olmo2": ("olmo2", NO_HEAD_DIM),
+    "olmo3": (
+        "olmo3",
+        {**NO_HEAD_DIM, "sliding_window": 5,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+         "rope_parameters": {"full_attention": {**YARN, "rope_theta": 500.0},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+    ),
+    "stablelm": (
+        "stablelm",
+        {**LAYER_NORM, "use_qkv_bias": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
     ),
 }  # fmt: skip
 

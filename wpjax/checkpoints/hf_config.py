@@ -42,7 +42,7 @@ _ACTED_ON: dict[str, Any] = {
     "is_causal": True,
 }
 _SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "window")
-_FACTORS = ("attn_scale", "attn_softcap", "logit_softcap")
+_FACTORS = ("attn_scale", "attn_softcap", "logit_softcap", "embed_scale", "resid_scale", "logit_scale")
 
 
 def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = ()) -> ModelConfig:

@@ -5,6 +5,7 @@
     mlp_input  = norm(resid_mid)              mlp_proj  = neuron W_out + b_out
     resid_post = resid_mid + mlp_out          mlp_out   = mlp_proj                 (its norm in post-norm families)
 
+attn_out and mlp_out are multiplied by `ModelConfig.resid_scale` (Granite).
 In families with a parallel residual the MLP reads `resid_pre` in place of `resid_mid`. In families without pre-norms
 both modules read the stream itself.
 """
@@ -101,8 +102,13 @@ class Block(nnx.Module):
         return Window(self.cfg.window, jnp.asarray(self.cfg.sliding)[self.layer])
 
     def normed(self, site: Site, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
-        """x after the norm at a site, or x itself in families without a norm there."""
-        return getattr(self, NORMS[site])(x) if self.has_norm(site) else x
+        """The value at a site, made of x: x after the norm there, or x itself in families without one.
+
+        What is added to the stream is multiplied by `ModelConfig.resid_scale`.
+        """
+        y = getattr(self, NORMS[site])(x) if self.has_norm(site) else x
+        is_added = site in (Site.ATTN_OUT, Site.MLP_OUT)
+        return y * self.cfg.resid_scale if is_added and self.cfg.resid_scale != 1.0 else y
 
     def has_norm(self, site: Site) -> bool:
         """Whether this family has a norm at a site."""
@@ -116,18 +122,18 @@ class Block(nnx.Module):
     def residual_site(self, site: Site) -> Site:
         """The furthest site at which a change at `attn_proj` or `mlp_proj` can simply be added.
 
-        That is the stream; but if a norm stands between, it is the site itself.
+        That is the stream; but if a norm or a factor stands between, it is the site itself.
         """
         in_the_stream = {Site.ATTN_PROJ: Site.RESID_MID, Site.MLP_PROJ: Site.RESID_POST}
-        return site if self.cfg.post_norm else in_the_stream[site]
+        return site if self.cfg.post_norm or self.cfg.resid_scale != 1.0 else in_the_stream[site]
 
     def attn_proj_slope(
         self, slope: Float[Array, "*n D"], ours: Float[Array, "*n D"], theirs: Float[Array, "*n D"]
     ) -> Float[Array, "*n D"]:
         """Take a slope from `attn_out` back to `attn_proj`, exactly for the difference of two passes.
 
-        Returns g with <slope, attn_out' - attn_out> = <g, attn_proj' - attn_proj>. Without a post-norm g is the slope.
-        With one it is the slope, taken back through the norm's secant between the two passes
+        Returns g with <slope, attn_out' - attn_out> = <g, attn_proj' - attn_proj>. Without a post-norm g is the
+        slope, times the family's factor. With one it is taken back through the norm's secant between the two passes
         (docs/method.md, "Following an effect").
 
         Args:
@@ -136,7 +142,7 @@ class Block(nnx.Module):
             theirs: `attn_proj` of the other.
         """
         if not self.cfg.post_norm:
-            return slope
+            return self.normed(Site.ATTN_OUT, slope)  # which is the factor alone
 
         def change(d: Array) -> Array:  # linear in d, so its transpose takes a slope back
             attn_proj: Any = Secant(ours, theirs, d)

@@ -77,15 +77,20 @@ class ModelConfig:
         window: size of the sliding window: a token sees itself and the `window` - 1 tokens before it. None: no layer
             has a window, and tokens see all those before them.
         sliding: [L], whether each layer has the window; empty without a window.
+        unrotated: [L], whether each layer has no rotary positions (SmolLM3); empty if all layers have them.
         qkv_bias: whether queries, keys and values have biases.
         qk_norm: whether each head's queries and keys go through a norm over their d_head numbers, before rotary
             positions. All heads of a layer share its scale (Qwen3, Gemma 3).
+        joint_qk_norm: whether the queries of all heads of a layer together go through one norm over their n_heads
+            d_head numbers, and the keys through another, before rotary positions (OLMo 2).
         out_bias: whether the output of attention has a bias.
         mlp_bias: whether the MLP has biases.
         attn_scale: factor of attention scores; None for d_head ** -0.5.
         attn_softcap: bound on attention scores, see `ops.soft_cap`; None for no bound.
         logit_softcap: bound on logits, likewise.
         embed_scale: factor of embedded tokens.
+        resid_scale: factor of what attention and MLP add to the stream, after their norms if they have these (Granite).
+        logit_scale: factor of logits, before their bound (Granite).
         tied: whether the unembedding is the embedding transposed.
         activation_splits: 1 or 2. Where an activation meets a bfloat16 weight, it is written as the sum of so many
             bfloat16 numbers. 1 keeps 8 bits of it; 2 keeps 16 and takes twice the operations. With float32 weights
@@ -128,6 +133,10 @@ class ModelConfig:
     window: int | None = _later(None)
     sliding: tuple[bool, ...] = _later(())
     local_rope: Rope | None = _later(None)  # noqa: RUF009  (a frozen field)
+    joint_qk_norm: bool = _later(False)
+    resid_scale: float = _later(1.0)
+    logit_scale: float = _later(1.0)
+    unrotated: tuple[bool, ...] = _later(())
 
     __repr__ = _repr
 

@@ -110,7 +110,7 @@ def rotate(
         x: queries or keys, of N heads.
         positions: positions of the tokens in their prompts.
         layer: number of the layer; it may be traced. Layers with a sliding window turn by `cfg.local_rope`, if there
-            is one.
+            is one; those in `cfg.unrotated` do not turn.
 
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
     >>> x = jnp.ones((1, 2, 1, 4))
@@ -125,6 +125,9 @@ def rotate(
         is_local = jnp.asarray(cfg.sliding)[layer]
         local_freq, local_scale = frequencies(cfg.local_rope, cfg.d_head)
         inv_freq, scale = jnp.where(is_local, local_freq, inv_freq), jnp.where(is_local, local_scale, scale)
+    if any(cfg.unrotated):
+        stays = jnp.asarray(cfg.unrotated)[layer]
+        inv_freq, scale = jnp.where(stays, 0.0, inv_freq), jnp.where(stays, 1.0, scale)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)
     cos = (jnp.cos(angle) * scale)[:, :, None, :]
     sin = (jnp.sin(angle) * scale)[:, :, None, :]
