@@ -31,7 +31,7 @@ def test_counts(pair):
     assert count(cfg, "head") == cfg.n_heads
     assert count(cfg, "kv_group") == cfg.n_kv_heads
     assert count(cfg, "neuron") == cfg.d_mlp
-    assert count(cfg, "norm") == (4 if cfg.post_norm else 2)
+    assert count(cfg, "norm") == 2 * cfg.pre_norm + 2 * cfg.post_norm
     assert count(cfg, "unembed") == (0 if cfg.tied else 1)
     assert len(enumerate_components(cfg, ["head"])) == cfg.n_heads * cfg.n_layers
     assert len(enumerate_components(cfg, ["head"], range(2))) == cfg.n_heads * 2

@@ -10,7 +10,7 @@ from tests.oracles import hf_sites
 from tests.tiny import build
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.errors import WpjaxError
-from wpjax.models.decoder import forward
+from wpjax.models.decoder import decoder, forward
 from wpjax.models.generate import generate
 from wpjax.models.sites import Site
 
@@ -24,6 +24,14 @@ def test_logits_and_every_residual_site_equal_hf(hf_model):
     np.testing.assert_allclose(np.asarray(out.logits), logits, atol=1e-4, rtol=1e-4)
     for site in Site:
         np.testing.assert_allclose(out.sites[site], sites[site], atol=1e-4, rtol=1e-4, err_msg=site)
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2"])
+def test_log_odds_are_differences_of_logits_after_factor_and_bound(name, tmp_path):
+    ours, (a, b) = load_checkpoint(str(build(name, tmp_path).folder)), jnp.array([[7] * 24, [9] * 24])
+    out = forward(ours.cfg, ours.params, jnp.asarray(TOKENS[:1]))
+    odds = decoder(ours.cfg, ours.params).log_odds(out.resid[0], a, b)
+    np.testing.assert_allclose(odds, out.logits[0, :, 7] - out.logits[0, :, 9], atol=1e-5)
 
 
 def test_a_prefix_of_layers_equals_the_whole_run(hf_model):

@@ -131,8 +131,8 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite": (
         "granite",
-        {**NO_HEAD_DIM, "embedding_multiplier": 3.0, "attention_multiplier": 0.25, "residual_multiplier": 0.4,
-         "logits_scaling": 5.0},
+        {**LLAMA, "attention_bias": True, "mlp_bias": True, "embedding_multiplier": 1.5, "attention_multiplier": 0.25,
+         "residual_multiplier": 0.8, "logits_scaling": 0.7},
     ),
     "olmo2": ("olmo2", NO_HEAD_DIM),
     "olmo3": (
@@ -186,7 +186,7 @@ def build(name: str, folder: Path, seed: int = 0) -> HfModel:
 
 
 PAIR_SPECS = tuple(
-    "llama-gqa3 llama-biases gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3".split()
+    "llama-gqa3 granite gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2".split()
 )
 
 
@@ -230,6 +230,8 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
         norms = ["input_layernorm", "post_attention_layernorm"]
         if config.model_type.startswith("gemma"):
             norms = [norms[0], "pre_feedforward_layernorm", norms[1], "post_feedforward_layernorm"]
+        if config.model_type.startswith("olmo"):
+            norms = [norms[1], "post_feedforward_layernorm"]
         dh = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layer = f"model.layers.{c.layer}."
         rows = slice(c.index * dh, (c.index + 1) * dh)

@@ -103,6 +103,15 @@ class LayerPatch(NamedTuple):
         """How the tokens of all these passes are laid out."""
         return self.host.layout
 
+    @property
+    def heads_act_on_others(self) -> bool:
+        """Whether a patch of one head or KV group changes what the other heads write.
+
+        It does if all heads go through one norm (`ModelConfig.joint_qk_norm`) and a single one has new weights. With
+        an input that is given, its own output is put in, and that is its own alone.
+        """
+        return self.host.block.cfg.joint_qk_norm and self.channels is not self.weights
+
     def attention(self, weights: Block, **known: Array) -> LayerPass:
         """A pass with new weights on the input of the source's attention.
 
@@ -144,16 +153,6 @@ class Rows(NamedTuple):
             return Site.RESID_POST, self.post, at.host.resid_post
         assert self.mid is not None
         return Site.RESID_MID, self.mid, at.host.resid_mid
-
-
-    @property
-    def heads_act_on_others(self) -> bool:
-        """Whether a patch of one head or KV group changes what the other heads write.
-
-        It does if all heads go through one norm (`ModelConfig.joint_qk_norm`) and a single one has new weights. With
-        an input that is given, its own output is put in, and that is its own alone.
-        """
-        return self.host.block.cfg.joint_qk_norm and self.channels is not self.weights
 
 
 class HeadValues(NamedTuple):
