@@ -1,7 +1,9 @@
 """What families say of themselves: published configurations, models of images and text, and what is refused."""
 
 import json
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from tests.tiny import GEMMA3_ROPE, LLAMA, LLAMA_TIED, NO_HEAD_DIM
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.checkpoints.convert import tensor_shapes
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.rewrite import rewrite_folder
 from wpjax.checkpoints.text_tower import text_config
 from wpjax.errors import ConfigError
-from wpjax.models.decoder import forward
+from wpjax.models.decoder import abstract_params, forward
 
 TOKENS = np.random.default_rng(3).integers(3, 50, (2, 9))
 
@@ -127,6 +130,53 @@ def test_what_published_models_differ_in():
     assert (phi4.n_ctx, phi4.rope.fraction) == (4096, 0.75)  # its short factors hold up to there
     assert (cfgs["gemma-2-2b"].attn_softcap, cfgs["gemma-2-2b"].logit_softcap) == (50.0, 30.0)
     assert cfgs["pythia-70m"].parallel
+
+
+def sizes(d_model, n_layers, heads, d_mlp, vocab, **more):
+    """The sizes of a config.json; `heads` is the number of query heads, or that and the number of KV heads."""
+    heads, kv_heads = heads if isinstance(heads, tuple) else (heads, heads)
+    return {"hidden_size": d_model, "num_hidden_layers": n_layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": d_mlp, "vocab_size": vocab, **more}  # fmt: skip
+
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+COUNTED = {  # sizes of published models, and the number of parameters that was published with them
+    "Llama-2-7b": ("llama", sizes(4096, 32, 32, 11008, 32000), 6_738_415_616),
+    "Llama-3.1-70B": ("llama", sizes(8192, 80, (64, 8), 28672, 128256), 70_553_706_496),
+    "Mistral-Small-24B": ("mistral", sizes(5120, 40, (32, 8), 32768, 131072, head_dim=128), 23_572_403_200),
+    "Ministral-8B": ("ministral", sizes(4096, 36, (32, 8), 12288, 131072), 8_019_808_256),
+    "Qwen2.5-72B": ("qwen2", sizes(8192, 80, (64, 8), 29568, 152064), 72_706_203_648),
+    "Qwen3-32B": ("qwen3", sizes(5120, 64, (64, 8), 25600, 151936, head_dim=128, **UNTIED), 32_762_123_264),
+    "gemma-2-27b": ("gemma2", sizes(4608, 46, (32, 16), 36864, 256000, head_dim=128), 27_227_128_320),
+    "OLMo-2-1B": ("olmo2", sizes(2048, 16, 16, 8192, 100352), 1_484_916_736),
+    "OLMo-2-7B": ("olmo2", sizes(4096, 32, 32, 11008, 100352), 7_298_617_344),
+    "OLMo-2-13B": ("olmo2", sizes(5120, 40, 40, 13824, 100352), 13_716_198_400),
+    "OLMo-2-32B": ("olmo2", sizes(5120, 64, (40, 8), 27648, 100352), 32_234_279_936),
+    "Olmo-3-7B": ("olmo3", sizes(4096, 32, 32, 11008, 100278), 7_298_011_136),
+    "granite-3.0-2b": ("granite", sizes(2048, 40, (32, 8), 8192, 49155, **TIED), 2_533_531_648),
+    "granite-3.0-8b": ("granite", sizes(4096, 40, (32, 8), 12800, 49155, **TIED), 8_170_848_256),
+    "SmolLM3-3B": ("smollm3", sizes(2048, 36, (16, 4), 11008, 128256), 3_075_098_624),
+    "starcoder2-3b": ("starcoder2", sizes(3072, 30, (24, 2), 12288, 49152), 3_030_371_328),
+    "starcoder2-15b": ("starcoder2", sizes(6144, 40, (48, 4), 24576, 49152, **UNTIED), 15_957_889_024),
+    "pythia-12b": ("gpt_neox", sizes(5120, 36, 40, 20480, 50688), 11_846_072_320),
+    "gpt-neox-20b": ("gpt_neox", sizes(6144, 44, 64, 24576, 50432), 20_554_567_680),
+    "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+}
+PUBLISHED_COUNTS = {
+    "Mistral-7B-v0.1": 7_241_732_096, "Qwen2.5-0.5B": 494_032_768, "Qwen3-0.6B": 596_049_920,
+    "gemma-2-2b": 2_614_341_888, "gemma-3-270m": 268_098_176, "Phi-3-mini-4k": 3_821_079_552,
+    "Phi-4-mini": 3_836_021_760, "pythia-70m": 70_426_624,
+}  # fmt: skip
+
+
+def test_published_sizes_have_the_published_number_of_parameters():
+    """By shapes alone: nothing is allocated, so 72 billion parameters take no longer than 70 million."""
+    raws = {name: (PUBLISHED[name], n) for name, n in PUBLISHED_COUNTS.items()}
+    raws |= {name: ({"model_type": family, **raw}, n) for name, (family, raw, n) in COUNTED.items()}
+    for name, (raw, n) in raws.items():
+        cfg = parse_config(raw, "config.json", ignore=NOT_READ)
+        assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(cfg))) == n, name
+        assert sum(map(math.prod, tensor_shapes(cfg).values())) == n, name
 
 
 @pytest.mark.parametrize(
