@@ -115,6 +115,13 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     for rope in (cfg.rope, cfg.local_rope):
         if rope and not _has_frequencies(rope, cfg.d_head):
             raise ConfigError(f"{where}: rope_parameters give no usable frequencies: {rope}; correct them")
+    for field in ("sliding", "unrotated"):
+        told = len(getattr(cfg, field))
+        if told not in (0, cfg.n_layers):
+            raise ConfigError(
+                f"{where}: {told} layers are said to have a window or rotary positions or none, but there "
+                f"are {cfg.n_layers}; correct layer_types or no_rope_layers"
+            )
     if cfg.n_heads % cfg.n_kv_heads:
         raise ConfigError(f"{where}: {cfg.n_heads} query heads cannot share {cfg.n_kv_heads} KV heads evenly")
     return cfg
