@@ -66,6 +66,24 @@ def test_greedy_generation_equals_hf_token_for_token(hf_model):
     np.testing.assert_array_equal(got.lengths, [8, 8, 8])
 
 
+def test_longrope_beyond_its_original_context_equals_hf(tmp_path):
+    """Prompts of more than 32 tokens rotate by the long factors, in HF and here if the original context is ignored."""
+    hf = build("llama-longrope", tmp_path)
+    refused = load_checkpoint(str(hf.folder))
+    ids = np.random.default_rng(4).integers(0, 61, (1, 40))
+    with pytest.raises(WpjaxError, match="40 tokens exceed the context of 32.*--ignore-config original_max"):
+        forward(refused.cfg, refused.params, jnp.asarray(ids))
+    ours = load_checkpoint(str(hf.folder), ignore_config=("original_max_position_embeddings",))
+    assert ours.cfg.n_ctx == 64
+    with torch.no_grad():
+        expected = hf.model(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(forward(ours.cfg, ours.params, jnp.asarray(ids)).logits, expected, atol=1e-4, rtol=1e-4)
+    args = ours.cfg, ours.params, jnp.asarray(ids), jnp.array([40])
+    answer = hf.model.generate(torch.tensor(ids), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = generate(*args, max_new_tokens=6, stop_tokens=jnp.array([], jnp.int32))
+    np.testing.assert_array_equal(got.tokens[0], answer[0, 40:].numpy())
+
+
 def test_generation_stops_at_a_stop_token(hf_model):
     ours = load_checkpoint(str(hf_model.folder))
     lengths = jnp.array([24, 9, 17])

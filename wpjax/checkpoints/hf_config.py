@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wpjax.errors import ConfigError
-from wpjax.models.config import ModelConfig, Rope, RopeScaling
+from wpjax.models.config import ORIGINAL_CONTEXT, ModelConfig, Rope, RopeScaling
 from wpjax.models.families import COMMON_IGNORED, FAMILIES, Family, activation
 from wpjax.models.rotary import frequencies
 
@@ -51,7 +51,8 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     Args:
         raw: the content of config.json.
         where: the file, for messages.
-        ignore: attributes that the caller knows not to matter.
+        ignore: attributes that the caller knows not to matter. Without `original_max_position_embeddings`, a model with
+            longrope rotates by its long factors, as HF lets it for sequences beyond that context, at every length.
 
     Raises:
         ConfigError: the family or an attribute is unknown, or a value is missing, impossible or not implemented; or the
@@ -87,16 +88,18 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     except (ArithmeticError, TypeError, KeyError) as error:
         raise ConfigError(f"{where}: its numbers do not fit together ({error!r}); correct them") from error
     values["rope"] = None
+    is_long = ORIGINAL_CONTEXT in ignore
     if family.rotary_by_layer:
         by_layer = full["rope_parameters"]
         values["rope"], values["local_rope"] = (
-            _parse_rope({**full, "rope_parameters": by_layer[kind]}, where, family.partly_rotary)
+            _parse_rope({**full, "rope_parameters": by_layer[kind]}, where, family.partly_rotary, is_long)
             for kind in ("full_attention", "sliding_attention")
         )
     elif family.rotary:
-        values["rope"] = _parse_rope(full, where, family.partly_rotary)
-    if values["rope"] and values["rope"].scaling == "longrope":  # its short factors hold up to the original context
-        values["n_ctx"] = int(dict(values["rope"].options)["original_max_position_embeddings"])  # type: ignore[arg-type]
+        values["rope"] = _parse_rope(full, where, family.partly_rotary, is_long)
+    for rope in (values["rope"], values.get("local_rope")):
+        if rope and rope.scaling == "longrope" and not is_long:  # its short factors hold up to the original context
+            values["n_ctx"] = int(dict(rope.options)[ORIGINAL_CONTEXT])
     if values.get("window") is None or values["window"] >= values["n_ctx"] or not any(values["sliding"]):
         values |= {"window": None, "sliding": () if values.get("local_rope") is None else values["sliding"]}
     may_lack = {field.name for field in dataclasses.fields(ModelConfig) if field.default is None} | {"rope"}
@@ -324,13 +327,14 @@ def _has_frequencies(rope: Rope, d_head: int) -> bool:
     return bool(np.isfinite(inv_freq).all()) and math.isfinite(scale)
 
 
-def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
+def _parse_rope(full: Mapping[str, Any], where: str, partly: bool, is_long: bool) -> Rope:
     """The rotary embedding of a configuration.
 
     Args:
         full: the configuration with defaults.
         where: the file, for messages.
         partly: whether the family may rotate a part of each head (`Family.partly_rotary`).
+        is_long: whether longrope is to use its long factors.
 
     Raises:
         ConfigError: a variant or an option is unknown, missing or of no use.
@@ -362,6 +366,8 @@ def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
     missing = sorted({"linear": {"factor"}, "llama3": _ROPE_OPTIONS["llama3"]}.get(scaling, set()) - set(options))
     if missing:
         raise ConfigError(f"{where}: rope_parameters lacks {', '.join(missing)} for rope_type {scaling!r}")
+    if is_long and scaling == "longrope":
+        options["long"] = True
     hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return Rope(float(theta), scaling, tuple(sorted(hashable.items())), float(fraction))
 

@@ -9,6 +9,9 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
 RopeScaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
+"""HF's attribute for the context before longrope extended it."""
+
 
 def _later(default: Any) -> Any:
     """A field that a later version added; at its default, `_repr` leaves it out."""
@@ -35,7 +38,8 @@ class Rope:
     Attributes:
         theta: base of the wavelengths: pair i of d dimensions turns by theta^(-2 i / d) radians a token.
         scaling: name of the variant, as in HF's `rope_type`.
-        options: the variant's numbers by name, sorted (a tuple, so that a configuration is hashable).
+        options: the variant's numbers by name, sorted (a tuple, so that a configuration is hashable). Of longrope, "long"
+            says whether the long factors are used, at every length.
         fraction: share of a head's dimensions that are rotated. These come first; the others have no position.
     """
 
@@ -45,6 +49,11 @@ class Rope:
     fraction: float = _later(1.0)
 
     __repr__ = _repr
+
+    @property
+    def is_long(self) -> bool:
+        """Whether longrope rotates by its long factors."""
+        return bool(dict(self.options).get("long", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +158,15 @@ class ModelConfig:
     def n_rep(self) -> int:
         """Number of query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def longer_context(self) -> str:
+        """What to do if a prompt is longer than the context, as the end of an error; empty if nothing can be done."""
+        if self.rope is None or self.rope.scaling != "longrope" or self.rope.is_long:
+            return ""
+        return (
+            f"; or pass --ignore-config {ORIGINAL_CONTEXT}: the model then rotates by its long factors, at every length"
+        )
 
     def differences(self, other: ModelConfig) -> list[str]:
         """Fields in which two configurations differ, each as "name: mine != theirs"."""

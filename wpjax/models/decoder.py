@@ -202,7 +202,9 @@ def forward(
     if stop is not None and not 0 <= stop <= cfg.n_layers:
         raise WpjaxError(f"stop={stop}: the model has {cfg.n_layers} layers; stop is how many of them to run")
     if tokens.shape[-1] > cfg.n_ctx:
-        raise WpjaxError(f"{tokens.shape[-1]} tokens exceed the context of {cfg.n_ctx}; shorten the prompts")
+        raise WpjaxError(
+            f"{tokens.shape[-1]} tokens exceed the context of {cfg.n_ctx}; shorten the prompts{cfg.longer_context}"
+        )
     return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, edits=edits)
 
 
