@@ -65,7 +65,7 @@ GEMMA = Names("input_layernorm", "self_attn.o_proj", "pre_feedforward_layernorm"
 OLMO = Names("", "self_attn.o_proj", "", "mlp", "mlp.down_proj",
              "post_attention_layernorm", "post_feedforward_layernorm")  # fmt: skip
 NAMES = {
-    **dict.fromkeys("llama mistral ministral qwen2 qwen3 phi3 smollm3 granite stablelm".split(), LLAMA),
+    **dict.fromkeys("llama mistral ministral ministral3 qwen2 qwen3 phi3 smollm3 granite stablelm".split(), LLAMA),
     **dict.fromkeys(("olmo2", "olmo3"), OLMO),
     **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
     "gpt2": Names("ln_1", "attn.c_proj", "ln_2", "mlp", "mlp.c_proj"),

@@ -254,6 +254,8 @@ def test_published_sizes_have_the_published_number_of_parameters():
         ("granite-3.0-8b", {"residual_multiplier": -0.2}, "residual_multiplier=-0.2 is not a positive number"),
         ("granite-3.0-8b", {"embedding_multiplier": 0}, "embedding_multiplier=0 is not a positive number"),
         ("SmolLM3-3B", {"no_rope_layers": [1, 0]}, "2 layers are said .* there are 36; correct .*no_rope_layers"),
+        ("Mistral-7B-v0.1", {"model_type": "ministral3", "rope_parameters": {"rope_type": "default"}},
+         "numbers do not fit together .*llama_4_scaling_beta"),
         ("gemma-3-270m", {"rope_local_base_freq": 0}, "rope_theta=0 is not a value"),
     ],
 )  # fmt: skip

@@ -71,7 +71,7 @@ def test_longrope_beyond_its_original_context_equals_hf(tmp_path):
     hf = build("llama-longrope", tmp_path)
     refused = load_checkpoint(str(hf.folder))
     ids = np.random.default_rng(4).integers(0, 61, (1, 40))
-    with pytest.raises(WpjaxError, match="40 tokens exceed the context of 32.*--ignore-config original_max"):
+    with pytest.raises(WpjaxError, match=r"40 tokens exceed the context of 32.*--ignore-config original_max"):
         forward(refused.cfg, refused.params, jnp.asarray(ids))
     ours = load_checkpoint(str(hf.folder), ignore_config=("original_max_position_embeddings",))
     assert ours.cfg.n_ctx == 64

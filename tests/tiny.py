@@ -123,6 +123,11 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
         "ministral",
         {**LLAMA, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "ministral3": (
+        "ministral3",
+        {**LLAMA, "rope_parameters": {**YARN, "rope_theta": 500.0, "original_max_position_embeddings": 8,
+                                      "llama_4_scaling_beta": 0.3}},
+    ),
     "starcoder2": ("starcoder2", {**LAYER_NORM, "sliding_window": 5}),
     "smollm3": (
         "smollm3",

@@ -92,11 +92,11 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     if family.rotary_by_layer:
         by_layer = full["rope_parameters"]
         values["rope"], values["local_rope"] = (
-            _parse_rope({**full, "rope_parameters": by_layer[kind]}, where, family.partly_rotary, is_long)
+            _parse_rope(family, {**full, "rope_parameters": by_layer[kind]}, where, is_long)
             for kind in ("full_attention", "sliding_attention")
         )
     elif family.rotary:
-        values["rope"] = _parse_rope(full, where, family.partly_rotary, is_long)
+        values["rope"] = _parse_rope(family, full, where, is_long)
     for rope in (values["rope"], values.get("local_rope")):
         if rope and rope.scaling == "longrope" and not is_long:  # its short factors hold up to the original context
             values["n_ctx"] = int(dict(rope.options)[ORIGINAL_CONTEXT])
@@ -327,13 +327,13 @@ def _has_frequencies(rope: Rope, d_head: int) -> bool:
     return bool(np.isfinite(inv_freq).all()) and math.isfinite(scale)
 
 
-def _parse_rope(full: Mapping[str, Any], where: str, partly: bool, is_long: bool) -> Rope:
+def _parse_rope(family: Family, full: Mapping[str, Any], where: str, is_long: bool) -> Rope:
     """The rotary embedding of a configuration.
 
     Args:
+        family: the family.
         full: the configuration with defaults.
         where: the file, for messages.
-        partly: whether the family may rotate a part of each head (`Family.partly_rotary`).
         is_long: whether longrope is to use its long factors.
 
     Raises:
@@ -346,10 +346,10 @@ def _parse_rope(full: Mapping[str, Any], where: str, partly: bool, is_long: bool
     theta = next(value for value in (theta, full.get("rope_theta"), 10_000.0) if value is not None)
     if not isinstance(scaling, str) or scaling not in _ROPE_OPTIONS:
         raise ConfigError(f"{where}: rope_type {scaling!r} is not implemented; known: {', '.join(_ROPE_OPTIONS)}")
-    options = {k: v for k, v in parameters.items() if v is not None}
+    options = {k: v for k, v in parameters.items() if v is not None and k not in family.rope_ignored}
     fraction = 1.0
     # A factor of 1.0 changes nothing, so any family may name it. Any other stays in `options` and is refused below.
-    if partly or options.get("partial_rotary_factor") == 1.0:
+    if family.partly_rotary or options.get("partial_rotary_factor") == 1.0:
         fraction = options.pop("partial_rotary_factor", 1.0)
     if scaling == "default":  # transformers reads none of the other variants' numbers here
         options = {k: v for k, v in options.items() if k not in _ANY_ROPE_OPTION}

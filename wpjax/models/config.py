@@ -38,8 +38,8 @@ class Rope:
     Attributes:
         theta: base of the wavelengths: pair i of d dimensions turns by theta^(-2 i / d) radians a token.
         scaling: name of the variant, as in HF's `rope_type`.
-        options: the variant's numbers by name, sorted (a tuple, so that a configuration is hashable). Of longrope, "long"
-            says whether the long factors are used, at every length.
+        options: the variant's numbers by name, sorted (a tuple, so that a configuration is hashable). For
+            longrope, "long" says whether the long factors are used, at every length.
         fraction: share of a head's dimensions that are rotated. These come first; the others have no position.
     """
 
@@ -86,6 +86,8 @@ class ModelConfig:
         window: size of the sliding window: a token sees itself and the `window` - 1 tokens before it. None: no layer
             has a window, and tokens see all those before them.
         sliding: [L], whether each layer has the window; empty without a window.
+        query_growth: (beta, n): queries at position p are multiplied by 1 + beta log(1 + floor(p / n)), after rotary
+            positions (Ministral 3); None for no growth.
         unrotated: [L], whether each layer has no rotary positions (SmolLM3); empty if all layers have them.
         qkv_bias: whether queries, keys and values have biases.
         qk_norm: whether each head's queries and keys go through a norm over their d_head numbers, before rotary
@@ -146,6 +148,7 @@ class ModelConfig:
     resid_scale: float = _later(1.0)
     logit_scale: float = _later(1.0)
     unrotated: tuple[bool, ...] = _later(())
+    query_growth: tuple[float, int] | None = _later(None)
 
     __repr__ = _repr
 
@@ -165,7 +168,7 @@ class ModelConfig:
         if self.rope is None or self.rope.scaling != "longrope" or self.rope.is_long:
             return ""
         return (
-            f"; or pass --ignore-config {ORIGINAL_CONTEXT}: the model then rotates by its long factors, at every length"
+            f"; or pass --ignore-config {ORIGINAL_CONTEXT}: the model then rotates by its long factors at all lengths"
         )
 
     def differences(self, other: ModelConfig) -> list[str]:

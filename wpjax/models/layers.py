@@ -129,7 +129,11 @@ class Attention(nnx.Module):
             q = self.norm_q(q)
         if self.cfg.joint_qk_norm:
             q = self.joint_norm_q(q)
-        return rotate(self.cfg, q, positions, layer) if self.cfg.rope else q
+        q = rotate(self.cfg, q, positions, layer) if self.cfg.rope else q
+        if self.cfg.query_growth is None:
+            return q
+        beta, n = self.cfg.query_growth
+        return q * (1 + beta * jnp.log1p((positions // n).astype(jnp.float32)))[..., None, None]
 
     def keys(
         self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int

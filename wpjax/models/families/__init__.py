@@ -13,7 +13,7 @@ from wpjax.models.families.gpt2 import GPT2
 from wpjax.models.families.gpt_neox import GPT_NEOX
 from wpjax.models.families.granite import GRANITE
 from wpjax.models.families.llama import LLAMA
-from wpjax.models.families.ministral import MINISTRAL
+from wpjax.models.families.ministral import MINISTRAL, MINISTRAL3
 from wpjax.models.families.mistral import MISTRAL
 from wpjax.models.families.olmo2 import OLMO2
 from wpjax.models.families.olmo3 import OLMO3
@@ -38,6 +38,7 @@ for _family in (
     GPT_NEOX,
     MISTRAL,
     MINISTRAL,
+    MINISTRAL3,
     QWEN2,
     QWEN3,
     GEMMA2,

@@ -58,6 +58,7 @@ class Family:
         rotary: whether positions are rotary. If so, HF's `rope_parameters` say how.
         partly_rotary: whether the attribute `partial_rotary_factor` says how much of a head is rotated.
         rotary_by_layer: whether `rope_parameters` has an entry for layers with a sliding window and one for the others.
+        rope_ignored: entries of `rope_parameters` that say nothing of rotation.
         rotary_attributes: attributes that say something of rotary positions, older names included. transformers merges
             these into `rope_parameters`.
     """
@@ -76,6 +77,7 @@ class Family:
     rotary: bool = True
     partly_rotary: bool = False
     rotary_by_layer: bool = False
+    rope_ignored: frozenset[str] = frozenset()
     rotary_attributes: frozenset[str] = frozenset({"rope_parameters", "rope_theta", "rope_scaling"})
 
     @property
