@@ -18,8 +18,10 @@ from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.rewrite import rewrite_folder
 from wpjax.checkpoints.text_tower import text_config
 from wpjax.errors import ConfigError
-from wpjax.models.config import Rope
+from wpjax.models import layers
+from wpjax.models.config import ModelConfig, Rope
 from wpjax.models.decoder import abstract_params, forward
+from wpjax.models.families import activation
 
 TOKENS = np.random.default_rng(3).integers(3, 50, (2, 9))
 
@@ -151,6 +153,16 @@ PUBLISHED = {  # what the config.json files of published models say, sizes inclu
 }  # fmt: skip
 NOT_READ = ("use_mrope", "attention_bias", "full_attn_mod", "interpolate_factor", "lm_head_bias", "mlp_bias")
 """Attributes of these files that transformers' own classes do not have."""
+
+
+def test_activations_are_those_of_their_names_in_transformers():
+    x = np.linspace(-6, 6, 97, dtype=np.float32)
+    known = {name: activation(name) for name in transformers.activations.ACT2FN if activation(name)}
+    assert set(known.values()) == {"silu", "gelu", "gelu_tanh", "relu"}
+    for name, ours in known.items():
+        theirs = transformers.activations.ACT2FN[name](torch.tensor(x)).numpy()
+        mine = layers.activation(ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64, act=ours))(jnp.asarray(x))
+        np.testing.assert_allclose(mine, theirs, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
