@@ -67,6 +67,7 @@ OLMO = Names("", "self_attn.o_proj", "", "mlp", "mlp.down_proj",
 NAMES = {
     **dict.fromkeys("llama mistral ministral ministral3 qwen2 qwen3 phi3 smollm3 granite stablelm".split(), LLAMA),
     **dict.fromkeys(("olmo2", "olmo3"), OLMO),
+    **dict.fromkeys(("cohere", "cohere2"), dataclasses.replace(LLAMA, norm_mlp="")),
     **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
     "gpt2": Names("ln_1", "attn.c_proj", "ln_2", "mlp", "mlp.c_proj"),
     "gpt_neox": Names("input_layernorm", "attention.dense", "post_attention_layernorm", "mlp", "mlp.dense_4h_to_h"),
@@ -129,6 +130,14 @@ def hf_sites(model, tokens):
         found.setdefault(site, found[proj] * getattr(model.config, "residual_multiplier", 1.0))
     found.setdefault(Site.ATTN_INPUT, found[Site.RESID_PRE])
     found.setdefault(Site.MLP_INPUT, found[Site.RESID_MID])
+    if model.config.model_type.startswith("cohere"):  # rotated pairs stand side by side there, half a head apart here
+        for site in (Site.Q, Site.K):
+            pairs = found[site].reshape(*found[site].shape[:-1], -1, 2)
+            found[site] = pairs.swapaxes(-1, -2).reshape(found[site].shape)
+        found[Site.MLP_INPUT], found[Site.RESID_MID] = (
+            found[Site.ATTN_INPUT],
+            found[Site.RESID_PRE] + found[Site.ATTN_OUT],
+        )
     if getattr(model.config, "use_parallel_residual", False):  # its MLP reads the stream that enters
         found[Site.RESID_MID] = found[Site.RESID_PRE] + found[Site.ATTN_OUT]
     return logits.numpy(), found

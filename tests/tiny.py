@@ -147,6 +147,12 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_parameters": {"full_attention": {**YARN, "rope_theta": 500.0},
                              "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}},
     ),
+    "cohere": ("cohere", {**LAYER_NORM, "logit_scale": 0.4}),
+    "cohere2": (
+        "cohere2",
+        {**LAYER_NORM, "attention_bias": True, "sliding_window": 5, "logit_scale": 0.6, "tie_word_embeddings": True,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "stablelm": (
         "stablelm",
         {**LAYER_NORM, "use_qkv_bias": True,
@@ -191,7 +197,7 @@ def build(name: str, folder: Path, seed: int = 0) -> HfModel:
 
 
 PAIR_SPECS = tuple(
-    "llama-gqa3 granite gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2".split()
+    "llama-gqa3 granite gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2 cohere2".split()
 )
 
 
@@ -237,6 +243,8 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
             norms = [norms[0], "pre_feedforward_layernorm", norms[1], "post_feedforward_layernorm"]
         if config.model_type.startswith("olmo"):
             norms = [norms[1], "post_feedforward_layernorm"]
+        if config.model_type.startswith("cohere"):
+            norms = norms[:1]
         dh = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layer = f"model.layers.{c.layer}."
         rows = slice(c.index * dh, (c.index + 1) * dh)

@@ -73,12 +73,14 @@ class ModelConfig:
         d_vocab: V, tokens of the vocabulary.
         n_ctx: longest sequence the model accepts, in tokens.
         norm: "rms" (scale only) or "layer" (centred, scale and bias).
+        norm_bias: whether a norm of kind "layer" has a bias.
         norm_eps: small number that a norm adds to the mean square (or the variance).
         norm_offset: number added to a norm's scale. It is 1 in families whose checkpoints hold scale - 1 (Gemma).
         pre_norm: true if attention and MLP read a normed stream; false if they read the stream itself (OLMo 2).
         post_norm: true if a norm stands between what they write and the stream (Gemma 2, OLMo 2).
         parallel: true if the MLP reads the stream that enters the layer, beside attention (GPT-NeoX); false if it
             reads the stream after attention.
+        shared_norm: true if attention and MLP, side by side, read what one norm makes (Cohere); only with `parallel`.
         act: activation of the MLP.
         gated: true for act(x W_gate) * (x W_in), false for act(x W_in).
         rope: rotary embedding; None for learned absolute positions.
@@ -149,6 +151,8 @@ class ModelConfig:
     logit_scale: float = _later(1.0)
     unrotated: tuple[bool, ...] = _later(())
     query_growth: tuple[float, int] | None = _later(None)
+    norm_bias: bool = _later(True)
+    shared_norm: bool = _later(False)
 
     __repr__ = _repr
 

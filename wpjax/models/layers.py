@@ -63,20 +63,20 @@ class Norm(nnx.Module):
         self.cfg = cfg
         self.axes = tuple(range(-len(shape), 0))
         self.scale = nnx.Param(jnp.ones(shape))
-        if cfg.norm == "layer":
+        if cfg.norm == "layer" and cfg.norm_bias:
             self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Float[Value, "*n"]) -> Float[Value, "*n"]:
         """Normalise each vector, then scale it: x (offset + scale) / sqrt(mean(x^2) + eps).
 
-        LayerNorm subtracts the mean of x before that, and adds a bias after it.
+        LayerNorm subtracts the mean of x before that, and adds a bias after it, if it has one.
         """
         if self.cfg.norm == "layer":
             x = x - x.mean(self.axes, keepdims=True)
         x = x * ops.rsqrt((x * x).mean(self.axes, keepdims=True) + self.cfg.norm_eps)
         scale = resolve(_leaf(self.scale))
         x = x * (scale + self.cfg.norm_offset if self.cfg.norm_offset else scale)
-        return x + resolve(_leaf(self.bias)) if self.cfg.norm == "layer" else x
+        return x + resolve(_leaf(self.bias)) if hasattr(self, "bias") else x
 
 
 class Attention(nnx.Module):

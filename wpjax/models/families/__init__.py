@@ -7,6 +7,7 @@ its arithmetic. A program with a family of its own calls `register`.
 from __future__ import annotations
 
 from wpjax.models.families.base import COMMON_IGNORED, Family, TensorRule, activation
+from wpjax.models.families.cohere import COHERE, COHERE2
 from wpjax.models.families.gemma2 import GEMMA2
 from wpjax.models.families.gemma3 import GEMMA3
 from wpjax.models.families.gpt2 import GPT2
@@ -49,6 +50,8 @@ for _family in (
     GRANITE,
     SMOLLM3,
     STARCODER2,
+    COHERE,
+    COHERE2,
 ):
     register(_family)
 

@@ -32,7 +32,8 @@ class TensorRule:
         hf: the tensor's name in the checkpoint; "{l}" stands for the number of the layer.
         leaves: paths of the leaves in the tree, such as "blocks/attn/W_Q".
         pattern: einops pattern from the tensor's axes to the leaf's; it is read backwards when a checkpoint is saved.
-            Axes: d model, h heads, k KV heads, e head width, f neurons, v vocabulary, c context, n leaves. Of several
+            Axes: d model, h heads, k KV heads, e head width (or p pairs of t = 2 numbers), f neurons, v vocabulary,
+            c context, n leaves. Of several
             leaves, one pattern gives all of them, stacked along a first axis "n"; or there are as many patterns, and
             the tensor holds the leaves one after the other along its first axis.
     """
