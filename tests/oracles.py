@@ -62,8 +62,12 @@ class Names:
 LLAMA = Names("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp", "mlp.down_proj")
 GEMMA = Names("input_layernorm", "self_attn.o_proj", "pre_feedforward_layernorm", "mlp", "mlp.down_proj",
               "post_attention_layernorm", "post_feedforward_layernorm")  # fmt: skip
+OLMO = Names("", "self_attn.o_proj", "", "mlp", "mlp.down_proj",
+             "post_attention_layernorm", "post_feedforward_layernorm")  # fmt: skip
 NAMES = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), LLAMA),
+    **dict.fromkeys("llama mistral ministral ministral3 qwen2 qwen3 phi3 smollm3 granite stablelm".split(), LLAMA),
+    **dict.fromkeys(("olmo2", "olmo3"), OLMO),
+    **dict.fromkeys(("cohere", "cohere2"), dataclasses.replace(LLAMA, norm_mlp="")),
     **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
     "gpt2": Names("ln_1", "attn.c_proj", "ln_2", "mlp", "mlp.c_proj"),
     "gpt_neox": Names("input_layernorm", "attention.dense", "post_attention_layernorm", "mlp", "mlp.dense_4h_to_h"),
@@ -106,6 +110,8 @@ def hf_sites(model, tokens):
         hook(layer, names.w_o, Site.Z, Site.ATTN_PROJ)
         hook(layer, names.norm_attn_out, made=Site.ATTN_OUT)
         hook(layer, names.norm_mlp, Site.RESID_MID, Site.MLP_INPUT)
+        if not names.norm_mlp:
+            hook(layer, names.mlp, Site.RESID_MID)
         hook(layer, names.w_out, Site.NEURON, Site.MLP_PROJ)
         hook(layer, names.norm_mlp_out, made=Site.MLP_OUT)
     modeling = sys.modules[type(model).__module__]
@@ -121,7 +127,17 @@ def hf_sites(model, tokens):
     found = {site: torch.stack(values).numpy() for site, values in seen.items()}
     found[Site.Z] = found[Site.Z].reshape(found[Site.Q].shape)
     for site, proj in ((Site.ATTN_OUT, Site.ATTN_PROJ), (Site.MLP_OUT, Site.MLP_PROJ)):
-        found.setdefault(site, found[proj])
+        found.setdefault(site, found[proj] * getattr(model.config, "residual_multiplier", 1.0))
+    found.setdefault(Site.ATTN_INPUT, found[Site.RESID_PRE])
+    found.setdefault(Site.MLP_INPUT, found[Site.RESID_MID])
+    if model.config.model_type.startswith("cohere"):  # rotated pairs stand side by side there, half a head apart here
+        for site in (Site.Q, Site.K):
+            pairs = found[site].reshape(*found[site].shape[:-1], -1, 2)
+            found[site] = pairs.swapaxes(-1, -2).reshape(found[site].shape)
+        found[Site.MLP_INPUT], found[Site.RESID_MID] = (
+            found[Site.ATTN_INPUT],
+            found[Site.RESID_PRE] + found[Site.ATTN_OUT],
+        )
     if getattr(model.config, "use_parallel_residual", False):  # its MLP reads the stream that enters
         found[Site.RESID_MID] = found[Site.RESID_PRE] + found[Site.ATTN_OUT]
     return logits.numpy(), found

@@ -1,51 +1,38 @@
 """A family that the package does not have, added as data: the worked example of CONTRIBUTING.
 
-StarCoder2 is a Llama with LayerNorms, biases and a plain MLP. Nothing else in the package knows of it; importing this
-module registers it.
+StableLM is a Llama with LayerNorms that rotates a part of each head. Nothing else in the package knows of it; importing
+this module registers it.
 """
 
 from types import MappingProxyType
 
 from wpjax.models.families import Family, TensorRule, register
-from wpjax.models.families.llama import ENDS, FIELDS, PRE_NORMS, split_attention
+from wpjax.models.families.llama import FIELDS, TENSORS
 
-_LAYER = "model.layers.{l}"
+_NORMS = {
+    "model.layers.{l}.input_layernorm": "blocks/norm_attn",
+    "model.layers.{l}.post_attention_layernorm": "blocks/norm_mlp",
+    "model.norm": "final_norm",
+}
 
-STARCODER2 = Family(
-    model_type="starcoder2",
-    architecture="Starcoder2ForCausalLM",
+STABLELM = Family(
+    model_type="stablelm",
+    architecture="StableLmForCausalLM",
     prefix="model.",
-    fixed=MappingProxyType({"norm": "layer", "gated": False}),
+    fixed=MappingProxyType({"norm": "layer", "gated": True}),
     fields=MappingProxyType(
         {
-            **{hf: ours for hf, ours in FIELDS.items() if ours != "norm_eps"},
-            "norm_epsilon": "norm_eps",
-            "use_bias": "qkv_bias",
-            "sliding_window": "window",
+            **{hf: ours for hf, ours in FIELDS.items() if hf not in ("rms_norm_eps", "head_dim")},
+            "layer_norm_eps": "norm_eps",
+            "use_qkv_bias": "qkv_bias",
         }
     ),
-    derived=MappingProxyType(
-        {
-            "out_bias": lambda hf: hf["use_bias"],
-            "mlp_bias": lambda hf: hf["use_bias"],
-            "d_head": lambda hf: hf["hidden_size"] // hf["num_attention_heads"],
-            "sliding": lambda hf: (True,) * hf["num_hidden_layers"],
-        }
-    ),
-    required=MappingProxyType({}),
-    ignored=frozenset({"residual_dropout", "embedding_dropout"}),
-    tensors=(
-        *ENDS,
-        *split_attention(_LAYER),
-        *PRE_NORMS,
-        TensorRule(f"{_LAYER}.input_layernorm.bias", ("blocks/norm_attn/bias",), "d -> d"),
-        TensorRule(f"{_LAYER}.post_attention_layernorm.bias", ("blocks/norm_mlp/bias",), "d -> d"),
-        TensorRule("model.norm.bias", ("final_norm/bias",), "d -> d"),
-        TensorRule(f"{_LAYER}.mlp.c_fc.weight", ("blocks/mlp/W_in",), "f d -> d f"),
-        TensorRule(f"{_LAYER}.mlp.c_fc.bias", ("blocks/mlp/b_in",), "f -> f"),
-        TensorRule(f"{_LAYER}.mlp.c_proj.weight", ("blocks/mlp/W_out",), "d f -> f d"),
-        TensorRule(f"{_LAYER}.mlp.c_proj.bias", ("blocks/mlp/b_out",), "d -> d"),
-    ),
+    derived=MappingProxyType({"d_head": lambda hf: hf["hidden_size"] // hf["num_attention_heads"]}),
+    required=MappingProxyType({"qk_layernorm": False, "use_parallel_residual": False}),
+    ignored=frozenset({"hidden_dropout"}),
+    tensors=(*TENSORS, *(TensorRule(f"{hf}.bias", (f"{ours}/bias",), "d -> d") for hf, ours in _NORMS.items())),
+    partly_rotary=True,
+    rotary_attributes=frozenset({"rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"}),
 )
 
-register(STARCODER2)
+register(STABLELM)

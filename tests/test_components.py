@@ -31,7 +31,7 @@ def test_counts(pair):
     assert count(cfg, "head") == cfg.n_heads
     assert count(cfg, "kv_group") == cfg.n_kv_heads
     assert count(cfg, "neuron") == cfg.d_mlp
-    assert count(cfg, "norm") == (4 if cfg.post_norm else 2)
+    assert count(cfg, "norm") == 2 * cfg.pre_norm + 2 * cfg.post_norm - cfg.shared_norm
     assert count(cfg, "unembed") == (0 if cfg.tied else 1)
     assert len(enumerate_components(cfg, ["head"])) == cfg.n_heads * cfg.n_layers
     assert len(enumerate_components(cfg, ["head"], range(2))) == cfg.n_heads * 2
@@ -89,7 +89,9 @@ def test_norms_that_a_model_does_not_have_are_named(pair):
     if pair.cfg.post_norm:
         assert parse_component(pair.cfg, "L1.norm.mlp_out") == Component("norm", 1, 3)
     else:
-        with pytest.raises(ComponentError, match="a layer of this model has norm attn, mlp"):
+        with pytest.raises(
+            ComponentError, match="a layer of this model has norm attn" + ", mlp" * (not pair.cfg.shared_norm)
+        ):
             parse_component(pair.cfg, "L1.norm.mlp_out")
 
 

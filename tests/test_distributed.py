@@ -229,6 +229,12 @@ GROUPS = {
     "all-reduce(f32[4] %b), replica_groups={}, to_apply=%add": ("all-reduce", "patch+model"),
     "collective-permute(f32[4] %b), source_target_pairs={{0,1},{1,0}}": ("collective-permute", "model"),
     "all-reduce(f32[4] %b), replica_groups={{0},{1},{2},{3}}, to_apply=%add": ("all-reduce", ""),
+    "all-reduce(f32[4] %b), replica_groups=mesh['a'=1,'b'=2,'c'=2] {'b'}, to_apply=%add": ("all-reduce", "patch"),
+    "all-reduce(f32[4] %b), replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'a','b'}, x=1": (
+        "all-reduce",
+        "model",
+    ),
+    "all-reduce(f32[4] %b), replica_groups=mesh['a'=2,'b'=2] {'a','b'}, to_apply=%add": ("all-reduce", "patch+model"),
 }
 
 

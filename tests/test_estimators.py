@@ -19,13 +19,13 @@ from wpjax.models.secant import logarithmic_mean
 from wpjax.patching import PatchMask
 
 
-@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma2", "gemma3", "gpt-neox"])
+@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma2", "gpt-neox", "olmo2"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def metrics(pair, batch):
-    if not pair.cfg.gated or pair.cfg.attn_softcap is not None:  # one will do: others have them all
+    if not pair.cfg.gated or pair.cfg.attn_softcap is not None or pair.cfg.joint_qk_norm:  # others have them all
         return [response_metric(pair, batch, 4)]
     anchor = dataclasses.replace(make_anchor(pair, 1), n_response=2)
     made = [make(pair, batch, 4) for make in (response_metric, kl_metric, decision_metric)]

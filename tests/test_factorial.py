@@ -108,7 +108,7 @@ class Hooked:
         return (z[..., at] @ w[at]).detach()
 
 
-@pytest.mark.parametrize("name", ["llama-gqa3", "gpt2-untied", "gemma3", "gpt-neox"])
+@pytest.mark.parametrize("name", ["llama-gqa3", "gpt2-untied", "olmo2", "gpt-neox"])
 def test_activation_patches_equal_hf_torch_with_activations_swapped(name, tmp_path, batch):
     hf_pair = build_pair(name, tmp_path)
     pair = as_pair(hf_pair)

@@ -1,7 +1,9 @@
 """What families say of themselves: published configurations, models of images and text, and what is refused."""
 
 import json
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,11 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 from tests.tiny import GEMMA3_ROPE, LLAMA, LLAMA_TIED, NO_HEAD_DIM
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.checkpoints.convert import tensor_shapes
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.rewrite import rewrite_folder
 from wpjax.checkpoints.text_tower import text_config
 from wpjax.errors import ConfigError
-from wpjax.models.decoder import forward
+from wpjax.models import layers
+from wpjax.models.config import ModelConfig, Rope
+from wpjax.models.decoder import abstract_params, forward
+from wpjax.models.families import activation
 
 TOKENS = np.random.default_rng(3).integers(3, 50, (2, 9))
 
@@ -95,9 +101,68 @@ PUBLISHED = {  # what the config.json files of published models say, sizes inclu
         "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
         "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
     },
+    "OLMo-2-7B": {
+        "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "olmo2", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32",
+        "transformers_version": "4.47.0.dev0", "use_cache": False, "vocab_size": 100352,
+    },
+    "Olmo-3-7B": {
+        "architectures": ["Olmo3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 11008, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+        "max_position_embeddings": 65536, "model_type": "olmo3", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1, "factor": 8.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "yarn"},
+        "rope_theta": 500000, "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.57.0", "use_cache": False, "vocab_size": 100278,
+    },
+    "granite-3.0-8b": {
+        "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.1,
+        "attention_multiplier": 0.0078125, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12800,
+        "logits_scaling": 16.0, "max_position_embeddings": 4096, "mlp_bias": False, "model_type": "granite",
+        "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0,
+        "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.46.0.dev0",
+        "use_cache": True, "vocab_size": 49155,
+    },
+    "SmolLM3-3B": {
+        "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 11008, "layer_types": ["full_attention"] * 36,
+        "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3",
+        "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16,
+        "num_hidden_layers": 36, "num_key_value_heads": 4, "pad_token_id": 128004, "pretraining_tp": 2,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+        "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": False,
+        "use_sliding_window": False, "vocab_size": 128256,
+    },
+    "starcoder2-3b": {
+        "architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1, "bos_token_id": 0,
+        "embedding_dropout": 0.1, "eos_token_id": 0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072,
+        "initializer_range": 0.018042, "intermediate_size": 12288, "layer_norm_epsilon": 1e-05,
+        "max_position_embeddings": 16384, "mlp_type": "default", "model_type": "starcoder2", "norm_epsilon": 1e-05,
+        "norm_type": "layer_norm", "num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2,
+        "residual_dropout": 0.1, "rope_theta": 999999.4420358813, "sliding_window": 4096,
+        "transformers_version": "4.37.0.dev0", "use_bias": True, "use_cache": True, "vocab_size": 49152,
+    },
 }  # fmt: skip
 NOT_READ = ("use_mrope", "attention_bias", "full_attn_mod", "interpolate_factor", "lm_head_bias", "mlp_bias")
 """Attributes of these files that transformers' own classes do not have."""
+
+
+def test_activations_are_those_of_their_names_in_transformers():
+    x = np.linspace(-6, 6, 97, dtype=np.float32)
+    known = {name: activation(name) for name in transformers.activations.ACT2FN if activation(name)}
+    assert set(known.values()) == {"silu", "gelu", "gelu_tanh", "relu"}
+    for name, ours in known.items():
+        theirs = transformers.activations.ACT2FN[name](torch.tensor(x)).numpy()
+        mine = layers.activation(ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64, act=ours))(jnp.asarray(x))
+        np.testing.assert_allclose(mine, theirs, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -119,14 +184,69 @@ def test_what_published_models_differ_in():
         "gemma-2-2b": (4096, 13),
         "gemma-3-270m": (512, 15),
         "Phi-3-mini-4k": (2047, 32),
+        "Olmo-3-7B": (4096, 24),
+        "starcoder2-3b": (4096, 30),
     }
     assert {name for name, cfg in cfgs.items() if cfg.qk_norm} == {"Qwen3-0.6B", "gemma-3-270m"}
-    assert {name for name, cfg in cfgs.items() if cfg.qkv_bias} == {"Qwen2.5-0.5B", "pythia-70m"}
+    assert {name for name, cfg in cfgs.items() if cfg.qkv_bias} == {"Qwen2.5-0.5B", "pythia-70m", "starcoder2-3b"}
     gemma3, phi4 = cfgs["gemma-3-270m"], cfgs["Phi-4-mini"]
     assert (gemma3.rope.theta, gemma3.local_rope.theta) == (1e6, 1e4)
     assert (phi4.n_ctx, phi4.rope.fraction) == (4096, 0.75)  # its short factors hold up to there
     assert (cfgs["gemma-2-2b"].attn_softcap, cfgs["gemma-2-2b"].logit_softcap) == (50.0, 30.0)
     assert cfgs["pythia-70m"].parallel
+    assert {name for name, cfg in cfgs.items() if cfg.joint_qk_norm} == {"OLMo-2-7B", "Olmo-3-7B"}
+    olmo3, granite = cfgs["Olmo-3-7B"], cfgs["granite-3.0-8b"]
+    assert (olmo3.rope.scaling, olmo3.rope.theta, olmo3.local_rope) == ("yarn", 5e5, Rope(5e5))
+    assert (granite.embed_scale, granite.attn_scale, granite.resid_scale) == (12, 1 / 128, 0.22)
+    assert granite.logit_scale == 1 / 16
+    assert [i for i, stays in enumerate(cfgs["SmolLM3-3B"].unrotated) if stays] == list(range(3, 36, 4))
+
+
+def sizes(d_model, n_layers, heads, d_mlp, vocab, **more):
+    """The sizes of a config.json; `heads` is the number of query heads, or that and the number of KV heads."""
+    heads, kv_heads = heads if isinstance(heads, tuple) else (heads, heads)
+    return {"hidden_size": d_model, "num_hidden_layers": n_layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": d_mlp, "vocab_size": vocab, **more}  # fmt: skip
+
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+COUNTED = {  # sizes of published models, and the number of parameters that was published with them
+    "Llama-2-7b": ("llama", sizes(4096, 32, 32, 11008, 32000), 6_738_415_616),
+    "Llama-3.1-70B": ("llama", sizes(8192, 80, (64, 8), 28672, 128256), 70_553_706_496),
+    "Mistral-Small-24B": ("mistral", sizes(5120, 40, (32, 8), 32768, 131072, head_dim=128), 23_572_403_200),
+    "Ministral-8B": ("ministral", sizes(4096, 36, (32, 8), 12288, 131072), 8_019_808_256),
+    "Qwen2.5-72B": ("qwen2", sizes(8192, 80, (64, 8), 29568, 152064), 72_706_203_648),
+    "Qwen3-32B": ("qwen3", sizes(5120, 64, (64, 8), 25600, 151936, head_dim=128, **UNTIED), 32_762_123_264),
+    "gemma-2-27b": ("gemma2", sizes(4608, 46, (32, 16), 36864, 256000, head_dim=128), 27_227_128_320),
+    "OLMo-2-1B": ("olmo2", sizes(2048, 16, 16, 8192, 100352), 1_484_916_736),
+    "OLMo-2-13B": ("olmo2", sizes(5120, 40, 40, 13824, 100352), 13_716_198_400),
+    "OLMo-2-32B": ("olmo2", sizes(5120, 64, (40, 8), 27648, 100352), 32_234_279_936),
+    "granite-3.0-2b": ("granite", sizes(2048, 40, (32, 8), 8192, 49155, **TIED), 2_533_531_648),
+    "starcoder2-15b": ("starcoder2", sizes(6144, 40, (48, 4), 24576, 49152, **UNTIED), 15_957_889_024),
+    "command-r": ("cohere", sizes(8192, 40, 64, 22528, 256000), 34_980_831_232),
+    "aya-23-8B": ("cohere", sizes(4096, 32, (32, 8), 14336, 256000), 8_028_033_024),
+    "command-r7b": ("cohere2", sizes(4096, 32, (32, 8), 14336, 256000), 8_028_033_024),
+    "pythia-12b": ("gpt_neox", sizes(5120, 36, 40, 20480, 50688), 11_846_072_320),
+    "gpt-neox-20b": ("gpt_neox", sizes(6144, 44, 64, 24576, 50432), 20_554_567_680),
+    "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+}
+PUBLISHED_COUNTS = {
+    "Mistral-7B-v0.1": 7_241_732_096, "Qwen2.5-0.5B": 494_032_768, "Qwen3-0.6B": 596_049_920,
+    "gemma-2-2b": 2_614_341_888, "gemma-3-270m": 268_098_176, "Phi-3-mini-4k": 3_821_079_552,
+    "Phi-4-mini": 3_836_021_760, "pythia-70m": 70_426_624,
+    "OLMo-2-7B": 7_298_617_344, "Olmo-3-7B": 7_298_011_136, "granite-3.0-8b": 8_170_848_256,
+    "SmolLM3-3B": 3_075_098_624, "starcoder2-3b": 3_030_371_328,
+}  # fmt: skip
+
+
+def test_published_sizes_have_the_published_number_of_parameters():
+    """By shapes alone: nothing is allocated, so 72 billion parameters take no longer than 70 million."""
+    raws = {name: (PUBLISHED[name], n) for name, n in PUBLISHED_COUNTS.items()}
+    raws |= {name: ({"model_type": family, **raw}, n) for name, (family, raw, n) in COUNTED.items()}
+    for name, (raw, n) in raws.items():
+        cfg = parse_config(raw, "config.json", ignore=NOT_READ)
+        assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(cfg))) == n, name
+        assert sum(map(math.prod, tensor_shapes(cfg).values())) == n, name
 
 
 @pytest.mark.parametrize(
@@ -145,6 +265,12 @@ def test_what_published_models_differ_in():
         ("gemma-2-2b", {"query_pre_attn_scalar": -4}, "attn_scale=.* is not a positive number"),
         ("gemma-2-2b", {"layer_types": ["full_attention"]}, "transformers rejects it"),
         ("gemma-3-270m", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not implemented"),
+        ("granite-3.0-8b", {"logits_scaling": 0}, "numbers do not fit together"),
+        ("granite-3.0-8b", {"residual_multiplier": -0.2}, "residual_multiplier=-0.2 is not a positive number"),
+        ("granite-3.0-8b", {"embedding_multiplier": 0}, "embedding_multiplier=0 is not a positive number"),
+        ("SmolLM3-3B", {"no_rope_layers": [1, 0]}, "2 layers are said .* there are 36; correct .*no_rope_layers"),
+        ("Mistral-7B-v0.1", {"model_type": "ministral3", "rope_parameters": {"rope_type": "default"}},
+         "numbers do not fit together .*llama_4_scaling_beta"),
         ("gemma-3-270m", {"rope_local_base_freq": 0}, "rope_theta=0 is not a value"),
     ],
 )  # fmt: skip

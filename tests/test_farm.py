@@ -220,6 +220,10 @@ def test_killed_before_any_step_a_part_is_done_by_running_it_again(tmp_path):
         assert theirs.items() <= contents(folder).items() <= whole.items()
         squares(Farm(folder, Part(2, 2), {"seed": 0}, {}))
         assert contents(folder) == whole
+        collected = Farm(folder, None, {"seed": 0}, {})
+        squares(collected)
+        collected.conclude()
+        assert {path.name for path in folder.iterdir()} == {*whole}  # what was being written is gone, too
         shutil.rmtree(folder)
         if ended:
             break

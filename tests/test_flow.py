@@ -26,7 +26,7 @@ ANCHOR_LAYER = 2
 KINDS = ("head", "kv_group", "neuron", "mlp", "layer", "norm", "embed")
 
 
-@pytest.fixture(scope="module", params=["llama-biases", "gpt2-tied", "gemma3", "gpt-neox"])
+@pytest.fixture(scope="module", params=["granite", "gpt2-tied", "gemma3", "gpt-neox"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -84,11 +84,13 @@ def hf_written(model, batch):
 def through_the_norm(norm, before, after, slope):
     """The slope by what a post-norm reads, from that by what it makes, between two values: by hand.
 
-    n(r) = (1 + w) r / s, s^2 = mean(r^2) + eps:  n' - n = (1 + w) [(1/s + 1/s') I / 2 - (r + r')(r + r')^T /
-    (2 d s s' (s + s'))] (r' - r), and the matrix in brackets is symmetric.
+    n(r) = w r / s, s^2 = mean(r^2) + eps:  n' - n = w [(1/s + 1/s') I / 2 - (r + r')(r + r')^T /
+    (2 d s s' (s + s'))] (r' - r), and the matrix in brackets is symmetric. Gemma's checkpoints hold w - 1.
     """
-    s, after_s = ((r.square().mean() + norm.eps).sqrt() for r in (before, after))
-    both, slope = before + after, (1 + norm.weight) * slope
+    is_gemma = type(norm).__name__.startswith("Gemma")
+    eps = norm.eps if is_gemma else norm.variance_epsilon
+    s, after_s = ((r.square().mean() + eps).sqrt() for r in (before, after))
+    both, slope = before + after, (norm.weight + 1 if is_gemma else norm.weight) * slope
     shrunk = both * (both @ slope) / (2 * len(both) * s * after_s * (s + after_s))
     return (1 / s + 1 / after_s) / 2 * slope - shrunk
 
@@ -97,16 +99,17 @@ def through_the_norm(norm, before, after, slope):
 def hf_flow(model, before, after, vectors):
     """How far what each head and MLP adds to the stream moves along a vector a prompt, mean over prompts, by name."""
     names, total = NAMES[model.config.model_type], {}
+    factor = getattr(model.config, "residual_multiplier", 1.0)
     for prompt, others, vector in zip(before, after, vectors, strict=True):
         for i, (layer, one, other) in enumerate(zip(hf_layers(model), prompt, others, strict=True)):
-            slope = vector
+            slope = factor * vector
             if names.norm_attn_out:
                 slope = through_the_norm(layer.get_submodule(names.norm_attn_out), one[1], other[1], vector)
             w_o = layer.get_submodule(names.w_o).weight
             along = slope @ (w_o.T if model.config.model_type == "gpt2" else w_o)  # [H Dh]
             parts = ((other[0] - one[0]) * along).reshape(model.config.num_attention_heads, -1).sum(1).tolist()
             moved = {f"L{i}.head.{h}": x for h, x in enumerate(parts)} | {
-                f"L{i}.mlp": float((other[2] - one[2]) @ vector)
+                f"L{i}.mlp": float((other[2] - one[2]) @ vector * factor)
             }
             total |= {name: total.get(name, 0.0) + x / len(before) for name, x in moved.items()}
     return total

@@ -10,7 +10,7 @@ from tests.oracles import hf_sites
 from tests.tiny import build
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.errors import WpjaxError
-from wpjax.models.decoder import forward
+from wpjax.models.decoder import decoder, forward
 from wpjax.models.generate import generate
 from wpjax.models.sites import Site
 
@@ -24,6 +24,14 @@ def test_logits_and_every_residual_site_equal_hf(hf_model):
     np.testing.assert_allclose(np.asarray(out.logits), logits, atol=1e-4, rtol=1e-4)
     for site in Site:
         np.testing.assert_allclose(out.sites[site], sites[site], atol=1e-4, rtol=1e-4, err_msg=site)
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2"])
+def test_log_odds_are_differences_of_logits_after_factor_and_bound(name, tmp_path):
+    ours, (a, b) = load_checkpoint(str(build(name, tmp_path).folder)), jnp.array([[7] * 24, [9] * 24])
+    out = forward(ours.cfg, ours.params, jnp.asarray(TOKENS[:1]))
+    odds = decoder(ours.cfg, ours.params).log_odds(out.resid[0], a, b)
+    np.testing.assert_allclose(odds, out.logits[0, :, 7] - out.logits[0, :, 9], atol=1e-5)
 
 
 def test_a_prefix_of_layers_equals_the_whole_run(hf_model):
@@ -56,6 +64,24 @@ def test_greedy_generation_equals_hf_token_for_token(hf_model):
         )
         np.testing.assert_array_equal(got.tokens[row], expected[0, length:].numpy())
     np.testing.assert_array_equal(got.lengths, [8, 8, 8])
+
+
+def test_longrope_beyond_its_original_context_equals_hf(tmp_path):
+    """Prompts of more than 32 tokens rotate by the long factors, in HF and here if the original context is ignored."""
+    hf = build("llama-longrope", tmp_path)
+    refused = load_checkpoint(str(hf.folder))
+    ids = np.random.default_rng(4).integers(0, 61, (1, 40))
+    with pytest.raises(WpjaxError, match=r"40 tokens exceed the context of 32.*--ignore-config original_max"):
+        forward(refused.cfg, refused.params, jnp.asarray(ids))
+    ours = load_checkpoint(str(hf.folder), ignore_config=("original_max_position_embeddings",))
+    assert ours.cfg.n_ctx == 64
+    with torch.no_grad():
+        expected = hf.model(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(forward(ours.cfg, ours.params, jnp.asarray(ids)).logits, expected, atol=1e-4, rtol=1e-4)
+    args = ours.cfg, ours.params, jnp.asarray(ids), jnp.array([40])
+    answer = hf.model.generate(torch.tensor(ids), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = generate(*args, max_new_tokens=6, stop_tokens=jnp.array([], jnp.int32))
+    np.testing.assert_array_equal(got.tokens[0], answer[0, 40:].numpy())
 
 
 def test_generation_stops_at_a_stop_token(hf_model):

@@ -16,6 +16,7 @@ import pytest
 
 from wpjax import SweepConfig, run_study
 from wpjax.errors import WpjaxError
+from wpjax.results.curves import Curves
 from wpjax.results.sweep_result import SweepResult
 from wpjax.runtime import interrupts, processes
 from wpjax.runtime.processes import Together, agree, joined
@@ -35,18 +36,24 @@ def free_port():
         return found.getsockname()[1]
 
 
-def test_two_processes_find_what_one_finds(tmp_path):
-    """As Slurm starts them. Process 0 writes and prints, the other is silent; both leave nothing else."""
+def together(command, folder):
+    """Run a command in two processes, as Slurm starts them; both succeed. What each said: output and errors."""
     port = str(free_port())
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}
-    command = [sys.executable, "-m", "wpjax", "sweep", *SWEEP, "--out=r.nc"]
     running = []
     for i in (0, 1):
         env = {**os.environ, **slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        running.append(subprocess.Popen(command, env=env, cwd=tmp_path, text=True, **pipes))
+        run = [sys.executable, "-m", "wpjax", *command]
+        running.append(subprocess.Popen(run, env=env, cwd=folder, text=True, **pipes))
     said = [process.communicate(timeout=900) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
+    return said
+
+
+def test_two_processes_find_what_one_finds(tmp_path, wpjax):
+    """Process 0 writes and prints, the other is silent; both leave nothing else."""
+    said = together(["sweep", *SWEEP, "--out=r.nc"], tmp_path)
     assert "wrote r.nc" in said[0][0]
     assert said[1] == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["r.nc"]
@@ -63,6 +70,19 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for name in ("delta", "gap"):
         near = 5e-6 * one.attrs["gap_mean"]
         np.testing.assert_allclose(two[name], one[name], rtol=0, atol=near, err_msg=name)
+    answers = ["--points=2", "--n-random=1", "--n-prompts=8", "--max-new-tokens=16", "--by=effect"]
+    said = together(["validate", "r.nc", *answers, "--out=two.curves.nc"], tmp_path)
+    assert "wrote two.curves.nc" in said[0][0]
+    assert said[1] == ("", "")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    code, _, err = wpjax("validate", tmp_path / "r.nc", *answers, "--out", tmp_path / "one.curves.nc")
+    assert code == 0, err
+    two, one = (Curves.from_netcdf(tmp_path / f"{name}.curves.nc").dataset for name in ("two", "one"))
+    for name in ("strict", "loose", "n_components"):  # which answers pass
+        np.testing.assert_array_equal(two[name], one[name])
+    for name in ("decision", "kl", "response", "anchor"):
+        gap = float(abs(one[f"end_{name}"][1] - one[f"end_{name}"][0]).mean())
+        np.testing.assert_allclose(two[f"score_{name}"], one[f"score_{name}"], rtol=0, atol=5e-6 * gap, err_msg=name)
 
 
 def ended(body, members=(0, 1)):

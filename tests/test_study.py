@@ -88,6 +88,11 @@ def test_a_forecast_is_operations_over_speed(tiny_pair):
     n_tokens = pack(metric).n_tokens
     assert exact.seconds == pytest.approx(3 * n_tokens * (mlp + (mlp + queries + keys) + keys) / (EFFICIENCY * 1e9))
     assert exact.work == "3 of 3 components, 8 prompts"
+    # One part of four makes a quarter of the patches. What needs all of them is not its work.
+    part = dataclasses.replace(arguments, part="2/4", out=None, shards=Path("parts"))
+    *_, quarter, controls = forecast.sweep(part, batch, layer=4)
+    assert (quarter.name, controls.name) == ("exact patches", "controls")
+    assert quarter.seconds == pytest.approx(exact.seconds / 4)
 
 
 def test_the_file_is_written_once_and_whole(tmp_path):

@@ -32,6 +32,7 @@ from wpjax.results.verdict import verdict
 from wpjax.stats import resample
 
 FINEST = ("head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm")
+QK_NORMS = ("norm_q", "norm_k", "joint_norm_q", "joint_norm_k")
 N_NEW = 16
 
 
@@ -45,7 +46,7 @@ def test_sizes_of_components_add_up_to_the_model(pair):
     fine = sum(n_parameters(pair.cfg, c) for c in enumerate_components(pair.cfg, FINEST))
     blocks = pair.base["blocks"]
     shared = [blocks[m][b] for m, b in (("attn", "b_O"), ("mlp", "b_out")) if b in blocks[m]]
-    shared += [blocks["attn"][norm]["scale"] for norm in ("norm_q", "norm_k") if norm in blocks["attn"]]
+    shared += [blocks["attn"][norm]["scale"] for norm in QK_NORMS if norm in blocks["attn"]]
     assert fine == total - sum(b.size for b in shared)
 
 

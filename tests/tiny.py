@@ -29,6 +29,8 @@ GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions"
 
 LLAMA_TIED = {name: value for name, value in LLAMA.items() if name != "tie_word_embeddings"}  # as is their default
 NO_HEAD_DIM = {name: value for name, value in LLAMA.items() if name != "head_dim"}  # the heads share the width
+LAYER_NORM = {name: value for name, value in NO_HEAD_DIM.items() if name != "rms_norm_eps"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {
     **LLAMA_TIED,
     "head_dim": 6,
@@ -81,7 +83,7 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
             original_max_position_embeddings=32,
         ),
     ),
-    "llama-yarn": ("llama", _rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama-yarn": ("llama", _rope(**YARN)),
     "llama-longrope": (
         "llama",
         _rope(
@@ -117,9 +119,44 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
         {**NO_HEAD_DIM, "num_attention_heads": 3, "num_key_value_heads": 1, "sliding_window": 5,
          "original_max_position_embeddings": 32, "rope_parameters": PHI3_ROPE, "pad_token_id": 0},
     ),
-    "starcoder2": (
-        "starcoder2",
-        {**{name: value for name, value in NO_HEAD_DIM.items() if name != "rms_norm_eps"}, "sliding_window": 5},
+    "ministral": (
+        "ministral",
+        {**LLAMA, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": (
+        "ministral3",
+        {**LLAMA, "rope_parameters": {**YARN, "rope_theta": 500.0, "original_max_position_embeddings": 8,
+                                      "llama_4_scaling_beta": 0.3}},
+    ),
+    "starcoder2": ("starcoder2", {**LAYER_NORM, "sliding_window": 5}),
+    "smollm3": (
+        "smollm3",
+        {**NO_HEAD_DIM, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5, "pad_token_id": 0,
+         "rope_parameters": {**YARN, "rope_theta": 500.0}},
+    ),
+    "granite": (
+        "granite",
+        {**LLAMA, "attention_bias": True, "mlp_bias": True, "embedding_multiplier": 1.5, "attention_multiplier": 0.25,
+         "residual_multiplier": 0.8, "logits_scaling": 0.7},
+    ),
+    "olmo2": ("olmo2", NO_HEAD_DIM),
+    "olmo3": (
+        "olmo3",
+        {**NO_HEAD_DIM, "sliding_window": 5,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+         "rope_parameters": {"full_attention": {**YARN, "rope_theta": 500.0},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+    ),
+    "cohere": ("cohere", {**LAYER_NORM, "logit_scale": 0.4}),
+    "cohere2": (
+        "cohere2",
+        {**LAYER_NORM, "attention_bias": True, "sliding_window": 5, "logit_scale": 0.6, "tie_word_embeddings": True,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "stablelm": (
+        "stablelm",
+        {**LAYER_NORM, "use_qkv_bias": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
     ),
 }  # fmt: skip
 
@@ -160,7 +197,7 @@ def build(name: str, folder: Path, seed: int = 0) -> HfModel:
 
 
 PAIR_SPECS = tuple(
-    "llama-gqa3 llama-biases gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3".split()
+    "llama-gqa3 granite gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2 cohere2".split()
 )
 
 
@@ -204,6 +241,10 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
         norms = ["input_layernorm", "post_attention_layernorm"]
         if config.model_type.startswith("gemma"):
             norms = [norms[0], "pre_feedforward_layernorm", norms[1], "post_feedforward_layernorm"]
+        if config.model_type.startswith("olmo"):
+            norms = [norms[1], "post_feedforward_layernorm"]
+        if config.model_type.startswith("cohere"):
+            norms = norms[:1]
         dh = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layer = f"model.layers.{c.layer}."
         rows = slice(c.index * dh, (c.index + 1) * dh)

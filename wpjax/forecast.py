@@ -31,6 +31,8 @@ from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.pairs import Pair
 from wpjax.relax.learn import RelaxConfig
+from wpjax.runtime.farm import Part
+from wpjax.runtime.placement import Placement
 from wpjax.runtime.progress import Phase, Schedule
 
 EFFICIENCY, OF_ANSWERS = 0.7, 0.35
@@ -74,12 +76,13 @@ class Pace(NamedTuple):
         return operations / (efficiency * self.operations) + programs * self.compiling
 
 
-def measured_pace(cfg: ModelConfig, dtype: str = "float32") -> Pace:
-    """Time a product of the size of the model's MLP. It takes a fraction of a second.
+def measured_pace(cfg: ModelConfig, dtype: str = "float32", placement: Placement | None = None) -> Pace:
+    """Time a product of the size of the model's MLP, on all devices at once. It takes a fraction of a second.
 
     Args:
         cfg: the model.
         dtype: dtype of the weights.
+        placement: the devices; None for one.
 
     >>> import wpjax as wp
     >>> measured_pace(wp.load_model("tiny:base").cfg).operations > 1e6
@@ -87,15 +90,18 @@ def measured_pace(cfg: ModelConfig, dtype: str = "float32") -> Pace:
     """
     n_tokens = 1024
     shapes = (n_tokens, cfg.d_model), (cfg.d_model, cfg.d_mlp)
-    x, w = (jnp.asarray(np.ones(shape, np.float32), dtype) for shape in shapes)
+    mesh = (Placement.single() if placement is None else placement).mesh
+    pairs = [
+        [jax.device_put(np.ones(shape, np.dtype(dtype)), device) for shape in shapes] for device in mesh.local_devices
+    ]
     product = jax.jit(lambda x, w: x @ w)
-    product(x, w).block_until_ready()
+    jax.block_until_ready([product(*pair) for pair in pairs])
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        product(x, w).block_until_ready()
+        jax.block_until_ready([product(*pair) for pair in pairs])
         best = min(best, time.perf_counter() - start)
-    return Pace(2.0 * n_tokens * cfg.d_model * cfg.d_mlp / best)
+    return Pace(2.0 * n_tokens * cfg.d_model * cfg.d_mlp * mesh.size / best)
 
 
 class Forecast:
@@ -110,7 +116,8 @@ class Forecast:
 
     def __init__(self, pair: Pair, behaviour: Behaviour, max_new_tokens: int, pace: Pace | None = None):
         self.pair, self.behaviour, self.cfg = pair, behaviour, pair.cfg
-        self.pace = measured_pace(pair.cfg, str(pair.base["embed"]["W_E"].dtype)) if pace is None else pace
+        dtype = str(pair.base["embed"]["W_E"].dtype)
+        self.pace = measured_pace(pair.cfg, dtype, pair.placement) if pace is None else pace
         self.through = of_layer(pair.cfg) * pair.cfg.n_layers  # operations of a token in all layers
         self.answer = max_new_tokens * (self.through + of_logits(pair.cfg))  # of an answer to one prompt
 
@@ -137,6 +144,9 @@ class Forecast:
     def sweep(self, config: SweepConfig, batch: PromptBatch, layer: int | None) -> list[Phase]:
         """The phases of a sweep, and of what a study adds to its result.
 
+        Of one part of several (`config.part`) only what the part does: patches are dealt out, and what needs all of
+        them is left to the process that collects the parts.
+
         Args:
             config: arguments of the study.
             batch: its prompts.
@@ -152,6 +162,8 @@ class Forecast:
         swept = _swept(cfg, config, last)
         chosen = _chosen(swept, config.top + config.stratum) if method.estimates else swept
         n_kinds = len({c.kind for c in swept})
+        part = None if config.part is None else Part.parse(config.part)
+        n_parts, dealt = (1, "") if part is None else (part.of, f", part {part}")
         phases = []
         for estimate in method.estimates:
             seconds = pace.seconds(PASSES_OF_ESTIMATE * one_pass, 2)
@@ -159,17 +171,20 @@ class Forecast:
         if method.estimates or (method.cells == ("exact",) and len(method.columns) == 0):
             plan = make_plan(cfg, chosen, packing)
             controls = [c for chunk in sham_plan(plan).chunks for c in chunk.components]
-            work = f"{len(chosen):,} of {len(swept):,} components, {len(batch)} prompts"
+            work = f"{len(chosen):,} of {len(swept):,} components, {len(batch)} prompts{dealt}"
             for cell in method.cells:
-                seconds = pace.seconds(of_patches(cfg, n_tokens, last, chosen), n_kinds + 3)
+                seconds = pace.seconds(of_patches(cfg, n_tokens, last, chosen) / n_parts, n_kinds + 3)
                 phases.append(Phase(f"{cell} patches", work, seconds))
             if method.cells:
                 n_runs = 3 if "exact" in method.cells else 1  # shams, permuted changes, random directions
-                seconds = n_runs * pace.seconds(of_patches(cfg, n_tokens, last, controls), 2)
+                seconds = n_runs * pace.seconds(of_patches(cfg, n_tokens, last, controls) / n_parts, 2)
                 reports = ("sham patches", "permuted patches", "direction")
-                phases.append(Phase("controls", f"{n_runs} times {len(controls)} patches", seconds, reports))
+                phases.append(Phase("controls", f"{n_runs} times {len(controls)} patches{dealt}", seconds, reports))
         else:  # how many patches a race or random sets take is found out on the way
-            phases.append(Phase(method.name, f"{len(swept):,} components", None, ("race", "random masks", "exact")))
+            work = f"{len(swept):,} components{dealt}"
+            phases.append(Phase(method.name, work, None, ("race", "random masks", "exact")))
+        if part is not None:
+            return phases
         n_sets = n_kinds + 2
         phases.append(Phase("joint patches", f"{n_sets} sets", pace.seconds(2 * n_sets * one_pass, 4)))
         if config.set_score and config.given_anchor is None:

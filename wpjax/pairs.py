@@ -150,7 +150,7 @@ class Pair:
                 tokenizer makes the same tokens of all prompts.
             PairError: the tokenizers of base and expert split a prompt differently, and none was asked for.
         """
-        batch.check_fits(self.cfg.n_ctx, self.cfg.d_vocab)
+        batch.check_fits(self.cfg.n_ctx, self.cfg.d_vocab, self.cfg.longer_context)
         if len(np.unique(batch.queries)) < 2:
             raise BehaviourError(
                 f"{batch.behaviour}: all {len(batch)} prompts have the same tokens, e.g. {batch.texts[0][:40]!r}; the "
@@ -391,6 +391,8 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
 def _named_differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
     """What differs in two architectures and may, in words."""
     a, b, notes = base.cfg, expert.cfg, []
+    if a.rope is not None and a.rope.is_long:
+        notes.append("rotary positions by the long factors, as for prompts that exceed the original context")
     if a.n_ctx != b.n_ctx:
         notes.append(f"contexts of {a.n_ctx} and {b.n_ctx} tokens: the smaller is used")
     if a.d_vocab != b.d_vocab:

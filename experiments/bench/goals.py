@@ -88,6 +88,11 @@ def waited(name: str, what: str = "median") -> Callable[[Report], float | None]:
     return lambda r: r["seconds"].get(name, r.get("sweeps", {}).get(name, {})).get(what)
 
 
+def compiled_again(report: Report) -> float | None:
+    """Compilation of a command that is run a second time, as a share of the first time's."""
+    return report["compiling"]["second"] / report["compiling"]["first"] if "compiling" in report else None
+
+
 def merging_memory(report: Report) -> float:
     """What merging takes beside its plan, as a share of the base and a tensor of each expert."""
     return report["tensors_MiB"] / (report["base_MiB"] + report["experts"] * report["largest_tensor_MiB"])
@@ -109,6 +114,7 @@ GOALS = (
     Goal("sweep of SmolLM2: end, tests included", "startup", "cpu", waited(SWEEP, "end"), 480, False, "s"),
     Goal("sweep of SmolLM2: longest silence", "startup", "cpu", waited(SWEEP, "longest silence"), 5, False, "s"),
     Goal("first look at SmolLM2 (`--quick`): end", "startup", "cpu", waited(QUICK, "end"), 90, False, "s"),
+    Goal("compiling at the second start, of the first", "startup", "cpu", compiled_again, 0.2, False, ""),
     Goal("heads, against whole forwards in torch", "heads", "cpu", speed_up(WHOLE), 6, True, "times"),
     Goal("heads, against a cached prefix in torch", "heads", "cpu", speed_up(CACHED), 1.7, True, "times"),
     Goal("neurons of SmolLM2, share of the ceiling", LARGER, "cpu", share("float32"), 0.75, True, ""),

@@ -5,12 +5,16 @@ r"""What a newcomer waits for, as whole processes, nothing compiled yet: the hel
 
 Of a sweep, with its defaults and with `--quick`, it is measured when it says its first word, its plan and its ranking,
 when it ends, and the longest time that it says nothing. Without a pair the sweeps are left out.
+
+And of a quick sweep of the embedded pair, how long JAX compiles, the first time on a machine and the second time, when
+the compiled programs are in the user's cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import queue
 import resource
@@ -32,6 +36,24 @@ COMMANDS = {
     "`wpjax demo`": (1, ["-m", "wpjax", "demo"]),
 }
 """Name -> (repeats, arguments of the interpreter)."""
+
+QUICK = "sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --quick --out r.nc --overwrite"
+
+COUNTED = """
+import json, os, sys
+from pathlib import Path
+from wpjax.cli.compiled import keep_programs
+keep_programs()  # before JAX is imported
+from experiments.bench.measure import compilations
+from wpjax import cli
+with compilations() as seconds:
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code
+Path(os.environ["COUNTED"]).write_text(json.dumps(sum(seconds)))
+"""
+"""A program that runs the command line, and writes how long JAX has been compiling."""
 
 SWEEPS = {"`wpjax sweep`": [], "`wpjax sweep --quick`": ["--quick"]}
 """Name -> options beside those that name the pair."""
@@ -64,6 +86,20 @@ def seconds(arguments: list[str]) -> float:
         command = [sys.executable, *arguments]
         subprocess.run(command, cwd=folder, check=True, capture_output=True, env=fresh(folder))
         return time.perf_counter() - start
+
+
+def compiling() -> dict[str, float]:
+    """Seconds of compilation of one command, the first time and the second time on a machine."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        counted = Path(folder, "counted.json")
+        paths = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+        environment = fresh(folder) | {"COUNTED": str(counted), "PYTHONPATH": paths}
+        for start in ("first", "second"):
+            command = [sys.executable, "-c", COUNTED, *QUICK.split()]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, env=environment)
+            found[start] = round(json.loads(counted.read_text()), 2)
+    return found
 
 
 def sweep(pair: Sequence[str], options: Sequence[str]) -> dict[str, float]:
@@ -128,6 +164,7 @@ def milestones(lines: Sequence[Line], end: float) -> dict[str, float]:
 def markdown(report: dict[str, Any]) -> str:
     """The medians as a table, and the milestones of the sweeps as another."""
     rows = [[name, f"{row['median']:.1f}"] for name, row in report["seconds"].items()]
+    rows += [[f"compiling, at the {start} start", f"{took:.1f}"] for start, took in report["compiling"].items()]
     first = table(["", "seconds"], rows)
     sweeps = report.get("sweeps", {})
     if not sweeps:
@@ -144,7 +181,7 @@ def main() -> None:
     parser.add_argument("--behaviour", default="english_capital")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    report: dict[str, Any] = {"seconds": {}}
+    report: dict[str, Any] = {"seconds": {}, "compiling": compiling()}
     for name, (repeats, arguments) in COMMANDS.items():
         runs = [round(seconds(arguments), 2) for _ in range(repeats)]
         report["seconds"][name] = {"median": statistics.median(runs), "runs": runs}

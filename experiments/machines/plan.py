@@ -2,9 +2,9 @@
 
     python -m experiments.machines.plan --tokenizer work/smollm2/base --out experiments/machines/plan.json
 
-Memory: the weights of base and expert in bfloat16, cut along heads, KV groups, neurons and the vocabulary, and the
-activations of the patches that run at once (`engines.memory`). Two tenths of a device are spared. A machine is large
-enough if `FEWEST` patches fit into the third of what the weights leave of the rest; the planner gives them that much.
+Memory: the fewest devices for which `wpjax sweep` finds a mesh, and that mesh (`models.sharding.fewest_parts`): both
+models in bfloat16, cut along heads, KV groups, neurons and the vocabulary, and what a usual sweep needs beside them.
+Patches at once are what fits into a third of what the weights leave, as the engine takes it (`engines.memory`).
 
 Time: the operations of all phases that `wpjax sweep` announces (`forecast`) with weights in bfloat16 and activations as
 two such numbers, over the share of a device's peak that these phases reach on a CPU. Prompts are those of
@@ -31,8 +31,7 @@ from wpjax.engines.packing import pack
 from wpjax.forecast import ANCHOR_AT, Forecast, Pace
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
-from wpjax.models.config import ModelConfig
-from wpjax.models.sharding import weight_bytes
+from wpjax.models.sharding import fewest_parts, weight_bytes
 from wpjax.pairs import load_pair
 
 
@@ -40,11 +39,11 @@ class Device(NamedTuple):
     """What a device has, as its maker says.
 
     Attributes:
-        memory: bytes.
+        memory: bytes that JAX gives to programs: of a GPU three quarters, of a TPU all but about 256 MiB.
         peak: operations a second in bfloat16, dense.
         sizes: how many of them make up a machine, or a slice.
-        slice: what the launchers call so many of them; {n} is their number, {nodes} that of machines, {each} that on
-            each.
+        slice: what the launchers call so many of them; {n} is their number, {cores} twice that, {nodes} that of
+            machines, {each} that on each.
     """
 
     memory: float
@@ -54,9 +53,10 @@ class Device(NamedTuple):
 
 
 DEVICES = {
-    "TPU v5e": Device(16 * 2**30, 197e12, (1, 4, 8, 16, 32, 64, 128, 256), "v5litepod-{n}"),
-    "TPU v6e": Device(32 * 2**30, 918e12, (1, 4, 8, 16, 32, 64, 128, 256), "v6e-{n}"),
-    "H100": Device(80e9, 989e12, (1, 2, 4, 8, 16, 32), "{nodes} × H100:{each}"),
+    "TPU v5e": Device(15.75 * 2**30, 197e12, (1, 4, 8, 16, 32, 64, 128, 256), "v5litepod-{n}"),
+    "TPU v5p": Device(94.75 * 2**30, 459e12, (4, 8, 16, 32, 64, 128, 256), "v5p-{cores}"),
+    "TPU v6e": Device(31.75 * 2**30, 918e12, (1, 4, 8, 16, 32, 64, 128, 256), "v6e-{n}"),
+    "H100": Device(0.75 * 80e9, 989e12, (1, 2, 4, 8, 16, 32), "{nodes} × H100:{each}"),
 }
 SWEEPS: dict[str, dict[str, Any]] = {"screen+exact": {}, "exact": {"method": "exact", "set_score": False}}
 """Methods, with the options besides."""
@@ -64,12 +64,8 @@ SWEEPS: dict[str, dict[str, Any]] = {"screen+exact": {}, "exact": {"method": "ex
 ON_HOST = 8
 """GPUs of a machine."""
 
-SPARED, FEWEST, PASSES = 0.2, 8, 2
-
-
-def weights(cfg: ModelConfig, parts: int) -> int:
-    """Bytes of a pair's weights on a device, in bfloat16, if they are cut into so many parts."""
-    return 2 * weight_bytes(cfg, jnp.bfloat16, parts)
+PASSES = 2
+"""Products in bfloat16 for each of float32's."""
 
 
 def plan(tokenizer_folder: Path) -> dict[str, Any]:
@@ -88,13 +84,14 @@ def plan(tokenizer_folder: Path) -> dict[str, Any]:
         at, readout = jnp.asarray(tokens.last)[:, None], Projection(jnp.zeros(cfg.d_model))
         packing = pack(Metric(tokens, at, jnp.ones((len(batch), 1)), readout, layer, "plan"))
         found |= {"prompts": len(batch), "tokens": packing.n_tokens}
-        row = bytes_per_row(cfg, packing)
         devices: dict[str, Any] = {}
         for kind, device in DEVICES.items():
-            free = {n: device.memory * (1 - SPARED) - weights(cfg, n) for n in device.sizes}
-            n_model = next((n for n, left in free.items() if left / 3 >= FEWEST * row), None)
-            if n_model is None:
+            parts = {n: fewest_parts(cfg, jnp.bfloat16, n, int(device.memory)) for n in device.sizes}
+            n_devices, n_model = next(((n, of) for n, of in parts.items() if of is not None), (0, 0))
+            if not n_devices:
                 continue
+            weights = 2 * weight_bytes(cfg, jnp.bfloat16, n_model)
+            each = (device.memory - weights) / 3 // bytes_per_row(cfg, packing, n_model)
             forecast = Forecast(pair, task, config.max_new_tokens, Pace(device.peak / PASSES, compiling=0.0))
             hours = {
                 sweep: sum(
@@ -105,9 +102,10 @@ def plan(tokenizer_folder: Path) -> dict[str, Any]:
                 for sweep, options in SWEEPS.items()
             }
             devices[kind] = {
-                "devices": n_model,
-                "weights": weights(cfg, n_model),
-                "patches": int(free[n_model] / 3 // row),
+                "devices": n_devices,
+                "model": n_model,
+                "weights": weights,
+                "patches": int(each) * (n_devices // n_model),
                 "device_hours": hours,
             }
         found["models"][name] = devices
@@ -124,10 +122,12 @@ def markdown(found: dict[str, Any]) -> str:
                 rows.append([name, kind, "none holds it", *[""] * (3 + len(SWEEPS))])
                 continue
             n = of["devices"]
-            slice_ = DEVICES[kind].slice.format(n=n, nodes=-(-n // ON_HOST), each=min(n, ON_HOST))
+            slice_ = DEVICES[kind].slice.format(n=n, cores=2 * n, nodes=-(-n // ON_HOST), each=min(n, ON_HOST))
             hours = [f"{of['device_hours'][sweep]:.3g}" for sweep in SWEEPS]
             gib = f"{of['weights'] / 2**30:.1f}"
-            rows.append([name, kind, slice_, f"`patch=1,model={n}`", gib, str(of["patches"]), *hours])
+            rows.append(
+                [name, kind, slice_, f"`patch={n // of['model']},model={of['model']}`", gib, str(of["patches"]), *hours]
+            )
     sweeps = [f"device-hours, `{sweep}`" for sweep in SWEEPS]
     return table(
         ["pair", "device", "fewest", "mesh of these", "weights a device, GiB", "patches at once", *sweeps], rows

@@ -24,9 +24,9 @@ OPERATIONS = (
 )  # fmt: skip
 
 _CALL = re.compile(rf" ({'|'.join(OPERATIONS)})(?:-start)?\(.*")
-_GROUPS = re.compile(
-    r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
-)
+_IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"
+_MESH = rf"mesh\[(?P<sizes>[^\]]*)\](?:, device_ids=\((?P<ids>{_IOTA})\))? \{{(?P<along>[^}}]*)\}}"
+_GROUPS = re.compile(rf"(?:replica_groups|source_target_pairs)=(\{{\{{.*?\}}\}}|\{{\}}|\[[\d,]+\]<={_IOTA}|{_MESH})")
 
 
 def collectives(text: str, shape: Mapping[str, int]) -> Counter[tuple[str, str]]:
@@ -70,10 +70,22 @@ def _members(groups: str, n: int) -> list[list[int]]:
         return [list(range(n))]
     if groups.startswith("{{"):
         return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", groups)]
+    if of := re.fullmatch(_MESH, groups):  # the axes of another mesh of the same devices, with names of its own
+        sizes = {name: int(size) for name, size in re.findall(r"('[^']*')=(\d+)", of["sizes"])}
+        along = [axis for axis, name in enumerate(sizes) if name in of["along"].split(",")]
+        ids = _ids(of["ids"] or f"[{n}]").reshape([*sizes.values()])
+        return (
+            np.moveaxis(ids, along, range(-len(along), 0)).reshape(-1, math.prod(ids.shape[i] for i in along)).tolist()
+        )
     counts, order = groups.split("<=")
+    return _ids(order).reshape(_numbers(counts)).tolist()
+
+
+def _ids(order: str) -> Int[np.ndarray, "..."]:
+    """The numbers of all devices in an order such as "[4,2]T(1,0)": counted along axes that are then exchanged."""
     sizes, *axes = (_numbers(part) for part in order.split("T"))
     ids: Int[np.ndarray, "..."] = np.arange(math.prod(sizes)).reshape(sizes)
-    return (ids.transpose(axes[0]) if axes else ids).reshape(_numbers(counts)).tolist()
+    return ids.transpose(axes[0]) if axes else ids
 
 
 def _numbers(text: str) -> list[int]:

@@ -91,7 +91,7 @@ SLICES: Mapping[str, Slice] = MappingProxyType(
         "v5e-64": Slice("v5e:8x8", 16 * GIB),
         "v5p-16": Slice("v5p:2x2x2", 95 * GIB),
         "v6e-8": Slice("v6e:2x4", 32 * GIB),
-        "v6e-32": Slice("v6e:4x8", 32 * GIB),
+        "v6e-64": Slice("v6e:8x8", 32 * GIB),
     }
 )
 """Slices by the names of the cloud's consoles; of v5p these count cores, two a chip."""

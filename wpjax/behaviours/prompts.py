@@ -145,12 +145,13 @@ class PromptBatch:
         texts, pairs = tuple(self.texts[i] for i in rows.tolist()), tuple(self.pairs[i] for i in rows.tolist())
         return dataclasses.replace(self, with_instruction=with_, without=without, texts=texts, pairs=pairs)
 
-    def check_fits(self, n_ctx: int, d_vocab: int) -> None:
+    def check_fits(self, n_ctx: int, d_vocab: int, longer: str = "") -> None:
         """Refuse prompts that a model cannot take.
 
         Args:
             n_ctx: context of the model, in tokens.
             d_vocab: size of its vocabulary.
+            longer: what else helps against prompts that are too long, as the end of the error.
 
         Raises:
             BehaviourError: a prompt is longer than the context, or a token id is outside the vocabulary.
@@ -161,7 +162,7 @@ class PromptBatch:
                 text = self.pairs[longest].with_instruction
                 raise BehaviourError(
                     f"{self.behaviour}: prompt {longest + 1} ({text[:40]!r}...) has {tokens.lengths[longest]} tokens, "
-                    f"the model takes {n_ctx}; shorten it"
+                    f"the model takes {n_ctx}; shorten it{longer}"
                 )
             if tokens.ids.max() >= d_vocab:
                 raise BehaviourError(

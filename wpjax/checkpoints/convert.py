@@ -76,6 +76,8 @@ def _sizes(cfg: ModelConfig, pattern: str) -> dict[str, int]:
         "h": cfg.n_heads,
         "k": cfg.n_kv_heads,
         "e": cfg.d_head,
+        "p": cfg.d_head // 2,
+        "t": 2,
         "f": cfg.d_mlp,
         "v": cfg.d_vocab,
         "c": cfg.n_ctx,

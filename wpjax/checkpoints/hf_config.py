@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wpjax.errors import ConfigError
-from wpjax.models.config import ModelConfig, Rope, RopeScaling
+from wpjax.models.config import ORIGINAL_CONTEXT, ModelConfig, Rope, RopeScaling
 from wpjax.models.families import COMMON_IGNORED, FAMILIES, Family, activation
 from wpjax.models.rotary import frequencies
 
@@ -42,7 +42,7 @@ _ACTED_ON: dict[str, Any] = {
     "is_causal": True,
 }
 _SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "window")
-_FACTORS = ("attn_scale", "attn_softcap", "logit_softcap")
+_FACTORS = ("attn_scale", "attn_softcap", "logit_softcap", "embed_scale", "resid_scale", "logit_scale")
 
 
 def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = ()) -> ModelConfig:
@@ -51,7 +51,8 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     Args:
         raw: the content of config.json.
         where: the file, for messages.
-        ignore: attributes that the caller knows not to matter.
+        ignore: attributes that the caller knows not to matter. Without `original_max_position_embeddings`, a model with
+            longrope rotates by its long factors, as HF lets it for sequences beyond that context, at every length.
 
     Raises:
         ConfigError: the family or an attribute is unknown, or a value is missing, impossible or not implemented; or the
@@ -87,16 +88,18 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     except (ArithmeticError, TypeError, KeyError) as error:
         raise ConfigError(f"{where}: its numbers do not fit together ({error!r}); correct them") from error
     values["rope"] = None
+    is_long = ORIGINAL_CONTEXT in ignore
     if family.rotary_by_layer:
         by_layer = full["rope_parameters"]
         values["rope"], values["local_rope"] = (
-            _parse_rope({**full, "rope_parameters": by_layer[kind]}, where, family.partly_rotary)
+            _parse_rope(family, {**full, "rope_parameters": by_layer[kind]}, where, is_long)
             for kind in ("full_attention", "sliding_attention")
         )
     elif family.rotary:
-        values["rope"] = _parse_rope(full, where, family.partly_rotary)
-    if values["rope"] and values["rope"].scaling == "longrope":  # its short factors hold up to the original context
-        values["n_ctx"] = int(dict(values["rope"].options)["original_max_position_embeddings"])  # type: ignore[arg-type]
+        values["rope"] = _parse_rope(family, full, where, is_long)
+    for rope in (values["rope"], values.get("local_rope")):
+        if rope and rope.scaling == "longrope" and not is_long:  # its short factors hold up to the original context
+            values["n_ctx"] = int(dict(rope.options)[ORIGINAL_CONTEXT])
     if values.get("window") is None or values["window"] >= values["n_ctx"] or not any(values["sliding"]):
         values |= {"window": None, "sliding": () if values.get("local_rope") is None else values["sliding"]}
     may_lack = {field.name for field in dataclasses.fields(ModelConfig) if field.default is None} | {"rope"}
@@ -115,6 +118,13 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     for rope in (cfg.rope, cfg.local_rope):
         if rope and not _has_frequencies(rope, cfg.d_head):
             raise ConfigError(f"{where}: rope_parameters give no usable frequencies: {rope}; correct them")
+    for field in ("sliding", "unrotated"):
+        told = len(getattr(cfg, field))
+        if told not in (0, cfg.n_layers):
+            raise ConfigError(
+                f"{where}: {told} layers are said to have a window or rotary positions or none, but there "
+                f"are {cfg.n_layers}; correct layer_types or no_rope_layers"
+            )
     if cfg.n_heads % cfg.n_kv_heads:
         raise ConfigError(f"{where}: {cfg.n_heads} query heads cannot share {cfg.n_kv_heads} KV heads evenly")
     return cfg
@@ -317,13 +327,14 @@ def _has_frequencies(rope: Rope, d_head: int) -> bool:
     return bool(np.isfinite(inv_freq).all()) and math.isfinite(scale)
 
 
-def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
+def _parse_rope(family: Family, full: Mapping[str, Any], where: str, is_long: bool) -> Rope:
     """The rotary embedding of a configuration.
 
     Args:
+        family: the family.
         full: the configuration with defaults.
         where: the file, for messages.
-        partly: whether the family may rotate a part of each head (`Family.partly_rotary`).
+        is_long: whether longrope is to use its long factors.
 
     Raises:
         ConfigError: a variant or an option is unknown, missing or of no use.
@@ -335,10 +346,10 @@ def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
     theta = next(value for value in (theta, full.get("rope_theta"), 10_000.0) if value is not None)
     if not isinstance(scaling, str) or scaling not in _ROPE_OPTIONS:
         raise ConfigError(f"{where}: rope_type {scaling!r} is not implemented; known: {', '.join(_ROPE_OPTIONS)}")
-    options = {k: v for k, v in parameters.items() if v is not None}
+    options = {k: v for k, v in parameters.items() if v is not None and k not in family.rope_ignored}
     fraction = 1.0
     # A factor of 1.0 changes nothing, so any family may name it. Any other stays in `options` and is refused below.
-    if partly or options.get("partial_rotary_factor") == 1.0:
+    if family.partly_rotary or options.get("partial_rotary_factor") == 1.0:
         fraction = options.pop("partial_rotary_factor", 1.0)
     if scaling == "default":  # transformers reads none of the other variants' numbers here
         options = {k: v for k, v in options.items() if k not in _ANY_ROPE_OPTION}
@@ -355,6 +366,8 @@ def _parse_rope(full: Mapping[str, Any], where: str, partly: bool) -> Rope:
     missing = sorted({"linear": {"factor"}, "llama3": _ROPE_OPTIONS["llama3"]}.get(scaling, set()) - set(options))
     if missing:
         raise ConfigError(f"{where}: rope_parameters lacks {', '.join(missing)} for rope_type {scaling!r}")
+    if is_long and scaling == "longrope":
+        options["long"] = True
     hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return Rope(float(theta), scaling, tuple(sorted(hashable.items())), float(fraction))
 

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from wpjax.cli.compiled import seconds_of_compilation
 from wpjax.runtime import interrupts
+from wpjax.runtime.processes import member_now
 from wpjax.runtime.progress import Schedule, in_words
 
 out = Console(highlight=False)
@@ -62,9 +63,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def progress_bars() -> Iterator[Reporter]:
     """Give a `Reporter`: bars and lines on a terminal, lines alone in a log. All of it goes to the error stream.
 
+    Of processes that work together only the first one says something.
+
     After Ctrl-C its next call raises `KeyboardInterrupt` (see `runtime.interrupts`).
     """
-    reporter = Bars() if err.is_terminal else Lines()
+    reporter = Silent() if not member_now().writes else Bars() if err.is_terminal else Lines()
     with reporter:
         yield reporter
 
@@ -148,6 +151,20 @@ class Reporter(abc.ABC):
             plan = "" if phase.seconds is None else f" (planned {in_words(phase.seconds)})"
             rest = f"; about {in_words(self._schedule.left)} left" if self._schedule.running else ""
             self.say(f"{phase.name} done in {in_words(seconds)}{plan}{rest}")
+
+
+class Silent(Reporter):
+    """Says nothing."""
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Take a report."""
+
+    def say(self, line: str) -> None:
+        """Drop a line."""
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is said anyway."""
+        return contextlib.nullcontext()
 
 
 class Left(ProgressColumn):

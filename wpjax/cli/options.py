@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wpjax.arguments import OUTPUT, Argument, Setting, argument, arguments_of, choices_of
+from wpjax.arguments import OUTPUT, TOGETHER, Argument, Setting, argument, arguments_of, choices_of
+
+if TYPE_CHECKING:
+    from wpjax.runtime.processes import Member
 
 Json = Annotated[bool, Setting("Print JSON instead of tables.", option="--json", panel=OUTPUT)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The options of a command that several processes may run together; it has this as one argument."""
+
+    coordinator: Annotated[
+        str | None,
+        Setting(
+            "HOST:PORT of process 0, where several processes do the work together. Without it: as JAX finds out, on "
+            "TPU pod slices, under Slurm (srun) and Open MPI, and in Kubernetes. none: this process is alone.",
+            panel=TOGETHER,
+        ),
+    ] = None
+    num_processes: Annotated[int | None, Setting("Number of processes.", least=1, panel=TOGETHER)] = None
+    process_id: Annotated[int | None, Setting("Number of this process, from 0.", least=0, panel=TOGETHER)] = None
+
+    @property
+    def are_named(self) -> bool:
+        """Whether a coordinator is named."""
+        return self.coordinator not in (None, "none")
+
+    def joined(self) -> contextlib.AbstractContextManager[Member]:
+        """Join the others while the body runs (`runtime.processes.joined`)."""
+        from wpjax.runtime.processes import joined
+
+        return joined(self.coordinator, self.num_processes, self.process_id)
+
 
 PLACEHOLDERS = {int: "N", float: "X", Path: "PATH"}
 """What stands for the value of an option in `--help`: short, so that the names of the options have room."""

@@ -7,8 +7,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from wpjax.arguments import OUTPUT, TOGETHER, Setting, SweepConfig
-from wpjax.cli.options import Json
+from wpjax.arguments import OUTPUT, Setting, SweepConfig
+from wpjax.cli.options import Json, Processes
 from wpjax.errors import WpjaxError
 from wpjax.methods import find_method
 from wpjax.methods.metrics import reads_anchor
@@ -31,16 +31,7 @@ MARKS = ("anchor_acceptance", "behaviour_differs")
 
 def run(
     config: SweepConfig,
-    coordinator: Annotated[
-        str | None,
-        Setting(
-            "HOST:PORT of process 0, where several processes do one sweep together. Without it: as JAX finds out, on "
-            "TPU pod slices, under Slurm (srun) and Open MPI, and in Kubernetes. none: this process is alone.",
-            panel=TOGETHER,
-        ),
-    ] = None,
-    num_processes: Annotated[int | None, Setting("Number of processes.", least=1, panel=TOGETHER)] = None,
-    process_id: Annotated[int | None, Setting("Number of this process, from 0.", least=0, panel=TOGETHER)] = None,
+    processes: Processes,
     show: Annotated[int, Setting("Rows to print.", least=1, panel=OUTPUT)] = 20,
     as_json: Json = False,
 ) -> None:
@@ -48,12 +39,10 @@ def run(
     if config.shards is not None and config.part is None:
         raise WpjaxError(f"--shards needs --part; to put finished parts together: wpjax collect {config.shards}")
     if config.part is None:
-        from wpjax.runtime.processes import joined
-
-        with joined(coordinator, num_processes, process_id) as member:
+        with processes.joined() as member:
             run_as(member, config, show, as_json)
         return
-    if coordinator not in (None, "none"):
+    if processes.are_named:
         raise WpjaxError("--part is for processes that know nothing of each other; drop it, or --coordinator")
     config.check()  # before anything heavy is imported
 
@@ -66,7 +55,7 @@ def run(
 
         def planned(schedule: Schedule) -> None:
             progress.planned(schedule)
-            progress.say(f"all parts together take about {in_words(schedule.left)}")
+            progress.say(f"this part takes about {in_words(schedule.left)}, if it finds nothing that is done already")
 
         said = run_part(config, progress, tell=progress.note, planned=planned)
     print(f"{said}\nwhen all parts have ended: wpjax collect {shlex.quote(str(config.shards))} --out r.nc")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from wpjax.arguments import INPUT, MEASURED, Mesh, NPrompts, Overwrite, Resume, Seed, Setting
-from wpjax.cli.options import Json
+from wpjax.cli.options import Json, Processes
 from wpjax.cli.swept import Given, SweepFile, SweptNewTokens, behaviour_of, pair_of, swept_or_given
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ EXAMPLE = "Example: wpjax validate title.nc --out title.curves.nc"
 def run(
     result: SweepFile,
     given: Given,
+    processes: Processes,
     out: Annotated[
         Path | None, Setting("Where to write; beside the result if absent: title.curves.nc for title.nc.")
     ] = None,
@@ -49,62 +50,69 @@ def run(
     Models, behaviour and checker are those of the sweep, as its file names them.
     """
     from wpjax.runtime.files import check_output
+    from wpjax.runtime.processes import Together, agree, together
     from wpjax.runtime.shards import Shards, check_parts
 
     out = result.with_suffix(".curves.nc") if out is None else out
-    check_output(out, overwrite, inputs=(result, *given.inputs))
-    check_parts(out, "validate", resume)
+    with processes.joined() as member:
+        if member.writes:
+            check_output(out, overwrite, inputs=(result, *given.inputs))
+            check_parts(out, "validate", resume)
 
-    from wpjax.report.curves import curve_figures
-    from wpjax.results.sweep_result import SweepResult
+        from wpjax.report.curves import curve_figures
+        from wpjax.results.sweep_result import SweepResult
 
-    for figure in curve_figures(out):
-        check_output(figure, overwrite)
-    swept = SweepResult.from_netcdf(result)
-    asked = swept_or_given(swept, given)
-    n_new = max_new_tokens or asked.max_new_tokens or 32
+        for figure in curve_figures(out) if member.writes else ():
+            check_output(figure, overwrite)
+        swept = SweepResult.from_netcdf(result)
+        asked = swept_or_given(swept, given)
+        n_new = max_new_tokens or asked.max_new_tokens or 32
 
-    import wpjax
-    from wpjax.cli.console import progress_bars
-    from wpjax.cli.words import print_answers, printable
-    from wpjax.evaluation.validation import validate
-    from wpjax.report.curves import write_curves
-    from wpjax.results.verdict import as_argument
+        import wpjax
+        from wpjax.cli.console import progress_bars
+        from wpjax.cli.words import print_answers, printable
+        from wpjax.evaluation.validation import validate
+        from wpjax.report.curves import write_curves
+        from wpjax.results.verdict import as_argument
 
-    task = behaviour_of(result, asked, given.has_checker)
-    pair = pair_of(asked, mesh)
-    settings = {  # everything that finished parts depend on
-        "version": wpjax.__version__,
-        "pair": pair.fingerprints,
-        "tokenizer": asked.tokenizer,
-        "result": [swept.dataset.attrs["date"], swept.best().tolist(), by],
-        "behaviour": [(p.with_instruction, dict(p.args)) for p in task.select("test", n_prompts)],
-        "checker": asked.checker,
-        "points": points,
-        "n_random": n_random,
-        "max_new_tokens": n_new,
-        "seed": seed,
-    }
-    with Shards(out, "validate", settings, resume) as shards:
-        with progress_bars() as progress:
-            curves = validate(
-                pair,
-                task,
-                swept,
-                other_behaviour=other_behaviour,
-                by=by,
-                n_prompts=n_prompts,
-                n_points=points,
-                n_random=n_random,
-                max_new_tokens=n_new,
-                seed=seed,
-                done=shards,
-                progress=progress,
-            )
-        if asked.checker is not None:
-            curves.dataset.attrs["checker"] = asked.checker
-        figures = write_curves(curves, out, overwrite)
-        shards.discard()
+        task = behaviour_of(result, asked, given.has_checker)
+        pair = pair_of(asked, mesh)
+        settings = {  # everything that finished parts depend on
+            "version": wpjax.__version__,
+            "pair": pair.fingerprints,
+            "tokenizer": asked.tokenizer,
+            "result": [swept.dataset.attrs["date"], swept.best().tolist(), by],
+            "behaviour": [(p.with_instruction, dict(p.args)) for p in task.select("test", n_prompts)],
+            "checker": asked.checker,
+            "points": points,
+            "n_random": n_random,
+            "max_new_tokens": n_new,
+            "seed": seed,
+        }
+        agree("settings", {**settings, "mesh": mesh})
+        with together(lambda: Shards(out, "validate", settings, resume)) as done:
+            with progress_bars() as progress:
+                curves = validate(
+                    pair,
+                    task,
+                    swept,
+                    other_behaviour=other_behaviour,
+                    by=by,
+                    n_prompts=n_prompts,
+                    n_points=points,
+                    n_random=n_random,
+                    max_new_tokens=n_new,
+                    seed=seed,
+                    done=done,
+                    progress=progress,
+                )
+            if not member.writes:
+                return
+            if asked.checker is not None:
+                curves.dataset.attrs["checker"] = asked.checker
+            figures = write_curves(curves, out, overwrite)
+            assert isinstance(done, Shards | Together)
+            done.discard()
     print_curves(curves, as_json)
     if not as_json:
         print_answers(curves.answers)

@@ -11,6 +11,9 @@
     neuron    mlp_proj'  = mlp_proj + a'[f] W_out'[f] - a[f] W_out[f]         input: normed stream
     attn, mlp, layer, norm: likewise, as modules
 
+If one norm spans all heads (`ModelConfig.joint_qk_norm`), new weights of one head change the queries of all, and
+attn_proj' is computed with all heads.
+
 Primed quantities have the new weights and input; z is a head's mix of values, a a neuron's activation. A rule asks the
 layer (`models.block`) for the values at its sites and says which value is replaced. How that value reaches the stream
 is the layer's business. A kind without a rule can still be weight-patched, through `Blend`s
@@ -100,6 +103,15 @@ class LayerPatch(NamedTuple):
         """How the tokens of all these passes are laid out."""
         return self.host.layout
 
+    @property
+    def heads_act_on_others(self) -> bool:
+        """Whether a patch of one head or KV group changes what the other heads write.
+
+        It does if all heads go through one norm (`ModelConfig.joint_qk_norm`) and a single one has new weights. With
+        an input that is given, its own output is put in, and that is its own alone.
+        """
+        return self.host.block.cfg.joint_qk_norm and self.channels is not self.weights
+
     def attention(self, weights: Block, **known: Array) -> LayerPass:
         """A pass with new weights on the input of the source's attention.
 
@@ -182,7 +194,42 @@ def written_by_head(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], sp
     return jax.vmap(functools.partial(project, splits=splits), in_axes=(2, 0))(z, w_o)
 
 
+def joint_head_patch(at: LayerPatch, index: Int[Array, " P"]) -> Float[Array, "P B T D"]:
+    """`attn_proj` with each of P heads patched, where a head acts on the others (`heads_act_on_others`)."""
+    host, x = at.host, at.host.layout.pick(at.host.attn_input)
+    ours, theirs = host.block.attn, at.channels.attn
+    own, new = ours.projected_queries(x), theirs.projected_queries(x)
+    splits = ours.cfg.activation_splits
+
+    def one(i: Int[Array, ""]) -> Float[Array, "B T D"]:
+        mixed = jnp.where((jnp.arange(own.shape[2]) == i)[:, None], new, own)
+        q = ours.queries_of(mixed, host.layout.query_positions, host.block.layer)
+        patched = host.replaced({Site.Q: q})
+        w_host, w_new = (a.W_O.get_value()[i] for a in (ours, theirs))
+        z = patched.z[:, :, i]
+        return patched.attn_proj + (project(z, w_new, splits=splits) - project(z, w_host, splits=splits))
+
+    return jax.vmap(one)(index)
+
+
+def joint_kv_patch(at: LayerPatch, index: Int[Array, " P"]) -> Float[Array, "P B T D"]:
+    """`attn_proj` with each of P KV groups patched, where a group's keys act on the others'."""
+    host, x = at.host, at.host.attn_input
+    ours, theirs = host.block.attn, at.channels.attn
+    own, new = ours.projected_keys(x), theirs.projected_keys(x)
+    new_v = theirs.values(x)
+
+    def one(i: Int[Array, ""]) -> Float[Array, "B T D"]:
+        is_new = (jnp.arange(own.shape[2]) == i)[:, None]
+        k = ours.keys_of(jnp.where(is_new, new, own), host.layout.positions, host.block.layer)
+        return host.replaced({Site.K: k, Site.V: jnp.where(is_new, new_v, host.v)}).attn_proj
+
+    return jax.vmap(one)(index)
+
+
 def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    if at.heads_act_on_others:
+        return Rows.of_attention(at.host.replaced({Site.ATTN_PROJ: joint_head_patch(at, index)}))
     z, attn = query_patch(at), at.host.block.attn
     w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
     splits = attn.cfg.activation_splits
@@ -194,6 +241,8 @@ def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 
 
 def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    if at.heads_act_on_others:
+        return Rows.of_attention(at.host.replaced({Site.ATTN_PROJ: joint_kv_patch(at, index)}))
     z, attn = kv_patch(at), at.host.block.attn
     heads = index[:, None] * attn.cfg.n_rep + jnp.arange(attn.cfg.n_rep)  # [P, n_rep]
     w_o, change = attn.W_O.get_value(), z.patched - z.host

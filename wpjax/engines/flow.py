@@ -105,6 +105,8 @@ class FlowReader(NamedTuple):
         if one.block.has_norm(Site.ATTN_OUT):  # the norm mixes the heads: each row has its own slope before the norm
             slope, prompts = jnp.broadcast_to(slope, (len(z), *slope.shape)), "nbrhk"
             slope = one.block.attn_proj_slope(slope, jnp.broadcast_to(attn.out(host.z), slope.shape), attn.out(z))
+        else:  # the same for all rows
+            slope = one.block.attn_proj_slope(slope, attn.out(host.z), attn.out(host.z))
         w_o = attn.W_O.get_value().astype(jnp.float32)
         # The slope is taken back through W_O, so that [N, B, R, H, D], what each head writes, is never formed.
         by_head = jnp.einsum(f"hkd,{prompts[:-2]}d->{prompts}", w_o, slope, precision=highest)

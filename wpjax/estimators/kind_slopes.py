@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wpjax.components import KINDS, indices
 from wpjax.engines.contributions import (
@@ -26,6 +26,8 @@ from wpjax.engines.contributions import (
     LayerPatch,
     Run,
     Side,
+    joint_head_patch,
+    joint_kv_patch,
     kv_patch,
     layer_patch,
     layer_rows,
@@ -78,6 +80,8 @@ class Slopes(NamedTuple):
 
 
 def _head_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "H B"]:
+    if at.heads_act_on_others:
+        return _one_by_one(joint_head_patch, at, at.host.block.cfg.n_heads, slopes)
     return _by_head(query_patch(at), at, at.weights, slopes)
 
 
@@ -102,9 +106,23 @@ def _by_head(z: HeadValues, at: LayerPatch, weights: Block, slopes: Slopes) -> F
 
 
 def _kv_group_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "K B"]:
+    if at.heads_act_on_others:
+        return _one_by_one(joint_kv_patch, at, at.host.block.cfg.n_kv_heads, slopes)
     by_head = _by_head(kv_patch(at), at, at.host.block, slopes)
     # Heads of one group stand side by side: [H, B] -> [K, heads of a group, B].
     return by_head.reshape(-1, at.host.block.attn.cfg.n_rep, by_head.shape[1]).sum(1)
+
+
+def _one_by_one(
+    patched: Callable[[LayerPatch, Array], Array], at: LayerPatch, n: int, slopes: Slopes
+) -> Float[Array, "n B"]:
+    """First-order change of the metric by each of n components of which all of attention's output is known."""
+    site, own = at.host.block.residual_site(Site.ATTN_PROJ), at.host.attn_proj
+
+    def change(i: Int[Array, ""]) -> Float[Array, " B"]:
+        return slopes.along(site, patched(at, i[None])[0] - own)
+
+    return jax.lax.map(change, jnp.arange(n))
 
 
 def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:

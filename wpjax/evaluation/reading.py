@@ -59,7 +59,7 @@ def answers_to_read(
     (True, False)
     """
     batch = behaviour.encode(pair.tokenizer, "test", max(n_prompts, MIN_PROMPTS))
-    batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab)
+    batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab, pair.cfg.longer_context)
     judge = Judge(pair, behaviour, batch, max_new_tokens)
     base, expert = judge.answers(pair.base), judge.answers(pair.expert)
     passes = _passes(judge, expert)

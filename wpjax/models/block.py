@@ -5,7 +5,9 @@
     mlp_input  = norm(resid_mid)              mlp_proj  = neuron W_out + b_out
     resid_post = resid_mid + mlp_out          mlp_out   = mlp_proj                 (its norm in post-norm families)
 
-In families with a parallel residual the MLP reads `resid_pre` in place of `resid_mid`. In families without pre-norms
+attn_out and mlp_out are multiplied by `ModelConfig.resid_scale` (Granite).
+In families with a parallel residual the MLP reads `resid_pre` in place of `resid_mid`; in some of them one norm serves
+both modules, and `mlp_input` is `attn_input` (`ModelConfig.shared_norm`). In families without pre-norms
 both modules read the stream itself.
 """
 
@@ -57,7 +59,9 @@ class Block(nnx.Module):
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp = MLP(cfg, rngs=rngs)
         if cfg.pre_norm:
-            self.norm_attn, self.norm_mlp = (Norm(cfg, cfg.d_model) for _ in range(2))
+            self.norm_attn = Norm(cfg, cfg.d_model)
+            if not cfg.shared_norm:
+                self.norm_mlp = Norm(cfg, cfg.d_model)
         if cfg.post_norm:
             self.norm_attn_out, self.norm_mlp_out = (Norm(cfg, cfg.d_model) for _ in range(2))
 
@@ -101,8 +105,13 @@ class Block(nnx.Module):
         return Window(self.cfg.window, jnp.asarray(self.cfg.sliding)[self.layer])
 
     def normed(self, site: Site, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
-        """x after the norm at a site, or x itself in families without a norm there."""
-        return getattr(self, NORMS[site])(x) if self.has_norm(site) else x
+        """The value at a site, made of x: x after the norm there, or x itself in families without one.
+
+        What is added to the stream is multiplied by `ModelConfig.resid_scale`.
+        """
+        y = getattr(self, NORMS[site])(x) if self.has_norm(site) else x
+        is_added = site in (Site.ATTN_OUT, Site.MLP_OUT)
+        return y * self.cfg.resid_scale if is_added and self.cfg.resid_scale != 1.0 else y
 
     def has_norm(self, site: Site) -> bool:
         """Whether this family has a norm at a site."""
@@ -113,21 +122,26 @@ class Block(nnx.Module):
         """Whether the MLP reads the stream after attention of the same layer has written to it."""
         return not self.cfg.parallel
 
+    @property
+    def mlp_made_of(self) -> Site:
+        """The site that `mlp_input` is made of."""
+        return Site.ATTN_INPUT if self.cfg.shared_norm else Site.RESID_PRE if self.cfg.parallel else Site.RESID_MID
+
     def residual_site(self, site: Site) -> Site:
         """The furthest site at which a change at `attn_proj` or `mlp_proj` can simply be added.
 
-        That is the stream; but if a norm stands between, it is the site itself.
+        That is the stream; but if a norm or a factor stands between, it is the site itself.
         """
         in_the_stream = {Site.ATTN_PROJ: Site.RESID_MID, Site.MLP_PROJ: Site.RESID_POST}
-        return site if self.cfg.post_norm else in_the_stream[site]
+        return site if self.cfg.post_norm or self.cfg.resid_scale != 1.0 else in_the_stream[site]
 
     def attn_proj_slope(
         self, slope: Float[Array, "*n D"], ours: Float[Array, "*n D"], theirs: Float[Array, "*n D"]
     ) -> Float[Array, "*n D"]:
         """Take a slope from `attn_out` back to `attn_proj`, exactly for the difference of two passes.
 
-        Returns g with <slope, attn_out' - attn_out> = <g, attn_proj' - attn_proj>. Without a post-norm g is the slope.
-        With one it is the slope, taken back through the norm's secant between the two passes
+        Returns g with <slope, attn_out' - attn_out> = <g, attn_proj' - attn_proj>. Without a post-norm g is the
+        slope, times the family's factor. With one it is taken back through the norm's secant between the two passes
         (docs/method.md, "Following an effect").
 
         Args:
@@ -136,7 +150,7 @@ class Block(nnx.Module):
             theirs: `attn_proj` of the other.
         """
         if not self.cfg.post_norm:
-            return slope
+            return self.normed(Site.ATTN_OUT, slope)  # which is the factor alone
 
         def change(d: Array) -> Array:  # linear in d, so its transpose takes a slope back
             attn_proj: Any = Secant(ours, theirs, d)
@@ -182,7 +196,7 @@ class LayerPass:
         self._entering, self._origin = resid_pre, origin
         self._known, self._made = dict(known or {}), dict[Site, Value]()
         # Sites whose values may differ from those of `origin`.
-        self._changed = {after for site in self._known for after in downstream(site, block.cfg.parallel)}
+        self._changed = {after for site in self._known for after in downstream(site, block.mlp_made_of)}
 
     @_site
     def resid_pre(self) -> Value:
@@ -238,6 +252,8 @@ class LayerPass:
     @_site
     def mlp_input(self) -> Value:
         """What the MLP reads, [B, T, D]."""
+        if self.block.cfg.shared_norm:
+            return self.layout.pick(self.attn_input)
         return self.block.normed(Site.MLP_INPUT, self.mlp_reads)
 
     @_site
@@ -303,14 +319,14 @@ class LayerPass:
 
 
 @functools.cache
-def downstream(site: Site, parallel: bool) -> frozenset[Site]:
+def downstream(site: Site, mlp_made_of: Site) -> frozenset[Site]:
     """The sites of a layer whose values depend on the value at a site.
 
     Args:
         site: the site.
-        parallel: whether the MLP stands beside attention (`ModelConfig.parallel`).
+        mlp_made_of: the site that the MLP's input is made of (`Block.mlp_made_of`).
 
-    >>> sorted(downstream(Site.MLP_PROJ, parallel=False))
+    >>> sorted(downstream(Site.MLP_PROJ, Site.RESID_MID))
     [<Site.MLP_OUT: 'mlp_out'>, <Site.RESID_POST: 'resid_post'>]
     """
     reads = {  # site -> the sites that its value is made of
@@ -320,7 +336,7 @@ def downstream(site: Site, parallel: bool) -> frozenset[Site]:
         Site.ATTN_PROJ: (Site.Z,),
         Site.ATTN_OUT: (Site.ATTN_PROJ,),
         Site.RESID_MID: (Site.RESID_PRE, Site.ATTN_OUT),
-        Site.MLP_INPUT: (Site.RESID_PRE if parallel else Site.RESID_MID,),
+        Site.MLP_INPUT: (mlp_made_of,),
         Site.NEURON: (Site.MLP_INPUT,),
         Site.MLP_PROJ: (Site.NEURON,),
         Site.MLP_OUT: (Site.MLP_PROJ,),

@@ -9,6 +9,9 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
 RopeScaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
+"""HF's attribute for the context before longrope extended it."""
+
 
 def _later(default: Any) -> Any:
     """A field that a later version added; at its default, `_repr` leaves it out."""
@@ -35,7 +38,8 @@ class Rope:
     Attributes:
         theta: base of the wavelengths: pair i of d dimensions turns by theta^(-2 i / d) radians a token.
         scaling: name of the variant, as in HF's `rope_type`.
-        options: the variant's numbers by name, sorted (a tuple, so that a configuration is hashable).
+        options: the variant's numbers by name, sorted (a tuple, so that a configuration is hashable). For
+            longrope, "long" says whether the long factors are used, at every length.
         fraction: share of a head's dimensions that are rotated. These come first; the others have no position.
     """
 
@@ -45,6 +49,11 @@ class Rope:
     fraction: float = _later(1.0)
 
     __repr__ = _repr
+
+    @property
+    def is_long(self) -> bool:
+        """Whether longrope rotates by its long factors."""
+        return bool(dict(self.options).get("long", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +73,14 @@ class ModelConfig:
         d_vocab: V, tokens of the vocabulary.
         n_ctx: longest sequence the model accepts, in tokens.
         norm: "rms" (scale only) or "layer" (centred, scale and bias).
+        norm_bias: whether a norm of kind "layer" has a bias.
         norm_eps: small number that a norm adds to the mean square (or the variance).
         norm_offset: number added to a norm's scale. It is 1 in families whose checkpoints hold scale - 1 (Gemma).
         pre_norm: true if attention and MLP read a normed stream; false if they read the stream itself (OLMo 2).
         post_norm: true if a norm stands between what they write and the stream (Gemma 2, OLMo 2).
         parallel: true if the MLP reads the stream that enters the layer, beside attention (GPT-NeoX); false if it
             reads the stream after attention.
+        shared_norm: true if attention and MLP, side by side, read what one norm makes (Cohere); only with `parallel`.
         act: activation of the MLP.
         gated: true for act(x W_gate) * (x W_in), false for act(x W_in).
         rope: rotary embedding; None for learned absolute positions.
@@ -77,15 +88,22 @@ class ModelConfig:
         window: size of the sliding window: a token sees itself and the `window` - 1 tokens before it. None: no layer
             has a window, and tokens see all those before them.
         sliding: [L], whether each layer has the window; empty without a window.
+        query_growth: (beta, n): queries at position p are multiplied by 1 + beta log(1 + floor(p / n)), after rotary
+            positions (Ministral 3); None for no growth.
+        unrotated: [L], whether each layer has no rotary positions (SmolLM3); empty if all layers have them.
         qkv_bias: whether queries, keys and values have biases.
         qk_norm: whether each head's queries and keys go through a norm over their d_head numbers, before rotary
             positions. All heads of a layer share its scale (Qwen3, Gemma 3).
+        joint_qk_norm: whether the queries of all heads of a layer together go through one norm over their n_heads
+            d_head numbers, and the keys through another, before rotary positions (OLMo 2).
         out_bias: whether the output of attention has a bias.
         mlp_bias: whether the MLP has biases.
         attn_scale: factor of attention scores; None for d_head ** -0.5.
         attn_softcap: bound on attention scores, see `ops.soft_cap`; None for no bound.
         logit_softcap: bound on logits, likewise.
         embed_scale: factor of embedded tokens.
+        resid_scale: factor of what attention and MLP add to the stream, after their norms if they have these (Granite).
+        logit_scale: factor of logits, before their bound (Granite).
         tied: whether the unembedding is the embedding transposed.
         activation_splits: 1 or 2. Where an activation meets a bfloat16 weight, it is written as the sum of so many
             bfloat16 numbers. 1 keeps 8 bits of it; 2 keeps 16 and takes twice the operations. With float32 weights
@@ -128,6 +146,13 @@ class ModelConfig:
     window: int | None = _later(None)
     sliding: tuple[bool, ...] = _later(())
     local_rope: Rope | None = _later(None)  # noqa: RUF009  (a frozen field)
+    joint_qk_norm: bool = _later(False)
+    resid_scale: float = _later(1.0)
+    logit_scale: float = _later(1.0)
+    unrotated: tuple[bool, ...] = _later(())
+    query_growth: tuple[float, int] | None = _later(None)
+    norm_bias: bool = _later(True)
+    shared_norm: bool = _later(False)
 
     __repr__ = _repr
 
@@ -140,6 +165,15 @@ class ModelConfig:
     def n_rep(self) -> int:
         """Number of query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def longer_context(self) -> str:
+        """What to do if a prompt is longer than the context, as the end of an error; empty if nothing can be done."""
+        if self.rope is None or self.rope.scaling != "longrope" or self.rope.is_long:
+            return ""
+        return (
+            f"; or pass --ignore-config {ORIGINAL_CONTEXT}: the model then rotates by its long factors at all lengths"
+        )
 
     def differences(self, other: ModelConfig) -> list[str]:
         """Fields in which two configurations differ, each as "name: mine != theirs"."""

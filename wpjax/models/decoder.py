@@ -66,8 +66,8 @@ class Decoder(nnx.Module):
         if self.cfg.tied:
             # This transposes the arrays of a `Blend` too. Its mask is a scalar, and a scalar transposed is itself.
             transposed: Leaf = jax.tree.map(lambda a: a.T, self.embed.W_E.get_value())
-            return self._capped(project(x, transposed, splits=self.cfg.activation_splits))
-        return self._capped(self.unembed(x))
+            return self._scaled(project(x, transposed, splits=self.cfg.activation_splits))
+        return self._scaled(self.unembed(x))
 
     def log_odds(
         self, resid: Float[Value, "*n D"], tokens: Int[Array, "*n"], foils: Int[Array, "*n"]
@@ -83,15 +83,16 @@ class Decoder(nnx.Module):
         """
         x, ours, theirs = self.final_norm(resid), self.unembedding(tokens), self.unembedding(foils)
         if self.cfg.logit_softcap is None:
-            return (x * (ours - theirs)).sum(-1)
-        return self._capped((x * ours).sum(-1)) - self._capped((x * theirs).sum(-1))
+            return self._scaled((x * (ours - theirs)).sum(-1))
+        return self._scaled((x * ours).sum(-1)) - self._scaled((x * theirs).sum(-1))
 
-    def _capped(self, logits: Value) -> Value:
-        """Logits after the family's bound on them, if it has one."""
-        return ops.soft_cap(logits, self.cfg.logit_softcap)
+    def _scaled(self, logits: Value) -> Value:
+        """Logits after the family's factor and its bound on them, if it has these."""
+        scaled = logits if self.cfg.logit_scale == 1.0 else logits * self.cfg.logit_scale
+        return ops.soft_cap(scaled, self.cfg.logit_softcap)
 
     def unembedding(self, tokens: Int[Array, "*n"]) -> Float[Value, "*n D"]:
-        """The vector of each token whose product with the normed residual stream is the token's logit."""
+        """The vector of each token whose product with the normed stream is its logit, before factor and bound."""
         if self.cfg.tied:
             return lookup(self.embed.W_E.get_value(), tokens)
         return lookup(self.unembed.W_U.get_value(), tokens, axis=1)
@@ -201,7 +202,9 @@ def forward(
     if stop is not None and not 0 <= stop <= cfg.n_layers:
         raise WpjaxError(f"stop={stop}: the model has {cfg.n_layers} layers; stop is how many of them to run")
     if tokens.shape[-1] > cfg.n_ctx:
-        raise WpjaxError(f"{tokens.shape[-1]} tokens exceed the context of {cfg.n_ctx}; shorten the prompts")
+        raise WpjaxError(
+            f"{tokens.shape[-1]} tokens exceed the context of {cfg.n_ctx}; shorten the prompts{cfg.longer_context}"
+        )
     return decoder(cfg, params)(tokens, sites=sites, stop=stop, logits=logits, edits=edits)
 
 

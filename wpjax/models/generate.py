@@ -109,7 +109,7 @@ def _check_fits(cfg: ModelConfig, prefix: Prefix, n_new: int) -> None:
     if n_prompt + n_new > cfg.n_ctx:
         raise WpjaxError(
             f"{n_prompt} prompt tokens and {n_new} new ones exceed the context of {cfg.n_ctx}; shorten the prompts or "
-            "lower max_new_tokens"
+            f"lower max_new_tokens{cfg.longer_context}"
         )
 
 

@@ -52,30 +52,31 @@ def _leaf(param: nnx.Param) -> Leaf:
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last axis, computed in float32.
+    """RMSNorm or LayerNorm over the last axes, computed in float32.
 
     Args:
         cfg: the model.
-        width: length of that axis: D, or Dh for the norms of queries and keys.
+        shape: lengths of these axes: D; of the norms of queries and keys Dh, or heads and Dh for all heads together.
     """
 
-    def __init__(self, cfg: ModelConfig, width: int):
+    def __init__(self, cfg: ModelConfig, *shape: int):
         self.cfg = cfg
-        self.scale = nnx.Param(jnp.ones(width))
-        if cfg.norm == "layer":
-            self.bias = nnx.Param(jnp.zeros(width))
+        self.axes = tuple(range(-len(shape), 0))
+        self.scale = nnx.Param(jnp.ones(shape))
+        if cfg.norm == "layer" and cfg.norm_bias:
+            self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Float[Value, "*n"]) -> Float[Value, "*n"]:
         """Normalise each vector, then scale it: x (offset + scale) / sqrt(mean(x^2) + eps).
 
-        LayerNorm subtracts the mean of x before that, and adds a bias after it.
+        LayerNorm subtracts the mean of x before that, and adds a bias after it, if it has one.
         """
         if self.cfg.norm == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * ops.rsqrt((x * x).mean(-1, keepdims=True) + self.cfg.norm_eps)
+            x = x - x.mean(self.axes, keepdims=True)
+        x = x * ops.rsqrt((x * x).mean(self.axes, keepdims=True) + self.cfg.norm_eps)
         scale = resolve(_leaf(self.scale))
         x = x * (scale + self.cfg.norm_offset if self.cfg.norm_offset else scale)
-        return x + resolve(_leaf(self.bias)) if self.cfg.norm == "layer" else x
+        return x + resolve(_leaf(self.bias)) if hasattr(self, "bias") else x
 
 
 class Attention(nnx.Module):
@@ -100,6 +101,8 @@ class Attention(nnx.Module):
             self.b_O = nnx.Param(jnp.zeros(d))
         if cfg.qk_norm:
             self.norm_q, self.norm_k = Norm(cfg, dh), Norm(cfg, dh)
+        if cfg.joint_qk_norm:
+            self.joint_norm_q, self.joint_norm_k = Norm(cfg, h, dh), Norm(cfg, k, dh)
 
     def queries(
         self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int
@@ -111,22 +114,46 @@ class Attention(nnx.Module):
             positions: positions of the tokens in their prompts.
             layer: number of the layer, as some families rotate in two ways.
         """
+        return self.queries_of(self.projected_queries(x), positions, layer)
+
+    def projected_queries(self, x: Float[Value, "B T D"]) -> Float[Value, "B T H Dh"]:
+        """Queries of every head before norms and positions: each head's own weights make its own."""
         q = project(x, _leaf(self.W_Q), splits=self.cfg.activation_splits)
-        if self.cfg.qkv_bias:
-            q = q + resolve(_leaf(self.b_Q))
+        return q + resolve(_leaf(self.b_Q)) if self.cfg.qkv_bias else q
+
+    def queries_of(
+        self, q: Float[Value, "B T H Dh"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int
+    ) -> Float[Value, "B T H Dh"]:
+        """Queries from `projected_queries`, with norms and rotary positions if the family has these."""
         if self.cfg.qk_norm:
             q = self.norm_q(q)
-        return rotate(self.cfg, q, positions, layer) if self.cfg.rope else q
+        if self.cfg.joint_qk_norm:
+            q = self.joint_norm_q(q)
+        q = rotate(self.cfg, q, positions, layer) if self.cfg.rope else q
+        if self.cfg.query_growth is None:
+            return q
+        beta, n = self.cfg.query_growth
+        return q * (1 + beta * jnp.log1p((positions // n).astype(jnp.float32)))[..., None, None]
 
     def keys(
         self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int
     ) -> Float[Value, "B T K Dh"]:
         """Keys of every KV head, after their norm and rotary positions if the family has these; as `queries`."""
+        return self.keys_of(self.projected_keys(x), positions, layer)
+
+    def projected_keys(self, x: Float[Value, "B T D"]) -> Float[Value, "B T K Dh"]:
+        """Keys of every KV head before norms and positions; as `projected_queries`."""
         k = project(x, _leaf(self.W_K), splits=self.cfg.activation_splits)
-        if self.cfg.qkv_bias:
-            k = k + resolve(_leaf(self.b_K))
+        return k + resolve(_leaf(self.b_K)) if self.cfg.qkv_bias else k
+
+    def keys_of(
+        self, k: Float[Value, "B T K Dh"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int
+    ) -> Float[Value, "B T K Dh"]:
+        """Keys from `projected_keys`, with norms and rotary positions if the family has these."""
         if self.cfg.qk_norm:
             k = self.norm_k(k)
+        if self.cfg.joint_qk_norm:
+            k = self.joint_norm_k(k)
         return rotate(self.cfg, k, positions, layer) if self.cfg.rope else k
 
     def values(self, x: Float[Value, "B T D"]) -> Float[Value, "B T K Dh"]:

@@ -23,8 +23,8 @@ def frequencies(rope: Rope, d_head: int) -> tuple[np.ndarray, float]:
     - dynamic: nothing changes up to `n_ctx`;
     - llama3: low frequencies are divided by `factor`, with a smooth passage to high ones;
     - yarn: arXiv 2309.00071;
-    - longrope: arXiv 2402.13753, with its short factors. These hold up to the original context, to which the reader of
-      config.json sets `n_ctx`.
+    - longrope: arXiv 2402.13753. Its short factors hold up to the original context, to which the reader of config.json
+      sets `n_ctx`; its long ones (`Rope.is_long`) for all sequences that are longer.
 
     Args:
         rope: the embedding.
@@ -48,7 +48,7 @@ def frequencies(rope: Rope, d_head: int) -> tuple[np.ndarray, float]:
         return _llama3(inv_freq, opt), 1.0
     if rope.scaling == "yarn":
         return _yarn(rope.theta, inv_freq, opt)
-    return _longrope(wavelength, opt)
+    return _longrope(wavelength, opt, rope.is_long)
 
 
 def _llama3(inv_freq: np.ndarray, opt: dict[str, Any]) -> np.ndarray:
@@ -88,13 +88,13 @@ def _yarn(theta: float, inv_freq: np.ndarray, opt: dict[str, Any]) -> tuple[np.n
     return mixed.astype(np.float32), float(scale)
 
 
-def _longrope(wavelength: np.ndarray, opt: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """Frequencies and scale of LongRoPE (arXiv 2402.13753), with the short factors."""
+def _longrope(wavelength: np.ndarray, opt: dict[str, Any], is_long: bool) -> tuple[np.ndarray, float]:
+    """Frequencies and scale of LongRoPE (arXiv 2402.13753), with its short or its long factors."""
     n_ctx, factor = opt["original_max_position_embeddings"], opt["factor"]
     scale = opt.get("attention_factor")
     if scale is None:
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(n_ctx))
-    stretch = np.asarray(opt["short_factor"], np.float32)
+    stretch = np.asarray(opt["long_factor" if is_long else "short_factor"], np.float32)
     return (1.0 / (stretch * wavelength)).astype(np.float32), float(scale)
 
 
@@ -110,7 +110,7 @@ def rotate(
         x: queries or keys, of N heads.
         positions: positions of the tokens in their prompts.
         layer: number of the layer; it may be traced. Layers with a sliding window turn by `cfg.local_rope`, if there
-            is one.
+            is one; those in `cfg.unrotated` do not turn.
 
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
     >>> x = jnp.ones((1, 2, 1, 4))
@@ -125,6 +125,9 @@ def rotate(
         is_local = jnp.asarray(cfg.sliding)[layer]
         local_freq, local_scale = frequencies(cfg.local_rope, cfg.d_head)
         inv_freq, scale = jnp.where(is_local, local_freq, inv_freq), jnp.where(is_local, local_scale, scale)
+    if any(cfg.unrotated):
+        stays = jnp.asarray(cfg.unrotated)[layer]
+        inv_freq, scale = jnp.where(stays, 0.0, inv_freq), jnp.where(stays, 1.0, scale)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)
     cos = (jnp.cos(angle) * scale)[:, :, None, :]
     sin = (jnp.sin(angle) * scale)[:, :, None, :]

@@ -197,6 +197,10 @@ class Farm(PartFiles):
         missing = self.missing()
         if missing:
             raise self.unfinished(missing, f"{len(missing)} of {len(self._pieces)} pieces of work")
+        # What parts that died were writing. One that still writes makes a piece that is there already (`_publish`).
+        for dead in self.folder.glob(".*.partial"):
+            with contextlib.suppress(OSError):
+                dead.unlink()
 
     def unfinished(self, owners: Sequence[int], what: str) -> Unfinished:
         """The error that some pieces are missing.

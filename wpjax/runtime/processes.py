@@ -195,7 +195,9 @@ def _printing_nothing() -> Iterator[None]:
 
 
 def member_now() -> Member:
-    """Which process this is. Unlike `jax.process_index`, this asks no device."""
+    """Which process this is. Unlike `jax.process_index`, this asks no device, and does not import JAX."""
+    if "jax" not in sys.modules:
+        return Member()  # nobody has joined
     from jax._src.distributed import global_state
 
     return Member(global_state.process_id, global_state.num_processes)

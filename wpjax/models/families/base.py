@@ -6,11 +6,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_ACTIVATIONS = {
+_ACTIVATIONS = {  # several names of transformers are one function, written in several ways
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
@@ -28,7 +32,8 @@ class TensorRule:
         hf: the tensor's name in the checkpoint; "{l}" stands for the number of the layer.
         leaves: paths of the leaves in the tree, such as "blocks/attn/W_Q".
         pattern: einops pattern from the tensor's axes to the leaf's; it is read backwards when a checkpoint is saved.
-            Axes: d model, h heads, k KV heads, e head width, f neurons, v vocabulary, c context, n leaves. Of several
+            Axes: d model, h heads, k KV heads, e head width (or p pairs of t = 2 numbers), f neurons, v vocabulary,
+            c context, n leaves. Of several
             leaves, one pattern gives all of them, stacked along a first axis "n"; or there are as many patterns, and
             the tensor holds the leaves one after the other along its first axis.
     """
@@ -58,6 +63,7 @@ class Family:
         rotary: whether positions are rotary. If so, HF's `rope_parameters` say how.
         partly_rotary: whether the attribute `partial_rotary_factor` says how much of a head is rotated.
         rotary_by_layer: whether `rope_parameters` has an entry for layers with a sliding window and one for the others.
+        rope_ignored: entries of `rope_parameters` that say nothing of rotation.
         rotary_attributes: attributes that say something of rotary positions, older names included. transformers merges
             these into `rope_parameters`.
     """
@@ -76,6 +82,7 @@ class Family:
     rotary: bool = True
     partly_rotary: bool = False
     rotary_by_layer: bool = False
+    rope_ignored: frozenset[str] = frozenset()
     rotary_attributes: frozenset[str] = frozenset({"rope_parameters", "rope_theta", "rope_scaling"})
 
     @property

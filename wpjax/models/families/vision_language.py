@@ -8,7 +8,7 @@ from types import MappingProxyType
 TEXT_TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "gemma3": MappingProxyType({"gemma3_text": "gemma3_text"}),
-        "mistral3": MappingProxyType({"mistral": "mistral"}),
+        "mistral3": MappingProxyType({"mistral": "mistral", "ministral3": "ministral3"}),
         # Positions of images have three axes. Those of text are equal on all three, which is Qwen2's rotary embedding.
         "qwen2_vl": MappingProxyType({"qwen2_vl_text": "qwen2"}),
         "qwen2_5_vl": MappingProxyType({"qwen2_5_vl_text": "qwen2"}),
