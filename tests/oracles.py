@@ -150,7 +150,8 @@ def hf_patched_run(model, tokens, change=lambda part, layer, value: value):
         model: an HF model.
         tokens: [B, T] token ids.
         change: function of (part, layer, value) that returns the new value. Parts: "resid", the stream that enters;
-            "q", "k" and "v", what the projections make, [B, T, heads, Dh]; "z", what W_O reads, likewise; "mlp".
+            "q", "k" and "v", what the projections (or a norm of all heads after them) make, [B, T, heads, Dh]; "z", what
+            W_O reads, likewise; "mlp".
 
     Returns:
         logits, and {part: one value a layer}.
@@ -176,8 +177,10 @@ def hf_patched_run(model, tokens, change=lambda part, layer, value: value):
     for i, layer in enumerate(hf_layers(model)):
         for part, n in (("q", n_heads), ("k", n_kv), ("v", n_kv)):
             if hasattr(layer, "self_attn"):
+                # Where one norm spans all heads, a head's own queries and keys are those after it.
+                joint = config.model_type.startswith("olmo") and part != "v"
                 handles.append(
-                    layer.self_attn.get_submodule(f"{part}_proj").register_forward_hook(
+                    layer.self_attn.get_submodule(f"{part}_norm" if joint else f"{part}_proj").register_forward_hook(
                         lambda m, a, out, i=i, part=part, n=n: changed(part, i, out, (n, dh)).reshape(out.shape)
                     )
                 )

@@ -88,7 +88,7 @@ def test_any_set_of_edges_is_that_of_torch_modules(tmp_path_factory):
         np.testing.assert_allclose(got.clean + got.change[0], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wired_pair", ["llama-gqa3", "gpt-neox", "gemma3"], indirect=True)
+@pytest.mark.parametrize("wired_pair", ["granite", "cohere2", "gemma3", "olmo2"], indirect=True)
 def test_each_edge_is_the_path_with_frozen_mlps(wired_pair):
     """Every edge of the graph; where heads are normed together, the edges of what stands alone."""
     cfg, params, pair = wired_pair.cfg, wired_pair.base, two(wired_pair.cfg)
