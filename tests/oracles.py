@@ -150,8 +150,8 @@ def hf_patched_run(model, tokens, change=lambda part, layer, value: value):
         model: an HF model.
         tokens: [B, T] token ids.
         change: function of (part, layer, value) that returns the new value. Parts: "resid", the stream that enters;
-            "q", "k" and "v", what the projections (or a norm of all heads after them) make, [B, T, heads, Dh]; "z", what
-            W_O reads, likewise; "mlp".
+            "q", "k" and "v", what the projections (or a norm of all heads after them) make, [B, T, heads, Dh]; "z",
+            what W_O reads, likewise; "mlp".
 
     Returns:
         logits, and {part: one value a layer}.
