@@ -141,3 +141,59 @@ def hf_sites(model, tokens):
     if getattr(model.config, "use_parallel_residual", False):  # its MLP reads the stream that enters
         found[Site.RESID_MID] = found[Site.RESID_PRE] + found[Site.ATTN_OUT]
     return logits.numpy(), found
+
+
+def hf_patched_run(model, tokens, change=lambda part, layer, value: value):
+    """Logits [B, T, V] of a run in which parts of layers are changed, and the parts as they were before the change.
+
+    Args:
+        model: an HF model.
+        tokens: [B, T] token ids.
+        change: function of (part, layer, value) that returns the new value. Parts: "resid", the stream that enters;
+            "q", "k" and "v", what the projections make, [B, T, heads, Dh]; "z", what W_O reads, likewise; "mlp".
+
+    Returns:
+        logits, and {part: one value a layer}.
+    """
+    config, names = model.config, NAMES[model.config.model_type]
+    n_heads = config.num_attention_heads
+    n_kv = getattr(config, "num_key_value_heads", n_heads)
+    dh = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    seen, handles = {part: [] for part in ("resid", "q", "k", "v", "z", "mlp")}, []
+
+    def changed(part, layer, value, shape=None):
+        value = value if shape is None else value.reshape(*value.shape[:2], *shape)
+        seen[part].append(value.clone())
+        return change(part, layer, value)
+
+    def fused(layer, out):
+        by_head = config.model_type == "gpt_neox"  # its queries, keys and values stand head by head
+        qkv = out.reshape(*out.shape[:2], n_heads, 3, dh) if by_head else out.reshape(*out.shape[:2], 3, n_heads, dh)
+        axis = 3 if by_head else 2
+        new = [changed(part, layer, qkv.select(axis, i)) for i, part in enumerate("qkv")]
+        return torch.stack(new, axis).reshape(out.shape)
+
+    for i, layer in enumerate(hf_layers(model)):
+        for part, n in (("q", n_heads), ("k", n_kv), ("v", n_kv)):
+            if hasattr(layer, "self_attn"):
+                handles.append(
+                    layer.self_attn.get_submodule(f"{part}_proj").register_forward_hook(
+                        lambda m, a, out, i=i, part=part, n=n: changed(part, i, out, (n, dh)).reshape(out.shape)
+                    )
+                )
+        fuse = "attn.c_attn" if config.model_type == "gpt2" else "attention.query_key_value"
+        if not hasattr(layer, "self_attn"):
+            handles.append(layer.get_submodule(fuse).register_forward_hook(lambda m, a, out, i=i: fused(i, out)))
+        handles += [
+            layer.register_forward_pre_hook(lambda m, a, i=i: (changed("resid", i, a[0]), *a[1:])),
+            layer.get_submodule(names.w_o).register_forward_pre_hook(
+                lambda m, a, i=i: (changed("z", i, a[0], (n_heads, dh)).reshape(a[0].shape),)
+            ),
+            layer.get_submodule(names.mlp).register_forward_hook(lambda m, a, out, i=i: changed("mlp", i, out)),
+        ]
+    try:
+        with torch.no_grad():
+            return model(torch.tensor(tokens, dtype=torch.long)).logits, seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -215,7 +215,7 @@ def test_inspect_prints_tables(wpjax):
 
 
 COMMANDS = ["demo", "inspect", "anchor", "sweep", "collect", "show", "report", "validate", "relax", "extract"]
-COMMANDS += ["interference", "compare", "export", "apply", "remove", "encode", "scores", "merge", "finetune"]
+COMMANDS += ["interference", "circuit", "compare", "export", "apply", "remove", "encode", "scores", "merge", "finetune"]
 
 
 def test_help_of_every_command(wpjax, monkeypatch):

@@ -58,6 +58,12 @@ TABLES = [
     ("bench", "relax", "markdown", "relax.tiny.json"),
     ("tpu", "compile", "markdown", "programs.json"),
     ("bench", "relax", "markdown", "relax.smollm2.json"),
+    ("ioi", "summary", "heads", "smollm2.json"),
+    ("ioi", "summary", "sizes", "smollm2.json"),
+    ("ioi", "summary", "circuits", "smollm2.json"),
+    ("ioi", "summary", "agreement", "peer.json"),
+    ("ioi", "summary", "speed", "peer.json"),
+    ("ioi", "known", "markdown", "known.json"),
 ]
 
 

@@ -183,8 +183,14 @@ def kv_patch(at: LayerPatch) -> HeadValues:
     return HeadValues(at.host.z, at.host.replaced({Site.K: new.k, Site.V: new.v}).z)
 
 
-def _write(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], splits: int) -> Float[Array, "n B T D"]:
-    """What each of n heads writes to the stream on its own."""
+def written_by_head(z: Float[Array, "B T n Dh"], w_o: Float[Array, "n Dh D"], splits: int) -> Float[Array, "n B T D"]:
+    """What each of n heads writes to the stream on its own, without the bias of all of them.
+
+    Args:
+        z: each head's mix of values.
+        w_o: the heads' output weights.
+        splits: `ModelConfig.activation_splits`.
+    """
     return jax.vmap(functools.partial(project, splits=splits), in_axes=(2, 0))(z, w_o)
 
 
@@ -228,7 +234,9 @@ def _head_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     w_host, w_new = (b.attn.W_O.get_value() for b in (at.host.block, at.weights))
     splits = attn.cfg.activation_splits
     # [P, B, T, D]: z is indexed along its heads, so `index` picks one head a patch.
-    delta = _write(z.patched[:, :, index], w_new[index], splits) - _write(z.host[:, :, index], w_host[index], splits)
+    delta = written_by_head(z.patched[:, :, index], w_new[index], splits) - written_by_head(
+        z.host[:, :, index], w_host[index], splits
+    )
     return Rows.of_attention(at.host.shifted(Site.ATTN_PROJ, delta))
 
 

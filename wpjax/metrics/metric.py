@@ -204,7 +204,7 @@ PROMPTS_AT_ONCE = 16
 
 
 def over_prompts(
-    metric: Metric | tuple[Metric, ...],
+    metric: Metric | tuple[Any, ...],
     run: Callable[..., Any],
     cfg: ModelConfig,
     *models: Any,
@@ -216,7 +216,8 @@ def over_prompts(
     The prompts are divided among the devices on which the models stand.
 
     Args:
-        metric: the metric on all prompts; or several metrics of the same prompts.
+        metric: the metric on all prompts; or a metric and more that is by prompt: other metrics of the same prompts, or
+            anything else with a method `take`.
         run: the function, one object from call to call. It returns a tree of arrays that have a prompt axis.
         cfg: architecture of the models.
         models: parameters, and what else every prompt needs; trees of arrays.

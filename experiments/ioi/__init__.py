@@ -1,0 +1,1 @@
+"""Indirect object identification in SmolLM2, and a comparison with TransformerLens."""

@@ -1,0 +1,258 @@
+"""The whole study of indirect object identification in one model: which heads, which edges, and how good a circuit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint
+from wpjax.circuits.activations import activation_patch, attention_pattern
+from wpjax.circuits.circuit import Ablation, Circuit, ablation, circuit_scores
+from wpjax.circuits.contrast import Contrast
+from wpjax.circuits.edges import EdgeScores, score_edges
+from wpjax.circuits.ioi import IOI, PUBLISHED, copy_scores, ioi_prompts, published_classes
+from wpjax.circuits.measures import Curve, Faithfulness, Needed, circuit_curve, completeness, faithfulness, minimality
+from wpjax.circuits.paths import path_patch
+from wpjax.errors import BehaviourError
+from wpjax.metrics.metric import scores as scores_of
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params
+from wpjax.runtime.progress import Progress, silent
+
+MIN_DIRECT = 0.02
+"""Smallest share of the gap that a name mover's direct path to the logits has (ours)."""
+
+MIN_COPY = 0.5
+"""Smallest copy score of a name mover (ours; in GPT-2 small they have more than .95)."""
+
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of heads that are tried as a circuit."""
+
+ENOUGH = 0.9
+"""Share of what the model does that a circuit should do."""
+
+N_EDGES = 60
+"""Edges that are listed and drawn."""
+
+
+class Head(NamedTuple):
+    """What one head is in this task. Shares are of the gap between clean and corrupted prompts; 1 is all of it.
+
+    Attributes:
+        name: its name.
+        patched: share that goes with its output of the corrupted run, by all paths.
+        direct: share that goes by way of its direct path to the logits (other heads frozen, MLPs live).
+        to_io: attention from the last token to IO, mean over prompts.
+        to_s: attention from there to both S.
+        copies: copy score, 0 to 1 (`copy_scores`).
+        suppresses: how surely it writes against the names that it reads, 0 to 1.
+    """
+
+    name: str
+    patched: float
+    direct: float
+    to_io: float
+    to_s: float
+    copies: float
+    suppresses: float
+
+    @property
+    def moves_names(self) -> bool:
+        """Whether it is a name mover by our rule: it writes the answer, it looks at IO, and it copies."""
+        return self.direct >= MIN_DIRECT and self.to_io > self.to_s and self.copies >= MIN_COPY
+
+
+@dataclasses.dataclass(frozen=True)
+class IOIStudy:
+    """What was found. Scores are from one set of prompts, and circuits are measured on another one.
+
+    Attributes:
+        model: the model's source, and its fingerprint.
+        n_prompts: prompts of each of the two sets.
+        seed: seed of the prompts.
+        answered: of the second set: mean logit difference, the same on the ABC prompts, share of prompts with IO over
+            S.
+        heads: every head, in order of layers.
+        circuit: the smallest of the circuits that were tried (`SIZES`) that does `ENOUGH`, or else the best: the heads
+            with the best node scores; MLPs stay.
+        sizes: number of heads -> share of the model that so many of the best heads do.
+        faithful: faithfulness of `circuit`, by mean ablation over ABC prompts of the same template.
+        incomplete: scores of random sets K.
+        needed: minimality of each member.
+        curves: faithfulness by share of edges, signed and absolute, by resampling.
+        edges: the strongest edges: sender, receiver, mean score.
+        stability: bootstrap Jaccard of the best 1 % of the edges: mean, and 95 % limits.
+        published: of GPT-2 small: faithfulness of the published circuit here; None of other models.
+    """
+
+    model: tuple[str, str]
+    n_prompts: int
+    seed: int
+    answered: tuple[float, float, float]
+    heads: tuple[Head, ...]
+    circuit: Circuit
+    sizes: dict[int, float]
+    faithful: Faithfulness
+    incomplete: tuple[float, ...]
+    needed: tuple[Needed, ...]
+    curves: tuple[Curve, ...]
+    edges: tuple[tuple[str, str, float], ...]
+    stability: tuple[float, ...]
+    published: Faithfulness | None = None
+
+    @property
+    def name_movers(self) -> tuple[Head, ...]:
+        """Name movers, the strongest first."""
+        return tuple(h for h in sorted(self.heads, key=lambda h: -h.direct) if h.moves_names)
+
+    @property
+    def negative(self) -> tuple[Head, ...]:
+        """Heads whose direct path works against the answer by at least `MIN_DIRECT`, the strongest first."""
+        return tuple(h for h in sorted(self.heads, key=lambda h: h.direct) if h.direct <= -MIN_DIRECT)
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        faithful = {**self.faithful._asdict(), "share": self.faithful.share, "difference": self.faithful.difference}
+        return {
+            "what": "ioi",
+            "schema": 1,
+            "model": self.model[0],
+            "fingerprint": self.model[1],
+            "n_prompts": self.n_prompts,
+            "seed": self.seed,
+            "logit_difference": self.answered[0],
+            "logit_difference_abc": self.answered[1],
+            "io_over_s": self.answered[2],
+            "name_movers": [h.name for h in self.name_movers],
+            "negative_heads": [h.name for h in self.negative],
+            "heads": [h._asdict() for h in self.heads],
+            "circuit": dataclasses.asdict(self.circuit),
+            "sizes": {str(n): share for n, share in self.sizes.items()},
+            "faithfulness": faithful,
+            "incompleteness_of_random_sets": list(self.incomplete),
+            "minimality": [n._asdict() for n in self.needed],
+            "curves": [{**c._asdict(), "cpr": c.cpr, "cmd": c.cmd} for c in self.curves],
+            "edges": [list(e) for e in self.edges],
+            "stability_of_top_1_percent": list(self.stability),
+            "published_circuit": None
+            if self.published is None
+            else {
+                **self.published._asdict(),
+                "difference": self.published.difference,
+                "in_the_paper": dict(PUBLISHED),
+            },
+        }
+
+
+def is_gpt2_small(cfg: ModelConfig) -> bool:
+    """Whether a model has the shape of GPT-2 small."""
+    return (cfg.family, cfg.n_layers, cfg.n_heads, cfg.d_model, cfg.d_vocab) == ("gpt2", 12, 12, 768, 50257)
+
+
+def ioi_study(
+    model: Checkpoint, *, n_prompts: int = 16, steps: int = 5, seed: int = 0, progress: Progress = silent
+) -> IOIStudy:
+    """Find the heads and the circuit of indirect object identification in a model.
+
+    Args:
+        model: the model, from `load_model`.
+        n_prompts: prompts that heads and edges are scored on; as many others serve to measure circuits.
+        steps: steps of EAP-IG.
+        seed: seed of the prompts.
+        progress: function that is called as work gets done.
+
+    Raises:
+        BehaviourError: the tokenizer splits too many names, places or objects; or the model does not do the task: it
+            does not prefer IO over S on the clean prompts more than on ABC prompts.
+    """
+    cfg, params = model.cfg, model.params
+    found, held_out = (ioi_prompts(model, n_prompts, seed=s) for s in (seed, seed + 1))
+    n_phases = 8
+
+    def phase(i: int) -> None:
+        progress("phases", i, n_phases)
+
+    phase(0)
+    clean, abc = (scores_of(cfg, params, metric) for metric in held_out.contrast)
+    if clean.mean() <= max(abc.mean(), 0):
+        raise BehaviourError(
+            f"{model.source} does not do the task: its mean logit difference of IO and S is {clean.mean():.2f} on "
+            f"clean prompts and {abc.mean():.2f} on ABC prompts; take another model"
+        )
+    phase(1)
+    scores = score_edges(cfg, params, found.contrast, steps=steps)
+    phase(2)
+    heads = _heads(cfg, params, found)
+    phase(4)
+    own = fingerprint(cfg, params)
+    mean = ablation(cfg, params, held_out.contrast, "mean", held_out.groups)
+    circuit, sizes = _smallest(cfg, params, held_out.contrast, mean, scores, own)
+    phase(5)
+    faithful = faithfulness(cfg, params, held_out.contrast, mean, circuit)
+    by_chance, _ = completeness(cfg, params, held_out.contrast, mean, circuit, n_random=8, seed=seed)
+    needed = minimality(cfg, params, held_out.contrast, mean, circuit)
+    phase(6)
+    resample = ablation(cfg, params, held_out.contrast, "resample")
+    curves = tuple(
+        circuit_curve(cfg, params, held_out.contrast, resample, scores, absolute=absolute) for absolute in (False, True)
+    )
+    phase(7)
+    published = None
+    if is_gpt2_small(cfg):
+        paper = Circuit("nodes", tuple(published_classes()), own, ("head",), "arXiv 2211.00593")
+        published = faithfulness(cfg, params, held_out.contrast, mean, paper)
+    stability = scores.stability(max(1, round(0.01 * scores.graph.n_edges)))
+    phase(n_phases)
+    return IOIStudy(
+        (model.source, own),
+        n_prompts,
+        seed,
+        (float(clean.mean()), float(abc.mean()), float((clean > 0).mean())),
+        heads,
+        circuit,
+        sizes,
+        faithful,
+        tuple(k.score for k in by_chance),
+        tuple(needed),
+        curves,
+        tuple(scores.listed(N_EDGES)),
+        stability,
+        published,
+    )
+
+
+def _heads(cfg: ModelConfig, params: Params, prompts: IOI) -> tuple[Head, ...]:
+    """What every head is."""
+    names = [f"L{layer}.head.{h}" for layer in range(cfg.n_layers) for h in range(cfg.n_heads)]
+    patched = activation_patch(cfg, params, prompts.contrast, "z").share.ravel()
+    direct = path_patch(cfg, params, prompts.contrast, names, "logits").share[:, 0]
+    tokens = prompts.contrast.clean.tokens
+    ids, last, rows = jnp.asarray(tokens.ids), np.asarray(tokens.last), np.arange(len(tokens.ids))
+    from_end = np.asarray(attention_pattern(cfg, params, ids))[:, rows, :, last]  # [B, L, H, S]
+    at = [from_end[rows, ..., prompts.positions[:, i]].mean(0).ravel() for i in range(3)]
+    copies = np.asarray(copy_scores(cfg, params, ids, jnp.asarray(prompts.positions))).reshape(2, -1)
+    columns = (patched, direct, at[0], at[1] + at[2], *copies)
+    return tuple(Head(name, *map(float, values)) for name, *values in zip(names, *columns, strict=True))
+
+
+def _smallest(
+    cfg: ModelConfig, params: Params, contrast: Contrast, mean: Ablation, scores: EdgeScores, model: str
+) -> tuple[Circuit, dict[int, float]]:
+    """The fewest best heads that do `ENOUGH`, and what every number of heads does."""
+    value = scores.nodes.mean(0)  # the more its patch lowers the metric, the more a head helps
+    heads = [i for i in np.argsort(value, kind="stable") if scores.graph.senders[i].kind == "head"]
+    sizes = [n for n in SIZES if n < len(heads)]
+    found_by = f"best heads by {scores.method}, signed, as nodes"
+    circuits = [
+        Circuit("nodes", tuple(scores.graph.senders[i].name for i in heads[:n]), model, ("head",), found_by)
+        for n in (0, len(heads), *sizes)
+    ]
+    nothing, whole, *f = circuit_scores(cfg, params, contrast, mean, circuits).mean(1).tolist()
+    shares = {n: (x - nothing) / (whole - nothing) for n, x in zip(sizes, f, strict=True)}
+    enough = [n for n in sizes if shares[n] >= ENOUGH]
+    chosen = enough[0] if enough else max(sizes, key=lambda n: shares[n])
+    return circuits[2 + sizes.index(chosen)], shares
