@@ -21,7 +21,7 @@ LENGTHS = np.array([7, 6])
 ANSWERS, FOILS = np.array([4, 9]), np.array([11, 2])
 
 
-WIRINGS = ["llama-gqa3", "gpt2-tied", "gemma3", "gpt-neox"]
+WIRINGS = ["llama-gqa3", "gpt2-tied", "gemma3", "gpt-neox", "granite"]
 
 
 @pytest.fixture(scope="module", params=WIRINGS)

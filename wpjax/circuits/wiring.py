@@ -8,8 +8,8 @@ what s writes, in the sum that r reads alone:
 x is the live stream, and write_s what s writes in this run. With all edges of s patched, s is patched as a node.
 
 Heads write z_h W_O; MLPs write their output, bias included. The bias of attention belongs to no sender. In families
-with a norm between attention and the stream, a head's share of the normed sum is its own part times the factor that the
-norm applies in this run: so the writes still add up to the stream.
+with a norm or a factor between attention and the stream, a head's share is its own part times what is applied to the
+sum in this run: so the writes still add up to the stream.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def head_writes(one: LayerPass) -> Float[Array, "H B T D"]:
     """What each head of a pass adds to the stream."""
     attn = one.block.attn
     written = written_by_head(one.z, attn.W_O.get_value(), attn.cfg.activation_splits)
-    if not one.block.cfg.post_norm:
+    if one.block.residual_site(Site.ATTN_PROJ) != Site.ATTN_PROJ:  # nothing stands between
         return written
     gain = jnp.where(one.attn_proj == 0, 0.0, one.attn_out / jnp.where(one.attn_proj == 0, 1.0, one.attn_proj))
     return written * gain
