@@ -21,7 +21,7 @@ LENGTHS = np.array([7, 6])
 ANSWERS, FOILS = np.array([4, 9]), np.array([11, 2])
 
 
-WIRINGS = ["granite", "gpt2-tied", "gemma3", "cohere2", "olmo2"]
+WIRINGS = ["granite", "gpt2-tied", "gemma3", "gpt-neox", "cohere2", "olmo2"]
 
 
 @pytest.fixture(scope="module", params=WIRINGS)

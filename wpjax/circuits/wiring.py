@@ -8,8 +8,8 @@ what s writes, in the sum that r reads alone:
 x is the live stream, and write_s what s writes in this run. With all edges of s patched, s is patched as a node.
 
 Heads write z_h W_O; MLPs write their output, bias included. The bias of attention belongs to no sender. In families
-with a norm between attention and the stream, a head's share of the normed sum is its own part times the factor that the
-norm applies in this run: so the writes still add up to the stream.
+with a norm or a factor between attention and the stream, a head's share is its own part times what is applied to the
+sum in this run: so the writes still add up to the stream.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def head_writes(one: LayerPass) -> Float[Array, "H B T D"]:
     """What each head of a pass adds to the stream."""
     attn = one.block.attn
     written = written_by_head(one.z, attn.W_O.get_value(), attn.cfg.activation_splits)
-    if not one.block.cfg.post_norm:
-        return written * one.block.cfg.resid_scale if one.block.cfg.resid_scale != 1.0 else written
+    if one.block.residual_site(Site.ATTN_PROJ) != Site.ATTN_PROJ:  # nothing stands between
+        return written
     gain = jnp.where(one.attn_proj == 0, 0.0, one.attn_out / jnp.where(one.attn_proj == 0, 1.0, one.attn_proj))
     return written * gain
 
@@ -69,20 +69,15 @@ def _by_head(
 ) -> Float[Array, "B T n Dh"]:
     """Queries, keys or values of which each head (or KV group) sees a stream of its own.
 
-    Every one is a layer with that head alone. If one norm spans all heads, it is the whole layer, of which that head
-    is taken.
+    Every one is a layer with that head alone.
     """
-    if cfg.joint_qk_norm and site is not Site.V:
-        own: Block = block(cfg, weights, layer)
-        every = jax.vmap(lambda stream: own(stream, layout).at(site))(streams)  # [n, B, T, n, Dh]
-        return jnp.moveaxis(jnp.diagonal(every, axis1=0, axis2=3), -1, 2)
     attn, names = weights["attn"], (f"W_{site.upper()}", f"b_{site.upper()}")
-    alone = {name: jnp.moveaxis(attn[name], -2, 0)[..., None, :] for name in names if name in attn}
+    own = {name: jnp.moveaxis(attn[name], -2, 0)[..., None, :] for name in names if name in attn}
 
-    def one(stream: Array, alone: Params) -> Array:
-        return block(cfg, {**weights, "attn": {**attn, **alone}}, layer)(stream, layout).at(site)[:, :, 0]
+    def one(stream: Array, own: Params) -> Array:
+        return block(cfg, {**weights, "attn": {**attn, **own}}, layer)(stream, layout).at(site)[:, :, 0]
 
-    return jax.vmap(one, out_axes=2)(streams, alone)
+    return jax.vmap(one, out_axes=2)(streams, own)
 
 
 def wired_layer(
