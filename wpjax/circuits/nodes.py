@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from wpjax.components import parse_component
-from wpjax.errors import ComponentError, WpjaxError
+from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 
 EMBED, LOGITS = "embed", "logits"
@@ -154,16 +154,7 @@ class Graph(NamedTuple):
         Args:
             cfg: the model.
             n_layers: number of layers; None for all.
-
-        Raises:
-            WpjaxError: one norm spans the queries of all heads of a layer (OLMo 2), so that what a head reads changes
-                the queries of the others: it is no receiver of its own.
         """
-        if cfg.joint_qk_norm:
-            raise WpjaxError(
-                f"the family {cfg.family} norms the queries of all heads together, so its heads have no edges of their "
-                "own; use activation_patch or path_patch"
-            )
         return _graph(cfg, cfg.n_layers if n_layers is None else n_layers)
 
     @property

@@ -69,15 +69,20 @@ def _by_head(
 ) -> Float[Array, "B T n Dh"]:
     """Queries, keys or values of which each head (or KV group) sees a stream of its own.
 
-    Every one is a layer with that head alone.
+    Every one is a layer with that head alone. If one norm spans all heads, it is the whole layer, of which that head
+    is taken.
     """
+    if cfg.joint_qk_norm and site is not Site.V:
+        own: Block = block(cfg, weights, layer)
+        every = jax.vmap(lambda stream: own(stream, layout).at(site))(streams)  # [n, B, T, n, Dh]
+        return jnp.moveaxis(jnp.diagonal(every, axis1=0, axis2=3), -1, 2)
     attn, names = weights["attn"], (f"W_{site.upper()}", f"b_{site.upper()}")
-    own = {name: jnp.moveaxis(attn[name], -2, 0)[..., None, :] for name in names if name in attn}
+    alone = {name: jnp.moveaxis(attn[name], -2, 0)[..., None, :] for name in names if name in attn}
 
-    def one(stream: Array, own: Params) -> Array:
-        return block(cfg, {**weights, "attn": {**attn, **own}}, layer)(stream, layout).at(site)[:, :, 0]
+    def one(stream: Array, alone: Params) -> Array:
+        return block(cfg, {**weights, "attn": {**attn, **alone}}, layer)(stream, layout).at(site)[:, :, 0]
 
-    return jax.vmap(one, out_axes=2)(streams, own)
+    return jax.vmap(one, out_axes=2)(streams, alone)
 
 
 def wired_layer(
