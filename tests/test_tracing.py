@@ -1,7 +1,5 @@
 """Causal tracing: against ROME's released trace in HF torch, with the same noise; identities; and what is refused."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import torch
 
 from tests.oracles import NAMES, hf_layers
-from tests.tiny import as_pair, build_pair
+from tests.tiny import build_pair
 from wpjax.facts.flow import flow, packing
 
 N, PAD, SUBJECT, SAMPLES, WINDOW = 9, 12, (2, 5), 3, 2
@@ -48,8 +46,8 @@ def hf_module(model, layer, kind):
 def trace_with_repatch(model, ids, noise, restore, unpatch):
     """`trace_with_repatch` of kmeng01/rome (experiments/causal_trace.py), for modules in place of their names.
 
-    Row 0 is the clean run; noise is added to the embeddings of the others. `restore` and `unpatch` hold (token, module):
-    what is given the clean run's value, and what is given the value of a corrupted run without restoration.
+    Row 0 is the clean run; noise is added to the embeddings of the others. `restore` and `unpatch` hold (token,
+    module): what is given the clean run's value, and what is given the value of a corrupted run without restoration.
     """
     patch, back, first = {}, {}, {}
     for token, module in restore:
@@ -70,7 +68,7 @@ def trace_with_repatch(model, ids, noise, restore, unpatch):
                 h[1:, token] = first[module][1:, token]
         return out
 
-    for first_pass in [True, False]:
+    for first_pass in [True, False]:  # noqa: B007  (the hook reads it)
         handles = [m.register_forward_hook(rule) for m in {hf_embedding(model): 0} | patch | back]
         logits = model(torch.tensor(np.tile(ids, (len(noise) + 1, 1)))).logits
         for handle in handles:
@@ -114,9 +112,11 @@ def test_every_cell_is_that_of_the_released_trace(hf_pair, pair, options):
     clean, corrupted, table = released(hf_pair.base.model, noise, **options)
     found = ours(pair, noise, each_token(SUBJECT[0]), **options)
     worst = max(np.abs(found.restored - table[:, SUBJECT[0] :]).max(), np.abs(found.corrupted - corrupted).max())
-    print(f"{hf_pair.name} {options}: largest difference {worst:.1e}, largest effect {np.ptp(table):.1e}", file=sys.stderr)
+    print(f"{hf_pair.name} {options}: largest difference {worst:.1e}, effects up to {np.ptp(table):.1e}")
     assert worst < 2e-6
     assert found.clean == pytest.approx(clean, abs=2e-6)
     assert np.ptp(table) > 1e-3
     # What stands before the subject is the same in both runs: to restore it does nothing, so it is not run.
-    np.testing.assert_allclose(table[:, : SUBJECT[0]], np.broadcast_to(corrupted, table[:, : SUBJECT[0]].shape), atol=1e-6)
+    np.testing.assert_allclose(
+        table[:, : SUBJECT[0]], np.broadcast_to(corrupted, table[:, : SUBJECT[0]].shape), atol=1e-6
+    )

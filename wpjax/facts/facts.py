@@ -63,7 +63,9 @@ class Fact:
         n = self.prompt.count(slot)
         if n != 1:
             found = "does not stand" if n == 0 else f"stands {n} times"
-            raise FactError(f"{slot!r} {found} in the prompt {self.prompt!r}; write {SLOT} where the subject stands, once")
+            raise FactError(
+                f"{slot!r} {found} in the prompt {self.prompt!r}; write {SLOT} where the subject stands, once"
+            )
         object.__setattr__(self, "subject", subject)
         object.__setattr__(self, "prompt", self.prompt.replace(slot, SLOT))
 
@@ -246,7 +248,9 @@ def continued(tokenizer: Any, prompt: str, target: str) -> tuple[Int[np.ndarray,
     joined = prompt + ("" if target[0].isspace() or prompt[-1:].isspace() else " ") + target
     ids, whole = encode(tokenizer, prompt), encode(tokenizer, joined)
     if len(whole) <= len(ids) or not np.array_equal(whole[: len(ids)], ids):
-        raise FactError(f"{joined!r}: the tokens of the prompt change when {target!r} follows; end the prompt elsewhere")
+        raise FactError(
+            f"{joined!r}: the tokens of the prompt change when {target!r} follows; end the prompt elsewhere"
+        )
     return ids, whole[len(ids) :]
 
 
@@ -261,7 +265,7 @@ def pieces(tokenizer: Any, ids: Sequence[int] | Int[np.ndarray, " T"]) -> tuple[
     return tuple(tokenizer.decode([int(i)]) for i in ids)
 
 
-def padded(rows: Sequence[Int[np.ndarray, " T"]], multiple: int = 8) -> Int[np.ndarray, "B T"]:
+def padded(rows: Sequence[np.ndarray], multiple: int = 8) -> Int[np.ndarray, "B T"]:
     """Rows of tokens as one array, padded on the right to a multiple, so that few programs serve all lengths.
 
     >>> padded([np.array([5, 6], np.int32), np.array([7], np.int32)], multiple=4).tolist()
