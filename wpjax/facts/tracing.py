@@ -12,6 +12,7 @@ all subjects; another subject of as many tokens keeps the model on inputs that i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -33,6 +34,9 @@ from wpjax.runtime.progress import Progress, silent
 
 Corruption: TypeAlias = Literal["noise", "replacement"]
 """How a subject is corrupted."""
+
+NOISE = 3.0
+"""Standard deviation of the noise, in units of that of the embeddings of subjects, unless told otherwise."""
 
 _WIDTH = 8  # prompts are padded to a multiple of this
 _BATCH = 16  # prompts that are read at once
@@ -161,7 +165,7 @@ def trace(
     facts: Sequence[Fact],
     *,
     corruption: Corruption = "noise",
-    noise: float = 3.0,
+    noise: float = NOISE,
     samples: int = 10,
     maps: Sequence[str] = ("stream", "mlp", "attn"),
     window: int = 10,
@@ -217,15 +221,12 @@ def trace(
         others, samples = replacements(model, known, seed), 1
     maps, found, n_done = [name for name in MAPS if name in maps], [], 0
     for fact, (other, corrupted) in zip(known, others, strict=True):
-        at, width = fact.at, -(-len(fact.at.ids) // _WIDTH) * _WIDTH
-        added = np.zeros((samples, width, model.cfg.d_model), np.float32)
-        if corruption == "noise":
-            shape = samples, at.stop - at.start, model.cfg.d_model
-            added[:, at.start : at.stop] = noise * sigma * np.random.default_rng(seed).standard_normal(shape)
-        made, ends = {}, (0.0, 0.0)
+        at, made, ends = fact.at, {}, (0.0, 0.0)
+        added = _noise(model.cfg, at, samples, noise * sigma, seed)
         for name in maps:
             progress("tracing", n_done, len(known) * len(maps))
-            ends, made[name] = _map(model, fact, corrupted, added, name, window)
+            # What stands before the subject is the same in both runs: to restore it changes nothing.
+            ends, made[name] = _map(model, fact, corrupted, added, name, window, at.start, len(at.ids))
             n_done += 1
         tokens = pieces(model.tokenizer, at.ids)
         answer = pieces(model.tokenizer, [fact.answer])[0]
@@ -238,6 +239,55 @@ def trace(
     return Tracing(public_name(model.source), tuple(found), len(facts), settings)
 
 
+def best_layer(
+    model: Checkpoint,
+    facts: Sequence[Fact],
+    *,
+    samples: int = 10,
+    window: int = 10,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> int:
+    """The layer around which restoring MLPs at the last token of the subject brings most of the answers back.
+
+    An answer is what the model says, whether it is right or not. To be easy to edit there is another question (arXiv
+    2301.04213); this is where the paper edits.
+
+    Args:
+        model: the model.
+        facts: the facts.
+        samples: corrupted runs of each, with noise of three standard deviations.
+        window: number of layers that are restored together.
+        seed: seed of the noise.
+        progress: called as facts are traced.
+
+    >>> import wpjax as wp
+    >>> model = wp.load_model("tiny:expert")
+    >>> 0 <= best_layer(model, [Fact("Why do {} hunt at", "the owls")], samples=2, window=2) < model.cfg.n_layers
+    True
+    """
+    known = known_facts(model, [dataclasses.replace(fact, target="") for fact in facts], progress)
+    if not known:
+        raise FactError("there are no facts; give at least one")
+    sigma, total = subject_sigma(model, known), np.zeros(model.cfg.n_layers)
+    for i, fact in enumerate(known):
+        progress("looking for the layer", i, len(known))
+        noise = _noise(model.cfg, fact.at, samples, NOISE * sigma, seed)
+        (_, low), found = _map(model, fact, fact.at.ids, noise, "mlp", window, fact.at.stop - 1, fact.at.stop)
+        total += found[:, fact.at.stop - 1] - low
+    progress("looking for the layer", len(known), len(known))
+    return int(total.argmax())
+
+
+def _noise(cfg: ModelConfig, at: Located, samples: int, size: float, seed: int) -> Float[np.ndarray, "R W D"]:
+    """Normal noise on the tokens of a subject, and none on the others; as wide as the prompt is padded."""
+    width = -(-len(at.ids) // _WIDTH) * _WIDTH
+    noise = np.zeros((samples, width, cfg.d_model), np.float32)
+    shape = samples, at.stop - at.start, cfg.d_model
+    noise[:, at.start : at.stop] = size * np.random.default_rng(seed).standard_normal(shape)
+    return noise
+
+
 def _map(
     model: Checkpoint,
     known: Known,
@@ -245,11 +295,17 @@ def _map(
     noise: Float[np.ndarray, "R W D"],
     name: str,
     window: int,
+    first: int,
+    stop: int,
 ) -> tuple[tuple[float, float], Float[np.ndarray, "L T"]]:
-    """One map of one fact: probabilities of the clean and of the corrupted run, and of each restoration."""
+    """One map of one fact, of its tokens from `first` to `stop`.
+
+    Returns:
+        probabilities of the clean and of the corrupted run, and of each restoration; at tokens that were not restored,
+        that of the corrupted run.
+    """
     at, n = known.at, len(known.at.ids)
-    # What stands before the subject is the same in both runs: to restore it changes nothing.
-    cells: Bool[np.ndarray, "C W"] = np.eye(n, noise.shape[1], dtype=bool)[at.start :]
+    cells: Bool[np.ndarray, "C W"] = np.eye(n, noise.shape[1], dtype=bool)[first:stop]
     severed = name.removeprefix("severed_") if name.startswith("severed_") else None
     rows = padded([at.ids, corrupted], noise.shape[1])
     found = flow(
@@ -268,5 +324,5 @@ def _map(
     )
     low = float(np.mean(found.corrupted))
     whole = np.full((model.cfg.n_layers, n), low)
-    whole[:, at.start :] = np.asarray(found.restored, np.float64).mean(-1)
+    whole[:, first:stop] = np.asarray(found.restored, np.float64).mean(-1)
     return (float(found.clean), low), whole

@@ -181,7 +181,8 @@ class Tracing:
         for name in self.maps:
             layer, role, effect = self.peak(name)
             lines.append(
-                f"Of the subject, restoring {MAPS[name]} brings most back at the {role}, layer {layer}: {_points(effect)}."
+                f"Of the subject, restoring {MAPS[name]} brings most back at the {role}, layer {layer}: "
+                f"{_points(effect)}."
             )
         return "\n".join(lines)
 
