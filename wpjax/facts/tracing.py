@@ -38,6 +38,9 @@ Corruption: TypeAlias = Literal["noise", "replacement"]
 NOISE = 3.0
 """Standard deviation of the noise, in units of that of the embeddings of subjects, unless told otherwise."""
 
+DIGITS = 8
+"""Digits to which probabilities are rounded: float32 has no more, and files stay short."""
+
 _WIDTH = 8  # prompts are padded to a multiple of this
 _BATCH = 16  # prompts that are read at once
 
@@ -325,4 +328,4 @@ def _map(
     low = float(np.mean(found.corrupted))
     whole = np.full((model.cfg.n_layers, n), low)
     whole[:, first:stop] = np.asarray(found.restored, np.float64).mean(-1)
-    return (float(found.clean), low), whole
+    return (round(float(found.clean), DIGITS), round(low, DIGITS)), whole.round(DIGITS)

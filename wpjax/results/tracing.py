@@ -189,10 +189,10 @@ class Tracing:
     @property
     def as_json(self) -> dict[str, Any]:
         """All of it as values that JSON can hold; maps are lists of layers."""
-        facts = []
+        facts: list[dict[str, Any]] = []
         for fact in self.facts:
             entry = {f.name: getattr(fact, f.name) for f in dataclasses.fields(fact)}
-            maps = {name: np.round(of, 8).tolist() for name, of in fact.maps.items()}
+            maps = {name: of.tolist() for name, of in fact.maps.items()}
             facts.append({**entry, "tokens": list(fact.tokens), "maps": maps})
         averages = {}
         for name in self.maps:
