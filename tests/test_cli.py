@@ -216,6 +216,7 @@ def test_inspect_prints_tables(wpjax):
 
 COMMANDS = ["demo", "inspect", "anchor", "sweep", "collect", "show", "report", "validate", "relax", "extract"]
 COMMANDS += ["interference", "compare", "export", "apply", "remove", "encode", "scores", "merge", "finetune"]
+COMMANDS += ["trace", "edit"]
 
 
 def test_help_of_every_command(wpjax, monkeypatch):

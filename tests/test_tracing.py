@@ -16,7 +16,7 @@ from wpjax.checkpoints.rewrite import open_model
 from wpjax.errors import FactError, WpjaxError
 from wpjax.facts.facts import Fact, continued, encode
 from wpjax.facts.flow import flow, packing
-from wpjax.facts.tracing import best_layer, known_facts, replacements, subject_sigma, trace
+from wpjax.facts.tracing import best_layer, known_facts, replacements, subject_sigma, trace_facts
 from wpjax.pairs import load_model
 from wpjax.report.tracing import make_average, make_fact
 from wpjax.results.tracing import ROLES, FactTrace, Tracing
@@ -191,7 +191,7 @@ FACTS = [Fact("Why do {} hunt at", "the owls"), Fact("Why do {} sing at", "the l
 
 @pytest.fixture(scope="module")
 def traced(model):
-    return trace(model, FACTS[:2], samples=4, window=2, maps=["mlp", "stream"], seed=3)
+    return trace_facts(model, FACTS[:2], samples=4, window=2, maps=["mlp", "stream"], seed=3)
 
 
 def test_a_trace_of_facts_is_that_of_torch(model, traced):
@@ -223,19 +223,19 @@ def test_a_trace_of_facts_is_that_of_torch(model, traced):
 
 
 def test_only_what_the_model_knows_is_traced(model):
-    says = trace(model, FACTS[:1], samples=1, maps=["stream"]).facts[0].answer
+    says = trace_facts(model, FACTS[:1], samples=1, maps=["stream"]).facts[0].answer
     facts = [dataclasses.replace(FACTS[0], target=says), dataclasses.replace(FACTS[0], target="seven moons")]
-    found = trace(model, facts, samples=1, maps=["stream"])
+    found = trace_facts(model, facts, samples=1, maps=["stream"])
     assert (len(found.facts), found.n_read) == (1, 2)
     with pytest.raises(FactError, match="knows none of the 1 facts, the first 'Why do the owls hunt at' -> 'seven"):
-        trace(model, facts[1:])
+        trace_facts(model, facts[1:])
     # All tokens of a target count: its first alone is not enough.
     _, target = continued(model.tokenizer, FACTS[0].text, f"{says} seven moons")
     assert len(target) > 1
     with pytest.raises(FactError, match="knows none"):
-        trace(model, [dataclasses.replace(FACTS[0], target=f"{says} seven moons")])
+        trace_facts(model, [dataclasses.replace(FACTS[0], target=f"{says} seven moons")])
     with pytest.raises(FactError, match="there is no map 'layers'"):
-        trace(model, FACTS, maps=["layers"])
+        trace_facts(model, FACTS, maps=["layers"])
 
 
 def test_replacements_have_as_many_tokens(model):
@@ -252,7 +252,7 @@ def test_replacements_have_as_many_tokens(model):
         )
     with pytest.raises(FactError, match="no other subject has"):
         replacements(model, known[:1])
-    found = trace(model, [named], corruption="replacement", maps=["stream"])
+    found = trace_facts(model, [named], corruption="replacement", maps=["stream"])
     assert found.facts[0].replacement == "the dogs"
     assert "sigma" not in found.settings
 

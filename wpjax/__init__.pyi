@@ -29,7 +29,7 @@ from .facts.rank_one import EditSettings as EditSettings
 from .facts.rank_one import FactEdit as FactEdit
 from .facts.rank_one import edit_fact as edit_fact
 from .facts.scores import score_edits as score_edits
-from .facts.tracing import trace as trace
+from .facts.tracing import trace_facts as trace_facts
 from .finetuning import finetune as finetune
 from .metrics.anchor import Anchor as Anchor
 from .metrics.answers import ExpertAnswers as ExpertAnswers

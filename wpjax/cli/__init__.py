@@ -22,8 +22,8 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 COMMANDS = (
     "demo", "inspect", "anchor", "sweep", "collect", "show", "report", "validate", "relax", "extract", "interference",
-    "compare", "export", "apply", "remove", "encode", "scores", "merge", "finetune", "trace",
-    "edit",
+    "compare", "export", "apply", "remove", "encode", "scores", "merge", "finetune",
+    "trace", "edit",
 )  # fmt: skip
 """Names of the commands, each a module of this package, in the order of the help."""
 

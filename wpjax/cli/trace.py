@@ -83,14 +83,14 @@ def run(
     read = [Fact(prompt, subject)] if prompt is not None and subject is not None else load_facts(facts or Path())[:most]
 
     from wpjax.cli.console import print_json, progress_bars
-    from wpjax.facts.tracing import trace
+    from wpjax.facts.tracing import trace_facts
     from wpjax.pairs import load_model
     from wpjax.report.tracing import write_tracing
 
     with progress_bars() as progress:
         progress("reading the model", 0, 1)
         loaded = load_model(model, dtype, ignore_config)
-        found = trace(
+        found = trace_facts(
             loaded,
             read,
             corruption=corruption,

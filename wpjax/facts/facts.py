@@ -151,7 +151,8 @@ def _fact(where: str, entry: Any) -> Fact:
         if not good:
             raise FactError(f"{where}: {name} is to be {'a list of texts' if name in _LISTS else 'a text'}")
     try:
-        return Fact(**{name: tuple(value) if name in _LISTS else value for name, value in values.items()})
+        fields: dict[str, Any] = {name: tuple(of) if name in _LISTS else of for name, of in values.items()}
+        return Fact(**fields)
     except FactError as error:
         raise FactError(f"{where}: {error}") from error
 

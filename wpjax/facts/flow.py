@@ -161,7 +161,8 @@ def flow(
     def says(resid: Float[Array, "*n D"]) -> Float[Array, "*n"]:
         return jax.nn.softmax(model.logits(resid))[..., answer]
 
-    at, is_restored = packed.positions, restored.at[packed.cells, packed.positions].get(mode="fill", fill_value=False)
+    at, cells = jnp.asarray(packed.positions), jnp.asarray(packed.cells)
+    is_restored = restored.at[cells, at].get(mode="fill", fill_value=False)
 
     def choose(site: Site, layer: Array, value: Array, run: dict[Site, Array], where: Array) -> Array:
         """The value at a site, where it is to be a run's; [R, S, D]."""
@@ -170,7 +171,7 @@ def flow(
     def through(layer: Array, x: Float[Array, "R S D"], span: tuple[Array, Array]) -> Float[Array, "R S D"]:
         """All cells through one layer; modules in a span of layers are restored."""
         keys, values = bad[Site.K][layer], bad[Site.V][layer]
-        layout = Suffixes(at[None], packed.cells, len(restored), keys, values)
+        layout = Suffixes(at[None], cells, len(restored), keys, values)
         one = block(cfg, take_layer(params["blocks"], layer), layer)(x, layout)
         if severed is not None:
             site = MODULES[severed]

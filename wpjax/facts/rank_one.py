@@ -349,8 +349,8 @@ def edit_fact(
     value = start + delta
     key, made = (k.mean(0), out.mean(0)) if settings.keys == "mean" else (k[0], out[0])
     right = (value - made) / (key @ u)
-    arrays = (np.asarray(a, np.float32) for a in (u, right, key, value))
-    return FactEdit(fact, layer, *arrays, losses, settings)
+    u, right, key, value = (np.asarray(a, np.float32) for a in (u, right, key, value))
+    return FactEdit(fact, layer, u, right, key, value, losses, settings)
 
 
 def _optimise(

@@ -163,7 +163,7 @@ def replacements(model: Checkpoint, known: Sequence[Known], seed: int = 0) -> li
     return found
 
 
-def trace(
+def trace_facts(
     model: Checkpoint,
     facts: Sequence[Fact],
     *,
@@ -200,7 +200,7 @@ def trace(
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:expert")
-    >>> found = trace(model, [Fact("Why do {} hunt at", "the owls")], samples=2, maps=["stream"])
+    >>> found = trace_facts(model, [Fact("Why do {} hunt at", "the owls")], samples=2, maps=["stream"])
     >>> found.facts[0].maps["stream"].shape == (model.cfg.n_layers, len(found.facts[0].tokens))
     True
     """

@@ -255,5 +255,5 @@ def _fact(entry: Mapping[str, Any]) -> FactTrace:
         raise ValueError("a map has not as many columns as there are tokens, or there is no subject")
     if not all(map(math.isfinite, numbers)) or not all(np.isfinite(of).all() for of in maps.values()):
         raise ValueError("a probability is not finite")
-    texts = [str(entry[name]) for name in ("text", "subject", "answer")]
-    return FactTrace(*texts, tokens, start, stop, *numbers, maps, str(entry["replacement"]))
+    text, subject, answer, replacement = (str(entry[name]) for name in ("text", "subject", "answer", "replacement"))
+    return FactTrace(text, subject, answer, tokens, start, stop, numbers[0], numbers[1], maps, replacement)
