@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import compiled
 from tests.oracles import NAMES, hf_layers, hf_log_p
 from tests.tiny import build_pair
 from wpjax.checkpoints.rewrite import open_model
@@ -29,7 +30,7 @@ OTHER[slice(*SUBJECT)] = (IDS[slice(*SUBJECT)] + 7) % 61
 ANSWER = 11
 
 
-@pytest.fixture(scope="module", params=["gpt2-tied", "llama-gqa3", "gemma3", "gpt-neox"])
+@pytest.fixture(scope="module", params=["llama-gqa3"])
 def hf_pair(request, tmp_path_factory):
     return build_pair(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -119,10 +120,12 @@ def each_token(first=0):
 OPTIONS = ({"kind": "stream"}, {"kind": "mlp"}, {"kind": "attn"}, {"severed": "mlp"}, {"severed": "attn"})
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+CASES = [(name, options) for name in ("llama-gqa3", "gemma3") for options in OPTIONS]
+CASES += [("gpt2-tied", OPTIONS[0]), ("gpt-neox", OPTIONS[1])]
+
+
+@pytest.mark.parametrize(("hf_pair", "options"), CASES, indirect=["hf_pair"], ids=str)
 def test_every_cell_is_that_of_the_released_trace(hf_pair, pair, options):
-    if hf_pair.name in ("gpt2-tied", "gpt-neox") and options not in OPTIONS[:2]:
-        pytest.skip("wired as another family that is tested")
     noise = noise_of(pair.cfg.d_model)
     clean, corrupted, table = released(hf_pair.base.model, noise, **options)
     found = ours(pair, noise, each_token(SUBJECT[0]), **options)
@@ -169,16 +172,14 @@ def test_another_subject_in_its_place_is_a_corruption_too(hf_pair, pair):
     assert found.restored[1, 4 - SUBJECT[0], 0] == pytest.approx(p, abs=1e-6)
 
 
-def test_a_second_fact_of_like_length_compiles_nothing(pair):
-    """Prompts are padded, so that few programs serve a file of them."""
-    noise, before = noise_of(pair.cfg.d_model), flow._cache_size()
-    for n, first in ((N, 3), (N - 1, 2)):
-        cells = np.eye(n, PAD, dtype=bool)[first:]
-        packed = packing(cells, n, multiple=32)
-        ids, rows = jnp.asarray(IDS), jnp.asarray(np.tile(OTHER, (SAMPLES, 1)))
-        flow(pair.cfg, pair.base, ids, rows, jnp.asarray(noise), jnp.asarray(cells[:6]), packed, jnp.asarray(n - 1),
-             jnp.asarray(ANSWER))  # fmt: skip
-    assert flow._cache_size() - before == 1
+def test_a_fact_of_like_length_compiles_nothing(model, traced):
+    """Prompts and cells are padded, so that few programs serve a file of them; the numbers do not depend on it."""
+    shorter = [Fact("Why do {} hunt at", "owls")]
+    with compiled() as names:
+        found = trace_facts(model, shorter, samples=4, window=2, maps=["mlp", "stream"], seed=3)
+    assert len(found.facts[0].tokens) < len(traced.facts[0].tokens)
+    assert "flow" not in names
+    assert 0 < found.facts[0].clean <= 1
 
 
 @pytest.fixture(scope="module")

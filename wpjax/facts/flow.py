@@ -85,7 +85,7 @@ def packing(restored: Bool[np.ndarray, "C T"], n_tokens: int, multiple: int = 16
     """Lay the tokens of cells out: of each cell those from its first restored token on.
 
     Args:
-        restored: the tokens that each cell restores; at least one.
+        restored: the tokens that each cell restores. Cells that restore none only fill an array up: they do not run.
         n_tokens: tokens of the prompt; those after it are padding.
         multiple: the row is filled up to a multiple of this, so that few programs serve all prompts.
 
@@ -93,11 +93,11 @@ def packing(restored: Bool[np.ndarray, "C T"], n_tokens: int, multiple: int = 16
     Packing(positions=array([1, 2, 3, 2, 3]), cells=array([0, 0, 0, 1, 1]), ends=array([2, 4]))
     """
     firsts = restored.argmax(1)
-    positions = np.concatenate([np.arange(first, n_tokens) for first in firsts])
-    lengths = n_tokens - firsts
+    lengths = np.where(restored.any(1), n_tokens - firsts, 0)
+    positions = np.concatenate([np.arange(n_tokens - length, n_tokens) for length in lengths])
     cells = np.repeat(np.arange(len(firsts)), lengths)
     left = -len(cells) % multiple
-    ends = np.cumsum(lengths) - 1
+    ends = np.maximum(np.cumsum(lengths) - 1, 0)
     return Packing(np.pad(positions, (0, left)), np.pad(cells, (0, left), constant_values=len(firsts)), ends)
 
 

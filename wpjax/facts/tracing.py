@@ -41,7 +41,8 @@ NOISE = 3.0
 DIGITS = 8
 """Digits to which probabilities are rounded: float32 has no more, and files stay short."""
 
-_WIDTH = 8  # prompts are padded to a multiple of this
+# Prompts, and the cells of a map, are filled up to multiples of these, so that few programs serve a file of facts.
+_WIDTH, _CELLS = 8, 4
 _BATCH = 16  # prompts that are read at once
 
 
@@ -308,7 +309,8 @@ def _map(
         that of the corrupted run.
     """
     at, n = known.at, len(known.at.ids)
-    cells: Bool[np.ndarray, "C W"] = np.eye(n, noise.shape[1], dtype=bool)[first:stop]
+    cells: Bool[np.ndarray, "C W"] = np.zeros((-(-(stop - first) // _CELLS) * _CELLS, noise.shape[1]), bool)
+    cells[np.arange(stop - first), np.arange(first, stop)] = True
     severed = name.removeprefix("severed_") if name.startswith("severed_") else None
     rows = padded([at.ids, corrupted], noise.shape[1])
     found = flow(
@@ -327,5 +329,5 @@ def _map(
     )
     low = float(np.mean(found.corrupted))
     whole = np.full((model.cfg.n_layers, n), low)
-    whole[:, first:stop] = np.asarray(found.restored, np.float64).mean(-1)
+    whole[:, first:stop] = np.asarray(found.restored, np.float64).mean(-1)[:, : stop - first]
     return (round(float(found.clean), DIGITS), round(low, DIGITS)), whole.round(DIGITS)

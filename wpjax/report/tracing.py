@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import matplotlib as mpl
 import numpy as np
@@ -49,7 +50,9 @@ def make_fact(fact: FactTrace, window: int) -> Figure:
     """
     labels = [_label(token) + ("*" if fact.start <= i < fact.stop else "") for i, token in enumerate(fact.tokens)]
     tables = {name: of.T for name, of in fact.maps.items()}
-    title = f"p({fact.answer.strip()}) after {fact.text!r}: {fact.clean:.2f}, corrupted {fact.corrupted:.2f}"
+    title = (
+        f"p({fact.answer.strip()}) after {shorten(fact.text, 80)!r}: {fact.clean:.2f}, corrupted {fact.corrupted:.2f}"
+    )
     return _figure(tables, labels, window, fact.corrupted, title, f"p({fact.answer.strip()})")
 
 
