@@ -366,8 +366,12 @@ def test_the_command_edits_and_scores(wpjax, workplace, corpus):
         ([*given, *one, "--out", "x.json"], "name a .safetensors file"),
         ([*given, *one, "--out", "x.safetensors", "--layer", "9"], "has layers 0 to 7"),
         ([*given, *one, "--out", "x.safetensors", "--layer", "first"], "give the number of a layer, or auto"),
+        (
+            [*given[:6], "--prompt", "Why do owls hunt", "--subject", "ow", "--target", "x", "--out", "x.safetensors"],
+            "'ow' has no tokens of its own",
+        ),
         ([*given[:2], "--text", "no.txt", *one, "--out", "x.safetensors"], "no such file"),
-        ([*given[:6], *one, "--most-tokens", "60", "--out", "x.safetensors"], "60 tokens cannot fill 320 neurons"),
+        ([*given[:6], *one, "--most-tokens", "60", "--out", "x.safetensors"], "at most 60 tokens, and 320 neurons"),
     ]:
         code, out, err = wpjax("edit", *arguments)
         assert code == 2

@@ -298,6 +298,9 @@ def test_the_command_writes_a_folder_that_is_read_again(wpjax, workplace):
     assert sorted(p.name for p in (workplace / "found").iterdir()) == ["average.png", "fact-1.png", "trace.json"]
     again = Tracing.from_json(workplace / "found")
     assert again.as_json == json.loads((workplace / "found" / "trace.json").read_text(encoding="utf-8"))
+    code, shown, err = wpjax("show", "found")
+    assert code == 0, err
+    assert shown.strip() == out[: out.index("wrote found")].strip()
     for arguments, message in [
         (["--facts", "facts.jsonl", "--out", "found"], "exists"),
         (["--out", "new"], "give --facts with a file, or --prompt and --subject"),

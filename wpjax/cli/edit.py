@@ -98,8 +98,6 @@ def run(
     if out.suffix != (wanted := ".safetensors" if facts is None else ".json"):
         what = "a patch" if facts is None else "scores"
         raise FactError(f"--out {out}: {what} will be written there; name a {wanted} file")
-    if not text.is_file():
-        raise FactError(f"--text {text}: no such file; name a text file")
     check_output(out, overwrite, inputs=(model, facts, text))
 
     from wpjax.facts.facts import Fact, load_facts
@@ -107,10 +105,10 @@ def run(
     read = load_facts(facts)[:most] if facts is not None else [Fact(prompt or "", subject or "", "", target or "")]
 
     from wpjax.cli.console import print_json, progress_bars
-    from wpjax.facts.covariance import default_cache, key_moment
-    from wpjax.facts.rank_one import EditSettings, edit_fact, sample_prefixes
+    from wpjax.facts.covariance import check_text, default_cache, key_moment
+    from wpjax.facts.rank_one import EditSettings, edit_fact, make_task, sample_prefixes
     from wpjax.facts.scores import check_scored, score_edits, target_probabilities
-    from wpjax.facts.tracing import best_layer
+    from wpjax.facts.tracing import best_layer, check_tokenizer
     from wpjax.pairs import load_model
 
     if facts is not None:
@@ -119,9 +117,13 @@ def run(
     with progress_bars() as progress:
         progress("reading the model", 0, 1)
         loaded = load_model(model, ignore_config=ignore_config)
+        check_tokenizer(loaded)
+        check_text(loaded.cfg.d_mlp, text, most_tokens, ridge)
+        if layer != "auto" and int(layer) >= loaded.cfg.n_layers:
+            raise FactError(f"--layer {layer}: {model} has layers 0 to {loaded.cfg.n_layers - 1}")
+        for fact in read:  # before the work: some cannot be edited
+            make_task(loaded.tokenizer, fact, prefix)
         at = best_layer(loaded, read, seed=seed, progress=progress) if layer == "auto" else int(layer)
-        if at >= loaded.cfg.n_layers:
-            raise FactError(f"--layer {at}: {model} has layers 0 to {loaded.cfg.n_layers - 1}")
         moment = key_moment(
             loaded, at, text, most_tokens=most_tokens, cache=cache or default_cache(), progress=progress
         )

@@ -82,7 +82,7 @@ def run(
 
     read = [Fact(prompt, subject)] if prompt is not None and subject is not None else load_facts(facts or Path())[:most]
 
-    from wpjax.cli.console import print_json, progress_bars
+    from wpjax.cli.console import progress_bars
     from wpjax.facts.tracing import trace_facts
     from wpjax.pairs import load_model
     from wpjax.report.tracing import write_tracing
@@ -102,19 +102,20 @@ def run(
             progress=progress,
         )
         files = write_tracing(found, out, overwrite, pictures)
-    if as_json:
-        print_json(found.as_json)
-        return
-    print_tracing(found)
-    print(f"\nwrote {shlex.quote(str(out))}: {', '.join(files)}")
+    print_tracing(found, as_json)
+    if not as_json:
+        print(f"\nwrote {shlex.quote(str(out))}: {', '.join(files)}")
 
 
-def print_tracing(found: Tracing) -> None:
+def print_tracing(found: Tracing, as_json: bool) -> None:
     """Print the average indirect effects of each map, at the layer where each kind of token has its largest."""
-    from wpjax.cli.console import print_table
+    from wpjax.cli.console import print_json, print_table
     from wpjax.cli.words import printable
     from wpjax.results.tracing import MAPS
 
+    if as_json:
+        print_json(found.as_json)
+        return
     for name in found.maps:
         of = found.average(name)
         rows = []

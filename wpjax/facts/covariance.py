@@ -139,6 +139,27 @@ def key_moment(
     return found
 
 
+def check_text(width: int, text: str | Path, most_tokens: int, ridge: float | None) -> None:
+    """Refuse a text that cannot have as many tokens as a layer has neurons, before it is read.
+
+    Args:
+        width: number of neurons.
+        text: the text file.
+        most_tokens: tokens that are read, at most.
+        ridge: that of the edit: with one, any text will do.
+
+    Raises:
+        FactError: there is no such file, or it is too short.
+    """
+    path = Path(text)
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise FactError(f"{path}: no such file; name a text file")
+    most = min(most_tokens, path.stat().st_size)  # a token has a byte or more
+    if ridge is None and most < width:
+        few = f"at most {most:,} tokens, and {width:,} neurons"
+        raise FactError(f"{path}: {few}: their second moment would be singular; give a longer text, or a ridge of 0.01")
+
+
 def default_cache() -> Path:
     """The folder of the user's cache in which moments are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wpjax" / "keys"

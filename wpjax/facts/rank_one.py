@@ -33,7 +33,7 @@ from wpjax.checkpoints.convert import edit_tensors, hf_tensor, tensor_name
 from wpjax.errors import FactError
 from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment, keys
 from wpjax.facts.facts import SLOT, Fact, continued, encode, locate, padded
-from wpjax.facts.tracing import check_model
+from wpjax.facts.tracing import check_tokenizer
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder, forward
 from wpjax.models.edits import Add, Edit
@@ -138,7 +138,7 @@ def sample_prefixes(model: Checkpoint, n: int = 10, lengths: Sequence[int] = (5,
     >>> len(sample_prefixes(wp.load_model("tiny:base"), n=2, lengths=(3,)))
     2
     """
-    check_model(model)
+    check_tokenizer(model)
     begin = encode(model.tokenizer, "")
     if not len(begin):  # such tokenizers end a text with the token that begins one
         begin = np.asarray(model.stop_tokens[:1] or (0,), np.int32)
@@ -332,7 +332,7 @@ def edit_fact(
     >>> edit.losses[-1] < edit.losses[0]
     True
     """
-    check_model(model)
+    check_tokenizer(model)
     cfg, params = model.cfg, model.params
     if not 0 <= layer < cfg.n_layers:
         raise FactError(f"layer {layer}: {model.source} has layers 0 to {cfg.n_layers - 1}")

@@ -60,7 +60,7 @@ class Known(NamedTuple):
     answer: int
 
 
-def check_model(model: Checkpoint) -> None:
+def check_tokenizer(model: Checkpoint) -> None:
     """Refuse a model without a tokenizer.
 
     Raises:
@@ -86,7 +86,7 @@ def known_facts(model: Checkpoint, facts: Sequence[Fact], progress: Progress = s
     >>> [known.at.ids.shape for known in known_facts(model, [Fact("How do {} hunt?", "owls")])]
     [(9,)]
     """
-    check_model(model)
+    check_tokenizer(model)
     located = [locate(model.tokenizer, fact.prompt, fact.subject) for fact in facts]
     targets: list[Int[np.ndarray, " N"]] = []
     for fact, at in zip(facts, located, strict=True):
