@@ -98,7 +98,7 @@ class EditScores:
             as it was.
         after: the same in the edited model.
 
-    >>> half = {kind: (np.array([[0.2, 0.6]]), np.array([[0.5, 0.1]])) for kind in "EPN"}
+    >>> half = {kind: (np.array([[0.25, 0.75]]), np.array([[0.5, 0.0]])) for kind in "EPN"}
     >>> scores = EditScores(half, half).table()
     >>> scores["ES"].mean, scores["NS"].mean, scores["EM"].mean, round(scores["S"].mean, 3)
     (0.5, 0.5, 0.0, 0.5)
