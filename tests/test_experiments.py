@@ -58,6 +58,8 @@ TABLES = [
     ("bench", "relax", "markdown", "relax.tiny.json"),
     ("tpu", "compile", "markdown", "programs.json"),
     ("bench", "relax", "markdown", "relax.smollm2.json"),
+    ("facts", "summary", "effects", "trace/trace.json"),
+    ("facts", "summary", "totals", "trace/trace.json"),
 ]
 
 

@@ -29,15 +29,3 @@ def totals(report: dict[str, Any]) -> str:
     rows = [(f"{f['text']} **{f['answer'].strip()}**", f"{f['clean']:.2f}", f"{f['corrupted']:.2f}")
             for f in report["facts"]]  # fmt: skip
     return table(("fact", "clean", "corrupted"), rows)
-
-
-def scores(report: dict[str, Any]) -> str:
-    """Of a file of scores: each score before and after the edits, in per cent and points of probability."""
-
-    def said(of: Any) -> str:
-        return f"{100 * of:.1f}" if isinstance(of, float) else "{mean:.1f} [{low:.1f}, {high:.1f}]".format(
-            **{end: 100 * value for end, value in of.items()}
-        )  # fmt: skip
-
-    rows = [(name, said(report["before"][name]), said(report["after"][name])) for name in report["after"]]
-    return table((f"{report['n_facts']} facts, layer {report['layer']}", "before", "after"), rows)
