@@ -60,6 +60,7 @@ TABLES = [
     ("bench", "relax", "markdown", "relax.smollm2.json"),
     ("facts", "summary", "effects", "trace/trace.json"),
     ("facts", "summary", "totals", "trace/trace.json"),
+    ("facts", "summary", "scores", "scores.json"),
     ("facts", "speed", "markdown", "speed.json"),
 ]
 

@@ -29,3 +29,16 @@ def totals(report: dict[str, Any]) -> str:
     rows = [(f"{f['text']} **{f['answer'].strip()}**", f"{f['clean']:.2f}", f"{f['corrupted']:.2f}")
             for f in report["facts"]]  # fmt: skip
     return table(("fact", "clean", "corrupted"), rows)
+
+
+def scores(report: dict[str, Any]) -> str:
+    """Of a file of scores: each score before and after the edits, in per cent and points of probability."""
+
+    def said(of: Any) -> str:
+        if isinstance(of, float):
+            return f"{100 * of:.1f}"
+        mean, low, high = (100 * of[end] for end in ("mean", "low", "high"))
+        return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+    rows = [(name, said(report["before"][name]), said(report["after"][name])) for name in report["after"]]
+    return table((f"{report['n_facts']} facts, layer {report['layer']}", "before", "after"), rows)
