@@ -64,6 +64,10 @@ TABLES = [
     ("ioi", "summary", "agreement", "peer.json"),
     ("ioi", "summary", "speed", "peer.json"),
     ("ioi", "known", "markdown", "known.json"),
+    ("facts", "summary", "effects", "trace/trace.json"),
+    ("facts", "summary", "totals", "trace/trace.json"),
+    ("facts", "summary", "scores", "scores.json"),
+    ("facts", "speed", "markdown", "speed.json"),
 ]
 
 

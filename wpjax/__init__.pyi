@@ -40,6 +40,13 @@ from .evaluation.interference import interference as interference
 from .evaluation.learned import add_learned as add_learned
 from .evaluation.reading import answers_to_read as answers_to_read
 from .evaluation.validation import validate as validate
+from .facts.facts import Fact as Fact
+from .facts.facts import load_facts as load_facts
+from .facts.rank_one import EditSettings as EditSettings
+from .facts.rank_one import FactEdit as FactEdit
+from .facts.rank_one import edit_fact as edit_fact
+from .facts.scores import score_edits as score_edits
+from .facts.tracing import trace_facts as trace_facts
 from .finetuning import finetune as finetune
 from .metrics.anchor import Anchor as Anchor
 from .metrics.answers import ExpertAnswers as ExpertAnswers
@@ -72,6 +79,7 @@ from .results.curves import Curves as Curves
 from .results.interference import Interference as Interference
 from .results.opening import open_result as open_result
 from .results.sweep_result import SweepResult as SweepResult
+from .results.tracing import Tracing as Tracing
 from .results.verdict import Verdict as Verdict
 from .results.verdict import verdict as verdict
 from .study import Study as Study

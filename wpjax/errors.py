@@ -62,6 +62,10 @@ class PatchError(WpjaxError):
     """A patch file is damaged, or does not fit the model or another patch."""
 
 
+class FactError(WpjaxError):
+    """A fact, a file of facts or a text cannot be used, or the model does not know the fact."""
+
+
 class OutputError(WpjaxError):
     """A file or folder cannot be written, exists already, or belongs to another run."""
 

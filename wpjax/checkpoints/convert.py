@@ -303,13 +303,19 @@ def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: _hf_shape(cfg, rule) for name, (rule, _) in _places(cfg).items()}
 
 
-def tensor_name(cfg: ModelConfig, leaf: str) -> str:
-    """HF name of the one tensor outside the layers that holds a leaf.
+def tensor_name(cfg: ModelConfig, leaf: str, layer: int | None = None) -> str:
+    """HF name of the one tensor that holds a leaf, and no other.
 
-    >>> tensor_name(ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64), "embed/W_E")
-    'model.embed_tokens.weight'
+    Args:
+        cfg: the configuration.
+        leaf: path of the leaf.
+        layer: number of the layer, of a leaf in the layers.
+
+    >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
+    >>> tensor_name(cfg, "embed/W_E"), tensor_name(cfg, "blocks/mlp/W_out", 1)
+    ('model.embed_tokens.weight', 'model.layers.1.mlp.down_proj.weight')
     """
-    return next(rule.hf for rule in _rules(cfg) if rule.leaves == (leaf,))
+    return next(_names_of(cfg, rule)[layer] for rule in _rules(cfg) if rule.leaves == (leaf,))
 
 
 def edit_tensors(

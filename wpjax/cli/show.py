@@ -23,7 +23,8 @@ def run(
     result: Annotated[
         Path,
         typer.Argument(
-            help="A result of `wpjax sweep` or `wpjax validate`, a map of `wpjax interference`, or a patch file."
+            help="A result of `wpjax sweep` or `wpjax validate`, a map of `wpjax interference`, a folder of "
+            "`wpjax trace`, or a patch file."
         ),
     ],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
@@ -44,6 +45,14 @@ def run(
         if by is not None or kinds is not None or as_csv:
             raise WpjaxError(f"{result} is a patch: --by, --kinds and --csv are for the result of a sweep")
         print_patch(load_patch(result), top or 20, as_json)
+        return
+    if result.is_dir() or result.name == "trace.json":
+        from wpjax.cli.trace import print_tracing
+        from wpjax.results.tracing import Tracing
+
+        if by is not None or kinds is not None or top is not None or as_csv:
+            raise WpjaxError(f"{result} is a trace: --by, --kinds, --top and --csv are for the result of a sweep")
+        print_tracing(Tracing.from_json(result), as_json)
         return
     if result.suffix == ".json":
         from wpjax.cli.interference import print_interference

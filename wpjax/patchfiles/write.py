@@ -14,7 +14,7 @@ import numpy as np
 
 import wpjax
 from wpjax.checkpoints.checkpoint import Checkpoint
-from wpjax.checkpoints.convert import hf_tensors
+from wpjax.checkpoints.convert import flatten, hf_tensor, hf_tensors
 from wpjax.checkpoints.rewrite import StoredModel, open_model
 from wpjax.checkpoints.weights import SafetensorsWriter
 from wpjax.components import Component, n_parameters, parse_component
@@ -126,6 +126,7 @@ class Entry(NamedTuple):
         shape: the shape of the tensor in the host.
         before: those rows or columns of the host.
         after: what takes their place.
+        parts: how that is stored, if it is known already (see `patchfiles.delta`); None: as the encoding says.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     before: np.ndarray
     after: np.ndarray
+    parts: Mapping[str, np.ndarray] | None = None
 
 
 def _write(
@@ -146,8 +148,8 @@ def _write(
     with atomic_output(path, overwrite) as file:
         out = SafetensorsWriter(file, [f"{part}/{name}" for part in longest for name in names], len(text) + 200)
         try:
-            for name, at, shape, before, after in entries:
-                parts = encode(before, after, at.axis, encoding)
+            for name, at, shape, before, after, known in entries:
+                parts = encode(before, after, at.axis, encoding) if known is None else known
                 change = after.astype(np.float64) - before
                 kept = decode(before, at.axis, parts).astype(np.float64) - before
                 wrong, whole = wrong + float(((kept - change) ** 2).sum()), whole + float((change**2).sum())
@@ -181,6 +183,79 @@ def _entries(
         after = _narrowed(after, before.dtype)
         if not np.array_equal(before, after):
             yield Entry(name, at, tensor.shape, before, after)
+
+
+def save_low_rank(
+    path: str | Path,
+    model: Checkpoint,
+    components: Sequence[str],
+    factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    origin: str,
+    behaviour: str = "",
+    measured: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    ignore_config: tuple[str, ...] = (),
+) -> Patch:
+    """Write changes of low rank to a model as a patch file: before + A B in each tensor, exactly.
+
+    Args:
+        path: the file to write.
+        model: the host, in float32, as it was loaded.
+        components: names of components that own the tensors.
+        factors: full HF name of a tensor -> A [rows, r] and B [r, columns], float32.
+        origin: name of what the changes make of the host.
+        behaviour: what they are for.
+        measured: what was measured of them, as values of JSON.
+        overwrite: whether to replace a file that is there.
+        ignore_config: attributes of the host's config.json that you know not to matter.
+
+    Returns:
+        the patch, opened.
+
+    Raises:
+        PatchError: the host's files are not the host in memory, or nothing changes.
+        CheckpointError: the host's files cannot be read.
+        OutputError: the file exists already, or cannot be written.
+
+    >>> import tempfile
+    >>> import wpjax as wp
+    >>> model, path = wp.load_model("tiny:base"), Path(tempfile.mkdtemp()) / "one.safetensors"
+    >>> a, b = np.ones((model.cfg.d_model, 1), np.float32), np.ones((1, model.cfg.d_mlp), np.float32)
+    >>> patch = save_low_rank(path, model, ["L1.mlp"], {"model.layers.1.mlp.down_proj.weight": (a, b)}, origin="mine")
+    >>> patch.info.encoding, patch.info.error
+    ('changes of rank 1 at most', 0.0)
+    """
+    stored, leaves = open_model(model.source, ignore_config), flatten(model.params)
+    slices = owned_slices(model.cfg, components)
+    n_owned = sum(n_parameters(model.cfg, parse_component(model.cfg, name)) for name in components)
+    encoding = Encoding(rank=max(a.shape[1] for a, _ in factors.values()))
+
+    def entries() -> Iterator[Entry]:
+        for name, (a, b) in factors.items():
+            tensor, at = stored.read(name), slices[name]
+            _check_is_host(stored, name, tensor, hf_tensor(model.cfg, leaves, name))
+            parts = {"delta_A": a.astype(np.float32), "delta_B": b.astype(np.float32)}
+            before = at.of(tensor)
+            yield Entry(name, at, tensor.shape, before, decode(before, at.axis, parts), parts)
+
+    about = PatchInfo(
+        tuple(components),
+        public_name(model.source),
+        origin,
+        False,
+        stored.fingerprint(),
+        model.cfg.family,
+        n_owned,
+        behaviour,
+        "",
+        plain(measured or {}),
+        encoding.in_words,
+        0.0,
+        wpjax.__version__,
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    return _write(Path(path), about, list(factors), entries(), encoding, overwrite)
 
 
 def encode_patch(path: str | Path, patch: Patch, encoding: Encoding, overwrite: bool = False) -> Patch:

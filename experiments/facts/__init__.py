@@ -1,0 +1,1 @@
+"""Where does SmolLM2 recall facts, and what does rewriting one change?"""

@@ -1,0 +1,265 @@
+"""The second moment of the keys of an MLP: what its down-projection reads, over the tokens of a text of the user's.
+
+    C = mean over tokens of k kᵀ        k [F]: activations of the layer's neurons
+
+It is the metric of a rank-one edit (arXiv 2202.05262, section 3.1): the edit is to change what comes of the key of one
+subject, and to leave alone what comes of keys as they usually are. The text is read once, a piece at a time, and C is
+kept in a cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from scipy.linalg import cho_factor, cho_solve, lapack
+
+from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint
+from wpjax.errors import FactError
+from wpjax.facts.facts import encode
+from wpjax.models.config import ModelConfig
+from wpjax.models.decoder import Params, block, forward, take_layer
+from wpjax.models.layouts import Causal
+from wpjax.runtime.files import atomic_output, write_tensors
+from wpjax.runtime.progress import Progress, silent
+
+WIDTH = 256
+"""Tokens of a piece of text that the model reads at once, unless its context is shorter."""
+
+SMALLEST = 1e-7
+"""Smallest reciprocal condition number, after neurons are scaled to size 1: sums are float32, exact to about this."""
+
+_ROWS = 8
+_CHARACTERS = 2**16
+
+
+class KeyMoment(NamedTuple):
+    """The second moment of the keys of one layer.
+
+    Attributes:
+        moment: [F, F], mean of k kᵀ.
+        n_tokens: number of tokens that it is the mean of.
+    """
+
+    moment: Float[np.ndarray, "F F"]
+    n_tokens: int
+
+
+def keys(
+    cfg: ModelConfig, params: Params, tokens: Int[Array, "B T"], layer: int
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T D"]]:
+    """What the down-projection of a layer reads and writes at each token; nothing after it is run.
+
+    Args:
+        cfg: the model.
+        params: its parameters.
+        tokens: the tokens.
+        layer: number of the layer.
+    """
+    resid = forward(cfg, params, tokens, stop=layer, logits=False).resid
+    one = block(cfg, take_layer(params["blocks"], layer), layer)(resid, Causal.of(tokens.shape[1]))
+    return one.neuron, one.mlp_proj
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layer"))
+def _sum(
+    cfg: ModelConfig, params: Params, tokens: Int[Array, "B T"], counted: Bool[Array, "B T"], layer: int
+) -> Float[Array, "F F"]:
+    """Sum of k kᵀ over the tokens that count."""
+    k = keys(cfg, params, tokens, layer)[0] * counted[..., None].astype(jnp.float32)
+    return jnp.einsum("btf,btg->fg", k, k, precision=jax.lax.Precision.HIGHEST)
+
+
+def key_moment(
+    model: Checkpoint,
+    layer: int,
+    text: str | Path,
+    *,
+    most_tokens: int = 100_000,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> KeyMoment:
+    """The second moment of the keys of a layer over a text.
+
+    Args:
+        model: the model.
+        layer: number of the layer.
+        text: a text file in UTF-8, of any length.
+        most_tokens: tokens that are read, at most: the first ones.
+        cache: folder in which moments are kept, under a hash of model, layer and text; None for none.
+        progress: called with the number of tokens that were read.
+
+    Raises:
+        FactError: the text cannot be read, or holds no tokens.
+
+    >>> import tempfile
+    >>> import wpjax as wp
+    >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
+    >>> _ = path.write_text("Owls hunt at night. Larks sing at dawn.")
+    >>> moment, n_tokens = key_moment(wp.load_model("tiny:base"), 1, path)
+    >>> moment.shape[0] == moment.shape[1], bool(np.allclose(moment, moment.T)), n_tokens > 10
+    (True, True, True)
+    """
+    path = Path(text)
+    file = None if cache is None else cache / f"{_name(model, layer, path, most_tokens)}.safetensors"
+    if file is not None and (kept := _kept(file, model.cfg.d_mlp)) is not None:
+        return kept
+    width = min(WIDTH, model.cfg.n_ctx)
+    total, n_tokens = np.zeros((model.cfg.d_mlp, model.cfg.d_mlp)), 0
+    begin = encode(model.tokenizer, "")  # what the tokenizer sets before every text; it is read, and does not count
+    pieces = _pieces(model.tokenizer, path, width - len(begin))
+    while n_tokens < most_tokens:
+        progress("keys of the text", n_tokens, most_tokens)
+        rows = [piece for _, piece in zip(range(_ROWS), pieces, strict=False)]
+        if not rows:
+            break
+        tokens, counted = np.zeros((_ROWS, width), np.int32), np.zeros((_ROWS, width), bool)
+        for i, piece in enumerate(rows):
+            piece = piece[: most_tokens - n_tokens]
+            end, n_tokens = len(begin) + len(piece), n_tokens + len(piece)
+            tokens[i, : len(begin)], tokens[i, len(begin) : end] = begin, piece
+            counted[i, len(begin) : end] = True
+        total += np.asarray(_sum(model.cfg, model.params, jnp.asarray(tokens), jnp.asarray(counted), layer), np.float64)
+    if n_tokens == 0:
+        raise FactError(f"{path}: holds no text; name a text like those that the model reads")
+    progress("keys of the text", most_tokens, most_tokens)
+    found = KeyMoment(total / n_tokens, n_tokens)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_output(file, overwrite=True) as temporary:
+            write_tensors(temporary, {"moment": found.moment}, {"n_tokens": str(n_tokens)})
+    return found
+
+
+def check_text(width: int, text: str | Path, most_tokens: int, ridge: float | None) -> None:
+    """Refuse a text that cannot have as many tokens as a layer has neurons, before it is read.
+
+    Args:
+        width: number of neurons.
+        text: the text file.
+        most_tokens: tokens that are read, at most.
+        ridge: that of the edit: with one, any text will do.
+
+    Raises:
+        FactError: there is no such file, or it is too short.
+    """
+    path = Path(text)
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise FactError(f"{path}: no such file; name a text file")
+    most = min(most_tokens, path.stat().st_size)  # a token has a byte or more
+    if ridge is None and most < width:
+        few = f"at most {most:,} tokens, and {width:,} neurons"
+        raise FactError(f"{path}: {few}: their second moment would be singular; give a longer text, or a ridge of 0.01")
+
+
+def default_cache() -> Path:
+    """The folder of the user's cache in which moments are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wpjax" / "keys"
+
+
+def _name(model: Checkpoint, layer: int, path: Path, most_tokens: int) -> str:
+    """A hash of all that a moment depends on."""
+    settings = f"1 {fingerprint(model.cfg, model.params)} {layer} {most_tokens} {WIDTH}"
+    digest = hashlib.blake2b(settings.encode(), digest_size=12)
+    digest.update(repr(encode(model.tokenizer, "A text, in 12 tokens or so.").tolist()).encode())
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise FactError(f"{path}: cannot be read ({error.strerror or error}); name a text file") from error
+    return digest.hexdigest()
+
+
+def _kept(file: Path, width: int) -> KeyMoment | None:
+    """A moment in the cache; None if there is none, or what is there is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="np") as content:
+            moment, n_tokens = content.get_tensor("moment"), int((content.metadata() or {})["n_tokens"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+    good = moment.shape == (width, width) and moment.dtype == np.float64 and np.isfinite(moment).all()
+    return KeyMoment(moment, n_tokens) if good and n_tokens > 0 else None
+
+
+def _pieces(tokenizer: Any, path: Path, width: int) -> Iterator[Int[np.ndarray, " T"]]:
+    """The tokens of a text in pieces of a width; a bounded part of it is in memory."""
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise FactError(f"{path}: no such file; name a text file")
+    left: list[int] = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            rest = ""
+            while part := file.read(_CHARACTERS):
+                # A part is cut after a line, so that words are not.
+                cut = (rest + part).rfind("\n") + 1 or len(rest + part)
+                whole, rest = (rest + part)[:cut], (rest + part)[cut:]
+                left += tokenizer(whole, add_special_tokens=False)["input_ids"]
+                while len(left) >= width:
+                    yield np.asarray(left[:width], np.int32)
+                    left = left[width:]
+            left += tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
+    except OSError as error:
+        raise FactError(f"{path}: cannot be read ({error.strerror or error}); name a text file") from error
+    except ValueError as error:
+        raise FactError(f"{path}: not text in UTF-8 ({error}); convert it") from error
+    for first in range(0, len(left), width):
+        yield np.asarray(left[first : first + width], np.int32)
+
+
+def edit_direction(
+    moment: KeyMoment, key: Float[np.ndarray, " F"], ridge: float | None = None
+) -> Float[np.ndarray, " F"]:
+    """u = C⁻¹ k / |C⁻¹ k|: the direction in the keys' space that a rank-one edit writes along.
+
+    Args:
+        moment: C.
+        key: k.
+        ridge: added to C's diagonal, as a share of its mean; None for none.
+
+    Raises:
+        FactError: C is singular, or so nearly that rounding decides, and no ridge was asked for.
+
+    >>> u = edit_direction(KeyMoment(np.diag([1.0, 4.0]), 100), np.array([3.0, 4.0]))
+    >>> (u * np.sqrt(10)).round(6).tolist()
+    [3.0, 1.0]
+    """
+    c, width = moment.moment, len(key)
+    if ridge is not None:
+        c = c + ridge * np.diag(c).mean() * np.eye(width)
+    elif moment.n_tokens < width:
+        raise FactError(_singular(moment, width, f"{moment.n_tokens:,} tokens cannot fill {width:,} neurons"))
+    size = np.sqrt(np.diag(c))
+    if not (size > 0).all():
+        raise FactError(_singular(moment, width, f"{int((size <= 0).sum())} neurons are always 0"))
+    # Neurons differ in size by orders; scaled to size 1, what is left is how alike they are.
+    scaled = c / np.outer(size, size)
+    try:
+        factor = cho_factor(scaled, lower=True)
+    except np.linalg.LinAlgError as error:
+        raise FactError(_singular(moment, width, "it has no inverse")) from error
+    rcond, _ = lapack.dpocon(factor[0], np.abs(scaled).sum(0).max(), uplo="L")
+    if rcond < SMALLEST:
+        raise FactError(_singular(moment, width, f"its reciprocal condition number is {rcond:.1g}"))
+    u = cho_solve(factor, np.asarray(key, np.float64) / size) / size
+    return u / np.linalg.norm(u)
+
+
+def _singular(moment: KeyMoment, width: int, why: str) -> str:
+    """The message about a moment without an inverse."""
+    return (
+        f"the second moment of {moment.n_tokens:,} keys of {width:,} neurons is singular: {why}; give a longer and "
+        f"more varied text, {10 * width:,} tokens or more, or a ridge such as 0.01"
+    )

@@ -1,0 +1,276 @@
+"""Files of facts, and where the subject of a fact stands among the tokens of a prompt.
+
+A file is JSON Lines, or a JSON list. Three kinds of entries are known, by what they hold:
+
+    {"prompt": "{} is in the city of", "subject": "The Louvre", "target": "Paris"}      ours; see `Fact`
+    {"requested_rewrite": {"prompt": ..., "subject": ..., "target_new": ...}, ...}      CounterFact (2202.05262)
+    {"prompt": "The Louvre is in the city of", "subject": ..., "attribute": "Paris"}    its "known facts"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from wpjax.errors import FactError
+
+SLOT = "{}"
+"""What stands for the subject in a prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """A fact: a prompt about a subject, and what completes it.
+
+    Attributes:
+        prompt: the prompt, with {} where the subject stands; or with the subject itself, once.
+        subject: the subject.
+        target: what completes the prompt, as the model knows it; empty: whatever the model says.
+        new_target: what is to complete it after an edit; empty if no edit is meant.
+        paraphrases: whole prompts that ask the same in other words.
+        neighbours: whole prompts about other subjects of which `target` is true, and is to stay so.
+        replacement: another subject, of as many tokens, that may stand in for this one; empty: one is looked for.
+
+    Raises:
+        FactError: there is no subject, or it does not stand in the prompt exactly once.
+
+    >>> Fact("The Louvre is in", "The Louvre").text, Fact("{} is in", "The Louvre").prompt
+    ('The Louvre is in', '{} is in')
+    >>> Fact("The Louvre is in", "The Louvre").prompt
+    '{} is in'
+    """
+
+    prompt: str
+    subject: str
+    target: str = ""
+    new_target: str = ""
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+    replacement: str = ""
+
+    def __post_init__(self) -> None:
+        subject = self.subject.strip()
+        if not subject:
+            raise FactError(f"the prompt {self.prompt!r} has no subject; name what it is about")
+        # A prompt with a slot may quote the subject's own words elsewhere; the slot is what counts.
+        slot = SLOT if SLOT in self.prompt else subject
+        n = self.prompt.count(slot)
+        if n != 1:
+            found = "does not stand" if n == 0 else f"stands {n} times"
+            raise FactError(
+                f"{slot!r} {found} in the prompt {self.prompt!r}; write {SLOT} where the subject stands, once"
+            )
+        object.__setattr__(self, "subject", subject)
+        object.__setattr__(self, "prompt", self.prompt.replace(slot, SLOT))
+
+    @property
+    def text(self) -> str:
+        """The prompt with its subject."""
+        return self.about(self.subject)
+
+    def about(self, subject: str) -> str:
+        """The prompt with another subject."""
+        return self.prompt.replace(SLOT, subject)
+
+
+def load_facts(path: str | Path) -> list[Fact]:
+    """Read a file of facts: JSON Lines, or a JSON list; of our form, CounterFact's, or ROME's known facts.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FactError: it cannot be read, holds no facts, or an entry is none. The message names the entry.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "facts.jsonl"
+    >>> _ = path.write_text('{"prompt": "{} is in the city of", "subject": "The Louvre", "target": "Paris"}')
+    >>> load_facts(path)[0].text
+    'The Louvre is in the city of'
+    """
+    path = Path(path)
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise FactError(f"{path}: no such file; name a .jsonl or .json file of facts")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise FactError(f"{path}: cannot be read ({error}); name a text file in UTF-8") from error
+    facts = [_fact(where, entry) for where, entry in _entries(path, text)]
+    if not facts:
+        raise FactError(f"{path}: holds no facts; write one on each line")
+    return facts
+
+
+def _entries(path: Path, text: str) -> list[tuple[str, Any]]:
+    """The entries of a file, each with where it stands."""
+    if text.lstrip().startswith("["):
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FactError(f"{path}: not JSON ({error}); correct it") from error
+        return [(f"{path}, entry {i + 1}", entry) for i, entry in enumerate(entries)]
+    found = []
+    for i, line in enumerate(text.split("\n")):
+        if line.strip():
+            try:
+                found.append((f"{path}, line {i + 1}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise FactError(f"{path}, line {i + 1}: not JSON ({error}); write one fact on each line") from error
+    return found
+
+
+_FIELDS = {field.name: field.type for field in dataclasses.fields(Fact)}
+_LISTS = ("paraphrases", "neighbours")
+
+
+def _fact(where: str, entry: Any) -> Fact:
+    """The fact of one entry, of any of the three kinds."""
+    if not isinstance(entry, Mapping):
+        raise FactError(f"{where}: not an object; a fact has at least a prompt and a subject")
+    try:
+        values = _values(entry)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FactError(f"{where}: not as CounterFact writes its entries ({error!r}); correct it") from error
+    for name in ("prompt", "subject"):
+        if name not in values:
+            raise FactError(f"{where}: no {name}; a fact has at least a prompt and a subject")
+    for name, value in values.items():
+        if name not in _FIELDS:
+            raise FactError(f"{where}: unknown key {name!r}; there are {', '.join(_FIELDS)}")
+        good = (
+            isinstance(value, list) and all(isinstance(text, str) for text in value)
+            if name in _LISTS
+            else isinstance(value, str)
+        )
+        if not good:
+            raise FactError(f"{where}: {name} is to be {'a list of texts' if name in _LISTS else 'a text'}")
+    try:
+        fields: dict[str, Any] = {name: tuple(of) if name in _LISTS else of for name, of in values.items()}
+        return Fact(**fields)
+    except FactError as error:
+        raise FactError(f"{where}: {error}") from error
+
+
+def _values(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a fact in an entry of any of the three kinds."""
+    if "requested_rewrite" in entry:
+        wanted = entry["requested_rewrite"]
+        return {
+            "prompt": wanted["prompt"],
+            "subject": wanted["subject"],
+            "target": wanted["target_true"]["str"],
+            "new_target": wanted["target_new"]["str"],
+            "paraphrases": entry.get("paraphrase_prompts", []),
+            "neighbours": entry.get("neighborhood_prompts", []),
+        }
+    if "attribute" in entry:
+        return {"prompt": entry["prompt"], "subject": entry["subject"], "target": entry["attribute"]}
+    return dict(entry)
+
+
+class Located(NamedTuple):
+    """A prompt in tokens, with the place of its subject.
+
+    Attributes:
+        ids: [T], the tokens.
+        start: the first token of the subject.
+        stop: the token after its last.
+    """
+
+    ids: Int[np.ndarray, " T"]
+    start: int
+    stop: int
+
+
+def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " T"]:
+    """The tokens of a text, with those that the tokenizer sets before every text."""
+    return np.asarray(tokenizer(text)["input_ids"], np.int32)
+
+
+def locate(tokenizer: Any, prompt: str, subject: str) -> Located:
+    """Find the tokens of a subject in a prompt.
+
+    Args:
+        tokenizer: a tokenizer of transformers that knows which characters a token stands for (a fast one).
+        prompt: the prompt, with {} where the subject stands, once.
+        subject: the subject.
+
+    Raises:
+        FactError: a token stands for a part of the subject and for what stands beside it, so that the subject has no
+            tokens of its own; or the tokenizer cannot tell.
+
+    >>> import wpjax as wp
+    >>> tokenizer = wp.load_model("tiny:base").tokenizer
+    >>> found = locate(tokenizer, "Why do {} hunt?", "the owls")
+    >>> tokenizer.decode(found.ids[found.start : found.stop])
+    ' the owls'
+    """
+    before, after = prompt.split(SLOT)
+    text = before + subject + after
+    if not getattr(tokenizer, "is_fast", False):
+        raise FactError("this tokenizer does not say which characters a token stands for; use one with tokenizer.json")
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    first, last = len(before), len(before) + len(subject)
+    inside = [i for i, (a, b) in enumerate(spans) if a < last and b > first and a < b]
+    covered = text[spans[inside[0]][0] : spans[inside[-1]][1]] if inside else ""
+    if covered.strip() != subject:  # a token may stand for the blank before a word, too
+        raise FactError(
+            f"{subject!r} has no tokens of its own in {text!r}: they stand for {covered!r}; name as subject what the "
+            "tokenizer keeps together, or set a blank or a mark beside it"
+        )
+    return Located(np.asarray(ids, np.int32), inside[0], inside[-1] + 1)
+
+
+def continued(tokenizer: Any, prompt: str, target: str) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " N"]]:
+    """The tokens of a prompt, and those by which a target continues it.
+
+    Args:
+        tokenizer: the tokenizer.
+        prompt: the whole prompt.
+        target: what follows it. A blank is set between, unless the target or the end of the prompt has one.
+
+    Raises:
+        FactError: the target is empty, or its beginning changes the tokens of the prompt.
+
+    >>> import wpjax as wp
+    >>> tokenizer = wp.load_model("tiny:base").tokenizer
+    >>> tokenizer.decode(continued(tokenizer, "How do owls", "hunt")[1])
+    ' hunt'
+    """
+    if not target.strip():
+        raise FactError(f"the prompt {prompt!r} has no target; say what is to complete it")
+    joined = prompt + ("" if target[0].isspace() or prompt[-1:].isspace() else " ") + target
+    ids, whole = encode(tokenizer, prompt), encode(tokenizer, joined)
+    if len(whole) <= len(ids) or not np.array_equal(whole[: len(ids)], ids):
+        raise FactError(
+            f"{joined!r}: the tokens of the prompt change when {target!r} follows; end the prompt elsewhere"
+        )
+    return ids, whole[len(ids) :]
+
+
+def pieces(tokenizer: Any, ids: Sequence[int] | Int[np.ndarray, " T"]) -> tuple[str, ...]:
+    """What each token stands for, as text.
+
+    >>> import wpjax as wp
+    >>> tokenizer = wp.load_model("tiny:base").tokenizer
+    >>> pieces(tokenizer, encode(tokenizer, "How do owls hunt?"))[:2]
+    ('How', ' do')
+    """
+    return tuple(tokenizer.decode([int(i)]) for i in ids)
+
+
+def padded(rows: Sequence[np.ndarray], multiple: int = 8) -> Int[np.ndarray, "B T"]:
+    """Rows of tokens as one array, padded on the right to a multiple, so that few programs serve all lengths.
+
+    >>> padded([np.array([5, 6], np.int32), np.array([7], np.int32)], multiple=4).tolist()
+    [[5, 6, 0, 0], [7, 0, 0, 0]]
+    """
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    return np.stack([np.pad(np.asarray(row, np.int32), (0, width - len(row))) for row in rows])
