@@ -51,6 +51,7 @@ TABLES = [
     ("sets", "compare", "markdown", "lora_english_capital.json"),
     ("sets", "compare", "markdown", "lora_quotation.json"),
     ("sets", "compare", "markdown", "lora_number_highlighted_sections.json"),
+    ("sets", "compare", "markdown", "lora_number_highlighted_sections.seed2.json"),
     ("sets", "compare", "markdown", "english_capital.json"),
     ("merging", "llama2_13b", "markdown", "llama2-13b.json"),
     ("sets", "compare", "markdown", "planted.json"),
