@@ -215,8 +215,8 @@ def test_inspect_prints_tables(wpjax):
 
 
 COMMANDS = ["demo", "inspect", "anchor", "sweep", "collect", "show", "report", "validate", "relax", "extract"]
-COMMANDS += ["interference", "circuit", "trace", "edit", "compare", "export", "apply", "remove", "encode", "scores"]
-COMMANDS += ["merge", "finetune"]
+COMMANDS += ["interference", "circuit", "trace", "edit", "layers", "compare", "export", "apply", "remove", "encode"]
+COMMANDS += ["scores", "merge", "finetune"]
 
 
 def test_help_of_every_command(wpjax, monkeypatch):

@@ -1,0 +1,169 @@
+"""Where something stands, layer by layer, by several results side by side.
+
+    weights             sums of the single effects of a layer's components, as shares of the gap (`wpjax sweep`)
+    activations         the same of activation patching, if the sweep measured it
+    causal tracing      average indirect effect over average total effect, at the subject's last token (`wpjax trace`)
+    paths               sums of a layer's heads: patched, and by the direct path to the logits (`wpjax circuit`)
+    edits               S, PS and NS after rank-one edits in that layer (`wpjax edit --facts`)
+
+The first four say where something appears to live, the last one where changing it works. That these differ is a
+finding, not a fault (arXiv 2301.04213).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.stats import spearmanr
+
+from wpjax.errors import WpjaxError
+from wpjax.results.sweep_result import SweepResult
+from wpjax.results.tracing import ROLES, Tracing
+
+EDITS = "edits"
+"""The source whose curves say where changing works."""
+
+
+class LayerCurve(NamedTuple):
+    """A number for each of some layers.
+
+    Attributes:
+        source: what kind of measurement it is, say "weights".
+        label: what it is, in words.
+        layers: [N], numbers of the layers.
+        values: [N], a share: of the gap, of the total effect, or of edits.
+    """
+
+    source: str
+    label: str
+    layers: Int[np.ndarray, " N"]
+    values: Float[np.ndarray, " N"]
+
+    @property
+    def peak(self) -> tuple[int, float]:
+        """The layer where it is largest, and how large.
+
+        >>> LayerCurve("weights", "heads", np.arange(3), np.array([0.1, 0.6, 0.2])).peak
+        (1, 0.6)
+        """
+        best = int(self.values.argmax())
+        return int(self.layers[best]), float(self.values[best])
+
+
+def agreement(one: LayerCurve, other: LayerCurve) -> float:
+    """Spearman's rank correlation of two curves over the layers that both have; NaN for fewer than four.
+
+    >>> up, down = (LayerCurve("", "", np.arange(4), np.array(v)) for v in ([0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]))
+    >>> float(agreement(up, down))
+    -1.0
+    """
+    shared, at, there = np.intersect1d(one.layers, other.layers, return_indices=True)
+    values = one.values[at], other.values[there]
+    if len(shared) < 4 or any(np.ptp(v) == 0 for v in values):
+        return float("nan")
+    return float(spearmanr(*values).statistic)
+
+
+def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
+    """The curves of some results of one model, or of a pair with that base.
+
+    Args:
+        paths: results of `sweep`, `trace` (the file or its folder), `circuit` and `edit --facts`, in any order. Several
+            scores of edits, in other layers, make one curve.
+
+    Raises:
+        WpjaxError: a file holds none of these, or is damaged; or two scores are of edits in one layer.
+    """
+    curves: list[LayerCurve] = []
+    scores: dict[int, Mapping[str, Any]] = {}
+    for path in map(Path, paths):
+        if path.suffix == ".nc":
+            curves += _of_sweep(SweepResult.from_netcdf(path))
+            continue
+        content = _content(path)
+        if content["what"] == "edit scores":
+            try:
+                layer, after = int(content["layer"]), content["after"]
+                values = {name: after[name]["mean"] if name != "S" else after[name] for name in ("S", "PS", "NS")}
+            except (KeyError, TypeError, ValueError) as error:
+                raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); score the edits again") from error
+            if layer in scores:
+                raise WpjaxError(f"{path}: another file has scores of edits in layer {layer}, too; name one of them")
+            scores[layer] = values
+            continue
+        try:
+            curves += _READERS[content["what"]](path, content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
+    layers = np.array(sorted(scores))
+    for name, says in (("S", "all three"), ("PS", "paraphrases follow"), ("NS", "neighbours stay")) if scores else ():
+        values = np.array([float(scores[layer][name]) for layer in layers])
+        curves.append(LayerCurve(EDITS, f"{name}: {says}", layers, values))
+    return curves
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    path = path / "trace.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError):
+        content = None
+    known = (*_READERS, "edit scores")
+    if not isinstance(content, dict) or content.get("what") not in known:
+        raise WpjaxError(
+            f"{path}: no result that has layers; name a .nc of `wpjax sweep`, a folder of `wpjax trace`, a .json of "
+            "`wpjax circuit` or of `wpjax edit --facts`"
+        )
+    return content
+
+
+def _of_sweep(result: SweepResult) -> list[LayerCurve]:
+    data = result.dataset
+    layers = np.arange(int(data.attrs["n_layers"]))
+    mine = np.isin(data["kind"].values, result.finest_kinds) & (data["layer"].values >= 0)
+    relay = next((name for name in ("activation", "attribution") if name in data), None)
+    columns = {"weights": result.best()} | ({} if relay is None else {"activations": data[relay].values})
+    found = []
+    for source, values in columns.items():
+        known = mine & np.isfinite(values)
+        sums = np.bincount(data["layer"].values[known], values[known], len(layers))
+        found.append(LayerCurve(source, f"{data.attrs['behaviour']}: sum of single effects", layers, sums))
+    return found
+
+
+def _of_trace(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
+    trace = Tracing.from_json(path)
+    found = []
+    for name, called in (("mlp", "MLPs, subject's last token"), ("stream", "stream, subject's last token")):
+        if name in trace.maps:
+            average = trace.average(name)
+            effects = average.mean[:, average.roles.index(ROLES[2])] / trace.ate.mean
+            found.append(LayerCurve("causal tracing", called, np.arange(len(effects)), effects))
+    if "attn" in trace.maps:
+        average = trace.average("attn")
+        effects = average.mean[:, average.roles.index(ROLES[5])] / trace.ate.mean
+        found.append(LayerCurve("causal tracing", "attention, last token", np.arange(len(effects)), effects))
+    return found
+
+
+def _of_circuit(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
+    heads = content["heads"]
+    at = np.array([int(head["name"].split(".")[0].removeprefix("L")) for head in heads])
+    layers = np.arange(at.max() + 1)
+    return [
+        LayerCurve("paths", called, layers, np.bincount(at, np.array([float(head[name]) for head in heads])))
+        for name, called in (("patched", "heads, patched"), ("direct", "heads, straight to the logits"))
+    ]
+
+
+_READERS: Mapping[str, Callable[[Path, Mapping[str, Any]], list[LayerCurve]]] = MappingProxyType(
+    {"tracing": _of_trace, "ioi": _of_circuit}
+)
