@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import einops
@@ -294,13 +295,14 @@ def _places(cfg: ModelConfig) -> Mapping[str, tuple[TensorRule, int | None]]:
     return {name: (rule, layer) for rule in _rules(cfg) for layer, name in _names_of(cfg, rule).items()}
 
 
-def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def tensor_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """HF name of every tensor of a model -> its shape in a checkpoint.
 
     >>> tensor_shapes(ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64))["model.layers.0.self_attn.k_proj.weight"]
     (8, 16)
     """
-    return {name: _hf_shape(cfg, rule) for name, (rule, _) in _places(cfg).items()}
+    return MappingProxyType({name: _hf_shape(cfg, rule) for name, (rule, _) in _places(cfg).items()})
 
 
 def tensor_name(cfg: ModelConfig, leaf: str, layer: int | None = None) -> str:
