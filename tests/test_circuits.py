@@ -65,6 +65,19 @@ def test_what_is_not_in_the_circuit_is_ablated(model, two, kind):
     np.testing.assert_allclose(got[0], by_edits(model, two, HEADS, kind), atol=1e-4, rtol=1e-4)
 
 
+def test_a_mean_may_be_over_other_prompts(model, two):
+    """Twice the same prompts, in another order and beside prompts of another group: the mean is the same."""
+    alike = [i for i in range(4) if two.corrupted.tokens.lengths[i] == two.corrupted.tokens.lengths[0]]
+    pair = Contrast(*(m.take(jnp.asarray(alike)) for m in two))
+    own = ablation(model.cfg, model.params, pair, "mean")
+    n = len(alike)
+    more = Contrast(*(m.take(jnp.asarray([*range(n)[::-1], *range(n)])) for m in pair))
+    other = ablation(model.cfg, model.params, pair, "mean", [7] * n, (more, [7] * (2 * n)))
+    np.testing.assert_allclose(other.writes, own.writes, atol=1e-5)
+    with pytest.raises(WpjaxError, match="no prompt of group 7"):
+        ablation(model.cfg, model.params, pair, "mean", [7] * n, (more, [8] * (2 * n)))
+
+
 def test_the_measures_are_their_definitions(model, two):
     """Every F again, one set at a time."""
     cfg, params = model.cfg, model.params

@@ -166,6 +166,13 @@ def test_a_matrix_of_paths_is_that_of_four_passes_each(models, mlps):
             np.testing.assert_allclose(got.change[i, j], expected, atol=1e-4, rtol=1e-4, err_msg=f"{i} {j}")
 
 
+@pytest.mark.parametrize("models", ["llama-gqa3"], indirect=True)
+def test_the_end_of_all_paths_stands_alone(models):
+    ours = models[1]
+    with pytest.raises(WpjaxError, match="name it by itself"):
+        path_patch(ours.cfg, ours.params, two(ours.cfg), "L0.head.0", [["L1.mlp", "logits"]])
+
+
 @pytest.mark.parametrize("models", ["gemma3"], indirect=True)
 def test_the_pattern_is_the_softmax_of_the_scores(models):
     model, ours = models

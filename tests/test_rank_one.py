@@ -1,5 +1,6 @@
 """Rank-one edits: against ROME's released formulas in NumPy and torch; the moment of keys; patch files; scores."""
 
+import copy
 import json
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from tests.oracles import NAMES, hf_layers
@@ -325,7 +327,9 @@ def test_files_of_facts_are_read_in_all_three_forms(tmp_path):
     ('{"prompt": "{} hunt", "subject": "Owls", "taget": "x"}', "unknown key 'taget'"),
     ('{"prompt": "{} hunt", "subject": 7}', "subject is to be a text"),
     ('{"prompt": "{} hunt", "subject": "Owls", "paraphrases": "x"}', "paraphrases is to be a list of texts"),
-    ('[{"requested_rewrite": {"prompt": "{}"}}]', "entry 1: not as CounterFact"),
+    ('[{"requested_rewrite": {"prompt": "{}"}}]', "entry 1: an entry of CounterFact or of known facts, but not whole"),
+    ('{"prompt": "{} hunt", "subject": "Owls", "neighbours": [""]}', "one of the neighbours is empty"),
+    ('{"prompt": "{} hunt", "subject": "\\ud800"}', "half of a character"),
     ("[3]", "not an object"),
 ])  # fmt: skip
 def test_a_file_that_holds_no_facts_is_refused(tmp_path, content, message):
@@ -333,6 +337,31 @@ def test_a_file_that_holds_no_facts_is_refused(tmp_path, content, message):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(FactError, match=message):
         load_facts(path)
+
+
+def test_a_tokenizer_that_closes_texts_does_not_close_prompts(model):
+    """As T5's or some Llama's: its end of text comes after every text, and must not come before an answer."""
+    closing = copy.deepcopy(model.tokenizer)
+    end = closing.eos_token
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, closing.eos_token_id)]
+    )
+    assert closing("Owls hunt")["input_ids"][-1] == closing.eos_token_id
+    for find in (lambda t: encode(t, "Owls hunt at"), lambda t: locate(t, "Why do {} hunt at", "the owls").ids):
+        np.testing.assert_array_equal(find(closing), find(model.tokenizer))
+    assert encode(closing, "").tolist() == encode(model.tokenizer, "").tolist()
+
+
+def test_an_edit_that_cannot_reach_the_answer_is_refused(model):
+    last = model.cfg.n_layers - 1
+    with pytest.raises(FactError, match=f"layer {last} is the last one"):
+        edit_fact(
+            model,
+            Fact("Why do {} hunt at", "the owls", new_target="noon"),
+            last,
+            moment_of(model.cfg.d_mlp),
+            prefixes=["Tell me"],
+        )
 
 
 def test_a_subject_without_tokens_of_its_own_is_refused(model):

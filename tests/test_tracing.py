@@ -251,8 +251,12 @@ def test_replacements_have_as_many_tokens(model):
         replacements(
             model, known_facts(model, [dataclasses.replace(named, replacement="the extraordinary hippopotamus")])
         )
-    with pytest.raises(FactError, match="no other subject has"):
+    with pytest.raises(FactError, match="no other subject"):
         replacements(model, known[:1])
+    with pytest.raises(FactError, match="no other subject"):  # one with the same answer would corrupt nothing
+        replacements(
+            model, [known[0], known[0]._replace(fact=named.__class__(named.prompt, "the dogs"), answer=known[0].answer)]
+        )
     found = trace_facts(model, [named], corruption="replacement", maps=["stream"])
     assert found.facts[0].replacement == "the dogs"
     assert "sigma" not in found.settings

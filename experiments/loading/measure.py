@@ -3,7 +3,7 @@
     python -m experiments.loading.make llama-3.2-1b --out work/1b
     python -m experiments.loading.make llama-3.2-1b --out work/1b-mlp --changed mlp
     python -m experiments.loading.measure work/1b --expert work/1b-mlp --out experiments/loading/1b.json
-    python -m experiments.loading.measure work/8b --stream work/8b --cases stream --out experiments/loading/8b.json
+    python -m experiments.loading.measure work/8b --stream work/8b --cold --rounds 1 --out experiments/loading/8b.json
 
 Each case runs in a process of its own. Memory is anonymous memory (what the process cannot get back from its files),
 sampled every millisecond; the arrays of a CPU device are part of it. A *plain read* copies the bytes of all files
@@ -75,7 +75,14 @@ def plain_read(folder: Path) -> None:
         np.fromfile(path, np.uint8)
 
 
-def case(name: str, folder: Path, expert: Path | None, rounds: int) -> dict[str, Any]:
+def forget(folder: Path) -> None:
+    """Let the system drop what it has kept of the files, so that they are read from the disk."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def case(name: str, folder: Path, expert: Path | None, rounds: int, cold: bool) -> dict[str, Any]:
     """Measure one case in this process."""
     import jax
     from jax.sharding import Mesh, NamedSharding, Sharding
@@ -111,9 +118,13 @@ def case(name: str, folder: Path, expert: Path | None, rounds: int) -> dict[str,
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     before, reads, loads = anonymous(), [], []
     for round_ in range(n_rounds):
+        if cold:
+            forget(folder)
         if name in ("whole", "cut"):
             reads.append(seconds(lambda: plain_read(folder)))
         models: list[Any] = []
+        if cold:
+            forget(folder)
         with Peak() as peak:
             loads.append(seconds(lambda models=models: models.append(load())))  # type: ignore[misc]
             after = anonymous()
@@ -123,7 +134,7 @@ def case(name: str, folder: Path, expert: Path | None, rounds: int) -> dict[str,
     found: dict[str, Any] = {"largest": max(sizes), "model": sum(sizes), "stays": after - before}
     found["above"] = peak.bytes - after
     found["peak"] = peak.bytes - before
-    found |= {"rounds": n_rounds, "load": [min(values) for values in zip(*loads, strict=True)]}
+    found |= {"rounds": n_rounds, "cold": cold, "load": [min(values) for values in zip(*loads, strict=True)]}
     if reads:
         found["read"] = [min(values) for values in zip(*reads, strict=True)]
     return found
@@ -150,11 +161,12 @@ def main() -> None:
     parser.add_argument("--stream", type=Path)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="leave out the others")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not from what the system keeps of it")
     parser.add_argument("--here", choices=CASES, help="measure this alone, in this process, and print it as JSON")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(case(args.here, args.folder, args.expert, args.rounds)))
+        print(json.dumps(case(args.here, args.folder, args.expert, args.rounds, args.cold)))
         return
     cases = {"whole": (args.folder, None), "cut": (args.folder, None)}
     cases |= {"pair": (args.folder, args.expert)} if args.expert else {}
@@ -168,6 +180,7 @@ def main() -> None:
         command = [sys.executable, "-m", "experiments.loading.measure", str(folder), "--here", name]
         command += ["--rounds", str(args.rounds)]
         command += ["--expert", str(expert)] if expert else []
+        command += ["--cold"] if args.cold else []
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         found["cases"][name] = json.loads(done.stdout) | {"folder": folder.name}
         print(name, found["cases"][name], flush=True)

@@ -135,7 +135,7 @@ class Circuit:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise WpjaxError(
                 f"{path}: cannot be read as JSON ({error}); name a file that `Circuit.save` wrote"
             ) from error
@@ -187,6 +187,7 @@ def ablation(
     contrast: Contrast,
     kind: AblationKind = "resample",
     groups: Sequence[int] | Int[np.ndarray, " B"] | None = None,
+    reference: tuple[Contrast, Sequence[int] | Int[np.ndarray, " R"]] | None = None,
 ) -> Ablation:
     """What nodes write when they are ablated.
 
@@ -198,9 +199,11 @@ def ablation(
             group. "resample": what is written on the corrupted version of the prompt.
         groups: of "mean": the group of each prompt, say its template, so that positions mean the same in a group.
             None: prompts of one length are a group.
+        reference: of "mean": other prompts, and their groups, whose corrupted versions the mean is over. None: these
+            prompts themselves. Of a group with one prompt, the mean is that prompt: give a reference with many.
 
     Raises:
-        WpjaxError: there is no such kind, or prompts of one group have different lengths.
+        WpjaxError: there is no such kind, prompts of one group have different lengths, or the reference lacks a group.
     """
     lengths = np.asarray(contrast.corrupted.tokens.lengths)
     n_prompts, n_layers = len(lengths), contrast.n_layers
@@ -209,17 +212,24 @@ def ablation(
         return Ablation(jnp.zeros((n_senders, 1, 1, cfg.d_model)), jnp.zeros(n_prompts, jnp.int32), kind)
     if kind not in ("mean", "resample"):
         raise WpjaxError(f"unknown ablation {kind!r}; there are zero, mean and resample")
-    made = jnp.asarray(over_prompts(contrast.corrupted, _writes, cfg, params, axis=1))
     if kind == "resample":
+        made = jnp.asarray(over_prompts(contrast.corrupted, _writes, cfg, params, axis=1))
         return Ablation(made, jnp.arange(n_prompts), kind)
     of_prompt = lengths if groups is None else np.asarray(groups)
     names, group = np.unique(of_prompt, return_inverse=True)
-    for g in range(len(names)):
-        if len(set(lengths[group == g].tolist())) > 1:
-            raise WpjaxError(f"group {names[g]} has prompts of several lengths, so their positions have no mean")
-    of = jnp.asarray((group == np.arange(len(names))[:, None]).astype(np.float32))  # [G, B]
-    mean = jnp.einsum("gb,sbtd->sgtd", of / of.sum(1, keepdims=True), made, precision=jax.lax.Precision.HIGHEST)
-    return Ablation(mean, jnp.asarray(group), kind)
+    source, theirs = (contrast, of_prompt) if reference is None else (reference[0], np.asarray(reference[1]))
+    width, means = contrast.clean.tokens.ids.shape[1], []
+    for g, name in enumerate(names):  # one group after the other: what all nodes write is large
+        rows = np.flatnonzero(theirs == name)
+        if not len(rows):
+            raise WpjaxError(f"the reference has no prompt of group {name}, so there is no mean of it")
+        n_tokens = {*lengths[group == g].tolist(), *np.asarray(source.corrupted.tokens.lengths)[rows].tolist()}
+        if len(n_tokens) > 1:
+            raise WpjaxError(f"group {name} has prompts of several lengths, so their positions have no mean")
+        some = source.corrupted.take(jnp.asarray(rows))
+        written = over_prompts(some, _writes, cfg, params, axis=1).mean(1)[:, :width]
+        means.append(np.pad(written, ((0, 0), (0, width - written.shape[1]), (0, 0))))
+    return Ablation(jnp.asarray(np.stack(means, 1)), jnp.asarray(group), kind)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -189,7 +189,7 @@ def copy_scores(
         written = written_by_head(values, one.block.attn.W_O.get_value(), cfg.activation_splits)  # [H, B, n, D]
 
         def score(o: Float[Array, "B n D"]) -> Float[Array, " two"]:
-            logits = model.logits(o)
+            logits = model.logits(one.block.normed(Site.ATTN_OUT, o))  # what it adds to the stream
             own = jnp.take_along_axis(logits, names[..., None], -1)
             beyond = jnp.stack([(logits > own).sum(-1), (logits < own).sum(-1)])
             return (beyond < k).astype(jnp.float32).mean((1, 2))

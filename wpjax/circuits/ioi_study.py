@@ -13,13 +13,14 @@ from wpjax.circuits.activations import activation_patch, attention_pattern
 from wpjax.circuits.circuit import Ablation, Circuit, ablation, circuit_scores
 from wpjax.circuits.contrast import Contrast
 from wpjax.circuits.edges import EdgeScores, score_edges
-from wpjax.circuits.ioi import IOI, PUBLISHED, copy_scores, ioi_prompts, published_classes
+from wpjax.circuits.ioi import IOI, PUBLISHED, TEMPLATES, copy_scores, ioi_prompts, published_classes
 from wpjax.circuits.measures import Curve, Faithfulness, Needed, circuit_curve, completeness, faithfulness, minimality
 from wpjax.circuits.paths import path_patch
 from wpjax.errors import BehaviourError
 from wpjax.metrics.metric import scores as scores_of
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.runtime.cards import public_name
 from wpjax.runtime.progress import Progress, silent
 
 MIN_DIRECT = 0.02
@@ -30,6 +31,9 @@ MIN_COPY = 0.5
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of heads that are tried as a circuit."""
+
+MEAN_OF = 10
+"""ABC prompts of each template and order of names that "mean" ablation is over; other ones than are measured."""
 
 ENOUGH = 0.9
 """Share of what the model does that a circuit should do."""
@@ -189,7 +193,8 @@ def ioi_study(
     heads = _heads(cfg, params, found)
     phase(4)
     own = fingerprint(cfg, params)
-    mean = ablation(cfg, params, held_out.contrast, "mean", held_out.groups)
+    others = ioi_prompts(model, 2 * len(TEMPLATES) * MEAN_OF, seed=seed + 2)
+    mean = ablation(cfg, params, held_out.contrast, "mean", held_out.groups, (others.contrast, others.groups))
     circuit, sizes = _smallest(cfg, params, held_out.contrast, mean, scores, own)
     phase(5)
     faithful = faithfulness(cfg, params, held_out.contrast, mean, circuit)
@@ -208,7 +213,7 @@ def ioi_study(
     stability = scores.stability(max(1, round(0.01 * scores.graph.n_edges)))
     phase(n_phases)
     return IOIStudy(
-        (model.source, own),
+        (public_name(model.source), own),
         n_prompts,
         seed,
         (float(clean.mean()), float(abc.mean()), float((clean > 0).mean())),

@@ -56,7 +56,9 @@ class Faithfulness(NamedTuple):
 
     @property
     def share(self) -> float:
-        """(F(C) - F(nothing)) / (F(M) - F(nothing)): 1 is the whole model."""
+        """(F(C) - F(nothing)) / (F(M) - F(nothing)): 1 is the whole model; NaN if the model does nothing more."""
+        if self.model == self.nothing:
+            return float("nan")
         return (self.circuit - self.nothing) / (self.model - self.nothing)
 
 

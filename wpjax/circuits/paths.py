@@ -101,6 +101,11 @@ def path_patch(
     stop = contrast.n_layers
     if not sent or not read or not all(read):
         raise WpjaxError("path patching needs at least one sender and one receiver")
+    for group in read:
+        if len(group) > 1 and any(r.kind == "logits" for r in group):
+            raise WpjaxError(
+                "logits is the end of all paths: it is no receiver together with others; name it by itself"
+            )
     nodes: list[Sender | Receiver] = [*sent, *(r for group in read for r in group if r.kind != "logits")]
     for node in nodes:
         if node.layer >= stop:

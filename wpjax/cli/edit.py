@@ -55,7 +55,9 @@ def run(
             panel=PATCHED,
         ),
     ] = "mean",
-    steps: Annotated[int, Setting("Steps of Adam, at most.", least=1, most=10000, panel=PATCHED)] = 20,
+    steps: Annotated[
+        int, Setting("Steps of Adam, at most; the last one only looks at the loss.", least=2, most=10000, panel=PATCHED)
+    ] = 20,
     lr: Annotated[float, Setting("Learning rate.", least=0, most=100, panel=PATCHED)] = 0.5,
     kl: Annotated[
         float, Setting("Weight of what the edit changes of '{subject} is a'.", least=0, most=1000, panel=PATCHED)
@@ -106,7 +108,7 @@ def run(
 
     from wpjax.cli.console import print_json, progress_bars
     from wpjax.facts.covariance import check_text, default_cache, key_moment
-    from wpjax.facts.rank_one import EditSettings, edit_fact, make_task, sample_prefixes
+    from wpjax.facts.rank_one import EditSettings, check_layer, edit_fact, make_task, sample_prefixes
     from wpjax.facts.scores import check_scored, score_edits, target_probabilities
     from wpjax.facts.tracing import best_layer, check_tokenizer
     from wpjax.pairs import load_model
@@ -123,6 +125,8 @@ def run(
             raise FactError(f"--layer {layer}: {model} has layers 0 to {loaded.cfg.n_layers - 1}")
         for fact in read:  # before the work: some cannot be edited
             make_task(loaded.tokenizer, fact, prefix)
+            if layer != "auto":
+                check_layer(loaded.cfg, fact, int(layer))
         at = best_layer(loaded, read, seed=seed, progress=progress) if layer == "auto" else int(layer)
         moment = key_moment(
             loaded, at, text, most_tokens=most_tokens, cache=cache or default_cache(), progress=progress

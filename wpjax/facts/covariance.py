@@ -110,6 +110,11 @@ def key_moment(
     """
     path = Path(text)
     file = None if cache is None else cache / f"{_name(model, layer, path, most_tokens)}.safetensors"
+    if cache is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FactError(f"{cache}: no folder can be made there ({error.strerror}); name another --cache") from error
     if file is not None and (kept := _kept(file, model.cfg.d_mlp)) is not None:
         return kept
     width = min(WIDTH, model.cfg.n_ctx)
@@ -130,10 +135,9 @@ def key_moment(
         total += np.asarray(_sum(model.cfg, model.params, jnp.asarray(tokens), jnp.asarray(counted), layer), np.float64)
     if n_tokens == 0:
         raise FactError(f"{path}: holds no text; name a text like those that the model reads")
-    progress("keys of the text", most_tokens, most_tokens)
+    progress("keys of the text", n_tokens, n_tokens)
     found = KeyMoment(total / n_tokens, n_tokens)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(file, overwrite=True) as temporary:
             write_tensors(temporary, {"moment": found.moment}, {"n_tokens": str(n_tokens)})
     return found

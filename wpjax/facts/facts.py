@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from wpjax.behaviours.prompts import prompt_ids
 from wpjax.errors import FactError
 
 SLOT = "{}"
@@ -136,7 +137,7 @@ def _fact(where: str, entry: Any) -> Fact:
     try:
         values = _values(entry)
     except (KeyError, TypeError, AttributeError) as error:
-        raise FactError(f"{where}: not as CounterFact writes its entries ({error!r}); correct it") from error
+        raise FactError(f"{where}: an entry of CounterFact or of known facts, but not whole ({error!r})") from error
     for name in ("prompt", "subject"):
         if name not in values:
             raise FactError(f"{where}: no {name}; a fact has at least a prompt and a subject")
@@ -150,6 +151,11 @@ def _fact(where: str, entry: Any) -> Fact:
         )
         if not good:
             raise FactError(f"{where}: {name} is to be {'a list of texts' if name in _LISTS else 'a text'}")
+        for text in value if name in _LISTS else [value]:
+            if name in _LISTS and not text.strip():
+                raise FactError(f"{where}: one of the {name} is empty; leave it out")
+            if text != text.encode("utf-8", "ignore").decode("utf-8"):
+                raise FactError(f"{where}: {name} holds half of a character, which no text has; correct it")
     try:
         fields: dict[str, Any] = {name: tuple(of) if name in _LISTS else of for name, of in values.items()}
         return Fact(**fields)
@@ -189,8 +195,16 @@ class Located(NamedTuple):
 
 
 def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " T"]:
-    """The tokens of a text, with those that the tokenizer sets before every text."""
-    return np.asarray(tokenizer(text)["input_ids"], np.int32)
+    """The tokens of a text, with those that the tokenizer sets before every text, without those that would close it."""
+    return np.asarray(prompt_ids(tokenizer, text, False), np.int32) if text else _opening(tokenizer)
+
+
+def _opening(tokenizer: Any) -> Int[np.ndarray, " T"]:
+    """What the tokenizer sets before every text."""
+    some = "a"
+    plain = tokenizer(some, add_special_tokens=False)["input_ids"]
+    whole = prompt_ids(tokenizer, some, False)
+    return np.asarray(whole[: len(whole) - len(plain)], np.int32)
 
 
 def locate(tokenizer: Any, prompt: str, subject: str) -> Located:
@@ -225,7 +239,8 @@ def locate(tokenizer: Any, prompt: str, subject: str) -> Located:
             f"{subject!r} has no tokens of its own in {text!r}: they stand for {covered!r}; name as subject what the "
             "tokenizer keeps together, or set a blank or a mark beside it"
         )
-    return Located(np.asarray(ids, np.int32), inside[0], inside[-1] + 1)
+    last_token = max(i for i, (a, b) in enumerate(spans) if a < b)  # what comes after it would close the prompt
+    return Located(np.asarray(ids[: last_token + 1], np.int32), inside[0], inside[-1] + 1)
 
 
 def continued(tokenizer: Any, prompt: str, target: str) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " N"]]:

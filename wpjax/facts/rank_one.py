@@ -296,6 +296,19 @@ class FactEdit:
         )
 
 
+def check_layer(cfg: ModelConfig, fact: Fact, layer: int) -> None:
+    """Refuse an edit that cannot reach the answer: one in the last layer, at a subject that does not end the prompt.
+
+    Raises:
+        FactError: the layer is the last one, and words follow the subject.
+    """
+    if layer == cfg.n_layers - 1 and fact.prompt.split(SLOT)[1].strip():
+        raise FactError(
+            f"layer {layer} is the last one: what it makes of the subject reaches no later word of {fact.text[:60]!r}; "
+            "name an earlier layer"
+        )
+
+
 def edit_fact(
     model: Checkpoint,
     fact: Fact,
@@ -337,6 +350,7 @@ def edit_fact(
     if not 0 <= layer < cfg.n_layers:
         raise FactError(f"layer {layer}: {model.source} has layers 0 to {cfg.n_layers - 1}")
     task = make_task(model.tokenizer, fact, sample_prefixes(model, seed=seed) if prefixes is None else prefixes)
+    check_layer(cfg, fact, layer)
     if task.tokens.shape[1] > cfg.n_ctx:
         raise FactError(f"{fact.text[:60]!r} with prefixes exceeds the context of {cfg.n_ctx} tokens; shorten them")
     if not isinstance(moment, KeyMoment):

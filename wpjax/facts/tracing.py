@@ -131,7 +131,8 @@ def subject_sigma(model: Checkpoint, known: Sequence[Known]) -> float:
 def replacements(model: Checkpoint, known: Sequence[Known], seed: int = 0) -> list[tuple[str, Int[np.ndarray, " T"]]]:
     """For each fact another subject of as many tokens, and the tokens of the prompt about it.
 
-    It is the one that the fact names, or the subject of another fact, chosen at random among those that fit.
+    It is the one that the fact names, or the subject of another fact with another answer, chosen at random among those
+    that fit.
 
     Args:
         model: the model.
@@ -142,8 +143,9 @@ def replacements(model: Checkpoint, known: Sequence[Known], seed: int = 0) -> li
         FactError: the named one has not as many tokens, or no other subject has.
     """
     rng, found = np.random.default_rng(seed), []
-    subjects = list(dict.fromkeys(other.fact.subject for other in known))
-    for fact, at, _ in known:
+    for fact, at, answer in known:
+        # One of the same answer would corrupt nothing.
+        subjects = list(dict.fromkeys(other.fact.subject for other in known if other.answer != answer))
         options = []
         for subject in [fact.replacement] if fact.replacement else subjects:
             try:

@@ -103,8 +103,8 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
             raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
     layers = np.array(sorted(scores))
     for name, says in (("S", "all three"), ("PS", "paraphrases follow"), ("NS", "neighbours stay")) if scores else ():
-        values = np.array([float(scores[layer][name]) for layer in layers])
-        curves.append(LayerCurve(EDITS, f"{name}: {says}", layers, values))
+        shares = np.array([float(scores[layer][name]) for layer in layers])
+        curves.append(LayerCurve(EDITS, f"{name}: {says}", layers, shares))
     return curves
 
 
