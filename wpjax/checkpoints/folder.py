@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,11 +161,7 @@ class SafetensorsFolder:
         if 0 in shape:  # of which there is nothing to map
             return np.empty(shape, _NUMPY[dtype])
         try:
-            with path.open("rb") as file:
-                values = np.asarray(np.memmap(file, _NUMPY[dtype], "r", offset, shape))
-                if hasattr(os, "posix_fadvise"):  # the disk begins to read what will be wanted soon
-                    os.posix_fadvise(file.fileno(), offset, values.nbytes, os.POSIX_FADV_WILLNEED)
-            return values
+            return np.asarray(np.memmap(path, _NUMPY[dtype], "r", offset, shape))
         except (OSError, ValueError) as error:  # gone or cut since its header was read
             raise CheckpointError(f"{path}: cannot be read ({error}); download it again") from error
 

@@ -99,7 +99,7 @@ def put_leaf(
     """
     gc.collect(0)  # JAX lets go here of the memory of arrays that are gone
     blocks = _blocks(shape, dtype, sharding)
-    for number, (name, value) in enumerate(_one_ahead(layers)):
+    for number, (name, value) in enumerate(layers):
         is_stacked = value.ndim < len(shape)
         for block in blocks:
             spans, values = block.spans, block.values
@@ -118,17 +118,6 @@ def put_leaf(
         leaf = jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=dtype)
     # Until it has arrived, its memory here cannot be freed, and the next leaf would add its own.
     return jax.block_until_ready(leaf)
-
-
-def _one_ahead(layers: Iterable[Layer]) -> Iterator[Layer]:
-    """Layers, each of which is asked for before the one before it is used: so the disk reads while that is copied."""
-    waiting = None
-    for layer in layers:
-        if waiting is not None:
-            yield waiting
-        waiting = layer
-    if waiting is not None:
-        yield waiting
 
 
 def _blocks(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> list[_Block]:
