@@ -57,6 +57,15 @@ def test_curves_are_sums_and_means_of_what_the_files_hold(tmp_path):
     assert agreement(mlps, s) == pytest.approx(np.corrcoef(ranks, [1, 0, 3, 2])[0, 1])
 
 
+def test_edits_without_paraphrases_have_a_score_of_the_fact_itself(tmp_path):
+    path = tmp_path / "scores.json"
+    path.write_text(
+        json.dumps({"what": "edit scores", "layer": 3, "after": {"ES": {"mean": 0.5}, "EM": {"mean": 0.1}}})
+    )
+    (curve,) = layer_curves([path])
+    assert (curve.label, curve.layers.tolist(), curve.values.tolist()) == ("ES: the fact itself", [3], [0.5])
+
+
 def test_the_command_draws_and_refuses(tmp_path, wpjax):
     (scores,) = edits(tmp_path, {3: 0.5})
     code, out, _ = wpjax("layers", SWEEP, TRACE, scores, "--out", tmp_path / "layers.png")
@@ -77,11 +86,18 @@ def test_damaged_files_and_two_scores_of_a_layer_are_refused(tmp_path):
     (one,) = edits(tmp_path, {3: 0.5})
     with pytest.raises(WpjaxError, match="another file has scores of edits in layer 3"):
         layer_curves([one, one])
-    one.write_text(json.dumps({"what": "edit scores", "layer": 3, "after": {}}))
+    one.write_text(json.dumps({"what": "edit scores", "layer": 3, "after": {"S": "much"}}))
     with pytest.raises(WpjaxError, match="damaged"):
         layer_curves([one])
     one.write_text(json.dumps({"what": "ioi", "heads": [{"name": "L0.head.0"}]}))
     with pytest.raises(WpjaxError, match="damaged"):
         layer_curves([one])
-    with pytest.raises(WpjaxError, match="cannot be read"):
+    trace = json.loads((TRACE / "trace.json").read_text())
+    for fact in trace["facts"]:
+        fact["clean"] = fact["corrupted"]
+    one.write_text(json.dumps(trace))
+    one = one.rename(tmp_path / "trace.json")
+    with pytest.raises(WpjaxError, match="json: corrupting the subject costs no probability"):
+        layer_curves([one])
+    with pytest.raises(WpjaxError, match="no such file"):
         layer_curves([tmp_path / "absent.json"])

@@ -51,7 +51,7 @@ def run(
         return
     print_table(
         "By layer",
-        ("", "what", "largest at layer", "share", "rank corr. with S of edits"),
+        ("", "what", "largest at layer", "share", "rank corr. with edits"),
         [
             (c.source, c.label, str(c.peak[0]), f"{c.peak[1]:.2f}", "" if rho != rho else f"{rho:+.2f}")
             for c, rho in zip(curves, with_edits, strict=True)

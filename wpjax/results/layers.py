@@ -4,7 +4,8 @@
     activations         the same of activation patching, if the sweep measured it
     causal tracing      average indirect effect over average total effect, at the subject's last token (`wpjax trace`)
     paths               sums of a layer's heads: patched, and by the direct path to the logits (`wpjax circuit`)
-    edits               S, PS and NS after rank-one edits in that layer (`wpjax edit --facts`)
+    edits               S, ES, PS and NS after rank-one edits in that layer, as far as they were scored
+                        (`wpjax edit --facts`)
 
 The first four say where something appears to live, the last one where changing it works. That these differ is a
 finding, not a fault (arXiv 2301.04213).
@@ -28,6 +29,9 @@ from wpjax.results.tracing import ROLES, Tracing
 
 EDITS = "edits"
 """The source whose curves say where changing works."""
+
+SCORES = {"S": "all three", "ES": "the fact itself", "PS": "paraphrases follow", "NS": "neighbours stay"}
+"""Scores of edits that are drawn (`facts.scores`), each in words. Facts without paraphrases have no PS, and so no S."""
 
 
 class LayerCurve(NamedTuple):
@@ -81,7 +85,7 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
         WpjaxError: a file holds none of these, or is damaged; or two scores are of edits in one layer.
     """
     curves: list[LayerCurve] = []
-    scores: dict[int, Mapping[str, Any]] = {}
+    scores: dict[int, dict[str, float]] = {}
     for path in map(Path, paths):
         if path.suffix == ".nc":
             curves += _of_sweep(SweepResult.from_netcdf(path))
@@ -90,7 +94,9 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
         if content["what"] == "edit scores":
             try:
                 layer, after = int(content["layer"]), content["after"]
-                values = {name: after[name]["mean"] if name != "S" else after[name] for name in ("S", "PS", "NS")}
+                values = {
+                    name: float(after[name] if name == "S" else after[name]["mean"]) for name in SCORES if name in after
+                }
             except (KeyError, TypeError, ValueError) as error:
                 raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); score the edits again") from error
             if layer in scores:
@@ -99,17 +105,22 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
             continue
         try:
             curves += _READERS[content["what"]](path, content)
+        except WpjaxError:  # it says more
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
-    layers = np.array(sorted(scores))
-    for name, says in (("S", "all three"), ("PS", "paraphrases follow"), ("NS", "neighbours stay")) if scores else ():
-        shares = np.array([float(scores[layer][name]) for layer in layers])
-        curves.append(LayerCurve(EDITS, f"{name}: {says}", layers, shares))
+    for name, says in SCORES.items():
+        layers = np.array(sorted(layer for layer, values in scores.items() if name in values), int)
+        if len(layers):
+            shares = np.array([scores[layer][name] for layer in layers])
+            curves.append(LayerCurve(EDITS, f"{name}: {says}", layers, shares))
     return curves
 
 
 def _content(path: Path) -> Mapping[str, Any]:
     path = path / "trace.json" if path.is_dir() else path
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise WpjaxError(f"{path}: no such file; name a result")
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -141,6 +152,8 @@ def _of_sweep(result: SweepResult) -> list[LayerCurve]:
 
 def _of_trace(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
     trace = Tracing.from_json(path)
+    if not trace.ate.mean > 0:
+        raise WpjaxError(f"{path}: corrupting the subject costs no probability, so nothing is a share of it")
     found = []
     for name, called in (("mlp", "MLPs, subject's last token"), ("stream", "stream, subject's last token")):
         if name in trace.maps:
