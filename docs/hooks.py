@@ -1,4 +1,4 @@
-"""What the site shows besides the pages of this folder: pages that stand elsewhere, and the help of every command.
+"""What the site shows besides the pages of this folder: pages that stand elsewhere, notebooks, the commands' help.
 
 The pages of the repository link to each other as files do, so that the links also lead somewhere where the files are
 read. Here they are made to fit the site. Links to code lead nowhere in it; their text stays.
@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +33,13 @@ def on_files(files: Files, config: Any) -> Files:
     for folder in FOLDERS:
         for path in sorted([*(ROOT / folder).rglob("README.md"), *(ROOT / folder).rglob("*.png")]):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        files.remove(files.get_file_from_path(f"notebooks/{path.name}"))
+        text, made = MarkdownExporter().from_notebook_node(nbformat.read(path, as_version=4))
+        for name, picture in made["outputs"].items():
+            files.append(File.generated(config, f"notebooks/{path.stem}/{name}", content=picture))
+        text = text.replace("](output_", f"]({path.stem}/output_")
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
     files.append(File.generated(config, "commands.md", content=commands()))
     return files
 

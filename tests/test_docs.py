@@ -1,5 +1,6 @@
 """The pages' links lead somewhere, their code runs, their commands exist; what code cites of them is there."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -79,6 +80,25 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
         for block in blocks(page, "python"):
             exec(block, names)
     assert capsys.readouterr().out.strip()
+
+
+NOTEBOOKS = [
+    ("own-pair", r"600 +passes (\S+)", 0.5),
+    ("custom-metric", r"the steepest: \S+, (\S+)", 0.01),
+    ("learned-mask", r"rank correlation: (\S+)", 0.2),
+]
+
+
+@pytest.mark.parametrize(("name", "figure", "least"), NOTEBOOKS)
+def test_a_notebook_runs(name, figure, least, capsys):
+    """And comes to a figure as large as it should be."""
+    cells = json.loads(text_of(ROOT / "docs" / "notebooks" / f"{name}.ipynb"))["cells"]
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(line for line in cell["source"] if not line.startswith("%")), names)
+    assert float(re.search(figure, capsys.readouterr().out)[1]) > least
 
 
 def commands_of(page):
