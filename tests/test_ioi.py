@@ -124,7 +124,7 @@ def test_the_published_circuit_stands_beside_the_papers_figures(capsys):
     assert len(set(classes.values())) == 7
     heads = (Head("L9.head.9", 0.3, 0.3, 0.6, 0.1, 0.99, 0.0), Head("L10.head.7", -0.2, -0.2, 0.5, 0.1, 0.0, 1.0))
     faithful = Faithfulness(3.5, 3.1, 0.0, "mean")
-    curve = Curve((0.5, 1.0), (1, 2), (0.5, 1.0), True, "resample", "EAP")
+    curve = Curve((0.5, 1.0), (1, 2), (0.5, 1.0), "edges", True, "resample", "EAP")
     circuit = Circuit("nodes", ("L9.head.9",), "0", ("head",))
     study = IOIStudy(
         ("gpt2", "0"), 4, 0, (3.5, 0.1, 1.0), heads, circuit, {1: 0.9}, faithful, (), (), (curve,),
