@@ -68,10 +68,10 @@ def test_what_is_not_in_the_circuit_is_ablated(model, two, kind):
 def test_a_mean_may_be_over_other_prompts(model, two):
     """Twice the same prompts, in another order and beside prompts of another group: the mean is the same."""
     alike = [i for i in range(4) if two.corrupted.tokens.lengths[i] == two.corrupted.tokens.lengths[0]]
-    pair = Contrast(*(m.take(jnp.asarray(alike)) for m in two))
+    pair = two.take(alike)
     own = ablation(model.cfg, model.params, pair, "mean")
     n = len(alike)
-    more = Contrast(*(m.take(jnp.asarray([*range(n)[::-1], *range(n)])) for m in pair))
+    more = pair.take([*range(n)[::-1], *range(n)])
     other = ablation(model.cfg, model.params, pair, "mean", [7] * n, (more, [7] * (2 * n)))
     np.testing.assert_allclose(other.writes, own.writes, atol=1e-5)
     with pytest.raises(WpjaxError, match="no prompt of group 7"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -53,6 +55,9 @@ ENOUGH = 0.9
 N_EDGES = 60
 """Edges that are listed and drawn."""
 
+
+SCHEMA = 2
+"""Number of the form of its files."""
 
 MASKS = "masks"
 """The method that learns circuits, beside the first-order ones (`edges.METHODS`)."""
@@ -146,7 +151,7 @@ class IOIStudy:
         faithful = {**self.faithful._asdict(), "share": self.faithful.share, "difference": self.faithful.difference}
         return {
             "what": "ioi",
-            "schema": 2,
+            "schema": SCHEMA,
             "model": self.model[0],
             "fingerprint": self.model[1],
             "n_prompts": self.n_prompts,
@@ -173,6 +178,57 @@ class IOIStudy:
                 "in_the_paper": dict(PUBLISHED),
             },
         }
+
+
+    @classmethod
+    def from_json(cls, path: Path | str) -> IOIStudy:
+        """Read a file that `wpjax circuit ioi` wrote.
+
+        Raises:
+            WpjaxError: there is no such file, or it is none of this version, or damaged.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except (ValueError, RecursionError) as error:
+            raise WpjaxError(f"{path}: not JSON ({error}); name a file of `wpjax circuit ioi`") from error
+        if not isinstance(content, dict) or (content.get("what"), content.get("schema")) != ("ioi", SCHEMA):
+            raise WpjaxError(f"{path}: not a file of this version's `wpjax circuit ioi`; make it again")
+        try:
+            return _study_of(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
+
+
+def _study_of(content: dict[str, Any]) -> IOIStudy:
+    """A study from its JSON values; the inverse of `IOIStudy.as_json`."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    def made(kind: Any, values: dict[str, Any]) -> Any:
+        """A named tuple or dataclass from some of the values: those of its fields."""
+        names = getattr(kind, "_fields", None) or [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: tuples(values[name]) for name in names})
+
+    published = content["published_circuit"]
+    return IOIStudy(
+        model=(str(content["model"]), str(content["fingerprint"])),
+        n_prompts=int(content["n_prompts"]),
+        seed=int(content["seed"]),
+        answered=tuple(float(content[n]) for n in ("logit_difference", "logit_difference_abc", "io_over_s")),  # type: ignore[arg-type]
+        heads=tuple(made(Head, head) for head in content["heads"]),
+        circuit=made(Circuit, content["circuit"]),
+        sizes={int(n): float(share) for n, share in content["sizes"].items()},
+        faithful=made(Faithfulness, content["faithfulness"]),
+        incomplete=tuples(content["incompleteness_of_random_sets"]),
+        needed=tuple(made(Needed, needed) for needed in content["minimality"]),
+        curves=tuple(made(Curve, curve) for curve in content["curves"]),
+        edges=tuples(content["edges"]),
+        stability=tuples(content["stability_of_top_1_percent"]),
+        published=None if published is None else made(Faithfulness, published),
+    )
 
 
 def is_gpt2_small(cfg: ModelConfig) -> bool:
