@@ -96,7 +96,8 @@ class InTorch:
         """
         x, writes, added = start, {"embed": start}, {}
         for i, layer in enumerate(self.layers):
-            norms = (layer.ln_1, layer.ln_2) if self.is_gpt2 else (layer.input_layernorm, layer.post_attention_layernorm)
+            names = ("ln_1", "ln_2") if self.is_gpt2 else ("input_layernorm", "post_attention_layernorm")
+            norms = [layer.get_submodule(name) for name in names]
             stream = x
 
             def read(name, norm, x):
@@ -186,9 +187,7 @@ def test_relevance_is_conserved_without_biases(one_pair):
         np.testing.assert_allclose(nodes[:, graph.sender(f"L{i}.mlp")], arrives, rtol=1e-3, atol=1e-5)
         values = [graph.receiver(f"L{i}.kv_group.{k}.v") for k in range(cfg.n_kv_heads)]
         heads = [graph.sender(f"L{i}.head.{h}") for h in range(cfg.n_heads)]
-        np.testing.assert_allclose(
-            nodes[:, heads].sum(-1), edges[:, :, values].sum((1, 2)), rtol=1e-3, atol=1e-5
-        )
+        np.testing.assert_allclose(nodes[:, heads].sum(-1), edges[:, :, values].sum((1, 2)), rtol=1e-3, atol=1e-5)
 
 
 def test_activations_are_exact_in_a_linear_model():

@@ -49,7 +49,8 @@ def load(path: Path) -> tuple[wp.ModelConfig, dict[str, Any]]:
     h, dh, _ = w["blocks.0.attn.W_Q"].shape
     f, n_ctx = len(w["blocks.0.mlp.b_in"]), len(w["pos_embed.W_pos"])
     cfg = wp.ModelConfig(
-        "gpt2", 1, d, h, h, dh, f, v, n_ctx, norm_eps=FAR**2, act="relu", rope=None, pre_norm=False, gated=False, mlp_bias=True
+        "gpt2", 1, d, h, h, dh, f, v, n_ctx, norm_eps=FAR**2, act="relu", rope=None, pre_norm=False, gated=False,
+        mlp_bias=True,
     )  # fmt: skip
     attn = {f"W_{n}": jnp.moveaxis(w[f"blocks.0.attn.W_{n}"], 2, 0)[None] for n in "QKV"}
     attn["W_O"] = w["blocks.0.attn.W_O"].T.reshape(1, h, dh, d)
@@ -132,7 +133,9 @@ def measure(path: Path, seed: int = 0) -> dict[str, Any]:
         "without_key": without(key),
         "without_others": without(others),
         "without_key_into": {name: without(key, receivers) for name, receivers in paths.items()},
-        "edges": {name: float(wp.edge_patch(cfg, params, two, some, together=True).share[0]) for name, some in edges.items()},
+        "edges": {
+            name: float(wp.edge_patch(cfg, params, two, some, together=True).share[0]) for name, some in edges.items()
+        },
         **made(),
     }
 
@@ -160,8 +163,10 @@ def paths(report: dict[str, Any]) -> str:
         ("(chance)", f"{report['chance']:.4f}"),
     ]
     shares = [(name, f"{share:.3f}") for name, share in report["edges"].items()]
-    return table(("ablated in what the embedding writes", "loss"), rows) + "\n\n" + table(
-        ("edges with the values of another sum", "share of the gap"), shares
+    return (
+        table(("ablated in what the embedding writes", "loss"), rows)
+        + "\n\n"
+        + table(("edges with the values of another sum", "share of the gap"), shares)
     )
 
 

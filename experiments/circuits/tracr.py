@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Callable
@@ -36,16 +35,15 @@ from wpjax.behaviours import Tokens
 from wpjax.circuits.circuit import Ablation, AblationKind
 from wpjax.circuits.edges import METHODS
 from wpjax.circuits.learned import OPEN
-from wpjax.circuits.nodes import Graph
+from wpjax.circuits.nodes import Graph, parse_receiver
 from wpjax.circuits.scores import EdgeScores, Scores
 from wpjax.circuits.wiring import writes
 from wpjax.metrics.readouts import Projection
 from wpjax.relax.learn import RelaxConfig
-from wpjax.relax.parametrisations import Nested
+from wpjax.relax.parametrisations import Nested, Parametrisation
 
 LENGTH = 6
 """Tokens after the first, which is always the same."""
-
 
 
 def _shifted() -> rasp.SOp:
@@ -63,7 +61,7 @@ PROGRAMS: dict[str, tuple[Callable[[], rasp.SOp], str, str]] = {
 """Name -> the program, its words, and what Tracr calls its answer. All may be run causally."""
 
 
-MASKS = {"masks": OPEN, "masks, nested": Nested()}
+MASKS: dict[str, Parametrisation] = {"masks": OPEN, "masks, nested": Nested()}
 """Learned masks, by what they are called."""
 
 
@@ -96,10 +94,10 @@ def load(name: str, n_prompts: int = 24, seed: int = 0) -> Compiled:
     of, w = assembled.model_config, assembled.params
     n_ctx, d = w["pos_embed"]["embeddings"].shape
     v, n, h, dh = len(w["token_embed"]["embeddings"]), of.num_layers, of.num_heads, of.key_size
-    biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
     cfg = wp.ModelConfig(
-        "gpt2", n, d, h, h, dh, of.mlp_hidden_size, v, n_ctx, act="relu", rope=None, pre_norm=False, gated=False, **biases
-    )  # type: ignore[arg-type]
+        "gpt2", n, d, h, h, dh, of.mlp_hidden_size, v, n_ctx, act="relu", rope=None, pre_norm=False, gated=False,
+        qkv_bias=True, out_bias=True, mlp_bias=True,
+    )  # fmt: skip
 
     def stacked(part: str, leaf: str, *shape: int) -> jnp.ndarray:
         return jnp.stack([jnp.asarray(w[f"transformer/layer_{i}/{part}"][leaf]).reshape(shape) for i in range(n)])
@@ -109,8 +107,9 @@ def load(name: str, n_prompts: int = 24, seed: int = 0) -> Compiled:
     attn |= {"W_O": stacked("attn/linear", "w", h, dh, d), "b_O": stacked("attn/linear", "b", d)}
     mlp = {"W_in": stacked("mlp/linear_1", "w", d, cfg.d_mlp), "b_in": stacked("mlp/linear_1", "b", cfg.d_mlp)}
     mlp |= {"W_out": stacked("mlp/linear_2", "w", cfg.d_mlp, d), "b_out": stacked("mlp/linear_2", "b", d)}
+    tables = {"W_E": "token_embed", "W_pos": "pos_embed"}
     params = {
-        "embed": {"W_E": jnp.asarray(w["token_embed"]["embeddings"]), "W_pos": jnp.asarray(w["pos_embed"]["embeddings"])},
+        "embed": {ours: jnp.asarray(w[theirs]["embeddings"]) for ours, theirs in tables.items()},
         "blocks": {"attn": attn, "mlp": mlp},
         "final_norm": {"scale": jnp.ones(d)},
         "unembed": {"W_U": jnp.zeros((d, v))},
@@ -168,9 +167,9 @@ def truth(of: Compiled, ablated: Ablation) -> np.ndarray:
     needed = np.array([r.kind == "logits" for r in graph.receivers])
     for s in reversed(graph.senders):  # a node is needed if something needed reads it
         if s.kind != "embed" and (arrives[graph.senders.index(s)] & needed).any():
-            own = [r.layer == s.layer and (r.kind == "mlp" if s.kind == "mlp" else r.kind in "qkv" and r.index == s.index)
-                   for r in graph.receivers]  # fmt: skip
-            needed |= np.array(own)
+            parts = [f"{s.name}.{part}" for part in "qkv"] if s.kind == "head" else [s.name]
+            own = {parse_receiver(cfg, part).name for part in parts}
+            needed |= np.array([r.name in own for r in graph.receivers])
     return arrives & needed
 
 
@@ -204,7 +203,8 @@ def measure() -> dict[str, Any]:
         ablations = {kind: wp.ablation(of.cfg, of.params, of.two, kind) for kind in kinds}
         trues = {kind: truth(of, ablated) for kind, ablated in ablations.items()}
         cells: dict[str, dict[str, float]] = {}
-        for method, kind in [*itertools.product((*METHODS, "exact"), ("resample",)), *itertools.product(MASKS, kinds)]:
+        of_method = {**dict.fromkeys((*METHODS, "exact"), kinds[:1]), **dict.fromkeys(MASKS, kinds)}
+        for method, kind in [(method, kind) for method, some in of_method.items() for kind in some]:
             cells.setdefault(method, {})[kind] = auroc(scored(of, method, ablations[kind]), trues[kind])
             print(name, method, kind, cells[method][kind], flush=True)
         report[name] = {
@@ -219,8 +219,10 @@ def measure() -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """AUROC by method and program."""
     programs = report["programs"]
-    sizes = [("edges, of which true", "resample", *(f"{p['edges']}, {p['true']['resample']}" for p in programs.values()))]
-    sizes += [("of which true", kind, *(str(p["true"][kind]) for p in programs.values())) for kind in ("mean", "zero")]
+    sizes = [
+        ("(true edges, of all)", kind, *(f"{p['true'][kind]} of {p['edges']}" for p in programs.values()))
+        for kind in ("resample", "mean", "zero")
+    ]
     first = next(iter(programs.values()))["auroc"]
     rows = [
         (method, kind, *(f"{p['auroc'][method][kind]:.2f}" for p in programs.values()))

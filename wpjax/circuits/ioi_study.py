@@ -179,7 +179,6 @@ class IOIStudy:
             },
         }
 
-
     @classmethod
     def from_json(cls, path: Path | str) -> IOIStudy:
         """Read a file that `wpjax circuit ioi` wrote.
@@ -344,7 +343,9 @@ def _scored(
         edges = score_edges(cfg, params, contrast, method, steps=steps)
         return edges, edges.nodes()
     ablated, config = ablation(cfg, params, contrast, "resample"), RelaxConfig(steps=steps, seed=seed)
-    learned = [learn_circuit(cfg, params, contrast, ablated, level, None, config, progress=progress) for level in LEVELS]
+    learned = [
+        learn_circuit(cfg, params, contrast, ablated, level, None, config, progress=progress) for level in LEVELS
+    ]
     return learned[0], learned[1]  # type: ignore[return-value]
 
 

@@ -29,8 +29,8 @@ def run(
     method: Annotated[
         Literal["eap", "eap-ig", "eap-ig-activations", "relp", "attnlrp", "masks"],
         Setting(
-            "How edges and nodes are scored: eap, eap-ig, eap-ig-activations (gradients), relp, attnlrp (relevance), or "
-            "masks (learned).",
+            "How edges and nodes are scored: eap, eap-ig, eap-ig-activations (gradients), relp, attnlrp (relevance), "
+            "or masks (learned).",
             panel=MEASURED,
         ),
     ] = "eap-ig",
@@ -57,7 +57,9 @@ def run(
     if out.with_suffix(".png") == out:
         raise OutputError(f"{out}: the figure has this name; name a file that ends in .json")
     with progress_bars() as progress:
-        study = ioi_study(load_model(model), n_prompts=n_prompts, method=method, steps=steps, seed=seed, progress=progress)
+        study = ioi_study(
+            load_model(model), n_prompts=n_prompts, method=method, steps=steps, seed=seed, progress=progress
+        )
     picture = write_ioi(study, out, overwrite)
     if as_json:
         print_json(study.as_json)

@@ -38,7 +38,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: a sweep's ranking, verdict and answers; a validation's curves; a map; a circuit; what a patch holds."""
+    """Print a result: a sweep's ranking, verdict and answers; curves; a map; a circuit; what a patch holds."""
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 

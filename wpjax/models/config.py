@@ -109,7 +109,8 @@ class ModelConfig:
         activation_splits: 1 or 2. Where an activation meets a bfloat16 weight, it is written as the sum of so many
             bfloat16 numbers. 1 keeps 8 bits of it; 2 keeps 16 and takes twice the operations. With float32 weights
             it changes nothing.
-        backward: what slopes a backward pass takes: "gradient", or relevance by one of two sets of rules (`models.relevance`).
+        backward: what slopes a backward pass takes: "gradient", or relevance by one of two sets of rules, "relp" and
+            "attnlrp" (`models.relevance`).
 
     >>> cfg = ModelConfig("llama", 2, 16, n_heads=4, n_kv_heads=2, d_head=4, d_mlp=32, d_vocab=50, n_ctx=64)
     >>> cfg.n_rep, cfg.score_scale

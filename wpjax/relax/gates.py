@@ -25,12 +25,12 @@ class AnyGates(Protocol):
     """What a learner needs of C gates: of weights (`Gates`), or of anything else that an objective takes a mask of.
 
     A pytree with a number of gates, `len`.
-
-    Attributes:
-        share: [C], what each gate costs of what all gates cost; sums to 1.
     """
 
-    share: Float[Array, " C"]
+    @property
+    def share(self) -> Float[Array, " C"]:
+        """What each gate costs of what all gates cost; sums to 1."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from scipy.stats import rankdata
 
 from wpjax.errors import WpjaxError
-from wpjax.relax.gates import AnyGates, Gates
+from wpjax.relax.gates import AnyGates
 from wpjax.relax.objectives import AnyObjective, Objective, is_on_host, prepared
 from wpjax.relax.parametrisations import Nested, Parametrisation
 from wpjax.runtime.progress import Progress, silent
@@ -218,6 +218,7 @@ def learn(
     A made-up objective that wants two of five gates open, and no other:
 
     >>> import wpjax as wp
+    >>> from wpjax.relax.gates import Gates
     >>> cfg = wp.ModelConfig("llama", 1, 16, 5, 5, 4, 32, 50, 64)  # 1 layer, 5 heads
     >>> gates = Gates.of(cfg, wp.enumerate_components(cfg, ["head"]))
     >>> wanted = jnp.array([0.0, 1.0, 0.0, 1.0, 0.0])
