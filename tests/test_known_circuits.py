@@ -106,7 +106,7 @@ def test_masks_learn_the_circuit_of_a_compiled_program(compiled):
     nodes = learn_circuit(cfg, params, two, ablated, "nodes", config=config)
     assert {name for name, _ in nodes.listed(3)} == {"L0.head.0", "L0.mlp", "L1.head.0"}
     # Started where it should end, the best stay the best.
-    again = learn_circuit(cfg, params, two, ablated, config=RelaxConfig(steps=5), start=edges)
+    again = learn_circuit(cfg, params, two, ablated, "edges", Nested(), RelaxConfig(steps=5, lr=0.1), start=edges)
     assert {name for name, _ in again.listed(4)} == set(TRUE)
     with pytest.raises(WpjaxError, match="one score for all prompts"):
         edges.stability(3)

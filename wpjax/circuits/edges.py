@@ -60,9 +60,9 @@ class Run(NamedTuple):
     writes: Float[Array, "S B T D"]
     added: Mapping[Site, Float[Array, "L B T D"]]
 
-    def between(self, other: Run, share: Array) -> Run:
-        """Share 1 is this run, 0 the other one."""
-        return jax.tree.map(lambda ours, theirs: theirs + share * (ours - theirs), self, other)
+
+def _between(clean: Array, corrupted: Array, share: Array) -> Array:
+    return corrupted + share * (clean - corrupted)
 
 
 def _carried(change: Float[Array, "s B T D"], slopes: Float[Array, "R B T D"]) -> Float[Array, "B s R"]:
@@ -75,7 +75,7 @@ def _at_clean(slope: SlopeAt, clean: Run, corrupted: Run, steps: int) -> Float[A
 
 
 def _over_inputs(slope: SlopeAt, clean: Run, corrupted: Run, steps: int) -> Float[Array, "B S R"]:
-    mean = _mean(lambda share: slope(clean.between(corrupted, share).start), steps)
+    mean = _mean(lambda share: slope(_between(clean.start, corrupted.start, share)), steps)
     return _carried(corrupted.writes - clean.writes, mean)
 
 
@@ -91,7 +91,7 @@ def _over_activations(slope: SlopeAt, clean: Run, corrupted: Run, steps: int) ->
     def of_layer(layer: Array) -> Array:
         def held(site: Site) -> Array:
             def at(share: Array) -> Array:
-                value = clean.between(corrupted, share).added[site][layer]
+                value = _between(clean.added[site][layer], corrupted.added[site][layer], share)
                 return slope(clean.start, (Edit(site, Set(value), layer),))
 
             return _mean(at, steps)
@@ -101,7 +101,7 @@ def _over_activations(slope: SlopeAt, clean: Run, corrupted: Run, steps: int) ->
             [_carried(own[:-1], held(Site.ATTN_OUT)), _carried(own[-1:], held(Site.MLP_OUT))], axis=1
         )
 
-    embedded = _mean(lambda share: slope(clean.between(corrupted, share).start), steps)
+    embedded = _mean(lambda share: slope(_between(clean.start, corrupted.start, share)), steps)
     layers = jnp.moveaxis(jax.lax.map(of_layer, jnp.arange(n_layers)), 0, 1)  # [B, L, H + 1, R]
     layers = layers.reshape(len(layers), -1, layers.shape[-1])
     return jnp.concatenate([_carried(change[:1], embedded), layers], axis=1)
