@@ -19,7 +19,7 @@ from wpjax.metrics.readouts import Projection
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import forward
 from wpjax.relax.learn import RelaxConfig
-from wpjax.relax.parametrisations import Nested
+from wpjax.relax.parametrisations import HardConcrete
 
 
 @pytest.mark.parametrize("coordinate", [0, 1])
@@ -96,17 +96,17 @@ def test_masks_learn_the_circuit_of_a_compiled_program(compiled):
     """Edges and nodes; with one ranking for all sizes, and with gates at a price; signed and absolute are the same."""
     cfg, params, two = compiled.cfg, compiled.params, compiled.two
     ablated, config = ablation(cfg, params, two, "resample"), RelaxConfig(steps=80, lr=0.1)
-    edges = learn_circuit(cfg, params, two, ablated, "edges", Nested(), config)
+    edges = learn_circuit(cfg, params, two, ablated, config=config)
     assert edges.method == "learned masks, resample ablation"
     assert tracr.auroc(edges, tracr.truth(compiled, ablated)) == 1.0
     for absolute in (True, False):
         curve = circuit_curve(cfg, params, two, ablated, edges, absolute=absolute, shares=(4 / edges.n_members, 1.0))
         assert curve.counts[0] == 4
         np.testing.assert_allclose(curve.f, 1, atol=1e-4)
-    nodes = learn_circuit(cfg, params, two, ablated, "nodes", config=config)
+    nodes = learn_circuit(cfg, params, two, ablated, "nodes", HardConcrete(0.3, initial=3.0), config)
     assert {name for name, _ in nodes.listed(3)} == {"L0.head.0", "L0.mlp", "L1.head.0"}
     # Started where it should end, the best stay the best.
-    again = learn_circuit(cfg, params, two, ablated, "edges", Nested(), RelaxConfig(steps=5, lr=0.1), start=edges)
+    again = learn_circuit(cfg, params, two, ablated, config=RelaxConfig(steps=5, lr=0.1), start=edges)
     assert {name for name, _ in again.listed(4)} == set(TRUE)
     with pytest.raises(WpjaxError, match="one score for all prompts"):
         edges.stability(3)

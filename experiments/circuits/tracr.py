@@ -34,13 +34,12 @@ from experiments.records import made, table, write
 from wpjax.behaviours import Tokens
 from wpjax.circuits.circuit import Ablation, AblationKind
 from wpjax.circuits.edges import METHODS
-from wpjax.circuits.learned import OPEN
 from wpjax.circuits.nodes import Graph, parse_receiver
 from wpjax.circuits.scores import EdgeScores, Scores
 from wpjax.circuits.wiring import writes
 from wpjax.metrics.readouts import Projection
 from wpjax.relax.learn import RelaxConfig
-from wpjax.relax.parametrisations import Nested, Parametrisation
+from wpjax.relax.parametrisations import HardConcrete, Nested, Parametrisation
 
 LENGTH = 6
 """Tokens after the first, which is always the same."""
@@ -61,8 +60,11 @@ PROGRAMS: dict[str, tuple[Callable[[], rasp.SOp], str, str]] = {
 """Name -> the program, its words, and what Tracr calls its answer. All may be run causally."""
 
 
-MASKS: dict[str, Parametrisation] = {"masks": OPEN, "masks, nested": Nested()}
-"""Learned masks, by what they are called."""
+MASKS: dict[str, Parametrisation] = {
+    "masks, nested": Nested(),
+    "masks, open at a price": HardConcrete(0.3, initial=3.0),
+}
+"""Learned masks, by what they are called: the default, and gates that begin open."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ parametrisations, so that the circuit does what the model does:
 So 1 is the empty circuit and 0 the model. That is the goal of CMD, not of CPR: what works against the answer is part of
 what the model does. Gates are learned together, so of two members that stand in for each other one may be left out.
 
-Gates begin open, at a price (hard-concrete). Nested gates, which begin as good as closed, can learn the opposite of the
-truth: where half of an edge does more harm than none, every edge that is needed is closed first (experiments/circuits).
+Nested gates give one ranking for all sizes, so they suit CPR and CMD. They begin half closed. Where half of an edge
+does more harm than none, because what is computed is all or nothing, they can learn the opposite of the truth; gates at
+a price that begin open, `HardConcrete(0.3, initial=3.0)`, found it in every case (experiments/circuits).
 """
 
 from __future__ import annotations
@@ -33,11 +34,8 @@ from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.relax.learn import RelaxConfig, learn
 from wpjax.relax.objectives import choose
-from wpjax.relax.parametrisations import HardConcrete, Parametrisation
+from wpjax.relax.parametrisations import Nested, Parametrisation
 from wpjax.runtime.progress import Progress, silent
-
-OPEN = HardConcrete(weight=0.3, initial=3.0)
-"""The parametrisation, if none is given: every gate begins nearly open, and all of them together cost 0.3."""
 
 AT_ONCE = 4
 """Prompts of a step: the backward pass keeps what all senders write, for each layer."""
@@ -136,7 +134,7 @@ def learn_circuit(
         contrast: the prompts and the metric.
         ablated: what ablated members write.
         level: "nodes" or "edges".
-        parametrisation: how numbers become gates (`wpjax.relax`); None for `OPEN`.
+        parametrisation: how numbers become gates (`wpjax.relax`); None for `Nested()`.
         config: number of steps, learning rate and so on; None for the defaults.
         ablates: of nodes: the kinds that have gates; the others stay live.
         start: scores of the same members to begin with; None to begin with all gates alike.
@@ -181,7 +179,7 @@ def learn_circuit(
         )
     objective = Match(cfg, params, contrast.clean, ablated, jnp.asarray(reached), jnp.float32(scale))
     begin = None if start is None else -start.mean[members]
-    learned = learn(objective, gates, parametrisation or OPEN, config, start=begin, progress=progress)
+    learned = learn(objective, gates, parametrisation or Nested(), config, start=begin, progress=progress)
     values = np.zeros(members.shape)
     values[members] = learned.scores.min() - learned.scores
     return dataclasses.replace(empty, by_prompt=values[None])
