@@ -137,6 +137,31 @@ def test_a_curve_keeps_the_best_edges(model, two):
     np.testing.assert_allclose(curve.f, [(kept - corrupted) / (clean - corrupted), 1.0], atol=1e-3)
 
 
+def test_a_curve_of_nodes_keeps_the_best_nodes(model, two):
+    """Heads alone are ranked: MLPs stay, so the empty circuit is not the corrupted run."""
+    cfg, params = model.cfg, model.params
+    scores, ablated = score_edges(cfg, params, two, steps=1), ablation(cfg, params, two)
+    heads = scores.nodes(("head",))
+    assert heads.n_members == 3 * cfg.n_heads
+    curve = circuit_curve(cfg, params, two, ablated, heads, absolute=False, shares=(0.01, 0.3, 1.0))
+    assert (curve.level, curve.counts) == ("nodes", (1, round(0.3 * heads.n_members), heads.n_members))
+    best = Circuit.of(heads, curve.counts[1], "0", absolute=False)
+    assert (best.level, best.ablates) == ("nodes", ("head",))
+    mean = heads.by_prompt.mean(0)
+    order = sorted(
+        (s.name for s in scores.graph.senders if s.kind == "head"), key=lambda n: mean[scores.graph.sender(n)]
+    )
+    assert list(best.members) == order[: curve.counts[1]]  # the most negative score helps most
+    whole, some, first, nothing = (
+        by_edits(model, two, members, "resample").mean() for members in (order, best.members, order[:1], ())
+    )
+    expected = (np.array([first, some, whole]) - nothing) / (whole - nothing)
+    np.testing.assert_allclose(curve.f, expected, atol=1e-3, rtol=1e-3)
+    assert 0 <= heads.stability(4)[0] <= 1
+    with pytest.raises(WpjaxError, match="the empty circuit have the same mean metric"):
+        circuit_curve(cfg, params, two, ablated, scores.nodes(()))
+
+
 def test_scores_of_nodes_are_slopes_of_what_they_write(model, two):
     """Attribution patching of a head: the slope by its output times its change, at z."""
     cfg, params = model.cfg, model.params
