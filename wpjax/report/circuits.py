@@ -81,7 +81,7 @@ def _draw_curves(axes: Axes, study: IOIStudy) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="share k of all edges, or nodes", ylabel="share of the model's metric")
     axes.set_title(f"Circuits ({study.curves[0].method}, {study.curves[0].ablation})")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
 
 
 def draw_graph(axes: Axes, edges: Sequence[tuple[str, str, float]]) -> None:
@@ -91,7 +91,8 @@ def draw_graph(axes: Axes, edges: Sequence[tuple[str, str, float]]) -> None:
         axes: where to draw.
         edges: names of sender and receiver, and a score; the wider the line, the larger.
     """
-    nodes = sorted({_node(name) for s, r, _ in edges for name in (s, r)} | {"embed", "logits"}, key=_height)
+    names = {_node(name) for s, r, _ in edges for name in (s, r)} | {"embed", "logits"}
+    nodes = sorted(sorted(names), key=_height)  # by name within a row, so that a picture is the same every time
     rows: dict[tuple[int, int], list[str]] = {}
     for node in nodes:
         rows.setdefault(_height(node), []).append(node)
