@@ -1,6 +1,7 @@
 """The public names, listed once: `__init__.py` reads this file at run time, and so do type checkers and editors."""
 
 from .arguments import SweepConfig as SweepConfig
+from .arguments import read_config as read_config
 from .behaviours import Behaviour as Behaviour
 from .behaviours import PromptBatch as PromptBatch
 from .behaviours import behaviour as behaviour

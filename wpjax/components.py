@@ -21,7 +21,6 @@ two tables.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +31,7 @@ import numpy as np
 from jaxtyping import Bool, Real
 
 from wpjax.checkpoints.convert import flatten
-from wpjax.errors import ComponentError
+from wpjax.errors import ComponentError, nearest
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import abstract_params
 from wpjax.models.parameters import PARAMETERS
@@ -266,7 +265,7 @@ def check_kind(kind: str) -> None:
         ComponentError: there is no such kind; the message names the most similar one.
     """
     if kind not in KINDS:
-        raise ComponentError(f"unknown component kind {kind!r}{_nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
+        raise ComponentError(f"unknown component kind {kind!r}{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
 def parse_component(cfg: ModelConfig, name: str) -> Component:
@@ -322,11 +321,6 @@ def _parse(name: str) -> Component | None:
 def _is_index(text: str) -> bool:
     """Whether a text is a number from 0 on. Leading zeros are refused, so that a component has one name only."""
     return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0") and len(text) < 10
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def unit_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarray]:

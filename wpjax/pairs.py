@@ -60,7 +60,7 @@ class DiffNorm(NamedTuple):
     base: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pair:
     """A base and an expert with one configuration and one tokenizer.
 
@@ -76,8 +76,10 @@ class Pair:
 
     >>> import wpjax as wp
     >>> pair = wp.load_pair("tiny:base", "tiny:expert")
-    >>> pair.dtype, pair.base["blocks"]["attn"]["W_Q"].shape == pair.expert["blocks"]["attn"]["W_Q"].shape
-    ('float32', True)
+    >>> pair
+    Pair('tiny:base' -> 'tiny:expert', llama of 8 layers, float32)
+    >>> pair.base["blocks"]["attn"]["W_Q"].shape == pair.expert["blocks"]["attn"]["W_Q"].shape
+    True
     """
 
     cfg: ModelConfig
@@ -87,6 +89,10 @@ class Pair:
     base_checkpoint: Checkpoint
     expert_checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        models = f"{self.base_checkpoint.source!r} -> {self.expert_checkpoint.source!r}"
+        return f"Pair({models}, {self.cfg.family} of {self.cfg.n_layers} layers, {self.dtype})"
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

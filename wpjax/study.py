@@ -136,6 +136,8 @@ def run_study(
         result = _swept(setting, measured, parts)
         if config.quick:
             result.dataset.attrs["quick"] = "a first look, at few prompts and components (--quick)"
+        # On whichever devices it ran, this asks for the same.
+        result.dataset.attrs["command"] = as_command(dataclasses.replace(config, mesh=None, memory_mb=None))
         result.dataset.attrs |= asked_for(
             config.behaviour, config.checker, config.max_new_tokens, config.ignore_config, config.tokenizer
         )

@@ -47,7 +47,7 @@ EMBEDDED = ("base", "expert", "planted")
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")  # the oldest ids have no organisation: gpt2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A model in memory, with all that is needed to save it again.
 
@@ -64,6 +64,8 @@ class Checkpoint:
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
+    >>> model
+    Checkpoint('tiny:base', llama of 8 layers)
     >>> model.params["embed"]["W_E"].shape == (model.cfg.d_vocab, model.cfg.d_model)
     True
     """
@@ -76,6 +78,9 @@ class Checkpoint:
     source: str
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.source!r}, {self.cfg.family} of {self.cfg.n_layers} layers)"
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
