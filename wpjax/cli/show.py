@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +25,7 @@ def run(
         Path,
         typer.Argument(
             help="A result of `wpjax sweep` or `wpjax validate`, a map of `wpjax interference`, a folder of "
-            "`wpjax trace`, or a patch file."
+            "`wpjax trace`, a JSON of `wpjax circuit`, or a patch file."
         ),
     ],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
@@ -37,7 +38,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: a sweep's ranking, verdict and answers; a validation's curves; a map; what a patch holds."""
+    """Print a result: a sweep's ranking, verdict and answers; curves; a map; a circuit; what a patch holds."""
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 
@@ -58,8 +59,13 @@ def run(
         from wpjax.cli.interference import print_interference
         from wpjax.results.interference import Interference
 
+        is_circuit = _what(result) == "ioi"
         if by is not None or kinds is not None or top is not None or as_csv:
-            raise WpjaxError(f"{result} is a map: --by, --kinds, --top and --csv are for the result of a sweep")
+            what = "a circuit" if is_circuit else "a map"
+            raise WpjaxError(f"{result} is {what}: --by, --kinds, --top and --csv are for the result of a sweep")
+        if is_circuit:
+            _show_circuit(result, as_json)
+            return
         print_interference(Interference.from_json(result), as_json)
         return
 
@@ -95,6 +101,28 @@ def run(
     if not as_json:
         print_answers(found.answers)
         print_verdict(verdict(found, result))
+
+
+def _what(path: Path) -> str | None:
+    """What a JSON file says that it is; None if it does not, or cannot be read: who reads it then says so."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get("what") if isinstance(content, dict) else None
+
+
+def _show_circuit(path: Path, as_json: bool) -> None:
+    """Print a study of `wpjax circuit` again."""
+    from wpjax.circuits.ioi_study import IOIStudy
+    from wpjax.cli.circuit import print_study
+    from wpjax.cli.console import print_json
+
+    study = IOIStudy.from_json(path)
+    if as_json:
+        print_json(study.as_json)
+    else:
+        print_study(study)
 
 
 def print_patch(patch: Patch, n: int, as_json: bool) -> None:

@@ -94,13 +94,14 @@ class Task(NamedTuple):
     counted: Bool[Array, "R N"]
 
 
-def make_task(tokenizer: Any, fact: Fact, prefixes: Sequence[str]) -> Task:
+def make_task(tokenizer: Any, fact: Fact, prefixes: Sequence[str], most: int | None = None) -> Task:
     """The prompts of an edit: the fact's own first, then with each prefix, then "{subject} is a".
 
     Args:
         tokenizer: the tokenizer.
         fact: the fact, with a new target.
         prefixes: texts to stand before the prompt.
+        most: the model's context, beyond which nothing is padded; None for no bound.
 
     Raises:
         FactError: the subject has no tokens of its own, or the fact has no new target.
@@ -117,7 +118,7 @@ def make_task(tokenizer: Any, fact: Fact, prefixes: Sequence[str]) -> Task:
     at = locate(tokenizer, ESSENCE, fact.subject)
     n = max(map(len, targets))
     return Task(
-        jnp.asarray(padded([*rows, at.ids])),
+        jnp.asarray(padded([*rows, at.ids], most=most)),
         jnp.asarray([*lookup, at.stop - 1]),
         jnp.asarray([[end + min(i, len(t) - 1) for i in range(n)] for end, t in zip(ends, targets, strict=True)]),
         jnp.asarray(np.stack([np.pad(target, (0, n - len(target))) for target in targets])),
@@ -349,7 +350,8 @@ def edit_fact(
     cfg, params = model.cfg, model.params
     if not 0 <= layer < cfg.n_layers:
         raise FactError(f"layer {layer}: {model.source} has layers 0 to {cfg.n_layers - 1}")
-    task = make_task(model.tokenizer, fact, sample_prefixes(model, seed=seed) if prefixes is None else prefixes)
+    before_it = sample_prefixes(model, seed=seed) if prefixes is None else prefixes
+    task = make_task(model.tokenizer, fact, before_it, cfg.n_ctx)
     check_layer(cfg, fact, layer)
     if task.tokens.shape[1] > cfg.n_ctx:
         raise FactError(f"{fact.text[:60]!r} with prefixes exceeds the context of {cfg.n_ctx} tokens; shorten them")

@@ -98,7 +98,7 @@ def known_facts(model: Checkpoint, facts: Sequence[Fact], progress: Progress = s
         progress("facts that the model knows", first, len(facts))
         some = range(first, min(first + _BATCH, len(facts)))
         rows = [np.concatenate([located[i].ids, targets[i]]) for i in some]
-        says = np.asarray(_greedy(model.cfg, model.params, jnp.asarray(padded(rows, 16))))
+        says = np.asarray(_greedy(model.cfg, model.params, jnp.asarray(padded(rows, 16, model.cfg.n_ctx))))
         for i, said in zip(some, says, strict=True):
             end, target = len(located[i].ids) - 1, targets[i]
             if np.array_equal(said[end : end + len(target)], target):

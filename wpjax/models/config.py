@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
+Backward = Literal["gradient", "relp", "attnlrp"]
 RopeScaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
@@ -108,6 +109,8 @@ class ModelConfig:
         activation_splits: 1 or 2. Where an activation meets a bfloat16 weight, it is written as the sum of so many
             bfloat16 numbers. 1 keeps 8 bits of it; 2 keeps 16 and takes twice the operations. With float32 weights
             it changes nothing.
+        backward: what slopes a backward pass takes: "gradient", or relevance by one of two sets of rules, "relp" and
+            "attnlrp" (`models.relevance`).
 
     >>> cfg = ModelConfig("llama", 2, 16, n_heads=4, n_kv_heads=2, d_head=4, d_mlp=32, d_vocab=50, n_ctx=64)
     >>> cfg.n_rep, cfg.score_scale
@@ -132,8 +135,9 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
-    # Not in the repr, which fingerprints hash: it says how the model is run, not what it is.
+    # Not in the repr, which fingerprints hash: these two say how the model is run, not what it is.
     activation_splits: int = dataclasses.field(default=1, repr=False)
+    backward: Backward = dataclasses.field(default="gradient", repr=False)
     norm_offset: float = _later(0.0)
     pre_norm: bool = _later(True)
     post_norm: bool = _later(False)

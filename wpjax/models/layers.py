@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from wpjax.models import ops
+from wpjax.models import ops, relevance
 from wpjax.models.config import ModelConfig
 from wpjax.models.leaves import Blend, Leaf, base_of, expert_of, lookup, project, project_both, resolve
 from wpjax.models.rotary import rotate
@@ -73,7 +73,8 @@ class Norm(nnx.Module):
         """
         if self.cfg.norm == "layer":
             x = x - x.mean(self.axes, keepdims=True)
-        x = x * ops.rsqrt((x * x).mean(self.axes, keepdims=True) + self.cfg.norm_eps)
+        factor = ops.rsqrt((x * x).mean(self.axes, keepdims=True) + self.cfg.norm_eps)
+        x = x * (factor if self.cfg.backward == "gradient" else relevance.frozen(factor))
         scale = resolve(_leaf(self.scale))
         x = x * (scale + self.cfg.norm_offset if self.cfg.norm_offset else scale)
         return x + resolve(_leaf(self.bias)) if hasattr(self, "bias") else x
@@ -170,7 +171,11 @@ class Attention(nnx.Module):
         seen: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Value, "B T H Dh"]:
         """Each head's mix of values: softmax(scale q k) v; arguments as in `ops.attention`."""
-        return ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, self._dtype)
+        rules = self.cfg.backward
+        if rules != "gradient":  # what becomes of the slopes by queries and keys
+            q, k = (relevance.frozen(x) if rules == "relp" else relevance.halved(x) for x in (q, k))
+        z = ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, self._dtype)
+        return relevance.halved(z) if rules == "attnlrp" else z
 
     @jax.named_scope("attention")
     def mix_in_parts(
@@ -215,16 +220,18 @@ class MLP(nnx.Module):
             x: what the MLP reads.
             of: applied to each weight and bias before it is used, for example to pick one side of a `Blend`.
         """
-        act = activation(self.cfg)
+        act, by_rules = activation(self.cfg), self.cfg.backward != "gradient"
+        activated = relevance.proportional if by_rules else ops.elementwise
         inner = project(x, of(_leaf(self.W_in)), splits=self.cfg.activation_splits)
         if self.cfg.mlp_bias:
             inner = inner + resolve(of(_leaf(self.b_in)))
         if not self.cfg.gated:
-            return ops.elementwise(act, inner)
+            return activated(act, inner)
         gate = project(x, of(_leaf(self.W_gate)), splits=self.cfg.activation_splits)
         if self.cfg.mlp_bias:
             gate = gate + resolve(of(_leaf(self.b_gate)))
-        return ops.elementwise(act, gate) * inner
+        product = activated(act, gate) * inner
+        return relevance.halved(product) if by_rules else product
 
     def out(self, a: Float[Value, "*n F"]) -> Float[Value, "*n D"]:
         """What the neurons write together, bias included."""
