@@ -22,12 +22,12 @@ from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_ou
 from wpjax.checkpoints.folder import (
     ADAPTER,
     MARKER,
-    SafetensorsFolder,
     check_file,
     check_folder,
     how_to_merge,
     read_json,
 )
+from wpjax.checkpoints.fused_experts import SplitExperts
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config, with_changes
 from wpjax.checkpoints.hub import download
@@ -208,7 +208,7 @@ def _load_folder(
     generation = read_json(path) if path.exists() else None
     for file, content in ((config, raw), (path, generation or {})):
         _check_stop_tokens(file, content.get("eos_token_id"))
-    tensors: TensorSource = SafetensorsFolder(folder)
+    tensors: TensorSource = SplitExperts(folder, cfg)
     towers: tuple[str, ...] = ()
     if text is not None:
         tensors = tower = TextTower(tensors)

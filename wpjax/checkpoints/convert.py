@@ -342,9 +342,7 @@ def tensor_name(cfg: ModelConfig, leaf: str, layer: int | None = None) -> str:
     """
     names = next(_names_of(cfg, rule)[layer] for rule in _rules(cfg) if rule.leaves == (leaf,))
     if len(names) > 1:
-        raise CheckpointError(
-            f"{leaf} is no one tensor in {cfg.family}: each of {len(names)} routed experts has its own"
-        )
+        raise CheckpointError(f"{leaf} is not one tensor in {cfg.family}: each of {len(names)} routed experts has one")
     return names[0]
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from wpjax.checkpoints.adapter import Adapter, Edits
 from wpjax.checkpoints.checkpoint import local_path
 from wpjax.checkpoints.convert import TensorSource, match_names
-from wpjax.checkpoints.folder import ADAPTER, MARKER, SafetensorsFolder, check_folder, how_to_merge, read_json
+from wpjax.checkpoints.folder import ADAPTER, MARKER, check_folder, how_to_merge, read_json
+from wpjax.checkpoints.fused_experts import SplitExperts
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.text_tower import TextTower, text_config
@@ -175,7 +176,7 @@ def open_model(source: str | Path, ignore_config: tuple[str, ...] = (), base: St
     raw = read_json(path / MARKER)
     text = text_config(raw, where)
     cfg = parse_config(raw if text is None else text, where, ignore_config)
-    tensors = SafetensorsFolder(path)
+    tensors = SplitExperts(path, cfg)
     if text is None:
         names = match_names(cfg, tensors)
         raw.setdefault("model_type", cfg.family)

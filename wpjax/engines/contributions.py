@@ -91,9 +91,9 @@ class LayerPatch(NamedTuple):
         host: the host's own pass through the layer.
         weights: the layer, of host or donor, that gives a component its weights.
         source: the pass, of host or donor, that gives a component its input.
-        channels: the layer that gives a head, KV group or neuron its weights. It is `weights`, except for what all heads share
-            and none of them owns, the norms of queries and keys: in a weight patch these stay the host's. Likewise for
-            a neuron or a routed expert, which stays routed by the host's router.
+        channels: the layer that gives a head, KV group or neuron its weights. It is `weights`, except for what all of
+            them share and none of them owns, the norms of queries and keys and the router: in a weight patch these
+            stay the host's.
     """
 
     host: LayerPass

@@ -1,7 +1,8 @@
 """The parts of a decoder in Flax NNX: norm, attention, MLP, embedding. `models.block` wires them into a layer.
 
 All families share them; families differ in their `ModelConfig` only. Axes are named B batch, T tokens, D model,
-H query heads, K KV heads, Dh head width, F neurons, E routed experts, V vocabulary, L layers. Heads have an axis of their own in weights:
+H query heads, K KV heads, Dh head width, F neurons, E routed experts, V vocabulary, L layers. Heads have an axis of
+their own in weights:
 
     W_Q [D, H, Dh]   W_K, W_V [D, K, Dh]   W_O [H, Dh, D]   W_gate, W_in [D, F]   W_out [F, D]
     W_router [D, E]  W_E [V, D]            W_pos [n_ctx, D]      W_U [D, V]

@@ -3,8 +3,8 @@
 Checkpoints of all families are read into these leaves. Masks and patches follow from the axes. So a new parameter is
 one line here.
 
-Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron, routed_expert. Leaves under "blocks" have one more axis in
-front, that of the layers, which is not listed.
+Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron, routed_expert. Leaves under "blocks" have
+one more axis in front, that of the layers, which is not listed. The neurons of a routed expert stand side by side.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What families with routed experts share: the rules for their MLPs, and how transformers writes the number of neurons.
 
 In memory, and in files that keep its layout, transformers holds the experts of a layer in tensors of three axes
-(`checkpoints.fused_experts`). Published files have one tensor for each expert, which is what these rules read and write.
+(`checkpoints.fused_experts`). Published files have one tensor for each expert, and these rules are about those.
 """
 
 from __future__ import annotations

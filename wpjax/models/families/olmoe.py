@@ -1,4 +1,4 @@
-"""The OLMoE family (arXiv 2409.02060): routed experts, norms of queries and keys over all heads, and bounds on these."""
+"""The OLMoE family (arXiv 2409.02060): routed experts, and norms of queries and keys over all heads."""
 
 from __future__ import annotations
 
