@@ -26,7 +26,9 @@ from wpjax.errors import CheckpointError, ComponentError, FactError, PairError
 from wpjax.facts.facts import Fact
 from wpjax.facts.rank_one import check_layer
 from wpjax.models import ops
+from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import forward
+from wpjax.models.experts import Weights, routed_products, rows_of_block
 from wpjax.models.secant import Secant
 from wpjax.models.sharding import spec_of, weight_bytes
 from wpjax.models.sites import Site
@@ -63,6 +65,40 @@ def test_the_secant_of_a_choice_leaves_no_remainder_and_is_linear(renormalise):
     assert 10 < jumps.sum() < 50
     np.testing.assert_allclose(change(way), ends[1] - ends[0], atol=1e-6)
     np.testing.assert_allclose(change(way + 2 * part), change(way) + 2 * change(part), atol=1e-5)
+
+
+def test_blocks_of_one_expert_each_give_what_all_experts_at_all_tokens_give():
+    """Values, slopes, rows under vmap, layers under vmap; tokens that all go to the same two experts, too."""
+    cfg = ModelConfig("mixtral", 1, 12, 4, 2, 3, 64, 50, 64, n_experts=8, n_active=2, norm_routing=True)
+    assert rows_of_block(cfg, 256) == 32
+    rng = np.random.default_rng(2)
+    x, router, *weights = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, 256, 12), (12, 8), (12, 64), (12, 64), (64, 12))
+    )
+    weights, silu = Weights(*weights), jax.nn.silu
+
+    def plain(x, routing, w):
+        return (silu(x @ w.gate) * (x @ w.inner) * jnp.repeat(routing, 8, -1)) @ w.out
+
+    def ours(x, routing, w):
+        return routed_products(cfg, silu, x, routing, w)
+
+    routing = ops.top_k_softmax(x @ router, 2, renormalise=True)
+    skewed = jnp.zeros_like(routing).at[..., jnp.array([3, 7])].set(0.5)
+    for r in (routing, skewed):
+        np.testing.assert_allclose(ours(x[0], r[0], weights), plain(x[0], r[0], weights), rtol=1e-4, atol=1e-4)
+        rows = jax.vmap(ours, (0, 0, None))(x, r, weights)
+        np.testing.assert_allclose(rows, plain(x, r, weights), rtol=1e-4, atol=1e-4)
+    layers = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), weights)
+    got = jax.vmap(ours, (None, None, 0))(x[0], routing[0], layers)
+    np.testing.assert_allclose(got[1], plain(x[0], routing[0], jax.tree.map(lambda w: 2 * w, weights)), rtol=1e-4)
+    slopes = [
+        jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1, 2))(x[0], routing[0], weights) for f in (ours, plain)
+    ]
+    chex.assert_trees_all_close(*slopes, rtol=1e-3, atol=1e-3)
+    jaxpr = str(jax.make_jaxpr(lambda x: ours(x, routing, weights))(x))
+    assert "scan" in jaxpr  # over blocks: it is not the plain way that was compared
 
 
 def test_names_and_sizes_of_an_expert_its_neurons_and_the_router(hf_pair):

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wpjax.models import ops
 from wpjax.models.config import ModelConfig
+from wpjax.models.experts import Weights, routed_products
 from wpjax.models.leaves import Blend, Form, Leaf, base_of, expert_of, lookup, project, project_both, resolve
 from wpjax.models.rotary import rotate
 from wpjax.models.secant import Value
@@ -294,7 +295,16 @@ class MLP(nnx.Module):
                 return project_both(ours, theirs, leaf, splits=splits)
 
             return self._biased(w.by_breadth(lambda: project(ours, w.base, splits=splits), both))
+        plain = [leaf for leaf in self._of_experts() if isinstance(leaf, jax.Array)]
+        if len(plain) == 3 and isinstance(x, jax.Array):
+            return routed_products(self.cfg, activation(self.cfg), x, self.routing(x), Weights(*plain))
         return self.out(self.neurons(x))
+
+    def _of_experts(self) -> tuple[Leaf, ...]:
+        """The weights of the experts, if that is all that they have."""
+        if not self.cfg.n_experts or not self.cfg.gated or self.cfg.mlp_bias:
+            return ()
+        return _leaf(self.W_gate), _leaf(self.W_in), _leaf(self.W_out)
 
 
 class Embed(nnx.Module):
