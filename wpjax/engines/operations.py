@@ -6,7 +6,6 @@ A product of a [T, n] by a [n, m] matrix is 2 T n m operations. Attention, norms
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 from wpjax.components import KINDS, Component
@@ -16,6 +15,7 @@ from wpjax.models.config import ModelConfig
 def of_mlp(cfg: ModelConfig) -> float:
     """Operations of one token in the MLP of a layer; of routed experts, in the active ones and the router.
 
+    >>> import dataclasses
     >>> dense = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
     >>> of_mlp(dense), of_mlp(dataclasses.replace(dense, n_experts=4, n_active=1))  # 2 * 16 * (3 * 8 + 4)
     (3072, 896)

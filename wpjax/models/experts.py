@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,19 +88,15 @@ def routed_products(
         return plain(x, routing, weights) if rows is None else _in_blocks(cfg, act, x, routing, weights, rows)
 
     @batched.def_vmap
-    def _(axis_size: int, in_batched: list, x: Array, routing: Array, weights: Weights) -> tuple[Array, bool]:
-        x_in, routing_in, weights_in = in_batched
-        if any(weights_in):  # another layer in each row
-            axes = (
-                tuple(0 if one else None for one in (x_in, routing_in)),
-                Weights(*(0 if w else None for w in weights_in)),
-            )
-            return jax.vmap(plain, (*axes[0], axes[1]))(x, routing, weights), True
-        x, routing = (
-            a if is_in else jnp.broadcast_to(a, (axis_size, *a.shape))
-            for a, is_in in ((x, x_in), (routing, routing_in))
+    def _(n: int, in_batched: Any, x: Array, routing: Array, weights: Weights) -> tuple[Array, bool]:
+        if any(in_batched[2]):  # each row has a layer of its own
+            axes = jax.tree.map(lambda is_in: 0 if is_in else None, tuple(in_batched))
+            return jax.vmap(plain, axes)(x, routing, weights), True
+        rows = (
+            a if is_in else jnp.broadcast_to(a, (n, *a.shape))
+            for a, is_in in zip((x, routing), in_batched[:2], strict=True)
         )
-        return batched(x, routing, weights), True  # more tokens, the same weights
+        return batched(*rows, weights), True  # more tokens of one layer
 
     @jax.custom_vjp
     def products(x: Array, routing: Array, weights: Weights) -> Array:

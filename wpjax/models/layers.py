@@ -295,16 +295,18 @@ class MLP(nnx.Module):
                 return project_both(ours, theirs, leaf, splits=splits)
 
             return self._biased(w.by_breadth(lambda: project(ours, w.base, splits=splits), both))
-        plain = [leaf for leaf in self._of_experts() if isinstance(leaf, jax.Array)]
-        if len(plain) == 3 and isinstance(x, jax.Array):
-            return routed_products(self.cfg, activation(self.cfg), x, self.routing(x), Weights(*plain))
-        return self.out(self.neurons(x))
+        routing, weights = self.routing(x), self._of_experts()
+        if routing is not None and weights is not None and isinstance(x, jax.Array):
+            return routed_products(self.cfg, activation(self.cfg), x, routing, weights)
+        return self.out(self.neurons(x, routing=routing))
 
-    def _of_experts(self) -> tuple[Leaf, ...]:
-        """The weights of the experts, if that is all that they have."""
+    def _of_experts(self) -> Weights | None:
+        """The weights of routed experts, if these are arrays and all that they have."""
         if not self.cfg.n_experts or not self.cfg.gated or self.cfg.mlp_bias:
-            return ()
-        return _leaf(self.W_gate), _leaf(self.W_in), _leaf(self.W_out)
+            return None
+        leaves = [_leaf(param) for param in (self.W_gate, self.W_in, self.W_out)]
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        return Weights(*arrays) if len(arrays) == len(leaves) else None
 
 
 class Embed(nnx.Module):
