@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from wpjax.checkpoints.placing import Layer, Place, host_rows, put_leaf
+from wpjax.checkpoints.placing import Layer, Place, finite_floats, host_rows, put_leaf
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
@@ -169,16 +169,17 @@ def leaves_from_hf(
     twins = {} if like is None else flatten(like)
 
     def tensor(rule: TensorRule, own: tuple[str, ...]) -> np.ndarray:
-        parts = [one(full_name, _hf_shape(cfg, rule)[rule.by_expert :]) for full_name in own]
+        parts = [one(rule, full_name) for full_name in own]
         return np.stack(parts) if rule.by_expert else parts[0]
 
-    def one(full_name: str, shape: tuple[int, ...]) -> np.ndarray:
-        value = source.read(names[full_name])
+    def one(rule: TensorRule, full_name: str) -> np.ndarray:
+        value, shape = source.read(names[full_name]), _hf_shape(cfg, rule)[rule.by_expert :]
         if value.shape != shape:
             raise CheckpointError(
                 f"{source.where}: tensor {full_name} has shape {value.shape}, {source.configuration} says {shape}"
             )
-        return value
+        # Of stacked tensors `put_leaf` would name the first.
+        return finite_floats(source.where, full_name, value) if rule.by_expert else value
 
     for rule in _rules(cfg):
         for part, path in enumerate(rule.leaves):
@@ -340,10 +341,15 @@ def tensor_name(cfg: ModelConfig, leaf: str, layer: int | None = None) -> str:
     >>> tensor_name(cfg, "embed/W_E"), tensor_name(cfg, "blocks/mlp/W_out", 1)
     ('model.embed_tokens.weight', 'model.layers.1.mlp.down_proj.weight')
     """
-    names = next(_names_of(cfg, rule)[layer] for rule in _rules(cfg) if rule.leaves == (leaf,))
+    names = tensor_names(cfg, leaf, layer)
     if len(names) > 1:
         raise CheckpointError(f"{leaf} is not one tensor in {cfg.family}: each of {len(names)} routed experts has one")
     return names[0]
+
+
+def tensor_names(cfg: ModelConfig, leaf: str, layer: int | None = None) -> tuple[str, ...]:
+    """HF names of the tensors that hold a leaf, and no other: one, or one for each routed expert; as `tensor_name`."""
+    return next(_names_of(cfg, rule)[layer] for rule in _rules(cfg) if rule.leaves == (leaf,))
 
 
 def edit_tensors(
