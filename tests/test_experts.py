@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
-from tests.helpers import make_anchor
+from tests.helpers import exact, make_anchor, make_anchor_of
 from tests.oracles import hf_layers, hf_sites
-from tests.tiny import build, build_pair, patched_torch
+from tests.tiny import as_pair, build, build_pair, patched_torch
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.checkpoints.rewrite import open_model, rewrite_folder
 from wpjax.components import Component, enumerate_components, n_parameters, parse_component
@@ -34,6 +35,7 @@ from wpjax.models.sharding import spec_of, weight_bytes
 from wpjax.models.sites import Site
 from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, patch
+from wpjax.results.sweep_result import SweepResult
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,52 @@ def test_what_follows_a_patch_is_routed_anew(hf_pair, pair):
         mask = PatchMask.of(pair.cfg, [name])
         got = forward(pair.cfg, patch(pair.base, pair.expert, mask), jnp.asarray(ids)).logits
         np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
+
+
+def test_patches_where_queries_and_keys_are_normed_together_and_clipped(tmp_path, batch):
+    """OLMoE: lazy patches, and suffix replay, against torch models with copied slices."""
+    hf_pair = build_pair("olmoe", tmp_path)
+    pair, anchor = as_pair(hf_pair), make_anchor_of(load_checkpoint(hf_pair.base.folder).cfg, 2)
+    names = ["L0.head.1", "L1.kv_group.0", "L1.routed_expert.2"]
+    components = [parse_component(pair.cfg, name) for name in names]
+    changes = exact(pair, batch, anchor, components)
+    ids, n = batch.with_instruction.ids[:1], batch.with_instruction.lengths[0]
+    run = jax.jit(lambda mask: forward(pair.cfg, patch(pair.base, pair.expert, mask), jnp.asarray(ids)).logits)
+    before = hf_sites(hf_pair.base.model, ids[:, :n])[1][Site.RESID_POST][2, 0, -1] @ np.asarray(anchor.vector)
+    for c, change in zip(components, changes, strict=True):
+        logits, sites = hf_sites(patched_torch(hf_pair, c), ids[:, :n])
+        after = sites[Site.RESID_POST][2, 0, -1] @ np.asarray(anchor.vector)
+        np.testing.assert_allclose(change[0], after - before, atol=1e-4, err_msg=c.name)
+        np.testing.assert_allclose(run(PatchMask.of(pair.cfg, [c]))[:, :n], logits, atol=1e-4, err_msg=c.name)
+    assert np.abs(changes[:, 0]).min() > 1e-4
+
+
+def test_a_sweep_from_the_command_line(tmp_path, tiny_pair, wpjax):
+    """Two folders that differ in three experts: these come first, and nothing else has an effect."""
+    config = transformers.AutoConfig.for_model(
+        "mixtral", vocab_size=tiny_pair.cfg.d_vocab, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=512, initializer_range=0.3, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name in ("base", "expert"):
+        model.save_pretrained(tmp_path / name)
+        tiny_pair.tokenizer.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            for layer, expert in ((0, 1), (0, 3), (1, 2)):
+                for weights in model.model.layers[layer].mlp.experts.parameters():
+                    weights[expert] += 0.5 * torch.randn_like(weights[expert])
+    sweep = "--metric kl --causal skip --n-prompts 6 --max-new-tokens 3 --method exact --kinds routed_expert,router"
+    code, said, errors = wpjax(
+        "sweep", "--base", "base", "--expert", "expert", "--behaviour", "tiny:english_capital", *sweep.split(),
+        "--answers", "0", "--no-set-score", "--out", "caps.nc",
+    )  # fmt: skip
+    assert code == 0, errors
+    rows = SweepResult.from_netcdf(tmp_path / "caps.nc").top(10)
+    changed = {"L0.routed_expert.1", "L0.routed_expert.3", "L1.routed_expert.2"}
+    assert {row.name for row in rows if abs(row.effect) > 1e-5} == changed
+    assert "routed_expert 100%" in said
 
 
 @pytest.mark.parametrize("kinds", [("neuron",), ("routed_expert", "router", "head", "neuron")])

@@ -208,8 +208,8 @@ ROUTED = ("mixtral", "qwen3_moe", "olmoe")
 """Families with routed experts."""
 
 PAIR_SPECS = tuple(
-    "llama-gqa3 granite gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2 cohere2 mixtral "
-    "olmoe".split()
+    "llama-gqa3 granite gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2 cohere2 "
+    "mixtral".split()
 )
 
 
