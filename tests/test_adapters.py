@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tests.tiny import HfModel, build
 from wpjax.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from wpjax.checkpoints.convert import flatten
+from wpjax.checkpoints.rewrite import open_model
 from wpjax.errors import CheckpointError, PairError
 from wpjax.models.decoder import forward
 from wpjax.pairs import load_pair, make_pair
@@ -300,6 +301,30 @@ def test_files_that_are_refused(bases, copy, name):
     with pytest.raises(CheckpointError, match=says) as error:
         over(bases["llama-gqa3"].folder, copy)
     assert "\n" not in str(error.value)
+
+
+def test_two_adapters_of_one_base_are_a_pair(bases, tmp_path):
+    """Each written as MODEL+ADAPTER: the weights that PEFT merges, in memory and tensor by tensor; nothing twice."""
+    whole, sources = bases["llama-gqa3"].folder, []
+    for i, targets in enumerate((QV, ["o_proj", "v_proj"])):
+        model = adapted(whole, tmp_path / f"adapter{i}", seed=i, target_modules=targets)
+        model.merge_and_unload().save_pretrained(tmp_path / f"merged{i}")
+        sources.append(f"{whole}+{tmp_path / f'adapter{i}'}")
+    base = load_checkpoint(sources[0])
+    models = base, load_checkpoint(sources[1], base=base)
+    assert [model.source for model in models] == sources
+    for i, model in enumerate(models):
+        assert_same(model, load_checkpoint(tmp_path / f"merged{i}"))
+        stored = open_model(sources[i])
+        for name, w in load_file(tmp_path / f"merged{i}" / "model.safetensors").items():
+            np.testing.assert_allclose(stored.read(name), w, rtol=1e-5, atol=1e-6, err_msg=name)
+    ours, theirs = (flatten(model.params) for model in models)
+    assert {path for path in ours if ours[path] is not theirs[path]} == {f"blocks/attn/W_{w}" for w in "QVO"}
+    for source in (f"{whole}+{whole}", f"{whole}+", f"+{whole}"):
+        with pytest.raises(CheckpointError, match="is no PEFT adapter"):
+            load_checkpoint(source)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_checkpoint(f"{whole}+{tmp_path / 'nowhere'}")
 
 
 def test_factors_of_routed_experts_that_are_refused(bases, tmp_path):
