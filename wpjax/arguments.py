@@ -251,8 +251,8 @@ class SweepConfig:
     kinds: Annotated[
         tuple[str, ...],
         Setting(
-            "Kinds of components, comma-separated: head, kv_group, neuron, attn, mlp, layer, norm, embed, unembed, "
-            "final_norm. The last two come after every anchor, so they need another metric.",
+            "Kinds of components, comma-separated: head, kv_group, neuron, routed_expert, router, attn, mlp, layer, "
+            "norm, embed, unembed, final_norm. The last two come after every anchor, so they need another metric.",
             separator=",",
             passed_to_sweep=True,
             panel=PATCHED,

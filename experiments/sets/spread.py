@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     found = measure(load_pair(a.base, a.expert), a.behaviour)
-    report = json.loads(a.out.read_text()) if a.out.exists() else {
+    report: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {
         "what": "parts of the gaps of both metrics of the set score that its best components hold and bring back",
         "n_prompts": N_PROMPTS, "max_new_tokens": MAX_NEW_TOKENS, "dtype": "float32", "pairs": {},
     }  # fmt: skip

@@ -108,7 +108,7 @@ def run(
 
     from wpjax.cli.console import print_json, progress_bars
     from wpjax.facts.covariance import check_text, default_cache, key_moment
-    from wpjax.facts.rank_one import EditSettings, check_layer, edit_fact, make_task, sample_prefixes
+    from wpjax.facts.rank_one import EditSettings, check_dense, check_layer, edit_fact, make_task, sample_prefixes
     from wpjax.facts.scores import check_scored, score_edits, target_probabilities
     from wpjax.facts.tracing import best_layer, check_tokenizer
     from wpjax.pairs import load_model
@@ -120,6 +120,7 @@ def run(
         progress("reading the model", 0, 1)
         loaded = load_model(model, ignore_config=ignore_config)
         check_tokenizer(loaded)
+        check_dense(loaded.cfg)
         check_text(loaded.cfg.d_mlp, text, most_tokens, ridge)
         if layer != "auto" and int(layer) >= loaded.cfg.n_layers:
             raise FactError(f"--layer {layer}: {model} has layers 0 to {loaded.cfg.n_layers - 1}")

@@ -106,6 +106,12 @@ class ModelConfig:
         resid_scale: factor of what attention and MLP add to the stream, after their norms if they have these (Granite).
         logit_scale: factor of logits, before their bound (Granite).
         tied: whether the unembedding is the embedding transposed.
+        n_experts: E, routed experts of a layer. Each has d_mlp / E of its neurons, in order: neuron f belongs to expert
+            f // (d_mlp / E). 0: there are none, and all neurons act on every token.
+        n_active: how many experts act on a token: those with the largest logits of the router.
+        norm_routing: whether the weights of these experts are divided by their sum (`ops.top_k_softmax`).
+        qkv_clip: queries and keys, after norms and before rotary positions, and values are clipped to this magnitude
+            (OLMoE); None for no bound.
         activation_splits: 1 or 2. Where an activation meets a bfloat16 weight, it is written as the sum of so many
             bfloat16 numbers. 1 keeps 8 bits of it; 2 keeps 16 and takes twice the operations. With float32 weights
             it changes nothing.
@@ -157,6 +163,10 @@ class ModelConfig:
     query_growth: tuple[float, int] | None = _later(None)
     norm_bias: bool = _later(True)
     shared_norm: bool = _later(False)
+    n_experts: int = _later(0)
+    n_active: int = _later(0)
+    norm_routing: bool = _later(False)
+    qkv_clip: float | None = _later(None)
 
     __repr__ = _repr
 
@@ -169,6 +179,11 @@ class ModelConfig:
     def n_rep(self) -> int:
         """Number of query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def d_expert(self) -> int:
+        """Number of neurons of one routed expert."""
+        return self.d_mlp // self.n_experts
 
     @property
     def longer_context(self) -> str:
