@@ -1,5 +1,6 @@
 """Scores of edges by every method, against the same rules in torch by autograd; conservation; linear models."""
 
+import dataclasses
 import typing
 
 import jax
@@ -171,10 +172,16 @@ def test_scores_are_those_of_torch(tmp_path_factory, name, method):
         assert not got.by_prompt[:, :, into].any()
 
 
-def test_relevance_is_conserved_without_biases(one_pair):
+@pytest.mark.parametrize("experts", [0, 4])
+def test_relevance_is_conserved_without_biases(one_pair, experts):
     """The corrupted tokens are embedded as zeros, so every node of that run writes zeros: scores are -relevance."""
-    cfg = one_pair.cfg
-    params = with_tokens(one_pair.base, {60: jnp.zeros(cfg.d_model)})
+    cfg, params = one_pair.cfg, one_pair.base
+    if experts:  # routed: the weights that choose are constants
+        cfg = dataclasses.replace(cfg, n_experts=experts, n_active=2, norm_routing=True)
+        router = 3 * jax.random.normal(jax.random.key(0), (cfg.n_layers, cfg.d_model, experts))
+        blocks = params["blocks"]
+        params = {**params, "blocks": {**blocks, "mlp": {**blocks["mlp"], "W_router": router}}}
+    params = with_tokens(params, {60: jnp.zeros(cfg.d_model)})
     pair = two(cfg, CLEAN.clip(0, 59), np.full_like(CLEAN, 60))
     scores = score_edges(cfg, params, pair, "relp")
     nodes, edges = scores.nodes(("embed", "head", "mlp")).by_prompt, scores.by_prompt
