@@ -78,6 +78,7 @@ def test_the_loss_and_its_slope_are_those_of_the_released_code(name, tmp_path):
     w_out = hf_layers(model)[LAYER].get_submodule(NAMES[model.config.model_type].w_out)
     delta = torch.tensor(np.random.default_rng(1).standard_normal(cfg.d_model) * 0.3)
     delta.requires_grad_(True)
+    stream = forward(cfg, params, TASK.tokens, stop=LAYER, logits=False).resid
     tokens, targets, kept = torch.tensor(np.asarray(TASK.tokens)), torch.tensor([[9, 30], [9, 30]]), {}
 
     def edit_output(module, args, out):
@@ -104,7 +105,7 @@ def test_the_loss_and_its_slope_are_those_of_the_released_code(name, tmp_path):
 
     def ours(d):
         start, was = (jnp.asarray(a.numpy(), jnp.float32) for a in (kept["start"], before))
-        return edit_loss(cfg, params, TASK, LAYER, d, start, was, KL, DECAY)
+        return edit_loss(cfg, params, TASK, LAYER, stream, d, start, was, KL, DECAY)
 
     value, slope = jax.value_and_grad(ours)(jnp.asarray(delta.detach().numpy(), jnp.float32))
     off = abs(float(value) - loss.item()), float(np.abs(slope - delta.grad.numpy()).max())
@@ -164,7 +165,7 @@ def test_the_clamp_holds_the_value_near_where_it_was(model, fact):
 
 
 def test_a_long_target_is_read_token_by_token(model):
-    task = make_task(model.tokenizer, Fact("Why do {} hunt", "owls", new_target="in the deep wood"), ["Say"])
+    task = make_task(model, Fact("Why do {} hunt", "owls", new_target="in the deep wood"), ["Say"])
     at, target = continued(model.tokenizer, "Say. Why do owls hunt", "in the deep wood")
     assert task.targets[1].tolist() == target.tolist()
     assert task.reads[1].tolist() == list(range(len(at) - 1, len(at) - 1 + len(target)))

@@ -111,7 +111,9 @@ def print_tracing(found: Tracing, as_json: bool) -> None:
     """Print the average indirect effects of each map, at the layer where each kind of token has its largest."""
     from wpjax.cli.console import print_json, print_table
     from wpjax.cli.words import printable
+    from wpjax.results.points import in_points
     from wpjax.results.tracing import MAPS
+    from wpjax.stats import Interval
 
     if as_json:
         print_json(found.as_json)
@@ -121,8 +123,8 @@ def print_tracing(found: Tracing, as_json: bool) -> None:
         rows = []
         for j, role in enumerate(of.roles):
             layer = int(of.mean[:, j].argmax())
-            mean, low, high = (100 * float(ends[layer, j]) for ends in (of.mean, of.low, of.high))
-            rows.append((role, f"{mean:.1f} [{low:.1f}, {high:.1f}]", str(layer)))
+            effect = Interval(*(float(ends[layer, j]) for ends in (of.mean, of.low, of.high)))
+            rows.append((role, in_points(effect), str(layer) if effect.mean > 0 else "nothing"))
         print_table(
             f"Restoring {MAPS[name]}: average indirect effect in points of probability (95 % interval over facts)",
             ("token", "largest effect", "layer"),

@@ -9,6 +9,7 @@ kept in a cache.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import os
@@ -25,6 +26,7 @@ from scipy.linalg import cho_factor, cho_solve, lapack
 from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint
 from wpjax.errors import FactError
 from wpjax.facts.facts import encode
+from wpjax.models.block import LayerPass
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, forward, take_layer
 from wpjax.models.layouts import Causal
@@ -37,6 +39,9 @@ WIDTH = 256
 SMALLEST = 1e-7
 """Smallest reciprocal condition number, after neurons are scaled to size 1: sums are float32, exact to about this."""
 
+ENOUGH = 10
+"""Tokens for each neuron below which a moment is said to be over few."""
+
 _ROWS = 8
 _CHARACTERS = 2**16
 
@@ -47,16 +52,33 @@ class KeyMoment(NamedTuple):
     Attributes:
         moment: [F, F], mean of k kᵀ.
         n_tokens: number of tokens that it is the mean of.
+        text: hash of the text file that they are from; empty if it is not from a file.
     """
 
     moment: Float[np.ndarray, "F F"]
     n_tokens: int
+    text: str = ""
+
+    @property
+    def note(self) -> str:
+        """What to know of a moment of few tokens, in a line; empty if there are enough.
+
+        >>> KeyMoment(np.eye(4), 39).note[:49], KeyMoment(np.eye(4), 40).note
+        ('the second moment of 4 neurons is over 39 tokens,', '')
+        """
+        width = len(self.moment)
+        if self.n_tokens >= ENOUGH * width:
+            return ""
+        return (
+            f"the second moment of {width:,} neurons is over {self.n_tokens:,} tokens, fewer than {ENOUGH} a neuron: "
+            f"edits depend on the text; give a text of {ENOUGH * width:,} tokens or more, and as many --most-tokens"
+        )
 
 
-def keys(
+def one_layer(
     cfg: ModelConfig, params: Params, tokens: Int[Array, "B T"], layer: int
-) -> tuple[Float[Array, "B T F"], Float[Array, "B T D"]]:
-    """What the down-projection of a layer reads and writes at each token; nothing after it is run.
+) -> tuple[Float[Array, "B T D"], LayerPass]:
+    """The residual stream before a layer, and a pass through the layer; nothing after it is run.
 
     Args:
         cfg: the model.
@@ -64,9 +86,8 @@ def keys(
         tokens: the tokens.
         layer: number of the layer.
     """
-    resid = forward(cfg, params, tokens, stop=layer, logits=False).resid
-    one = block(cfg, take_layer(params["blocks"], layer), layer)(resid, Causal.of(tokens.shape[1]))
-    return one.neuron, one.mlp_proj
+    stream = forward(cfg, params, tokens, stop=layer, logits=False).resid
+    return stream, block(cfg, take_layer(params["blocks"], layer), layer)(stream, Causal.of(tokens.shape[1]))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layer"))
@@ -74,7 +95,7 @@ def _sum(
     cfg: ModelConfig, params: Params, tokens: Int[Array, "B T"], counted: Bool[Array, "B T"], layer: int
 ) -> Float[Array, "F F"]:
     """Sum of k kᵀ over the tokens that count."""
-    k = keys(cfg, params, tokens, layer)[0] * counted[..., None].astype(jnp.float32)
+    k = one_layer(cfg, params, tokens, layer)[1].neuron * counted[..., None].astype(jnp.float32)
     return jnp.einsum("btf,btg->fg", k, k, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -109,14 +130,15 @@ def key_moment(
     (True, True, True)
     """
     path = Path(text)
-    file = None if cache is None else cache / f"{_name(model, layer, path, most_tokens)}.safetensors"
+    of_text = _hash_of(path)
+    file = None if cache is None else cache / f"{_name(model, layer, of_text, most_tokens)}.safetensors"
     if cache is not None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FactError(f"{cache}: no folder can be made there ({error.strerror}); name another --cache") from error
     if file is not None and (kept := _kept(file, model.cfg.d_mlp)) is not None:
-        return kept
+        return kept._replace(text=of_text)
     width = min(WIDTH, model.cfg.n_ctx)
     total, n_tokens = np.zeros((model.cfg.d_mlp, model.cfg.d_mlp)), 0
     begin = encode(model.tokenizer, "")  # what the tokenizer sets before every text; it is read, and does not count
@@ -136,7 +158,7 @@ def key_moment(
     if n_tokens == 0:
         raise FactError(f"{path}: holds no text; name a text like those that the model reads")
     progress("keys of the text", n_tokens, n_tokens)
-    found = KeyMoment(total / n_tokens, n_tokens)
+    found = KeyMoment(total / n_tokens, n_tokens, of_text)
     if file is not None:
         with atomic_output(file, overwrite=True) as temporary:
             write_tensors(temporary, {"moment": found.moment}, {"n_tokens": str(n_tokens)})
@@ -144,7 +166,7 @@ def key_moment(
 
 
 def check_text(width: int, text: str | Path, most_tokens: int, ridge: float | None) -> None:
-    """Refuse a text that cannot have as many tokens as a layer has neurons, before it is read.
+    """Refuse a text that is none, or that cannot have as many tokens as a layer has neurons, before the model reads it.
 
     Args:
         width: number of neurons.
@@ -153,15 +175,39 @@ def check_text(width: int, text: str | Path, most_tokens: int, ridge: float | No
         ridge: that of the edit: with one, any text will do.
 
     Raises:
-        FactError: there is no such file, or it is too short.
+        FactError: there is no such file, it is not in UTF-8, or it is too short.
     """
-    path = Path(text)
-    if not path.is_file():  # reading a pipe or a device may never end
-        raise FactError(f"{path}: no such file; name a text file")
+    path, decoder = Path(text), codecs.getincrementaldecoder("utf-8")()
+    try:
+        for part in _parts(path):
+            decoder.decode(part)
+        decoder.decode(b"", final=True)
+    except ValueError as error:
+        raise FactError(f"{path}: not text in UTF-8 ({error}); convert it") from error
     most = min(most_tokens, path.stat().st_size)  # a token has a byte or more
     if ridge is None and most < width:
         few = f"at most {most:,} tokens, and {width:,} neurons"
         raise FactError(f"{path}: {few}: their second moment would be singular; give a longer text, or a ridge of 0.01")
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a part at a time."""
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise FactError(f"{path}: no such file; name a text file")
+    try:
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                yield part
+    except OSError as error:
+        raise FactError(f"{path}: cannot be read ({error.strerror or error}); name a text file") from error
+
+
+def _hash_of(path: Path) -> str:
+    """A hash of a file (32 hex digits)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _parts(path):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def default_cache() -> Path:
@@ -169,18 +215,11 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wpjax" / "keys"
 
 
-def _name(model: Checkpoint, layer: int, path: Path, most_tokens: int) -> str:
+def _name(model: Checkpoint, layer: int, text: str, most_tokens: int) -> str:
     """A hash of all that a moment depends on."""
-    settings = f"1 {fingerprint(model.cfg, model.params)} {layer} {most_tokens} {WIDTH}"
-    digest = hashlib.blake2b(settings.encode(), digest_size=12)
-    digest.update(repr(encode(model.tokenizer, "A text, in 12 tokens or so.").tolist()).encode())
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise FactError(f"{path}: cannot be read ({error.strerror or error}); name a text file") from error
-    return digest.hexdigest()
+    tokens = encode(model.tokenizer, "A text, in 12 tokens or so.").tolist()
+    settings = f"2 {fingerprint(model.cfg, model.params)} {layer} {most_tokens} {WIDTH} {text} {tokens}"
+    return hashlib.blake2b(settings.encode(), digest_size=12).hexdigest()
 
 
 def _kept(file: Path, width: int) -> KeyMoment | None:
@@ -265,5 +304,5 @@ def _singular(moment: KeyMoment, width: int, why: str) -> str:
     """The message about a moment without an inverse."""
     return (
         f"the second moment of {moment.n_tokens:,} keys of {width:,} neurons is singular: {why}; give a longer and "
-        f"more varied text, {10 * width:,} tokens or more, or a ridge such as 0.01"
+        f"more varied text, {ENOUGH * width:,} tokens or more, or a ridge such as 0.01"
     )

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from wpjax.report.figures import GREY, STYLE
-from wpjax.results.tracing import FactTrace, Tracing
+from wpjax.results.tracing import TRACE, FactTrace, Tracing
 from wpjax.runtime.files import atomic_output
 
 COLOURS = {
@@ -36,9 +36,6 @@ TITLES = {
 
 LONGEST = 24
 """Characters of a label beside a map, at most."""
-
-TRACE = "trace.json"
-"""The file that every folder of a trace holds."""
 
 
 def make_fact(fact: FactTrace, window: int) -> Figure:

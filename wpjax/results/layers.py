@@ -13,7 +13,6 @@ finding, not a fault (arXiv 2301.04213).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,8 +23,10 @@ from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
 from wpjax.errors import WpjaxError
+from wpjax.results.edit_scores import EditScores
+from wpjax.results.files import read_json
 from wpjax.results.sweep_result import SweepResult
-from wpjax.results.tracing import ROLES, Tracing
+from wpjax.results.tracing import ROLES, TRACE, Tracing
 
 EDITS = "edits"
 """The source whose curves say where changing works."""
@@ -82,33 +83,29 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
             scores of edits, in other layers, make one curve.
 
     Raises:
-        WpjaxError: a file holds none of these, or is damaged; or two scores are of edits in one layer.
+        WpjaxError: a file holds none of these, or is damaged; two scores are of edits in one layer; or the results are
+            of models of different depth.
     """
     curves: list[LayerCurve] = []
     scores: dict[int, dict[str, float]] = {}
+    depths: dict[Path, int] = {}  # of results that have all layers
     for path in map(Path, paths):
         if path.suffix == ".nc":
-            curves += _of_sweep(SweepResult.from_netcdf(path))
+            found = _of_sweep(SweepResult.from_netcdf(path))
+        else:
+            file = path / TRACE if path.is_dir() else path
+            found = read_json(file, _READERS, "result that has layers", "wpjax trace, circuit or edit --facts")
+        if isinstance(found, EditScores):
+            if found.layer in scores:
+                raise WpjaxError(f"{path}: another file has scores of edits in layer {found.layer}, too; name one")
+            scores[found.layer] = {name: of.mean for name, of in found.table().items() if name in SCORES}
             continue
-        content = _content(path)
-        if content["what"] == "edit scores":
-            try:
-                layer, after = int(content["layer"]), content["after"]
-                values = {
-                    name: float(after[name] if name == "S" else after[name]["mean"]) for name in SCORES if name in after
-                }
-            except (KeyError, TypeError, ValueError) as error:
-                raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); score the edits again") from error
-            if layer in scores:
-                raise WpjaxError(f"{path}: another file has scores of edits in layer {layer}, too; name one of them")
-            scores[layer] = values
-            continue
-        try:
-            curves += _READERS[content["what"]](path, content)
-        except WpjaxError:  # it says more
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
+        depths[path] = len(found[0].layers)
+        curves += found
+    deepest = max(scores, default=0) + 1
+    if len({*depths.values()}) > 1 or (depths and min(depths.values()) < deepest):
+        said = [f"{path} has {n} layers" for path, n in depths.items()] + [f"edits are in layer {deepest - 1}"]
+        raise WpjaxError(f"results of different models: {', '.join(said)}; name those of one model")
     for name, says in SCORES.items():
         layers = np.array(sorted(layer for layer, values in scores.items() if name in values), int)
         if len(layers):
@@ -117,23 +114,55 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
     return curves
 
 
-def _content(path: Path) -> Mapping[str, Any]:
-    path = path / "trace.json" if path.is_dir() else path
-    if not path.is_file():  # reading a pipe or a device may never end
-        raise WpjaxError(f"{path}: no such file; name a result")
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError):
-        content = None
-    known = (*_READERS, "edit scores")
-    if not isinstance(content, dict) or content.get("what") not in known:
-        raise WpjaxError(
-            f"{path}: no result that has layers; name a .nc of `wpjax sweep`, a folder of `wpjax trace`, a .json of "
-            "`wpjax circuit` or of `wpjax edit --facts`"
-        )
-    return content
+def layer_rows(curves: Sequence[LayerCurve]) -> list[tuple[str, ...]]:
+    """The table of curves: what each is, where it is largest and how large, and its agreement with the edits.
+
+    Edits agree by their first score.
+    """
+    edits = next((curve for curve in curves if curve.source == EDITS), None)
+    rows = []
+    for curve in curves:
+        rho = float("nan") if edits is None or curve.source == EDITS else agreement(curve, edits)
+        layer, value = curve.peak
+        where = (str(layer), f"{value:.2f}") if value > 0 else ("none above 0", "")
+        rows.append((curve.source, curve.label, *where, "" if rho != rho else f"{rho:+.2f}"))
+    return rows
+
+
+COLUMNS = ("", "what", "largest at layer", "share", "rank corr. with edits")
+"""Titles of `layer_rows`."""
+
+
+def layers_as_json(curves: Sequence[LayerCurve]) -> dict[str, Any]:
+    """Curves as values that JSON can hold."""
+    return {
+        "what": "layers",
+        "curves": [{**c._asdict(), "layers": c.layers.tolist(), "values": c.values.tolist()} for c in curves],
+    }
+
+
+def read_layers(path: str | Path) -> list[LayerCurve]:
+    """Read a file that `wpjax layers` wrote.
+
+    Raises:
+        WpjaxError: there is no such file, it holds something else, or it is damaged.
+    """
+    return read_json(path, {"layers": curves_of_json}, "results by layer", "wpjax layers")
+
+
+def curves_of_json(content: Mapping[str, Any]) -> list[LayerCurve]:
+    """The curves that JSON holds; an error of Python where it does not hold any."""
+    curves = []
+    for of in content["curves"]:
+        layers, values = np.array(of["layers"]), np.array(of["values"], float)
+        if layers.dtype.kind != "i" or layers.ndim != 1 or not len(layers) or layers.min() < 0:
+            raise ValueError("no layers")
+        if values.shape != layers.shape or not np.isfinite(values).all():
+            raise ValueError("not one number for each layer")
+        curves.append(LayerCurve(str(of["source"]), str(of["label"]), layers, values))
+    if not curves:
+        raise ValueError("no curves")
+    return curves
 
 
 def _of_sweep(result: SweepResult) -> list[LayerCurve]:
@@ -150,10 +179,10 @@ def _of_sweep(result: SweepResult) -> list[LayerCurve]:
     return found
 
 
-def _of_trace(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
-    trace = Tracing.from_json(path)
+def _of_trace(content: Mapping[str, Any]) -> list[LayerCurve]:
+    trace = Tracing.of_json(content)
     if not trace.ate.mean > 0:
-        raise WpjaxError(f"{path}: corrupting the subject costs no probability, so nothing is a share of it")
+        raise WpjaxError(f"{trace.cost}, so nothing is a share of it; trace other facts")
     found = []
     for name, called in (("mlp", "MLPs, subject's last token"), ("stream", "stream, subject's last token")):
         if name in trace.maps:
@@ -167,7 +196,7 @@ def _of_trace(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
     return found
 
 
-def _of_circuit(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
+def _of_circuit(content: Mapping[str, Any]) -> list[LayerCurve]:
     heads = content["heads"]
     at = np.array([int(head["name"].split(".")[0].removeprefix("L")) for head in heads])
     layers = np.arange(at.max() + 1)
@@ -177,6 +206,6 @@ def _of_circuit(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
     ]
 
 
-_READERS: Mapping[str, Callable[[Path, Mapping[str, Any]], list[LayerCurve]]] = MappingProxyType(
-    {"tracing": _of_trace, "ioi": _of_circuit}
+_READERS: Mapping[str, Callable[[Mapping[str, Any]], list[LayerCurve] | EditScores]] = MappingProxyType(
+    {"tracing": _of_trace, "ioi": _of_circuit, "edit scores": EditScores.of_json}
 )
