@@ -1,6 +1,8 @@
 """Rank-one edits: against ROME's released formulas in NumPy and torch; the moment of keys; patch files; scores."""
 
 import copy
+import dataclasses
+import hashlib
 import json
 
 import jax
@@ -19,10 +21,11 @@ from wpjax.errors import FactError, PatchError
 from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment
 from wpjax.facts.facts import Fact, continued, encode, load_facts, locate
 from wpjax.facts.rank_one import EditSettings, Task, edit_fact, edit_loss, make_task, sample_prefixes
-from wpjax.facts.scores import EditScores, score_edits, target_probabilities
+from wpjax.facts.scores import score_edits, target_probabilities
 from wpjax.models.decoder import forward
 from wpjax.pairs import load_model
 from wpjax.patchfiles import apply_patches, load_patch
+from wpjax.results.edit_scores import EditScores
 
 LAYER, KL, DECAY = 1, 2.0, 0.5
 RNG = np.random.default_rng(0)
@@ -284,8 +287,26 @@ def test_every_fact_is_scored_in_the_model_with_its_edit_alone(model, fact, edit
         for when, weights in (("before", model.params), ("after", params)):
             new, old = (target_probabilities(model, weights, texts, [t] * len(texts)) for t in ("noon", "night"))
             for case in getattr(scores, when)[kind]:
-                np.testing.assert_allclose(case, np.stack([new, old], 1), rtol=1e-5)
+                np.testing.assert_allclose(case, np.stack([new, old], 1), rtol=1e-5, atol=1e-8)
     assert seen == [fact, fact]
+    # A later run makes only what is not done.
+    done = {}
+    score_edits(model, [fact], make, done=done)
+    both = score_edits(model, [fact, dataclasses.replace(fact, new_target="dawn")], make, done=done)
+    assert [f.new_target for f in seen[2:]] == ["noon", "dawn"]
+    np.testing.assert_array_equal(both.after["E"][0], scores.after["E"][0])
+
+    # What fails is named, and the others count.
+    def refuse(which):
+        raise FactError("the loss is not finite")
+
+    half = score_edits(
+        model, [fact, dataclasses.replace(fact, where="line 2")], refuse, done={"fact-0": done["fact-0"]}
+    )
+    assert (half.n_facts, dict(half.failed)) == (1, {f"line 2: {fact.text}": "the loss is not finite"})
+    assert f"Not edited: line 2: {fact.text}: the loss is not finite" in half.summary
+    with pytest.raises(FactError, match=r"none of the 1 facts could be edited.*not finite"):
+        score_edits(model, [fact], refuse)
     with pytest.raises(FactError, match="no target and new_target"):
         score_edits(model, [Fact("{} hunt", "Owls")], make)
 
@@ -383,13 +404,36 @@ def test_the_command_edits_and_scores(wpjax, workplace, corpus):
     assert code == 0, err
     assert "'Why do the owls hunt at' -> ' noon': probability 0." in out
     assert "wpjax apply --base tiny:expert --patch edit.safetensors" in out
-    assert load_patch("edit.safetensors").info.behaviour == "Why do the owls hunt at -> noon"
+    info = load_patch("edit.safetensors").info
+    assert info.behaviour == "Why do the owls hunt at -> noon"
+    # All that it can be made again from.
+    made_from = {name: info.measured[name] for name in ("prefixes", "n_prefixes", "n_tokens", "text", "seed")}
+    of_text = hashlib.blake2b(corpus.read_bytes(), digest_size=16).hexdigest()
+    wanted = {"prefixes": ["Tell me"], "n_prefixes": 1, "n_tokens": 400, "text": of_text, "seed": 0}
+    assert made_from == wanted
+    settings = {"keys": "mean", "steps": 6, "lr": 0.5, "kl": 0.0625, "ridge": 0.1}
+    assert info.measured["settings"].items() >= settings.items()
+    assert "over 400 tokens, fewer than 10 a neuron" in err
     facts = workplace / "facts.json"
     facts.write_text(json.dumps([COUNTERFACT]), encoding="utf-8")
     code, out, err = wpjax("edit", *given, "--facts", facts, "--out", "scores.json", "--json")
     assert code == 0, err
     assert json.loads(out)["after"] == json.loads((workplace / "scores.json").read_text())["after"]
     assert {"ES", "EM", "PS", "PM", "NS", "NM", "S"} >= set(json.loads(out)["after"]) >= {"ES", "NS", "PS"}
+    said = json.loads(out)
+    assert {name: said[name] for name in made_from} == wanted
+    assert said["settings"].items() >= settings.items()
+    again = EditScores.from_json(workplace / "scores.json")
+    assert (again.layer, again.n_facts, again.as_json) == (4, 1, said)
+    code, shown, err = wpjax("show", "scores.json")
+    assert code == 0, err
+    assert [line.split()[0] for line in shown.splitlines()[2:9]] == ["ES", "EM", "PS", "PM", "NS", "NM", "S"]
+    assert "One fact: no interval." in shown
+    assert "[" not in shown.split("One fact")[0].split("before")[1]
+    (workplace / "latin.txt").write_bytes("Käuze jagen nachts.\n".encode("latin-1") * 100)
+    fact = {"prompt": "{} hunt at", "subject": "Owls", "target": "night", "new_target": "noon"}
+    lines = [fact, fact | {"neighbours": ["Bats hunt at "], "target": "\tnight"}, fact | {"target": ""}]
+    (workplace / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     for arguments, message in [
         ([*given, *one[:4], "--out", "x.safetensors"], "give --prompt, --subject and --target"),
         ([*given, *one, "--facts", facts, "--out", "x.json"], "give --prompt, --subject and --target; or --facts"),
@@ -402,6 +446,16 @@ def test_the_command_edits_and_scores(wpjax, workplace, corpus):
         ),
         ([*given[:2], "--text", "no.txt", *one, "--out", "x.safetensors"], "no such file"),
         ([*given[:6], *one, "--most-tokens", "60", "--out", "x.safetensors"], "at most 60 tokens, and 320 neurons"),
+        # Before the layer is looked for, which takes long.
+        ([*given[:2], "--text", "latin.txt", *one, "--out", "x.safetensors"], "not text in UTF-8"),
+        (
+            [*given[:4], "--facts", "bad.jsonl", "--out", "x.json"],
+            "2 of 3 facts cannot be used: line 2: 'Bats hunt at noon': the tokens of the prompt change",
+        ),
+        (
+            [*given[:4], *one[2:], "--prompt", "word " * 600 + "the owls", "--out", "x.safetensors"],
+            "shorten the prompt",
+        ),
     ]:
         code, out, err = wpjax("edit", *arguments)
         assert code == 2

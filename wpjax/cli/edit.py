@@ -118,13 +118,13 @@ def run(
 
     from wpjax.facts.facts import Fact, each_fact, load_facts, load_references
 
+    snippets = {} if references is None else load_references(references)
     if facts is None:
-        snippets, read = {}, [Fact(prompt or "", subject or "", "", target or "")]
+        read = [Fact(prompt or "", subject or "", "", target or "")]
     else:
-        snippets = {} if references is None else load_references(references)
         read = load_facts(facts, snippets)[:most]
-        if not generation:
-            read = [dataclasses.replace(fact, generation=()) for fact in read]
+    if not generation:
+        read = [dataclasses.replace(fact, generation=()) for fact in read]
 
     from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.cli.console import print_json, progress_bars

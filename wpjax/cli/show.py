@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +24,8 @@ def run(
     result: Annotated[
         Path,
         typer.Argument(
-            help="A result of `wpjax sweep` or `wpjax validate`, a map of `wpjax interference`, a folder of "
-            "`wpjax trace`, or a patch file."
+            help="A result of `wpjax sweep` or `wpjax validate`; a .json of `wpjax interference`, `wpjax edit --facts` "
+            "or `wpjax layers`; a folder of `wpjax trace`; or a patch file."
         ),
     ],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
@@ -37,7 +38,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: a sweep's ranking, verdict and answers; a validation's curves; a map; what a patch holds."""
+    """Print a result: a sweep's ranking, verdict and answers; curves; a map; a trace; scores; what a patch holds."""
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 
@@ -46,21 +47,10 @@ def run(
             raise WpjaxError(f"{result} is a patch: --by, --kinds and --csv are for the result of a sweep")
         print_patch(load_patch(result), top or 20, as_json)
         return
-    if result.is_dir() or result.name == "trace.json":
-        from wpjax.cli.trace import print_tracing
-        from wpjax.results.tracing import Tracing
-
+    if result.is_dir() or result.suffix == ".json":
         if by is not None or kinds is not None or top is not None or as_csv:
-            raise WpjaxError(f"{result} is a trace: --by, --kinds, --top and --csv are for the result of a sweep")
-        print_tracing(Tracing.from_json(result), as_json)
-        return
-    if result.suffix == ".json":
-        from wpjax.cli.interference import print_interference
-        from wpjax.results.interference import Interference
-
-        if by is not None or kinds is not None or top is not None or as_csv:
-            raise WpjaxError(f"{result} is a map: --by, --kinds, --top and --csv are for the result of a sweep")
-        print_interference(Interference.from_json(result), as_json)
+            raise WpjaxError(f"{result} holds no sweep: --by, --kinds, --top and --csv are for the result of a sweep")
+        show_json(result, as_json)
         return
 
     from wpjax.cli.sweep import print_result
@@ -95,6 +85,32 @@ def run(
     if not as_json:
         print_answers(found.answers)
         print_verdict(verdict(found, result))
+
+
+def show_json(path: Path, as_json: bool) -> None:
+    """Print what a JSON file holds, or the one in a folder of `wpjax trace`."""
+    from wpjax.cli.edit import print_scores
+    from wpjax.cli.interference import print_interference
+    from wpjax.cli.layers import print_layers
+    from wpjax.cli.trace import print_tracing
+    from wpjax.results.edit_scores import EditScores
+    from wpjax.results.files import read_json
+    from wpjax.results.interference import Interference
+    from wpjax.results.layers import curves_of_json
+    from wpjax.results.tracing import TRACE, Tracing
+
+    # What a file holds -> the result of its content, and what prints it.
+    kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any, bool], None]]] = {
+        "interference": (Interference.of_json, print_interference),
+        "tracing": (Tracing.of_json, print_tracing),
+        "edit scores": (EditScores.of_json, print_scores),
+        "layers": (curves_of_json, print_layers),
+    }
+    makers = {what: lambda content, make=make, show=show: (make(content), show) for what, (make, show) in kinds.items()}
+    found, show = read_json(
+        path / TRACE if path.is_dir() else path, makers, "result", "wpjax interference, trace, edit --facts or layers"
+    )
+    show(found, as_json)
 
 
 def print_patch(patch: Patch, n: int, as_json: bool) -> None:

@@ -22,7 +22,8 @@ from wpjax.behaviours.prompts import prompt_ids
 from wpjax.errors import FactError
 from wpjax.models.config import ModelConfig
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 SLOT = "{}"
 """What stands for the subject in a prompt."""

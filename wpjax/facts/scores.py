@@ -29,6 +29,7 @@ from wpjax.errors import FactError
 from wpjax.facts.facts import Fact, check_length, continued, each_fact, encode, padded
 from wpjax.facts.generation import TfIdf, entropy, write_on
 from wpjax.facts.rank_one import FactEdit
+from wpjax.facts.tracing import DIGITS
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder, forward
 from wpjax.results.edit_scores import KINDS, WHEN, WRITTEN, EditScores
@@ -159,13 +160,13 @@ def _scored(model: Checkpoint, fact: Fact, make: Callable[[Fact], FactEdit], wor
     targets = [fact.new_target, fact.target] * len(prompts)
 
     def of(params: Params) -> tuple[dict[str, Any], list[str]]:
-        p = target_probabilities(model, params, twice, targets).reshape(-1, 2)
+        p = target_probabilities(model, params, twice, targets).reshape(-1, 2).round(DIGITS)
         numbers = {kind: p[[k == kind for k in kinds]].tolist() for kind in KINDS if kind in kinds}
         texts = write_on(model, params, fact.generation, seed) if fact.generation else []
         if texts:
-            numbers["GE"] = [float(np.mean([entropy(text) for text in texts]))]
+            numbers["GE"] = [round(float(np.mean([entropy(text) for text in texts])), DIGITS)]
             if fact.references:
-                numbers["RS"] = [words.similarity(" ".join(texts), " ".join(fact.references))]
+                numbers["RS"] = [round(words.similarity(" ".join(texts), " ".join(fact.references)), DIGITS)]
         return numbers, texts
 
     both = [of(params) for params in (model.params, make(fact).apply(model.cfg, model.params))]

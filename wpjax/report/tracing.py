@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from wpjax.report.figures import GREY, STYLE
+from wpjax.report.glyphs import save_figure
 from wpjax.results.tracing import TRACE, FactTrace, Tracing
 from wpjax.runtime.files import atomic_output
 
@@ -117,10 +118,10 @@ def write_tracing(found: Tracing, folder: Path, overwrite: bool = False, picture
     figures = {"average.png": make_average(found)} if len(found.facts) > 1 else {}
     window = int(found.settings.get("window", 0))
     figures |= {f"fact-{i + 1}.png": make_fact(fact, window) for i, fact in enumerate(found.facts[:pictures])}
-    with atomic_output(folder, overwrite, TRACE) as temporary, mpl.rc_context(STYLE):
+    with atomic_output(folder, overwrite, TRACE) as temporary:
         temporary.mkdir()
         text = json.dumps(found.as_json, indent=1, ensure_ascii=False, allow_nan=False)
         (temporary / TRACE).write_text(text + "\n", encoding="utf-8")
         for name, figure in figures.items():
-            figure.savefig(temporary / name, format="png", dpi=130)
+            save_figure(figure, temporary / name, dpi=130)
     return [TRACE, *figures]

@@ -107,7 +107,7 @@ class EditScores:
             return {name: of.mean if name == "S" else interval_as_json(of) for name, of in self.table(when).items()}
 
         def numbers(when: str) -> dict[str, Any]:
-            return {kind: [np.round(p, 8).tolist() for p in cases] for kind, cases in getattr(self, when).items()}
+            return {kind: [p.tolist() for p in cases] for kind, cases in getattr(self, when).items()}
 
         return {
             "what": "edit scores",

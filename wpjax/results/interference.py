@@ -93,7 +93,21 @@ class Interference:
         Raises:
             WpjaxError: there is no such file, it holds no map, or it is damaged.
         """
-        return read_json(path, {"interference": _map_of}, "interference map", "wpjax interference")
+        return read_json(path, {"interference": cls.of_json}, "interference map", "wpjax interference")
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> Interference:
+        """The map that JSON holds; an error of Python where it does not hold one."""
+        names = tuple(_text(name) for name in content["behaviours"])
+        if len(names) < 2 or len(set(names)) < len(names) or list(content["levels"]) != ["units", "modules"]:
+            raise ValueError("not two levels of two behaviours or more")
+        return cls(
+            names,
+            _number(content["share"]),
+            {name: _level(of, len(names)) for name, of in content["levels"].items()},
+            {name: {end: _interval(of) for end, of in two.items()} for name, two in content["passes"].items()},
+            int(_number(content["n_prompts"])),
+        )
 
     def rows(self, level: str) -> list[tuple[str, ...]]:
         """The table of a level: for each set its behaviour, number of parts, share of the parameters, and what it
@@ -134,20 +148,6 @@ class Interference:
             ]
             lines.append(f"By {name} {pairs[0]}; {pairs[1]} (means, on halves of the queries).")
         return "\n".join(lines)
-
-
-def _map_of(content: Mapping[str, Any]) -> Interference:
-    """The map that JSON holds; an error of Python where it does not hold one."""
-    names = tuple(_text(name) for name in content["behaviours"])
-    if len(names) < 2 or len(set(names)) < len(names) or list(content["levels"]) != ["units", "modules"]:
-        raise ValueError("not two levels of two behaviours or more")
-    return Interference(
-        names,
-        _number(content["share"]),
-        {name: _level(of, len(names)) for name, of in content["levels"].items()},
-        {name: {end: _interval(of) for end, of in two.items()} for name, two in content["passes"].items()},
-        int(_number(content["n_prompts"])),
-    )
 
 
 def _level(of: Mapping[str, Any], n: int) -> Level:

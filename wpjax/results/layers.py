@@ -13,6 +13,7 @@ finding, not a fault (arXiv 2301.04213).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -90,6 +91,7 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
     scores: dict[int, dict[str, float]] = {}
     depths: dict[Path, int] = {}  # of results that have all layers
     for path in map(Path, paths):
+        found: list[LayerCurve] | EditScores
         if path.suffix == ".nc":
             found = _of_sweep(SweepResult.from_netcdf(path))
         else:
@@ -114,18 +116,19 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
     return curves
 
 
-def layer_rows(curves: Sequence[LayerCurve]) -> list[tuple[str, ...]]:
-    """The table of curves: what each is, where it is largest and how large, and its agreement with the edits.
-
-    Edits agree by their first score.
-    """
+def with_edits(curves: Sequence[LayerCurve]) -> list[float]:
+    """The agreement of each curve with the edits, by their first score; NaN for edits themselves, and where unknown."""
     edits = next((curve for curve in curves if curve.source == EDITS), None)
-    rows = []
-    for curve in curves:
-        rho = float("nan") if edits is None or curve.source == EDITS else agreement(curve, edits)
+    return [math.nan if edits is None or curve.source == EDITS else agreement(curve, edits) for curve in curves]
+
+
+def layer_rows(curves: Sequence[LayerCurve]) -> list[tuple[str, ...]]:
+    """The table of curves: what each is, where it is largest and how large, and its agreement with the edits."""
+    rows: list[tuple[str, ...]] = []
+    for curve, rho in zip(curves, with_edits(curves), strict=True):
         layer, value = curve.peak
         where = (str(layer), f"{value:.2f}") if value > 0 else ("none above 0", "")
-        rows.append((curve.source, curve.label, *where, "" if rho != rho else f"{rho:+.2f}"))
+        rows.append((curve.source, curve.label, *where, "" if math.isnan(rho) else f"{rho:+.2f}"))
     return rows
 
 
@@ -137,7 +140,15 @@ def layers_as_json(curves: Sequence[LayerCurve]) -> dict[str, Any]:
     """Curves as values that JSON can hold."""
     return {
         "what": "layers",
-        "curves": [{**c._asdict(), "layers": c.layers.tolist(), "values": c.values.tolist()} for c in curves],
+        "curves": [
+            {
+                **curve._asdict(),
+                "layers": curve.layers.tolist(),
+                "values": curve.values.tolist(),
+                "agreement_with_edits": None if math.isnan(rho) else rho,
+            }
+            for curve, rho in zip(curves, with_edits(curves), strict=True)
+        ],
     }
 
 
