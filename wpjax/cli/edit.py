@@ -6,7 +6,19 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from wpjax.arguments import INPUT, MEASURED, MODEL, PATCHED, RUNNING, IgnoreConfig, Overwrite, Resume, Seed, Setting
+from wpjax.arguments import (
+    INPUT,
+    MEASURED,
+    MODEL,
+    PATCHED,
+    RUNNING,
+    IgnoreConfig,
+    ModelMesh,
+    Overwrite,
+    Resume,
+    Seed,
+    Setting,
+)
 from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
@@ -91,6 +103,7 @@ def run(
         Path | None,
         Setting("Folder that keeps second moments for the next run; one in the user's cache if absent.", panel=RUNNING),
     ] = None,
+    mesh: ModelMesh = None,
     resume: Resume = False,
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
@@ -138,7 +151,7 @@ def run(
     settings = EditSettings(keys=keys, steps=steps, lr=lr, kl=kl, ridge=ridge)
     with progress_bars() as progress:
         progress("reading the model", 0, 1)
-        loaded = load_model(model, ignore_config=ignore_config)
+        loaded = load_model(model, ignore_config=ignore_config, mesh=mesh)
         # Before the work: what cannot be used is refused.
         check_tokenizer(loaded)
         check_text(loaded.cfg.d_mlp, text, most_tokens, ridge)

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from wpjax.arguments import INPUT, MEASURED, MODEL, OUTPUT, Dtype, IgnoreConfig, Overwrite, Seed, Setting
+from wpjax.arguments import INPUT, MEASURED, MODEL, OUTPUT, Dtype, IgnoreConfig, ModelMesh, Overwrite, Seed, Setting
 from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def run(
     ] = 10,
     pictures: Annotated[int, Setting("Facts that are drawn one by one, at most.", least=0, panel=OUTPUT)] = 8,
     dtype: Dtype = "float32",
+    mesh: ModelMesh = None,
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
@@ -89,7 +90,7 @@ def run(
 
     with progress_bars() as progress:
         progress("reading the model", 0, 1)
-        loaded = load_model(model, dtype, ignore_config)
+        loaded = load_model(model, dtype, ignore_config, mesh=mesh)
         found = trace_facts(
             loaded,
             read,
