@@ -18,7 +18,7 @@ from tests.tiny import build
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.errors import FactError, PatchError
-from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment
+from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment, key_moments
 from wpjax.facts.facts import Fact, continued, encode, load_facts, locate
 from wpjax.facts.rank_one import EditSettings, Task, edit_fact, edit_loss, make_task, sample_prefixes
 from wpjax.facts.scores import score_edits, target_probabilities
@@ -194,8 +194,13 @@ def test_the_moment_of_keys_is_that_of_all_tokens_in_torch_and_is_kept(model, co
     file.write_bytes(b"damaged")  # then it is made anew
     np.testing.assert_array_equal(key_moment(model, 2, corpus, most_tokens=700, cache=tmp_path).moment, found.moment)
     assert len({*tmp_path.iterdir()}) == 1
-    key_moment(model, 3, corpus, most_tokens=50, cache=tmp_path)
-    assert len({*tmp_path.iterdir()}) == 2
+    # Several layers are read together, but for those that are kept.
+    both = key_moments(model, [6, 2, 3], corpus, most_tokens=700, cache=tmp_path)
+    assert len({*tmp_path.iterdir()}) == 3
+    np.testing.assert_array_equal(both[2].moment, found.moment)
+    for layer in (3, 6):
+        alone = key_moment(model, layer, corpus, most_tokens=700).moment
+        np.testing.assert_allclose(both[layer].moment, alone, atol=1e-6 * np.abs(alone).max())
 
 
 def test_a_singular_moment_is_refused_unless_a_ridge_is_asked_for():

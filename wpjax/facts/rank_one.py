@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 from wpjax.checkpoints.checkpoint import Checkpoint
 from wpjax.checkpoints.convert import edit_tensors, hf_tensor, tensor_name
 from wpjax.errors import FactError
-from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment, one_layer
+from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment
 from wpjax.facts.facts import SLOT, Fact, check_length, continued, encode, locate, padded
 from wpjax.facts.tracing import check_tokenizer
 from wpjax.models.config import ModelConfig
@@ -228,7 +228,8 @@ def _values(cfg: ModelConfig, params: Params, task: Task, layer: int) -> tuple[A
     """Keys and outputs of the layer at each subject's last token, and the log-probabilities there in the last prompt;
     the stream before the layer.
     """
-    stream, one = one_layer(cfg, params, task.tokens, layer)
+    stream = forward(cfg, params, task.tokens, stop=layer, logits=False).resid
+    one = block(cfg, take_layer(params["blocks"], layer), layer)(stream, Causal.of(task.tokens.shape[1]))
     rows = jnp.arange(len(task.tokens))
     resid = forward(cfg, params, task.tokens[-1:], logits=False).resid[0, task.lookup[-1]]
     before = jax.nn.log_softmax(decoder(cfg, params).logits(resid))
