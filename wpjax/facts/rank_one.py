@@ -35,6 +35,7 @@ from wpjax.errors import FactError
 from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment
 from wpjax.facts.facts import SLOT, Fact, check_length, continued, encode, locate, padded
 from wpjax.facts.tracing import check_tokenizer
+from wpjax.models.block import LayerPass
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder, forward, keep_products, take_layer
 from wpjax.models.edits import Add, Edit
@@ -183,7 +184,7 @@ def edit_loss(
     cfg: ModelConfig,
     params: Params,
     task: Task,
-    layer: int,
+    layer: Int[Array, ""] | int,
     stream: Float[Array, "B T D"],
     delta: Float[Array, " D"],
     start: Float[Array, " D"],
@@ -208,10 +209,14 @@ def edit_loss(
     edit = Edit(Site.MLP_PROJ, Add(delta), layer=layer, start=task.lookup, stop=task.lookup + 1)
     layout, model = Causal.of(task.tokens.shape[1]), decoder(cfg, params)
 
-    def through(x: Array, number: Array) -> tuple[Array, None]:
-        return block(cfg, take_layer(params["blocks"], number), number)(x, layout, edits=(edit,)).resid_post, None
+    def run(x: Array, number: Array) -> Array:
+        return block(cfg, take_layer(params["blocks"], number), number)(x, layout, edits=(edit,)).resid_post
 
-    resid, _ = jax.lax.scan(keep_products(through), stream, jnp.arange(layer, cfg.n_layers))
+    def through(x: Array, number: Array) -> tuple[Array, None]:
+        # A number that may be traced, so that one program serves all layers; those before it are passed by.
+        return jax.lax.cond(number < layer, lambda x, _: x, keep_products(run), x, number), None
+
+    resid, _ = jax.lax.scan(through, stream, jnp.arange(cfg.n_layers))
     read = jnp.take_along_axis(resid[:-1], task.reads[..., None], axis=1)
     log_p = jax.nn.log_softmax(model.logits(read))
     found = jnp.take_along_axis(log_p, task.targets[..., None], axis=2)[..., 0]
@@ -223,22 +228,28 @@ def edit_loss(
     return nll.mean() + kl * divergence + decay * size / jnp.square(start).sum()
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "layer"))
-def _values(cfg: ModelConfig, params: Params, task: Task, layer: int) -> tuple[Array, Array, Array, Array]:
+@functools.partial(jax.jit, static_argnames="cfg")
+def _values(cfg: ModelConfig, params: Params, task: Task, layer: Int[Array, ""]) -> tuple[Array, Array, Array, Array]:
     """Keys and outputs of the layer at each subject's last token, and the log-probabilities there in the last prompt;
     the stream before the layer.
     """
-    stream = forward(cfg, params, task.tokens, stop=layer, logits=False).resid
-    one = block(cfg, take_layer(params["blocks"], layer), layer)(stream, Causal.of(task.tokens.shape[1]))
+    layout = Causal.of(task.tokens.shape[1])
+
+    def at(number: Array, x: Array) -> LayerPass:
+        return block(cfg, take_layer(params["blocks"], number), number)(x, layout)
+
+    first = forward(cfg, params, task.tokens, stop=0, logits=False).resid
+    stream = jax.lax.fori_loop(0, layer, lambda number, x: at(number, x).resid_post, first)
+    one = at(layer, stream)
     rows = jnp.arange(len(task.tokens))
     resid = forward(cfg, params, task.tokens[-1:], logits=False).resid[0, task.lookup[-1]]
     before = jax.nn.log_softmax(decoder(cfg, params).logits(resid))
     return one.neuron[rows, task.lookup], one.mlp_proj[rows, task.lookup], before, stream
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "layer"))
+@functools.partial(jax.jit, static_argnames="cfg")
 def _loss_and_slope(
-    cfg: ModelConfig, params: Params, task: Task, layer: int, stream: Array, *args: Any
+    cfg: ModelConfig, params: Params, task: Task, layer: Int[Array, ""], stream: Array, *args: Any
 ) -> tuple[Array, Array]:
     return jax.value_and_grad(lambda delta, *rest: edit_loss(cfg, params, task, layer, stream, delta, *rest))(*args)
 
@@ -392,7 +403,7 @@ def edit_fact(
         moment = key_moment(model, layer, moment, progress=progress)
         if moment.note:
             warnings.warn(moment.note, stacklevel=2)
-    *read, stream = _values(cfg, params, task, layer)
+    *read, stream = _values(cfg, params, task, jnp.asarray(layer))
     k, out, before = (np.asarray(a, np.float64) for a in read)
     k, out = k[:-1], out[:-1]  # the last prompt is not about the target
     u = edit_direction(moment, k.mean(0), settings.ridge)  # before the work: it may be refused
@@ -420,10 +431,11 @@ def _optimise(
     adam, most = optax.adam(settings.lr), settings.clamp * float(np.linalg.norm(start))
     delta = jnp.zeros(cfg.d_model, jnp.float32)
     state, losses = adam.init(delta), list[float]()
+    at = jnp.asarray(layer)
     given = jnp.asarray(start, jnp.float32), jnp.asarray(before, jnp.float32), settings.kl, settings.decay
     for step in range(settings.steps):
         progress("steps of the edit", step, settings.steps)
-        loss, slope = _loss_and_slope(cfg, params, task, layer, stream, delta, *given)
+        loss, slope = _loss_and_slope(cfg, params, task, at, stream, delta, *given)
         losses.append(float(loss))
         if not np.isfinite(losses[-1]):
             raise FactError(f"the loss of the edit is not finite at step {step}; try another layer or a lower rate")
