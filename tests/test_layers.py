@@ -59,13 +59,17 @@ def test_curves_are_sums_and_means_of_what_the_files_hold(tmp_path):
     assert s.layers.tolist() == [2, 3, 4, 5]
     np.testing.assert_allclose(s.values, [3 / (2 + 8 / n) for n in (2, 1, 6, 4)])
     assert curves["edits", "PS: paraphrases follow"].values.tolist() == [0.25, 0.125, 0.75, 0.5]
+    assert curves["magnitudes", "PM: paraphrases follow"].values.tolist() == [-0.25, -0.375, 0.25, 0.0]
     ranks = np.argsort(np.argsort(effect[2:6]))
     assert agreement(mlps, s) == pytest.approx(np.corrcoef(ranks, [1, 0, 3, 2])[0, 1])
 
 
 def test_edits_without_paraphrases_have_a_score_of_the_fact_itself(tmp_path):
-    (curve,) = layer_curves(edits(tmp_path, {3: 0}, kinds="E"))
-    assert (curve.label, curve.layers.tolist(), curve.values.tolist()) == ("ES: the fact itself", [3], [1.0])
+    curves = layer_curves(edits(tmp_path, {3: 0}, kinds="E"))
+    assert [(c.source, c.label, c.layers.tolist(), c.values.tolist()) for c in curves] == [
+        ("edits", "ES: the fact itself", [3], [1.0]),
+        ("magnitudes", "EM: the fact itself", [3], [0.5]),
+    ]
 
 
 def test_the_command_draws_and_refuses(tmp_path, wpjax):
@@ -79,7 +83,8 @@ def test_the_command_draws_and_refuses(tmp_path, wpjax):
     for read, curve in zip(read_layers(made), curves, strict=True):
         assert (read.source, read.label, read.values.tolist()) == (curve.source, curve.label, curve.values.tolist())
     rho = agreement(curves[0], next(c for c in curves if c.source == "edits"))
-    assert json.loads(made.read_text())["curves"][0]["agreement_with_edits"] == pytest.approx(rho)
+    # EM is the same in all layers here, so nothing agrees with it.
+    assert json.loads(made.read_text())["curves"][0]["agreement_with_edits"] == [pytest.approx(rho), None]
     code, shown, err = wpjax("show", made)
     assert code == 0, err
     assert shown.strip() == out[: out.index("wrote")].strip()
@@ -106,7 +111,7 @@ def test_results_by_layer_stand_on_the_page_of_a_sweep(tmp_path, wpjax):
     assert code == 0, err
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "By layer: where it appears to live, and where changing it works" in page
-    assert f"<td>&lt;b&gt;heads</td><td>{layers[-1]}</td><td>{layers[-1] / 10:.2f}</td><td>+1.00</td>" in page
+    assert f"<td>&lt;b&gt;heads</td><td>{layers[-1]}</td><td>{layers[-1] / 10:.2f}</td><td>+1.00</td><td></td>" in page
     write_layers([LayerCurve("weights", "all", np.arange(30), np.ones(30))], tmp_path / "layers.json", overwrite=True)
     code, _, err = wpjax(*given, tmp_path / "other.html")
     assert code == 2

@@ -26,6 +26,7 @@ from wpjax.models.decoder import forward
 from wpjax.pairs import load_model
 from wpjax.patchfiles import apply_patches, load_patch
 from wpjax.results.edit_scores import EditScores
+from wpjax.runtime.shards import Shards
 
 LAYER, KL, DECAY = 1, 2.0, 0.5
 RNG = np.random.default_rng(0)
@@ -278,7 +279,7 @@ def test_scores_are_what_their_names_say():
     assert table == pytest.approx(expected)
 
 
-def test_every_fact_is_scored_in_the_model_with_its_edit_alone(model, fact, edit):
+def test_every_fact_is_scored_in_the_model_with_its_edit_alone(model, fact, edit, tmp_path):
     seen = []
 
     def make(which):
@@ -294,11 +295,20 @@ def test_every_fact_is_scored_in_the_model_with_its_edit_alone(model, fact, edit
             for case in getattr(scores, when)[kind]:
                 np.testing.assert_allclose(case, np.stack([new, old], 1), rtol=1e-5, atol=1e-8)
     assert seen == [fact, fact]
-    # A later run makes only what is not done.
-    done = {}
-    score_edits(model, [fact], make, done=done)
-    both = score_edits(model, [fact, dataclasses.replace(fact, new_target="dawn")], make, done=done)
-    assert [f.new_target for f in seen[2:]] == ["noon", "dawn"]
+    # A run that stops at the second fact keeps the first, and the next one makes only what is not done.
+    facts = [fact, dataclasses.replace(fact, new_target="dawn")]
+
+    def stop(which):
+        if which.new_target == "dawn":
+            raise KeyboardInterrupt
+        return make(which)
+
+    with pytest.raises(KeyboardInterrupt), Shards(tmp_path / "s.json", "edit", {}, resume=False) as done:
+        score_edits(model, facts, stop, done=done)
+    with Shards(tmp_path / "s.json", "edit", {}, resume=True) as done:
+        both = score_edits(model, facts, make, done=done)
+        assert [f.new_target for f in seen[2:]] == ["noon", "dawn"]
+        done = dict(done)
     np.testing.assert_array_equal(both.after["E"][0], scores.after["E"][0])
 
     # What fails is named, and the others count.

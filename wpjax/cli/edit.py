@@ -116,7 +116,7 @@ def run(
 
     from wpjax.errors import FactError
     from wpjax.runtime.files import atomic_output, check_output
-    from wpjax.runtime.shards import Shards, check_parts
+    from wpjax.runtime.shards import Shards, check_parts, digest_of
 
     given = [one is not None for one in (prompt, subject, target)]
     if (facts is None) != all(given) or (facts is not None and any(given)):
@@ -179,13 +179,14 @@ def run(
 
         made_from = recipe(settings, prefixes, moment) | {"seed": seed}
         if facts is not None:
+            documents = [words for texts in snippets.values() for words in texts]
             identity = {
                 "model": fingerprint(loaded.cfg, loaded.params),
                 "facts": [dataclasses.asdict(fact) for fact in read],
+                "documents": digest_of({"texts": documents}),
                 "layer": at,
                 **made_from,
             }
-            documents = [words for texts in snippets.values() for words in texts]
             with Shards(out, "edit", identity, resume) as shards:
                 scores = dataclasses.replace(
                     score_edits(loaded, read, make, documents=documents, seed=seed, done=shards, progress=progress),

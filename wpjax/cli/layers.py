@@ -57,9 +57,9 @@ def run(
 def print_layers(curves: Sequence[LayerCurve], as_json: bool) -> None:
     """Print where each curve is largest, and how its order of layers agrees with that of the edits."""
     from wpjax.cli.console import print_json, print_table
-    from wpjax.results.layers import COLUMNS, layer_rows, layers_as_json
+    from wpjax.results.layers import COLUMNS, TITLE, layer_rows, layers_as_json
 
     if as_json:
         print_json(layers_as_json(curves))
         return
-    print_table("By layer", COLUMNS, layer_rows(curves))
+    print_table(TITLE, COLUMNS, layer_rows(curves))

@@ -13,13 +13,13 @@ from matplotlib.ticker import MaxNLocator
 
 from wpjax.report.figures import GREY, STYLE
 from wpjax.report.glyphs import save_figure
-from wpjax.results.layers import EDITS, LayerCurve, layers_as_json
+from wpjax.results.layers import EDITS, SIZES, LayerCurve, layers_as_json
 from wpjax.runtime.files import atomic_outputs
 
 
 def make_layers(curves: Sequence[LayerCurve]) -> Figure:
     """One row a kind of measurement, over the same layers; edits come last."""
-    sources = sorted(dict.fromkeys(curve.source for curve in curves), key=lambda source: source == EDITS)
+    sources = sorted(dict.fromkeys(curve.source for curve in curves), key=lambda source: source in (EDITS, SIZES))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 0.6 + 1.5 * len(sources)), layout="constrained")
         rows = figure.subplots(len(sources), 1, squeeze=False, sharex=True)[:, 0]
@@ -28,7 +28,7 @@ def make_layers(curves: Sequence[LayerCurve]) -> Figure:
             for curve in curves:
                 if curve.source == source:
                     axes.plot(curve.layers, curve.values, marker="o", ms=3, lw=1, label=curve.label)
-            what = "changing it works" if source == EDITS else "appears to live"
+            what = "changing it works" if source in (EDITS, SIZES) else "appears to live"
             axes.set_title(f"{source}: where it {what}", loc="left", fontsize=9)
             axes.set_ylabel("share")
             axes.legend(frameon=False, fontsize=7)

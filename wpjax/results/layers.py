@@ -4,8 +4,8 @@
     activations         the same of activation patching, if the sweep measured it
     causal tracing      average indirect effect over average total effect, at the subject's last token (`wpjax trace`)
     paths               sums of a layer's heads: patched, and by the direct path to the logits (`wpjax circuit`)
-    edits               S, ES, PS and NS after rank-one edits in that layer, as far as they were scored
-                        (`wpjax edit --facts`)
+    edits               S, ES, PS and NS after rank-one edits in that layer, as far as they were scored, and by how much
+                        they hold: EM, PM and NM (`wpjax edit --facts`)
 
 The first four say where something appears to live, the last one where changing it works. That these differ is a
 finding, not a fault (arXiv 2301.04213).
@@ -34,6 +34,12 @@ EDITS = "edits"
 
 SCORES = {"S": "all three", "ES": "the fact itself", "PS": "paraphrases follow", "NS": "neighbours stay"}
 """Scores of edits that are drawn (`facts.scores`), each in words. Facts without paraphrases have no PS, and so no S."""
+
+SIZES = "magnitudes"
+"""The source whose curves say by how much changing works; with few facts, shares of them are coarse."""
+
+MAGNITUDES = {"EM": "the fact itself", "PM": "paraphrases follow", "NM": "neighbours stay"}
+"""Magnitudes of edits that are drawn, each in words: differences of two probabilities."""
 
 
 class LayerCurve(NamedTuple):
@@ -100,7 +106,7 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
         if isinstance(found, EditScores):
             if found.layer in scores:
                 raise WpjaxError(f"{path}: another file has scores of edits in layer {found.layer}, too; name one")
-            scores[found.layer] = {name: of.mean for name, of in found.table().items() if name in SCORES}
+            scores[found.layer] = {name: of.mean for name, of in found.table().items()}
             continue
         depths[path] = len(found[0].layers)
         curves += found
@@ -108,32 +114,43 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
     if len({*depths.values()}) > 1 or (depths and min(depths.values()) < deepest):
         said = [f"{path} has {n} layers" for path, n in depths.items()] + [f"edits are in layer {deepest - 1}"]
         raise WpjaxError(f"results of different models: {', '.join(said)}; name those of one model")
-    for name, says in SCORES.items():
-        layers = np.array(sorted(layer for layer, values in scores.items() if name in values), int)
-        if len(layers):
-            shares = np.array([scores[layer][name] for layer in layers])
-            curves.append(LayerCurve(EDITS, f"{name}: {says}", layers, shares))
+    for source, names in ((EDITS, SCORES), (SIZES, MAGNITUDES)):
+        for name, says in names.items():
+            layers = np.array(sorted(layer for layer, values in scores.items() if name in values), int)
+            if len(layers):
+                values = np.array([scores[layer][name] for layer in layers])
+                curves.append(LayerCurve(source, f"{name}: {says}", layers, values))
     return curves
 
 
-def with_edits(curves: Sequence[LayerCurve]) -> list[float]:
-    """The agreement of each curve with the edits, by their first score; NaN for edits themselves, and where unknown."""
-    edits = next((curve for curve in curves if curve.source == EDITS), None)
-    return [math.nan if edits is None or curve.source == EDITS else agreement(curve, edits) for curve in curves]
+def with_edits(curves: Sequence[LayerCurve]) -> list[tuple[float, float]]:
+    """The agreement of each curve with the edits, by their first score and by their first magnitude.
+
+    NaN for edits themselves, and where it is not known.
+    """
+    firsts = [next((curve for curve in curves if curve.source == source), None) for source in (EDITS, SIZES)]
+
+    def with_first(curve: LayerCurve, edits: LayerCurve | None) -> float:
+        return math.nan if edits is None or curve.source in (EDITS, SIZES) else agreement(curve, edits)
+
+    return [(with_first(curve, firsts[0]), with_first(curve, firsts[1])) for curve in curves]
 
 
 def layer_rows(curves: Sequence[LayerCurve]) -> list[tuple[str, ...]]:
     """The table of curves: what each is, where it is largest and how large, and its agreement with the edits."""
     rows: list[tuple[str, ...]] = []
-    for curve, rho in zip(curves, with_edits(curves), strict=True):
+    for curve, both in zip(curves, with_edits(curves), strict=True):
         layer, value = curve.peak
         where = (str(layer), f"{value:.2f}") if value > 0 else ("none above 0", "")
-        rows.append((curve.source, curve.label, *where, "" if math.isnan(rho) else f"{rho:+.2f}"))
+        rows.append((curve.source, curve.label, *where, *("" if math.isnan(rho) else f"{rho:+.2f}" for rho in both)))
     return rows
 
 
-COLUMNS = ("", "what", "largest at layer", "share", "rank corr. with edits")
+COLUMNS = ("", "what", "layer", "share", "ρ, scores", "ρ, magnitudes")
 """Titles of `layer_rows`."""
+
+TITLE = "By layer: where each is largest, and its rank correlation (ρ) with edits"
+"""Title of the table."""
 
 
 def layers_as_json(curves: Sequence[LayerCurve]) -> dict[str, Any]:
@@ -145,9 +162,9 @@ def layers_as_json(curves: Sequence[LayerCurve]) -> dict[str, Any]:
                 **curve._asdict(),
                 "layers": curve.layers.tolist(),
                 "values": curve.values.tolist(),
-                "agreement_with_edits": None if math.isnan(rho) else rho,
+                "agreement_with_edits": [None if math.isnan(rho) else rho for rho in both],
             }
-            for curve, rho in zip(curves, with_edits(curves), strict=True)
+            for curve, both in zip(curves, with_edits(curves), strict=True)
         ],
     }
 
