@@ -184,7 +184,7 @@ def edit_loss(
     cfg: ModelConfig,
     params: Params,
     task: Task,
-    layer: Int[Array, ""] | int,
+    layer: int,
     stream: Float[Array, "B T D"],
     delta: Float[Array, " D"],
     start: Float[Array, " D"],
@@ -198,7 +198,7 @@ def edit_loss(
         cfg: the model.
         params: its parameters.
         task: the prompts.
-        layer: number of the layer.
+        layer: number of the layer (static).
         stream: the residual stream of the prompts before that layer.
         delta: δ, added to what the down-projection writes at each subject's last token.
         start: v0.
@@ -209,14 +209,11 @@ def edit_loss(
     edit = Edit(Site.MLP_PROJ, Add(delta), layer=layer, start=task.lookup, stop=task.lookup + 1)
     layout, model = Causal.of(task.tokens.shape[1]), decoder(cfg, params)
 
-    def run(x: Array, number: Array) -> Array:
-        return block(cfg, take_layer(params["blocks"], number), number)(x, layout, edits=(edit,)).resid_post
-
     def through(x: Array, number: Array) -> tuple[Array, None]:
-        # A number that may be traced, so that one program serves all layers; those before it are passed by.
-        return jax.lax.cond(number < layer, lambda x, _: x, keep_products(run), x, number), None
+        return block(cfg, take_layer(params["blocks"], number), number)(x, layout, edits=(edit,)).resid_post, None
 
-    resid, _ = jax.lax.scan(through, stream, jnp.arange(cfg.n_layers))
+    # The layer is static. A `cond` that passes those before it by would keep all weights for each step of the scan.
+    resid, _ = jax.lax.scan(keep_products(through), stream, jnp.arange(layer, cfg.n_layers))
     read = jnp.take_along_axis(resid[:-1], task.reads[..., None], axis=1)
     log_p = jax.nn.log_softmax(model.logits(read))
     found = jnp.take_along_axis(log_p, task.targets[..., None], axis=2)[..., 0]
@@ -247,9 +244,9 @@ def _values(cfg: ModelConfig, params: Params, task: Task, layer: Int[Array, ""])
     return one.neuron[rows, task.lookup], one.mlp_proj[rows, task.lookup], before, stream
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@functools.partial(jax.jit, static_argnames=("cfg", "layer"))
 def _loss_and_slope(
-    cfg: ModelConfig, params: Params, task: Task, layer: Int[Array, ""], stream: Array, *args: Any
+    cfg: ModelConfig, params: Params, task: Task, layer: int, stream: Array, *args: Any
 ) -> tuple[Array, Array]:
     return jax.value_and_grad(lambda delta, *rest: edit_loss(cfg, params, task, layer, stream, delta, *rest))(*args)
 
@@ -431,11 +428,10 @@ def _optimise(
     adam, most = optax.adam(settings.lr), settings.clamp * float(np.linalg.norm(start))
     delta = jnp.zeros(cfg.d_model, jnp.float32)
     state, losses = adam.init(delta), list[float]()
-    at = jnp.asarray(layer)
     given = jnp.asarray(start, jnp.float32), jnp.asarray(before, jnp.float32), settings.kl, settings.decay
     for step in range(settings.steps):
         progress("steps of the edit", step, settings.steps)
-        loss, slope = _loss_and_slope(cfg, params, task, at, stream, delta, *given)
+        loss, slope = _loss_and_slope(cfg, params, task, layer, stream, delta, *given)
         losses.append(float(loss))
         if not np.isfinite(losses[-1]):
             raise FactError(f"the loss of the edit is not finite at step {step}; try another layer or a lower rate")
