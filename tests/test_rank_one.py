@@ -119,6 +119,21 @@ def test_the_loss_and_its_slope_are_those_of_the_released_code(name, tmp_path):
     assert kl.item() > 1e-4
 
 
+def test_a_step_of_an_edit_keeps_no_copy_of_the_weights(model):
+    """What the backward pass keeps is activations, a small part of the weights, however many layers there are."""
+    task, width = make_task(model, Fact("Why do {} hunt", "owls", new_target="at noon"), ["Say"]), model.cfg.d_model
+    stream, one = jnp.zeros((*task.tokens.shape, width)), jnp.ones(width)
+
+    @jax.jit
+    def step(params, delta):
+        return jax.value_and_grad(
+            lambda d: edit_loss(model.cfg, params, task, 1, stream, d, one, jnp.zeros(model.cfg.d_vocab), KL, DECAY)
+        )(delta)
+
+    memory = step.lower(model.params, one).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 2
+
+
 @pytest.mark.parametrize("how", ["mean", "released"])
 def test_the_update_is_the_released_formula(model, fact, how):
     """u, v, W' of `compute_u`, `compute_v` and `rome_main`, in float64 from HF's own keys, with C and v* injected."""
