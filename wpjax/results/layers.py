@@ -38,7 +38,7 @@ SCORES = {"S": "all three", "ES": "the fact itself", "PS": "paraphrases follow",
 SIZES = "magnitudes"
 """The source whose curves say by how much changing works; with few facts, shares of them are coarse."""
 
-MAGNITUDES = {"EM": "the fact itself", "PM": "paraphrases follow", "NM": "neighbours stay"}
+MAGNITUDES = {"PM": "paraphrases follow", "NM": "neighbours stay", "EM": "the fact itself"}
 """Magnitudes of edits that are drawn, each in words: differences of two probabilities."""
 
 
