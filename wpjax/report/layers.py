@@ -28,8 +28,8 @@ def make_layers(curves: Sequence[LayerCurve]) -> Figure:
             for curve in curves:
                 if curve.source == source:
                     axes.plot(curve.layers, curve.values, marker="o", ms=3, lw=1, label=curve.label)
-            what = "changing it works" if source in (EDITS, SIZES) else "appears to live"
-            axes.set_title(f"{source}: where it {what}", loc="left", fontsize=9)
+            what = "changing it works" if source in (EDITS, SIZES) else "it appears to live"
+            axes.set_title(f"{source}: where {what}", loc="left", fontsize=9)
             axes.set_ylabel("share")
             axes.legend(frameon=False, fontsize=7)
         rows[-1].set_xlabel("layer")
