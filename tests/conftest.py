@@ -88,7 +88,7 @@ def family_pair(request, tmp_path_factory) -> Pair:
     return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))
 
 
-@pytest.fixture(scope="session", params=["granite", "gpt2-tied", "gemma3", "cohere2", "olmo2"])
+@pytest.fixture(scope="session", params=["granite", "gpt2-tied", "gemma3", "cohere2", "olmo2", "mixtral"])
 def wired_pair(request, tmp_path_factory) -> Pair:
     """One pair of each wiring of a layer."""
     return as_pair(build_pair(request.param, tmp_path_factory.mktemp(request.param)))

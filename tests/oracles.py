@@ -1,10 +1,13 @@
 """What the same models say in HF torch, the independent truth that several test files compare with."""
 
 import dataclasses
+import functools
 import sys
 
+import numpy as np
 import torch
 
+from tests.tiny import ROUTED
 from wpjax.models.sites import Site
 
 
@@ -45,7 +48,7 @@ class Names:
         w_o: the projection of all heads.
         norm_mlp: makes what the MLP reads.
         mlp: the MLP.
-        w_out: the projection of all neurons.
+        w_out: the projection of all neurons; empty in an MLP of routed experts.
         norm_attn_out: makes what attention adds to the stream.
         norm_mlp_out: makes what the MLP adds to it.
     """
@@ -67,6 +70,7 @@ OLMO = Names("", "self_attn.o_proj", "", "mlp", "mlp.down_proj",
 NAMES = {
     **dict.fromkeys("llama mistral ministral ministral3 qwen2 qwen3 phi3 smollm3 granite stablelm".split(), LLAMA),
     **dict.fromkeys(("olmo2", "olmo3"), OLMO),
+    **dict.fromkeys(ROUTED, dataclasses.replace(LLAMA, w_out="")),
     **dict.fromkeys(("cohere", "cohere2"), dataclasses.replace(LLAMA, norm_mlp="")),
     **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
     "gpt2": Names("ln_1", "attn.c_proj", "ln_2", "mlp", "mlp.c_proj"),
@@ -89,6 +93,13 @@ def hf_sites(model, tokens):
         for site, x in ((Site.Q, query), (Site.K, key), (Site.V, value)):
             keep(site, x.transpose(1, 2))
         return eager(module, query, key, value, *args, **kwargs)
+
+    def routed_neurons(experts, module, inputs, routed):
+        _, weights, chosen = routed  # of each token's k experts
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        gate, up = torch.einsum("td,efd->tef", x, experts.gate_up_proj).chunk(2, dim=-1)
+        by_expert = torch.zeros(len(x), gate.shape[1]).scatter(1, chosen, weights)
+        keep(Site.NEURON, (experts.act_fn(gate) * up * by_expert[..., None]).reshape(*np.shape(tokens), -1))
 
     def hook(layer, name, read=None, made=None):
         if not name:
@@ -113,6 +124,9 @@ def hf_sites(model, tokens):
         if not names.norm_mlp:
             hook(layer, names.mlp, Site.RESID_MID)
         hook(layer, names.w_out, Site.NEURON, Site.MLP_PROJ)
+        if not names.w_out:
+            hook(layer, names.mlp, made=Site.MLP_PROJ)
+            handles.append(layer.mlp.gate.register_forward_hook(functools.partial(routed_neurons, layer.mlp.experts)))
         hook(layer, names.norm_mlp_out, made=Site.MLP_OUT)
     modeling = sys.modules[type(model).__module__]
     eager = modeling.eager_attention_forward

@@ -17,11 +17,12 @@ from safetensors.numpy import load_file, save_file
 from tests.tiny import HfModel, build
 from wpjax.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from wpjax.checkpoints.convert import flatten
+from wpjax.checkpoints.rewrite import open_model
 from wpjax.errors import CheckpointError, PairError
 from wpjax.models.decoder import forward
 from wpjax.pairs import load_pair, make_pair
 
-BASES = ("llama-gqa3", "llama-tied", "llama-biases", "gpt2-tied", "phi3", "gpt-neox", "qwen2")
+BASES = ("llama-gqa3", "llama-tied", "llama-biases", "gpt2-tied", "phi3", "gpt-neox", "qwen2", "mixtral", "olmoe")
 IDS = np.random.default_rng(0).integers(0, 60, (1, 8))
 QV = ["q_proj", "v_proj"]
 
@@ -84,6 +85,16 @@ MERGED = {
     "conv1d-dora": ("gpt2-tied", {"target_modules": ["c_attn", "attn.c_proj"], "use_dora": True, "bias": "lora_only"}),
     "positions": ("gpt2-tied", {"target_modules": ["wpe"]}),
     "lora-bias": ("llama-biases", {"target_modules": [*QV, "down_proj"], "lora_bias": True}),
+    "routed-experts": (
+        "mixtral",
+        {"target_modules": ["q_proj"],
+         "target_parameters": ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+         "rank_pattern": {r".*\.gate_up_proj": 2}, "alpha_pattern": {r".*\.down_proj": 9}},
+    ),
+    "some-experts": (
+        "olmoe", {"target_modules": ["v_proj"], "use_rslora": True,
+                  "target_parameters": ["layers.1.mlp.experts.down_proj", "mlp.gate.weight"]},
+    ),
     "biases": ("qwen2", {"target_modules": ["k_proj"], "bias": "all"}),
     "head-by-another-name": ("gpt-neox", {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
     "saved": ("llama-gqa3", {"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]}),
@@ -290,6 +301,50 @@ def test_files_that_are_refused(bases, copy, name):
     with pytest.raises(CheckpointError, match=says) as error:
         over(bases["llama-gqa3"].folder, copy)
     assert "\n" not in str(error.value)
+
+
+def test_two_adapters_of_one_base_are_a_pair(bases, tmp_path):
+    """Each written as MODEL+ADAPTER: the weights that PEFT merges, in memory and tensor by tensor; nothing twice."""
+    whole, sources = bases["llama-gqa3"].folder, []
+    for i, targets in enumerate((QV, ["o_proj", "v_proj"])):
+        model = adapted(whole, tmp_path / f"adapter{i}", seed=i, target_modules=targets)
+        model.merge_and_unload().save_pretrained(tmp_path / f"merged{i}")
+        sources.append(f"{whole}+{tmp_path / f'adapter{i}'}")
+    base = load_checkpoint(sources[0])
+    models = base, load_checkpoint(sources[1], base=base)
+    assert [model.source for model in models] == sources
+    for i, model in enumerate(models):
+        assert_same(model, load_checkpoint(tmp_path / f"merged{i}"))
+        stored = open_model(sources[i])
+        for name, w in load_file(tmp_path / f"merged{i}" / "model.safetensors").items():
+            np.testing.assert_allclose(stored.read(name), w, rtol=1e-5, atol=1e-6, err_msg=name)
+    ours, theirs = (flatten(model.params) for model in models)
+    assert {path for path in ours if ours[path] is not theirs[path]} == {f"blocks/attn/W_{w}" for w in "QVO"}
+    for source in (f"{whole}+{whole}", f"{whole}+", f"+{whole}"):
+        with pytest.raises(CheckpointError, match="is no PEFT adapter"):
+            load_checkpoint(source)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_checkpoint(f"{whole}+{tmp_path / 'nowhere'}")
+
+
+def test_factors_of_routed_experts_that_are_refused(bases, tmp_path):
+    base = load_checkpoint(bases["mixtral"].folder)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted(bases["mixtral"].folder, tmp_path, target_modules=["q_proj"], target_parameters=targets)
+    file, raw = tmp_path / "adapter_model.safetensors", json.loads((tmp_path / "adapter_config.json").read_text())
+    whole, inner = load_file(file), "base_model.model.model.layers.1.mlp.experts.base_layer.lora_"
+    a, without = whole[inner + "A.weight"], {name: w for name, w in whole.items() if not name.startswith(inner)}
+    for tensors, changes, says in (
+        (without, {}, r"names model\.layers\.1\.mlp\.experts\.gate_up_proj, for which the file holds nothing"),
+        (without | {inner + "A.weight": a}, {}, "only one of lora_A and lora_B is there"),
+        (whole | {inner + "A.weight": a[:12]}, {}, r"\(12, 24\) and .* fit no tensor of 5 experts"),
+        (whole, {"rank_pattern": {"gate_up_proj": 4}}, r"gate_up_proj are of rank 3, and .* says 4"),
+        (whole, {"target_parameters": [*targets, "norm.weight"]}, "is not implemented but for routed experts"),
+    ):
+        save_file(tensors, file, metadata={"format": "pt"})
+        (tmp_path / "adapter_config.json").write_text(json.dumps(raw | changes))
+        with pytest.raises(CheckpointError, match=says):
+            load_checkpoint(tmp_path, base=base)
 
 
 def test_an_adapter_of_another_base_is_refused_by_what_differs(bases, plain, tmp_path):

@@ -68,10 +68,10 @@ def test_what_is_not_in_the_circuit_is_ablated(model, two, kind):
 def test_a_mean_may_be_over_other_prompts(model, two):
     """Twice the same prompts, in another order and beside prompts of another group: the mean is the same."""
     alike = [i for i in range(4) if two.corrupted.tokens.lengths[i] == two.corrupted.tokens.lengths[0]]
-    pair = Contrast(*(m.take(jnp.asarray(alike)) for m in two))
+    pair = two.take(alike)
     own = ablation(model.cfg, model.params, pair, "mean")
     n = len(alike)
-    more = Contrast(*(m.take(jnp.asarray([*range(n)[::-1], *range(n)])) for m in pair))
+    more = pair.take([*range(n)[::-1], *range(n)])
     other = ablation(model.cfg, model.params, pair, "mean", [7] * n, (more, [7] * (2 * n)))
     np.testing.assert_allclose(other.writes, own.writes, atol=1e-5)
     with pytest.raises(WpjaxError, match="no prompt of group 7"):
@@ -118,29 +118,54 @@ def test_the_measures_are_their_definitions(model, two):
 
 def test_areas_of_a_curve_worked_out_by_hand():
     """Trapezoids from .001 on: f = 0, 2, 1 at k = .001, .501, 1.001 (one beyond, to keep the numbers plain)."""
-    curve = Curve((0.001, 0.501, 1.001), (1, 2, 3), (0.0, 2.0, 1.0), False, "mean", "by hand")
+    curve = Curve((0.001, 0.501, 1.001), (1, 2, 3), (0.0, 2.0, 1.0), "nodes", False, "mean", "hand")
     assert curve.cpr == pytest.approx(0.5 * (0 + 2) / 2 + 0.5 * (2 + 1) / 2)  # .5 + .75
     assert curve.cmd == pytest.approx(0.5 * (1 + 1) / 2 + 0.5 * (1 + 0) / 2)  # .5 + .25
-    assert str(curve) == "CPR 1.250, CMD 0.750 (by hand, signed top k, mean ablation)"
+    assert str(curve) == "CPR 1.250, CMD 0.750 (nodes by hand, signed top k, mean ablation)"
 
 
 def test_a_curve_keeps_the_best_edges(model, two):
     cfg, params = model.cfg, model.params
     scores, ablated = score_edges(cfg, params, two, steps=1), ablation(cfg, params, two)
     curve = circuit_curve(cfg, params, two, ablated, scores, absolute=False, shares=(0.1, 1.0))
-    assert curve.n_edges == (round(0.1 * scores.graph.n_edges), scores.graph.n_edges)
-    best = Circuit.of_edges(scores, curve.n_edges[0], "0", absolute=False)
-    assert best.found_by == f"top {curve.n_edges[0]} of EAP-IG, 1 steps, signed"
+    assert curve.counts == (round(0.1 * scores.graph.n_edges), scores.graph.n_edges)
+    best = Circuit.of(scores, curve.counts[0], "0", absolute=False)
+    assert best.found_by == f"top {curve.counts[0]} of EAP-IG, 1 steps, signed"
     kept, nothing = circuit_scores(cfg, params, two, ablated, [best, best.without(best.members)]).mean(1)
     clean, corrupted = (np.asarray(m(cfg, params)).mean() for m in two)
     np.testing.assert_allclose(nothing, corrupted, atol=1e-4)
     np.testing.assert_allclose(curve.f, [(kept - corrupted) / (clean - corrupted), 1.0], atol=1e-3)
 
 
+def test_a_curve_of_nodes_keeps_the_best_nodes(model, two):
+    """Heads alone are ranked: MLPs stay, so the empty circuit is not the corrupted run."""
+    cfg, params = model.cfg, model.params
+    scores, ablated = score_edges(cfg, params, two, steps=1), ablation(cfg, params, two)
+    heads = scores.nodes(("head",))
+    assert heads.n_members == 3 * cfg.n_heads
+    curve = circuit_curve(cfg, params, two, ablated, heads, absolute=False, shares=(0.01, 0.3, 1.0))
+    assert (curve.level, curve.counts) == ("nodes", (1, round(0.3 * heads.n_members), heads.n_members))
+    best = Circuit.of(heads, curve.counts[1], "0", absolute=False)
+    assert (best.level, best.ablates) == ("nodes", ("head",))
+    mean = heads.by_prompt.mean(0)
+    order = sorted(
+        (s.name for s in scores.graph.senders if s.kind == "head"), key=lambda n: mean[scores.graph.sender(n)]
+    )
+    assert list(best.members) == order[: curve.counts[1]]  # the most negative score helps most
+    whole, some, first, nothing = (
+        by_edits(model, two, members, "resample").mean() for members in (order, best.members, order[:1], ())
+    )
+    expected = (np.array([first, some, whole]) - nothing) / (whole - nothing)
+    np.testing.assert_allclose(curve.f, expected, atol=1e-3, rtol=1e-3)
+    assert 0 <= heads.stability(4)[0] <= 1
+    with pytest.raises(WpjaxError, match="the empty circuit have the same mean metric"):
+        circuit_curve(cfg, params, two, ablated, scores.nodes(()))
+
+
 def test_scores_of_nodes_are_slopes_of_what_they_write(model, two):
     """Attribution patching of a head: the slope by its output times its change, at z."""
     cfg, params = model.cfg, model.params
-    scores = score_edges(cfg, params, two, steps=0)
+    scores = score_edges(cfg, params, two, "eap")
     z = [forward(cfg, params, jnp.asarray(ids), sites=(Site.Z,)).sites[Site.Z][1] for ids in (CLEAN, CORRUPTED)]
 
     def score(step):
@@ -150,7 +175,7 @@ def test_scores_of_nodes_are_slopes_of_what_they_write(model, two):
     slope = jax.grad(score)(jnp.zeros_like(z[0]))
     expected = np.asarray((slope * (z[1] - z[0])).sum((1, 3)))  # [B, H]
     first = scores.graph.sender("L1.head.0")
-    np.testing.assert_allclose(scores.nodes[:, first : first + cfg.n_heads], expected, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(scores.nodes().by_prompt[:, first : first + cfg.n_heads], expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_circuit_file_comes_back_and_is_of_its_model(model, one_pair, tmp_path):
@@ -167,6 +192,7 @@ def test_a_circuit_file_comes_back_and_is_of_its_model(model, one_pair, tmp_path
         ({"members": ["L1.mlp"]}, "'L1.mlp' is not the name of an edge"),
         ({"members": [3]}, "its fields are damaged"),
         ({"level": "weights"}, "its fields are damaged"),
+        ({"ablates": ["neuron"]}, "its fields are damaged"),
         ({"what": "sweep"}, "is not a circuit file"),
     ):
         (tmp_path / "bad.json").write_text(json.dumps(content | change))

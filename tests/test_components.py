@@ -42,7 +42,7 @@ def test_finest_kinds_partition_all_parameters(pair):
 
     What they leave is what all heads or neurons of a layer share: biases of outputs, and norms of queries and keys.
     """
-    finest = ["head", "kv_group", "neuron", "norm", "embed", "unembed", "final_norm"]
+    finest = ["head", "kv_group", "neuron", "router", "norm", "embed", "unembed", "final_norm"]
     opened = [open_units(pair.cfg, [c]) for c in enumerate_components(pair.cfg, finest)]
     for unit in opened[0]:
         times = np.sum([g[unit] for g in opened], axis=0)
@@ -56,7 +56,8 @@ def test_the_table_of_parameters_says_the_axes_of_every_leaf(pair):
     """Their sizes, and so how a leaf would be cut over a mesh, follow from the names."""
     cfg = pair.cfg
     sizes = {"layer": cfg.n_layers, "vocab": cfg.d_vocab, "position": cfg.n_ctx, "d_model": cfg.d_model,
-             "head": cfg.n_heads, "kv_head": cfg.n_kv_heads, "d_head": cfg.d_head, "neuron": cfg.d_mlp}  # fmt: skip
+             "head": cfg.n_heads, "kv_head": cfg.n_kv_heads, "d_head": cfg.d_head, "neuron": cfg.d_mlp,
+             "routed_expert": cfg.n_experts}  # fmt: skip
     for path, leaf in flatten(abstract_params(cfg)).items():
         axes = (*["layer"][: path.startswith("blocks/")], *PARAMETERS[path].axes)
         assert tuple(sizes[axis] for axis in axes) == leaf.shape, path

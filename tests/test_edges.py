@@ -149,7 +149,7 @@ def test_a_small_corruption_is_told_by_its_slope(wired_pair):
     pair, graph = two(cfg, clean, corrupted), Graph.of(cfg)
     edges = names_of(graph, graph.exists)[::7]
     exact = edge_patch(cfg, params, pair, edges).change
-    scores = score_edges(cfg, params, pair, steps=0)
+    scores = score_edges(cfg, params, pair, "eap")
     got = np.stack([scores.by_prompt[(slice(None), *graph.edge(*edge))] for edge in edges])
     assert np.corrcoef(got.ravel(), exact.ravel())[0, 1] > 0.999
     np.testing.assert_allclose(got, exact, atol=0.03 * np.abs(exact).max())
@@ -169,7 +169,7 @@ def test_steps_stand_between_the_two_embeddings(one_pair):
 
     graph = Graph.of(cfg)
     ig = score_edges(cfg, params, two(cfg, prompts(50), prompts(51)), steps=1)
-    eap = score_edges(cfg, params, two(cfg, prompts(59), prompts(60)), steps=0)
+    eap = score_edges(cfg, params, two(cfg, prompts(59), prompts(60)), "eap")
     np.testing.assert_allclose(ig.by_prompt[:, 0], eap.by_prompt[:, 0], atol=1e-5)  # edges of "embed"
     assert np.abs(ig.by_prompt[:, 0]).max() > 1e-2
     assert not ig.by_prompt[:, ~graph.exists].any()
@@ -180,10 +180,10 @@ def test_ranking_and_stability(one_pair):
     values = np.zeros((4, *graph.exists.shape))
     strongest, helping = graph.edge("L0.mlp", "logits"), graph.edge("embed", "L1.mlp")
     values[:, *strongest], values[:, *helping] = 3.0, -2.0  # a patch of the first raises the metric
-    scores = score_edges(one_pair.cfg, one_pair.base, two(one_pair.cfg), steps=0)
+    scores = score_edges(one_pair.cfg, one_pair.base, two(one_pair.cfg), "eap")
     scores = dataclasses.replace(scores, by_prompt=values)
-    assert scores.listed(1) == [("L0.mlp", "logits", 3.0)]
-    assert scores.listed(1, absolute=False) == [("embed", "L1.mlp", -2.0)]
+    assert scores.listed(1) == [("L0.mlp->logits", 3.0)]
+    assert scores.listed(1, absolute=False) == [("embed->L1.mlp", -2.0)]
     assert scores.top(2).sum() == 2
     assert scores.stability(2) == (1.0, 1.0, 1.0)
     values[0, *strongest] = 0
@@ -200,5 +200,5 @@ def test_edges_that_cannot_be_are_refused(one_pair):
         edge_patch(one_pair.cfg, one_pair.base, pair, [("L1.head.0", "L0.mlp")])
     with pytest.raises(ComponentError, match=r"'L1\.head\.0' is no receiver"):
         edge_patch(one_pair.cfg, one_pair.base, pair, [("embed", "L1.head.0")])
-    with pytest.raises(WpjaxError, match="-1 steps"):
-        score_edges(one_pair.cfg, one_pair.base, pair, steps=-1)
+    with pytest.raises(WpjaxError, match="0 steps: give 1 or more"):
+        score_edges(one_pair.cfg, one_pair.base, pair, steps=0)

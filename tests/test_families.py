@@ -150,6 +150,35 @@ PUBLISHED = {  # what the config.json files of published models say, sizes inclu
         "residual_dropout": 0.1, "rope_theta": 999999.4420358813, "sliding_window": 4096,
         "transformers_version": "4.37.0.dev0", "use_bias": True, "use_cache": True, "vocab_size": 49152,
     },
+    "Mixtral-8x7B-v0.1": {
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0",
+        "use_cache": True, "vocab_size": 32000,
+    },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+        "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "OLMoE-1B-7B-0924": {
+        "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+        "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 1024, "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": False,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16,
+        "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 50304,
+    },
 }  # fmt: skip
 NOT_READ = ("use_mrope", "attention_bias", "full_attn_mod", "interpolate_factor", "lm_head_bias", "mlp_bias")
 """Attributes of these files that transformers' own classes do not have."""
@@ -187,14 +216,22 @@ def test_what_published_models_differ_in():
         "Olmo-3-7B": (4096, 24),
         "starcoder2-3b": (4096, 30),
     }
-    assert {name for name, cfg in cfgs.items() if cfg.qk_norm} == {"Qwen3-0.6B", "gemma-3-270m"}
+    assert {name for name, cfg in cfgs.items() if cfg.qk_norm} == {"Qwen3-0.6B", "gemma-3-270m", "Qwen3-30B-A3B"}
+    routed = {n: (c.n_experts, c.n_active, c.d_expert, c.norm_routing) for n, c in cfgs.items() if c.n_experts}
+    assert routed == {
+        "Mixtral-8x7B-v0.1": (8, 2, 14336, True),
+        "Qwen3-30B-A3B": (128, 8, 768, True),
+        "OLMoE-1B-7B-0924": (64, 8, 1024, False),
+    }
     assert {name for name, cfg in cfgs.items() if cfg.qkv_bias} == {"Qwen2.5-0.5B", "pythia-70m", "starcoder2-3b"}
     gemma3, phi4 = cfgs["gemma-3-270m"], cfgs["Phi-4-mini"]
     assert (gemma3.rope.theta, gemma3.local_rope.theta) == (1e6, 1e4)
     assert (phi4.n_ctx, phi4.rope.fraction) == (4096, 0.75)  # its short factors hold up to there
     assert (cfgs["gemma-2-2b"].attn_softcap, cfgs["gemma-2-2b"].logit_softcap) == (50.0, 30.0)
     assert cfgs["pythia-70m"].parallel
-    assert {name for name, cfg in cfgs.items() if cfg.joint_qk_norm} == {"OLMo-2-7B", "Olmo-3-7B"}
+    assert {name for name, cfg in cfgs.items() if cfg.joint_qk_norm} == {
+        "OLMo-2-7B", "Olmo-3-7B", "OLMoE-1B-7B-0924"
+    }  # fmt: skip
     olmo3, granite = cfgs["Olmo-3-7B"], cfgs["granite-3.0-8b"]
     assert (olmo3.rope.scaling, olmo3.rope.theta, olmo3.local_rope) == ("yarn", 5e5, Rope(5e5))
     assert (granite.embed_scale, granite.attn_scale, granite.resid_scale) == (12, 1 / 128, 0.22)
@@ -228,6 +265,12 @@ COUNTED = {  # sizes of published models, and the number of parameters that was 
     "command-r7b": ("cohere2", sizes(4096, 32, (32, 8), 14336, 256000), 8_028_033_024),
     "pythia-12b": ("gpt_neox", sizes(5120, 36, 40, 20480, 50688), 11_846_072_320),
     "gpt-neox-20b": ("gpt_neox", sizes(6144, 44, 64, 24576, 50432), 20_554_567_680),
+    "Mixtral-8x22B": ("mixtral", sizes(6144, 56, (48, 8), 16384, 32000, num_local_experts=8), 140_620_634_112),
+    "Qwen3-235B-A22B": (
+        "qwen3_moe",
+        sizes(4096, 94, (64, 4), 12288, 151936, head_dim=128, num_experts=128, moe_intermediate_size=1536),
+        235_093_634_560,
+    ),
     "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
 }
 PUBLISHED_COUNTS = {
@@ -236,6 +279,7 @@ PUBLISHED_COUNTS = {
     "Phi-4-mini": 3_836_021_760, "pythia-70m": 70_426_624,
     "OLMo-2-7B": 7_298_617_344, "Olmo-3-7B": 7_298_011_136, "granite-3.0-8b": 8_170_848_256,
     "SmolLM3-3B": 3_075_098_624, "starcoder2-3b": 3_030_371_328,
+    "Mixtral-8x7B-v0.1": 46_702_792_704, "Qwen3-30B-A3B": 30_532_122_624, "OLMoE-1B-7B-0924": 6_919_161_856,
 }  # fmt: skip
 
 
@@ -252,9 +296,16 @@ def test_published_sizes_have_the_published_number_of_parameters():
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
-        ("Mistral-7B-v0.1", {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
-         "'mixtral' is not supported; it has experts, which no family here has; the nearest family is mistral, which "
-         "does not know num_experts_per_tok, num_local_experts; supported: llama, gpt2"),
+        ("Qwen3-30B-A3B", {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 5632},
+         "'qwen2_moe' is not supported; it has shared experts beside the routed ones, which no family here has; the "
+         "nearest family is qwen3_moe, which does not know shared_expert_intermediate_size; supported: llama, gpt2"),
+        ("Mixtral-8x7B-v0.1", {"model_type": "deepseek_v3", "n_shared_experts": 1, "kv_lora_rank": 512, "n_group": 8},
+         "shared experts beside the routed ones and latent attention, which no family here has"),
+        ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not implemented, only mlp_only_layers="),
+        ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not implemented"),
+        ("Mixtral-8x7B-v0.1", {"num_experts_per_tok": 9}, "9 experts cannot act on a token where there are 8"),
+        ("Mixtral-8x7B-v0.1", {"num_local_experts": 0}, "num_local_experts=0 is not a size"),
+        ("OLMoE-1B-7B-0924", {"clip_qkv": -1.0}, "clip_qkv=-1.0 is not a positive number"),
         ("Qwen3-0.6B", {"model_type": "olmo7"}, "'olmo7' is not supported; the nearest family is qwen3; supported"),
         ("pythia-70m", {"model_type": "bloom", "alibi": True}, "ALiBi positions, which .* nearest family is gpt_neox"),
         ("Qwen2.5-0.5B", {"layer_types": ["linear_attention"] * 24}, "layer_types has linear_attention"),

@@ -7,13 +7,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from tests.oracles import hf_final_norm, hf_layers
 from tests.tiny import LLAMA
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.circuits.circuit import Circuit
-from wpjax.circuits.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, copy_scores, ioi_prompts, published_classes
+from wpjax.circuits.contrast import single_token
+from wpjax.circuits.ioi import (
+    NAMES,
+    OBJECTS,
+    PLACES,
+    TEMPLATES,
+    copy_scores,
+    ioi_prompts,
+    one_token,
+    published_classes,
+)
 from wpjax.circuits.ioi_study import Head, IOIStudy, ioi_study
 from wpjax.circuits.measures import Curve, Faithfulness
 from wpjax.cli.circuit import print_study
@@ -111,10 +121,25 @@ def test_the_command_writes_what_it_prints(folder, wpjax, tmp_path):
     assert content["logit_difference"] == pytest.approx(clean, rel=1e-4)
     assert f"logit difference {clean:.2f}, on ABC prompts {abc:.2f}" in printed
     assert len(content["heads"]) == 18
+    assert [(c["level"], c["absolute"]) for c in content["curves"]] == [
+        (level, absolute) for level in ("edges", "nodes") for absolute in (False, True)
+    ]
     for curve in content["curves"]:
-        assert f"CPR {curve['cpr']:.3f}, CMD {curve['cmd']:.3f}" in printed
+        assert f"Circuits of {curve['level']}: CPR {curve['cpr']:.3f}, CMD {curve['cmd']:.3f}" in printed
         assert curve["f"][-1] == pytest.approx(1)
     assert wpjax(*arguments)[0] == 2  # the files exist
+    shown = wpjax("show", "ioi.json")
+    assert shown[0] == 0, shown[2]
+    assert shown[1].strip() == printed[: printed.index("\nwrote ioi.json")].strip()
+    assert json.loads(wpjax("show", "ioi.json", "--json")[1]) == content
+    code, _, error = wpjax("show", "ioi.json", "--csv")
+    assert code == 2
+    assert "ioi.json is a circuit" in error
+    for change, message in (({"schema": 1}, "make it again"), ({"heads": [{}]}, "damaged (KeyError: 'name')")):
+        (tmp_path / "bad.json").write_text(json.dumps(content | change))
+        code, _, error = wpjax("show", "bad.json")
+        assert code == 2
+        assert message in error
 
 
 def test_the_published_circuit_stands_beside_the_papers_figures(capsys):
@@ -124,7 +149,7 @@ def test_the_published_circuit_stands_beside_the_papers_figures(capsys):
     assert len(set(classes.values())) == 7
     heads = (Head("L9.head.9", 0.3, 0.3, 0.6, 0.1, 0.99, 0.0), Head("L10.head.7", -0.2, -0.2, 0.5, 0.1, 0.0, 1.0))
     faithful = Faithfulness(3.5, 3.1, 0.0, "mean")
-    curve = Curve((0.5, 1.0), (1, 2), (0.5, 1.0), True, "resample", "EAP")
+    curve = Curve((0.5, 1.0), (1, 2), (0.5, 1.0), "edges", True, "resample", "EAP")
     circuit = Circuit("nodes", ("L9.head.9",), "0", ("head",))
     study = IOIStudy(
         ("gpt2", "0"), 4, 0, (3.5, 0.1, 1.0), heads, circuit, {1: 0.9}, faithful, (), (), (curve,),
@@ -136,6 +161,20 @@ def test_the_published_circuit_stands_beside_the_papers_figures(capsys):
     printed = capsys.readouterr().out
     assert "F(M) 3.50 (paper 3.56), |F(M) - F(C)| 0.40 (paper 0.46)" in printed
     assert "L10.head.7" in printed
+
+
+def test_words_of_tokenizers_that_put_a_blank_before_a_text():
+    """As Llama 2's: alone, " Mary" is two tokens; inside a text it is one."""
+    pieces = ["<unk>", "▁", "▁Mary", "▁to", "\n", *"Mary"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert len(tokenizer(" Mary", add_special_tokens=False)["input_ids"]) == 2
+    assert one_token(tokenizer, ["Mary", "May"]) == ["Mary"]
+    inside = tokenizer("Mary to Mary", add_special_tokens=False)["input_ids"]
+    assert single_token(tokenizer, " Mary") == inside[-1]
+    with pytest.raises(BehaviourError, match="'Mary' is 4 tokens"):  # without a blank it goes on as letters
+        single_token(tokenizer, "Mary")
 
 
 def test_what_cannot_do_the_task_is_refused(folder, tiny_pair):

@@ -102,6 +102,7 @@ def test_a_patch_goes_in_and_comes_out_bit_for_bit(hf_pair, pair, tmp_path):
     """For every family: fused and transposed tensors, biases, norms, and an embedding that is tied."""
     norm = enumerate_components(pair.cfg, ["norm"], [0])[-1].name
     names = [norm if name == "L0.norm.mlp" else name for name in NAMES]
+    names += ["L1.routed_expert.3", "L0.router", "L0.routed_expert.0"] if pair.cfg.n_experts else []
     patch = save_patch(tmp_path / "p.safetensors", pair, names)
     base = open_model(hf_pair.base.folder)
     assert apply_patches(base, [patch], tmp_path / "patched").is_host

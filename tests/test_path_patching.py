@@ -97,6 +97,11 @@ def test_after_the_last_layer_only_the_last_token_is_read(one_pair):
     expected = np.zeros((7, 2))
     expected[LENGTHS - 1, [0, 1]] = effects.corrupted - effects.clean
     np.testing.assert_allclose(effects.change[-1], expected, atol=1e-5)
+    # The two prompts differ in length, so their positions have no mean. Of one prompt they have.
+    with pytest.raises(WpjaxError, match="prompt 0 has 7 tokens and prompt 1 has 6, so a position is another word"):
+        _ = effects.share
+    alone = effects._replace(lengths=LENGTHS[:1], **{n: getattr(effects, n)[..., :1] for n in effects._fields[:3]})
+    assert alone.share[-1, 6] == pytest.approx(1, abs=1e-4)
 
 
 def path_by_hooks(model, sender, receivers, mlps):

@@ -27,6 +27,8 @@ from wpjax.pairs import load_pair
 from wpjax.patching import PatchMask, materialize
 
 SWEPT = ("head", "kv_group", "neuron", "attn", "mlp", "layer", "norm", "embed")
+ROUTED = ("routed_expert", "router")
+"""Kinds that only families with routed experts have."""
 
 ATTENTION_DIFFERS = ("gpt2-untied", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 """Architectures that others of the table cover but for their heads and embeddings."""
@@ -35,7 +37,7 @@ ATTENTION_DIFFERS = ("gpt2-untied", "mistral", "qwen2", "qwen3", "gemma2", "phi3
 @pytest.fixture(scope="module")
 def swept(hf_pair, pair, batch):
     """Every component and its changes up to the last layer, by suffix replay."""
-    kinds = ("head", "kv_group", "attn", "embed") if hf_pair.name in ATTENTION_DIFFERS else SWEPT
+    kinds = ("head", "kv_group", "attn", "embed") if hf_pair.name in ATTENTION_DIFFERS else SWEPT + ROUTED
     components = enumerate_components(pair.cfg, kinds, range(3))
     return components, exact(pair, batch, make_anchor(pair, 2), components)
 
@@ -79,7 +81,7 @@ def hf_resid_post(model, prompt, layer):
 
 
 def test_effects_equal_hf_torch_with_slices_copied(hf_pair, pair, batch, swept):
-    """Anchor scores of every head and KV group from HF's own forward, prompt by prompt without padding."""
+    """Anchor scores of heads, KV groups and routed experts by HF's own forward, prompt by prompt without padding."""
     anchor = make_anchor(pair, 2)
 
     def hf_scores(model):
@@ -90,7 +92,7 @@ def test_effects_equal_hf_torch_with_slices_copied(hf_pair, pair, batch, swept):
 
     before = hf_scores(hf_pair.base.model)
     for c, change in zip(*swept, strict=True):
-        if c.kind in ("head", "kv_group", "attn", "norm"):
+        if c.kind in ("head", "kv_group", "attn", "norm", *ROUTED):
             after = hf_scores(patched_torch(hf_pair, c))
             np.testing.assert_allclose(change, after - before, atol=1e-4, err_msg=c.name)
 
@@ -278,7 +280,7 @@ def test_screens_are_exact_where_nothing_nonlinear_follows(wired_pair, batch):
     """
     pair = wired_pair
     anchor = make_anchor(pair, 1)
-    components = enumerate_components(pair.cfg, ("neuron", "mlp"), [1])
+    components = enumerate_components(pair.cfg, ("neuron", "mlp", *ROUTED), [1])
     if pair.cfg.post_norm:
         components = [c for c in enumerate_components(pair.cfg, ("norm",), [1]) if c.name == "L1.norm.mlp_out"]
     if pair.cfg.parallel:
@@ -292,11 +294,11 @@ def test_screens_approach_the_exact_effect_of_a_small_change(wired_pair, batch):
     pair = wired_pair
     anchor = make_anchor(pair, 2)
     near = jax.tree.map(lambda b, e: b + 3e-3 * (e - b), pair.base, pair.expert)
-    components = enumerate_components(pair.cfg, SWEPT, range(3))
+    components = enumerate_components(pair.cfg, SWEPT + ROUTED, range(3))
     effect = exact(pair, batch, anchor, components, donor=near)
     for screen in (output_linearised, weight_gradient):
         got = screen(pair.cfg, pair.base, near, components, anchor.metric_along(batch))
-        for kind in SWEPT:
+        for kind in {c.kind for c in components}:
             mine = [i for i, c in enumerate(components) if c.kind == kind]
             error = np.abs(got[mine] - effect[mine]).max() / np.abs(effect[mine]).max()
             assert error < 0.03, (screen.__name__, kind, error)

@@ -30,6 +30,7 @@ GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions"
 LLAMA_TIED = {name: value for name, value in LLAMA.items() if name != "tie_word_embeddings"}  # as is their default
 NO_HEAD_DIM = {name: value for name, value in LLAMA.items() if name != "head_dim"}  # the heads share the width
 LAYER_NORM = {name: value for name, value in NO_HEAD_DIM.items() if name != "rms_norm_eps"}
+EXPERTS = {"intermediate_size": 8, "num_experts_per_tok": 2}  # as many neurons as Llama has, in five experts
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {
     **LLAMA_TIED,
@@ -153,6 +154,13 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
         {**LAYER_NORM, "attention_bias": True, "sliding_window": 5, "logit_scale": 0.6, "tie_word_embeddings": True,
          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "mixtral": ("mixtral", {**LLAMA, **EXPERTS, "num_local_experts": 5, "sliding_window": 5}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {**LLAMA, **EXPERTS, "intermediate_size": 7, "moe_intermediate_size": 8, "num_local_experts": 5,
+         "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "olmoe": ("olmoe", {**NO_HEAD_DIM, **EXPERTS, "num_experts": 5, "clip_qkv": 0.8, "eos_token_id": None}),
     "stablelm": (
         "stablelm",
         {**LAYER_NORM, "use_qkv_bias": True,
@@ -196,8 +204,12 @@ def build(name: str, folder: Path, seed: int = 0) -> HfModel:
     return HfModel(name, model, folder)
 
 
+ROUTED = ("mixtral", "qwen3_moe", "olmoe")
+"""Families with routed experts."""
+
 PAIR_SPECS = tuple(
-    "llama-gqa3 granite gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2 cohere2".split()
+    "llama-gqa3 granite gpt2-tied gpt2-untied gpt-neox mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2 cohere2 "
+    "mixtral".split()
 )
 
 
@@ -233,7 +245,8 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
     HF stacks heads along the rows of q_proj, k_proj and v_proj and along the columns of o_proj; GPT-2 stores its
     matrices transposed, with queries, keys and values fused along the columns of c_attn. GPT-NeoX fuses them along the
     rows of query_key_value, head by head; Phi-3 along the rows of qkv_proj, all queries first. Norms of queries and
-    keys are no head's own.
+    keys are no head's own. Routed experts are stacked along a first axis, with all gates before all inputs along the
+    second one of gate_up_proj.
     """
     c, config = component, model.config
     names = list(model.state_dict())
@@ -241,7 +254,7 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
         norms = ["input_layernorm", "post_attention_layernorm"]
         if config.model_type.startswith("gemma"):
             norms = [norms[0], "pre_feedforward_layernorm", norms[1], "post_feedforward_layernorm"]
-        if config.model_type.startswith("olmo"):
+        if config.model_type in ("olmo2", "olmo3"):
             norms = [norms[1], "post_feedforward_layernorm"]
         if config.model_type.startswith("cohere"):
             norms = norms[:1]
@@ -264,6 +277,13 @@ def slices(model: Any, component: Any) -> dict[str, Any]:
             owned["head"]["self_attn.qkv_proj.weight"] = rows
             owned["kv_group"] = {"self_attn.qkv_proj.weight": [slice(start, start + dh) for start in first]}
             owned["neuron"]["mlp.gate_up_proj.weight"] = [c.index, config.intermediate_size + c.index]
+        if config.model_type in ROUTED:
+            width = config.moe_intermediate_size if config.model_type == "qwen3_moe" else config.intermediate_size
+            expert, f = divmod(c.index, width)
+            owned["neuron"] = {"mlp.experts.gate_up_proj": [(expert, f), (expert, width + f)],
+                               "mlp.experts.down_proj": (expert, slice(None), f)}  # fmt: skip
+            owned["routed_expert"] = {f"mlp.experts.{p}_proj": c.index for p in ("gate_up", "down")}
+            owned["router"] = {"mlp.gate.weight": ...}
         model_wide = {"embed": ["model.embed_tokens.weight"], "unembed": ["lm_head.weight"],
                       "final_norm": ["model.norm.weight"]}  # fmt: skip
     elif config.model_type == "gpt_neox":

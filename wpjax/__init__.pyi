@@ -1,6 +1,7 @@
 """The public names, listed once: `__init__.py` reads this file at run time, and so do type checkers and editors."""
 
 from .arguments import SweepConfig as SweepConfig
+from .arguments import read_config as read_config
 from .behaviours import Behaviour as Behaviour
 from .behaviours import PromptBatch as PromptBatch
 from .behaviours import behaviour as behaviour
@@ -14,16 +15,18 @@ from .circuits.circuit import ablation as ablation
 from .circuits.circuit import circuit_scores as circuit_scores
 from .circuits.contrast import Contrast as Contrast
 from .circuits.contrast import contrast as contrast
-from .circuits.edges import EdgeScores as EdgeScores
 from .circuits.edges import edge_patch as edge_patch
 from .circuits.edges import score_edges as score_edges
 from .circuits.ioi import ioi_prompts as ioi_prompts
 from .circuits.ioi_study import ioi_study as ioi_study
+from .circuits.learned import learn_circuit as learn_circuit
 from .circuits.measures import circuit_curve as circuit_curve
 from .circuits.measures import completeness as completeness
 from .circuits.measures import faithfulness as faithfulness
 from .circuits.measures import minimality as minimality
 from .circuits.paths import path_patch as path_patch
+from .circuits.scores import EdgeScores as EdgeScores
+from .circuits.scores import NodeScores as NodeScores
 from .components import Component as Component
 from .components import enumerate_components as enumerate_components
 from .components import parse_component as parse_component

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from wpjax.errors import OutputError, WpjaxError
+from wpjax.errors import OutputError, WpjaxError, nearest
 from wpjax.methods import DEFAULT_METHOD, check_method, methods, methods_help
 from wpjax.methods.metrics import check_metric, metric_entries, metrics_help
 
@@ -255,8 +255,8 @@ class SweepConfig:
     kinds: Annotated[
         tuple[str, ...],
         Setting(
-            "Kinds of components, comma-separated: head, kv_group, neuron, attn, mlp, layer, norm, embed, unembed, "
-            "final_norm. The last two come after every anchor, so they need another metric.",
+            "Kinds of components, comma-separated: head, kv_group, neuron, routed_expert, router, attn, mlp, layer, "
+            "norm, embed, unembed, final_norm. The last two come after every anchor, so they need another metric.",
             separator=",",
             passed_to_sweep=True,
             panel=PATCHED,
@@ -474,6 +474,58 @@ def as_command(config: SweepConfig) -> str:
         else:
             words += [option, arg.setting.separator.join(value) if isinstance(value, tuple) else str(value)]
     return shlex.join(words)
+
+
+def read_config(path: Path, **changes: Any) -> SweepConfig:
+    """The config in a YAML file, with the names of the arguments as keys. `wpjax sweep --config` reads the same file.
+
+    Args:
+        path: the file.
+        **changes: arguments that are not in the file, or that replace the file's.
+
+    Raises:
+        WpjaxError: it cannot be read, or holds a key or a value that does not exist.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "wpjax.yaml"
+    >>> _ = path.write_text("{base: tiny:base, expert: tiny:expert, behaviour: tiny:title, kinds: [head]}")
+    >>> as_command(read_config(path, seed=3))
+    'wpjax sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --kinds head --seed 3'
+    """
+    values = {**config_values(path), **changes}
+    missing = [arg.name for arg in arguments_of(SweepConfig) if arg.default is dataclasses.MISSING]
+    if absent := [name for name in missing if name not in values]:
+        raise WpjaxError(f"{path}: no {', '.join(absent)}; add what a sweep cannot do without")
+    defaults = {arg.name: arg.default for arg in arguments_of(SweepConfig) if arg.name not in missing}
+    try:
+        return as_read({**defaults, **values})
+    except WpjaxError as error:
+        raise WpjaxError(f"{path}: {error}") from error
+
+
+def config_values(path: Path) -> dict[str, Any]:
+    """The arguments of a sweep in a YAML file, by name: those that it names, and no others.
+
+    Raises:
+        WpjaxError: it cannot be read, or a key is no argument; the message names the nearest.
+    """
+    from wpjax.runtime.yaml_files import read_yaml
+
+    content, known = read_yaml(path), {arg.name: arg for arg in arguments_of(SweepConfig)}
+    if not isinstance(content, dict):
+        raise WpjaxError(f"{path}: not a mapping; write lines like base: org/model")
+    for name, value in content.items():
+        if name not in known:
+            raise WpjaxError(
+                f"{path}: {name!r} is no argument of a sweep{nearest(name, known)}; see wpjax sweep --help"
+            )
+        kinds = (known[name].type, *typing.get_args(known[name].type))
+        many = any(typing.get_origin(kind) is tuple for kind in kinds)
+        if isinstance(value, dict) or (isinstance(value, list) and not many):
+            raise WpjaxError(f"{path}: {name} has one value; write it behind the colon")
+        if many and isinstance(value, str):
+            content[name] = [part.strip() for part in value.split(known[name].setting.separator or None)]
+    return content
 
 
 def as_written(config: SweepConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ neurons are those of arXiv 2604.13694; the other units are ours, so that all par
     attn_bias[l]       b_O, shared by all heads
     qk_norm[l]         the norms of queries and keys, shared by all heads
     mlp_bias[l]        b_out, shared by all neurons
+    router[l]          W_router, of models with routed experts
     norm_attn[l]  norm_mlp[l]  norm_attn_out[l]  norm_mlp_out[l]  embed  unembed  final_norm
 
 Units with a second index have *channels*: the heads, KV groups or neurons of a layer.
@@ -21,7 +22,6 @@ two tables.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Bool, Real
 
 from wpjax.checkpoints.convert import flatten
-from wpjax.errors import ComponentError
+from wpjax.errors import ComponentError, nearest
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import abstract_params
 from wpjax.models.parameters import PARAMETERS
@@ -62,6 +62,8 @@ class Kind(NamedTuple):
         opens: how they divide the units among them.
 
             - "channel": component i of a layer opens channel i of the one unit, as a head does.
+            - "block": component i of a layer opens the i-th of E equal blocks of channels of the one unit, as a routed
+              expert does.
             - "all": a layer (or the model) has one component, which opens all units, as an MLP does.
             - "part": component i of a layer opens the i-th unit and is named `parts[i]`, as a norm is.
         parts: names of the parts; empty unless `opens` is "part".
@@ -69,13 +71,13 @@ class Kind(NamedTuple):
     """
 
     units: tuple[str, ...]
-    opens: Literal["channel", "all", "part"] = "all"
+    opens: Literal["channel", "block", "all", "part"] = "all"
     parts: tuple[str, ...] = ()
     in_layer: bool = True
 
 
 _ATTN = ("head", "kv_group", "attn_bias", "qk_norm")
-_MLP = ("neuron", "mlp_bias")
+_MLP = ("neuron", "mlp_bias", "router")
 _NORM = ("norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out")
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -83,6 +85,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "head": Kind(("head",), "channel"),
         "kv_group": Kind(("kv_group",), "channel"),
         "neuron": Kind(("neuron",), "channel"),
+        "routed_expert": Kind(("neuron",), "block"),
+        "router": Kind(("router",)),
         "attn": Kind(_ATTN),
         "mlp": Kind(_MLP),
         "layer": Kind((*_ATTN, *_MLP, *_NORM)),
@@ -121,9 +125,7 @@ class Component:
         kind = KINDS[self.kind]
         if not kind.in_layer:
             return self.kind
-        suffix = {"channel": f".{self.index}", "all": "", "part": ""}[kind.opens]
-        if kind.opens == "part":
-            suffix = f".{kind.parts[self.index]}"
+        suffix = "" if kind.opens == "all" else f".{kind.parts[self.index] if kind.parts else self.index}"
         return f"L{self.layer}" if self.kind == "layer" else f"L{self.layer}.{self.kind}{suffix}"
 
 
@@ -160,6 +162,8 @@ def indices(cfg: ModelConfig, kind: str) -> Sequence[int]:
     entry, shapes = KINDS[kind], unit_shapes(cfg)
     if not set(entry.units) & set(shapes):
         return ()  # the unembedding of a tied model
+    if entry.opens == "block":
+        return range(cfg.n_experts)
     if entry.opens == "channel":
         return range(shapes[entry.units[0]][-1])  # not a tuple: whether a neuron is in it is asked thousands of times
     return tuple(i for i, unit in enumerate(entry.units) if unit in shapes) if entry.opens == "part" else (0,)
@@ -216,7 +220,8 @@ def n_parameters(cfg: ModelConfig, component: Component) -> int:
         if unit in units:
             shape = leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
             n = math.prod(shape)
-            total += n // shape[axis] if kind.opens == "channel" and axis is not None else n
+            parts = 1 if axis is None else {"channel": shape[axis], "block": cfg.n_experts}.get(kind.opens, 1)
+            total += n // parts
     return total
 
 
@@ -266,7 +271,7 @@ def check_kind(kind: str) -> None:
         ComponentError: there is no such kind; the message names the most similar one.
     """
     if kind not in KINDS:
-        raise ComponentError(f"unknown component kind {kind!r}{_nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
+        raise ComponentError(f"unknown component kind {kind!r}{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
 def parse_component(cfg: ModelConfig, name: str) -> Component:
@@ -289,7 +294,8 @@ def parse_component(cfg: ModelConfig, name: str) -> Component:
     if component.layer >= cfg.n_layers:
         raise ComponentError(f"{name}: the model has layers L0 to L{cfg.n_layers - 1}")
     if not existing:
-        raise ComponentError(f"{name}: this model has none; its unembedding is tied to embed, so patch embed")
+        why = {"unembed": "its unembedding is tied to embed, so patch embed"}
+        raise ComponentError(f"{name}: this model has none; {why.get(component.kind, 'see wpjax inspect')}")
     if component.index not in existing:
         parts = KINDS[component.kind].parts
         has = ", ".join(parts[i] for i in existing) if parts else f"0 to {existing[-1]}"
@@ -324,11 +330,6 @@ def _is_index(text: str) -> bool:
     return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0") and len(text) < 10
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def unit_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarray]:
     """The entries of each unit's mask that a component opens: unit -> positions in the flattened mask."""
     kind, shapes, positions = KINDS[component.kind], unit_shapes(cfg), {}
@@ -338,8 +339,13 @@ def unit_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarr
         shape = shapes[unit]
         width = math.prod(shape[1:]) if kind.in_layer else math.prod(shape)  # entries of one layer
         start = component.layer * width if kind.in_layer else 0
-        opened = [component.index] if kind.opens == "channel" else np.arange(width)
-        positions[unit] = start + np.asarray(opened)
+        if kind.opens == "channel":
+            opened = np.array([component.index])
+        elif kind.opens == "block":
+            opened = component.index * (width // cfg.n_experts) + np.arange(width // cfg.n_experts)
+        else:
+            opened = np.arange(width)
+        positions[unit] = start + opened
     return positions
 
 

@@ -6,7 +6,8 @@ code 2. Any other exception is a bug.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -72,3 +73,13 @@ class OutputError(WpjaxError):
 
 class OtherResult(WpjaxError):
     """A result file holds another kind of result than was asked for."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """In words, the most similar of some names; empty if none is. For messages about a name that does not exist.
+
+    >>> nearest("wieght", ["weight", "density"])
+    ' (did you mean weight?)'
+    """
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

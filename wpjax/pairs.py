@@ -60,7 +60,7 @@ class DiffNorm(NamedTuple):
     base: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pair:
     """A base and an expert with one configuration and one tokenizer.
 
@@ -76,8 +76,10 @@ class Pair:
 
     >>> import wpjax as wp
     >>> pair = wp.load_pair("tiny:base", "tiny:expert")
-    >>> pair.dtype, pair.base["blocks"]["attn"]["W_Q"].shape == pair.expert["blocks"]["attn"]["W_Q"].shape
-    ('float32', True)
+    >>> pair
+    Pair('tiny:base' -> 'tiny:expert', llama of 8 layers, float32)
+    >>> pair.base["blocks"]["attn"]["W_Q"].shape == pair.expert["blocks"]["attn"]["W_Q"].shape
+    True
     """
 
     cfg: ModelConfig
@@ -87,6 +89,10 @@ class Pair:
     base_checkpoint: Checkpoint
     expert_checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        models = f"{self.base_checkpoint.source!r} -> {self.expert_checkpoint.source!r}"
+        return f"Pair({models}, {self.cfg.family} of {self.cfg.n_layers} layers, {self.dtype})"
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -208,7 +214,7 @@ class Pair:
             rest = tuple(i for i in range(leaf.ndim) if i not in mask_axes)
             square = squared_change(leaf, theirs[path], rest)
             squares[unit] = np.asarray(squares.get(unit, 0.0) + np.asarray(square, np.float64))
-        by_kind = {kind: _component_sums(squares, kind) for kind in {c.kind for c in components}}
+        by_kind = {kind: _component_sums(self.cfg, squares, kind) for kind in {c.kind for c in components}}
         return np.sqrt([by_kind[c.kind][max(c.layer, 0)][c.index] for c in components])
 
 
@@ -229,7 +235,7 @@ def squared_change(base: Array, expert: Array, over: tuple[int, ...]) -> Array:
     return jnp.square(expert.astype(jnp.float32) - base.astype(jnp.float32)).sum(over)
 
 
-def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarray, "L n"]:
+def _component_sums(cfg: ModelConfig, squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarray, "L n"]:
     """Sums of each component of a kind, by layer and index, from the sums of each unit."""
     entry = KINDS[kind]
     if entry.opens == "part":  # a norm that the model lacks gets zeros, so that the others keep their indices
@@ -238,6 +244,8 @@ def _component_sums(squares: dict[str, np.ndarray], kind: str) -> Float[np.ndarr
     units = [squares[unit] for unit in entry.units if unit in squares]
     if entry.opens == "channel":
         return units[0]
+    if entry.opens == "block":
+        return units[0].reshape(len(units[0]), cfg.n_experts, -1).sum(2)
     if not entry.in_layer:
         return np.array([[sum(units)]])
     return np.sum([g.reshape(len(g), -1).sum(1) for g in units], axis=0)[:, None]

@@ -157,7 +157,7 @@ class PatchMask:
 
 
 _OPTIONAL_UNITS = frozenset(
-    {"attn_bias", "qk_norm", "mlp_bias", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
+    {"attn_bias", "qk_norm", "mlp_bias", "router", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
 )
 """Units that not every architecture has."""
 
@@ -214,7 +214,7 @@ def components_of(cfg: ModelConfig, mask: PatchMask, kinds: Iterable[str] | None
     return found
 
 
-_LARGEST_FIRST = ("layer", "attn", "mlp", "norm", "head", "kv_group", "neuron", "embed", "unembed", "final_norm")
+_LARGEST_FIRST = tuple("layer attn mlp norm head kv_group router routed_expert neuron embed unembed final_norm".split())
 """Kinds of components, those that own the most first."""
 
 

@@ -28,7 +28,7 @@ from wpjax.arguments import SweepConfig, as_command, as_written
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
 from wpjax.components import KINDS, check_kind, count, parse_component
 from wpjax.engines.on_policy import OnPolicy
-from wpjax.errors import AnchorRejected, WpjaxError
+from wpjax.errors import AnchorRejected, ComponentError, WpjaxError
 from wpjax.estimators.sets import add_set_score, set_metrics
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
@@ -136,6 +136,8 @@ def run_study(
         result = _swept(setting, measured, parts)
         if config.quick:
             result.dataset.attrs["quick"] = "a first look, at few prompts and components (--quick)"
+        # On whichever devices it ran, this asks for the same.
+        result.dataset.attrs["command"] = as_command(dataclasses.replace(config, mesh=None, memory_mb=None))
         result.dataset.attrs |= asked_for(
             config.behaviour, config.checker, config.max_new_tokens, config.ignore_config, config.tokenizer
         )
@@ -244,6 +246,11 @@ def _prepare(
     progress("reading the pair", 1, 1)
     for name in config.components or ():
         parse_component(pair.cfg, name)
+    lacking = [] if config.components else [kind for kind in config.kinds if not count(pair.cfg, kind)]
+    if lacking and len(lacking) == len(config.kinds):
+        raise ComponentError(f"nothing to sweep: this model has no {', '.join(lacking)}")
+    if lacking:
+        tell(f"this model has no {', '.join(lacking)}")
     loaded = _loaded_anchor(config, pair, task, tell)
     batch = task.encode(pair.tokenizer, "sweep", config.n_prompts)
     pair.check_prompts(batch)

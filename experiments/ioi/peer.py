@@ -206,7 +206,7 @@ def edges_timed(model_folder: str, n_prompts: int, steps: int = 5, repeats: int 
             if turn:  # the first turn compiles
                 seconds[name].append(time.perf_counter() - start)
     best = {name: min(took) for name, took in seconds.items()}
-    n_edges = wp.score_edges(cfg, params, two, steps=steps).graph.n_edges
+    n_edges = wp.score_edges(cfg, params, two, steps=steps).n_members
     return {
         "prompts": n_prompts,
         "edges": n_edges,

@@ -33,13 +33,22 @@ def heads(report: dict[str, Any]) -> str:
 
 def circuits(report: dict[str, Any]) -> str:
     """Faithfulness by share of edges, and the two areas."""
-    signed, absolute = report["curves"]
+    return _curves(report, "edges")
+
+
+def nodes(report: dict[str, Any]) -> str:
+    """Faithfulness by share of nodes, and the two areas."""
+    return _curves(report, "nodes")
+
+
+def _curves(report: dict[str, Any], level: str) -> str:
+    signed, absolute = (curve for curve in report["curves"] if curve["level"] == level)
     rows = [
         (f"{k:.1%}", f"{n:,}", f"{a:.3f}", f"{b:.3f}")
-        for k, n, a, b in zip(signed["shares"], signed["n_edges"], signed["f"], absolute["f"], strict=True)
+        for k, n, a, b in zip(signed["shares"], signed["counts"], signed["f"], absolute["f"], strict=True)
     ]
     areas = [(name.upper(), "", f"{signed[name]:.3f}", f"{absolute[name]:.3f}") for name in ("cpr", "cmd")]
-    return table(("edges", "number", "f, signed top k", "f, absolute top k"), [*rows, *areas])
+    return table((level, "number", "f, signed top k", "f, absolute top k"), [*rows, *areas])
 
 
 def sizes(report: dict[str, Any]) -> str:

@@ -30,9 +30,11 @@ from wpjax.checkpoints.convert import (
     edit_tensors,
     flatten,
     tensor_name,
+    tensor_names,
     tensor_shapes,
     unflatten,
 )
+from wpjax.checkpoints.expert_adapter import ExpertFactors, collect, expert_edits
 from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, how_to_merge, read_json
 from wpjax.checkpoints.placing import Place, finite_floats
 from wpjax.errors import CheckpointError
@@ -43,8 +45,8 @@ from wpjax.models.families.vision_language import LEFT_OUT, TOWER
 
 _USED = frozenset(
     "peft_type base_model_name_or_path r lora_alpha use_rslora use_dora rank_pattern alpha_pattern init_lora_weights "
-    "modules_to_save trainable_token_indices ensure_weight_tying target_modules exclude_modules layers_to_transform "
-    "layers_pattern".split()
+    "modules_to_save trainable_token_indices ensure_weight_tying target_modules target_parameters exclude_modules "
+    "layers_to_transform layers_pattern".split()
 )
 # How the adapter was trained and stored. The tensors say the rest: which biases there are, and which way matrices lie.
 _NO_MATTER = frozenset(
@@ -76,6 +78,7 @@ _ENDINGS = {
     ".weight": ("whole", "weight"),
     ".bias": ("whole", "bias"),
 }
+_OF_EXPERTS = (".gate_up_proj", ".down_proj", ".gate.weight")
 _ANOTHER_BASE = "the adapter was trained over another base"
 
 _CHUNK = 2**22
@@ -188,7 +191,14 @@ class Adapter:
             for value in (config.get(name, _DEFAULTS[name]), *values.values()):
                 if not _is_number(value) or (name == "r" and not (isinstance(value, int) and value > 0)):
                     raise CheckpointError(f"{where}: {value!r} is no {name}; correct it")
-        for name in ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+        for name in (
+            "modules_to_save",
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+            "layers_pattern",
+            "layers_to_transform",
+        ):
             value, kind = config.get(name) or [], int if name == "layers_to_transform" else str
             one = isinstance(value, kind) and name != "modules_to_save"
             if not one and not (isinstance(value, list) and all(isinstance(entry, kind) for entry in value)):
@@ -228,9 +238,11 @@ class Adapter:
         family, untied = FAMILIES[cfg.family], dataclasses.replace(cfg, tied=False)
         shapes = tensor_shapes(untied)
         embedding, head = (tensor_name(untied, leaf) for leaf in ("embed/W_E", "unembed/W_U"))
-        changes, left_out = self._changes(cfg, shapes, head, base)
+        changes, of_experts, left_out = self._changes(cfg, shapes, head, base)
         self._check_complete(shapes, changes, base)
-        notes = self._notes(changes, base)
+        experts = expert_edits(cfg, of_experts, self._read, self._expert_scale, merged, self.where)
+        self._check_experts(cfg, experts)
+        notes = self._notes(changes, base, [factors.layer for factors in of_experts.values()])
         tied = cfg.tied and self._stays_tied(changes, embedding, head)
         if tied:
             changes.pop(head, None)
@@ -247,18 +259,19 @@ class Adapter:
             self._check_shapes(change, shape, name.endswith(family.transposed), base)
         new = dataclasses.replace(cfg, tied=tied, d_vocab=rows[embedding])
         edits = {name: self._edit(change, name.endswith(family.transposed)) for name, change in changes.items()}
-        return Edits(new, edits, left_out, tuple(notes))
+        return Edits(new, edits | experts, left_out, tuple(notes))
 
     def _changes(
         self, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], head: str, base: str
-    ) -> tuple[dict[str, _Change], tuple[str, ...]]:
-        """What the file holds, by the names of the base's tensors; and what of it is not read.
+    ) -> tuple[dict[str, _Change], dict[str, ExpertFactors], tuple[str, ...]]:
+        """What the file holds, by the names of the base's tensors; factors of routed experts; and what is not read.
 
         Raises:
             CheckpointError: a tensor belongs to no weight of the base.
         """
         family = FAMILIES[cfg.family]
         changes: dict[str, _Change] = {}
+        of_experts: dict[str, ExpertFactors] = {}
         heads: list[str] = []
         towers: dict[str, int] = {}
         for name in self._tensors.names():
@@ -270,7 +283,7 @@ class Adapter:
             if stem.startswith(OTHER_HEADS):
                 heads.append(stem)
                 continue
-            if stem.endswith(family.skipped):
+            if stem.endswith(family.skipped) or collect(cfg, name, stem, of_experts):
                 continue
             ending = max((e for e in _ENDINGS if stem.endswith(e)), key=len, default="")
             part, parameter = _ENDINGS.get(ending, ("", ""))
@@ -280,6 +293,9 @@ class Adapter:
             paths = [own, family.prefix + own]
             if own == "lm_head":  # some families name it otherwise in their files
                 paths.append(head.removesuffix(".weight"))
+            layer = _layer(own)
+            if cfg.n_experts and own.endswith(".mlp.gate") and layer is not None and layer < cfg.n_layers:  # likewise
+                paths.append(tensor_name(cfg, "blocks/mlp/W_router", layer).removesuffix(".weight"))
             target = next((f"{p}.{parameter}" for p in paths if f"{p}.{parameter}" in shapes), None)
             if target is None or not ending:
                 raise CheckpointError(f"{self.where}: tensor {name} {self._astray(cfg, path, part, base)}")
@@ -292,7 +308,7 @@ class Adapter:
             if copy := change.parts.pop("copy", ""):
                 change.parts.setdefault("whole", copy)
         changes = {target: change for target, change in changes.items() if change.parts}
-        return changes, (*(f"{part} ({n} tensors)" for part, n in towers.items()), *sorted(heads))
+        return changes, of_experts, (*(f"{part} ({n} tensors)" for part, n in towers.items()), *sorted(heads))
 
     @staticmethod
     def _astray(cfg: ModelConfig, path: str, part: str, base: str) -> str:
@@ -325,7 +341,7 @@ class Adapter:
                     f"use_dora={self.config.get('use_dora')!r}; the two files do not belong together"
                 )
         # Names of modules in the file and here differ if the model was wrapped in another way.
-        factored = [(name, change) for name, change in changes.items() if change.factors]
+        factored = [(n, c) for n, c in changes.items() if c.factors and n.endswith(f"{c.path}.weight")]
         shift = next((name.removesuffix(".weight").removesuffix(change.path) for name, change in factored), "")
         for name, shape in shapes.items():
             if not name.startswith(shift) or not name.endswith(".weight"):
@@ -341,6 +357,28 @@ class Adapter:
                     f"{self.where}: target_modules names {path} of {base}, for which the file holds nothing; "
                     f"{_ANOTHER_BASE}, or the file is not whole"
                 )
+
+    def _check_experts(self, cfg: ModelConfig, edits: Mapping[str, Any]) -> None:
+        """Refuse a file without the factors of routed experts that `target_parameters` names, and other names there.
+
+        Raises:
+            CheckpointError: names the tensor of all experts, as PEFT knows it.
+        """
+        targets = self.config.get("target_parameters") or []
+        if any(not cfg.n_experts or not f".{t}".endswith(_OF_EXPERTS) for t in targets):
+            raise CheckpointError(
+                f"{self._folder / ADAPTER}: target_parameters={targets!r} is not implemented but for routed experts "
+                f"and routers; if PEFT can, {how_to_merge(self._folder)}"
+            )
+        for layer in range(cfg.n_layers if cfg.n_experts else 0):
+            for what, leaf in (("gate_up_proj", "W_in"), ("down_proj", "W_out")):
+                path = f"model.layers.{layer}.mlp.experts.{what}"
+                is_target = any(path == target or path.endswith(f".{target}") for target in targets)
+                if is_target and tensor_names(cfg, f"blocks/mlp/{leaf}", layer)[0] not in edits:
+                    raise CheckpointError(
+                        f"{self.where}: target_parameters names {path}, for which the file holds nothing; "
+                        f"{_ANOTHER_BASE}, or the file is not whole"
+                    )
 
     def _is_saved(self, path: str) -> bool:
         """Whether a module is trained as a whole (`_set_trainable` of PEFT)."""
@@ -402,6 +440,19 @@ class Adapter:
         return self._setting("lora_alpha", "alpha_pattern", path) / (
             math.sqrt(rank) if self.config.get("use_rslora") else rank
         )
+
+    def _expert_scale(self, path: str, rank: int) -> float:
+        """The factor s of a tensor of all experts, whose factors have this rank.
+
+        Raises:
+            CheckpointError: the configuration says another rank.
+        """
+        if rank != self._setting("r", "rank_pattern", path):
+            raise CheckpointError(
+                f"{self.where}: the factors of {path} are of rank {rank}, and {ADAPTER} says "
+                f"{self._setting('r', 'rank_pattern', path)}; the two files do not belong together"
+            )
+        return self._scale(path)
 
     def _stays_tied(self, changes: Mapping[str, _Change], embedding: str, head: str) -> bool:
         """Whether embedding and head of a tied base are one tensor after the change, too.
@@ -499,7 +550,7 @@ class Adapter:
 
         return edit
 
-    def _notes(self, changes: Mapping[str, _Change], base: str) -> list[str]:
+    def _notes(self, changes: Mapping[str, _Change], base: str, expert_layers: list[int]) -> list[str]:
         """What the adapter changes, and what base it names if that is another."""
         factored = [change for change in changes.values() if change.factors]
         ranks = sorted({self._setting("r", "rank_pattern", change.path) for change in factored})
@@ -517,6 +568,8 @@ class Adapter:
             those = [change for change in those if not change.factors]  # what was saved below factors did not change
             if those:
                 said.append(f"{what}: {_modules(those)}")
+        if expert_layers:
+            said.append(f"factors of routed experts{_in_layers(expert_layers)}")
         notes = [f"{self.source} is an adapter: {'; '.join(said) or 'it changes nothing'}"]
         named = self.config.get("base_model_name_or_path")
         if isinstance(named, str) and Path(named).name != Path(base.partition("@")[0]).name:
@@ -580,9 +633,14 @@ def _layer(path: str) -> int | None:
 def _modules(changes: list[_Change]) -> str:
     """Modules in words: their own names, and the layers that they stand in."""
     names = dict.fromkeys(change.path.split(".")[-1] for change in changes)
-    layers = sorted({layer for change in changes if (layer := _layer(change.path)) is not None})
+    found = [layer for change in changes if (layer := _layer(change.path)) is not None]
+    return f"{', '.join(names)}{_in_layers(found)}"
+
+
+def _in_layers(numbers: list[int]) -> str:
+    """Layers in words, " in layers 0-2, 5"; empty if there are none."""
+    layers = sorted(set(numbers))
     starts = [layer for layer in layers if layer - 1 not in layers]
     ends = [layer for layer in layers if layer + 1 not in layers]
     spans = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
-    where = f" in layer{'s' if len(layers) > 1 else ''} {', '.join(spans)}" if layers else ""
-    return f"{', '.join(names)}{where}"
+    return f" in layer{'s' if len(layers) > 1 else ''} {', '.join(spans)}" if layers else ""

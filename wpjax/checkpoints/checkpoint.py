@@ -22,12 +22,12 @@ from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_ou
 from wpjax.checkpoints.folder import (
     ADAPTER,
     MARKER,
-    SafetensorsFolder,
     check_file,
     check_folder,
     how_to_merge,
     read_json,
 )
+from wpjax.checkpoints.fused_experts import SplitExperts
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config, with_changes
 from wpjax.checkpoints.hub import download
@@ -47,7 +47,7 @@ EMBEDDED = ("base", "expert", "planted")
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")  # the oldest ids have no organisation: gpt2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A model in memory, with all that is needed to save it again.
 
@@ -64,6 +64,8 @@ class Checkpoint:
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
+    >>> model
+    Checkpoint('tiny:base', llama of 8 layers)
     >>> model.params["embed"]["W_E"].shape == (model.cfg.d_vocab, model.cfg.d_model)
     True
     """
@@ -76,6 +78,9 @@ class Checkpoint:
     source: str
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.source!r}, {self.cfg.family} of {self.cfg.n_layers} layers)"
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -108,7 +113,8 @@ def load_checkpoint(
 
     Args:
         source: a folder with config.json and safetensors, a `.gguf` file (of a split one, the first part), or a hub id
-            ("gpt2", "org/name" or "org/name@revision"); with `base`, also a PEFT folder. See `local_path`.
+            ("gpt2", "org/name" or "org/name@revision"); with `base`, also a PEFT folder. See `local_path`. Or
+            "MODEL+ADAPTER": one of these with a PEFT adapter over it.
         dtype: precision, a key of `PRECISIONS`:
 
             - "float32";
@@ -138,6 +144,11 @@ def load_checkpoint(
     source = str(source)
     if dtype not in PRECISIONS:
         raise CheckpointError(f"unknown dtype {dtype!r}; there are {', '.join(PRECISIONS)}")
+    parts = model_and_adapter(source)
+    if parts is not None:
+        under = load_checkpoint(parts[0], dtype, ignore_config, base, place)
+        over = load_checkpoint(parts[1], dtype, ignore_config, under, place)
+        return dataclasses.replace(over, source=source, tokenizer=over.tokenizer or under.tokenizer)
     path = local_path(source)
     if path.is_dir():
         return _load_folder(path, source, dtype, ignore_config, base, place)
@@ -148,6 +159,25 @@ def load_checkpoint(
     tokenizer = file.tokenizer()  # before the weights, which take longer
     params = params_from_hf(cfg, file, weights, place, None if base is None else base.params)
     return Checkpoint(cfg, params, tokenizer, raw, None, source)
+
+
+def model_and_adapter(source: str) -> tuple[str, str] | None:
+    """The two sources in "MODEL+ADAPTER"; None if a source is not written so, or is the name of something there.
+
+    Raises:
+        CheckpointError: what stands after the plus is no adapter.
+
+    >>> model_and_adapter("org/name") is None
+    True
+    """
+    if "+" not in source or Path(source).expanduser().exists():
+        return None
+    model, _, adapter = source.rpartition("+")
+    if not model or not (local_path(adapter) / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{source}: {adapter or 'what stands after the plus'} is no PEFT adapter; name a model alone"
+        )
+    return model, adapter
 
 
 def local_path(source: str | Path) -> Path:
@@ -208,7 +238,7 @@ def _load_folder(
     generation = read_json(path) if path.exists() else None
     for file, content in ((config, raw), (path, generation or {})):
         _check_stop_tokens(file, content.get("eos_token_id"))
-    tensors: TensorSource = SafetensorsFolder(folder)
+    tensors: TensorSource = SplitExperts(folder, cfg)
     towers: tuple[str, ...] = ()
     if text is not None:
         tensors = tower = TextTower(tensors)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from wpjax.checkpoints.placing import Layer, Place, host_rows, put_leaf
+from wpjax.checkpoints.placing import Layer, Place, finite_floats, host_rows, put_leaf
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
@@ -80,6 +80,8 @@ def _sizes(cfg: ModelConfig, pattern: str) -> dict[str, int]:
         "p": cfg.d_head // 2,
         "t": 2,
         "f": cfg.d_mlp,
+        "x": cfg.n_experts,
+        "w": cfg.d_expert if cfg.n_experts else cfg.d_mlp,
         "v": cfg.d_vocab,
         "c": cfg.n_ctx,
         "n": 3,
@@ -123,7 +125,7 @@ def _from_leaves(cfg: ModelConfig, rule: TensorRule, leaves: list[np.ndarray]) -
     ours = leaves if len(leaves) == len(patterns) else [np.stack(leaves)]
     backwards = [" -> ".join(side.strip() for side in reversed(pattern.split("->"))) for pattern in patterns]
     parts = [einops.rearrange(a, p, **_sizes(cfg, p)) for a, p in zip(ours, backwards, strict=True)]
-    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def params_from_hf(
@@ -166,19 +168,24 @@ def leaves_from_hf(
     names, shapes = match_names(cfg, source), _leaf_shapes(cfg)
     twins = {} if like is None else flatten(like)
 
-    def tensor(rule: TensorRule, full_name: str) -> np.ndarray:
-        value, shape = source.read(names[full_name]), _hf_shape(cfg, rule)
+    def tensor(rule: TensorRule, own: tuple[str, ...]) -> np.ndarray:
+        parts = [one(rule, full_name) for full_name in own]
+        return np.stack(parts) if rule.by_expert else parts[0]
+
+    def one(rule: TensorRule, full_name: str) -> np.ndarray:
+        value, shape = source.read(names[full_name]), _hf_shape(cfg, rule)[rule.by_expert :]
         if value.shape != shape:
             raise CheckpointError(
                 f"{source.where}: tensor {full_name} has shape {value.shape}, {source.configuration} says {shape}"
             )
-        return value
+        # Of stacked tensors `put_leaf` would name the first.
+        return finite_floats(source.where, full_name, value) if rule.by_expert else value
 
     for rule in _rules(cfg):
         for part, path in enumerate(rule.leaves):
             # Read anew for each leaf of a tensor, so that only one leaf is held. Of a file, a view of it.
             layers = (
-                Layer(name, _to_leaves(cfg, rule, tensor(rule, name))[part]) for name in _names_of(cfg, rule).values()
+                Layer(own[0], _to_leaves(cfg, rule, tensor(rule, own))[part]) for own in _names_of(cfg, rule).values()
             )
             sharding = None if place is None else place(path, shapes[path])
             yield path, put_leaf(shapes[path], jnp.dtype(dtype), layers, sharding, source.where, twins.get(path))
@@ -189,10 +196,17 @@ def _leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flatten(abstract_params(cfg)).items()}
 
 
-def _names_of(cfg: ModelConfig, rule: TensorRule) -> dict[int | None, str]:
-    """Layer -> HF name of the tensor that a rule is about; of a tensor outside the layers, None -> its name."""
+def _names_of(cfg: ModelConfig, rule: TensorRule) -> dict[int | None, tuple[str, ...]]:
+    """Layer -> HF names of the tensors that a rule is about; of one outside the layers, None -> its name.
+
+    That is one tensor, or one for each routed expert.
+    """
     layers = range(cfg.n_layers) if "{l}" in rule.hf else [None]
-    return {layer: rule.hf.replace("{l}", str(layer)) for layer in layers}
+    experts = range(cfg.n_experts) if rule.by_expert else [0]
+    return {
+        layer: tuple(rule.hf.replace("{l}", str(layer)).replace("{x}", str(expert)) for expert in experts)
+        for layer in layers
+    }
 
 
 def match_names(cfg: ModelConfig, source: TensorSource) -> dict[str, str]:
@@ -285,14 +299,20 @@ def hf_tensor(cfg: ModelConfig, leaves: Mapping[str, Any], name: str) -> np.ndar
     >>> hf_tensor(cfg, {"blocks/mlp/W_in": per_neuron}, "model.layers.0.mlp.up_proj.weight")[:, 0].tolist()[:3]
     [0, 1, 2]
     """
-    rule, layer = _places(cfg)[name]
-    return _from_leaves(cfg, rule, [_on_host(leaves[path], layer) for path in rule.leaves])
+    rule, layer, expert = _places(cfg)[name]
+    whole = _from_leaves(cfg, rule, [_on_host(leaves[path], layer) for path in rule.leaves])
+    return np.ascontiguousarray(whole[expert] if rule.by_expert else whole)
 
 
 @functools.cache
-def _places(cfg: ModelConfig) -> Mapping[str, tuple[TensorRule, int | None]]:
-    """HF name of every tensor of a model -> its rule, and its layer; None outside the layers."""
-    return {name: (rule, layer) for rule in _rules(cfg) for layer, name in _names_of(cfg, rule).items()}
+def _places(cfg: ModelConfig) -> Mapping[str, tuple[TensorRule, int | None, int]]:
+    """HF name of every tensor of a model -> its rule, its layer (None outside the layers), and its routed expert."""
+    return {
+        name: (rule, layer, expert)
+        for rule in _rules(cfg)
+        for layer, own in _names_of(cfg, rule).items()
+        for expert, name in enumerate(own)
+    }
 
 
 @functools.lru_cache(maxsize=8)
@@ -302,7 +322,8 @@ def tensor_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     >>> tensor_shapes(ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64))["model.layers.0.self_attn.k_proj.weight"]
     (8, 16)
     """
-    return MappingProxyType({name: _hf_shape(cfg, rule) for name, (rule, _) in _places(cfg).items()})
+    shapes = {rule: _hf_shape(cfg, rule)[rule.by_expert :] for rule in _rules(cfg)}
+    return MappingProxyType({name: shapes[rule] for name, (rule, _, _) in _places(cfg).items()})
 
 
 def tensor_name(cfg: ModelConfig, leaf: str, layer: int | None = None) -> str:
@@ -313,10 +334,21 @@ def tensor_name(cfg: ModelConfig, leaf: str, layer: int | None = None) -> str:
         leaf: path of the leaf.
         layer: number of the layer, of a leaf in the layers.
 
+    Raises:
+        CheckpointError: there is no one tensor, because each routed expert has its own.
+
     >>> cfg = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
     >>> tensor_name(cfg, "embed/W_E"), tensor_name(cfg, "blocks/mlp/W_out", 1)
     ('model.embed_tokens.weight', 'model.layers.1.mlp.down_proj.weight')
     """
+    names = tensor_names(cfg, leaf, layer)
+    if len(names) > 1:
+        raise CheckpointError(f"{leaf} is not one tensor in {cfg.family}: each of {len(names)} routed experts has one")
+    return names[0]
+
+
+def tensor_names(cfg: ModelConfig, leaf: str, layer: int | None = None) -> tuple[str, ...]:
+    """HF names of the tensors that hold a leaf, and no other: one, or one for each routed expert; as `tensor_name`."""
     return next(_names_of(cfg, rule)[layer] for rule in _rules(cfg) if rule.leaves == (leaf,))
 
 
@@ -351,13 +383,13 @@ def edit_tensors(
     flat, shapes = flatten(params), _leaf_shapes(new_cfg)
     for rule in _rules(cfg):
         names = _names_of(cfg, rule)
-        if not edits.keys() & set(names.values()):
+        if not any(edits.keys() & set(own) for own in names.values()):
             continue
         new: dict[str, Any] = {}
         for part, path in enumerate(rule.leaves):
             layers = (
-                Layer(name, _edited(cfg, new_cfg, rule, flat, layer, part, edits.get(name)))
-                for layer, name in names.items()
+                Layer(own[0], _edited(cfg, new_cfg, rule, flat, layer, part, [edits.get(name) for name in own]))
+                for layer, own in names.items()
             )
             sharding = None if place is None else place(path, shapes[path])
             new[path] = put_leaf(shapes[path], flat[path].dtype, layers, sharding)
@@ -372,13 +404,15 @@ def _edited(
     leaves: Mapping[str, Any],
     layer: int | None,
     part: int,
-    edit: Callable[[np.ndarray], np.ndarray] | None,
+    edits: list[Callable[[np.ndarray], np.ndarray] | None],
 ) -> np.ndarray:
-    """One layer of a leaf, the `part`th of its rule, after an edit of its tensor; as it is if there is no edit."""
-    if edit is None:
+    """One layer of a leaf, the `part`th of its rule, after edits of its tensors; as it is where there is no edit."""
+    if not any(edits):
         return _on_host(leaves[rule.leaves[part]], layer)
-    tensor = _from_leaves(cfg, rule, [_on_host(leaves[path], layer) for path in rule.leaves])
-    return _to_leaves(new_cfg, rule, edit(tensor))[part]
+    whole = _from_leaves(cfg, rule, [_on_host(leaves[path], layer) for path in rule.leaves])
+    tensors = whole if rule.by_expert else [whole]
+    new = [tensor if edit is None else edit(tensor) for edit, tensor in zip(edits, tensors, strict=True)]
+    return _to_leaves(new_cfg, rule, np.stack(new) if rule.by_expert else new[0])[part]
 
 
 def _on_host(leaf: Any, layer: int | None) -> np.ndarray:

@@ -41,8 +41,9 @@ _ACTED_ON: dict[str, Any] = {
     "per_layer_config": None,
     "is_causal": True,
 }
-_SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "window")
-_FACTORS = ("attn_scale", "attn_softcap", "logit_softcap", "embed_scale", "resid_scale", "logit_scale")
+_SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "window",
+          "n_experts", "n_active")  # fmt: skip
+_FACTORS = ("attn_scale", "attn_softcap", "logit_softcap", "embed_scale", "resid_scale", "logit_scale", "qkv_clip")
 
 
 def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = ()) -> ModelConfig:
@@ -125,6 +126,8 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
                 f"{where}: {told} layers are said to have a window or rotary positions or none, but there "
                 f"are {cfg.n_layers}; correct layer_types or no_rope_layers"
             )
+    if cfg.n_active > cfg.n_experts:
+        raise ConfigError(f"{where}: {cfg.n_active} experts cannot act on a token where there are {cfg.n_experts}")
     if cfg.n_heads % cfg.n_kv_heads:
         raise ConfigError(f"{where}: {cfg.n_heads} query heads cannot share {cfg.n_kv_heads} KV heads evenly")
     return cfg
@@ -243,7 +246,10 @@ def _refuse_acted_on(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...]
 
 
 _FEATURES = {
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"), "experts"),
+    **dict.fromkeys(
+        ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts", "shared_intermediate_size"),
+        "shared experts beside the routed ones",
+    ),
     **dict.fromkeys(("state_size", "ssm_cfg", "mamba_d_state", "ssm_state_size", "d_state"), "state-space layers"),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), "latent attention"),
     **dict.fromkeys(("alibi", "alibi_bias_max"), "ALiBi positions"),

@@ -31,8 +31,8 @@ _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "flo
 _TURNED_ROWS = 16
 """Rows of a tensor that are turned together. Both what is read and what is written then stay in the caches."""
 
-_PIECE = 2**18
-"""Numbers that are checked, cast and copied together."""
+_PIECE = 2**17
+"""Numbers that are checked and cast together, while they are in the caches."""
 
 _LARGE = 2**20
 """Numbers of a tensor from which on several threads copy it."""
@@ -152,7 +152,8 @@ def _copy(source: np.ndarray, target: np.ndarray, where: str | None, name: str) 
     axis = int(np.argmax(source.strides))
     is_turned = target.strides[axis] < max(target.strides)
     rows, places = np.moveaxis(source, axis, 0), np.moveaxis(_bits(target), axis, 0)
-    step = _TURNED_ROWS if is_turned else max(1, _PIECE // rows[0].size)
+    step = max(1, _PIECE // rows[0].size)
+    together = _TURNED_ROWS if is_turned else step
 
     def copy(span: range) -> None:
         for start in range(span.start, span.stop, step):
@@ -161,7 +162,9 @@ def _copy(source: np.ndarray, target: np.ndarray, where: str | None, name: str) 
                 finite_floats(where, name, piece)
             if piece.dtype != target.dtype:
                 piece = np.ascontiguousarray(piece).astype(target.dtype)
-            places[start : start + len(piece)] = _bits(piece)
+            for first in range(0, len(piece), together):
+                some = piece[first : first + together]
+                places[start + first : start + first + len(some)] = _bits(some)
 
     if source.size < _LARGE:
         copy(range(len(rows)))
@@ -199,8 +202,12 @@ def finite_floats(where: str, name: str, tensor: np.ndarray) -> np.ndarray:
     if tensor.dtype == np.float64:
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
             values = tensor.astype(np.float32)
-    exponent = _bits(values).dtype.type(_EXPONENTS[values.dtype.name])
-    if values.size and (_bits(values) & exponent).max() == exponent:
+    # With the sign as the highest bit: as signed integers the positive ones among NaN and infinity are the largest of
+    # all numbers, and as unsigned integers the negative ones are. So nothing is copied, and nothing is masked.
+    bits, exponent = _bits(values), _EXPONENTS[values.dtype.name]
+    sign = 1 << (8 * values.dtype.itemsize - 1)
+    signed = bits.view(bits.dtype.name.removeprefix("u"))
+    if values.size and (signed.max() >= exponent or bits.max() >= sign + exponent):
         raise CheckpointError(f"{where}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
     return tensor
 

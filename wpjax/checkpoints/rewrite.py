@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wpjax.checkpoints.adapter import Adapter, Edits
-from wpjax.checkpoints.checkpoint import local_path
+from wpjax.checkpoints.checkpoint import local_path, model_and_adapter
 from wpjax.checkpoints.convert import TensorSource, match_names
-from wpjax.checkpoints.folder import ADAPTER, MARKER, SafetensorsFolder, check_folder, how_to_merge, read_json
+from wpjax.checkpoints.folder import ADAPTER, MARKER, check_folder, how_to_merge, read_json
+from wpjax.checkpoints.fused_experts import SplitExperts
 from wpjax.checkpoints.gguf import GgufFile
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.text_tower import TextTower, text_config
@@ -141,7 +142,7 @@ def open_model(source: str | Path, ignore_config: tuple[str, ...] = (), base: St
 
     Args:
         source: folder, `.gguf` file, hub id, or an embedded model such as "tiny:base" (see `local_path`); with `base`,
-            also a PEFT folder.
+            also a PEFT folder; or "MODEL+ADAPTER" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
         base: what an adapter is applied to. Sums are rounded to the base's dtype as they are read. Files beside the
             weights are those of the base.
@@ -150,7 +151,12 @@ def open_model(source: str | Path, ignore_config: tuple[str, ...] = (), base: St
         CheckpointError: it cannot be read, its tensors do not fit its configuration; or it is an adapter, and there is
             no base, or another one, or one that it ties or grows anew.
     """
-    source, path = str(source), local_path(source)
+    source = str(source)
+    parts = model_and_adapter(source)
+    if parts is not None:
+        over = open_model(parts[1], ignore_config, open_model(parts[0], ignore_config, base))
+        return dataclasses.replace(over, source=source)
+    path = local_path(source)
     if not path.is_dir():
         file = GgufFile(path, ignore_config)
         raw: dict[str, Any] = file.hf_config()
@@ -175,7 +181,7 @@ def open_model(source: str | Path, ignore_config: tuple[str, ...] = (), base: St
     raw = read_json(path / MARKER)
     text = text_config(raw, where)
     cfg = parse_config(raw if text is None else text, where, ignore_config)
-    tensors = SafetensorsFolder(path)
+    tensors = SplitExperts(path, cfg)
     if text is None:
         names = match_names(cfg, tensors)
         raw.setdefault("model_type", cfg.family)

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wpjax.circuits.contrast import Contrast, Effects
@@ -77,7 +78,8 @@ def activation_patch(
         contrast: the prompts and the metric. With `contrast.swapped` the clean values go into the corrupted run.
         site: where: any `Site` or its name, say "resid_pre", "z" (what a head mixes; its result is this by W_O), "q",
             "mlp_out"; or "pattern" for what each head attends to.
-        by_position: whether each token position is patched alone. If not, all are patched together.
+        by_position: whether each token position is patched alone. If not, all are patched together. Of prompts of
+            different lengths there is only `change`, by prompt, and no `share`.
 
     Returns:
         the effects. Axes: layer; then head, KV group or neuron, at sites that have them; then position, if
@@ -102,7 +104,8 @@ def activation_patch(
     n_positions = contrast.clean.tokens.ids.shape[1] if by_position else 1
     by_channel = place == PATTERN or place in CHANNELS
     axes = ((change.shape[1] // n_positions,) if by_channel else ()) + ((n_positions,) if by_position else ())
-    return Effects(change.reshape(len(change), *axes, change.shape[-1]), clean[0, 0], corrupted[0, 0])
+    lengths = np.asarray(contrast.clean.tokens.lengths) if by_position else None
+    return Effects(change.reshape(len(change), *axes, change.shape[-1]), clean[0, 0], corrupted[0, 0], lengths)
 
 
 def patched_value(ours: LayerPass, theirs: LayerPass, place: Place) -> tuple[Site, Array, Array]:

@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint
 from wpjax.circuits.contrast import Contrast
-from wpjax.circuits.edges import EdgeScores
-from wpjax.circuits.nodes import Graph
+from wpjax.circuits.nodes import Graph, NodeKind
+from wpjax.circuits.scores import ARROW, Level, NodeScores, Scores
 from wpjax.circuits.wiring import patched, writes
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.metrics.metric import Metric, over_prompts
@@ -32,9 +32,6 @@ from wpjax.runtime.files import atomic_output
 
 AblationKind = Literal["zero", "mean", "resample"]
 """What stands in the place of what an ablated node writes."""
-
-ARROW = "->"
-"""Stands between the two ends of an edge in its name: embed->L3.head.5.q."""
 
 SCHEMA = 1
 """Number of the form of circuit files."""
@@ -58,10 +55,10 @@ class Circuit:
     [True, False, False, False, True, False, False, False, False, False, True]
     """
 
-    level: Literal["nodes", "edges"]
+    level: Level
     members: tuple[str, ...]
     model: str
-    ablates: tuple[str, ...] = ("head", "mlp")
+    ablates: tuple[NodeKind, ...] = ("head", "mlp")
     found_by: str = ""
 
     def kept(self, graph: Graph) -> Bool[np.ndarray, "S R"]:
@@ -99,18 +96,19 @@ class Circuit:
         return dataclasses.replace(self, members=members)
 
     @classmethod
-    def of_edges(cls, scores: EdgeScores, n: int, model: str, *, absolute: bool = True) -> Circuit:
-        """The n best edges.
+    def of(cls, scores: Scores, n: int, model: str, *, absolute: bool = True) -> Circuit:
+        """The n best nodes, or edges, by their scores.
 
         Args:
-            scores: scores of edges.
-            n: number of edges.
+            scores: scores of nodes or of edges.
+            n: number of members.
             model: fingerprint of the model.
-            absolute: see `EdgeScores.ranking`.
+            absolute: see `Scores.ranking`.
         """
-        members = tuple(f"{s}{ARROW}{r}" for s, r, _ in scores.listed(n, absolute=absolute))
+        members = tuple(name for name, _ in scores.listed(n, absolute=absolute))
+        ablates = {"ablates": scores.ablates} if isinstance(scores, NodeScores) else {}
         how = "absolute" if absolute else "signed"
-        return cls("edges", members, model, found_by=f"top {n} of {scores.method}, {how}")
+        return cls(scores.level, members, model, found_by=f"top {n} of {scores.method}, {how}", **ablates)
 
     def save(self, path: Path | str, overwrite: bool = False) -> None:
         """Write the circuit as JSON.
@@ -148,6 +146,7 @@ class Circuit:
             set(values) != fields
             or values["level"] not in ("nodes", "edges")
             or not all(isinstance(part, list) and all(isinstance(x, str) for x in part) for part in lists)
+            or not {*values["ablates"]} <= {*get_args(NodeKind)}
         ):
             raise WpjaxError(f"{path}: its fields are damaged; make it again with `Circuit.save`")
         circuit = cls(**{**values, "members": tuple(values["members"]), "ablates": tuple(values["ablates"])})

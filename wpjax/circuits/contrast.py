@@ -113,6 +113,10 @@ class Contrast(NamedTuple):
         """The same prompts the other way round: clean values are patched into the corrupted run (denoising)."""
         return Contrast(self.corrupted, self.clean)
 
+    def take(self, rows: Sequence[int] | Int[np.ndarray, " N"]) -> Contrast:
+        """The contrast of some of the prompts."""
+        return Contrast(*(metric.take(jnp.asarray(rows)) for metric in self))
+
     @property
     def n_layers(self) -> int:
         """Number of layers that run: those up to the one that the metric reads."""
@@ -126,6 +130,7 @@ class Effects(NamedTuple):
         change: [*axes, B], metric of the clean run with the patch, minus the clean metric.
         clean: [B], the metric of the clean run.
         corrupted: [B], the metric of the corrupted run.
+        lengths: [B], tokens of the prompts, if one of the axes is positions; else None.
 
     >>> effects = Effects(np.array([[-1.0, -3.0]]), np.array([4.0, 4.0]), np.array([0.0, -4.0]))
     >>> effects.share.tolist()  # the patch does a third of what the corruption does
@@ -135,14 +140,22 @@ class Effects(NamedTuple):
     change: Float[np.ndarray, "*axes B"]
     clean: Float[np.ndarray, " B"]
     corrupted: Float[np.ndarray, " B"]
+    lengths: Int[np.ndarray, " B"] | None = None
 
     @property
     def share(self) -> Float[np.ndarray, "*axes"]:
         """Mean change as a share of the gap: 0 is the clean run, 1 is the corrupted run.
 
         Raises:
-            WpjaxError: the two runs have the same mean metric.
+            WpjaxError: the two runs have the same mean metric; or it is by position, and prompts have different
+                lengths, so that a position is another word in each.
         """
+        if self.lengths is not None and (self.lengths != self.lengths[0]).any():
+            i = int(np.argmax(self.lengths != self.lengths[0]))
+            raise WpjaxError(
+                f"prompt 0 has {self.lengths[0]} tokens and prompt {i} has {self.lengths[i]}, so a position is another "
+                "word in each and has no mean: take prompts of one length (`Contrast.take`), or `change`, by prompt"
+            )
         gap = float((self.corrupted - self.clean).mean())
         if gap == 0:
             raise WpjaxError("clean and corrupted prompts have the same mean metric, so nothing is a share of the gap")
@@ -198,13 +211,30 @@ def text_tokens(tokenizer: object, texts: Sequence[str]) -> Tokens:
     return Tokens(ids, lengths)
 
 
+def word_ids(tokenizer: object, word: str) -> list[int]:
+    """The tokens of a word inside a text, which may be others than those of the word alone.
+
+    Some tokenizers put a blank before every text (Llama 2): alone, " Mary" would have one more token there.
+
+    Args:
+        tokenizer: a tokenizer of the library transformers.
+        word: the word, with its leading space if it has one.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+
+    before, both = ids("\n"), ids("\n" + word)  # no word is joined with the end of a line
+    return both[len(before) :] if both[: len(before)] == before else ids(word)
+
+
 def single_token(tokenizer: object, word: str) -> int:
-    """The id of a word that is one token.
+    """The id of a word that is one token inside a text.
 
     Raises:
         BehaviourError: the tokenizer splits the word.
     """
-    ids = tokenizer(word, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    ids = word_ids(tokenizer, word)
     if len(ids) != 1:
         raise BehaviourError(f"{word!r} is {len(ids)} tokens for this tokenizer; use a word that is one")
     return int(ids[0])

@@ -1,152 +1,203 @@
 """Scores of edges: by how much the metric changes if one edge carries what it carries in the corrupted run.
 
-    exact     F(clean run with the edge patched) - F(clean run)
-    EAP       <write_s(corrupted) - write_s(clean), dF/dx_r at the clean run>                       (arXiv 2310.10348)
-    EAP-IG    the same, with the gradient averaged over runs whose embedding lies between the two   (arXiv 2403.17806)
+    exact                F(clean run with the edge patched) - F(clean run)
+    first order          <write_s(corrupted) - write_s(clean), slope of F by x_r>
 
-x_r is the stream that receiver r reads. An edge that helps the clean answer has a negative score. EAP takes one run
-forward and backward, and EAP-IG one for each step, whatever the number of edges. The steps stand at the middle of equal
-parts of the way (midpoint rule; ours).
+x_r is the stream that receiver r reads. An edge that helps the clean answer has a negative score. The methods differ in
+where the slope is taken, and in its rules (`METHODS`):
+
+    eap                  gradient, at the clean run                                                (arXiv 2310.10348)
+    eap-ig               gradient, mean over runs whose embedding lies between the two prompts     (arXiv 2403.17806)
+    eap-ig-activations   gradient, mean over runs in which what the sender's module writes lies between its values in
+                         the two runs (the embedding, the heads of one layer together, an MLP)     (arXiv 2504.13151)
+    relp, attnlrp        relevance, at the clean run (`models.relevance`)              (arXiv 2508.21258, 2402.05602)
+
+The slope at one run takes one run forward and backward, whatever the number of edges. EAP-IG takes one for each step,
+and by activations one for each step and module. The steps stand at the middle of equal parts of the way (midpoint
+rule; ours). By activations, the code released with MIB takes the mean over the runs of all modules for every edge; here
+each sender has those of its own, as in the paper, so that scores are exact in a linear model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from wpjax.circuits.activations import rows_at_once
 from wpjax.circuits.contrast import Contrast, Effects
 from wpjax.circuits.nodes import Graph
+from wpjax.circuits.scores import EdgeScores
 from wpjax.circuits.wiring import embedding, patched, shifted, writes
 from wpjax.errors import WpjaxError
 from wpjax.metrics.metric import Metric, over_prompts
-from wpjax.models.config import ModelConfig
+from wpjax.models.config import Backward, ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.models.edits import Edit, Set
+from wpjax.models.sites import Site
+
+SlopeAt: TypeAlias = Callable[..., Array]
+"""Function of what is embedded, [B, T, D], and of edits: the slopes by what every receiver reads, [R, B, T, D]."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EdgeScores:
-    """A score for every edge and prompt.
+class Run(NamedTuple):
+    """What is known of a run: of the clean one, or of the corrupted one.
 
     Attributes:
-        graph: the edges.
-        by_prompt: [B, S, R], change of the metric, in its units; 0 where there is no edge.
-        method: how they were made.
+        start: [B, T, D], what is embedded.
+        writes: [S, B, T, D], what every sender writes.
+        added: site -> [L, B, T, D], what attention (`attn_out`) and MLPs (`mlp_out`) add to the stream.
     """
 
-    graph: Graph
-    by_prompt: Float[np.ndarray, "B S R"]
-    method: str
-
-    @property
-    def mean(self) -> Float[np.ndarray, "S R"]:
-        """Mean over prompts."""
-        return np.asarray(self.by_prompt.mean(0))
-
-    @property
-    def nodes(self) -> Float[np.ndarray, "B S"]:
-        """Scores of whole senders, [B, S]: the sum of their edges' scores.
-
-        By the chain rule that is <write(corrupted) - write(clean), dF/dwrite>: attribution patching of nodes (AtP,
-        arXiv 2403.00745).
-        """
-        return np.asarray(self.by_prompt.sum(-1))
-
-    def ranking(self, *, absolute: bool = True, scores: Float[np.ndarray, "S R"] | None = None) -> np.ndarray:
-        """Numbers of all edges in the flat [S, R], those that the answer needs most first.
-
-        Args:
-            absolute: whether edges are ranked by the size of their score. If not, by how much their patch lowers the
-                metric (signed): edges that work against the answer come last.
-            scores: scores to rank by; None for the mean.
-        """
-        mean = self.mean if scores is None else scores
-        value = np.abs(mean) if absolute else -mean
-        order = np.argsort(-value, axis=None, kind="stable")
-        return order[self.graph.exists.ravel()[order]]
-
-    def top(self, n: int, *, absolute: bool = True) -> Bool[np.ndarray, "S R"]:
-        """The n best edges, as a mask."""
-        kept = np.zeros(self.graph.exists.size, bool)
-        kept[self.ranking(absolute=absolute)[:n]] = True
-        return kept.reshape(self.graph.exists.shape)
-
-    def listed(self, n: int, *, absolute: bool = True) -> list[tuple[str, str, float]]:
-        """Sender, receiver and mean score of the n best edges."""
-        mean, g = self.mean, self.graph
-        ends = [np.unravel_index(i, mean.shape) for i in self.ranking(absolute=absolute)[:n]]
-        return [(g.senders[s].name, g.receivers[r].name, float(mean[s, r])) for s, r in ends]
-
-    def stability(self, n: int, *, absolute: bool = True, resamples: int = 100, seed: int = 0) -> tuple[float, ...]:
-        """How far the n best edges depend on which prompts there were: bootstrap Jaccard overlap.
-
-        Prompts are drawn anew with replacement, and the n best edges by them are compared with the n best by all:
-        Jaccard = number in both / number in either.
-
-        Returns:
-            mean, and the limits between which 95 % of the draws lie.
-        """
-        rng, own = np.random.default_rng(seed), self.top(n, absolute=absolute).ravel()
-        overlaps = []
-        for _ in range(resamples):
-            # A draw as weights of the prompts: their mean is a product, and no copy of the scores.
-            weight = rng.multinomial(len(self.by_prompt), np.full(len(self.by_prompt), 1 / len(self.by_prompt)))
-            drawn = np.tensordot(weight / len(self.by_prompt), self.by_prompt, 1)
-            both = int(own[self.ranking(absolute=absolute, scores=drawn)[:n]].sum())
-            overlaps.append(both / (2 * int(own.sum()) - both))
-        return float(np.mean(overlaps)), *(float(x) for x in np.quantile(overlaps, [0.025, 0.975]))
+    start: Float[Array, "B T D"]
+    writes: Float[Array, "S B T D"]
+    added: Mapping[Site, Float[Array, "L B T D"]]
 
 
-def score_edges(cfg: ModelConfig, params: Params, contrast: Contrast, *, steps: int = 5) -> EdgeScores:
-    """EAP-IG scores of all edges; with one step at the clean run, EAP.
+def _between(clean: Array, corrupted: Array, share: Array) -> Array:
+    return corrupted + share * (clean - corrupted)
+
+
+def _carried(change: Float[Array, "s B T D"], slopes: Float[Array, "R B T D"]) -> Float[Array, "B s R"]:
+    """What a change of what senders write makes of the metric, by way of each receiver."""
+    return jnp.einsum("sbtd,rbtd->bsr", change, slopes, precision=jax.lax.Precision.HIGHEST)
+
+
+def _at_clean(slope: SlopeAt, clean: Run, corrupted: Run, steps: int) -> Float[Array, "B S R"]:
+    return _carried(corrupted.writes - clean.writes, slope(clean.start))
+
+
+def _over_inputs(slope: SlopeAt, clean: Run, corrupted: Run, steps: int) -> Float[Array, "B S R"]:
+    mean = _mean(lambda share: slope(_between(clean.start, corrupted.start, share)), steps)
+    return _carried(corrupted.writes - clean.writes, mean)
+
+
+def _over_activations(slope: SlopeAt, clean: Run, corrupted: Run, steps: int) -> Float[Array, "B S R"]:
+    """Each module's writes times the mean slope over runs in which they are between the two.
+
+    So the edges of a module sum to the effect of patching it, up to the steps.
+    """
+    n_layers = len(clean.added[Site.ATTN_OUT])
+    change = corrupted.writes - clean.writes
+    by_layer = change[1:].reshape(n_layers, -1, *change.shape[1:])  # heads, then the MLP
+
+    def of_layer(layer: Array) -> Array:
+        def held(site: Site) -> Array:
+            def at(share: Array) -> Array:
+                value = _between(clean.added[site][layer], corrupted.added[site][layer], share)
+                return slope(clean.start, (Edit(site, Set(value), layer),))
+
+            return _mean(at, steps)
+
+        own = by_layer[layer]
+        return jnp.concatenate(
+            [_carried(own[:-1], held(Site.ATTN_OUT)), _carried(own[-1:], held(Site.MLP_OUT))], axis=1
+        )
+
+    embedded = _mean(lambda share: slope(_between(clean.start, corrupted.start, share)), steps)
+    layers = jnp.moveaxis(jax.lax.map(of_layer, jnp.arange(n_layers)), 0, 1)  # [B, L, H + 1, R]
+    layers = layers.reshape(len(layers), -1, layers.shape[-1])
+    return jnp.concatenate([_carried(change[:1], embedded), layers], axis=1)
+
+
+def _mean(slope: Callable[[Array], Array], steps: int) -> Array:
+    """Mean over shares in the middle of equal parts of the way, one after the other."""
+    shares = jnp.asarray((np.arange(steps) + 0.5) / steps, jnp.float32)
+    zero = jnp.zeros(jax.eval_shape(slope, shares[0]).shape)
+    total, _ = jax.lax.scan(lambda sum_, share: (sum_ + slope(share), None), zero, shares)
+    return total / steps
+
+
+class Attribution(NamedTuple):
+    """A first-order method. To add one, add an entry to `METHODS`.
+
+    Attributes:
+        title: what results call it; "{steps}" stands for the number of steps.
+        scores: function of (`SlopeAt`, clean `Run`, corrupted `Run`, steps): scores of all edges, [B, S, R].
+        backward: how slopes are made (`ModelConfig.backward`).
+    """
+
+    title: str
+    scores: Callable[[SlopeAt, Run, Run, int], Array]
+    backward: Backward = "gradient"
+
+
+METHODS: Mapping[str, Attribution] = MappingProxyType(
+    {
+        "eap": Attribution("EAP", _at_clean),
+        "eap-ig": Attribution("EAP-IG, {steps} steps", _over_inputs),
+        "eap-ig-activations": Attribution("EAP-IG by activations, {steps} steps", _over_activations),
+        "relp": Attribution("RelP", _at_clean, "relp"),
+        "attnlrp": Attribution("AttnLRP", _at_clean, "attnlrp"),
+    }
+)
+"""The first-order methods by name."""
+
+
+def score_edges(
+    cfg: ModelConfig, params: Params, contrast: Contrast, method: str = "eap-ig", *, steps: int = 5
+) -> EdgeScores:
+    """First-order scores of all edges at once.
 
     Args:
         cfg: the model.
         params: its parameters.
         contrast: the prompts and the metric.
-        steps: number of runs between corrupted and clean. 0 for EAP: one run, the clean one.
+        method: "eap", "eap-ig", "eap-ig-activations", "relp" or "attnlrp" (see this module).
+        steps: number of runs between corrupted and clean, of the methods that average over such.
 
     Raises:
-        WpjaxError: `steps` is negative.
+        WpjaxError: there is no such method, or less than one step.
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
     >>> two = wp.contrast(model, ["the fox and the"], ["the dog and the"], answers=[" fox"], foils=[" dog"])
-    >>> scores = wp.score_edges(model.cfg, model.params, two, steps=2)
-    >>> scores.graph.n_edges, len(scores.listed(3))
+    >>> scores = wp.score_edges(model.cfg, model.params, two, "relp")
+    >>> scores.n_members, len(scores.listed(3))
     (4557, 3)
     """
-    if steps < 0:
-        raise WpjaxError(f"{steps} steps: give 1 or more for EAP-IG, 0 for EAP")
-    graph = Graph.of(cfg, contrast.n_layers)
-    scores = over_prompts(tuple(contrast), _attribution, cfg, params, steps=steps)
-    by_prompt = np.where(graph.exists, scores, 0)
-    return EdgeScores(graph, by_prompt, f"EAP-IG, {steps} steps" if steps else "EAP")
+    if method not in METHODS:
+        raise WpjaxError(f"unknown method {method!r}; methods: {', '.join(METHODS)}")
+    if steps < 1:
+        raise WpjaxError(f"{steps} steps: give 1 or more; for the slope at the clean run alone, method 'eap'")
+    chosen, graph = METHODS[method], Graph.of(cfg, contrast.n_layers)
+    slopes_of = dataclasses.replace(cfg, backward=chosen.backward)
+    scores = over_prompts(tuple(contrast), _attribution, slopes_of, params, method=method, steps=steps)
+    return EdgeScores(graph, np.where(graph.exists, scores, 0), chosen.title.format(steps=steps))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "steps"))
-def _attribution(cfg: ModelConfig, params: Params, metrics: tuple[Metric, ...], *, steps: int) -> Float[Array, "B S R"]:
+@functools.partial(jax.jit, static_argnames=("cfg", "method", "steps"))
+def _attribution(
+    cfg: ModelConfig, params: Params, metrics: tuple[Metric, ...], *, method: str, steps: int
+) -> Float[Array, "B S R"]:
     clean = metrics[0]
     n_layers = clean.layer + 1
-    (_, ours), (_, theirs) = (writes(cfg, params, jnp.asarray(m.tokens.ids), n_layers) for m in metrics)
-    start, other = (embedding(cfg, params, jnp.asarray(m.tokens.ids)) for m in metrics)
-    nothing = jnp.zeros((len(Graph.of(cfg, n_layers).receivers), *start.shape))
+    ours, theirs = (_run(cfg, params, metric, n_layers) for metric in metrics)
+    nothing = jnp.zeros((len(Graph.of(cfg, n_layers).receivers), *ours.start.shape))
 
-    def score(shifts: Array, share: Array) -> Array:
+    def score(shifts: Array, start: Array, edits: Sequence[Edit]) -> Array:
         """The sum over prompts, whose gradient has each prompt's own: prompts do not act on each other."""
-        resid = shifted(cfg, params, other + share * (start - other), shifts, n_layers)
+        resid = shifted(cfg, params, start, shifts, n_layers, edits)
         return clean.read(cfg, params, clean.pick(resid)).sum()
 
-    shares = jnp.asarray((np.arange(steps) + 0.5) / steps if steps else np.ones(1), jnp.float32)
-    slope, _ = jax.lax.scan(lambda sum_, share: (sum_ + jax.grad(score)(nothing, share), None), nothing, shares)
-    product = functools.partial(jnp.einsum, "sbtd,rbtd->bsr", precision=jax.lax.Precision.HIGHEST)
-    return product(theirs - ours, slope / len(shares))
+    def slope(start: Array, edits: Sequence[Edit] = ()) -> Array:
+        return jax.grad(score)(nothing, start, edits)
+
+    return METHODS[method].scores(slope, ours, theirs, steps)
+
+
+def _run(cfg: ModelConfig, params: Params, metric: Metric, n_layers: int) -> Run:
+    sites = (Site.ATTN_OUT, Site.MLP_OUT)  # what no method reads is not computed
+    tokens = jnp.asarray(metric.tokens.ids)
+    made = writes(cfg, params, tokens, n_layers)[1]
+    return Run(embedding(cfg, params, tokens), made, metric.run(cfg, params, sites=sites).sites)
 
 
 def edge_patch(

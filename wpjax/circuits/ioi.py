@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from wpjax.behaviours.prompts import Tokens
 from wpjax.checkpoints.checkpoint import Checkpoint
-from wpjax.circuits.contrast import Contrast, text_tokens
+from wpjax.circuits.contrast import Contrast, single_token, text_tokens, word_ids
 from wpjax.engines.contributions import written_by_head
 from wpjax.errors import BehaviourError
 from wpjax.models.config import ModelConfig
@@ -92,7 +92,7 @@ class IOI(NamedTuple):
 
 def one_token(tokenizer: Any, words: Sequence[str]) -> list[str]:
     """The words that are one token of their own, with the space before them."""
-    ids = {word: tokenizer(" " + word, add_special_tokens=False)["input_ids"] for word in words}
+    ids = {word: word_ids(tokenizer, " " + word) for word in words}
     return [word for word in words if len(ids[word]) == 1 and ids[word][0] != tokenizer.unk_token_id]
 
 
@@ -143,8 +143,7 @@ def ioi_prompts(model: Checkpoint, n_prompts: int = 16, *, seed: int = 0, names:
         abc = fill(first=others[0], second=others[1], giver=others[2])
         rows.append((fill(first=first, second=second, giver=s), abc, io, s, 2 * number + i % 2))
     clean, corrupted, ios, subjects, groups = (list(column) for column in zip(*rows, strict=True))
-    answers, foils = (np.array([tokenizer(" " + w, add_special_tokens=False)["input_ids"][0] for w in words])
-                      for words in (ios, subjects))  # fmt: skip
+    answers, foils = (np.array([single_token(tokenizer, " " + word) for word in words]) for words in (ios, subjects))
     tokens, other = text_tokens(tokenizer, clean), text_tokens(tokenizer, corrupted)
     contrast = Contrast.of_tokens(model.cfg, tokens, other, answers, foils)
     return IOI(contrast, tuple(clean), np.array(groups), _positions(tokens, answers, foils))

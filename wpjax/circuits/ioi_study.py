@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,14 +14,26 @@ from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint
 from wpjax.circuits.activations import activation_patch, attention_pattern
 from wpjax.circuits.circuit import Ablation, Circuit, ablation, circuit_scores
 from wpjax.circuits.contrast import Contrast
-from wpjax.circuits.edges import EdgeScores, score_edges
+from wpjax.circuits.edges import METHODS, score_edges
 from wpjax.circuits.ioi import IOI, PUBLISHED, TEMPLATES, copy_scores, ioi_prompts, published_classes
-from wpjax.circuits.measures import Curve, Faithfulness, Needed, circuit_curve, completeness, faithfulness, minimality
+from wpjax.circuits.learned import learn_circuit
+from wpjax.circuits.measures import (
+    Curve,
+    Faithfulness,
+    Needed,
+    circuit_curve,
+    completeness,
+    faithfulness,
+    minimality,
+    share_of_model,
+)
 from wpjax.circuits.paths import path_patch
-from wpjax.errors import BehaviourError
+from wpjax.circuits.scores import ARROW, EdgeScores, Level, NodeScores
+from wpjax.errors import BehaviourError, WpjaxError
 from wpjax.metrics.metric import scores as scores_of
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.relax.learn import RelaxConfig
 from wpjax.runtime.cards import public_name
 from wpjax.runtime.progress import Progress, silent
 
@@ -40,6 +54,18 @@ ENOUGH = 0.9
 
 N_EDGES = 60
 """Edges that are listed and drawn."""
+
+
+SCHEMA = 2
+"""Number of the form of its files."""
+
+MASKS = "masks"
+"""The method that learns circuits, beside the first-order ones (`edges.METHODS`)."""
+
+LEVELS: tuple[Level, Level] = ("edges", "nodes")
+
+STEPS = {MASKS: 100}
+"""Steps of a method, if none are given; else 5."""
 
 
 class Head(NamedTuple):
@@ -86,9 +112,11 @@ class IOIStudy:
         faithful: faithfulness of `circuit`, by mean ablation over ABC prompts of the same template.
         incomplete: scores of random sets K.
         needed: minimality of each member.
-        curves: faithfulness by share of edges, signed and absolute, by resampling.
+        curves: faithfulness by share of edges and by share of nodes (heads and MLPs), each signed and absolute, by
+            resampling.
         edges: the strongest edges: sender, receiver, mean score.
-        stability: bootstrap Jaccard of the best 1 % of the edges: mean, and 95 % limits.
+        stability: bootstrap Jaccard of the best 1 % of the edges: mean, and 95 % limits; empty of learned masks, which
+            have no score by prompt.
         published: of GPT-2 small: faithfulness of the published circuit here; None of other models.
     """
 
@@ -123,7 +151,7 @@ class IOIStudy:
         faithful = {**self.faithful._asdict(), "share": self.faithful.share, "difference": self.faithful.difference}
         return {
             "what": "ioi",
-            "schema": 1,
+            "schema": SCHEMA,
             "model": self.model[0],
             "fingerprint": self.model[1],
             "n_prompts": self.n_prompts,
@@ -151,6 +179,56 @@ class IOIStudy:
             },
         }
 
+    @classmethod
+    def from_json(cls, path: Path | str) -> IOIStudy:
+        """Read a file that `wpjax circuit ioi` wrote.
+
+        Raises:
+            WpjaxError: there is no such file, or it is none of this version, or damaged.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except (ValueError, RecursionError) as error:
+            raise WpjaxError(f"{path}: not JSON ({error}); name a file of `wpjax circuit ioi`") from error
+        if not isinstance(content, dict) or (content.get("what"), content.get("schema")) != ("ioi", SCHEMA):
+            raise WpjaxError(f"{path}: not a file of this version's `wpjax circuit ioi`; make it again")
+        try:
+            return _study_of(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
+
+
+def _study_of(content: dict[str, Any]) -> IOIStudy:
+    """A study from its JSON values; the inverse of `IOIStudy.as_json`."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    def made(kind: Any, values: dict[str, Any]) -> Any:
+        """A named tuple or dataclass from some of the values: those of its fields."""
+        names = getattr(kind, "_fields", None) or [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: tuples(values[name]) for name in names})
+
+    published = content["published_circuit"]
+    return IOIStudy(
+        model=(str(content["model"]), str(content["fingerprint"])),
+        n_prompts=int(content["n_prompts"]),
+        seed=int(content["seed"]),
+        answered=tuple(float(content[n]) for n in ("logit_difference", "logit_difference_abc", "io_over_s")),  # type: ignore[arg-type]
+        heads=tuple(made(Head, head) for head in content["heads"]),
+        circuit=made(Circuit, content["circuit"]),
+        sizes={int(n): float(share) for n, share in content["sizes"].items()},
+        faithful=made(Faithfulness, content["faithfulness"]),
+        incomplete=tuples(content["incompleteness_of_random_sets"]),
+        needed=tuple(made(Needed, needed) for needed in content["minimality"]),
+        curves=tuple(made(Curve, curve) for curve in content["curves"]),
+        edges=tuples(content["edges"]),
+        stability=tuples(content["stability_of_top_1_percent"]),
+        published=None if published is None else made(Faithfulness, published),
+    )
+
 
 def is_gpt2_small(cfg: ModelConfig) -> bool:
     """Whether a model has the shape of GPT-2 small."""
@@ -158,22 +236,32 @@ def is_gpt2_small(cfg: ModelConfig) -> bool:
 
 
 def ioi_study(
-    model: Checkpoint, *, n_prompts: int = 16, steps: int = 5, seed: int = 0, progress: Progress = silent
+    model: Checkpoint,
+    *,
+    n_prompts: int = 16,
+    method: str = "eap-ig",
+    steps: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> IOIStudy:
     """Find the heads and the circuit of indirect object identification in a model.
 
     Args:
         model: the model, from `load_model`.
         n_prompts: prompts that heads and edges are scored on; as many others serve to measure circuits.
-        steps: steps of EAP-IG.
+        method: how edges and nodes are scored: a first-order method (`edges.METHODS`), or "masks" for learned ones.
+        steps: steps of integrated gradients (5 if None), or of the learner (100 if None).
         seed: seed of the prompts.
         progress: function that is called as work gets done.
 
     Raises:
+        WpjaxError: there is no such method.
         BehaviourError: the tokenizer splits too many names, places or objects; or the model does not do the task: it
             does not prefer IO over S on the clean prompts more than on ABC prompts.
     """
     cfg, params = model.cfg, model.params
+    if method not in (*METHODS, MASKS):
+        raise WpjaxError(f"unknown method {method!r}; methods: {', '.join((*METHODS, MASKS))}")
     found, held_out = (ioi_prompts(model, n_prompts, seed=s) for s in (seed, seed + 1))
     n_phases = 8
 
@@ -188,14 +276,14 @@ def ioi_study(
             f"clean prompts and {abc.mean():.2f} on ABC prompts; take another model"
         )
     phase(1)
-    scores = score_edges(cfg, params, found.contrast, steps=steps)
+    edges, nodes = _scored(cfg, params, found.contrast, method, steps or STEPS.get(method, 5), seed, progress)
     phase(2)
     heads = _heads(cfg, params, found)
     phase(4)
     own = fingerprint(cfg, params)
     others = ioi_prompts(model, 2 * len(TEMPLATES) * MEAN_OF, seed=seed + 2)
     mean = ablation(cfg, params, held_out.contrast, "mean", held_out.groups, (others.contrast, others.groups))
-    circuit, sizes = _smallest(cfg, params, held_out.contrast, mean, scores, own)
+    circuit, sizes = _smallest(cfg, params, held_out.contrast, mean, nodes, own)
     phase(5)
     faithful = faithfulness(cfg, params, held_out.contrast, mean, circuit)
     by_chance, _ = completeness(cfg, params, held_out.contrast, mean, circuit, n_random=8, seed=seed)
@@ -203,14 +291,17 @@ def ioi_study(
     phase(6)
     resample = ablation(cfg, params, held_out.contrast, "resample")
     curves = tuple(
-        circuit_curve(cfg, params, held_out.contrast, resample, scores, absolute=absolute) for absolute in (False, True)
+        circuit_curve(cfg, params, held_out.contrast, resample, scores, absolute=absolute)
+        for scores in (edges, nodes)
+        for absolute in (False, True)
     )
     phase(7)
     published = None
     if is_gpt2_small(cfg):
         paper = Circuit("nodes", tuple(published_classes()), own, ("head",), "arXiv 2211.00593")
         published = faithfulness(cfg, params, held_out.contrast, mean, paper)
-    stability = scores.stability(max(1, round(0.01 * scores.graph.n_edges)))
+    stability = () if method == MASKS else edges.stability(max(1, round(0.01 * edges.n_members)))
+    strongest = [(*name.partition(ARROW)[::2], score) for name, score in edges.listed(N_EDGES)]
     phase(n_phases)
     return IOIStudy(
         (public_name(model.source), own),
@@ -224,7 +315,7 @@ def ioi_study(
         tuple(k.score for k in by_chance),
         tuple(needed),
         curves,
-        tuple(scores.listed(N_EDGES)),
+        tuple(strongest),
         stability,
         published,
     )
@@ -244,20 +335,29 @@ def _heads(cfg: ModelConfig, params: Params, prompts: IOI) -> tuple[Head, ...]:
     return tuple(Head(name, *map(float, values)) for name, *values in zip(names, *columns, strict=True))
 
 
+def _scored(
+    cfg: ModelConfig, params: Params, contrast: Contrast, method: str, steps: int, seed: int, progress: Progress
+) -> tuple[EdgeScores, NodeScores]:
+    """Scores of all edges, and of all heads and MLPs."""
+    if method != MASKS:
+        edges = score_edges(cfg, params, contrast, method, steps=steps)
+        return edges, edges.nodes()
+    ablated, config = ablation(cfg, params, contrast, "resample"), RelaxConfig(steps=steps, seed=seed)
+    learned = [
+        learn_circuit(cfg, params, contrast, ablated, level, None, config, progress=progress) for level in LEVELS
+    ]
+    return learned[0], learned[1]  # type: ignore[return-value]
+
+
 def _smallest(
-    cfg: ModelConfig, params: Params, contrast: Contrast, mean: Ablation, scores: EdgeScores, model: str
+    cfg: ModelConfig, params: Params, contrast: Contrast, mean: Ablation, nodes: NodeScores, model: str
 ) -> tuple[Circuit, dict[int, float]]:
     """The fewest best heads that do `ENOUGH`, and what every number of heads does."""
-    value = scores.nodes.mean(0)  # the more its patch lowers the metric, the more a head helps
-    heads = [i for i in np.argsort(value, kind="stable") if scores.graph.senders[i].kind == "head"]
-    sizes = [n for n in SIZES if n < len(heads)]
-    found_by = f"best heads by {scores.method}, signed, as nodes"
-    circuits = [
-        Circuit("nodes", tuple(scores.graph.senders[i].name for i in heads[:n]), model, ("head",), found_by)
-        for n in (0, len(heads), *sizes)
-    ]
+    heads = dataclasses.replace(nodes, ablates=("head",))
+    sizes = [n for n in SIZES if n <= heads.n_members]
+    circuits = [Circuit.of(heads, n, model, absolute=False) for n in (0, heads.n_members, *sizes)]
     nothing, whole, *f = circuit_scores(cfg, params, contrast, mean, circuits).mean(1).tolist()
-    shares = {n: (x - nothing) / (whole - nothing) for n, x in zip(sizes, f, strict=True)}
+    shares = dict(zip(sizes, share_of_model(f, whole, nothing), strict=True))
     enough = [n for n in sizes if shares[n] >= ENOUGH]
     chosen = enough[0] if enough else max(sizes, key=lambda n: shares[n])
     return circuits[2 + sizes.index(chosen)], shares

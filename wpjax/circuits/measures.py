@@ -3,11 +3,11 @@
     faithfulness     |F(M) - F(C)|, and the share (F(C) - F(nothing)) / (F(M) - F(nothing))
     incompleteness   |F(C without K) - F(M without K)|, for sets K of members of C      small: C has all that matters
     minimality       |F(C without K and v) - F(C without K)|, for each member v         large: v is needed
-    CPR              integral of f(k) over k       f(k): the share for the best k of all edges
+    CPR              integral of f(k) over k       f(k): the share for the best k of all edges, or of all nodes
     CMD              integral of |1 - f(k)|
 
 M is the model, C the circuit; F is the mean over prompts (arXiv 2211.00593, section 4). CPR and CMD are those of MIB
-(arXiv 2504.13151): by trapezoids, linear in k, from k = .001 to 1. CPR has no ceiling: leaving out edges that work
+(arXiv 2504.13151): by trapezoids, linear in k, from k = .001 to 1. CPR has no ceiling: leaving out what works
 against the answer raises it above 1. So both are always given together.
 """
 
@@ -21,14 +21,14 @@ import numpy as np
 
 from wpjax.circuits.circuit import Ablation, AblationKind, Circuit, circuit_scores, masked_scores
 from wpjax.circuits.contrast import Contrast
-from wpjax.circuits.edges import EdgeScores
 from wpjax.circuits.nodes import Graph
+from wpjax.circuits.scores import Level, Scores
 from wpjax.errors import WpjaxError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Shares k of all edges at which MIB evaluates."""
+"""Shares k of all edges, or nodes, at which MIB evaluates."""
 
 
 class Faithfulness(NamedTuple):
@@ -203,20 +203,22 @@ def minimality(
 
 
 class Curve(NamedTuple):
-    """Faithfulness of the best share k of all edges.
+    """Faithfulness of the best share k of all members.
 
     Attributes:
         shares: k.
-        n_edges: number of edges at each.
+        counts: number of members at each.
         f: (m(C_k) - m(nothing)) / (m(M) - m(nothing)).
-        absolute: whether edges are ranked by the size of their score, or signed.
-        ablation: what ablated edges carry.
-        method: how edges were scored.
+        level: what members are: "nodes" or "edges".
+        absolute: whether they are ranked by the size of their score, or signed.
+        ablation: what stands in the place of the others.
+        method: how they were scored.
     """
 
     shares: tuple[float, ...]
-    n_edges: tuple[int, ...]
+    counts: tuple[int, ...]
     f: tuple[float, ...]
+    level: Level
     absolute: bool
     ablation: AblationKind
     method: str
@@ -233,7 +235,8 @@ class Curve(NamedTuple):
 
     def __str__(self) -> str:
         how = "absolute" if self.absolute else "signed"
-        return f"CPR {self.cpr:.3f}, CMD {self.cmd:.3f} ({self.method}, {how} top k, {self.ablation} ablation)"
+        by = f"{self.level} by {self.method}, {how} top k, {self.ablation} ablation"
+        return f"CPR {self.cpr:.3f}, CMD {self.cmd:.3f} ({by})"
 
 
 def circuit_curve(
@@ -241,33 +244,45 @@ def circuit_curve(
     params: Params,
     contrast: Contrast,
     ablated: Ablation,
-    scores: EdgeScores,
+    scores: Scores,
     *,
     absolute: bool = True,
     shares: Sequence[float] = SHARES,
 ) -> Curve:
-    """Run the model with only the best edges live, for growing numbers of them.
+    """Run the model with only the best edges, or nodes, live, for growing numbers of them.
 
     Args:
         cfg: the model.
         params: its parameters.
         contrast: the prompts and the metric; best others than those that the scores are from.
-        ablated: what ablated edges carry.
-        scores: scores of edges.
-        absolute: whether to rank by the size of the score, or signed (see `EdgeScores.ranking`).
-        shares: shares of all edges, rising.
+        ablated: what is written in the place of the others.
+        scores: scores of edges or of nodes.
+        absolute: whether to rank by the size of the score, or signed (see `Scores.ranking`).
+        shares: shares of all members, rising.
 
     Raises:
         WpjaxError: model and empty circuit have the same mean metric, or shares do not rise within 0 to 1.
     """
-    graph = scores.graph
     if any(not 0 < k <= 1 for k in shares) or any(a >= b for a, b in itertools.pairwise(shares)):
-        raise WpjaxError("shares of edges must rise from above 0 to at most 1")
-    counts = [max(1, round(k * graph.n_edges)) for k in shares]
-    kept = [scores.top(n, absolute=absolute) for n in counts]
-    runs = np.stack([np.zeros_like(graph.exists), graph.exists, *kept])
-    nothing, model, *found = masked_scores(cfg, params, contrast, ablated, runs).mean(1).tolist()
+        raise WpjaxError("shares of members must rise from above 0 to at most 1")
+    counts = [max(1, round(k * scores.n_members)) for k in shares]
+    # Few nodes make equal circuits: each is run once. Nothing and the model are circuits of none and of all.
+    tried = sorted({0, scores.n_members, *counts})
+    runs = np.stack([scores.live(scores.top(n, absolute=absolute)) for n in tried])
+    found = dict(zip(tried, masked_scores(cfg, params, contrast, ablated, runs).mean(1).tolist(), strict=True))
+    f = share_of_model([found[n] for n in counts], found[scores.n_members], found[0])
+    return Curve(tuple(shares), tuple(counts), tuple(f), scores.level, absolute, ablated.kind, scores.method)
+
+
+def share_of_model(circuits: Sequence[float], model: float, nothing: float) -> list[float]:
+    """(F(C) - F(nothing)) / (F(M) - F(nothing)) of circuits.
+
+    Raises:
+        WpjaxError: F(M) and F(nothing) are the same.
+    """
     if model == nothing:
-        raise WpjaxError("the model and the empty circuit have the same metric, so no circuit has a share of it")
-    f = tuple((x - nothing) / (model - nothing) for x in found)
-    return Curve(tuple(shares), tuple(counts), f, absolute, ablated.kind, scores.method)
+        raise WpjaxError(
+            f"the model and the empty circuit have the same mean metric ({model:g}), so no circuit has a share of it; "
+            "take prompts that the ablation spoils, or ablate more"
+        )
+    return [(x - nothing) / (model - nothing) for x in circuits]

@@ -24,6 +24,9 @@ from wpjax.models.config import ModelConfig
 EMBED, LOGITS = "embed", "logits"
 """Names of the first sender and of the last receiver."""
 
+NodeKind = Literal["embed", "head", "mlp"]
+"""Kinds of nodes that write to the stream."""
+
 Input = Literal["q", "k", "v", "mlp", "logits"]
 """What a receiver reads the stream for."""
 
@@ -38,7 +41,7 @@ class Sender:
         index: number of the head; 0 for others.
     """
 
-    kind: Literal["embed", "head", "mlp"]
+    kind: NodeKind
     layer: int = -1
     index: int = 0
 

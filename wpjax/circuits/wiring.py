@@ -15,7 +15,7 @@ sum in this run: so the writes still add up to the stream.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -26,6 +26,7 @@ from wpjax.engines.contributions import written_by_head
 from wpjax.models.block import Block, LayerPass
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, decoder, keep_products, take_layer
+from wpjax.models.edits import Edit
 from wpjax.models.layouts import Causal, Layout
 from wpjax.models.sites import Site
 
@@ -92,6 +93,7 @@ def wired_layer(
     resid: Float[Array, "B T D"],
     layout: Layout,
     shifts: Shifts | None = None,
+    edits: Sequence[Edit] = (),
 ) -> tuple[Float[Array, "B T D"], Float[Array, "N B T D"]]:
     """One layer in which every receiver reads the stream with its own shift.
 
@@ -102,21 +104,22 @@ def wired_layer(
         resid: the live stream before it.
         layout: how the tokens are laid out.
         shifts: what is added for each receiver; None for nothing, which costs a plain pass.
+        edits: changes of what attention (`attn_out`) or the MLP (`mlp_out`) adds to the live stream.
 
     Returns:
         the live stream after the layer; and what its heads and then its MLP wrote, N = H + 1.
     """
     own: Block = block(cfg, weights, layer)
     if shifts is None:
-        one = own(resid, layout)
+        one = own(resid, layout, edits=edits)
         return one.resid_post, jnp.concatenate([head_writes(one), one.mlp_out[None]])
     read = {Site.Q: shifts.q, Site.K: shifts.k, Site.V: shifts.v}
     known = {site: _by_head(cfg, weights, layer, site, resid + shift, layout) for site, shift in read.items()}
-    one = own(resid, layout, known=known)
+    one = own(resid, layout, known=known, edits=edits)
     heads = head_writes(one)
     shift = shifts.mlp(heads)
     # The MLP's own reading: where it reads depends on the family, so both streams are shifted.
-    written = own(resid + shift, layout, known={Site.RESID_MID: one.resid_mid + shift}).mlp_out
+    written = own(resid + shift, layout, known={Site.RESID_MID: one.resid_mid + shift}, edits=edits).mlp_out
     return one.replaced({Site.MLP_OUT: written}).resid_post, jnp.concatenate([heads, written[None]])
 
 
@@ -147,7 +150,12 @@ def _parts(cfg: ModelConfig, by_receiver: Array, axis: int = 0) -> tuple[Array, 
 
 
 def shifted(
-    cfg: ModelConfig, params: Params, start: Float[Array, "B T D"], shifts: Float[Array, "R B T D"], n_layers: int
+    cfg: ModelConfig,
+    params: Params,
+    start: Float[Array, "B T D"],
+    shifts: Float[Array, "R B T D"],
+    n_layers: int,
+    edits: Sequence[Edit] = (),
 ) -> Float[Array, "B T D"]:
     """The stream that "logits" reads, if each receiver's own reading of the stream is shifted by a given amount.
 
@@ -159,6 +167,7 @@ def shifted(
         start: what is embedded.
         shifts: one for each receiver, in the order of `Graph.receivers`.
         n_layers: number of layers that run.
+        edits: as in `wired_layer`; each names its layer.
     """
     layout = Causal.of(start.shape[1])
     by_layer = shifts[:-1].reshape(n_layers, n_inputs(cfg), *start.shape)
@@ -167,7 +176,7 @@ def shifted(
         layer, own = at
         q, k, v, mlp = _parts(cfg, own)
         given = Shifts(q, k, v, lambda heads: mlp[0])
-        return wired_layer(cfg, take_layer(params["blocks"], layer), layer, x, layout, given)[0], None
+        return wired_layer(cfg, take_layer(params["blocks"], layer), layer, x, layout, given, edits)[0], None
 
     last, _ = jax.lax.scan(keep_products(through), start, (jnp.arange(n_layers), by_layer))
     return last + shifts[-1]

@@ -26,7 +26,18 @@ def run(
             "Prompts that heads and edges are scored on; as many others measure the circuits.", least=2, panel=MEASURED
         ),
     ] = 16,
-    steps: Annotated[int, Setting("Steps of the edges' integrated gradients.", least=1, panel=MEASURED)] = 5,
+    method: Annotated[
+        Literal["eap", "eap-ig", "eap-ig-activations", "relp", "attnlrp", "masks"],
+        Setting(
+            "How edges and nodes are scored: eap, eap-ig, eap-ig-activations (gradients), relp, attnlrp (relevance), "
+            "or masks (learned).",
+            panel=MEASURED,
+        ),
+    ] = "eap-ig",
+    steps: Annotated[
+        int | None,
+        Setting("Steps of integrated gradients (5), or of learned masks (100).", least=1, panel=MEASURED),
+    ] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -46,7 +57,9 @@ def run(
     if out.with_suffix(".png") == out:
         raise OutputError(f"{out}: the figure has this name; name a file that ends in .json")
     with progress_bars() as progress:
-        study = ioi_study(load_model(model), n_prompts=n_prompts, steps=steps, seed=seed, progress=progress)
+        study = ioi_study(
+            load_model(model), n_prompts=n_prompts, method=method, steps=steps, seed=seed, progress=progress
+        )
     picture = write_ioi(study, out, overwrite)
     if as_json:
         print_json(study.as_json)
@@ -87,9 +100,10 @@ def print_study(study: IOIStudy) -> None:
         + (", ..." if len(study.circuit.members) > 8 else "")
     )
     for curve in study.curves:
-        print(f"Circuits of edges: {curve}")
-    mean, low, high = study.stability
-    print(f"The best 1 % of the edges, prompts drawn anew: Jaccard {mean:.2f} [{low:.2f}, {high:.2f}].")
+        print(f"Circuits of {curve.level}: {curve}")
+    if study.stability:
+        mean, low, high = study.stability
+        print(f"The best 1 % of the edges, prompts drawn anew: Jaccard {mean:.2f} [{low:.2f}, {high:.2f}].")
     if study.published is not None:
         p = study.published
         print(

@@ -142,7 +142,15 @@ def run(
     from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.cli.console import print_json, progress_bars
     from wpjax.facts.covariance import check_text, default_cache, key_moment
-    from wpjax.facts.rank_one import EditSettings, check_layer, edit_fact, make_task, recipe, sample_prefixes
+    from wpjax.facts.rank_one import (
+        EditSettings,
+        check_dense,
+        check_layer,
+        edit_fact,
+        make_task,
+        recipe,
+        sample_prefixes,
+    )
     from wpjax.facts.scores import check_scored, score_edits, target_probabilities
     from wpjax.facts.tracing import best_layer, check_tokenizer
     from wpjax.pairs import load_model
@@ -154,6 +162,7 @@ def run(
         loaded = load_model(model, ignore_config=ignore_config, mesh=mesh)
         # Before the work: what cannot be used is refused.
         check_tokenizer(loaded)
+        check_dense(loaded.cfg)
         check_text(loaded.cfg.d_mlp, text, most_tokens, ridge)
         if layer != "auto" and int(layer) >= loaded.cfg.n_layers:
             raise FactError(f"--layer {layer}: {model} has layers 0 to {loaded.cfg.n_layers - 1}")

@@ -60,7 +60,7 @@ def run(
         print_json(summary)
         return
     print_table(base, ("", "value"), [(k, str(v)) for k, v in summary["config"].items()])
-    print_table("\nComponents", ("kind", "in the model"), [(k, f"{n:,}") for k, n in counts.items()])
+    print_table("\nComponents", ("kind", "in the model"), [(k, f"{n:,}") for k, n in counts.items() if n])
     out.print(f"\nfingerprint {summary['fingerprint']}")
     for source, names in not_read.items():
         if names:

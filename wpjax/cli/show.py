@@ -14,6 +14,7 @@ from wpjax.arguments import OUTPUT, Setting
 from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
+    from wpjax.circuits.ioi_study import IOIStudy
     from wpjax.patchfiles.patch import Patch
     from wpjax.results.sweep_result import SweepResult
 
@@ -24,8 +25,8 @@ def run(
     result: Annotated[
         Path,
         typer.Argument(
-            help="A result of `wpjax sweep` or `wpjax validate`; a .json of `wpjax interference`, `wpjax edit --facts` "
-            "or `wpjax layers`; a folder of `wpjax trace`; or a patch file."
+            help="A result of `wpjax sweep` or `wpjax validate`; a .json of `wpjax interference`, `wpjax circuit`, "
+            "`wpjax edit --facts` or `wpjax layers`; a folder of `wpjax trace`; or a patch file."
         ),
     ],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
@@ -38,7 +39,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: a sweep's ranking, verdict and answers; curves; a map; a trace; scores; what a patch holds."""
+    """Print a result: a sweep's ranking, verdict and answers; curves; a map; a trace; a circuit; what a patch holds."""
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 
@@ -89,6 +90,7 @@ def run(
 
 def show_json(path: Path, as_json: bool) -> None:
     """Print what a JSON file holds, or the one in a folder of `wpjax trace`."""
+    from wpjax.circuits.ioi_study import IOIStudy
     from wpjax.cli.edit import print_scores
     from wpjax.cli.interference import print_interference
     from wpjax.cli.layers import print_layers
@@ -105,12 +107,27 @@ def show_json(path: Path, as_json: bool) -> None:
         "tracing": (Tracing.of_json, print_tracing),
         "edit scores": (EditScores.of_json, print_scores),
         "layers": (curves_of_json, print_layers),
+        "ioi": (lambda _: IOIStudy.from_json(path), _print_circuit),
     }
     makers = {what: lambda content, make=make, show=show: (make(content), show) for what, (make, show) in kinds.items()}
     found, show = read_json(
-        path / TRACE if path.is_dir() else path, makers, "result", "wpjax interference, trace, edit --facts or layers"
+        path / TRACE if path.is_dir() else path,
+        makers,
+        "result",
+        "wpjax interference, circuit, trace, edit --facts or layers",
     )
     show(found, as_json)
+
+
+def _print_circuit(study: IOIStudy, as_json: bool) -> None:
+    """Print a study of `wpjax circuit` again."""
+    from wpjax.cli.circuit import print_study
+    from wpjax.cli.console import print_json
+
+    if as_json:
+        print_json(study.as_json)
+    else:
+        print_study(study)
 
 
 def print_patch(patch: Patch, n: int, as_json: bool) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from wpjax.arguments import OUTPUT, Setting, SweepConfig
+import typer
+
+from wpjax.arguments import OUTPUT, RUNNING, Setting, SweepConfig, arguments_of, config_values
 from wpjax.cli.options import Json, Processes
 from wpjax.errors import WpjaxError
 from wpjax.methods import find_method
@@ -15,7 +18,6 @@ from wpjax.methods.metrics import reads_anchor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from wpjax.cli.console import Reporter
     from wpjax.results.sweep_result import Row, SweepResult
@@ -29,13 +31,36 @@ MARKS = ("anchor_acceptance", "behaviour_differs")
 """Attributes that JSON holds beside those of the method: they say whether to trust the ranking."""
 
 
+def defaults_from(path: Path) -> dict[str, Any]:
+    """The arguments that a file names, as the command line takes them."""
+    separators = {arg.name: arg.setting.separator for arg in arguments_of(SweepConfig)}
+    return {
+        name: separators[name].join(map(str, value)) if isinstance(value, list) and separators[name] else value
+        for name, value in config_values(path).items()
+    }
+
+
 def run(
     config: SweepConfig,
     processes: Processes,
     show: Annotated[int, Setting("Rows to print.", least=1, panel=OUTPUT)] = 20,
     as_json: Json = False,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="YAML file of arguments, say wpjax.yaml: base: org/model, n_prompts: 64, and so on. What stands on "
+            "the command line wins.",
+            # Typer fills `context` in, as it is the first of two parameters without a type.
+            callback=lambda context, path: path and setattr(context, "default_map", defaults_from(path)),
+            is_eager=True,
+            metavar="PATH",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
 ) -> None:
     """Measure how much of the behaviour each component's weights carry, and write the result."""
+    del config_file  # what it says is in `config`
     if config.shards is not None and config.part is None:
         raise WpjaxError(f"--shards needs --part; to put finished parts together: wpjax collect {config.shards}")
     if config.part is None:

@@ -9,6 +9,8 @@
     head      attn_proj' = attn_proj + z'[h] W_O'[h] - z[h] W_O[h]            input: normed stream, keys and values
     kv_group  attn_proj' = attn_proj + sum over its heads of (z' - z) W_O     input: normed stream; z' of host's q
     neuron    mlp_proj'  = mlp_proj + a'[f] W_out'[f] - a[f] W_out[f]         input: normed stream
+    routed_expert: the sum over its neurons
+    router    mlp_proj'  = neurons as r' routes them, W_out                   input: normed stream
     attn, mlp, layer, norm: likewise, as modules
 
 If one norm spans all heads (`ModelConfig.joint_qk_norm`), new weights of one head change the queries of all, and
@@ -89,8 +91,9 @@ class LayerPatch(NamedTuple):
         host: the host's own pass through the layer.
         weights: the layer, of host or donor, that gives a component its weights.
         source: the pass, of host or donor, that gives a component its input.
-        channels: the layer that gives a head or KV group its weights. It is `weights`, except for what all heads share
-            and none of them owns, the norms of queries and keys: in a weight patch these stay the host's.
+        channels: the layer that gives a head, KV group or neuron its weights. It is `weights`, except for what all of
+            them share and none of them owns, the norms of queries and keys and the router: in a weight patch these
+            stay the host's.
     """
 
     host: LayerPass
@@ -253,12 +256,33 @@ def _kv_group_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
 def _neuron_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
     def write(b: Block, x: Float[Array, "B T D"]) -> Float[Array, "P B T D"]:
         # Only the P neurons are computed: their columns of the input weights give a [B, T, P].
-        a = b.mlp.neurons(x, lambda leaf: jnp.asarray(base_of(leaf))[..., index])
+        a = b.mlp.neurons(x, lambda leaf: jnp.asarray(base_of(leaf))[..., index], index)
         w = b.mlp.W_out.get_value()[index].astype(jnp.float32)
         return jnp.moveaxis(a, 2, 0)[..., None] * w[:, None, None, :]
 
-    change = write(at.weights, at.source.mlp_input) - write(at.host.block, at.host.mlp_input)
+    change = write(at.channels, at.source.mlp_input) - write(at.host.block, at.host.mlp_input)
     return Rows(post=at.host.shifted(Site.MLP_PROJ, change).resid_post)
+
+
+def _routed_expert_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    cfg = at.host.block.cfg
+
+    def write(b: Block, x: Float[Array, "B T D"], neurons: Int[Array, " n"]) -> Float[Array, "B T D"]:
+        a = b.mlp.neurons(x, lambda leaf: jnp.asarray(base_of(leaf))[..., neurons], neurons)
+        return project(a, b.mlp.W_out.get_value()[neurons], splits=cfg.activation_splits)
+
+    def change(i: Int[Array, ""]) -> Float[Array, "B T D"]:
+        neurons = i * cfg.d_expert + jnp.arange(cfg.d_expert)
+        return write(at.channels, at.source.mlp_input, neurons) - write(at.host.block, at.host.mlp_input, neurons)
+
+    # One after the other, as each takes a copy of its expert's weights.
+    return Rows(post=at.host.shifted(Site.MLP_PROJ, jax.lax.map(change, index)).resid_post)
+
+
+def _router_rows(at: LayerPatch, index: Int[Array, " P"]) -> Rows:
+    routing = at.weights.mlp.routing(at.source.mlp_input)
+    new = at.host.block.mlp.neurons(at.host.mlp_input, routing=routing)
+    return Rows(post=_repeated(at.host.replaced({Site.NEURON: new}).resid_post, index))
 
 
 def _repeated(x: Float[Array, "B T D"], index: Int[Array, " P"]) -> Float[Array, "P B T D"]:
@@ -307,6 +331,8 @@ ROWS: Mapping[str, RowRule] = MappingProxyType(
         "head": _head_rows,
         "kv_group": _kv_group_rows,
         "neuron": _neuron_rows,
+        "routed_expert": _routed_expert_rows,
+        "router": _router_rows,
         "attn": _attn_rows,
         "mlp": _mlp_rows,
         "layer": _layer_rows,

@@ -13,8 +13,17 @@ from wpjax.models.config import ModelConfig
 
 
 def of_mlp(cfg: ModelConfig) -> float:
-    """Operations of one token in the MLP of a layer."""
-    return 2 * (3 if cfg.gated else 2) * cfg.d_model * cfg.d_mlp
+    """Operations of one token in the MLP of a layer; of routed experts, in the active ones and the router.
+
+    >>> import dataclasses
+    >>> dense = ModelConfig("llama", 2, 16, 4, 2, 4, 32, 50, 64)
+    >>> of_mlp(dense), of_mlp(dataclasses.replace(dense, n_experts=4, n_active=1))  # 2 * 16 * (3 * 8 + 4)
+    (3072, 896)
+    """
+    matrices = 3 if cfg.gated else 2
+    if cfg.n_experts:
+        return 2 * cfg.d_model * (matrices * cfg.n_active * cfg.d_expert + cfg.n_experts)
+    return 2 * matrices * cfg.d_model * cfg.d_mlp
 
 
 def of_keys(cfg: ModelConfig) -> float:
@@ -49,7 +58,7 @@ def of_patches(cfg: ModelConfig, n_tokens: int, last: int, components: Iterable[
         components: the components.
     """
     # After the component itself, in its own layer. Neurons are added to the stream at once; norms are said too large.
-    rest = {"neuron": 0.0, "head": of_mlp(cfg), "kv_group": of_mlp(cfg), "mlp": of_mlp(cfg)}
+    rest = {"neuron": 0.0, "routed_expert": 0.0, **dict.fromkeys(("head", "kv_group", "mlp", "router"), of_mlp(cfg))}
     total = 0.0
     for c in components:
         own = rest.get(c.kind, of_layer(cfg)) if KINDS[c.kind].in_layer and c.layer < last else 0.0

@@ -126,6 +126,12 @@ def _one_by_one(
 
 
 def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
+    return _by_neuron(at, at.channels, slopes)
+
+
+def _by_neuron(at: LayerPatch, weights: Block, slopes: Slopes) -> Float[Array, "F B"]:
+    """First-order change of the metric by each neuron with the weights of a layer, as its router routes it."""
+
     def through(b: Block, x: Float[Array, "1 S D"]) -> Float[Array, "B F"]:
         written = project(
             slopes.at[b.residual_site(Site.MLP_PROJ)], b.mlp.W_out.get_value().T, splits=b.cfg.activation_splits
@@ -133,7 +139,13 @@ def _neuron_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "F B"]:
         return (slopes.spread(b.mlp.neurons(x)) * written).sum(1)  # [B, T, F] -> [B, F]
 
     own = through(at.host.block, at.host.mlp_input) if slopes.neurons is None else slopes.neurons
-    return (through(at.weights, at.source.mlp_input) - own).T
+    return (through(weights, at.source.mlp_input) - own).T
+
+
+def _routed_expert_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "E B"]:
+    """The neurons of an expert stand side by side, and their changes just add up."""
+    by_neuron = _neuron_change(at, slopes)
+    return by_neuron.reshape(at.host.block.cfg.n_experts, -1, by_neuron.shape[1]).sum(1)
 
 
 def _attn_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
@@ -147,7 +159,7 @@ def _attn_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
 
 def _mlp_change(at: LayerPatch, slopes: Slopes) -> Float[Array, "1 B"]:
     """All neurons, whose changes just add up, and the output bias."""
-    change = _neuron_change(at, slopes).sum(0)
+    change = _by_neuron(at, at.weights, slopes).sum(0)
     if at.weights.mlp.cfg.mlp_bias:
         written = slopes.at[at.host.block.residual_site(Site.MLP_PROJ)]
         change += _shifted(written, at.weights.mlp.b_out, at.host.block.mlp.b_out)
@@ -174,6 +186,7 @@ CHANGES: Mapping[str, Callable[[LayerPatch, Slopes], Array]] = MappingProxyType(
         "head": _head_change,
         "kv_group": _kv_group_change,
         "neuron": _neuron_change,
+        "routed_expert": _routed_expert_change,
         "attn": _attn_change,
         "mlp": _mlp_change,
         "norm": _norm_change,

@@ -210,7 +210,7 @@ def random_masks(
     slopes = None
     if control:
         at = units.mask(np.full(len(components), p, np.float32))
-        slopes = by_component(unit_slopes(cfg, host, donor, metric, at), components)
+        slopes = by_component(cfg, unit_slopes(cfg, host, donor, metric, at), components)
     return estimate_beta(masks, values, slopes)
 
 

@@ -132,7 +132,7 @@ def weight_gradient(
     Returns:
         [C, B], change of F in its own units.
     """
-    return by_component(unit_slopes(cfg, host, donor, metric, 0.0), components)
+    return by_component(cfg, unit_slopes(cfg, host, donor, metric, 0.0), components)
 
 
 @zero_beyond_reach
@@ -161,5 +161,5 @@ def integrated_gradients(
     """
     totals = np.zeros((len(components), len(metric)))
     for i in range(steps):
-        totals += by_component(unit_slopes(cfg, host, donor, metric, (i + 0.5) / steps), components)
+        totals += by_component(cfg, unit_slopes(cfg, host, donor, metric, (i + 0.5) / steps), components)
     return totals / steps

@@ -92,4 +92,4 @@ def secant_adjoint(
     >>> np.allclose(parts.sum(0), gap, rtol=1e-3)
     True
     """
-    return by_component(over_prompts(metric, secant_scores, cfg, host, donor), components)
+    return by_component(cfg, over_prompts(metric, secant_scores, cfg, host, donor), components)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from wpjax.components import KINDS, MODEL_LAYER, Component, units_of
+from wpjax.components import Component, unit_positions
 from wpjax.metrics.metric import Metric, over_prompts
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -67,22 +67,19 @@ def unit_slopes(
 
 
 def by_component(
-    by_unit: Mapping[str, Float[np.ndarray, "B ..."]], components: Sequence[Component]
+    cfg: ModelConfig, by_unit: Mapping[str, Float[np.ndarray, "B ..."]], components: Sequence[Component]
 ) -> Float[np.ndarray, "C B"]:
     """Sum figures of units over the units that each component opens, prompt by prompt.
 
     Args:
+        cfg: the model.
         by_unit: unit -> [B, *shape of the unit].
         components: the C components.
     """
+    flat = {unit: figures.reshape(len(figures), -1) for unit, figures in by_unit.items()}
 
     def total(c: Component) -> Float[np.ndarray, " B"]:
-        kind = KINDS[c.kind]
-        parts = []
-        for figures in (by_unit[unit] for unit in units_of(c) if unit in by_unit):
-            of_layer = figures if c.layer == MODEL_LAYER else figures[:, c.layer]
-            opened = of_layer[:, c.index] if kind.opens == "channel" else of_layer
-            parts.append(opened.reshape(len(figures), -1).sum(1, dtype=np.float64))
-        return np.sum(parts, axis=0)
+        opened = [flat[unit][:, at] for unit, at in unit_positions(cfg, c).items() if unit in flat]
+        return np.sum([part.sum(1, dtype=np.float64) for part in opened], axis=0)
 
     return np.stack([total(c) for c in components])

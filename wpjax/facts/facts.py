@@ -375,11 +375,20 @@ def pieces(tokenizer: Any, ids: Sequence[int] | Int[np.ndarray, " T"]) -> tuple[
     return tuple(tokenizer.decode([int(i)]) for i in ids)
 
 
-def padded(rows: Sequence[np.ndarray], multiple: int = 8) -> Int[np.ndarray, "B T"]:
+def padded(rows: Sequence[np.ndarray], multiple: int = 8, most: int | None = None) -> Int[np.ndarray, "B T"]:
     """Rows of tokens as one array, padded on the right to a multiple, so that few programs serve all lengths.
+
+    Args:
+        rows: tokens of each row.
+        multiple: what the length is a multiple of.
+        most: the model's context: padding stops there. None for no bound.
 
     >>> padded([np.array([5, 6], np.int32), np.array([7], np.int32)], multiple=4).tolist()
     [[5, 6, 0, 0], [7, 0, 0, 0]]
+    >>> padded([np.array([5, 6], np.int32)], multiple=4, most=3).tolist()
+    [[5, 6, 0]]
     """
-    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    longest = max(len(row) for row in rows)
+    width = -(-longest // multiple) * multiple
+    width = width if most is None else max(longest, min(width, most))
     return np.stack([np.pad(np.asarray(row, np.int32), (0, width - len(row))) for row in rows])

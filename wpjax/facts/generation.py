@@ -57,7 +57,7 @@ def write_on(model: Checkpoint, params: Params, prompts: Sequence[str], seed: in
     ['Owls hunt']
     """
     rows = [encode(model.tokenizer, prompt) for prompt in prompts]
-    tokens = padded(rows)
+    tokens = padded(rows, most=model.cfg.n_ctx)
     n_new = min(LENGTH - min(map(len, rows)), model.cfg.n_ctx - tokens.shape[1])
     made = [np.zeros(0, np.int32)] * len(rows)
     if n_new > 0:

@@ -139,7 +139,7 @@ def make_task(model: Checkpoint, fact: Fact, prefixes: Sequence[str]) -> Task:
     check_length(model.cfg, max(map(len, rows)), f"{fact.text[:60]!r} with prefixes")
     n = max(map(len, targets))
     return Task(
-        jnp.asarray(padded([*rows, at.ids])),
+        jnp.asarray(padded([*rows, at.ids], most=model.cfg.n_ctx)),
         jnp.asarray([*lookup, at.stop - 1]),
         jnp.asarray([[end + min(i, len(t) - 1) for i in range(n)] for end, t in zip(ends, targets, strict=True)]),
         jnp.asarray(np.stack([np.pad(target, (0, n - len(target))) for target in targets])),
@@ -340,12 +340,26 @@ class FactEdit:
         )
 
 
+def check_dense(cfg: ModelConfig) -> None:
+    """Refuse a model whose MLPs are routed experts.
+
+    Raises:
+        FactError: it is one.
+    """
+    if cfg.n_experts:
+        raise FactError(
+            f"each MLP of this {cfg.family} is {cfg.n_experts} routed experts: no one matrix holds its facts; edit a "
+            "model with dense MLPs"
+        )
+
+
 def check_layer(cfg: ModelConfig, fact: Fact, layer: int) -> None:
     """Refuse an edit that cannot reach the answer: one in the last layer, at a subject that does not end the prompt.
 
     Raises:
-        FactError: the layer is the last one, and words follow the subject.
+        FactError: the layer is the last one, and words follow the subject; or as `check_dense`.
     """
+    check_dense(cfg)
     if layer == cfg.n_layers - 1 and fact.prompt.split(SLOT)[1].strip():
         raise FactError(
             f"layer {layer} is the last one: what it makes of the subject reaches no later word of {fact.text[:60]!r}; "

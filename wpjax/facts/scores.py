@@ -80,7 +80,7 @@ def target_probabilities(
         some = both[first : first + _BATCH]
         some += some[:1] * (_BATCH - len(some))  # filled up, so that one program serves all batches of a length
         n = -(-max(len(target) for _, target in some) // 4) * 4
-        rows = padded([np.concatenate([ids, target]) for ids, target in some], 16)
+        rows = padded([np.concatenate([ids, target]) for ids, target in some], 16, model.cfg.n_ctx)
         reads = np.array([[len(ids) - 1 + min(i, len(target) - 1) for i in range(n)] for ids, target in some])
         ids = np.stack([np.pad(target, (0, n - len(target))) for _, target in some])
         counted = np.array([[i < len(target) for i in range(n)] for _, target in some], np.float32)

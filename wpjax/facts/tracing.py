@@ -101,7 +101,7 @@ def known_facts(model: Checkpoint, facts: Sequence[Fact], progress: Progress = s
         progress("facts that the model knows", first, len(facts))
         some = range(first, min(first + _BATCH, len(facts)))
         rows = [np.concatenate([rows_of[i][0].ids, rows_of[i][1]]) for i in some]
-        says = np.asarray(_greedy(model.cfg, model.params, jnp.asarray(padded(rows, 16))))
+        says = np.asarray(_greedy(model.cfg, model.params, jnp.asarray(padded(rows, 16, model.cfg.n_ctx))))
         for i, said in zip(some, says, strict=True):
             at, target = rows_of[i]
             end = len(at.ids) - 1

@@ -17,8 +17,9 @@ from jaxtyping import Float
 
 from wpjax.checkpoints.convert import hf_tensor
 from wpjax.components import KINDS, Component, best_within, n_parameters
+from wpjax.errors import nearest
 from wpjax.merging.recipe import layer_of
-from wpjax.merging.registry import MergeError, nearest
+from wpjax.merging.registry import MergeError
 from wpjax.merging.scores import Owners, Scores, read_scores, scores_of, spread, unit_numbers
 from wpjax.models.config import ModelConfig
 from wpjax.results.sweep_result import SweepResult

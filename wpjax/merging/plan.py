@@ -16,9 +16,9 @@ from wpjax.checkpoints.folder import ADAPTER, SafetensorsFolder, check_folder
 from wpjax.checkpoints.placing import finite_floats
 from wpjax.checkpoints.rewrite import StoredModel, open_model
 from wpjax.checkpoints.tokenizer import load_tokenizer
-from wpjax.errors import PairError
+from wpjax.errors import PairError, nearest
 from wpjax.merging.recipe import Recipe, layer_of, matches, value_for
-from wpjax.merging.registry import MergeError, Parameter, nearest
+from wpjax.merging.registry import MergeError, Parameter
 from wpjax.merging.tensor_file import TensorFile
 from wpjax.models.config import ModelConfig
 from wpjax.models.families import FAMILIES

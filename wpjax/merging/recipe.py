@@ -27,9 +27,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import yaml
-
-from wpjax.merging.registry import MergeError, MergeMethod, Parameter, find_merge_method, nearest
+from wpjax.errors import nearest
+from wpjax.merging.registry import MergeError, MergeMethod, Parameter, find_merge_method
+from wpjax.runtime.yaml_files import read_yaml
 
 _KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "seed",
@@ -137,29 +137,11 @@ def read_recipe(path: str | Path) -> Recipe:
     'linear'
     """
     path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be read ({error.strerror or error}); name a YAML file") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise MergeError(f"{path}: not readable as YAML ({' '.join(str(error).split())[:300]}); correct it") from error
+    content = read_yaml(path, MergeError)
     try:
         return recipe_of(content)
     except MergeError as error:
         raise MergeError(f"{path}: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's plain data. A key that stands twice in a mapping is refused, for one of its values would be lost."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if isinstance(key, list | dict | set):
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a key must be a word")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
-        return super().construct_mapping(node, deep)
 
 
 def recipe_of(content: Any) -> Recipe:

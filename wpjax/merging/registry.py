@@ -7,12 +7,11 @@ reader, the command line's help and the model card take it from there.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import keyword
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from wpjax.errors import WpjaxError
+from wpjax.errors import WpjaxError, nearest
 
 
 class MergeError(WpjaxError):
@@ -135,13 +134,3 @@ def find_merge_method(name: str) -> MergeMethod:
     if name not in known:
         raise MergeError(f"unknown merge_method {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return known[name]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """In words, the most similar of some names; empty if none is similar.
-
-    >>> nearest("wieght", ["weight", "density"])
-    ' (did you mean weight?)'
-    """
-    close = difflib.get_close_matches(str(name), list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

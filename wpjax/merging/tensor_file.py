@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from wpjax.merging.registry import MergeError, nearest
+from wpjax.errors import nearest
+from wpjax.merging.registry import MergeError
 
 
 class TensorFile:

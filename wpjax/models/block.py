@@ -2,7 +2,7 @@
 
     attn_input = norm(resid_pre)              attn_proj = z W_O + b_O, all heads together
     resid_mid  = resid_pre + attn_out         attn_out  = attn_proj                (its norm in post-norm families)
-    mlp_input  = norm(resid_mid)              mlp_proj  = neuron W_out + b_out
+    mlp_input  = norm(resid_mid)              mlp_proj  = neuron W_out + b_out             (neuron: `layers.MLP`)
     resid_post = resid_mid + mlp_out          mlp_out   = mlp_proj                 (its norm in post-norm families)
 
 attn_out and mlp_out are multiplied by `ModelConfig.resid_scale` (Granite).

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
+Backward = Literal["gradient", "relp", "attnlrp"]
 RopeScaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
@@ -105,9 +106,17 @@ class ModelConfig:
         resid_scale: factor of what attention and MLP add to the stream, after their norms if they have these (Granite).
         logit_scale: factor of logits, before their bound (Granite).
         tied: whether the unembedding is the embedding transposed.
+        n_experts: E, routed experts of a layer. Each has d_mlp / E of its neurons, in order: neuron f belongs to expert
+            f // (d_mlp / E). 0: there are none, and all neurons act on every token.
+        n_active: how many experts act on a token: those with the largest logits of the router.
+        norm_routing: whether the weights of these experts are divided by their sum (`ops.top_k_softmax`).
+        qkv_clip: queries and keys, after norms and before rotary positions, and values are clipped to this magnitude
+            (OLMoE); None for no bound.
         activation_splits: 1 or 2. Where an activation meets a bfloat16 weight, it is written as the sum of so many
             bfloat16 numbers. 1 keeps 8 bits of it; 2 keeps 16 and takes twice the operations. With float32 weights
             it changes nothing.
+        backward: what slopes a backward pass takes: "gradient", or relevance by one of two sets of rules, "relp" and
+            "attnlrp" (`models.relevance`).
 
     >>> cfg = ModelConfig("llama", 2, 16, n_heads=4, n_kv_heads=2, d_head=4, d_mlp=32, d_vocab=50, n_ctx=64)
     >>> cfg.n_rep, cfg.score_scale
@@ -132,8 +141,9 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
-    # Not in the repr, which fingerprints hash: it says how the model is run, not what it is.
+    # Not in the repr, which fingerprints hash: these two say how the model is run, not what it is.
     activation_splits: int = dataclasses.field(default=1, repr=False)
+    backward: Backward = dataclasses.field(default="gradient", repr=False)
     norm_offset: float = _later(0.0)
     pre_norm: bool = _later(True)
     post_norm: bool = _later(False)
@@ -153,6 +163,10 @@ class ModelConfig:
     query_growth: tuple[float, int] | None = _later(None)
     norm_bias: bool = _later(True)
     shared_norm: bool = _later(False)
+    n_experts: int = _later(0)
+    n_active: int = _later(0)
+    norm_routing: bool = _later(False)
+    qkv_clip: float | None = _later(None)
 
     __repr__ = _repr
 
@@ -165,6 +179,11 @@ class ModelConfig:
     def n_rep(self) -> int:
         """Number of query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def d_expert(self) -> int:
+        """Number of neurons of one routed expert."""
+        return self.d_mlp // self.n_experts
 
     @property
     def longer_context(self) -> str:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from wpjax.errors import WpjaxError
-from wpjax.models import ops
+from wpjax.models import ops, relevance
 from wpjax.models.block import Block
 from wpjax.models.config import ModelConfig
 from wpjax.models.edits import Edit
@@ -89,7 +89,10 @@ class Decoder(nnx.Module):
     def _scaled(self, logits: Value) -> Value:
         """Logits after the family's factor and its bound on them, if it has these."""
         scaled = logits if self.cfg.logit_scale == 1.0 else logits * self.cfg.logit_scale
-        return ops.soft_cap(scaled, self.cfg.logit_softcap)
+        cap = self.cfg.logit_softcap
+        if cap is not None and self.cfg.backward != "gradient":
+            return relevance.proportional(lambda x: cap * jnp.tanh(x / cap), scaled)
+        return ops.soft_cap(scaled, cap)
 
     def unembedding(self, tokens: Int[Array, "*n"]) -> Float[Value, "*n D"]:
         """The vector of each token whose product with the normed stream is its logit, before factor and bound."""

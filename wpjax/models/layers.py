@@ -1,10 +1,11 @@
 """The parts of a decoder in Flax NNX: norm, attention, MLP, embedding. `models.block` wires them into a layer.
 
 All families share them; families differ in their `ModelConfig` only. Axes are named B batch, T tokens, D model,
-H query heads, K KV heads, Dh head width, F neurons, V vocabulary, L layers. Heads have an axis of their own in weights:
+H query heads, K KV heads, Dh head width, F neurons, E routed experts, V vocabulary, L layers. Heads have an axis of
+their own in weights:
 
     W_Q [D, H, Dh]   W_K, W_V [D, K, Dh]   W_O [H, Dh, D]   W_gate, W_in [D, F]   W_out [F, D]
-    W_E [V, D]       W_pos [n_ctx, D]      W_U [D, V]
+    W_router [D, E]  W_E [V, D]            W_pos [n_ctx, D]      W_U [D, V]
 
 Parameters are a plain nested dict of arrays or other leaves (`models.leaves`). Those under "blocks" are stacked: they
 have a leading axis of layers. The residual stream is float32, whatever the dtype of the weights.
@@ -22,9 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from wpjax.models import ops
+from wpjax.models import ops, relevance
 from wpjax.models.config import ModelConfig
-from wpjax.models.leaves import Blend, Leaf, base_of, expert_of, lookup, project, project_both, resolve
+from wpjax.models.experts import Weights, routed_products
+from wpjax.models.leaves import Blend, Form, Leaf, base_of, expert_of, lookup, project, project_both, resolve
 from wpjax.models.rotary import rotate
 from wpjax.models.secant import Value
 
@@ -73,7 +75,8 @@ class Norm(nnx.Module):
         """
         if self.cfg.norm == "layer":
             x = x - x.mean(self.axes, keepdims=True)
-        x = x * ops.rsqrt((x * x).mean(self.axes, keepdims=True) + self.cfg.norm_eps)
+        factor = ops.rsqrt((x * x).mean(self.axes, keepdims=True) + self.cfg.norm_eps)
+        x = x * (factor if self.cfg.backward == "gradient" else relevance.frozen(factor))
         scale = resolve(_leaf(self.scale))
         x = x * (scale + self.cfg.norm_offset if self.cfg.norm_offset else scale)
         return x + resolve(_leaf(self.bias)) if hasattr(self, "bias") else x
@@ -129,6 +132,7 @@ class Attention(nnx.Module):
             q = self.norm_q(q)
         if self.cfg.joint_qk_norm:
             q = self.joint_norm_q(q)
+        q = self._clipped(q)
         q = rotate(self.cfg, q, positions, layer) if self.cfg.rope else q
         if self.cfg.query_growth is None:
             return q
@@ -154,12 +158,18 @@ class Attention(nnx.Module):
             k = self.norm_k(k)
         if self.cfg.joint_qk_norm:
             k = self.joint_norm_k(k)
+        k = self._clipped(k)
         return rotate(self.cfg, k, positions, layer) if self.cfg.rope else k
 
     def values(self, x: Float[Value, "B T D"]) -> Float[Value, "B T K Dh"]:
         """Values of every KV head."""
         v = project(x, _leaf(self.W_V), splits=self.cfg.activation_splits)
-        return v + resolve(_leaf(self.b_V)) if self.cfg.qkv_bias else v
+        return self._clipped(v + resolve(_leaf(self.b_V)) if self.cfg.qkv_bias else v)
+
+    def _clipped(self, x: Float[Value, "*n"]) -> Float[Value, "*n"]:
+        """x within the bounds of the family, if it has these."""
+        bound = self.cfg.qkv_clip
+        return x if bound is None else ops.elementwise(lambda a: jnp.clip(a, -bound, bound), x)
 
     @jax.named_scope("attention")
     def mix(
@@ -170,7 +180,11 @@ class Attention(nnx.Module):
         seen: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Value, "B T H Dh"]:
         """Each head's mix of values: softmax(scale q k) v; arguments as in `ops.attention`."""
-        return ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, self._dtype)
+        rules = self.cfg.backward
+        if rules != "gradient":  # what becomes of the slopes by queries and keys
+            q, k = (relevance.frozen(x) if rules == "relp" else relevance.halved(x) for x in (q, k))
+        z = ops.attention(q, k, v, seen, self.cfg.score_scale, self.cfg.attn_softcap, self._dtype)
+        return relevance.halved(z) if rules == "attnlrp" else z
 
     @jax.named_scope("attention")
     def mix_in_parts(
@@ -193,11 +207,19 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated or plain MLP: `neurons` makes activations, `out` writes them to the stream."""
+    """Gated or plain MLP: `neurons` makes activations, `out` writes them to the stream.
+
+    With routed experts (`ModelConfig.n_experts`), each activation is multiplied by the weight that the router gives to
+    the neuron's expert at that token, and that is 0 for all but the few experts that it chooses:
+
+        r = top_k_softmax(x W_router)        neuron = r[expert of the neuron] act(x W_gate) * (x W_in)
+    """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         d, f = cfg.d_model, cfg.d_mlp
+        if cfg.n_experts:
+            self.W_router = _weight(rngs, (d, cfg.n_experts), d**-0.5)
         if cfg.gated:
             self.W_gate = _weight(rngs, (d, f), d**-0.5)
         self.W_in = _weight(rngs, (d, f), d**-0.5)
@@ -208,23 +230,54 @@ class MLP(nnx.Module):
             self.b_in = nnx.Param(jnp.zeros(f))
             self.b_out = nnx.Param(jnp.zeros(d))
 
-    def neurons(self, x: Float[Value, "*n D"], of: Callable[[Leaf], Leaf] = lambda leaf: leaf) -> Float[Value, "*n F"]:
-        """Activations of the neurons: act(x W_gate) * (x W_in), or act(x W_in) without a gate.
+    def routing(self, x: Float[Value, "*n D"]) -> Float[Value, "*n E"] | None:
+        """The weight of every routed expert, 0 for those that are not chosen; None in models without experts.
 
         Args:
             x: what the MLP reads.
-            of: applied to each weight and bias before it is used, for example to pick one side of a `Blend`.
         """
-        act = activation(self.cfg)
+        if not self.cfg.n_experts:
+            return None
+        logits = project(x, _leaf(self.W_router), splits=self.cfg.activation_splits)
+        return ops.top_k_softmax(logits, self.cfg.n_active, self.cfg.norm_routing)
+
+    def neurons(
+        self,
+        x: Float[Value, "*n D"],
+        of: Callable[[Leaf], Leaf] = lambda leaf: leaf,
+        at: Int[Array, " P"] | None = None,
+        routing: Float[Value, "*n E"] | None = None,
+    ) -> Float[Value, "*n P"]:
+        """Activations of the neurons: act(x W_gate) * (x W_in), or act(x W_in) without a gate, as they are routed.
+
+        Args:
+            x: what the MLP reads.
+            of: applied to each weight and bias of neurons before it is used, for example to pick one side of a `Blend`.
+            at: [P], the neurons that `of` picks; None: it leaves all of them.
+            routing: the weights of the experts; None for those that `routing` gives.
+        """
+        act, by_rules = activation(self.cfg), self.cfg.backward != "gradient"
+        activated = relevance.proportional if by_rules else ops.elementwise
         inner = project(x, of(_leaf(self.W_in)), splits=self.cfg.activation_splits)
         if self.cfg.mlp_bias:
             inner = inner + resolve(of(_leaf(self.b_in)))
         if not self.cfg.gated:
-            return ops.elementwise(act, inner)
+            return self._routed(activated(act, inner), x, at, routing)
         gate = project(x, of(_leaf(self.W_gate)), splits=self.cfg.activation_splits)
         if self.cfg.mlp_bias:
             gate = gate + resolve(of(_leaf(self.b_gate)))
-        return ops.elementwise(act, gate) * inner
+        product = activated(act, gate) * inner
+        return self._routed(relevance.halved(product) if by_rules else product, x, at, routing)
+
+    def _routed(self, a: Value, x: Value, at: Array | None, routing: Value | None) -> Float[Value, "*n P"]:
+        """Activations times the weights of their experts; arguments as in `neurons`."""
+        routing = self.routing(x) if routing is None else routing
+        if routing is None:
+            return a
+        if self.cfg.backward != "gradient":  # by the rules of relevance, weights that choose are constants
+            routing = jax.lax.stop_gradient(routing)
+        expert = (jnp.arange(self.cfg.d_mlp) if at is None else at) // self.cfg.d_expert
+        return a * ops.linear(lambda r: r[..., expert], routing)
 
     def out(self, a: Float[Value, "*n F"]) -> Float[Value, "*n D"]:
         """What the neurons write together, bias included."""
@@ -241,13 +294,28 @@ class MLP(nnx.Module):
         if isinstance(w, Blend) and w.mask.dtype == jnp.bool_:
             # Under a 0/1 mask all weights of a neuron come from one model. So base and expert neurons are computed
             # apart, and the choice is made once, at W_out; `neurons` would choose at every input weight.
-            ours = self.neurons(x, base_of)
-            o = w.by_breadth(
-                lambda: project(ours, w.base, splits=splits),
-                lambda form: project_both(ours, self.neurons(x, lambda w: expert_of(form(w))), form(w), splits=splits),
-            )
-            return self._biased(o)
-        return self.out(self.neurons(x))
+            routing = self.routing(x)
+            ours = self.neurons(x, base_of, routing=routing)
+
+            def both(form: Form) -> Float[Array, "*n D"]:
+                leaf = form(w)
+                at = leaf.channels if isinstance(leaf, Blend) else None
+                theirs = self.neurons(x, lambda w: expert_of(form(w)), at, routing)
+                return project_both(ours, theirs, leaf, splits=splits)
+
+            return self._biased(w.by_breadth(lambda: project(ours, w.base, splits=splits), both))
+        routing, weights = self.routing(x), self._of_experts()
+        if routing is not None and weights is not None and isinstance(x, jax.Array):
+            return routed_products(self.cfg, activation(self.cfg), x, routing, weights)
+        return self.out(self.neurons(x, routing=routing))
+
+    def _of_experts(self) -> Weights | None:
+        """The weights of routed experts, if these are arrays, all that they have, and slopes are gradients."""
+        if not self.cfg.n_experts or not self.cfg.gated or self.cfg.mlp_bias or self.cfg.backward != "gradient":
+            return None
+        leaves = [_leaf(param) for param in (self.W_gate, self.W_in, self.W_out)]
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        return Weights(*arrays) if len(arrays) == len(leaves) else None
 
 
 class Embed(nnx.Module):

@@ -45,6 +45,29 @@ def log_softmax(x: Value) -> Value:
     return secant.log_softmax(x) if isinstance(x, Secant) else jax.nn.log_softmax(x, axis=-1)
 
 
+def top_k_softmax(logits: Value, k: int, renormalise: bool) -> Value:
+    """Softmax along the last axis, with 0 in place of all but its k largest numbers. Of equal ones the first count.
+
+    Args:
+        logits: [..., E].
+        k: how many numbers stay.
+        renormalise: whether these are divided by their sum; it is the same as the softmax of their logits alone.
+
+    >>> import jax.numpy as jnp
+    >>> logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
+    >>> for renormalise in (False, True):
+    ...     print([f"{p:.2f}" for p in top_k_softmax(logits, 2, renormalise)])
+    ['0.00', '0.60', '0.30']
+    ['0.00', '0.67', '0.33']
+    """
+    if isinstance(logits, Secant):
+        return secant.top_k_softmax(logits, k, renormalise)
+    chosen = secant.largest(logits, k)
+    if renormalise:
+        return jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf), axis=-1)
+    return jnp.where(chosen, jax.nn.softmax(logits, axis=-1), 0.0)
+
+
 def soft_cap(x: Value, cap: float | None) -> Value:
     """cap tanh(x / cap): near x for small x, never beyond the cap (Gemma 2, arXiv 2408.00118). No cap (None): x."""
     return x if cap is None else elementwise(lambda a: cap * jnp.tanh(a / cap), x)

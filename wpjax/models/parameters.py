@@ -3,8 +3,8 @@
 Checkpoints of all families are read into these leaves. Masks and patches follow from the axes. So a new parameter is
 one line here.
 
-Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron. Leaves under "blocks" have one more axis in
-front, that of the layers, which is not listed.
+Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron, routed_expert. Leaves under "blocks" have
+one more axis in front, that of the layers, which is not listed. The neurons of a routed expert stand side by side.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
         "blocks/attn/joint_norm_q/bias": Parameter("qk_norm", ("head", "d_head")),
         "blocks/attn/joint_norm_k/scale": Parameter("qk_norm", ("kv_head", "d_head")),
         "blocks/attn/joint_norm_k/bias": Parameter("qk_norm", ("kv_head", "d_head")),
+        "blocks/mlp/W_router": Parameter("router", ("d_model", "routed_expert")),
         "blocks/mlp/W_gate": Parameter("neuron", ("d_model", "neuron")),
         "blocks/mlp/b_gate": Parameter("neuron", ("neuron",)),
         "blocks/mlp/W_in": Parameter("neuron", ("d_model", "neuron")),

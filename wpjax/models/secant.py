@@ -6,6 +6,7 @@ its values in base and expert. So the change of its output is linear in the chan
     x y          d(xy) = dx (y_B + y_E) / 2 + (x_B + x_E) / 2 dy             every product, also of matrices
     f(x)         df = (f(x_E) - f(x_B)) / (x_E - x_B) dx                     every function of one number
     (q)^-1/2     ds = -s_B^2 s_E^2 / (s_B + s_E) dq,   s = q^-1/2            of norms
+    top k        of a router's softmax: as it, or the share of the whole way (`top_k_softmax`)
     softmax      dp = L (ds - dlogZ),  L = (p_E - p_B) / (log p_E - log p_B),  dlogZ = sum L ds / sum L
 
 Subscripts B and E are base and expert, d is a change. L is the logarithmic mean of the two probabilities, log Z the
@@ -236,6 +237,39 @@ def _log_softmax(x: Secant) -> tuple[Secant, Array]:
 def log_softmax(x: Secant) -> Secant:
     """Log-probabilities along the last axis, in nats."""
     return _log_softmax(x)[0]
+
+
+def largest(x: Float[Array, "*n E"], k: int) -> Bool[Array, "*n E"]:
+    """Which are the k largest numbers along the last axis; of equal ones the first count.
+
+    >>> import jax.numpy as jnp
+    >>> largest(jnp.array([3.0, 1.0, 3.0, 3.0]), 2).tolist()
+    [True, False, True, False]
+    """
+    return jax.nn.one_hot(jax.lax.top_k(x, k)[1], x.shape[-1], dtype=jnp.bool_).any(-2)
+
+
+def top_k_softmax(logits: Secant, k: int, renormalise: bool) -> Secant:
+    """Softmax along the last axis without all but its k largest numbers, as `ops.top_k_softmax`.
+
+    Where base and expert choose the same k, these follow the rule of the softmax. Where they do not, the result jumps
+    on the way from base to expert. It then goes the share of its own way that the logits x have gone of theirs,
+
+        dp = <dx, x_E - x_B> / |x_E - x_B|^2 (p_E - p_B)
+
+    which is linear in dx too, and with dx = x_E - x_B leaves no remainder.
+    """
+    x = logits
+    ours, theirs = largest(x.base, k), largest(x.expert, k)
+    same = (ours == theirs).all(-1, keepdims=True)
+    if renormalise:
+        x = Secant(jnp.where(ours, x.base, -1e30), jnp.where(theirs, x.expert, -1e30), jnp.where(ours, x.change, 0.0))
+    log_p, weights = _log_softmax(x)
+    base, expert = jnp.where(ours, jnp.exp(log_p.base), 0.0), jnp.where(theirs, jnp.exp(log_p.expert), 0.0)
+    smooth = jnp.where(ours, weights * log_p.change, 0.0)
+    way = logits.expert - logits.base
+    share = (logits.change * way).sum(-1, keepdims=True) / jnp.maximum((way * way).sum(-1, keepdims=True), 1e-30)
+    return Secant(base, expert, jnp.where(same, smooth, share * (expert - base)))
 
 
 def _einsum(form: str, a: Secant, b: Secant) -> Secant:

@@ -37,7 +37,7 @@ class Site(enum.StrEnum):
     MLP_INPUT = "mlp_input"
     """[B, T, D], what the MLP reads."""
     NEURON = "neuron"
-    """[B, T, F], activations of the MLP's neurons."""
+    """[B, T, F], activations of the MLP's neurons; those of a routed expert times the router's weight of it."""
     MLP_PROJ = "mlp_proj"
     """[B, T, D], what all neurons write together: neuron W_out + b_out."""
     MLP_OUT = "mlp_out"

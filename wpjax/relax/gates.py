@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,25 @@ from wpjax.components import Component, n_parameters, unit_positions, unit_shape
 from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.patching import PatchMask
+
+
+@runtime_checkable
+class AnyGates(Protocol):
+    """What a learner needs of C gates: of weights (`Gates`), or of anything else that an objective takes a mask of.
+
+    A pytree with a number of gates, `len`.
+    """
+
+    @property
+    def share(self) -> Float[Array, " C"]:
+        """What each gate costs of what all gates cost; sums to 1."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def mask(self, values: Float[Array, " C"]) -> Any:
+        """What objectives are called with; differentiable in the values of the gates."""
+        ...
 
 
 @jax.tree_util.register_dataclass

@@ -19,8 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from scipy.stats import rankdata
 
 from wpjax.errors import WpjaxError
-from wpjax.patching import PatchMask
-from wpjax.relax.gates import Gates
+from wpjax.relax.gates import AnyGates
 from wpjax.relax.objectives import AnyObjective, Objective, is_on_host, prepared
 from wpjax.relax.parametrisations import Nested, Parametrisation
 from wpjax.runtime.progress import Progress, silent
@@ -129,7 +128,7 @@ def together(runs: Float[np.ndarray, "R C"]) -> Float[np.ndarray, " C"]:
 def take_steps(
     states: State,
     objective: Objective,
-    gates: Gates,
+    gates: AnyGates,
     keys: Key[Array, " R"],
     *,
     parametrisation: Parametrisation,
@@ -177,8 +176,8 @@ def _keys(key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[PRNGKeyArray, PRNGKe
 
 @functools.partial(jax.jit, static_argnames="parametrisation")
 def _mask_of_step(
-    numbers: Array, gates: Gates, key: PRNGKeyArray, step: Array, *, parametrisation: Parametrisation
-) -> tuple[PatchMask, PRNGKeyArray]:
+    numbers: Array, gates: AnyGates, key: PRNGKeyArray, step: Array, *, parametrisation: Parametrisation
+) -> tuple[Any, PRNGKeyArray]:
     """The mask that a step will draw, and the key that chooses its prompts."""
     draws, chooses = _keys(key, step)
     return gates.mask(parametrisation.draw(numbers, gates, draws)), chooses
@@ -186,7 +185,7 @@ def _mask_of_step(
 
 def learn(
     objective: AnyObjective,
-    gates: Gates,
+    gates: AnyGates,
     parametrisation: Parametrisation | None = None,
     config: RelaxConfig | None = None,
     *,
@@ -219,6 +218,7 @@ def learn(
     A made-up objective that wants two of five gates open, and no other:
 
     >>> import wpjax as wp
+    >>> from wpjax.relax.gates import Gates
     >>> cfg = wp.ModelConfig("llama", 1, 16, 5, 5, 4, 32, 50, 64)  # 1 layer, 5 heads
     >>> gates = Gates.of(cfg, wp.enumerate_components(cfg, ["head"]))
     >>> wanted = jnp.array([0.0, 1.0, 0.0, 1.0, 0.0])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from wpjax.patching import PatchMask, patch
 class Objective(Protocol):
     """A loss. Subclasses that are pytrees keep their arrays out of the compiled program's constants."""
 
-    def __call__(self, mask: PatchMask, key: PRNGKeyArray) -> Float[Array, ""]:
+    def __call__(self, mask: Any, key: PRNGKeyArray) -> Float[Array, ""]:
         """The loss of a relaxed mask, on prompts that `key` chooses."""
         ...
 
@@ -70,7 +70,7 @@ def is_on_host(objective: AnyObjective) -> bool:
     return isinstance(objective, OnHost)
 
 
-def prepared(objective: AnyObjective, mask: PatchMask, key: PRNGKeyArray) -> Objective:
+def prepared(objective: AnyObjective, mask: Any, key: PRNGKeyArray) -> Objective:
     """The objective of one step: with `OnHost`s prepared, in a sum too."""
     if isinstance(objective, Weighted):
         keys = jax.random.split(key, len(objective.parts))  # as the sum calls its parts
@@ -79,7 +79,7 @@ def prepared(objective: AnyObjective, mask: PatchMask, key: PRNGKeyArray) -> Obj
     return objective.prepared(mask, key) if isinstance(objective, OnHost) else objective
 
 
-def _choose(n: int, n_prompts: int | None, key: PRNGKeyArray) -> Int[Array, " n"]:
+def choose(n: int, n_prompts: int | None, key: PRNGKeyArray) -> Int[Array, " n"]:
     """Numbers of some of n prompts, without repetition; of all if `n_prompts` is None or larger."""
     return jax.random.choice(key, n, (n if n_prompts is None else min(n_prompts, n),), replace=False)
 
@@ -114,7 +114,7 @@ class Recover:
 
     def __call__(self, mask: PatchMask, key: PRNGKeyArray) -> Float[Array, ""]:
         """The loss of a relaxed mask."""
-        rows = _choose(len(self.metric), self.n_prompts, key)
+        rows = choose(len(self.metric), self.n_prompts, key)
         score = self.metric.take(rows)(self.cfg, patch(self.base, self.expert, mask))
         return (self.reached[rows] - score).mean()
 
@@ -206,7 +206,7 @@ class Reward:
             key: chooses prompts and answers.
         """
         chooses, samples = jax.random.split(key)
-        chosen = np.sort(np.asarray(_choose(len(self.prompts.ids), self.n_prompts, chooses)))
+        chosen = np.sort(np.asarray(choose(len(self.prompts.ids), self.n_prompts, chooses)))
         rows = np.repeat(chosen, self.n_answers)
         tokens = Tokens(np.asarray(self.prompts.ids)[rows], np.asarray(self.prompts.lengths)[rows])
         answers: Generation = jax.device_get(

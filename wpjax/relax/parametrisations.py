@@ -7,7 +7,7 @@
     straight-through   m_c = [a_c > 0], with the slope of sigmoid(a_c), at a price for what is open
                        (Bengio et al. 2013, arXiv 1308.3432)
 
-w_c is a gate's share of the parameters (`Gates.share`): budgets and prices count parameters, not components.
+w_c is a gate's share of the cost (`Gates.share`): budgets and prices count parameters, not components.
 
 A nested mask is learned once for all budgets. The other two need a run a budget, which their price sets.
 """
@@ -23,14 +23,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from wpjax.errors import WpjaxError
-from wpjax.relax.gates import Gates
+from wpjax.relax.gates import AnyGates
 
 
 @runtime_checkable
 class Parametrisation(Protocol):
     """How C numbers become C gates. To add one, write a class with these three members."""
 
-    def start(self, gates: Gates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
+    def start(self, gates: AnyGates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
         """The numbers to begin with.
 
         Args:
@@ -39,11 +39,11 @@ class Parametrisation(Protocol):
         """
         ...
 
-    def draw(self, numbers: Float[Array, " C"], gates: Gates, key: PRNGKeyArray) -> Float[Array, " C"]:
+    def draw(self, numbers: Float[Array, " C"], gates: AnyGates, key: PRNGKeyArray) -> Float[Array, " C"]:
         """The gates of one step, each from 0 to 1; differentiable in the numbers."""
         ...
 
-    def price(self, numbers: Float[Array, " C"], gates: Gates) -> Float[Array, ""]:
+    def price(self, numbers: Float[Array, " C"], gates: AnyGates) -> Float[Array, ""]:
         """What is added to the loss for the share of the parameters that is open."""
         ...
 
@@ -117,21 +117,21 @@ class Nested:
                 "the temperature must be above 0, and budgets are shares with 0 < smallest <= largest <= 1"
             )
 
-    def start(self, gates: Gates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
+    def start(self, gates: AnyGates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
         """The ranking's order, evenly spaced."""
         return standardised(ranking, self.spread)
 
-    def draw(self, numbers: Float[Array, " C"], gates: Gates, key: PRNGKeyArray) -> Float[Array, " C"]:
+    def draw(self, numbers: Float[Array, " C"], gates: AnyGates, key: PRNGKeyArray) -> Float[Array, " C"]:
         """The best gates within a budget that `key` draws."""
         low, high = jnp.log(self.smallest), jnp.log(self.largest)
         return self.within(numbers, gates, jnp.exp(jax.random.uniform(key, minval=low, maxval=high)))
 
-    def within(self, numbers: Float[Array, " C"], gates: Gates, budget: Float[Array, ""]) -> Float[Array, " C"]:
+    def within(self, numbers: Float[Array, " C"], gates: AnyGates, budget: Float[Array, ""]) -> Float[Array, " C"]:
         """The best gates within a budget."""
         t = threshold(numbers, gates.share, budget, self.temperature)
         return jax.nn.sigmoid((numbers - t) / self.temperature)
 
-    def price(self, numbers: Float[Array, " C"], gates: Gates) -> Float[Array, ""]:
+    def price(self, numbers: Float[Array, " C"], gates: AnyGates) -> Float[Array, ""]:
         """Nothing: the budget is kept."""
         return jnp.zeros(())
 
@@ -154,7 +154,7 @@ class Priced:
         if not self.weight >= 0:
             raise WpjaxError(f"weight={self.weight:g}: the price of what is open must not be below 0")
 
-    def start(self, gates: Gates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
+    def start(self, gates: AnyGates, ranking: Float[Array, " C"]) -> Float[Array, " C"]:
         """`initial`, moved by the ranking."""
         return self.initial + standardised(ranking, self.spread)
 
@@ -173,13 +173,13 @@ class HardConcrete(Priced):
     gamma: float = -0.1
     zeta: float = 1.1
 
-    def draw(self, numbers: Float[Array, " C"], gates: Gates, key: PRNGKeyArray) -> Float[Array, " C"]:
+    def draw(self, numbers: Float[Array, " C"], gates: AnyGates, key: PRNGKeyArray) -> Float[Array, " C"]:
         """Random gates."""
         noise = jax.random.logistic(key, numbers.shape)  # log u - log(1 - u)
         stretched = jax.nn.sigmoid((noise + numbers) / self.beta) * (self.zeta - self.gamma) + self.gamma
         return jnp.clip(stretched, 0.0, 1.0)
 
-    def price(self, numbers: Float[Array, " C"], gates: Gates) -> Float[Array, ""]:
+    def price(self, numbers: Float[Array, " C"], gates: AnyGates) -> Float[Array, ""]:
         """The share of the parameters that is expected not to be closed, times `weight`."""
         probability = jax.nn.sigmoid(numbers - self.beta * jnp.log(-self.gamma / self.zeta))
         return self.weight * (gates.share @ probability)
@@ -192,12 +192,12 @@ class StraightThrough(Priced):
     initial: float = 0.5
     spread: float = 0.4
 
-    def draw(self, numbers: Float[Array, " C"], gates: Gates, key: PRNGKeyArray) -> Float[Array, " C"]:
+    def draw(self, numbers: Float[Array, " C"], gates: AnyGates, key: PRNGKeyArray) -> Float[Array, " C"]:
         """Which gates are open."""
         soft = jax.nn.sigmoid(numbers)
         return soft + jax.lax.stop_gradient((numbers > 0).astype(soft.dtype) - soft)
 
-    def price(self, numbers: Float[Array, " C"], gates: Gates) -> Float[Array, ""]:
+    def price(self, numbers: Float[Array, " C"], gates: AnyGates) -> Float[Array, ""]:
         """The share of the parameters that is open, with the slope of the sigmoid, times `weight`."""
         return self.weight * (gates.share @ self.draw(numbers, gates, jax.random.key(0)))
 

@@ -22,7 +22,7 @@ N_NAMED = 8
 
 
 def make_ioi(study: IOIStudy) -> Figure:
-    """Figure of a study: two maps of heads, name movers, faithfulness by share of edges, and the graph."""
+    """Figure of a study: two maps of heads, name movers, faithfulness by share of edges and nodes, and the graph."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 11.5), layout="constrained")
         upper, lower = np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=[1, 1.15])))
@@ -69,18 +69,19 @@ def _draw_movers(axes: Axes, heads: Sequence[Head]) -> None:
 
 
 def _draw_curves(axes: Axes, study: IOIStudy) -> None:
-    """Draw the faithfulness of growing circuits of edges."""
+    """Draw the faithfulness of growing circuits of edges, and of nodes."""
     axes.axhline(1, color=GREY, lw=0.6)
-    for curve, style in zip(study.curves, ("-o", "--s"), strict=False):
-        how = "absolute" if curve.absolute else "signed"
-        label = f"{how} top k: CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f}"
-        axes.plot(curve.shares, curve.f, style, ms=3, lw=1.2, label=label)
+    for curve in study.curves:
+        how, style = ("absolute", "--s") if curve.absolute else ("signed", "-o")
+        label = f"{curve.level}, {how} top k: CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f}"
+        colour = COLOURS["mlp" if curve.level == "nodes" else "head"]
+        axes.plot(curve.shares, curve.f, style, color=colour, ms=3, lw=1.2, label=label)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{100 * k:g} %"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel="share k of all edges", ylabel="share of the model's metric")
-    axes.set_title(f"Circuits of edges ({study.curves[0].method}, {study.curves[0].ablation})")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set(xlabel="share k of all edges, or nodes", ylabel="share of the model's metric")
+    axes.set_title(f"Circuits ({study.curves[0].method}, {study.curves[0].ablation})")
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
 
 
 def draw_graph(axes: Axes, edges: Sequence[tuple[str, str, float]]) -> None:
@@ -90,7 +91,8 @@ def draw_graph(axes: Axes, edges: Sequence[tuple[str, str, float]]) -> None:
         axes: where to draw.
         edges: names of sender and receiver, and a score; the wider the line, the larger.
     """
-    nodes = sorted({_node(name) for s, r, _ in edges for name in (s, r)} | {"embed", "logits"}, key=_height)
+    names = {_node(name) for s, r, _ in edges for name in (s, r)} | {"embed", "logits"}
+    nodes = sorted(sorted(names), key=_height)  # by name within a row, so that a picture is the same every time
     rows: dict[tuple[int, int], list[str]] = {}
     for node in nodes:
         rows.setdefault(_height(node), []).append(node)

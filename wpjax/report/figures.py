@@ -20,6 +20,8 @@ COLOURS = {
     "head": "#2b6cb0",
     "kv_group": "#2c9c91",
     "neuron": "#d9772b",
+    "routed_expert": "#e0a458",
+    "router": "#7a8b3c",
     "attn": "#5a67a8",
     "mlp": "#b8862b",
     "layer": "#6b7280",

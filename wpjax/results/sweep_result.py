@@ -318,8 +318,9 @@ def _finest_kinds(swept: set[str]) -> list[str]:
     """Of the kinds that were swept in a layer, the finest that own all that the others do."""
     whole_attention = {"head", "kv_group"} <= swept
     attention = ["attn"] if "attn" in swept and not whole_attention else ["head", "kv_group"]
-    mlp = ["neuron"] if "neuron" in swept else ["mlp"]
-    is_covered = (whole_attention or "attn" in swept) and bool({"neuron", "mlp"} & swept)
+    own = next((kind for kind in ("neuron", "routed_expert") if kind in swept), None)
+    mlp = ["mlp"] if own is None else [own, "router"]
+    is_covered = (whole_attention or "attn" in swept) and (own is not None or "mlp" in swept)
     return ["layer"] if "layer" in swept and not is_covered else [*attention, *mlp, "norm"]
 
 

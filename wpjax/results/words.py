@@ -9,6 +9,8 @@ KIND_NAMES = {
     "head": "heads",
     "kv_group": "KV groups",
     "neuron": "neurons",
+    "routed_expert": "routed experts",
+    "router": "routers",
     "attn": "attention modules",
     "mlp": "MLPs",
     "layer": "whole layers",

@@ -13,8 +13,12 @@ def public_name(source: str) -> str:
 
     >>> public_name("org/name"), public_name("/home/me/models/capital"), public_name("~/b.gguf")
     ('org/name', 'capital', 'b.gguf')
+    >>> public_name("org/name+/home/me/adapter")
+    'org/name+adapter'
     """
     path = Path(source)
+    if "+" in source and not path.exists():  # a model and an adapter over it
+        return "+".join(map(public_name, source.split("+")))
     is_path = path.is_absolute() or source.startswith((".", "~")) or path.exists() or len(path.parts) > 2
     return one_line(path.name if is_path else source)
 

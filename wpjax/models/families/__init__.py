@@ -16,11 +16,14 @@ from wpjax.models.families.granite import GRANITE
 from wpjax.models.families.llama import LLAMA
 from wpjax.models.families.ministral import MINISTRAL, MINISTRAL3
 from wpjax.models.families.mistral import MISTRAL
+from wpjax.models.families.mixtral import MIXTRAL
 from wpjax.models.families.olmo2 import OLMO2
 from wpjax.models.families.olmo3 import OLMO3
+from wpjax.models.families.olmoe import OLMOE
 from wpjax.models.families.phi3 import PHI3
 from wpjax.models.families.qwen2 import QWEN2
 from wpjax.models.families.qwen3 import QWEN3
+from wpjax.models.families.qwen3_moe import QWEN3_MOE
 from wpjax.models.families.smollm3 import SMOLLM3
 from wpjax.models.families.starcoder2 import STARCODER2
 
@@ -52,6 +55,9 @@ for _family in (
     STARCODER2,
     COHERE,
     COHERE2,
+    MIXTRAL,
+    QWEN3_MOE,
+    OLMOE,
 ):
     register(_family)
 

@@ -29,11 +29,12 @@ class TensorRule:
         TensorRule("model.layers.{l}.self_attn.q_proj.weight", ("blocks/attn/W_Q",), "(h e) d -> d h e")
 
     Attributes:
-        hf: the tensor's name in the checkpoint; "{l}" stands for the number of the layer.
+        hf: the tensor's name in the checkpoint; "{l}" stands for the number of the layer, "{x}" for that of a routed
+            expert. The tensors of a layer's experts count as one, stacked along a first axis.
         leaves: paths of the leaves in the tree, such as "blocks/attn/W_Q".
         pattern: einops pattern from the tensor's axes to the leaf's; it is read backwards when a checkpoint is saved.
-            Axes: d model, h heads, k KV heads, e head width (or p pairs of t = 2 numbers), f neurons, v vocabulary,
-            c context, n leaves. Of several
+            Axes: d model, h heads, k KV heads, e head width (or p pairs of t = 2 numbers), f neurons, x routed
+            experts, w neurons of one, v vocabulary, c context, n leaves. Of several
             leaves, one pattern gives all of them, stacked along a first axis "n"; or there are as many patterns, and
             the tensor holds the leaves one after the other along its first axis.
     """
@@ -41,6 +42,11 @@ class TensorRule:
     hf: str
     leaves: tuple[str, ...]
     pattern: str | tuple[str, ...]
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether each routed expert has a tensor of its own."""
+        return "{x}" in self.hf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,12 +29,17 @@ OLMO2_DERIVED = MappingProxyType(
 )
 """`ModelConfig` field -> its value, in OLMo 2 and 3."""
 
+JOINT_QK_NORMS = (
+    TensorRule(f"{_LAYER}.self_attn.q_norm.weight", ("blocks/attn/joint_norm_q/scale",), "(h e) -> h e"),
+    TensorRule(f"{_LAYER}.self_attn.k_norm.weight", ("blocks/attn/joint_norm_k/scale",), "(k e) -> k e"),
+)
+"""Rules for the norms of queries and keys, over all heads of a layer together."""
+
 OLMO2_TENSORS = (
     *ENDS,
     *split_attention(_LAYER),
     *gated_mlp(_LAYER),
-    TensorRule(f"{_LAYER}.self_attn.q_norm.weight", ("blocks/attn/joint_norm_q/scale",), "(h e) -> h e"),
-    TensorRule(f"{_LAYER}.self_attn.k_norm.weight", ("blocks/attn/joint_norm_k/scale",), "(k e) -> k e"),
+    *JOINT_QK_NORMS,
     TensorRule(f"{_LAYER}.post_attention_layernorm.weight", ("blocks/norm_attn_out/scale",), "d -> d"),
     TensorRule(f"{_LAYER}.post_feedforward_layernorm.weight", ("blocks/norm_mlp_out/scale",), "d -> d"),
 )

@@ -1,0 +1,1 @@
+"""Circuits where the truth is known."""
