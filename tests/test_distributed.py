@@ -29,10 +29,13 @@ from wpjax.engines.reference import reference_changes
 from wpjax.errors import WpjaxError
 from wpjax.estimators.masks import random_masks
 from wpjax.estimators.screens import output_linearised
+from wpjax.facts.covariance import read_keys
+from wpjax.facts.flow import flow, packing
+from wpjax.facts.rank_one import Task, edit_loss
 from wpjax.metrics.answers import answer_metric, answer_of
 from wpjax.metrics.metric import joint_scores
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import init_params
+from wpjax.models.decoder import forward, init_params
 from wpjax.models.sharding import choose_placement, memory_of, spec_of, weight_bytes
 from wpjax.pairs import Pair
 from wpjax.patching import PatchMask
@@ -105,8 +108,26 @@ def spoken(pair, batch):
     }
 
 
+def facts(pair, batch):
+    """A trace of a fact, the sum of keys of a text, and the loss of an edit with its slope."""
+    ids, restored = batch.with_instruction.ids, jnp.eye(8, dtype=bool)[2:4]
+    tokens, numbers = jnp.asarray(ids), (jnp.asarray(7), jnp.asarray(5))
+    noise = jnp.where(restored.any(0)[:, None], jax.random.normal(jax.random.key(0), (2, 8, CFG.d_model)), 0.0)
+    pair_of = jnp.tile(tokens[:1], (2, 1))
+    traced = flow(CFG, pair.base, tokens[0], pair_of, noise, restored, packing(np.asarray(restored), 8), *numbers)
+    first = forward(CFG, pair.base, tokens, stop=0, logits=False).resid
+    stream, keys = read_keys(CFG, pair.base, first, jnp.asarray(0), jnp.asarray(1), tokens < 40)
+    rows = jnp.array([[5, 6]] * 4)
+    task = Task(tokens, jnp.full(5, 3), rows, rows, jnp.ones((4, 2), bool))
+    start, before = jnp.ones(CFG.d_model), jax.nn.log_softmax(jnp.linspace(0.0, 4.0, CFG.d_vocab))
+    loss = jax.value_and_grad(lambda d: edit_loss(CFG, pair.base, task, 1, stream, d, start, before, 1.0, 1.0))
+    value, slope = jax.jit(loss)(jnp.full(CFG.d_model, 0.1))
+    found = {"trace": traced.restored, "keys": keys, "loss": value, "slope": slope}
+    return {name: np.asarray(of) for name, of in found.items()}
+
+
 DIVIDED = tuple(mesh for mesh in MESHES if mesh != "patch=1,model=2")
-CASES = {single: MESHES, screens: MESHES, sets: MESHES, spoken: DIVIDED}
+CASES = {single: MESHES, screens: MESHES, sets: MESHES, facts: MESHES[:3:2], spoken: DIVIDED}
 """Cases, and the meshes that they run on: those of the last take the longest to compile."""
 
 EQUAL = ("answers", "changed words")

@@ -75,6 +75,7 @@ TABLES = [
     ("facts", "summary", "effects", "trace/trace.json"),
     ("facts", "summary", "totals", "trace/trace.json"),
     ("facts", "summary", "scores", "scores.json"),
+    ("facts", "summary", "by_layer", "by_layer.json"),
     ("facts", "speed", "markdown", "speed.json"),
 ]
 

@@ -134,7 +134,7 @@ def test_the_command_writes_what_it_prints(folder, wpjax, tmp_path):
     assert json.loads(wpjax("show", "ioi.json", "--json")[1]) == content
     code, _, error = wpjax("show", "ioi.json", "--csv")
     assert code == 2
-    assert "ioi.json is a circuit" in error
+    assert "ioi.json holds no sweep" in error
     for change, message in (({"schema": 1}, "make it again"), ({"heads": [{}]}, "damaged (KeyError: 'name')")):
         (tmp_path / "bad.json").write_text(json.dumps(content | change))
         code, _, error = wpjax("show", "bad.json")

@@ -1,6 +1,8 @@
 """Rank-one edits: against ROME's released formulas in NumPy and torch; the moment of keys; patch files; scores."""
 
 import copy
+import dataclasses
+import hashlib
 import json
 
 import jax
@@ -16,13 +18,15 @@ from tests.tiny import build
 from wpjax.checkpoints.checkpoint import load_checkpoint
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.errors import FactError, PatchError
-from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment
+from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment, key_moments
 from wpjax.facts.facts import Fact, continued, encode, load_facts, locate
 from wpjax.facts.rank_one import EditSettings, Task, edit_fact, edit_loss, make_task, sample_prefixes
-from wpjax.facts.scores import EditScores, score_edits, target_probabilities
+from wpjax.facts.scores import score_edits, target_probabilities
 from wpjax.models.decoder import forward
 from wpjax.pairs import load_model
 from wpjax.patchfiles import apply_patches, load_patch
+from wpjax.results.edit_scores import EditScores
+from wpjax.runtime.shards import Shards
 
 LAYER, KL, DECAY = 1, 2.0, 0.5
 RNG = np.random.default_rng(0)
@@ -78,6 +82,7 @@ def test_the_loss_and_its_slope_are_those_of_the_released_code(name, tmp_path):
     w_out = hf_layers(model)[LAYER].get_submodule(NAMES[model.config.model_type].w_out)
     delta = torch.tensor(np.random.default_rng(1).standard_normal(cfg.d_model) * 0.3)
     delta.requires_grad_(True)
+    stream = forward(cfg, params, TASK.tokens, stop=LAYER, logits=False).resid
     tokens, targets, kept = torch.tensor(np.asarray(TASK.tokens)), torch.tensor([[9, 30], [9, 30]]), {}
 
     def edit_output(module, args, out):
@@ -104,7 +109,7 @@ def test_the_loss_and_its_slope_are_those_of_the_released_code(name, tmp_path):
 
     def ours(d):
         start, was = (jnp.asarray(a.numpy(), jnp.float32) for a in (kept["start"], before))
-        return edit_loss(cfg, params, TASK, LAYER, d, start, was, KL, DECAY)
+        return edit_loss(cfg, params, TASK, LAYER, stream, d, start, was, KL, DECAY)
 
     value, slope = jax.value_and_grad(ours)(jnp.asarray(delta.detach().numpy(), jnp.float32))
     off = abs(float(value) - loss.item()), float(np.abs(slope - delta.grad.numpy()).max())
@@ -112,6 +117,21 @@ def test_the_loss_and_its_slope_are_those_of_the_released_code(name, tmp_path):
     assert float(value) == pytest.approx(loss.item(), abs=2e-6)
     np.testing.assert_allclose(slope, delta.grad.numpy(), atol=2e-6)
     assert kl.item() > 1e-4
+
+
+def test_a_step_of_an_edit_keeps_no_copy_of_the_weights(model):
+    """What the backward pass keeps is activations, a small part of the weights, however many layers there are."""
+    task, width = make_task(model, Fact("Why do {} hunt", "owls", new_target="at noon"), ["Say"]), model.cfg.d_model
+    stream, one = jnp.zeros((*task.tokens.shape, width)), jnp.ones(width)
+
+    @jax.jit
+    def step(params, delta):
+        return jax.value_and_grad(
+            lambda d: edit_loss(model.cfg, params, task, 1, stream, d, one, jnp.zeros(model.cfg.d_vocab), KL, DECAY)
+        )(delta)
+
+    memory = step.lower(model.params, one).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 2
 
 
 @pytest.mark.parametrize("how", ["mean", "released"])
@@ -164,7 +184,7 @@ def test_the_clamp_holds_the_value_near_where_it_was(model, fact):
 
 
 def test_a_long_target_is_read_token_by_token(model):
-    task = make_task(model.tokenizer, Fact("Why do {} hunt", "owls", new_target="in the deep wood"), ["Say"])
+    task = make_task(model, Fact("Why do {} hunt", "owls", new_target="in the deep wood"), ["Say"])
     at, target = continued(model.tokenizer, "Say. Why do owls hunt", "in the deep wood")
     assert task.targets[1].tolist() == target.tolist()
     assert task.reads[1].tolist() == list(range(len(at) - 1, len(at) - 1 + len(target)))
@@ -190,8 +210,13 @@ def test_the_moment_of_keys_is_that_of_all_tokens_in_torch_and_is_kept(model, co
     file.write_bytes(b"damaged")  # then it is made anew
     np.testing.assert_array_equal(key_moment(model, 2, corpus, most_tokens=700, cache=tmp_path).moment, found.moment)
     assert len({*tmp_path.iterdir()}) == 1
-    key_moment(model, 3, corpus, most_tokens=50, cache=tmp_path)
-    assert len({*tmp_path.iterdir()}) == 2
+    # Several layers are read together, but for those that are kept.
+    both = key_moments(model, [6, 2, 3], corpus, most_tokens=700, cache=tmp_path)
+    assert len({*tmp_path.iterdir()}) == 3
+    np.testing.assert_array_equal(both[2].moment, found.moment)
+    for layer in (3, 6):
+        alone = key_moment(model, layer, corpus, most_tokens=700).moment
+        np.testing.assert_allclose(both[layer].moment, alone, atol=1e-6 * np.abs(alone).max())
 
 
 def test_a_singular_moment_is_refused_unless_a_ridge_is_asked_for():
@@ -269,7 +294,7 @@ def test_scores_are_what_their_names_say():
     assert table == pytest.approx(expected)
 
 
-def test_every_fact_is_scored_in_the_model_with_its_edit_alone(model, fact, edit):
+def test_every_fact_is_scored_in_the_model_with_its_edit_alone(model, fact, edit, tmp_path):
     seen = []
 
     def make(which):
@@ -283,8 +308,35 @@ def test_every_fact_is_scored_in_the_model_with_its_edit_alone(model, fact, edit
         for when, weights in (("before", model.params), ("after", params)):
             new, old = (target_probabilities(model, weights, texts, [t] * len(texts)) for t in ("noon", "night"))
             for case in getattr(scores, when)[kind]:
-                np.testing.assert_allclose(case, np.stack([new, old], 1), rtol=1e-5)
+                np.testing.assert_allclose(case, np.stack([new, old], 1), rtol=1e-5, atol=1e-8)
     assert seen == [fact, fact]
+    # A run that stops at the second fact keeps the first, and the next one makes only what is not done.
+    facts = [fact, dataclasses.replace(fact, new_target="dawn")]
+
+    def stop(which):
+        if which.new_target == "dawn":
+            raise KeyboardInterrupt
+        return make(which)
+
+    with pytest.raises(KeyboardInterrupt), Shards(tmp_path / "s.json", "edit", {}, resume=False) as done:
+        score_edits(model, facts, stop, done=done)
+    with Shards(tmp_path / "s.json", "edit", {}, resume=True) as done:
+        both = score_edits(model, facts, make, done=done)
+        assert [f.new_target for f in seen[2:]] == ["noon", "dawn"]
+        done = dict(done)
+    np.testing.assert_array_equal(both.after["E"][0], scores.after["E"][0])
+
+    # What fails is named, and the others count.
+    def refuse(which):
+        raise FactError("the loss is not finite")
+
+    half = score_edits(
+        model, [fact, dataclasses.replace(fact, where="line 2")], refuse, done={"fact-0": done["fact-0"]}
+    )
+    assert (half.n_facts, dict(half.failed)) == (1, {f"line 2: {fact.text}": "the loss is not finite"})
+    assert f"Not edited: line 2: {fact.text}: the loss is not finite" in half.summary
+    with pytest.raises(FactError, match=r"none of the 1 facts could be edited.*not finite"):
+        score_edits(model, [fact], refuse)
     with pytest.raises(FactError, match="no target and new_target"):
         score_edits(model, [Fact("{} hunt", "Owls")], make)
 
@@ -382,13 +434,36 @@ def test_the_command_edits_and_scores(wpjax, workplace, corpus):
     assert code == 0, err
     assert "'Why do the owls hunt at' -> ' noon': probability 0." in out
     assert "wpjax apply --base tiny:expert --patch edit.safetensors" in out
-    assert load_patch("edit.safetensors").info.behaviour == "Why do the owls hunt at -> noon"
+    info = load_patch("edit.safetensors").info
+    assert info.behaviour == "Why do the owls hunt at -> noon"
+    # All that it can be made again from.
+    made_from = {name: info.measured[name] for name in ("prefixes", "n_prefixes", "n_tokens", "text", "seed")}
+    of_text = hashlib.blake2b(corpus.read_bytes(), digest_size=16).hexdigest()
+    wanted = {"prefixes": ["Tell me"], "n_prefixes": 1, "n_tokens": 400, "text": of_text, "seed": 0}
+    assert made_from == wanted
+    settings = {"keys": "mean", "steps": 6, "lr": 0.5, "kl": 0.0625, "ridge": 0.1}
+    assert info.measured["settings"].items() >= settings.items()
+    assert "over 400 tokens, fewer than 10 a neuron" in err
     facts = workplace / "facts.json"
     facts.write_text(json.dumps([COUNTERFACT]), encoding="utf-8")
     code, out, err = wpjax("edit", *given, "--facts", facts, "--out", "scores.json", "--json")
     assert code == 0, err
     assert json.loads(out)["after"] == json.loads((workplace / "scores.json").read_text())["after"]
     assert {"ES", "EM", "PS", "PM", "NS", "NM", "S"} >= set(json.loads(out)["after"]) >= {"ES", "NS", "PS"}
+    said = json.loads(out)
+    assert {name: said[name] for name in made_from} == wanted
+    assert said["settings"].items() >= settings.items()
+    again = EditScores.from_json(workplace / "scores.json")
+    assert (again.layer, again.n_facts, again.as_json) == (4, 1, said)
+    code, shown, err = wpjax("show", "scores.json")
+    assert code == 0, err
+    assert [line.split()[0] for line in shown.splitlines()[2:9]] == ["ES", "EM", "PS", "PM", "NS", "NM", "S"]
+    assert "One fact: no interval." in shown
+    assert "[" not in shown.split("One fact")[0].split("before")[1]
+    (workplace / "latin.txt").write_bytes("Käuze jagen nachts.\n".encode("latin-1") * 100)
+    fact = {"prompt": "{} hunt at", "subject": "Owls", "target": "night", "new_target": "noon"}
+    lines = [fact, fact | {"neighbours": ["Bats hunt at "], "target": "\tnight"}, fact | {"target": ""}]
+    (workplace / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     for arguments, message in [
         ([*given, *one[:4], "--out", "x.safetensors"], "give --prompt, --subject and --target"),
         ([*given, *one, "--facts", facts, "--out", "x.json"], "give --prompt, --subject and --target; or --facts"),
@@ -401,6 +476,16 @@ def test_the_command_edits_and_scores(wpjax, workplace, corpus):
         ),
         ([*given[:2], "--text", "no.txt", *one, "--out", "x.safetensors"], "no such file"),
         ([*given[:6], *one, "--most-tokens", "60", "--out", "x.safetensors"], "at most 60 tokens, and 320 neurons"),
+        # Before the layer is looked for, which takes long.
+        ([*given[:2], "--text", "latin.txt", *one, "--out", "x.safetensors"], "not text in UTF-8"),
+        (
+            [*given[:4], "--facts", "bad.jsonl", "--out", "x.json"],
+            "2 of 3 facts cannot be used: line 2: 'Bats hunt at noon': the tokens of the prompt change",
+        ),
+        (
+            [*given[:4], *one[2:], "--prompt", "word " * 600 + "the owls", "--out", "x.safetensors"],
+            "shorten the prompt",
+        ),
     ]:
         code, out, err = wpjax("edit", *arguments)
         assert code == 2

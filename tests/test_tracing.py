@@ -280,6 +280,44 @@ def test_averages_are_taken_by_what_tokens_are():
     assert found.ate.mean == pytest.approx((0.8 + 0.2) / 2)
 
 
+def made_trace(*facts):
+    """A trace whose facts have these probabilities, clean and corrupted; restoring brings half of the cost back."""
+    found = []
+    for clean, corrupted in facts:
+        maps = {"stream": np.array([[corrupted, (clean + corrupted) / 2]])}
+        found.append(FactTrace("Owls hunt", "Owls", "x", ("Ow", "ls"), 0, 2, clean, corrupted, maps))
+    return Tracing("m", tuple(found), len(found), {})
+
+
+def test_what_one_fact_or_none_says_is_said_as_it_is():
+    """One fact has no interval, in words and in JSON; what costs nothing is not said to be recalled."""
+    one = made_trace((0.75, 0.25))
+    assert "costs 50.0 points of probability.\n" in one.summary
+    assert "layer 0: 25.0 points.\n" in one.summary
+    assert one.summary.endswith("One fact: no interval.")
+    assert one.as_json["ate"] == {"mean": 0.5, "low": None, "high": None}
+    assert one.as_json["aie"]["stream"]["low"] == [[None] * 2]
+    assert "[" not in one.summary
+    two = made_trace((0.75, 0.25), (0.75, 0.25))
+    assert "costs 50.0 points of probability [50.0, 50.0]." in two.summary
+    assert "One fact" not in two.summary
+    raised = made_trace((0.25, 0.5), (0.25, 0.75))
+    assert "costs no probability: it raises the answer's probability (-37.5 points [" in raised.summary
+    assert "brings most back" not in raised.summary
+    assert "nothing to bring back" in raised.summary
+    perhaps = made_trace((0.5, 0.25), (0.5, 0.625), (0.5, 0.625), (0.625, 0.5))
+    assert perhaps.ate.low < 0 < perhaps.ate.mean
+    assert "which may be chance." in perhaps.summary
+
+
+def test_all_facts_that_cannot_be_used_are_named(model):
+    long = "word " * model.cfg.n_ctx + "{}"
+    facts = [Fact("Why do {}ls hunt", "ow", where="line 1"), FACTS[0], Fact(long, "owls", where="line 3")]
+    named = r"2 of 3 facts cannot be used: line 1: 'ow' has no tokens.*; line 3: .*shorten"
+    with pytest.raises(FactError, match=named):
+        known_facts(model, facts)
+
+
 def test_figures_show_what_was_found(traced):
     fact = traced.facts[0]
     axes = [a for a in make_fact(fact, 2).axes if a.images]

@@ -180,6 +180,10 @@ Mesh = Annotated[
         panel=RUNNING,
     ),
 ]
+ModelMesh = Annotated[
+    str | None,
+    Setting("Cut the weights among devices, as model=4 does among 4. Without it, one device.", panel=RUNNING),
+]
 IgnoreConfig = Annotated[
     tuple[str, ...],
     Setting(

@@ -257,6 +257,7 @@ def load_model(
     ignore_config: tuple[str, ...] = (),
     base: Checkpoint | None = None,
     place: Place | None = None,
+    mesh: str | None = None,
 ) -> Checkpoint:
     """Load one model: any source of `load_checkpoint`, or a tiny model inside the package.
 
@@ -266,9 +267,11 @@ def load_model(
         ignore_config: attributes of config.json that you know not to matter.
         base: what it was trained from, and a PEFT adapter is applied to (see `load_checkpoint`).
         place: where each leaf is to stand (see `load_checkpoint`).
+        mesh: instead of `place`: sizes of a mesh, such as "model=4", among whose devices the weights are cut.
 
     Raises:
         CheckpointError: the source cannot be read.
+        WpjaxError: the mesh does not divide the devices.
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
@@ -277,6 +280,8 @@ def load_model(
     """
     source = str(source)
     check_devices()
+    if mesh is not None:
+        place = leaf_places(placement_for(read_mesh(mesh)))
     if not source.startswith("tiny:"):
         recover(Path(source).expanduser())  # a folder that a killed `finetune --overwrite` was about to replace
         return load_checkpoint(source, dtype, ignore_config, base, place)

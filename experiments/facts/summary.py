@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.records import table
+from wpjax.results.layers import COLUMNS, curves_of_json, layer_rows
 from wpjax.results.tracing import MAPS
 
 
@@ -42,3 +43,9 @@ def scores(report: dict[str, Any]) -> str:
 
     rows = [(name, said(report["before"][name]), said(report["after"][name])) for name in report["after"]]
     return table((f"{report['n_facts']} facts, layer {report['layer']}", "before", "after"), rows)
+
+
+def by_layer(report: dict[str, Any]) -> str:
+    """Of by_layer.json: where each curve is largest, and how its order of layers agrees with that of the edits."""
+    rows = [(f"{source}: {what}", *cells) for source, what, *cells in layer_rows(curves_of_json(report))]
+    return table(("largest at", *COLUMNS[2:]), rows)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from wpjax.arguments import INPUT, MODEL, PATCHED, RUNNING, IgnoreConfig, Overwrite, Seed, Setting
+from wpjax.arguments import (
+    INPUT,
+    MEASURED,
+    MODEL,
+    PATCHED,
+    RUNNING,
+    IgnoreConfig,
+    ModelMesh,
+    Overwrite,
+    Resume,
+    Seed,
+    Setting,
+)
 from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
     from wpjax.facts.facts import Fact
     from wpjax.facts.rank_one import FactEdit
-    from wpjax.facts.scores import EditScores
+    from wpjax.results.edit_scores import EditScores
 
 EXAMPLE = (
     'Example: wpjax edit --model HuggingFaceTB/SmolLM2-135M --prompt "The Eiffel Tower is in the city of" '
@@ -40,6 +52,14 @@ def run(
         ),
     ] = None,
     most: Annotated[int | None, Setting("Facts to edit, at most: the first ones.", least=1, panel=INPUT)] = None,
+    references: Annotated[
+        Path | None,
+        Setting("For RS on CounterFact: its attribute_snippets.json, texts about subjects with a target.", panel=INPUT),
+    ] = None,
+    generation: Annotated[
+        bool,
+        Setting("Score what the model writes (GE, RS), where facts have prompts for it.", panel=MEASURED),
+    ] = True,
     layer: Annotated[
         str,
         Setting(
@@ -83,14 +103,20 @@ def run(
         Path | None,
         Setting("Folder that keeps second moments for the next run; one in the user's cache if absent.", panel=RUNNING),
     ] = None,
+    mesh: ModelMesh = None,
+    resume: Resume = False,
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Rewrite a fact in the weights of one MLP (ROME), as a patch file; or score such edits on a file of facts."""
+    import dataclasses
+    import json
+
     from wpjax.errors import FactError
-    from wpjax.runtime.files import check_output
+    from wpjax.runtime.files import atomic_output, check_output
+    from wpjax.runtime.shards import Shards, check_parts, digest_of
 
     given = [one is not None for one in (prompt, subject, target)]
     if (facts is None) != all(given) or (facts is not None and any(given)):
@@ -100,47 +126,86 @@ def run(
     if out.suffix != (wanted := ".safetensors" if facts is None else ".json"):
         what = "a patch" if facts is None else "scores"
         raise FactError(f"--out {out}: {what} will be written there; name a {wanted} file")
-    check_output(out, overwrite, inputs=(model, facts, text))
+    check_output(out, overwrite, inputs=(model, facts, text, references))
+    check_parts(out, "edit", resume)
 
-    from wpjax.facts.facts import Fact, load_facts
+    from wpjax.facts.facts import Fact, each_fact, load_facts, load_references
 
-    read = load_facts(facts)[:most] if facts is not None else [Fact(prompt or "", subject or "", "", target or "")]
+    snippets = {} if references is None else load_references(references)
+    if facts is None:
+        read = [Fact(prompt or "", subject or "", "", target or "")]
+    else:
+        read = load_facts(facts, snippets)[:most]
+    if not generation:
+        read = [dataclasses.replace(fact, generation=()) for fact in read]
 
+    from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.cli.console import print_json, progress_bars
     from wpjax.facts.covariance import check_text, default_cache, key_moment
-    from wpjax.facts.rank_one import EditSettings, check_dense, check_layer, edit_fact, make_task, sample_prefixes
+    from wpjax.facts.rank_one import (
+        EditSettings,
+        check_dense,
+        check_layer,
+        edit_fact,
+        make_task,
+        recipe,
+        sample_prefixes,
+    )
     from wpjax.facts.scores import check_scored, score_edits, target_probabilities
     from wpjax.facts.tracing import best_layer, check_tokenizer
     from wpjax.pairs import load_model
+    from wpjax.runtime.cards import public_name
 
-    if facts is not None:
-        check_scored(read)
     settings = EditSettings(keys=keys, steps=steps, lr=lr, kl=kl, ridge=ridge)
     with progress_bars() as progress:
         progress("reading the model", 0, 1)
-        loaded = load_model(model, ignore_config=ignore_config)
+        loaded = load_model(model, ignore_config=ignore_config, mesh=mesh)
+        # Before the work: what cannot be used is refused.
         check_tokenizer(loaded)
         check_dense(loaded.cfg)
         check_text(loaded.cfg.d_mlp, text, most_tokens, ridge)
         if layer != "auto" and int(layer) >= loaded.cfg.n_layers:
             raise FactError(f"--layer {layer}: {model} has layers 0 to {loaded.cfg.n_layers - 1}")
-        for fact in read:  # before the work: some cannot be edited
-            make_task(loaded.tokenizer, fact, prefix)
+        if facts is not None:
+            check_scored(loaded, read)
+        prefixes = prefix or sample_prefixes(loaded, seed=seed)
+
+        def check(fact: Fact) -> None:
+            make_task(loaded, fact, prefixes)
             if layer != "auto":
                 check_layer(loaded.cfg, fact, int(layer))
+
+        each_fact(read, check)
         at = best_layer(loaded, read, seed=seed, progress=progress) if layer == "auto" else int(layer)
         moment = key_moment(
             loaded, at, text, most_tokens=most_tokens, cache=cache or default_cache(), progress=progress
         )
-        prefixes = prefix or sample_prefixes(loaded, seed=seed)
+        if moment.note:
+            progress.note(moment.note)
 
         def make(fact: Fact) -> FactEdit:
             return edit_fact(loaded, fact, at, moment, settings=settings, prefixes=prefixes, progress=progress)
 
+        made_from = recipe(settings, prefixes, moment) | {"seed": seed}
         if facts is not None:
-            scores = score_edits(loaded, read, make, progress=progress)
-            _write_scores(out, scores, {"model": loaded.source, "layer": at, "keys": keys, "seed": seed}, overwrite)
-            said: dict[str, Any] = scores.as_json
+            documents = [words for texts in snippets.values() for words in texts]
+            identity = {
+                "model": fingerprint(loaded.cfg, loaded.params),
+                "facts": [dataclasses.asdict(fact) for fact in read],
+                "documents": digest_of({"texts": documents}),
+                "layer": at,
+                **made_from,
+            }
+            with Shards(out, "edit", identity, resume) as shards:
+                scores = dataclasses.replace(
+                    score_edits(loaded, read, make, documents=documents, seed=seed, done=shards, progress=progress),
+                    model=public_name(loaded.source),
+                    layer=at,
+                    recipe=made_from,
+                )
+                with atomic_output(out, overwrite) as temporary:
+                    temporary.write_text(json.dumps(scores.as_json, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+                shards.discard()
         else:
             fact = read[0]
             edit = make(fact)
@@ -148,12 +213,12 @@ def run(
             p = [float(target_probabilities(loaded, one, [fact.text], [fact.new_target])[0]) for one in ends]
             measured = {"p_target_before": p[0], "p_target_after": p[1], "division": edit.division, "seed": seed}
             edit.save(out, loaded, measured=measured, overwrite=overwrite, ignore_config=ignore_config)
-            said = {"out": str(out), "layer": at, "losses": list(edit.losses), **measured}
-    if as_json:
-        print_json(said)
-    elif facts is not None:
-        print_scores(scores, at)
-        print(f"\nwrote {out}")
+    if facts is not None:
+        print_scores(scores, as_json)
+        if not as_json:
+            print(f"\nwrote {out}")
+    elif as_json:
+        print_json({"out": str(out), "layer": at, "losses": list(edit.losses), **edit.recipe, **measured})
     else:
         print(
             f"{fact.text!r} -> {fact.new_target!r}: probability {p[0]:.3f}, edited {p[1]:.3f}; layer {at}, loss "
@@ -163,29 +228,18 @@ def run(
         print(f"\nwrote {out}\nnext: {shlex.join(command)}")
 
 
-def print_scores(scores: EditScores, layer: int) -> None:
-    """Print scores before and after the edits, in per cent and points."""
-    from wpjax.cli.console import print_table
+def print_scores(scores: EditScores, as_json: bool) -> None:
+    """Print scores before and after the edits, and what is missing."""
+    from wpjax.cli.console import print_json, print_table
+    from wpjax.cli.words import printable
 
-    tables = [scores.table(when) for when in ("before", "after")]
-    rows = [
-        (name, *(f"{100 * t[name].mean:.1f}" if name == "S" else _in_points(t[name]) for t in tables))
-        for name in tables[1]
-    ]
-    print_table(f"{len(scores.after['E'])} facts, each edited alone in layer {layer}", ("", "before", "after"), rows)
-
-
-def _in_points(of: Any) -> str:
-    return f"{100 * of.mean:.1f} [{100 * of.low:.1f}, {100 * of.high:.1f}]"
-
-
-def _write_scores(out: Path, scores: EditScores, about: dict[str, Any], overwrite: bool) -> None:
-    """Write scores as JSON, with how they were made."""
-    import json
-
-    from wpjax.runtime.cards import public_name
-    from wpjax.runtime.files import atomic_output
-
-    content = scores.as_json | {**about, "model": public_name(about["model"])}
-    with atomic_output(out, overwrite) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(scores.as_json)
+        return
+    n = scores.n_facts
+    title = f"{n} fact{'s, each' * (n != 1)} edited alone in layer {scores.layer} (per cent, points; 95 % intervals)"
+    print_table(title, ("", "before", "after"), scores.rows)
+    if scores.summary:
+        print()
+    for line in scores.summary.splitlines():
+        print(printable(line))

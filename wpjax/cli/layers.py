@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wpjax.arguments import Out, Overwrite
 from wpjax.cli.options import Json
 
-EXAMPLE = "Example: wpjax layers caps.nc trace scores-4.json scores-8.json --out layers.png"
+if TYPE_CHECKING:
+    from wpjax.results.layers import LayerCurve
+
+EXAMPLE = "Example: wpjax layers caps.nc trace scores-4.json scores-8.json --out layers.json"
 
 
 def run(
@@ -25,36 +29,37 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Put results side by side, layer by layer: where it appears to live, and where changing it works."""
+    """Put results side by side, layer by layer: where it appears to live, and where changing it works.
+
+    Beside the JSON stands a figure; `wpjax report --layers` puts both on a page.
+    """
+    from wpjax.errors import OutputError
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite, inputs=results)
+    if out.suffix != ".json":
+        raise OutputError(f"--out {out}: the numbers are written there, and a figure beside it; name a .json file")
+    for path in (out, out.with_suffix(".png")):
+        check_output(path, overwrite, inputs=results)
 
-    from wpjax.cli.console import print_json, print_table
     from wpjax.errors import WpjaxError
     from wpjax.report.layers import write_layers
-    from wpjax.results.layers import EDITS, agreement, layer_curves
+    from wpjax.results.layers import layer_curves
 
     curves = layer_curves(results)
     if not curves:
         raise WpjaxError("there is nothing to draw: the results have no layers")
-    write_layers(curves, out, overwrite)
-    edits = next((curve for curve in curves if curve.source == EDITS), None)
-    with_edits = [float("nan") if edits is None or c.source == EDITS else agreement(c, edits) for c in curves]
+    figure = write_layers(curves, out, overwrite)
+    print_layers(curves, as_json)
+    if not as_json:
+        print(f"\nwrote {out}, {figure}")
+
+
+def print_layers(curves: Sequence[LayerCurve], as_json: bool) -> None:
+    """Print where each curve is largest, and how its order of layers agrees with that of the edits."""
+    from wpjax.cli.console import print_json, print_table
+    from wpjax.results.layers import COLUMNS, TITLE, layer_rows, layers_as_json
+
     if as_json:
-        print_json(
-            [
-                {**c._asdict(), "layers": c.layers.tolist(), "values": c.values.tolist(), "agreement_with_edits": rho}
-                for c, rho in zip(curves, with_edits, strict=True)
-            ]
-        )
+        print_json(layers_as_json(curves))
         return
-    print_table(
-        "By layer",
-        ("", "what", "largest at layer", "share", "rank corr. with edits"),
-        [
-            (c.source, c.label, str(c.peak[0]), f"{c.peak[1]:.2f}", "" if rho != rho else f"{rho:+.2f}")
-            for c, rho in zip(curves, with_edits, strict=True)
-        ],
-    )
-    print(f"\nwrote {out}")
+    print_table(TITLE, COLUMNS, layer_rows(curves))

@@ -32,6 +32,10 @@ def run(
             "A map from `wpjax interference` that this behaviour is on: the page shows what sets do to one another."
         ),
     ] = None,
+    layers: Annotated[
+        Path | None,
+        Setting("Results by layer from `wpjax layers`: the page shows where it appears to live, and where edits work."),
+    ] = None,
     rows: Annotated[int, Setting("Components in the table of the page.", least=1)] = 100,
     overwrite: Overwrite = False,
 ) -> None:
@@ -40,10 +44,11 @@ def run(
     from wpjax.report import write_report
     from wpjax.results.curves import Curves
     from wpjax.results.interference import Interference
+    from wpjax.results.layers import read_layers
     from wpjax.results.sweep_result import SweepResult
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite, inputs=(result, curves, execution, interference))
+    check_output(out, overwrite, inputs=(result, curves, execution, interference, layers))
     try:
         swept = SweepResult.from_netcdf(result)
     except OtherResult as error:
@@ -57,6 +62,7 @@ def run(
         execution=later,
         curves=validated,
         interference=found,
+        layers=None if layers is None else read_layers(layers),
         source=result,
         n_rows=rows,
         overwrite=overwrite,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from wpjax.arguments import OUTPUT, Setting
 from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
+    from wpjax.circuits.ioi_study import IOIStudy
     from wpjax.patchfiles.patch import Patch
     from wpjax.results.sweep_result import SweepResult
 
@@ -24,8 +25,8 @@ def run(
     result: Annotated[
         Path,
         typer.Argument(
-            help="A result of `wpjax sweep` or `wpjax validate`, a map of `wpjax interference`, a folder of "
-            "`wpjax trace`, a JSON of `wpjax circuit`, or a patch file."
+            help="A result of `wpjax sweep` or `wpjax validate`; a .json of `wpjax interference`, `wpjax circuit`, "
+            "`wpjax edit --facts` or `wpjax layers`; a folder of `wpjax trace`; or a patch file."
         ),
     ],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
@@ -38,7 +39,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: a sweep's ranking, verdict and answers; curves; a map; a circuit; what a patch holds."""
+    """Print a result: a sweep's ranking, verdict and answers; curves; a map; a trace; a circuit; what a patch holds."""
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 
@@ -47,26 +48,10 @@ def run(
             raise WpjaxError(f"{result} is a patch: --by, --kinds and --csv are for the result of a sweep")
         print_patch(load_patch(result), top or 20, as_json)
         return
-    if result.is_dir() or result.name == "trace.json":
-        from wpjax.cli.trace import print_tracing
-        from wpjax.results.tracing import Tracing
-
+    if result.is_dir() or result.suffix == ".json":
         if by is not None or kinds is not None or top is not None or as_csv:
-            raise WpjaxError(f"{result} is a trace: --by, --kinds, --top and --csv are for the result of a sweep")
-        print_tracing(Tracing.from_json(result), as_json)
-        return
-    if result.suffix == ".json":
-        from wpjax.cli.interference import print_interference
-        from wpjax.results.interference import Interference
-
-        is_circuit = _what(result) == "ioi"
-        if by is not None or kinds is not None or top is not None or as_csv:
-            what = "a circuit" if is_circuit else "a map"
-            raise WpjaxError(f"{result} is {what}: --by, --kinds, --top and --csv are for the result of a sweep")
-        if is_circuit:
-            _show_circuit(result, as_json)
-            return
-        print_interference(Interference.from_json(result), as_json)
+            raise WpjaxError(f"{result} holds no sweep: --by, --kinds, --top and --csv are for the result of a sweep")
+        show_json(result, as_json)
         return
 
     from wpjax.cli.sweep import print_result
@@ -103,22 +88,42 @@ def run(
         print_verdict(verdict(found, result))
 
 
-def _what(path: Path) -> str | None:
-    """What a JSON file says that it is; None if it does not, or cannot be read: who reads it then says so."""
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content.get("what") if isinstance(content, dict) else None
-
-
-def _show_circuit(path: Path, as_json: bool) -> None:
-    """Print a study of `wpjax circuit` again."""
+def show_json(path: Path, as_json: bool) -> None:
+    """Print what a JSON file holds, or the one in a folder of `wpjax trace`."""
     from wpjax.circuits.ioi_study import IOIStudy
+    from wpjax.cli.edit import print_scores
+    from wpjax.cli.interference import print_interference
+    from wpjax.cli.layers import print_layers
+    from wpjax.cli.trace import print_tracing
+    from wpjax.results.edit_scores import EditScores
+    from wpjax.results.files import read_json
+    from wpjax.results.interference import Interference
+    from wpjax.results.layers import curves_of_json
+    from wpjax.results.tracing import TRACE, Tracing
+
+    # What a file holds -> the result of its content, and what prints it.
+    kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any, bool], None]]] = {
+        "interference": (Interference.of_json, print_interference),
+        "tracing": (Tracing.of_json, print_tracing),
+        "edit scores": (EditScores.of_json, print_scores),
+        "layers": (curves_of_json, print_layers),
+        "ioi": (lambda _: IOIStudy.from_json(path), _print_circuit),
+    }
+    makers = {what: lambda content, make=make, show=show: (make(content), show) for what, (make, show) in kinds.items()}
+    found, show = read_json(
+        path / TRACE if path.is_dir() else path,
+        makers,
+        "result",
+        "wpjax interference, circuit, trace, edit --facts or layers",
+    )
+    show(found, as_json)
+
+
+def _print_circuit(study: IOIStudy, as_json: bool) -> None:
+    """Print a study of `wpjax circuit` again."""
     from wpjax.cli.circuit import print_study
     from wpjax.cli.console import print_json
 
-    study = IOIStudy.from_json(path)
     if as_json:
         print_json(study.as_json)
     else:

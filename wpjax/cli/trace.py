@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from wpjax.arguments import INPUT, MEASURED, MODEL, OUTPUT, Dtype, IgnoreConfig, Overwrite, Seed, Setting
+from wpjax.arguments import INPUT, MEASURED, MODEL, OUTPUT, Dtype, IgnoreConfig, ModelMesh, Overwrite, Seed, Setting
 from wpjax.cli.options import Json
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def run(
     ] = 10,
     pictures: Annotated[int, Setting("Facts that are drawn one by one, at most.", least=0, panel=OUTPUT)] = 8,
     dtype: Dtype = "float32",
+    mesh: ModelMesh = None,
     seed: Seed = 0,
     ignore_config: IgnoreConfig = (),
     overwrite: Overwrite = False,
@@ -89,7 +90,7 @@ def run(
 
     with progress_bars() as progress:
         progress("reading the model", 0, 1)
-        loaded = load_model(model, dtype, ignore_config)
+        loaded = load_model(model, dtype, ignore_config, mesh=mesh)
         found = trace_facts(
             loaded,
             read,
@@ -111,7 +112,9 @@ def print_tracing(found: Tracing, as_json: bool) -> None:
     """Print the average indirect effects of each map, at the layer where each kind of token has its largest."""
     from wpjax.cli.console import print_json, print_table
     from wpjax.cli.words import printable
+    from wpjax.results.points import in_points
     from wpjax.results.tracing import MAPS
+    from wpjax.stats import Interval
 
     if as_json:
         print_json(found.as_json)
@@ -121,8 +124,8 @@ def print_tracing(found: Tracing, as_json: bool) -> None:
         rows = []
         for j, role in enumerate(of.roles):
             layer = int(of.mean[:, j].argmax())
-            mean, low, high = (100 * float(ends[layer, j]) for ends in (of.mean, of.low, of.high))
-            rows.append((role, f"{mean:.1f} [{low:.1f}, {high:.1f}]", str(layer)))
+            effect = Interval(*(float(ends[layer, j]) for ends in (of.mean, of.low, of.high)))
+            rows.append((role, in_points(effect), str(layer) if effect.mean > 0 else "nothing"))
         print_table(
             f"Restoring {MAPS[name]}: average indirect effect in points of probability (95 % interval over facts)",
             ("token", "largest effect", "layer"),

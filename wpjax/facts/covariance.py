@@ -9,10 +9,11 @@ kept in a cache.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from scipy.linalg import cho_factor, cho_solve, lapack
 from wpjax.checkpoints.checkpoint import Checkpoint, fingerprint
 from wpjax.errors import FactError
 from wpjax.facts.facts import encode
+from wpjax.models.block import LayerPass
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, block, forward, take_layer
 from wpjax.models.layouts import Causal
@@ -37,6 +39,9 @@ WIDTH = 256
 SMALLEST = 1e-7
 """Smallest reciprocal condition number, after neurons are scaled to size 1: sums are float32, exact to about this."""
 
+ENOUGH = 10
+"""Tokens for each neuron below which a moment is said to be over few."""
+
 _ROWS = 8
 _CHARACTERS = 2**16
 
@@ -47,35 +52,65 @@ class KeyMoment(NamedTuple):
     Attributes:
         moment: [F, F], mean of k kᵀ.
         n_tokens: number of tokens that it is the mean of.
+        text: hash of the text file that they are from; empty if it is not from a file.
     """
 
     moment: Float[np.ndarray, "F F"]
     n_tokens: int
+    text: str = ""
+
+    @property
+    def note(self) -> str:
+        """What to know of a moment of few tokens, in a line; empty if there are enough.
+
+        >>> KeyMoment(np.eye(4), 39).note[:49], KeyMoment(np.eye(4), 40).note
+        ('the second moment of 4 neurons is over 39 tokens,', '')
+        """
+        width = len(self.moment)
+        if self.n_tokens >= ENOUGH * width:
+            return ""
+        return (
+            f"the second moment of {width:,} neurons is over {self.n_tokens:,} tokens, fewer than {ENOUGH} a neuron: "
+            f"edits depend on the text; give a text of {ENOUGH * width:,} tokens or more, and as many --most-tokens"
+        )
 
 
-def keys(
-    cfg: ModelConfig, params: Params, tokens: Int[Array, "B T"], layer: int
-) -> tuple[Float[Array, "B T F"], Float[Array, "B T D"]]:
-    """What the down-projection of a layer reads and writes at each token; nothing after it is run.
+@functools.partial(jax.jit, static_argnames="cfg")
+def read_keys(
+    cfg: ModelConfig,
+    params: Params,
+    stream: Float[Array, "B T D"],
+    first: Int[Array, ""],
+    layer: Int[Array, ""],
+    counted: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Float[Array, "F F"]]:
+    """Go on from one layer to another, and sum k kᵀ there; one program serves all layers.
 
     Args:
-        cfg: the model.
+        cfg: the model (static).
         params: its parameters.
-        tokens: the tokens.
-        layer: number of the layer.
+        stream: the residual stream before the layer `first`.
+        first: number of the layer to start at.
+        layer: number of the layer whose keys are summed, not before `first`.
+        counted: the tokens that count.
+
+    Returns:
+        the stream before `layer`, and the sum.
     """
-    resid = forward(cfg, params, tokens, stop=layer, logits=False).resid
-    one = block(cfg, take_layer(params["blocks"], layer), layer)(resid, Causal.of(tokens.shape[1]))
-    return one.neuron, one.mlp_proj
+    layout = Causal.of(stream.shape[1])
+
+    def at(number: Array, x: Array) -> LayerPass:
+        return block(cfg, take_layer(params["blocks"], number), number)(x, layout)
+
+    stream = jax.lax.fori_loop(first, layer, lambda number, x: at(number, x).resid_post, stream)
+    k = at(layer, stream).neuron * counted[..., None].astype(jnp.float32)
+    return stream, jnp.einsum("btf,btg->fg", k, k, precision=jax.lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "layer"))
-def _sum(
-    cfg: ModelConfig, params: Params, tokens: Int[Array, "B T"], counted: Bool[Array, "B T"], layer: int
-) -> Float[Array, "F F"]:
-    """Sum of k kᵀ over the tokens that count."""
-    k = keys(cfg, params, tokens, layer)[0] * counted[..., None].astype(jnp.float32)
-    return jnp.einsum("btf,btg->fg", k, k, precision=jax.lax.Precision.HIGHEST)
+@functools.partial(jax.jit, static_argnames="cfg")
+def _embedded(cfg: ModelConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The stream before the first layer."""
+    return forward(cfg, params, tokens, stop=0, logits=False).resid
 
 
 def key_moment(
@@ -104,47 +139,77 @@ def key_moment(
     >>> import wpjax as wp
     >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
     >>> _ = path.write_text("Owls hunt at night. Larks sing at dawn.")
-    >>> moment, n_tokens = key_moment(wp.load_model("tiny:base"), 1, path)
+    >>> moment, n_tokens, _ = key_moment(wp.load_model("tiny:base"), 1, path)
     >>> moment.shape[0] == moment.shape[1], bool(np.allclose(moment, moment.T)), n_tokens > 10
     (True, True, True)
     """
+    return key_moments(model, [layer], text, most_tokens=most_tokens, cache=cache, progress=progress)[layer]
+
+
+def key_moments(
+    model: Checkpoint,
+    layers: Sequence[int],
+    text: str | Path,
+    *,
+    most_tokens: int = 100_000,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> dict[int, KeyMoment]:
+    """`key_moment` of several layers, by layer. The text is read once for all of them."""
     path = Path(text)
-    file = None if cache is None else cache / f"{_name(model, layer, path, most_tokens)}.safetensors"
+    of_text, like = _hash_of(path), fingerprint(model.cfg, model.params)
+    files = {} if cache is None else {n: cache / _name(model, like, n, of_text, most_tokens) for n in layers}
     if cache is not None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FactError(f"{cache}: no folder can be made there ({error.strerror}); name another --cache") from error
-    if file is not None and (kept := _kept(file, model.cfg.d_mlp)) is not None:
-        return kept
-    width = min(WIDTH, model.cfg.n_ctx)
-    total, n_tokens = np.zeros((model.cfg.d_mlp, model.cfg.d_mlp)), 0
+    found = {n: kept._replace(text=of_text) for n, file in files.items() if (kept := _kept(file, model.cfg.d_mlp))}
+    sums = {n: np.zeros((model.cfg.d_mlp, model.cfg.d_mlp)) for n in sorted(set(layers) - set(found))}
+    if not sums:
+        return found
+    n_tokens = 0
+    for tokens, counted in _batches(model, path, most_tokens):
+        progress("keys of the text", n_tokens, most_tokens)
+        stream, at = _embedded(model.cfg, model.params, jnp.asarray(tokens)), 0
+        for n in sums:
+            given = stream, jnp.asarray(at), jnp.asarray(n), jnp.asarray(counted)
+            (stream, added), at = read_keys(model.cfg, model.params, *given), n
+            sums[n] += np.asarray(added, np.float64)
+        n_tokens += int(counted.sum())
+    if n_tokens == 0:
+        raise FactError(f"{path}: holds no text; name a text like those that the model reads")
+    progress("keys of the text", n_tokens, n_tokens)
+    for n, total in sums.items():
+        found[n] = KeyMoment(total / n_tokens, n_tokens, of_text)
+        if cache is not None:
+            with atomic_output(files[n], overwrite=True) as temporary:
+                write_tensors(temporary, {"moment": found[n].moment}, {"n_tokens": str(n_tokens)})
+    return found
+
+
+def _batches(
+    model: Checkpoint, path: Path, most_tokens: int
+) -> Iterator[tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]]:
+    """The first tokens of a text as batches of one shape, and which of these count."""
+    width, n_tokens = min(WIDTH, model.cfg.n_ctx), 0
     begin = encode(model.tokenizer, "")  # what the tokenizer sets before every text; it is read, and does not count
     pieces = _pieces(model.tokenizer, path, width - len(begin))
     while n_tokens < most_tokens:
-        progress("keys of the text", n_tokens, most_tokens)
         rows = [piece for _, piece in zip(range(_ROWS), pieces, strict=False)]
         if not rows:
-            break
+            return
         tokens, counted = np.zeros((_ROWS, width), np.int32), np.zeros((_ROWS, width), bool)
         for i, piece in enumerate(rows):
             piece = piece[: most_tokens - n_tokens]
             end, n_tokens = len(begin) + len(piece), n_tokens + len(piece)
             tokens[i, : len(begin)], tokens[i, len(begin) : end] = begin, piece
             counted[i, len(begin) : end] = True
-        total += np.asarray(_sum(model.cfg, model.params, jnp.asarray(tokens), jnp.asarray(counted), layer), np.float64)
-    if n_tokens == 0:
-        raise FactError(f"{path}: holds no text; name a text like those that the model reads")
-    progress("keys of the text", n_tokens, n_tokens)
-    found = KeyMoment(total / n_tokens, n_tokens)
-    if file is not None:
-        with atomic_output(file, overwrite=True) as temporary:
-            write_tensors(temporary, {"moment": found.moment}, {"n_tokens": str(n_tokens)})
-    return found
+        yield tokens, counted
 
 
 def check_text(width: int, text: str | Path, most_tokens: int, ridge: float | None) -> None:
-    """Refuse a text that cannot have as many tokens as a layer has neurons, before it is read.
+    """Refuse a text that is none, or that cannot have as many tokens as a layer has neurons, before the model reads it.
 
     Args:
         width: number of neurons.
@@ -153,15 +218,39 @@ def check_text(width: int, text: str | Path, most_tokens: int, ridge: float | No
         ridge: that of the edit: with one, any text will do.
 
     Raises:
-        FactError: there is no such file, or it is too short.
+        FactError: there is no such file, it is not in UTF-8, or it is too short.
     """
-    path = Path(text)
-    if not path.is_file():  # reading a pipe or a device may never end
-        raise FactError(f"{path}: no such file; name a text file")
+    path, decoder = Path(text), codecs.getincrementaldecoder("utf-8")()
+    try:
+        for part in _parts(path):
+            decoder.decode(part)
+        decoder.decode(b"", final=True)
+    except ValueError as error:
+        raise FactError(f"{path}: not text in UTF-8 ({error}); convert it") from error
     most = min(most_tokens, path.stat().st_size)  # a token has a byte or more
     if ridge is None and most < width:
         few = f"at most {most:,} tokens, and {width:,} neurons"
         raise FactError(f"{path}: {few}: their second moment would be singular; give a longer text, or a ridge of 0.01")
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a part at a time."""
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise FactError(f"{path}: no such file; name a text file")
+    try:
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                yield part
+    except OSError as error:
+        raise FactError(f"{path}: cannot be read ({error.strerror or error}); name a text file") from error
+
+
+def _hash_of(path: Path) -> str:
+    """A hash of a file (32 hex digits)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _parts(path):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def default_cache() -> Path:
@@ -169,18 +258,11 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wpjax" / "keys"
 
 
-def _name(model: Checkpoint, layer: int, path: Path, most_tokens: int) -> str:
-    """A hash of all that a moment depends on."""
-    settings = f"1 {fingerprint(model.cfg, model.params)} {layer} {most_tokens} {WIDTH}"
-    digest = hashlib.blake2b(settings.encode(), digest_size=12)
-    digest.update(repr(encode(model.tokenizer, "A text, in 12 tokens or so.").tolist()).encode())
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise FactError(f"{path}: cannot be read ({error.strerror or error}); name a text file") from error
-    return digest.hexdigest()
+def _name(model: Checkpoint, like: str, layer: int, text: str, most_tokens: int) -> str:
+    """The file of a moment: a hash of all that it depends on."""
+    tokens = encode(model.tokenizer, "A text, in 12 tokens or so.").tolist()
+    settings = f"2 {like} {layer} {most_tokens} {WIDTH} {text} {tokens}"
+    return hashlib.blake2b(settings.encode(), digest_size=12).hexdigest() + ".safetensors"
 
 
 def _kept(file: Path, width: int) -> KeyMoment | None:
@@ -265,5 +347,5 @@ def _singular(moment: KeyMoment, width: int, why: str) -> str:
     """The message about a moment without an inverse."""
     return (
         f"the second moment of {moment.n_tokens:,} keys of {width:,} neurons is singular: {why}; give a longer and "
-        f"more varied text, {10 * width:,} tokens or more, or a ridge such as 0.01"
+        f"more varied text, {ENOUGH * width:,} tokens or more, or a ridge such as 0.01"
     )

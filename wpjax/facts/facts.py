@@ -11,18 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int
 
 from wpjax.behaviours.prompts import prompt_ids
 from wpjax.errors import FactError
+from wpjax.models.config import ModelConfig
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 SLOT = "{}"
 """What stands for the subject in a prompt."""
+
+MOST_TOLD = 5
+"""Facts that an error names, at most; of the others it says how many there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,9 @@ class Fact:
         paraphrases: whole prompts that ask the same in other words.
         neighbours: whole prompts about other subjects of which `target` is true, and is to stay so.
         replacement: another subject, of as many tokens, that may stand in for this one; empty: one is looked for.
+        generation: whole prompts that the model is to continue freely, for the score of what it then writes.
+        references: texts about other subjects of which `new_target` is true; what it writes is compared with them.
+        where: where it stands in its file, for messages, such as "line 3".
 
     Raises:
         FactError: there is no subject, or it does not stand in the prompt exactly once.
@@ -54,6 +64,9 @@ class Fact:
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     replacement: str = ""
+    generation: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    where: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         subject = self.subject.strip()
@@ -80,14 +93,52 @@ class Fact:
         return self.prompt.replace(SLOT, subject)
 
 
-def load_facts(path: str | Path) -> list[Fact]:
+def each(items: Iterable[tuple[str, T]], make: Callable[[T], R], what: str = "facts") -> list[R]:
+    """Make something of each of several items. All that it cannot be made of are told in one error.
+
+    Args:
+        items: where each stands, for the message, and the item.
+        make: makes something of an item; a `FactError` if it cannot.
+        what: what the items are, in the message.
+
+    Raises:
+        FactError: of one item or more.
+
+    >>> each([("line 1", ("{} hunt", "Owls"))], lambda given: Fact(*given).text)
+    ['Owls hunt']
+    """
+    made, wrong, n = list[R](), list[str](), 0
+    for where, item in items:
+        n += 1
+        try:
+            made.append(make(item))
+        except FactError as error:
+            wrong.append(f"{where}: {error}" if where else str(error))
+    if wrong:
+        more = f"; and {len(wrong) - MOST_TOLD} more" if len(wrong) > MOST_TOLD else ""
+        of = f"{len(wrong)} of {n} {what} cannot be used: " if len(wrong) > 1 else ""
+        raise FactError(of + "; ".join(wrong[:MOST_TOLD]) + more)
+    return made
+
+
+def each_fact(facts: Sequence[Fact], make: Callable[[Fact], R]) -> list[R]:
+    """`each`, of facts."""
+    return each(((fact.where, fact) for fact in facts), make)
+
+
+References = Mapping[tuple[str, str], tuple[str, ...]]
+"""Reference texts of CounterFact: number of a relation and of a target -> texts about subjects of which both hold."""
+
+
+def load_facts(path: str | Path, references: References | None = None) -> list[Fact]:
     """Read a file of facts: JSON Lines, or a JSON list; of our form, CounterFact's, or ROME's known facts.
 
     Args:
         path: the file.
+        references: reference texts for entries of CounterFact (`load_references`).
 
     Raises:
-        FactError: it cannot be read, holds no facts, or an entry is none. The message names the entry.
+        FactError: it cannot be read, holds no facts, or some entries are none. The message names these.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "facts.jsonl"
@@ -96,84 +147,112 @@ def load_facts(path: str | Path) -> list[Fact]:
     'The Louvre is in the city of'
     """
     path = Path(path)
-    if not path.is_file():  # reading a pipe or a device may never end
-        raise FactError(f"{path}: no such file; name a .jsonl or .json file of facts")
+    text = _text_of(path, "a .jsonl or .json file of facts")
+    is_list = text.lstrip().startswith("[")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise FactError(f"{path}: cannot be read ({error}); name a text file in UTF-8") from error
-    facts = [_fact(where, entry) for where, entry in _entries(path, text)]
+        entries = json.loads(text) if is_list else text.split("\n")
+    except (ValueError, RecursionError) as error:
+        raise FactError(f"{path}: not JSON ({error}); correct it") from error
+
+    def make(item: tuple[str, Any]) -> Fact:
+        where, entry = item
+        return _fact(where, entry if is_list else _parsed(entry), references or {})
+
+    named = [(f"{'entry' if is_list else 'line'} {i + 1}", entry) for i, entry in enumerate(entries)]
+    try:
+        facts = each(((item[0], item) for item in named if is_list or item[1].strip()), make)
+    except FactError as error:
+        raise FactError(f"{path}, {error}") from error
     if not facts:
         raise FactError(f"{path}: holds no facts; write one on each line")
     return facts
 
 
-def _entries(path: Path, text: str) -> list[tuple[str, Any]]:
-    """The entries of a file, each with where it stands."""
-    if text.lstrip().startswith("["):
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FactError(f"{path}: not JSON ({error}); correct it") from error
-        return [(f"{path}, entry {i + 1}", entry) for i, entry in enumerate(entries)]
-    found = []
-    for i, line in enumerate(text.split("\n")):
-        if line.strip():
-            try:
-                found.append((f"{path}, line {i + 1}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise FactError(f"{path}, line {i + 1}: not JSON ({error}); write one fact on each line") from error
+def load_references(path: str | Path) -> References:
+    """Read the reference texts of CounterFact, its attribute_snippets.json.
+
+    It is a list of objects with a `relation_id`, a `target_id`, and `samples` that have a `text` each.
+
+    Raises:
+        FactError: it cannot be read, or is no such list.
+    """
+    path = Path(path)
+    text = _text_of(path, "the attribute_snippets.json of CounterFact")
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    try:
+        for entry in json.loads(text):
+            key = str(entry["relation_id"]), str(entry["target_id"])
+            found[key] = (*found.get(key, ()), *(str(sample["text"]) for sample in entry["samples"]))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise FactError(
+            f"{path}: no list of reference texts ({error!r}); name the attribute_snippets.json of CounterFact, or give "
+            'facts "references" of their own'
+        ) from error
     return found
 
 
-_FIELDS = {field.name: field.type for field in dataclasses.fields(Fact)}
-_LISTS = ("paraphrases", "neighbours")
+def _text_of(path: Path, wanted: str) -> str:
+    """The text of a file."""
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise FactError(f"{path}: no such file; name {wanted}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise FactError(f"{path}: cannot be read ({error}); name a text file in UTF-8") from error
 
 
-def _fact(where: str, entry: Any) -> Fact:
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FactError(f"not JSON ({error}); write one fact on each line") from error
+
+
+_FIELDS = {field.name: field.type for field in dataclasses.fields(Fact) if field.name != "where"}
+_LISTS = ("paraphrases", "neighbours", "generation", "references")
+
+
+def _fact(where: str, entry: Any, references: References) -> Fact:
     """The fact of one entry, of any of the three kinds."""
     if not isinstance(entry, Mapping):
-        raise FactError(f"{where}: not an object; a fact has at least a prompt and a subject")
+        raise FactError("not an object; a fact has at least a prompt and a subject")
     try:
-        values = _values(entry)
+        values = _values(entry, references)
     except (KeyError, TypeError, AttributeError) as error:
-        raise FactError(f"{where}: an entry of CounterFact or of known facts, but not whole ({error!r})") from error
+        raise FactError(f"an entry of CounterFact or of known facts, but not whole ({error!r})") from error
     for name in ("prompt", "subject"):
         if name not in values:
-            raise FactError(f"{where}: no {name}; a fact has at least a prompt and a subject")
+            raise FactError(f"no {name}; a fact has at least a prompt and a subject")
     for name, value in values.items():
         if name not in _FIELDS:
-            raise FactError(f"{where}: unknown key {name!r}; there are {', '.join(_FIELDS)}")
-        good = (
-            isinstance(value, list) and all(isinstance(text, str) for text in value)
-            if name in _LISTS
-            else isinstance(value, str)
-        )
-        if not good:
-            raise FactError(f"{where}: {name} is to be {'a list of texts' if name in _LISTS else 'a text'}")
+            raise FactError(f"unknown key {name!r}; there are {', '.join(_FIELDS)}")
+        if name in _LISTS and not isinstance(value, list | tuple):
+            raise FactError(f"{name} is to be a list of texts")
         for text in value if name in _LISTS else [value]:
+            if not isinstance(text, str):
+                raise FactError(f"{name} is to be {'a list of texts' if name in _LISTS else 'a text'}")
             if name in _LISTS and not text.strip():
-                raise FactError(f"{where}: one of the {name} is empty; leave it out")
+                raise FactError(f"one of the {name} is empty; leave it out")
             if text != text.encode("utf-8", "ignore").decode("utf-8"):
-                raise FactError(f"{where}: {name} holds half of a character, which no text has; correct it")
-    try:
-        fields: dict[str, Any] = {name: tuple(of) if name in _LISTS else of for name, of in values.items()}
-        return Fact(**fields)
-    except FactError as error:
-        raise FactError(f"{where}: {error}") from error
+                raise FactError(f"{name} holds half of a character, which no text has; correct it")
+    fields: dict[str, Any] = {name: tuple(of) if name in _LISTS else of for name, of in values.items()}
+    return Fact(**fields, where=where)
 
 
-def _values(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _values(entry: Mapping[str, Any], references: References) -> dict[str, Any]:
     """The fields of a fact in an entry of any of the three kinds."""
     if "requested_rewrite" in entry:
         wanted = entry["requested_rewrite"]
+        new = wanted["target_new"]
         return {
             "prompt": wanted["prompt"],
             "subject": wanted["subject"],
             "target": wanted["target_true"]["str"],
-            "new_target": wanted["target_new"]["str"],
+            "new_target": new["str"],
             "paraphrases": entry.get("paraphrase_prompts", []),
             "neighbours": entry.get("neighborhood_prompts", []),
+            "generation": entry.get("generation_prompts", []),
+            "references": references.get((str(wanted.get("relation_id")), str(new.get("id"))), ()),
         }
     if "attribute" in entry:
         return {"prompt": entry["prompt"], "subject": entry["subject"], "target": entry["attribute"]}
@@ -268,6 +347,21 @@ def continued(tokenizer: Any, prompt: str, target: str) -> tuple[Int[np.ndarray,
             f"{joined!r}: the tokens of the prompt change when {target!r} follows; end the prompt elsewhere"
         )
     return ids, whole[len(ids) :]
+
+
+def check_length(cfg: ModelConfig, n_tokens: int, what: str) -> None:
+    """Refuse a prompt that is longer than the model's context.
+
+    Args:
+        cfg: the model.
+        n_tokens: tokens of the prompt and of what completes it.
+        what: the prompt, in the message.
+
+    Raises:
+        FactError: it is longer.
+    """
+    if n_tokens > cfg.n_ctx:
+        raise FactError(f"{what}: {n_tokens} tokens, and the context is {cfg.n_ctx}; shorten the prompt")
 
 
 def pieces(tokenizer: Any, ids: Sequence[int] | Int[np.ndarray, " T"]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,13 +32,15 @@ from jaxtyping import Array, Bool, Float, Int
 from wpjax.checkpoints.checkpoint import Checkpoint
 from wpjax.checkpoints.convert import edit_tensors, hf_tensor, tensor_name
 from wpjax.errors import FactError
-from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment, keys
-from wpjax.facts.facts import SLOT, Fact, continued, encode, locate, padded
+from wpjax.facts.covariance import KeyMoment, edit_direction, key_moment
+from wpjax.facts.facts import SLOT, Fact, check_length, continued, encode, locate, padded
 from wpjax.facts.tracing import check_tokenizer
+from wpjax.models.block import LayerPass
 from wpjax.models.config import ModelConfig
-from wpjax.models.decoder import Params, decoder, forward
+from wpjax.models.decoder import Params, block, decoder, forward, keep_products, take_layer
 from wpjax.models.edits import Add, Edit
 from wpjax.models.generate import generate
+from wpjax.models.layouts import Causal
 from wpjax.models.sites import Site
 from wpjax.patchfiles.patch import Patch
 from wpjax.patchfiles.write import save_low_rank
@@ -76,6 +79,23 @@ class EditSettings:
     ridge: float | None = None
 
 
+def recipe(settings: EditSettings, prefixes: Sequence[str], moment: KeyMoment) -> dict[str, Any]:
+    """All that an edit of a fact in a layer can be made again from, but for the model: as values of JSON.
+
+    Args:
+        settings: how it is made.
+        prefixes: the texts that stand before the prompt.
+        moment: the second moment of keys.
+    """
+    return {
+        "settings": dataclasses.asdict(settings),
+        "n_prefixes": len(prefixes),
+        "prefixes": list(prefixes),
+        "text": moment.text,
+        "n_tokens": moment.n_tokens,
+    }
+
+
 class Task(NamedTuple):
     """The prompts of an edit in tokens: one for each prefix, then "{subject} is a". B prompts, N tokens of the target.
 
@@ -94,18 +114,18 @@ class Task(NamedTuple):
     counted: Bool[Array, "R N"]
 
 
-def make_task(tokenizer: Any, fact: Fact, prefixes: Sequence[str], most: int | None = None) -> Task:
+def make_task(model: Checkpoint, fact: Fact, prefixes: Sequence[str]) -> Task:
     """The prompts of an edit: the fact's own first, then with each prefix, then "{subject} is a".
 
     Args:
-        tokenizer: the tokenizer.
+        model: the model.
         fact: the fact, with a new target.
         prefixes: texts to stand before the prompt.
-        most: the model's context, beyond which nothing is padded; None for no bound.
 
     Raises:
-        FactError: the subject has no tokens of its own, or the fact has no new target.
+        FactError: the subject has no tokens of its own, the fact has no new target, or a prompt is too long.
     """
+    tokenizer = model.tokenizer
     rows, lookup, ends, targets = [], [], [], []
     for prefix in ("", *prefixes):
         before = prefix.replace(SLOT, "") + (". " if prefix else "")
@@ -116,9 +136,10 @@ def make_task(tokenizer: Any, fact: Fact, prefixes: Sequence[str], most: int | N
         ends.append(len(at.ids) - 1)
         targets.append(target)
     at = locate(tokenizer, ESSENCE, fact.subject)
+    check_length(model.cfg, max(map(len, rows)), f"{fact.text[:60]!r} with prefixes")
     n = max(map(len, targets))
     return Task(
-        jnp.asarray(padded([*rows, at.ids], most=most)),
+        jnp.asarray(padded([*rows, at.ids], most=model.cfg.n_ctx)),
         jnp.asarray([*lookup, at.stop - 1]),
         jnp.asarray([[end + min(i, len(t) - 1) for i in range(n)] for end, t in zip(ends, targets, strict=True)]),
         jnp.asarray(np.stack([np.pad(target, (0, n - len(target))) for target in targets])),
@@ -164,19 +185,21 @@ def edit_loss(
     params: Params,
     task: Task,
     layer: int,
+    stream: Float[Array, "B T D"],
     delta: Float[Array, " D"],
     start: Float[Array, " D"],
     before: Float[Array, " V"],
     kl: Float[Array, ""] | float,
     decay: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
-    """L(δ), as the module defines it; differentiable by δ.
+    """L(δ), as the module defines it; differentiable by δ. Layers before the edited one are not run again.
 
     Args:
         cfg: the model.
         params: its parameters.
         task: the prompts.
-        layer: number of the layer.
+        layer: number of the layer (static).
+        stream: the residual stream of the prompts before that layer.
         delta: δ, added to what the down-projection writes at each subject's last token.
         start: v0.
         before: log-probabilities of the next token in the last prompt, before the edit.
@@ -184,7 +207,13 @@ def edit_loss(
         decay: weight of |δ| / |v0|².
     """
     edit = Edit(Site.MLP_PROJ, Add(delta), layer=layer, start=task.lookup, stop=task.lookup + 1)
-    resid, model = forward(cfg, params, task.tokens, logits=False, edits=(edit,)).resid, decoder(cfg, params)
+    layout, model = Causal.of(task.tokens.shape[1]), decoder(cfg, params)
+
+    def through(x: Array, number: Array) -> tuple[Array, None]:
+        return block(cfg, take_layer(params["blocks"], number), number)(x, layout, edits=(edit,)).resid_post, None
+
+    # The layer is static. A `cond` that passes those before it by would keep all weights for each step of the scan.
+    resid, _ = jax.lax.scan(keep_products(through), stream, jnp.arange(layer, cfg.n_layers))
     read = jnp.take_along_axis(resid[:-1], task.reads[..., None], axis=1)
     log_p = jax.nn.log_softmax(model.logits(read))
     found = jnp.take_along_axis(log_p, task.targets[..., None], axis=2)[..., 0]
@@ -196,19 +225,30 @@ def edit_loss(
     return nll.mean() + kl * divergence + decay * size / jnp.square(start).sum()
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "layer"))
-def _values(cfg: ModelConfig, params: Params, task: Task, layer: int) -> tuple[Array, Array, Array]:
-    """Keys and outputs of the layer at each subject's last token; the log-probabilities there in the last prompt."""
-    k, out = keys(cfg, params, task.tokens, layer)
+@functools.partial(jax.jit, static_argnames="cfg")
+def _values(cfg: ModelConfig, params: Params, task: Task, layer: Int[Array, ""]) -> tuple[Array, Array, Array, Array]:
+    """Keys and outputs of the layer at each subject's last token, and the log-probabilities there in the last prompt;
+    the stream before the layer.
+    """
+    layout = Causal.of(task.tokens.shape[1])
+
+    def at(number: Array, x: Array) -> LayerPass:
+        return block(cfg, take_layer(params["blocks"], number), number)(x, layout)
+
+    first = forward(cfg, params, task.tokens, stop=0, logits=False).resid
+    stream = jax.lax.fori_loop(0, layer, lambda number, x: at(number, x).resid_post, first)
+    one = at(layer, stream)
     rows = jnp.arange(len(task.tokens))
     resid = forward(cfg, params, task.tokens[-1:], logits=False).resid[0, task.lookup[-1]]
     before = jax.nn.log_softmax(decoder(cfg, params).logits(resid))
-    return k[rows, task.lookup], out[rows, task.lookup], before
+    return one.neuron[rows, task.lookup], one.mlp_proj[rows, task.lookup], before, stream
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layer"))
-def _loss_and_slope(cfg: ModelConfig, params: Params, task: Task, layer: int, *args: Any) -> tuple[Array, Array]:
-    return jax.value_and_grad(lambda delta, *rest: edit_loss(cfg, params, task, layer, delta, *rest))(*args)
+def _loss_and_slope(
+    cfg: ModelConfig, params: Params, task: Task, layer: int, stream: Array, *args: Any
+) -> tuple[Array, Array]:
+    return jax.value_and_grad(lambda delta, *rest: edit_loss(cfg, params, task, layer, stream, delta, *rest))(*args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +264,7 @@ class FactEdit:
         value: [D], v*: what the projection makes of that key afterwards.
         losses: L(δ) at each step.
         settings: how it was made.
+        recipe: all that it can be made again from (`recipe`).
     """
 
     fact: Fact
@@ -234,6 +275,7 @@ class FactEdit:
     value: Float[np.ndarray, " D"]
     losses: tuple[float, ...]
     settings: EditSettings
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def division(self) -> float:
@@ -290,6 +332,7 @@ class FactEdit:
                 "layer": self.layer,
                 "losses": list(self.losses),
                 "settings": dataclasses.asdict(self.settings),
+                **self.recipe,
                 **(measured or {}),
             },
             overwrite=overwrite,
@@ -364,23 +407,24 @@ def edit_fact(
     cfg, params = model.cfg, model.params
     if not 0 <= layer < cfg.n_layers:
         raise FactError(f"layer {layer}: {model.source} has layers 0 to {cfg.n_layers - 1}")
-    before_it = sample_prefixes(model, seed=seed) if prefixes is None else prefixes
-    task = make_task(model.tokenizer, fact, before_it, cfg.n_ctx)
+    prefixes = sample_prefixes(model, seed=seed) if prefixes is None else prefixes
+    task = make_task(model, fact, prefixes)
     check_layer(cfg, fact, layer)
-    if task.tokens.shape[1] > cfg.n_ctx:
-        raise FactError(f"{fact.text[:60]!r} with prefixes exceeds the context of {cfg.n_ctx} tokens; shorten them")
     if not isinstance(moment, KeyMoment):
         moment = key_moment(model, layer, moment, progress=progress)
-    k, out, before = (np.asarray(a, np.float64) for a in _values(cfg, params, task, layer))
+        if moment.note:
+            warnings.warn(moment.note, stacklevel=2)
+    *read, stream = _values(cfg, params, task, jnp.asarray(layer))
+    k, out, before = (np.asarray(a, np.float64) for a in read)
     k, out = k[:-1], out[:-1]  # the last prompt is not about the target
     u = edit_direction(moment, k.mean(0), settings.ridge)  # before the work: it may be refused
     start = out[0]
-    delta, losses = _optimise(cfg, params, task, layer, start, before, settings, progress)
+    delta, losses = _optimise(cfg, params, task, layer, stream, start, before, settings, progress)
     value = start + delta
     key, made = (k.mean(0), out.mean(0)) if settings.keys == "mean" else (k[0], out[0])
     right = (value - made) / (key @ u)
     u, right, key, value = (np.asarray(a, np.float32) for a in (u, right, key, value))
-    return FactEdit(fact, layer, u, right, key, value, losses, settings)
+    return FactEdit(fact, layer, u, right, key, value, losses, settings, recipe(settings, prefixes, moment))
 
 
 def _optimise(
@@ -388,6 +432,7 @@ def _optimise(
     params: Params,
     task: Task,
     layer: int,
+    stream: Float[Array, "B T D"],
     start: Float[np.ndarray, " D"],
     before: Float[np.ndarray, " V"],
     settings: EditSettings,
@@ -400,7 +445,7 @@ def _optimise(
     given = jnp.asarray(start, jnp.float32), jnp.asarray(before, jnp.float32), settings.kl, settings.decay
     for step in range(settings.steps):
         progress("steps of the edit", step, settings.steps)
-        loss, slope = _loss_and_slope(cfg, params, task, layer, delta, *given)
+        loss, slope = _loss_and_slope(cfg, params, task, layer, stream, delta, *given)
         losses.append(float(loss))
         if not np.isfinite(losses[-1]):
             raise FactError(f"the loss of the edit is not finite at step {step}; try another layer or a lower rate")

@@ -6,34 +6,34 @@ o* is the new target, o the old one; P of a target of several tokens is the geom
     EM, PM   their magnitudes: mean of P(o*) - P(o)
     NS, NM   neighbourhood score and magnitude: share of prompts with P(o) > P(o*), mean of P(o) - P(o*)
     S        harmonic mean of ES, PS and NS
+    GE, RS   what the model writes about the subject: does it repeat itself, does it write as texts about subjects of
+             which the new target is true (`facts.generation`)
 
 Every fact is edited alone, in the model as it was. A fact's prompts of one kind are averaged first.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-from scipy.stats import hmean
+from jaxtyping import Array, Float, Int, UInt8
 
 from wpjax.checkpoints.checkpoint import Checkpoint
 from wpjax.errors import FactError
-from wpjax.facts.facts import Fact, continued, padded
+from wpjax.facts.facts import Fact, check_length, continued, each_fact, encode, padded
+from wpjax.facts.generation import TfIdf, entropy, write_on
 from wpjax.facts.rank_one import FactEdit
+from wpjax.facts.tracing import DIGITS
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, decoder, forward
+from wpjax.results.edit_scores import KINDS, WHEN, WRITTEN, EditScores
 from wpjax.runtime.progress import Progress, silent
-from wpjax.stats import Interval, mean_interval, resample
-
-KINDS: Mapping[str, str] = {"E": "the fact itself", "P": "paraphrases", "N": "neighbours"}
-"""First letter of a score -> which prompts it is about."""
 
 _BATCH = 16
 
@@ -89,81 +89,32 @@ def target_probabilities(
     return np.concatenate(found)[: len(both)] if both else np.zeros(0)
 
 
-@dataclasses.dataclass(frozen=True)
-class EditScores:
-    """Scores of several edits, each alone.
-
-    Attributes:
-        before: kind ("E", "P", "N") -> for each fact with such prompts, P(new) and P(old) of each, [n, 2]; in the model
-            as it was.
-        after: the same in the edited model.
-
-    >>> half = {kind: (np.array([[0.25, 0.75]]), np.array([[0.5, 0.0]])) for kind in "EPN"}
-    >>> scores = EditScores(half, half).table()
-    >>> scores["ES"].mean, scores["NS"].mean, scores["EM"].mean, round(scores["S"].mean, 3)
-    (0.5, 0.5, 0.0, 0.5)
-    """
-
-    before: Mapping[str, tuple[Float[np.ndarray, "_ 2"], ...]]
-    after: Mapping[str, tuple[Float[np.ndarray, "_ 2"], ...]]
-
-    def table(self, when: str = "after") -> dict[str, Interval]:
-        """ES, EM, PS, PM, NS, NM and S, with 95 % intervals over facts; S has none. What has no prompts is left out.
-
-        Args:
-            when: "before" or "after".
-        """
-        found: dict[str, Interval] = {}
-        for kind, cases in getattr(self, when).items():
-            if not cases:
-                continue
-            sign = -1 if kind == "N" else 1
-            ahead = [sign * (p[:, 0] - p[:, 1]) for p in cases]
-            samples = resample(np.arange(len(cases)))
-            for letter, values in (("S", [(d > 0).mean() for d in ahead]), ("M", [d.mean() for d in ahead])):
-                found[kind + letter] = mean_interval(np.array(values, float), samples)
-        if all(name in found for name in ("ES", "PS", "NS")):
-            s = float(hmean([found[name].mean for name in ("ES", "PS", "NS")]))
-            found["S"] = Interval(s, s, s)
-        return found
-
-    @property
-    def as_json(self) -> dict[str, Any]:
-        """All of it as values that JSON can hold."""
-        return {
-            "what": "edit scores",
-            "n_facts": len(self.after["E"]),
-            **{
-                when: {name: of._asdict() for name, of in self.table(when).items() if name != "S"}
-                | {name: of.mean for name, of in self.table(when).items() if name == "S"}
-                for when in ("before", "after")
-            },
-            "probabilities": {
-                when: {kind: [np.round(p, 8).tolist() for p in cases] for kind, cases in getattr(self, when).items()}
-                for when in ("before", "after")
-            },
-        }
-
-
 def score_edits(
     model: Checkpoint,
     facts: Sequence[Fact],
     make: Callable[[Fact], FactEdit],
     *,
-    done: Callable[[FactEdit], None] = lambda edit: None,
+    documents: Sequence[str] = (),
+    seed: int = 0,
+    done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> EditScores:
     """Edit each fact alone, and score what the edit did.
 
+    A fact whose edit fails is left out, and named in the result.
+
     Args:
         model: the model.
-        facts: facts with a target and a new target; paraphrases and neighbours where there are any.
+        facts: facts with a target and a new target; paraphrases, neighbours, prompts for generation and reference texts
+            where there are any.
         make: makes the edit of a fact, such as `lambda fact: edit_fact(model, fact, layer, moment)`.
-        done: called with each edit.
+        documents: texts over which words are weighted for RS; without any, the reference texts of the facts.
+        seed: seed of what is written.
+        done: finished facts of an earlier attempt, to which those of this one are added (`runtime.shards.Shards`).
         progress: called with the number of facts that are done.
 
     Raises:
-        FactError: a fact has no target or no new target; or as `edit_fact`.
+        FactError: facts that cannot be scored, all of them named, before the first is edited; or every edit fails.
 
     >>> import wpjax as wp
     >>> from wpjax.facts.covariance import KeyMoment
@@ -173,35 +124,90 @@ def score_edits(
     >>> list(scores.table())
     ['ES', 'EM']
     """
-    check_scored(facts)
-    found: dict[str, dict[str, list[np.ndarray]]] = {when: {k: [] for k in KINDS} for when in ("before", "after")}
+    check_scored(model, facts)
+    done = {} if done is None else done
+    words = TfIdf(documents or [text for fact in facts for text in fact.references])
+    found: dict[str, dict[str, list[np.ndarray]]] = {when: {k: [] for k in (*KINDS, *WRITTEN)} for when in WHEN}
+    texts: dict[str, list[tuple[str, ...]]] = {when: [] for when in WHEN}
+    failed: dict[str, str] = {}
     for i, fact in enumerate(facts):
         progress("facts that are edited", i, len(facts))
-        kinds = [("E", fact.text), *(("P", p) for p in fact.paraphrases), *(("N", p) for p in fact.neighbours)]
-        prompts = [prompt for _, prompt in kinds for _ in range(2)]
-        targets = [fact.new_target, fact.target] * len(kinds)
-        # Before the edit: what cannot be scored is refused before that work.
-        params = {"before": target_probabilities(model, model.params, prompts, targets)}
-        edit = make(fact)
-        done(edit)
-        params["after"] = target_probabilities(model, edit.apply(model.cfg, model.params), prompts, targets)
-        for when, p in params.items():
-            for kind in KINDS:
-                if any(k == kind for k, _ in kinds):
-                    found[when][kind].append(p.reshape(-1, 2)[[k == kind for k, _ in kinds]])
+        try:
+            if f"fact-{i}" not in done:
+                done[f"fact-{i}"] = _packed(_scored(model, fact, make, words, seed))
+        except FactError as error:  # of one edit; the others may be made
+            failed[f"{fact.where}: {fact.text}" if fact.where else fact.text] = str(error)
+            continue
+        said = json.loads(done[f"fact-{i}"].tobytes())
+        for when in WHEN:
+            for kind, numbers in said[when].items():
+                found[when][kind].append(np.array(numbers, float))
+            if fact.generation:
+                texts[when].append(tuple(said["texts"][when]))
     progress("facts that are edited", len(facts), len(facts))
-    before, after = ({kind: tuple(of) for kind, of in found[when].items()} for when in ("before", "after"))
-    return EditScores(before, after)
+    if len(failed) == len(facts):
+        where, why = next(iter(failed.items()))
+        raise FactError(f"none of the {len(facts)} facts could be edited, the first, {where!r}: {why}")
+    before, after = ({kind: tuple(of) for kind, of in found[when].items()} for when in WHEN)
+    said_texts = {when: tuple(of) for when, of in texts.items()} if any(texts.values()) else {}
+    return EditScores(before, after, failed, said_texts)
 
 
-def check_scored(facts: Sequence[Fact]) -> None:
-    """Refuse facts that cannot be edited and scored, before any work.
+def _scored(model: Checkpoint, fact: Fact, make: Callable[[Fact], FactEdit], words: TfIdf, seed: int) -> dict[str, Any]:
+    """What one fact's edit did: kind -> numbers, "before" and "after"."""
+    kinds, prompts = zip(*_prompts(fact), strict=True)
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    targets = [fact.new_target, fact.target] * len(prompts)
+
+    def of(params: Params) -> tuple[dict[str, Any], list[str]]:
+        p = target_probabilities(model, params, twice, targets).reshape(-1, 2).round(DIGITS)
+        numbers = {kind: p[[k == kind for k in kinds]].tolist() for kind in KINDS if kind in kinds}
+        texts = write_on(model, params, fact.generation, seed) if fact.generation else []
+        if texts:
+            numbers["GE"] = [round(float(np.mean([entropy(text) for text in texts])), DIGITS)]
+            if fact.references:
+                numbers["RS"] = [round(words.similarity(" ".join(texts), " ".join(fact.references)), DIGITS)]
+        return numbers, texts
+
+    both = [of(params) for params in (model.params, make(fact).apply(model.cfg, model.params))]
+    return {
+        **{when: numbers for when, (numbers, _) in zip(WHEN, both, strict=True)},
+        "texts": {when: texts for when, (_, texts) in zip(WHEN, both, strict=True)},
+    }
+
+
+def _packed(value: Any) -> UInt8[np.ndarray, " N"]:
+    """A value of JSON as bytes, as parts of a run are kept."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _prompts(fact: Fact) -> list[tuple[str, str]]:
+    """The prompts after which targets are read, each with its kind."""
+    return [("E", fact.text), *(("P", prompt) for prompt in fact.paraphrases), *(("N", p) for p in fact.neighbours)]
+
+
+def check_scored(model: Checkpoint, facts: Sequence[Fact]) -> None:
+    """Refuse facts that cannot be scored, before any work; all of them are named.
+
+    Args:
+        model: the model.
+        facts: the facts.
 
     Raises:
-        FactError: there are none, or one has no target or no new target.
+        FactError: there are none; or one has no target or new target, a target changes the tokens of one of its
+            prompts, or a prompt is too long.
     """
     if not facts:
         raise FactError("there are no facts; give at least one")
-    for fact in facts:
+
+    def check(fact: Fact) -> None:
         if not fact.target or not fact.new_target:
             raise FactError(f"{fact.text!r} has no target and new_target; scores compare the two")
+        for _, prompt in _prompts(fact):
+            for target in (fact.target, fact.new_target):
+                ids, added = continued(model.tokenizer, prompt, target)
+                check_length(model.cfg, len(ids) + len(added), repr(prompt[:60]))
+        for prompt in fact.generation:
+            check_length(model.cfg, len(encode(model.tokenizer, prompt)) + 1, repr(prompt[:60]))
+
+    each_fact(facts, check)

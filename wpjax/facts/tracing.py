@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 
 from wpjax.checkpoints.checkpoint import Checkpoint
 from wpjax.errors import FactError
-from wpjax.facts.facts import Fact, Located, continued, locate, padded, pieces
+from wpjax.facts.facts import Fact, Located, check_length, continued, each_fact, locate, padded, pieces
 from wpjax.facts.flow import flow, packing
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, forward
@@ -80,6 +80,7 @@ def known_facts(model: Checkpoint, facts: Sequence[Fact], progress: Progress = s
 
     Raises:
         FactError: a subject has no tokens of its own, a target changes those of the prompt, or a prompt is too long.
+            All such facts are named.
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:expert")
@@ -87,22 +88,25 @@ def known_facts(model: Checkpoint, facts: Sequence[Fact], progress: Progress = s
     [(9,)]
     """
     check_tokenizer(model)
-    located = [locate(model.tokenizer, fact.prompt, fact.subject) for fact in facts]
-    targets: list[Int[np.ndarray, " N"]] = []
-    for fact, at in zip(facts, located, strict=True):
-        targets.append(continued(model.tokenizer, fact.text, fact.target)[1] if fact.target else at.ids[:0])
-        if len(at.ids) + len(targets[-1]) > model.cfg.n_ctx:
-            raise FactError(f"{fact.text[:60]!r}: longer than the context of {model.cfg.n_ctx} tokens; shorten it")
+
+    def read(fact: Fact) -> tuple[Located, Int[np.ndarray, " N"]]:
+        at = locate(model.tokenizer, fact.prompt, fact.subject)
+        target = continued(model.tokenizer, fact.text, fact.target)[1] if fact.target else at.ids[:0]
+        check_length(model.cfg, len(at.ids) + len(target), repr(fact.text[:60]))
+        return at, target
+
+    rows_of = each_fact(facts, read)
     found = []
     for first in range(0, len(facts), _BATCH):
         progress("facts that the model knows", first, len(facts))
         some = range(first, min(first + _BATCH, len(facts)))
-        rows = [np.concatenate([located[i].ids, targets[i]]) for i in some]
+        rows = [np.concatenate([rows_of[i][0].ids, rows_of[i][1]]) for i in some]
         says = np.asarray(_greedy(model.cfg, model.params, jnp.asarray(padded(rows, 16, model.cfg.n_ctx))))
         for i, said in zip(some, says, strict=True):
-            end, target = len(located[i].ids) - 1, targets[i]
+            at, target = rows_of[i]
+            end = len(at.ids) - 1
             if np.array_equal(said[end : end + len(target)], target):
-                found.append(Known(facts[i], located[i], int(said[end])))
+                found.append(Known(facts[i], at, int(said[end])))
     progress("facts that the model knows", len(facts), len(facts))
     return found
 
@@ -282,7 +286,8 @@ def best_layer(
         (_, low), found = _map(model, fact, fact.at.ids, noise, "mlp", window, fact.at.stop - 1, fact.at.stop)
         total += found[:, fact.at.stop - 1] - low
     progress("looking for the layer", len(known), len(known))
-    return int(total.argmax())
+    # What the last layer makes of a subject reaches no later word.
+    return int(total[: max(1, model.cfg.n_layers - 1)].argmax())
 
 
 def _noise(cfg: ModelConfig, at: Located, samples: int, size: float, seed: int) -> Float[np.ndarray, "R W D"]:

@@ -158,7 +158,7 @@ def _no_tokens(prefix: Prefix, versions: tuple[int, ...], n_new: int) -> Cache:
     return empty, empty
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
+@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature", "top_k"))
 def continue_prompts(
     cfg: ModelConfig,
     params: Params,
@@ -167,6 +167,7 @@ def continue_prompts(
     max_new_tokens: int,
     stop_tokens: Int[Array, " E"] | tuple[int | Int[Array, ""], ...],
     temperature: float = 0.0,
+    top_k: int | None = None,
     key: Array | None = None,
     edits: Sequence[Edit] = (),
 ) -> Generation:
@@ -179,6 +180,7 @@ def continue_prompts(
         max_new_tokens: N, at least 1 (static).
         stop_tokens: ids that end a row; may be empty.
         temperature: 0 for greedy decoding; above 0, logits are divided by it and tokens are sampled (static).
+        top_k: sample among so many of the likeliest tokens; None for all (static).
         key: random key; needed for sampling.
         edits: changes from the last prompt token on; see `generate`.
 
@@ -202,6 +204,9 @@ def continue_prompts(
     def pick(logits: Float[Array, "B V"], step: Array) -> Int[Array, " B"]:
         if key is None or temperature == 0:
             return jnp.argmax(logits, -1)
+        if top_k is not None:
+            least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
         return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
 
     return _decode(cfg, params, prefix, run, pick, (), max_new_tokens, stop_tokens)
@@ -321,7 +326,7 @@ def read_on(
     return _run(cfg, params, edits, prefix, read, 0, _no_tokens(prefix, (), 0))[0]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature"))
+@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "temperature", "top_k"))
 def generate(
     cfg: ModelConfig,
     params: Params,
@@ -331,6 +336,7 @@ def generate(
     max_new_tokens: int,
     stop_tokens: Int[Array, " S"] | tuple[int | Int[Array, ""], ...],
     temperature: float = 0.0,
+    top_k: int | None = None,
     key: Array | None = None,
     edits: Sequence[Edit] = (),
 ) -> Generation:
@@ -347,6 +353,7 @@ def generate(
         max_new_tokens: N, at least 1 (static). T + N must fit into `cfg.n_ctx`.
         stop_tokens: ids that end a row; may be empty.
         temperature: 0 for greedy decoding; above 0, logits are divided by it and tokens are sampled (static).
+        top_k: sample among so many of the likeliest tokens; None for all (static).
         key: random key; needed for sampling.
         edits: changes on the way. Each must name its layer. Arrays with an axis of tokens must have length 1 there, as
             new tokens come one at a time; say by `start` and `stop` which positions are edited.
@@ -363,8 +370,8 @@ def generate(
     ((1, 5), [5])
     """
     prefix = prefill(cfg, params, tokens, lengths, edits=edits)
-    options: dict[str, Any] = {"stop_tokens": stop_tokens, "temperature": temperature, "key": key, "edits": edits}
-    return continue_prompts(cfg, params, prefix, max_new_tokens=max_new_tokens, **options)
+    options: dict[str, Any] = {"stop_tokens": stop_tokens, "temperature": temperature, "top_k": top_k, "key": key}
+    return continue_prompts(cfg, params, prefix, max_new_tokens=max_new_tokens, edits=edits, **options)
 
 
 def generate_batched(

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wpjax.report.figures import STYLE
+from wpjax.report.glyphs import save_figure
 from wpjax.results.interference import Interference
 from wpjax.runtime.files import atomic_outputs
 
@@ -80,9 +81,9 @@ def write_interference(found: Interference, path: Path, overwrite: bool = False)
         OutputError: a file exists or cannot be written.
     """
     picture, figure = figure_of(path), make_interference(found)
-    with atomic_outputs((path, picture), overwrite) as (file, drawn), mpl.rc_context(STYLE):
+    with atomic_outputs((path, picture), overwrite) as (file, drawn):
         file.write_text(json.dumps(found.as_json, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        figure.savefig(drawn, format="png", dpi=150)
+        save_figure(figure, drawn)
     return picture
 
 

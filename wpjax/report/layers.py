@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from wpjax.report.figures import GREY, STYLE
-from wpjax.results.layers import EDITS, LayerCurve
-from wpjax.runtime.files import atomic_output
+from wpjax.report.glyphs import save_figure
+from wpjax.results.layers import EDITS, SIZES, LayerCurve, layers_as_json
+from wpjax.runtime.files import atomic_outputs
 
 
 def make_layers(curves: Sequence[LayerCurve]) -> Figure:
     """One row a kind of measurement, over the same layers; edits come last."""
-    sources = sorted(dict.fromkeys(curve.source for curve in curves), key=lambda source: source == EDITS)
+    sources = sorted(dict.fromkeys(curve.source for curve in curves), key=lambda source: source in (EDITS, SIZES))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 0.6 + 1.5 * len(sources)), layout="constrained")
         rows = figure.subplots(len(sources), 1, squeeze=False, sharex=True)[:, 0]
@@ -26,8 +28,8 @@ def make_layers(curves: Sequence[LayerCurve]) -> Figure:
             for curve in curves:
                 if curve.source == source:
                     axes.plot(curve.layers, curve.values, marker="o", ms=3, lw=1, label=curve.label)
-            what = "changing it works" if source == EDITS else "appears to live"
-            axes.set_title(f"{source}: where it {what}", loc="left", fontsize=9)
+            what = "changing it works" if source in (EDITS, SIZES) else "it appears to live"
+            axes.set_title(f"{source}: where {what}", loc="left", fontsize=9)
             axes.set_ylabel("share")
             axes.legend(frameon=False, fontsize=7)
         rows[-1].set_xlabel("layer")
@@ -36,17 +38,22 @@ def make_layers(curves: Sequence[LayerCurve]) -> Figure:
     return figure
 
 
-def write_layers(curves: Sequence[LayerCurve], path: Path, overwrite: bool = False) -> None:
-    """Write the figure as a PNG file.
+def write_layers(curves: Sequence[LayerCurve], path: Path, overwrite: bool = False) -> Path:
+    """Write curves as JSON, and their figure as PNG beside it; both or none.
 
     Args:
         curves: the curves, at least one.
-        path: the file.
-        overwrite: whether a file that exists may be replaced.
+        path: where the JSON goes.
+        overwrite: whether files that exist may be replaced.
+
+    Returns:
+        path of the figure.
 
     Raises:
-        OutputError: it exists, or cannot be written.
+        OutputError: a file exists, or cannot be written.
     """
-    figure = make_layers(curves)
-    with atomic_output(path, overwrite) as file, mpl.rc_context(STYLE):
-        figure.savefig(file, format="png", dpi=150)
+    picture, figure = path.with_suffix(".png"), make_layers(curves)
+    with atomic_outputs((path, picture), overwrite) as (file, drawn):
+        file.write_text(json.dumps(layers_as_json(curves), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        save_figure(figure, drawn)
+    return picture

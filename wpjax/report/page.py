@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ from wpjax.columns import ALWAYS, Column, columns, effect_estimates, title_of
 from wpjax.errors import WpjaxError
 from wpjax.report.curves import make_calibration, make_curves
 from wpjax.report.figures import STYLE, available, make_figure, make_overview
+from wpjax.report.glyphs import save_figure
 from wpjax.report.interference import make_interference
+from wpjax.report.layers import make_layers
 from wpjax.results.curves import DIRECTIONS, Curves
 from wpjax.results.interference import Interference
+from wpjax.results.layers import COLUMNS, LayerCurve, layer_rows
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.verdict import verdict
 from wpjax.runtime import interrupts
@@ -47,6 +52,7 @@ def write_report(
     execution: SweepResult | None = None,
     curves: Curves | None = None,
     interference: Interference | None = None,
+    layers: Sequence[LayerCurve] | None = None,
     source: Path | None = None,
     n_rows: int = 100,
     overwrite: bool = False,
@@ -59,6 +65,7 @@ def write_report(
         execution: a second sweep, with the anchor's state given: its components are the hierarchy's executors.
         curves: a validation of this sweep: the page shows its curves and answers, too.
         interference: a map that the behaviour is on: the page shows it, too.
+        layers: results by layer of the base (`results.layers`): the page shows them, too.
         source: where the file of the result is, so that the page can say what to run next; None to leave it out.
         n_rows: number of components in the table.
         overwrite: whether files that exist may be replaced.
@@ -68,7 +75,8 @@ def write_report(
 
     Raises:
         OutputError: a file exists or cannot be written.
-        WpjaxError: the curves are of another sweep, or the map is of other behaviours.
+        WpjaxError: the curves are of another sweep, the map is of other behaviours, or the results by layer are of a
+            model of another depth.
 
     >>> import tempfile
     >>> import wpjax as wp
@@ -85,6 +93,14 @@ def write_report(
         raise WpjaxError(
             f"the map is of {', '.join(interference.behaviours)}, this sweep is of {behaviour}: name a map with it"
         )
+    n_layers, deepest = (
+        int(result.dataset.attrs["n_layers"]),
+        max((int(c.layers.max()) for c in layers or ()), default=0),
+    )
+    if deepest >= n_layers:
+        raise WpjaxError(
+            f"the results by layer are of another model: they have a layer {deepest}, the sweep {n_layers} layers"
+        )
     page = Path(path)
     names = tuple(available(result, execution))
     targets = {name: page.with_name(f"{page.stem}-{name}.png") for name in ("overview", *names)}
@@ -96,11 +112,10 @@ def write_report(
         figures[name] = make_figure(result, name, execution)
     pictures = {"overview": make_overview(result), **figures}
     with atomic_outputs((page, *(targets[name] for name in pictures)), overwrite) as (text, *images):
-        text.write_text(render_page(result, figures, n_rows, source, curves, interference), encoding="utf-8")
+        text.write_text(render_page(result, figures, n_rows, source, curves, interference, layers), encoding="utf-8")
         for figure, image in zip(pictures.values(), images, strict=True):
             interrupts.check()
-            with mpl.rc_context(STYLE):
-                figure.savefig(image, format="png", dpi=150)
+            save_figure(figure, image)
     return [page, *(targets[name] for name in pictures)]
 
 
@@ -128,6 +143,7 @@ def render_page(
     source: Path | None = None,
     curves: Curves | None = None,
     interference: Interference | None = None,
+    layers: Sequence[LayerCurve] | None = None,
 ) -> str:
     """The text of the page. Names and prompts in it are escaped, so they are never taken for markup.
 
@@ -138,6 +154,7 @@ def render_page(
         source: where the file of the result is, or None.
         curves: a validation of the sweep, or None.
         interference: a map that the behaviour is on, or None.
+        layers: results by layer, or None.
     """
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("wpjax.report"),
@@ -160,6 +177,9 @@ def render_page(
         curve_rows=[] if curves is None else _curve_rows(curves),
         interference=interference,
         interference_figure=None if interference is None else _svg(make_interference(interference)),
+        layers_figure=_svg(make_layers(layers)) if layers else None,
+        layers_columns=COLUMNS,
+        layers_rows=layer_rows(layers or ()),
         by=by,
         exact=exact,
         first_order=by in effect_estimates(),
@@ -253,7 +273,9 @@ def _svg(figure: Figure) -> Markup:
     """A figure as inline SVG; matplotlib escapes the text it draws."""
     interrupts.check()
     out = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # The text is drawn by the browser, which has fonts of its own.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return Markup(text[text.index("<svg") :])

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from wpjax.report.figures import GREY, STYLE
-from wpjax.results.tracing import FactTrace, Tracing
+from wpjax.report.glyphs import save_figure
+from wpjax.results.tracing import TRACE, FactTrace, Tracing
 from wpjax.runtime.files import atomic_output
 
 COLOURS = {
@@ -36,9 +37,6 @@ TITLES = {
 
 LONGEST = 24
 """Characters of a label beside a map, at most."""
-
-TRACE = "trace.json"
-"""The file that every folder of a trace holds."""
 
 
 def make_fact(fact: FactTrace, window: int) -> Figure:
@@ -120,10 +118,10 @@ def write_tracing(found: Tracing, folder: Path, overwrite: bool = False, picture
     figures = {"average.png": make_average(found)} if len(found.facts) > 1 else {}
     window = int(found.settings.get("window", 0))
     figures |= {f"fact-{i + 1}.png": make_fact(fact, window) for i, fact in enumerate(found.facts[:pictures])}
-    with atomic_output(folder, overwrite, TRACE) as temporary, mpl.rc_context(STYLE):
+    with atomic_output(folder, overwrite, TRACE) as temporary:
         temporary.mkdir()
         text = json.dumps(found.as_json, indent=1, ensure_ascii=False, allow_nan=False)
         (temporary / TRACE).write_text(text + "\n", encoding="utf-8")
         for name, figure in figures.items():
-            figure.savefig(temporary / name, format="png", dpi=130)
+            save_figure(figure, temporary / name, dpi=130)
     return [TRACE, *figures]

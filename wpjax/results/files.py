@@ -1,4 +1,4 @@
-"""Result files: netCDF, written whole or not at all, and checked when they are read.
+"""Result files: netCDF, written whole or not at all, and checked when they are read; and JSON.
 
 Nothing that a file says is followed outside it, and no number in it is infinite. A checksum of all that it holds stands
 in the file, so that damage which leaves it readable is seen, too.
@@ -7,15 +7,19 @@ in the file, so that damage which leaves it readable is seen, too.
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
 
 from wpjax.errors import OtherResult, WpjaxError
 from wpjax.runtime.files import atomic_output
+
+T = TypeVar("T")
 
 LARGEST = 1e30
 """No number that is measured is as large: a larger one is damage."""
@@ -128,6 +132,40 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
             f"changed by another program: take a copy that is whole, or make it anew with `{command}`"
         )
     return dataset
+
+
+def read_json(path: str | Path, makers: Mapping[str, Callable[[Mapping[str, Any]], T]], wanted: str, command: str) -> T:
+    """Read a JSON file of this package.
+
+    Args:
+        path: the file.
+        makers: what a file may hold, as its entry `what` says it -> makes the result from all its entries; an error of
+            Python where they do not hold one.
+        wanted: what is looked for, in messages.
+        command: the command that makes such files, for messages.
+
+    Raises:
+        WpjaxError: there is no such file, it holds something else, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise WpjaxError(f"{path}: no such file; `{command}` makes {wanted}")
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise WpjaxError(f"{path}: not JSON ({error}); `{command}` makes {wanted}") from error
+    what = content.get("what") if isinstance(content, dict) else None
+    if not isinstance(what, str) or what not in makers:
+        holds = f" (it holds: {what[:40]})" if isinstance(what, str) else ""
+        raise WpjaxError(f"{path}: no {wanted}{holds}; `{command}` makes such a file")
+    try:
+        return makers[what](content)
+    except WpjaxError as error:
+        raise WpjaxError(f"{path}: {error}") from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it anew with `{command}`") from error
 
 
 def _check_self_contained(path: str | Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from wpjax.errors import WpjaxError
+from wpjax.results.files import read_json
 from wpjax.results.words import enumerated
 from wpjax.stats import Interval
 
@@ -94,21 +93,21 @@ class Interference:
         Raises:
             WpjaxError: there is no such file, it holds no map, or it is damaged.
         """
-        path = Path(path)
-        if not path.is_file():  # reading a pipe or a device may never end
-            raise WpjaxError(f"{path}: no such file; `wpjax interference` makes one")
-        try:
-            content = json.loads(path.read_bytes())
-        except OSError as error:
-            raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except (ValueError, RecursionError) as error:
-            raise WpjaxError(f"{path}: not JSON ({error}); name a map of `wpjax interference`") from error
-        if not isinstance(content, dict) or content.get("what") != "interference":
-            raise WpjaxError(f"{path}: no interference map; name one of `wpjax interference`")
-        try:
-            return _map_of(content)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make the map again") from error
+        return read_json(path, {"interference": cls.of_json}, "interference map", "wpjax interference")
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> Interference:
+        """The map that JSON holds; an error of Python where it does not hold one."""
+        names = tuple(_text(name) for name in content["behaviours"])
+        if len(names) < 2 or len(set(names)) < len(names) or list(content["levels"]) != ["units", "modules"]:
+            raise ValueError("not two levels of two behaviours or more")
+        return cls(
+            names,
+            _number(content["share"]),
+            {name: _level(of, len(names)) for name, of in content["levels"].items()},
+            {name: {end: _interval(of) for end, of in two.items()} for name, two in content["passes"].items()},
+            int(_number(content["n_prompts"])),
+        )
 
     def rows(self, level: str) -> list[tuple[str, ...]]:
         """The table of a level: for each set its behaviour, number of parts, share of the parameters, and what it
@@ -149,20 +148,6 @@ class Interference:
             ]
             lines.append(f"By {name} {pairs[0]}; {pairs[1]} (means, on halves of the queries).")
         return "\n".join(lines)
-
-
-def _map_of(content: Mapping[str, Any]) -> Interference:
-    """The map that JSON holds; an error of Python where it does not hold one."""
-    names = tuple(_text(name) for name in content["behaviours"])
-    if len(names) < 2 or len(set(names)) < len(names) or list(content["levels"]) != ["units", "modules"]:
-        raise ValueError("not two levels of two behaviours or more")
-    return Interference(
-        names,
-        _number(content["share"]),
-        {name: _level(of, len(names)) for name, of in content["levels"].items()},
-        {name: {end: _interval(of) for end, of in two.items()} for name, two in content["passes"].items()},
-        int(_number(content["n_prompts"])),
-    )
 
 
 def _level(of: Mapping[str, Any], n: int) -> Level:

@@ -4,8 +4,8 @@
     activations         the same of activation patching, if the sweep measured it
     causal tracing      average indirect effect over average total effect, at the subject's last token (`wpjax trace`)
     paths               sums of a layer's heads: patched, and by the direct path to the logits (`wpjax circuit`)
-    edits               S, ES, PS and NS after rank-one edits in that layer, as far as they were scored
-                        (`wpjax edit --facts`)
+    edits               S, ES, PS and NS after rank-one edits in that layer, as far as they were scored, and by how much
+                        they hold: EM, PM and NM (`wpjax edit --facts`)
 
 The first four say where something appears to live, the last one where changing it works. That these differ is a
 finding, not a fault (arXiv 2301.04213).
@@ -13,7 +13,7 @@ finding, not a fault (arXiv 2301.04213).
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,14 +24,22 @@ from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
 from wpjax.errors import WpjaxError
+from wpjax.results.edit_scores import EditScores
+from wpjax.results.files import read_json
 from wpjax.results.sweep_result import SweepResult
-from wpjax.results.tracing import ROLES, Tracing
+from wpjax.results.tracing import ROLES, TRACE, Tracing
 
 EDITS = "edits"
 """The source whose curves say where changing works."""
 
 SCORES = {"S": "all three", "ES": "the fact itself", "PS": "paraphrases follow", "NS": "neighbours stay"}
 """Scores of edits that are drawn (`facts.scores`), each in words. Facts without paraphrases have no PS, and so no S."""
+
+SIZES = "magnitudes"
+"""The source whose curves say by how much changing works; with few facts, shares of them are coarse."""
+
+MAGNITUDES = {"PM": "paraphrases follow", "NM": "neighbours stay", "EM": "the fact itself"}
+"""Magnitudes of edits that are drawn, each in words: differences of two probabilities."""
 
 
 class LayerCurve(NamedTuple):
@@ -82,58 +90,107 @@ def layer_curves(paths: Sequence[str | Path]) -> list[LayerCurve]:
             scores of edits, in other layers, make one curve.
 
     Raises:
-        WpjaxError: a file holds none of these, or is damaged; or two scores are of edits in one layer.
+        WpjaxError: a file holds none of these, or is damaged; two scores are of edits in one layer; or the results are
+            of models of different depth.
     """
     curves: list[LayerCurve] = []
     scores: dict[int, dict[str, float]] = {}
+    depths: dict[Path, int] = {}  # of results that have all layers
     for path in map(Path, paths):
+        found: list[LayerCurve] | EditScores
         if path.suffix == ".nc":
-            curves += _of_sweep(SweepResult.from_netcdf(path))
+            found = _of_sweep(SweepResult.from_netcdf(path))
+        else:
+            file = path / TRACE if path.is_dir() else path
+            found = read_json(file, _READERS, "result that has layers", "wpjax trace, circuit or edit --facts")
+        if isinstance(found, EditScores):
+            if found.layer in scores:
+                raise WpjaxError(f"{path}: another file has scores of edits in layer {found.layer}, too; name one")
+            scores[found.layer] = {name: of.mean for name, of in found.table().items()}
             continue
-        content = _content(path)
-        if content["what"] == "edit scores":
-            try:
-                layer, after = int(content["layer"]), content["after"]
-                values = {
-                    name: float(after[name] if name == "S" else after[name]["mean"]) for name in SCORES if name in after
-                }
-            except (KeyError, TypeError, ValueError) as error:
-                raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); score the edits again") from error
-            if layer in scores:
-                raise WpjaxError(f"{path}: another file has scores of edits in layer {layer}, too; name one of them")
-            scores[layer] = values
-            continue
-        try:
-            curves += _READERS[content["what"]](path, content)
-        except WpjaxError:  # it says more
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
-    for name, says in SCORES.items():
-        layers = np.array(sorted(layer for layer, values in scores.items() if name in values), int)
-        if len(layers):
-            shares = np.array([scores[layer][name] for layer in layers])
-            curves.append(LayerCurve(EDITS, f"{name}: {says}", layers, shares))
+        depths[path] = len(found[0].layers)
+        curves += found
+    deepest = max(scores, default=0) + 1
+    if len({*depths.values()}) > 1 or (depths and min(depths.values()) < deepest):
+        said = [f"{path} has {n} layers" for path, n in depths.items()] + [f"edits are in layer {deepest - 1}"]
+        raise WpjaxError(f"results of different models: {', '.join(said)}; name those of one model")
+    for source, names in ((EDITS, SCORES), (SIZES, MAGNITUDES)):
+        for name, says in names.items():
+            layers = np.array(sorted(layer for layer, values in scores.items() if name in values), int)
+            if len(layers):
+                values = np.array([scores[layer][name] for layer in layers])
+                curves.append(LayerCurve(source, f"{name}: {says}", layers, values))
     return curves
 
 
-def _content(path: Path) -> Mapping[str, Any]:
-    path = path / "trace.json" if path.is_dir() else path
-    if not path.is_file():  # reading a pipe or a device may never end
-        raise WpjaxError(f"{path}: no such file; name a result")
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError):
-        content = None
-    known = (*_READERS, "edit scores")
-    if not isinstance(content, dict) or content.get("what") not in known:
-        raise WpjaxError(
-            f"{path}: no result that has layers; name a .nc of `wpjax sweep`, a folder of `wpjax trace`, a .json of "
-            "`wpjax circuit` or of `wpjax edit --facts`"
-        )
-    return content
+def with_edits(curves: Sequence[LayerCurve]) -> list[tuple[float, float]]:
+    """The agreement of each curve with the edits, by their first score and by their first magnitude.
+
+    NaN for edits themselves, and where it is not known.
+    """
+    firsts = [next((curve for curve in curves if curve.source == source), None) for source in (EDITS, SIZES)]
+
+    def with_first(curve: LayerCurve, edits: LayerCurve | None) -> float:
+        return math.nan if edits is None or curve.source in (EDITS, SIZES) else agreement(curve, edits)
+
+    return [(with_first(curve, firsts[0]), with_first(curve, firsts[1])) for curve in curves]
+
+
+def layer_rows(curves: Sequence[LayerCurve]) -> list[tuple[str, ...]]:
+    """The table of curves: what each is, where it is largest and how large, and its agreement with the edits."""
+    rows: list[tuple[str, ...]] = []
+    for curve, both in zip(curves, with_edits(curves), strict=True):
+        layer, value = curve.peak
+        where = (str(layer), f"{value:.2f}") if value > 0 else ("none above 0", "")
+        rows.append((curve.source, curve.label, *where, *("" if math.isnan(rho) else f"{rho:+.2f}" for rho in both)))
+    return rows
+
+
+COLUMNS = ("", "what", "layer", "share", "ρ, scores", "ρ, magnitudes")
+"""Titles of `layer_rows`."""
+
+TITLE = "By layer: where each is largest, and its rank correlation (ρ) with edits"
+"""Title of the table."""
+
+
+def layers_as_json(curves: Sequence[LayerCurve]) -> dict[str, Any]:
+    """Curves as values that JSON can hold."""
+    return {
+        "what": "layers",
+        "curves": [
+            {
+                **curve._asdict(),
+                "layers": curve.layers.tolist(),
+                "values": curve.values.tolist(),
+                "agreement_with_edits": [None if math.isnan(rho) else rho for rho in both],
+            }
+            for curve, both in zip(curves, with_edits(curves), strict=True)
+        ],
+    }
+
+
+def read_layers(path: str | Path) -> list[LayerCurve]:
+    """Read a file that `wpjax layers` wrote.
+
+    Raises:
+        WpjaxError: there is no such file, it holds something else, or it is damaged.
+    """
+    return read_json(path, {"layers": curves_of_json}, "results by layer", "wpjax layers")
+
+
+def curves_of_json(content: Mapping[str, Any]) -> list[LayerCurve]:
+    """The curves that JSON holds; an error of Python where it does not hold any."""
+    curves = []
+    for of in content["curves"]:
+        layers, values = np.array(of["layers"]), np.array(of["values"], float)
+        if layers.dtype.kind != "i" or layers.ndim != 1 or not len(layers) or layers.min() < 0:
+            raise ValueError("no layers")
+        if values.shape != layers.shape or not np.isfinite(values).all():
+            raise ValueError("not one number for each layer")
+        curves.append(LayerCurve(str(of["source"]), str(of["label"]), layers, values))
+    if not curves:
+        raise ValueError("no curves")
+    return curves
 
 
 def _of_sweep(result: SweepResult) -> list[LayerCurve]:
@@ -150,10 +207,10 @@ def _of_sweep(result: SweepResult) -> list[LayerCurve]:
     return found
 
 
-def _of_trace(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
-    trace = Tracing.from_json(path)
+def _of_trace(content: Mapping[str, Any]) -> list[LayerCurve]:
+    trace = Tracing.of_json(content)
     if not trace.ate.mean > 0:
-        raise WpjaxError(f"{path}: corrupting the subject costs no probability, so nothing is a share of it")
+        raise WpjaxError(f"{trace.cost}, so nothing is a share of it; trace other facts")
     found = []
     for name, called in (("mlp", "MLPs, subject's last token"), ("stream", "stream, subject's last token")):
         if name in trace.maps:
@@ -167,7 +224,7 @@ def _of_trace(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
     return found
 
 
-def _of_circuit(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
+def _of_circuit(content: Mapping[str, Any]) -> list[LayerCurve]:
     heads = content["heads"]
     at = np.array([int(head["name"].split(".")[0].removeprefix("L")) for head in heads])
     layers = np.arange(at.max() + 1)
@@ -177,6 +234,6 @@ def _of_circuit(path: Path, content: Mapping[str, Any]) -> list[LayerCurve]:
     ]
 
 
-_READERS: Mapping[str, Callable[[Path, Mapping[str, Any]], list[LayerCurve]]] = MappingProxyType(
-    {"tracing": _of_trace, "ioi": _of_circuit}
+_READERS: Mapping[str, Callable[[Mapping[str, Any]], list[LayerCurve] | EditScores]] = MappingProxyType(
+    {"tracing": _of_trace, "ioi": _of_circuit, "edit scores": EditScores.of_json}
 )

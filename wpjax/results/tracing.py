@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from wpjax.errors import WpjaxError
-from wpjax.stats import Interval, Resamples, mean_interval, resample
+from wpjax.results.files import read_json
+from wpjax.results.points import ONE_FACT, in_points, interval_as_json, over_facts
+from wpjax.stats import Interval
+
+TRACE = "trace.json"
+"""The file that every folder of a trace holds."""
 
 MAPS: Mapping[str, str] = {
     "stream": "one state of the stream",
@@ -120,9 +123,9 @@ class Tracing:
     >>> found.ate.mean, found.average("stream").roles
     (0.8, ('last subject token', 'last token'))
     >>> print(found.summary)
-    1 of 1 facts traced: the model knows them. Corrupting the subject costs 80.0 points of probability [80.0, 80.0].
-    Of the subject, restoring one state of the stream brings most back at the last subject token, layer 1: 20.0 points
-    [20.0, 20.0].
+    1 of 1 facts traced: the model knows them. Corrupting the subject costs 80.0 points of probability.
+    Of the subject, restoring one state of the stream brings most back at the last subject token, layer 1: 20.0 points.
+    One fact: no interval.
     """
 
     model: str
@@ -136,16 +139,25 @@ class Tracing:
         return tuple(self.facts[0].maps)
 
     @property
-    def _samples(self) -> Resamples:
-        return resample(np.arange(len(self.facts)))
+    def ate(self) -> Interval:
+        """The average total effect (ATE) of corruption, with its 95 % interval over facts; of one fact it has none."""
+        return over_facts([fact.total for fact in self.facts])
 
     @property
-    def ate(self) -> Interval:
-        """The average total effect (ATE) of corruption, with its 95 % interval over facts."""
-        return mean_interval(np.array([fact.total for fact in self.facts]), self._samples)
+    def cost(self) -> str:
+        """In words: what corrupting the subject does to the answer."""
+        ate = self.ate
+        if ate.mean <= 0:
+            does = "raises the answer's probability" if ate.mean < 0 else "changes nothing"
+            return f"Corrupting the subject costs no probability: it {does} ({in_points(ate, ' points')})"
+        said = f"Corrupting the subject costs {in_points(ate, ' points of probability')}"
+        return said + (", which may be chance" if ate.low <= 0 else "")
 
     def average(self, name: str) -> Average:
-        """A map averaged over facts, by what tokens are. Where several tokens of a fact are one thing, their mean."""
+        """A map averaged over facts, by what tokens are. Where several tokens of a fact are one thing, their mean.
+
+        What only one fact has, has no interval: its ends are NaN.
+        """
         shape = len(next(iter(self.facts[0].maps.values())))
         roles = tuple(role for role in ROLES if any(role in fact.roles for fact in self.facts))
         ends = np.zeros((3, shape, len(roles)))
@@ -155,9 +167,8 @@ class Tracing:
                 for fact in self.facts
                 if role in fact.roles
             ]
-            samples = resample(np.arange(len(rows)))
             for layer, values in enumerate(np.transpose(rows)):
-                ends[:, layer, j] = mean_interval(values, samples)
+                ends[:, layer, j] = over_facts(values.tolist())
         return Average(roles, *ends)
 
     def peak(self, name: str) -> tuple[int, str, Interval]:
@@ -174,16 +185,19 @@ class Tracing:
     @property
     def summary(self) -> str:
         """In words: what corruption costs, and where restoring brings most back."""
-        lines = [
-            f"{len(self.facts)} of {self.n_read} facts traced: the model knows them. Corrupting the subject costs "
-            f"{_points(self.ate)}.".replace("points", "points of probability")
-        ]
-        for name in self.maps:
+        lines = [f"{len(self.facts)} of {self.n_read} facts traced: the model knows them. {self.cost}."]
+        if self.ate.mean <= 0:
+            lines.append("So there is nothing to bring back, and the maps show no recall. Try other facts.")
+        for name in self.maps if self.ate.mean > 0 else ():
             layer, role, effect = self.peak(name)
             lines.append(
                 f"Of the subject, restoring {MAPS[name]} brings most back at the {role}, layer {layer}: "
-                f"{_points(effect)}."
+                f"{in_points(effect, ' points')}."
+                if effect.mean > 0
+                else f"Of the subject, restoring {MAPS[name]} brings nothing back."
             )
+        if len(self.facts) == 1:
+            lines.append(ONE_FACT)
         return "\n".join(lines)
 
     @property
@@ -199,14 +213,15 @@ class Tracing:
             of = self.average(name)
             averages[name] = {
                 "roles": list(of.roles),
-                **{end: np.round(getattr(of, end), 8).tolist() for end in ("mean", "low", "high")},
+                "mean": np.round(of.mean, 8).tolist(),
+                **{end: _or_null(getattr(of, end)) for end in ("low", "high")},
             }
         return {
             "what": "tracing",
             "model": self.model,
             "n_read": self.n_read,
             "settings": dict(self.settings),
-            "ate": self.ate._asdict(),
+            "ate": interval_as_json(self.ate),
             "aie": averages,
             "facts": facts,
         }
@@ -219,29 +234,21 @@ class Tracing:
             WpjaxError: there is no such file, it holds no trace, or it is damaged.
         """
         path = Path(path)
-        path = path / "trace.json" if path.is_dir() else path
-        if not path.is_file():
-            raise WpjaxError(f"{path}: no such file; `wpjax trace` makes one")
-        try:
-            content = json.loads(path.read_bytes())
-        except OSError as error:
-            raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except (ValueError, RecursionError) as error:
-            raise WpjaxError(f"{path}: not JSON ({error}); name a trace.json of `wpjax trace`") from error
-        if not isinstance(content, dict) or content.get("what") != "tracing":
-            raise WpjaxError(f"{path}: no trace; name a trace.json of `wpjax trace`")
-        try:
-            facts = tuple(_fact(entry) for entry in content["facts"])
-            if not facts or len({(tuple(fact.maps), *(len(of) for of in fact.maps.values())) for fact in facts}) != 1:
-                raise ValueError("no facts, or facts of several models")
-            return cls(str(content["model"]), facts, int(content["n_read"]), dict(content["settings"]))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make the trace again") from error
+        path = path / TRACE if path.is_dir() else path
+        return read_json(path, {"tracing": cls.of_json}, "trace", "wpjax trace")
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> Tracing:
+        """The trace that JSON holds; an error of Python where it does not hold one."""
+        facts = tuple(_fact(entry) for entry in content["facts"])
+        if not facts or len({(tuple(fact.maps), *(len(of) for of in fact.maps.values())) for fact in facts}) != 1:
+            raise ValueError("no facts, or facts of several models")
+        return cls(str(content["model"]), facts, int(content["n_read"]), dict(content["settings"]))
 
 
-def _points(of: Interval) -> str:
-    """A probability in percentage points, with its interval."""
-    return f"{100 * of.mean:.1f} points [{100 * of.low:.1f}, {100 * of.high:.1f}]"
+def _or_null(of: Float[np.ndarray, "L N"]) -> list[list[float | None]]:
+    """A table as JSON holds it: null for an end that an interval has not."""
+    return [[None if math.isnan(value) else round(value, 8) for value in row] for row in of.tolist()]
 
 
 def _fact(entry: Mapping[str, Any]) -> FactTrace:
