@@ -56,7 +56,7 @@ def run(
 
     from wpjax.cli.sweep import print_result
     from wpjax.cli.validate import print_curves
-    from wpjax.cli.words import print_answers, print_verdict
+    from wpjax.cli.words import print_answers, print_verdict, printable
     from wpjax.results.curves import Curves
     from wpjax.results.opening import open_result
     from wpjax.results.verdict import verdict
@@ -86,6 +86,8 @@ def run(
     if not as_json:
         print_answers(found.answers)
         print_verdict(verdict(found, result))
+        if command := found.dataset.attrs.get("command"):
+            print(f"\nmade by\n  {printable(str(command))}")
 
 
 def show_json(path: Path, as_json: bool) -> None:
