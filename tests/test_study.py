@@ -59,7 +59,11 @@ def test_a_study_is_its_steps(tmp_path):
     anchor = fit_anchor(pair, task, n_prompts=4, causal="skip")
     expected = sweep(pair, batch, anchor, components=NAMES, method="screen+exact")
     expected = add_set_score(pair, expected, [instructed_metric(pair, batch, 32), partings_metric(pair, batch, 32)])
-    expected.dataset.attrs |= {"behaviour_source": "tiny:title", "max_new_tokens": 32}
+    expected.dataset.attrs |= {
+        "behaviour_source": "tiny:title",
+        "max_new_tokens": 32,
+        "command": study.result.dataset.attrs["command"],  # tests/test_config_file.py reads it
+    }
     xr.testing.assert_identical(without_times(study.result.dataset), without_times(expected.dataset))
     xr.testing.assert_identical(SweepResult.from_netcdf(tmp_path / "r.nc").dataset, study.result.dataset)
     assert study.no_set_score == ""

@@ -37,7 +37,7 @@ N_NEW = 16
 
 
 def test_sizes_of_components_add_up_to_the_model(pair):
-    """Every parameter has one owner; biases of a module's output, and norms that heads share, are its module's."""
+    """Every parameter has one owner; a module owns the bias of its output, norms that heads share, and a router."""
     total = sum(leaf.size for leaf in np_leaves(pair.base))
     modules = enumerate_components(pair.cfg, ["attn", "mlp", "norm", "embed", "unembed", "final_norm"])
     assert sum(n_parameters(pair.cfg, c) for c in modules) == total
@@ -45,7 +45,7 @@ def test_sizes_of_components_add_up_to_the_model(pair):
     assert layers == sum(n_parameters(pair.cfg, c) for c in modules if c.kind in ("attn", "mlp", "norm"))
     fine = sum(n_parameters(pair.cfg, c) for c in enumerate_components(pair.cfg, FINEST))
     blocks = pair.base["blocks"]
-    shared = [blocks[m][b] for m, b in (("attn", "b_O"), ("mlp", "b_out")) if b in blocks[m]]
+    shared = [blocks[m][b] for m, b in (("attn", "b_O"), ("mlp", "b_out"), ("mlp", "W_router")) if b in blocks[m]]
     shared += [blocks["attn"][norm]["scale"] for norm in QK_NORMS if norm in blocks["attn"]]
     assert fine == total - sum(b.size for b in shared)
 
