@@ -149,9 +149,9 @@ def test_a_download_goes_on(folder, cache, monkeypatch):
         server.read.clear()
         server.refuses, server.breaks = False, 1
         model, there = load_checkpoint("org/open"), load_checkpoint(folder)
-        (first, _), (second, start) = server.read
-        assert first == second == "model.safetensors"
-        assert start > 0
+        # Small files that the refused run did not come to, as its threads were cut off, are read now, too.
+        first, second = (start for name, start in server.read if name == "model.safetensors")
+        assert first < second
     assert fingerprint(model.cfg, model.params) == fingerprint(there.cfg, there.params)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert local_path("org/open").is_relative_to(cache)
