@@ -3,7 +3,7 @@
     python -m experiments.loading.make llama-3.2-1b --out work/1b
     python -m experiments.loading.make llama-3.2-1b --out work/1b-mlp --changed mlp
     python -m experiments.loading.measure work/1b --expert work/1b-mlp --out experiments/loading/1b.json
-    python -m experiments.loading.measure work/8b --stream work/8b --cold --rounds 1 --out experiments/loading/8b.json
+    python -m experiments.loading.measure work/8b --stream work/8b --cold --rounds 3 --out experiments/loading/8b.json
 
 Each case runs in a process of its own. Memory is anonymous memory (what the process cannot get back from its files),
 sampled every millisecond; the arrays of a CPU device are part of it. A *plain read* copies the bytes of all files
@@ -148,7 +148,7 @@ def markdown(found: dict[str, Any]) -> str:
         faster = ["", ""]
         if "read" in of:
             faster = [f"{load / read:.2f}" for load, read in zip(of["load"], of["read"], strict=True)]
-        gib = [f"{of[key] / 2**30:.2f}" for key in ("model", "largest", "stays", "peak")]
+        gib = [f"{round(of[key] / 2**30, 2) + 0:.2f}" for key in ("model", "largest", "stays", "peak")]
         above = f"{max(of['above'], 0) / of['largest']:.2f}"
         rows.append([f"{of['folder']}, {name}", *gib, above, f"{of['load'][0]:.0f}", *faster])
     columns = ["", "one model, GiB", "largest leaf", "stays", "peak", "above what stays, in largest leaves"]
