@@ -274,6 +274,13 @@ def check_kind(kind: str) -> None:
         raise ComponentError(f"unknown component kind {kind!r}{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
+def none_of(kinds: Iterable[str]) -> ComponentError:
+    """The error that a model has no component of any of some kinds."""
+    return ComponentError(
+        f"nothing to sweep: this model has no {', '.join(kinds)}; `wpjax inspect` lists the kinds that it has"
+    )
+
+
 def parse_component(cfg: ModelConfig, name: str) -> Component:
     """The component that has a name such as `L3.head.5`.
 

@@ -26,9 +26,9 @@ import numpy as np
 import wpjax
 from wpjax.arguments import SweepConfig, as_command, as_written
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.components import KINDS, check_kind, count, parse_component
+from wpjax.components import KINDS, check_kind, count, none_of, parse_component
 from wpjax.engines.on_policy import OnPolicy
-from wpjax.errors import AnchorRejected, ComponentError, WpjaxError
+from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.estimators.sets import add_set_score, set_metrics
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
@@ -248,7 +248,7 @@ def _prepare(
         parse_component(pair.cfg, name)
     lacking = [] if config.components else [kind for kind in config.kinds if not count(pair.cfg, kind)]
     if lacking and len(lacking) == len(config.kinds):
-        raise ComponentError(f"nothing to sweep: this model has no {', '.join(lacking)}")
+        raise none_of(lacking)
     if lacking:
         tell(f"this model has no {', '.join(lacking)}")
     loaded = _loaded_anchor(config, pair, task, tell)

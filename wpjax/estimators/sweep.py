@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from wpjax.behaviours import PromptBatch
 from wpjax.columns import EFFECT
-from wpjax.components import KINDS, Component, check_kind, enumerate_components, parse_component
+from wpjax.components import KINDS, Component, check_kind, enumerate_components, none_of, parse_component
 from wpjax.engines.engine import Engine
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.estimators.dataset import Controls, make_dataset
@@ -218,7 +218,7 @@ def _swept_components(
             "the metric; take one that reads the answer (response, decision, kl)"
         )
     if not named:
-        raise ComponentError(f"nothing to sweep: this model has no {', '.join(kinds)}")
+        raise none_of(kinds)
     return sorted(dict.fromkeys(named), key=lambda c: (list(KINDS).index(c.kind), c.layer, c.index))
 
 
