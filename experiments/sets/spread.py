@@ -4,8 +4,8 @@
         --behaviour quotation --name lora_quotation --out experiments/sets/spread.json
 
 The set score of a component is its part of the gap, for its share of the parameters. So the best 2 % by it hold the
-largest part that any 2 % hold, on the prompts that they were ranked on. Where that part is small, the fault is hardly in
-the order: the change is spread over more parameters. Beside it stands what the same sets bring back when they are
+largest part that any 2 % hold, on the prompts that they were ranked on. Where that part is small, the fault is hardly
+in the order: the change is spread over more parameters. Beside it stands what the same sets bring back when they are
 patched, on prompts of other queries, and on how many of these prompts the expert's token is then the likelier one.
 
 One call measures one pair and adds it to the file.
