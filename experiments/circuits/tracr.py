@@ -200,13 +200,13 @@ def _edges(of: Compiled, method: str) -> EdgeScores:
 
 
 def auroc(scores: Scores, true: np.ndarray) -> float | None:
-    """Probability that a true edge (or node) has a larger score than a false one; ties count half. None if all are true.
+    """How often a true edge (or node) has a larger score than a false one; ties count half. None if all are true.
 
     Args:
         scores: of edges or of nodes.
         true: [S, R], which edges are true.
     """
-    which = (true.any(1) if isinstance(scores, NodeScores) else true)[scores.members]
+    which = np.asarray(true.any(1) if isinstance(scores, NodeScores) else true)[scores.members]
     return None if which.all() else float(roc_auc_score(which, np.abs(scores.mean)[scores.members]))
 
 
@@ -231,7 +231,7 @@ def measure() -> dict[str, Any]:
             "nodes": sum(alive),
             "prompts": len(of.two.clean),
             "true": {kind: int(true.sum()) for kind, true in trues.items()},
-            "true_nodes": {kind: int(true[alive].any(1).sum()) for kind, true in trues.items()},
+            "true_nodes": {kind: int(np.any(true[alive], 1).sum()) for kind, true in trues.items()},
             "auroc": cells["edges"],
             "auroc_nodes": cells["nodes"],
         }

@@ -34,6 +34,7 @@ from wpjax.metrics.metric import scores as scores_of
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.relax.learn import RelaxConfig
+from wpjax.results.words import enumerated
 from wpjax.runtime.cards import public_name
 from wpjax.runtime.progress import Progress, silent
 
@@ -144,6 +145,21 @@ class IOIStudy:
     def negative(self) -> tuple[Head, ...]:
         """Heads whose direct path works against the answer by at least `MIN_DIRECT`, the strongest first."""
         return tuple(h for h in sorted(self.heads, key=lambda h: h.direct) if h.direct <= -MIN_DIRECT)
+
+    @property
+    def summary(self) -> str:
+        """What was found, in sentences."""
+        difference, _, right = self.answered
+        movers, against = ([h.name for h in heads] for heads in (self.name_movers, self.negative))
+        told = [
+            f"{self.model[0]} prefers the indirect object to the subject on {right:.0%} of {self.n_prompts} prompts; "
+            f"the mean logit difference is {difference:.2f}.",
+            f"The name is moved by {enumerated(movers)}." if movers else "No head moves the name.",
+            f"{enumerated(against)} {'work' if len(against) > 1 else 'works'} against it." if against else "",
+            f"A circuit of {len(self.circuit.members)} heads, with all MLPs kept, does {self.faithful.share:.0%} of "
+            "what all heads do.",
+        ]
+        return " ".join(sentence for sentence in told if sentence)
 
     @property
     def as_json(self) -> dict[str, Any]:

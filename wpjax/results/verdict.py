@@ -115,6 +115,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     status, about = _status(attrs)
     reach = _reach(result)
     points = (
+        ("What it does", _what(result)),
         ("Where", _where(result, values, layers)),
         ("How concentrated", _spread(result, values[finest], shape, n_half, n_most, coverage)),
         ("How much", _covered(int(data.sizes["component"]), coverage)),
@@ -190,6 +191,28 @@ def _outcome(text: str) -> tuple[Status, str]:
         if text.startswith(status):
             return status, text.removeprefix(status).lstrip(":,; ")  # type: ignore[return-value]
     return "rejected", text
+
+
+def _what(result: SweepResult) -> str:
+    """What base and expert do: how many of their held-out answers pass, and one prompt with both answers."""
+    told = f"The behaviour is {result.dataset.attrs['behaviour']}."
+    answers = result.answers
+    if answers is None:
+        return told
+    n, (by_base, by_patched, by_expert) = len(answers.prompts), answers.passes
+    if np.isfinite(answers.passes).all():
+        told += (
+            f" Of {n} held-out prompts, the base follows {by_base.sum():.0f}, the expert {by_expert.sum():.0f}, and "
+            f"the base with the {answers.n_components:,} best components of the expert {by_patched.sum():.0f}."
+        )
+    shown = int(np.argmax(np.nan_to_num(by_expert) - np.nan_to_num(by_base)))  # the first where they part, if any
+    asked, base, expert = (_quoted(of[shown]) for of in (answers.prompts, answers.texts[0], answers.texts[2]))
+    return f"{told} Asked {asked}, the base says {base}, the expert {expert}."
+
+
+def _quoted(text: str, most: int = 160) -> str:
+    """The beginning of a text in quotes."""
+    return f"“{text if len(text) <= most else text[:most].rstrip() + ' ...'}”"
 
 
 def _where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[int, int] | None) -> str:
