@@ -143,6 +143,7 @@ def test_the_command_writes_what_it_prints(folder, wpjax, tmp_path):
         code, _, error = wpjax("show", "bad.json")
         assert code == 2
         assert message in error
+        assert error.count("bad.json") == 1
 
 
 def test_the_published_circuit_stands_beside_the_papers_figures(capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from wpjax.metrics.metric import scores as scores_of
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.relax.learn import RelaxConfig
+from wpjax.results.files import read_json
 from wpjax.results.words import enumerated
 from wpjax.runtime.cards import public_name
 from wpjax.runtime.progress import Progress, silent
@@ -202,21 +203,22 @@ class IOIStudy:
         Raises:
             WpjaxError: there is no such file, or it is none of this version, or damaged.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except (ValueError, RecursionError) as error:
-            raise WpjaxError(f"{path}: not JSON ({error}); name a file of `wpjax circuit ioi`") from error
-        if not isinstance(content, dict) or (content.get("what"), content.get("schema")) != ("ioi", SCHEMA):
-            raise WpjaxError(f"{path}: not a file of this version's `wpjax circuit ioi`; make it again")
-        try:
-            return _study_of(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
+        return read_json(path, {"ioi": cls.of_json}, "study of this task", "wpjax circuit ioi")
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> IOIStudy:
+        """The inverse of `as_json`.
+
+        Raises:
+            WpjaxError: another version wrote it.
+            KeyError, TypeError, ValueError, AttributeError: it is damaged.
+        """
+        if content.get("schema") != SCHEMA:
+            raise WpjaxError("another version of `wpjax circuit ioi` wrote it; make it again")
+        return _study_of(content)
 
 
-def _study_of(content: dict[str, Any]) -> IOIStudy:
+def _study_of(content: Mapping[str, Any]) -> IOIStudy:
     """A study from its JSON values; the inverse of `IOIStudy.as_json`."""
 
     def tuples(value: Any) -> Any:

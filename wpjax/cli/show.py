@@ -167,7 +167,7 @@ def read_shown(path: Path) -> Shown:
         "tracing": (Tracing.of_json, print_tracing, summary),
         "edit scores": (EditScores.of_json, print_scores, lambda scores: scores.in_words),
         "layers": (curves_of_json, print_layers, in_words),
-        "ioi": (lambda _: IOIStudy.from_json(path), _print_circuit, summary),
+        "ioi": (IOIStudy.of_json, _print_circuit, summary),
     }
     makers = {
         what: lambda content, make=make, ways=ways: Shown(make(content), *ways) for what, (make, *ways) in kinds.items()
