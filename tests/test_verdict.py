@@ -37,11 +37,28 @@ def test_one_component_that_carries_it_all_is_concentrated():
     assert (found.shape, found.n_half, found.n_most, found.n_components) == ("concentrated", 1, 1, 100)
     assert found.layers == (2, 2)
     points = dict(found.points)
-    assert "layer 2 (of 0 to 3)" in points["Where"]
+    assert "layer 2 (0 to 2 were swept, of 0 to 3)" in points["Where"]
     assert "L2.neuron.0 (+0.9)" in points["Where"]
     assert points["How concentrated"].startswith("Concentrated: 1 of 100 components reaches half")
     assert "recover 100% of the gap" in points["How much"]
     assert "100 of 100 replaced components are above it" in points["Noise"]
+
+
+def test_it_says_what_the_models_do_and_where_their_answers_part():
+    """Layers 0 and 1 were swept; the set score knows of layer 3, too, and heads hold most there."""
+    swept = by_hand([0.5, 0.1, np.nan, np.nan], ["head", "neuron", "head", "neuron"], [0, 1, 3, 3], coverage=0.6)
+    shares, is_swept = np.array([0.2, 0.1, 0.4, 0.2]), np.array([True, True, False, False])
+    data = swept.dataset.assign(set_share=("component", shares), swept=("component", is_swept))
+    answers = Answers(
+        ("Be kind.", "SHOUT!"), (("a", "quiet"), ("b", "LOUD"), ("c", "LOUDER")),
+        np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), 2, "effect",
+    )  # fmt: skip
+    points = dict(verdict(SweepResult(answers.added_to(data))).points)
+    assert "layer 0 (0 to 1 were swept, of 0 to 3)" in points["Where"]
+    assert "heads hold 60% and neurons 30%, counted over all layers; half of it stands in layer 3." in points["Where"]
+    assert "Of 2 held-out prompts, the base follows 0, the expert 1, and" in points["What it does"]
+    assert "Asked “SHOUT!”, the base says “quiet”, the expert “LOUDER”." in points["What it does"]
+    assert "held-out" not in dict(verdict(SweepResult(data)).points)["What it does"]
 
 
 def test_an_effect_that_is_spread_evenly_is_diffuse():

@@ -103,7 +103,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     >>> found.status, found.commands[0]
     ('not tested', 'wpjax validate title.nc')
     """
-    result = result.swept
+    whole, result = result, result.swept
     data, attrs = result.dataset, result.dataset.attrs
     values = result.best() if result.ranking in (EFFECT, *effect_estimates()) else result.values(result.ranking)
     finest = result.finest
@@ -116,7 +116,10 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     reach = _reach(result)
     points = (
         ("What it does", _what(result)),
-        ("Where", _where(result, values, layers)),
+        (
+            "Where",
+            " ".join(sentence for sentence in (_where(result, values, layers), _where_parted(whole)) if sentence),
+        ),
         ("How concentrated", _spread(result, values[finest], shape, n_half, n_most, coverage)),
         ("How much", _covered(int(data.sizes["component"]), coverage)),
         ("How far to trust it", about),
@@ -223,13 +226,34 @@ def _where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[i
     if layers is not None and result.ranking != "delta_norm":
         first, last = layers
         place = f"layer {first}" if first == last else f"layers {first} to {last}"
-        every = f"0 to {int(data.attrs['n_layers']) - 1}"
-        sentences.insert(0, f"Half of all single effects stand in {place} (of {every}).")
+        n, swept = int(data.attrs["n_layers"]), data["layer"].values[data["layer"].values >= 0]
+        start, stop, every = int(swept.min()), int(swept.max()), f"of 0 to {n - 1}"
+        if (start, stop) != (0, n - 1):  # the metric does not read the others
+            every = f"{start} to {stop} were swept, {every}" if start < stop else f"{start} was swept, {every}"
+        sentences.insert(0, f"Half of all single effects stand in {place} ({every}).")
     order = [i for i in np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:3] if values[i] > 0]
     if order:
         names = data["name"].values.astype(str)
         sentences.append(f"The largest alone: {', '.join(f'{names[i]} ({values[i]:+.3g})' for i in order)}.")
     return " ".join(sentences)
+
+
+def _where_parted(result: SweepResult) -> str:
+    """Which kinds and layers hold the gap where the two models part ways: shares of the set score, over all layers."""
+    data = result.dataset
+    if "set_share" not in data:
+        return ""
+    finest = np.isfinite(data["set_share"].values) & result.finest
+    kinds, layers, shares = (data[name].values[finest] for name in ("kind", "layer", "set_share"))
+    by_kind = [f"{KIND_NAMES.get(kind, kind)} {shares[kinds == kind].sum():.0%}" for kind in dict.fromkeys(kinds)]
+    found = _layers(layers, shares)
+    if found is None:
+        return ""
+    place = f"layer {found[0]}" if found[0] == found[1] else f"layers {found[0]} to {found[1]}"
+    return (
+        f"Of the gap where their answers part ways, {_listed(by_kind, 'hold')}, counted over all layers; half of it "
+        f"stands in {place}."
+    )
 
 
 def _spread(
@@ -317,10 +341,10 @@ def _noise(result: SweepResult, reach: Reach | None) -> str:
     )
 
 
-def _listed(parts: list[str]) -> str:
-    """Shares of kinds as one phrase: "heads 40%, KV groups 10% and neurons 50%", with its verb."""
+def _listed(parts: list[str], verb: str = "recover") -> str:
+    """Shares of kinds as one phrase: "heads recover 40%, KV groups 10% and neurons 50%"."""
     first = parts[0].rpartition(" ")
-    parts = [f"{first[0]} recover {first[2]}", *parts[1:]]
+    parts = [f"{first[0]} {verb} {first[2]}", *parts[1:]]
     return enumerated(parts)
 
 
