@@ -55,7 +55,7 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     assert "wpjax validate r.nc" in out
     words = wpjax("show", "r.nc", "--words")[1]
     assert all(heading in words for heading in ("What it does", "Where", "How concentrated", "wpjax validate r.nc"))
-    assert re.search(r"Of\s+4\s+held-out\s+prompts,\s+the\s+base\s+follows\s+0,\s+the\s+expert\s+4", words)
+    assert "On 4 prompts that ask for it and served nothing else, the base shows it on 0" in " ".join(words.split())
     assert not re.search(r"^ L\d\.head\.\d ", words, re.MULTILINE)
     result = SweepResult.from_netcdf("r.nc")
     assert result.dataset.attrs["metric_layer"] == anchor.layer

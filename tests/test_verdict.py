@@ -37,10 +37,14 @@ def test_one_component_that_carries_it_all_is_concentrated():
     assert (found.shape, found.n_half, found.n_most, found.n_components) == ("concentrated", 1, 1, 100)
     assert found.layers == (2, 2)
     points = dict(found.points)
-    assert "layer 2 (0 to 2 were swept, of 0 to 3)" in points["Where"]
-    assert "L2.neuron.0 (+0.9)" in points["Where"]
-    assert points["How concentrated"].startswith("Concentrated: 1 of 100 components reaches half")
-    assert "recover 100% of the gap" in points["How much"]
+    assert "Only layers 0 to 2 of 0 to 3 were swept; of these, layer 2 holds half" in points["Where"]
+    assert "(layer 2: 90%)" in points["Where"]
+    assert "L2.neuron.0 90.0% [89.0%, 91.0%]" in points["Where"]
+    assert points["Where"].startswith("Put in together, the 100 components that were swept recover 100% of it.")
+    assert points["How concentrated"].startswith("Added up, the largest single effect of 100 (1 neuron) makes half")
+    assert "called concentrated here" in points["How concentrated"]
+    assert points["What was measured"].endswith("All 100 components were put into the base one at a time.")
+    assert "the anchor score, at layer 3: 2 [1, 3], on 8 prompts." in points["What was measured"]
     assert "100 of 100 replaced components are above it" in points["Noise"]
 
 
@@ -54,11 +58,29 @@ def test_it_says_what_the_models_do_and_where_their_answers_part():
         np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), 2, "effect",
     )  # fmt: skip
     points = dict(verdict(SweepResult(answers.added_to(data))).points)
-    assert "layer 0 (0 to 1 were swept, of 0 to 3)" in points["Where"]
-    assert "heads hold 60% and neurons 30%, counted over all layers; half of it stands in layer 3." in points["Where"]
-    assert "Of 2 held-out prompts, the base follows 0, the expert 1, and" in points["What it does"]
+    assert "Only layers 0 to 1 of 0 to 3 were swept; of these, layer 0 holds half" in points["Where"]
+    assert (
+        "heads hold 60% and neurons 30% (the other 10%: weights that were not ranked); layer 3 holds half."
+        in points["Where"]
+    )
+    assert "do not agree" not in points["Where"]
+    assert "the base shows it on 0 and the expert on 1. So few prompts" in points["What it does"]
     assert "Asked “SHOUT!”, the base says “quiet”, the expert “LOUDER”." in points["What it does"]
-    assert "held-out" not in dict(verdict(SweepResult(data)).points)["What it does"]
+    # By effect the set is the two that were swept; a third component is ranked by it nowhere.
+    assert points["A set of them"].startswith(
+        "With all 2 components that were ranked, the base shows the behaviour on 1 of"
+    )
+    by_score = data.assign(set_score=("component", [0.2, 0.1, 3.0, 2.0]))
+    answers = answers._replace(by="set_score", tried=(1,), share=0.25)
+    told = dict(verdict(SweepResult(answers.added_to(by_score))).points)["A set of them"]
+    what = "1 head and 1 neuron, 25.0% of the parameters that were ranked; layer 3 holds half of them"
+    assert told.startswith(f"With the 2 best by set score ({what}), the base shows the behaviour on 1 of 2 prompts.")
+    assert "With the best 1, on too few. Asked as above, it says “LOUD”." in told
+    other = data.assign(set_share=("component", [0.1, 0.4, 0.0, 0.5]))
+    joint = other.assign_coords(swept_kind=["head", "neuron"]).assign(coverage_joint=("swept_kind", [0.5, 0.1]))
+    assert "do not agree on which kind holds most" in dict(verdict(SweepResult(joint)).points)["Where"]
+    assert "prompts" not in dict(verdict(SweepResult(data)).points)["What it does"]
+    assert "A set of them" not in dict(verdict(SweepResult(data)).points)
 
 
 def test_an_effect_that_is_spread_evenly_is_diffuse():
@@ -70,10 +92,10 @@ def test_an_effect_that_is_spread_evenly_is_diffuse():
 def test_what_only_shows_in_company_is_said_to_be_so():
     found = verdict(by_hand([0.001] * 100, coverage=0.9))
     assert (found.shape, found.n_half, found.n_most) == ("in company", None, None)
-    assert "make 11% of what" in dict(found.points)["How concentrated"]
+    assert "add up to 11% of what" in dict(found.points)["How concentrated"]
     half = verdict(by_hand([0.006] * 100, coverage=1.0))
     assert (half.n_half, half.n_most) == (84, None)
-    assert "all positive ones reach 60%, the rest appears only in company" in str(half)
+    assert "All positive ones make 60%; the rest shows only when several are put in at once, so this count" in str(half)
     assert "together the components recover nothing" in str(verdict(by_hand([0.1] * 5, coverage=-0.2)))
 
 
@@ -121,9 +143,9 @@ def test_a_q_that_so_few_queries_cannot_reach_is_said_to_be_so(n_queries, says):
         one = [benjamini_hochberg(np.r_[smallest_p(n), np.ones(99)])[0] < 0.05 for n in (enough - 1, enough)]
         assert one == [False, True]
     else:
-        assert noise.endswith("have q < 0.05.")
+        assert noise.endswith("they have q < 0.05.")
     result.dataset["q_value"][0] = 0.01  # one is found, and so would be any of so large an effect
-    assert dict(verdict(result).points)["Noise"].endswith("1 have q < 0.05.")
+    assert dict(verdict(result).points)["Noise"].endswith("1 effect is surely not 0: it has q < 0.05.")
 
 
 def test_what_differs_in_the_pair_is_said():
@@ -135,11 +157,11 @@ def test_what_differs_in_the_pair_is_said():
 @pytest.mark.parametrize(
     ("attrs", "status", "says"),
     [
-        ({"anchor_acceptance": "accepted"}, "accepted", "The anchor is accepted: held"),
-        ({"anchor_acceptance": "not tested"}, "not tested", "Nothing has tested whether the anchor"),
-        ({"anchor_acceptance": "undecided: 7 of 12 pass"}, "undecided", "undecided (7 of 12 pass)"),
-        ({"anchor_acceptance": "rejected: steered answers"}, "rejected", "rejected (steered answers)"),
-        ({"anchor_acceptance": "steered answers are odd"}, "rejected", "rejected (steered answers are odd)"),
+        ({"anchor_acceptance": "accepted"}, "accepted", "passed its tests: held"),
+        ({"anchor_acceptance": "not tested"}, "not tested", "Nothing has tested whether the direction"),
+        ({"anchor_acceptance": "undecided: 7 of 12 pass"}, "undecided", "causes the behaviour (7 of 12 pass)"),
+        ({"anchor_acceptance": "rejected: steered answers"}, "rejected", "failed its tests (steered answers)"),
+        ({"anchor_acceptance": "steered answers are odd"}, "rejected", "failed its tests (steered answers are odd)"),
         ({"metric": "kl", "behaviour_differs": "by the checker"}, "accepted", "The checker finds the behaviour"),
         ({"metric": "kl", "behaviour_differs": "not tested"}, "not tested", "Nothing has tested whether base"),
         ({"metric": "kl", "behaviour_differs": "both pass"}, "rejected", "do not surely differ in the behaviour (both"),
