@@ -17,15 +17,12 @@ from wpjax.results.words import KIND_NAMES, counted, enumerated
 FEW_PROMPTS = 12
 """With fewer prompts than this, a difference of one or two answers is called chance."""
 
-_TELLING = 0.75
-"""If single effects add up to less of the joint effect, it is not said whether they are concentrated."""
-
 _LAYERS_SHOWN, _LEAST_SHOWN = 4, 0.1
 """Layers that are named with their share, at most; and the smallest share that is named."""
 
 ANCHOR_SAYS = {
-    "accepted": "The direction that was measured, the anchor, passed its tests: held at the expert's state on it, the "
-    "base shows the behaviour, and held at the base's state the expert loses it{reason}. So the shares below are of "
+    "accepted": "The direction that was measured, the anchor, passed its tests{reason}: held at the expert's state on "
+    "it, the base shows the behaviour, and held at the base's state the expert loses it. So the shares below are of "
     "something that causes the behaviour.",
     "undecided": "It is not shown that the direction that was measured, the anchor, causes the behaviour{reason}. The "
     "shares below are no noise, but they may be shares of something else: a first guess, until more prompts or "
@@ -64,18 +61,17 @@ def what_it_does(result: SweepResult) -> str:
             f"On {n} prompts that ask for it {kept}, the base shows it on {by_base.sum():.0f} and the expert on "
             f"{by_expert.sum():.0f}.{chance}"
         )
-    asked, base, _, expert = _example(answers)
+    asked, base, _, expert = (quoted(text[_shown(answers)]) for text in (answers.prompts, *answers.texts))
     told.append(f"Asked {asked}, the base says {base}, the expert {expert}.")
     if isinstance(length := attrs.get("max_new_tokens"), int | np.integer):
         told.append(f"(Answers end after {length} tokens.)")
     return " ".join(told)
 
 
-def _example(answers: Answers) -> list[str]:
-    """The first prompt on which base and expert part, or else the first; and the answers of all three, in quotes."""
+def _shown(answers: Answers) -> int:
+    """Number of the prompt that is shown: the first on which base and expert part, or else the first."""
     by_base, _, by_expert = np.nan_to_num(answers.passes)
-    i = int(np.argmax(by_expert - by_base))
-    return [quoted(text[i]) for text in (answers.prompts, *answers.texts)]
+    return int(np.argmax(by_expert - by_base))
 
 
 def quoted(text: str, most: int = 160) -> str:
@@ -95,16 +91,16 @@ def what_was_measured(result: SweepResult) -> str:
     at = f", at layer {attrs['metric_layer']}" if entry is not None and entry.reads_anchor else ""
     n, n_exact = int(data.sizes["component"]), int(data["exact"].values.sum())
     if n_exact == n:
-        how = f"All {n:,} components were put into the base one at a time."
+        how = f"{n:,} components were swept: each was put into the base alone."
     elif n_exact:
-        how = f"{n_exact:,} of {n:,} components were put into the base one at a time; the others are estimated"
+        how = f"{n:,} components were swept: {n_exact:,} were put into the base alone, the others are estimated"
         how += f" ({shown})." if (shown := _estimate(result)) else "."
     else:
-        how = f"All {n:,} components are estimated ({title_of(result.ranking)}); none was put into the base alone."
+        how = f"{n:,} components were swept: all are estimated ({title_of(result.ranking)}), none was put in alone."
     return (
         f"The gap: how far the expert stands above the base by the metric, the {name}{at}: {attrs['gap_mean']:.3g} "
-        f"[{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}], on {attrs['n_prompts']} prompts. Shares below are of it. "
-        f"{how}"
+        f"[{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}], on {attrs['n_prompts']} prompts. Shares below are of "
+        f"it; 95 % intervals stand in brackets. {how}"
     )
 
 
@@ -133,9 +129,7 @@ def where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[in
         told.append("Most of it lies elsewhere: sweep more kinds, say --kinds head,kv_group,neuron,norm,embed.")
     is_share = result.ranking != "delta_norm"  # a norm is no share of the gap
     if layers is not None and is_share:
-        told.append(
-            f"{_swept_layers(result)}{_half(layers)} of all positive single effects{_by_layer(result, values)}."
-        )
+        told.append(f"{_swept_layers(result)}{_held(result, values, layers)}.")
     order = [i for i in np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:3].tolist() if values[i] > 0]
     if order:
         told.append(f"The largest single ones: {', '.join(_single(result, values, i) for i in order)}.")
@@ -154,23 +148,27 @@ def _swept_layers(result: SweepResult) -> str:
     n, first, last = int(result.dataset.attrs["n_layers"]), int(swept.min()), int(swept.max())
     if (first, last) == (0, n - 1):
         return f"Of layers 0 to {n - 1}, "
-    only = f"layer {first}" if first == last else f"layers {first} to {last}"
-    return f"Only {only} of 0 to {n - 1} were swept; of these, "
+    only = f"layer {first} of 0 to {n - 1} was" if first == last else f"layers {first} to {last} of 0 to {n - 1} were"
+    return f"Only {only} swept, the others were not looked at; of these, "
+
+
+def _held(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[int, int]) -> str:
+    """What a range of layers holds of the positive single effects; and the layers that hold most, in brackets."""
+    of_each = result.dataset["layer"].values
+    counts: Bool[np.ndarray, " C"] = result.finest & (values > 0) & (of_each >= 0)
+    sums = np.bincount(of_each[counts], values[counts])
+    shares = sums / sums.sum()
+    first, last = layers
+    share = f"{shares[first : last + 1].sum():.0%} of all positive single effects"
+    most = [i for i in np.argsort(-shares, kind="stable")[:_LAYERS_SHOWN] if shares[i] >= _LEAST_SHOWN]
+    others = ", ".join(f"layer {i}: {shares[i]:.0%}" for i in most if (i, i) != layers)
+    place = f"layer {first} holds" if first == last else f"layers {first} to {last} hold"
+    return f"{place} {share}" + (f" ({others})" if others else "")
 
 
 def _half(layers: tuple[int, int]) -> str:
     first, last = layers
     return f"layer {first} holds half" if first == last else f"layers {first} to {last} hold half"
-
-
-def _by_layer(result: SweepResult, values: Float[np.ndarray, " C"]) -> str:
-    """The layers that hold most of the positive values, with their shares, in brackets; empty if none holds much."""
-    layers = result.dataset["layer"].values
-    counts: Bool[np.ndarray, " C"] = result.finest & (values > 0) & (layers >= 0)
-    sums = np.bincount(layers[counts], values[counts])
-    shares = sums / sums.sum()
-    most = [i for i in np.argsort(-shares, kind="stable")[:_LAYERS_SHOWN] if shares[i] >= _LEAST_SHOWN]
-    return f" ({', '.join(f'layer {i}: {shares[i]:.0%}' for i in most)})" if most else ""
 
 
 def _single(result: SweepResult, values: Float[np.ndarray, " C"], i: int) -> str:
@@ -197,7 +195,7 @@ def where_they_part(result: SweepResult, layers: tuple[int, int] | None) -> str:
     ranked = np.isfinite(data["set_share"].values) & result.finest
     kinds, shares = data["kind"].values[ranked].astype(str), data["set_share"].values[ranked]
     of_kind = {kind: float(shares[kinds == kind].sum()) for kind in dict.fromkeys(kinds)}
-    told = f"Another measure, over all layers: where the answers of the two part ways, {_by_kind(of_kind, 'hold')}"
+    told = f"By the set score, over all layers: of the log-odds where the two answers part, {_by_kind(of_kind, 'hold')}"
     rest = 1 - sum(of_kind.values())
     told += f" (the other {rest:.0%}: weights that were not ranked)" if rest > 0.01 else ""
     told += f"; {_half(layers)}."
@@ -214,7 +212,7 @@ def _by_kind(shares: dict[str, float], verb: str) -> str:
 
 
 def how_concentrated(
-    result: SweepResult, values: Float[np.ndarray, " C"], n_half: int | None, n_most: int | None, rule: str
+    result: SweepResult, values: Float[np.ndarray, " C"], n_half: int | None, n_most: int | None
 ) -> str:
     """How many of the largest single effects make up what all components recover together.
 
@@ -223,7 +221,6 @@ def how_concentrated(
         values: [C], effects or their estimates of the components that may be added up; NaN at the others.
         n_half: how many make half of it; None if all do not.
         n_most: how many make 90 % of it; None if all do not.
-        rule: what that is called, in a sentence.
     """
     coverage, n = float(result.dataset.attrs["coverage"]), int(np.isfinite(values).sum())
     if result.ranking == "delta_norm":
@@ -243,11 +240,8 @@ def how_concentrated(
     )
     told = f"Added up, the {effects} of {n:,} ({these}) {make} half of what all recover together"
     if n_most is not None:
-        return f"{told}, and {n_most:,} make 90%. {rule}"
-    told += f". All positive ones make {reached:.0%}; the rest shows only when several are put in at once"
-    if n_half > 1 and reached < _TELLING:
-        return f"{told}, so this count says little."
-    return f"{told}. {rule}"
+        return f"{told}, and {n_most:,} make 90%."
+    return f"{told}. All positive ones make {reached:.0%}; the rest shows only when several are put in at once."
 
 
 def a_set(result: SweepResult, layers: tuple[int, int] | None) -> str:
@@ -262,20 +256,41 @@ def a_set(result: SweepResult, layers: tuple[int, int] | None) -> str:
         return ""
     n, n_all = answers.n_components, int(np.isfinite(result.values(answers.by)).sum())
     kinds = [kind for kind, _ in set_members(result)]
-    shows = f"the base shows the behaviour on {answers.passes[1].sum():.0f} of {len(answers.prompts)} prompts"
+    by_base, by_patched, by_expert = answers.passes.sum(1)
+    shows = f"the base shows the behaviour on {by_patched:.0f} of {len(answers.prompts)} prompts (alone on "
+    shows += f"{by_base:.0f}; the expert on {by_expert:.0f})"
     tried = enumerated([f"{m:,}" for m in answers.tried])
     if n >= n_all:
         told = f"With all {n_all:,} components that were ranked, {shows}."
         told += f" With the best {tried} it does so on too few." if tried else ""
     else:
-        size = "" if np.isnan(answers.share) else f", {answers.share:.1%} of the parameters that were ranked"
+        size = "" if np.isnan(answers.share) else f", {answers.share:.1%} of the parameters"
         place = f"; {_half(layers)} of them" if layers is not None else ""
-        told = f"With the {n:,} best by {title_of(answers.by)} ({counted(kinds)}{size}{place}), {shows}."
+        told = f"With the {n:,} best by {title_of(answers.by)}, of {n_all:,} that were ranked ({counted(kinds)}{size}"
+        told += f"{place}), {shows}."
         told += f" With the best {tried}, on too few." if tried else ""
+    i = _shown(answers)
+    mark = "passes" if answers.passes[1, i] else "fails"
     return (
-        f"{told} Asked as above, it says {_example(answers)[2]}. `wpjax validate` compares sets of all sizes with "
-        "random ones, and takes them out of the expert; `wpjax extract` measures what a set does besides."
+        f"{told} Asked as above, it says {quoted(answers.texts[1][i])}, which {mark}. `wpjax validate` compares sets "
+        "of all sizes with random ones, and takes them out of the expert; `wpjax extract` measures what a set does "
+        "besides."
     )
+
+
+def what_the_set_says(result: SweepResult) -> str:
+    """Whether a set of components brought the behaviour back, as evidence beside the tests; empty if not known."""
+    answers = result.answers
+    if answers is None or not np.isfinite(answers.passes).all():
+        return ""
+    n, n_all = answers.n_components, int(np.isfinite(result.values(answers.by)).sum())
+    by_base, by_patched, by_expert = answers.passes.sum(1)
+    if n < n_all and by_patched >= max(by_expert - 1, by_base + 2):
+        return (
+            f"What speaks for the places: the {n:,} best components alone bring the behaviour back on {by_patched:.0f} "
+            f"of {len(answers.prompts)} prompts."
+        )
+    return "No small set that was tried brings the behaviour back as often as the expert shows it."
 
 
 def set_members(result: SweepResult) -> list[tuple[str, int]]:
@@ -298,7 +313,8 @@ def noise(result: SweepResult, reach: Reach | None) -> str:
     if not exact.any():
         return "No component was replaced alone, so there is no noise floor: the ranking is an estimate." + about_q
     above = int((exact & ~data["below_noise_floor"].values.astype(bool)).sum())
-    sure = "1 effect is surely not 0: it has" if found == 1 else f"{found:,} effects are surely not 0: they have"
+    sure = f"{found:,} effects on the metric are surely not 0: they have"
+    sure = "1 effect on the metric is surely not 0: it has" if found == 1 else sure
     return (
         f"Rounding alone makes effects up to {float(data.attrs['noise_floor']):.1e}; {above:,} of {int(exact.sum()):,} "
         f"replaced components are above it. Tested query by query, {sure} q < {LEVEL:g}.{about_q}"

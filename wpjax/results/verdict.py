@@ -28,6 +28,7 @@ from wpjax.results.telling import (
     noise,
     set_members,
     what_it_does,
+    what_the_set_says,
     what_was_measured,
     where,
     where_they_part,
@@ -38,9 +39,6 @@ Shape = Literal["concentrated", "in between", "diffuse", "in company"]
 
 FEW, MANY = 0.02, 0.1
 """Half of the joint effect in at most this share of the components is concentrated; in more than that, diffuse."""
-
-_CALLED = {"in between": "neither concentrated nor diffuse"}
-"""What a shape is called in a sentence, if not by its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +105,8 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     shape = _shape(n_half, int(finest.sum()))
     layers = layers_of_half(data["layer"].values[finest], values[finest])
     status, about = _status(result)
+    if status != "accepted":
+        about = f"{about} {what_the_set_says(whole)}".rstrip()
     reach = _reach(result)
     single = np.where(finest, values, np.nan)
     points = (
@@ -117,7 +117,7 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
             "Where",
             " ".join(filter(None, (where(result, values, layers), where_they_part(whole, _layers_parted(whole))))),
         ),
-        ("How concentrated", how_concentrated(result, single, n_half, n_most, _rule(shape))),
+        ("How concentrated", how_concentrated(result, single, n_half, n_most)),
         *((("A set of them", told),) if (told := a_set(whole, _layers_of_set(whole))) else ()),
         ("Noise", noise(result, reach)),
         *about_pair(attrs),
@@ -141,15 +141,6 @@ def _layers_of_set(result: SweepResult) -> tuple[int, int] | None:
         return None
     layers = np.array([layer for _, layer in set_members(result)])
     return layers_of_half(layers, np.ones(len(layers)))
-
-
-def _rule(shape: Shape) -> str:
-    """What a shape is called, and by which rule."""
-    called = _CALLED.get(shape, shape)
-    return (
-        f"That is called {called} here: up to {FEW:.0%} of the components for the half is concentrated, above "
-        f"{MANY:.0%} diffuse."
-    )
 
 
 def n_reaching(values: Float[np.ndarray, " C"], total: float) -> int | None:
@@ -202,8 +193,8 @@ def _tests(result: SweepResult) -> str:
         return ""
     steered, at_random, removed, without_random = (f"{float(data[f'anchor_{n}'].values[layer]):.0%}" for n in names)
     return (
-        f"the base shows it on {steered} of the prompts, along random directions on {at_random}; the expert on "
-        f"{removed}, without random directions on {without_random}"
+        f"base steered along it: {steered} of the prompts, along random directions {at_random}; expert without it: "
+        f"{removed}, without a random direction instead {without_random}"
     )
 
 
