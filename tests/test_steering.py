@@ -242,7 +242,7 @@ def test_answers_grow_where_the_checker_needs_their_end(tiny_pair):
 
 def test_answers_that_fool_the_checker_are_degenerate(tiny_pair):
     """Held at the expert's state the base repeats quotation marks, which the checker passes."""
-    message = r"of 1 layers tried none .* layer 4: .*: \d+\.\d\d nats a token and 0"
+    message = r"of 1 layers tried none .* layer 4: .* \d+\.\d\d nats a token and 0"
     with pytest.raises(AnchorRejected, match=message) as error:
         fit_anchor(tiny_pair, behaviour("tiny:quotation"), layer=4)
     assert [d.layer for d in error.value.diagnostics] == list(range(tiny_pair.cfg.n_layers))
