@@ -168,7 +168,7 @@ def test_attributes_that_transformers_does_not_read(copy, family, changes, unrea
     ("changes", "says"),
     [
         ({"auto_map": {"AutoModel": "x.X"}}, "auto_map: names code inside .*, pass --ignore-config auto_map"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq; dequantise them first: load"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq, which transformers cannot undo; name"),
         ({"is_causal": False}, "is_causal=False is not implemented"),
         ({"per_layer_config": {"0": {"num_key_value_heads": 1}}}, "per_layer_config=.* is not implemented"),
         ({"model_type": None, "architectures": ["MambaForCausalLM"]}, "model_type None is not supported"),
@@ -320,6 +320,60 @@ def test_a_checkpoint_in_8_bits(copy):
     save_torch({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"tensor {name} .*dequantise"):
         load_checkpoint(folder)
+
+
+def test_every_quantisation_of_transformers_says_how_to_undo_it(copy):
+    """What transformers can undo, by its own classes: by an argument of its configuration, or a method afterwards."""
+    import inspect as python
+
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()  # what is said, is said before weights are read
+    for method, kind in AUTO_QUANTIZATION_CONFIG_MAPPING.items():
+        bits = {f"load_in_{n}bit": True for n in (4, 8) if method.endswith(f"_{n}bit")}
+        name = method.removesuffix("_4bit").removesuffix("_8bit")
+        edit_json(folder / "config.json", quantization_config={"quant_method": name, **bits})
+        with pytest.raises(
+            CheckpointError, match=f"config.json: quantization_config: .* quantised by {name}"
+        ) as caught:
+            load_checkpoint(folder)
+        says = str(caught.value)
+        assert says.isprintable()
+        assert ("(4 bits)" in says, "(8 bits)" in says) == tuple(f"load_in_{n}bit" in bits for n in (4, 8))
+        by_argument = "dequantize" in python.signature(kind).parameters and method != "gguf"
+        assert (f"quantization_config={kind.__name__}(dequantize=True)).save" in says) == by_argument
+        afterwards = name in ("bitsandbytes", "higgs")  # whose quantisers know how
+        assert ("from_pretrained(FOLDER).dequantize().save_pretrained(NEW" in says) == afterwards
+        assert ("cannot undo; name the model that it was made from" in says) == (not by_argument and not afterwards)
+
+
+def test_a_model_in_fp8_is_read_once_it_is_dequantised_as_the_error_says(copy, tmp_path):
+    from safetensors.torch import save_file as save_torch
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    folder, expected = copy("llama"), {}
+    tensors = {name: torch.tensor(value) for name, value in load_file(folder / "model.safetensors").items()}
+    for name, value in list(tensors.items()):
+        expected[name] = value
+        if "proj" in name:  # one scale for each block of 8 x 8
+            blocks = value.reshape(value.shape[0] // 8, 8, value.shape[1] // 8, 8)
+            scale = blocks.abs().amax((1, 3)) / 448
+            coarse = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            expected[name] = (coarse.float() * scale[:, None, :, None]).reshape(value.shape)
+            tensors |= {name: coarse.reshape(value.shape), f"{name}_scale_inv": scale}
+    save_torch(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor .*weight_scale_inv: the weights are quantised by fp8; deq"):
+        load_checkpoint(folder)  # its config.json does not say it
+    about = {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
+    edit_json(folder / "config.json", quantization_config=about)
+    with pytest.raises(CheckpointError, match=r"quantised by fp8; .*_config=FineGrainedFP8Config\(dequantize=True\)\)"):
+        load_checkpoint(folder)
+    as_told = FineGrainedFP8Config(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=as_told).save_pretrained(tmp_path / "new")
+    assert load_checkpoint(tmp_path / "new").cfg.n_layers == 2
+    for name, value in load_file(tmp_path / "new" / "model.safetensors").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
 def test_hub_ids_without_an_organisation(models_of, tmp_path, monkeypatch):

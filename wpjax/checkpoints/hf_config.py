@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from wpjax.checkpoints.quantised import how_to_dequantise
 from wpjax.errors import ConfigError
 from wpjax.models.config import ORIGINAL_CONTEXT, ModelConfig, Rope, RopeScaling
 from wpjax.models.families import COMMON_IGNORED, FAMILIES, Family, activation
@@ -232,11 +233,7 @@ def _refuse_acted_on(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...]
         if value == harmless or value is None or name in ignore:
             continue
         if name in ("quantization_config", "compression_config"):
-            how = value.get("quant_method") if isinstance(value, Mapping) else None
-            what = (
-                f"the weights are quantised{f' by {how}' if isinstance(how, str) else ''}; dequantise them first: load "
-                "the model with transformers, call model.dequantize(), and save it with model.save_pretrained(FOLDER)"
-            )
+            what = how_to_dequantise(value)
         elif name == "auto_map":
             what = "names code inside the checkpoint, and such code is never run; if the model is a plain one of its "
             what += f"model_type, pass --ignore-config {name}"
