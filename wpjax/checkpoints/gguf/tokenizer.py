@@ -15,13 +15,13 @@ from wpjax.errors import CheckpointError, ConfigError
 
 # Ways to split text, by llama.cpp's names (`llama_vocab::impl::load` in its llama-vocab.cpp). The first split as GPT-2
 # does; the second as well, but set digits apart first.
-_AS_GPT2 = frozenset({"default", "gpt-2", "gpt2"})
-_DIGITS_APART = frozenset({"smollm", "starcoder", "refact"})
+_AS_GPT2 = frozenset({"default", "gpt-2", "gpt2", "olmo", "granite-docling"})
+_DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "minerva-7b"})
 # A word that is a token is that token, whatever the merges would make of it; and texts begin with the BOS token.
 _LLAMA3 = frozenset("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano".split())
 _WHOLE_WORDS = _LLAMA3 | {"tekken"}
 # Letters with separate accents are composed, by the tokenizer.json of these models; llama.cpp does not do it.
-_COMPOSED = frozenset({"qwen2"})
+_COMPOSED = frozenset({"qwen2", "olmo", "command-r"})
 _COMPOSED_ARCHITECTURES = frozenset({"gptneox"})
 
 
