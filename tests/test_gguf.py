@@ -1,5 +1,6 @@
 """GGUF files of every family: the same model as the HF folder they were made from, in HF torch."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tests.ggufs import write_gguf
 from tests.tiny import (
@@ -22,11 +24,13 @@ from tests.tiny import (
     HfModel,
     random_of,
 )
-from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.behaviours import behaviour
+from wpjax.checkpoints.checkpoint import load_checkpoint, local_path, save_checkpoint
 from wpjax.checkpoints.convert import flatten
 from wpjax.checkpoints.hf_config import unread_attributes
 from wpjax.errors import CheckpointError, WpjaxError
 from wpjax.models.decoder import forward
+from wpjax.pairs import load_model, load_pair
 
 TOKENS = np.random.default_rng(2).integers(0, 61, (2, 9))
 # These files do not say by what Gemma's scores are divided: it is the width of a head.
@@ -305,6 +309,55 @@ def test_damaged_files_say_so_in_one_line(made, tmp_path):
                 damaged[rng.randrange(header)] = rng.choice([0, 1, 127, 255])
         bad.write_bytes(damaged)
         assert refusal(bad).isprintable()
+
+
+# --- a quantised file and its original
+
+
+def test_a_quantised_file_and_its_original_are_a_pair(tmp_path):
+    """Both ways round; the coarse weights are those that the package gguf makes of each tensor of HF's.
+
+    The file has its own tokenizer, of a vocabulary that is filled up to a multiple, as the converter fills it.
+    """
+    import gguf
+
+    folder = local_path("tiny:expert")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = load_model("tiny:expert").tokenizer
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    n, rows = len(tokens), len(tokens) + 32
+    whole.resize_token_embeddings(rows)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        HfModel("expert", whole, folder),
+        kind=kind,
+        **{
+            "tokenizer.ggml.tokens": [*tokens, *(f"[PAD{i}]" for i in range(n, rows))],
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+            "tokenizer.ggml.token_type": [3] * 3 + [1] * (n - 3) + [5] * (rows - n),
+            "tokenizer.ggml.eos_token_id": 0,
+            "tokenizer.chat_template": tokenizer.chat_template,
+        },
+    )
+    pair = load_pair(path, "tiny:expert")
+    assert pair.notes == (
+        "weights stored as Q4_0 and as BF16: what rounding changed counts as a change",
+        f"vocabularies of {rows} and {n} rows: the {n} common are used",
+    )
+    batch = behaviour("tiny:english_capital").encode(pair.tokenizer, n_prompts=4)
+    pair.check_prompts(batch)
+    state = {name: p for name, p in whole.named_parameters() if p.ndim == 2}
+    with torch.no_grad():
+        for p in state.values():
+            p.copy_(torch.tensor(gguf.dequantize(gguf.quantize(p.numpy(), kind), kind)))
+        logits = whole(torch.tensor(batch.with_instruction.ids)).logits.numpy()
+    mine = np.asarray(forward(pair.cfg, pair.base, jnp.asarray(batch.with_instruction.ids)).logits)
+    np.testing.assert_allclose(mine, logits[..., :n], rtol=0, atol=2e-5 * np.abs(logits).max())
+    other = load_pair("tiny:expert", path)
+    assert other.notes[0] == "weights stored as BF16 and as Q4_0: what rounding changed counts as a change"
+    assert {norm.unit for norm in other.diff_norms() if norm.n_changed} == {"head", "kv_group", "neuron", "embed"}
 
 
 # --- tokenizers

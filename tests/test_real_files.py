@@ -79,7 +79,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, **config) -> None:
 
 def write_model(folder: Path, seed: int = 0, family: str = "llama", **changes) -> Path:
     """A random model as transformers saves it, with a byte-level tokenizer; the seed makes another one."""
-    config = transformers.AutoConfig.for_model(family, **(LLAMA if family == "llama" else GPT2) | changes)
+    config = transformers.AutoConfig.for_model(family, **(GPT2 if family == "gpt2" else LLAMA) | changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -645,6 +645,76 @@ def test_other_merges_are_seen(copy, tmp_path):
     pair = load_pair(base, expert)
     with pytest.raises(PairError, match="split 8 of 8 prompts differently"):
         pair.check_prompts(questions(tmp_path, pair))
+
+
+ANSWER, PLAIN = "{{ '<' + messages[0]['content'] + '>' }}", "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("templates", "choice", "prompt", "says"),
+    [
+        ((PLAIN, ANSWER), None, "<Q>", "by that of EXPERT"),
+        ((PLAIN, ANSWER), "base", "Q", "by that of BASE"),
+        ((None, ANSWER), None, "<Q>", "by that of EXPERT"),
+        ((ANSWER, None), None, "<Q>", "by that of BASE"),
+        ((None, ANSWER), "base", "Q", "without one, as BASE has none"),
+    ],
+)
+def test_prompts_of_both_models_are_rendered_by_one_template(models_of, templates, choice, prompt, says):
+    models = [load_checkpoint(models_of[name]) for name in ("llama", "llama-2")]
+    for model, name, template in zip(models, ("BASE", "EXPERT"), templates, strict=True):
+        model.tokenizer.chat_template = template
+        models = [dataclasses.replace(m, source=name) if m is model else m for m in models]
+    pair = make_pair(*models, tokenizer=choice)
+    assert pair.notes == (f"the chat templates differ: prompts of both models are rendered {says}",)
+    assert render(pair.tokenizer, "Q") == prompt
+
+
+def test_an_expert_stored_in_other_numbers(copy, tmp_path):
+    """transformers in float32, given the rounded weights, is the expert."""
+    base, expert = copy("llama"), tmp_path / "expert"
+    model = transformers.AutoModelForCausalLM.from_pretrained(copy("llama-2", "whole"), dtype=torch.bfloat16)
+    model.save_pretrained(expert)
+    pair = load_pair(base, expert)
+    assert pair.notes == ("weights stored as F32 and as BF16: what rounding changed counts as a change",)
+    np.testing.assert_allclose(our_logits(pair.cfg, pair.expert), torch_logits(expert), atol=1e-4)
+    save_checkpoint(tmp_path / "rounded", load_checkpoint(base, dtype="bfloat16"))
+    assert [norm.unit for norm in load_pair(base, tmp_path / "rounded").diff_norms() if norm.n_changed]
+
+
+def test_one_arithmetic_in_other_words_is_a_pair(copy, tmp_path):
+    """A Mistral without a window is a Llama; the scale of YaRN may be left to its formula."""
+    yarn = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    base = write_model(tmp_path / "base", rope_parameters=yarn, bos_token_id=1)
+    told = {**yarn, "attention_factor": 1 + 0.1 * np.log(4.0), "beta_fast": 32.0}
+    expert = write_model(tmp_path / "expert", 1, "mistral", rope_parameters=told, sliding_window=None)
+    pair = load_pair(base, expert)
+    assert pair.notes == ("a llama and a mistral, whose arithmetic is the same",)
+    assert pair.cfg == pair.expert_checkpoint.cfg == load_checkpoint(base).cfg
+    np.testing.assert_allclose(our_logits(pair.cfg, pair.expert), torch_logits(expert), atol=1e-4)
+    save_checkpoint(tmp_path / "again", pair.expert_checkpoint)
+    np.testing.assert_allclose(torch_logits(tmp_path / "again"), torch_logits(expert), atol=1e-4)
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (saved["model_type"], saved["bos_token_id"]) == ("llama", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rms_norm_eps": 1e-6}, "norm_eps: 1e-05 != 1e-06"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            r"rope: Rope\(theta=10000.0.*theta=500000.0",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "scaling='linear'"),
+        ({"intermediate_size": 32}, "d_mlp: 24 != 32"),
+    ],
+)
+def test_other_arithmetic_is_refused_by_what_differs(copy, tmp_path, changes, says):
+    base = copy("llama")
+    expert = write_model(tmp_path / "expert", 1, **changes)
+    with pytest.raises(PairError, match=rf"are not one architecture: [^;]*{says}[^;]*$"):
+        load_pair(base, expert)
 
 
 def test_inspect_names_what_was_not_read_and_what_differs(copy, tmp_path, capsys):

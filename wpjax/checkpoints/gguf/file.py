@@ -125,6 +125,10 @@ class GgufFile:
         """The HF names of all tensors."""
         return list(self._names)
 
+    def types(self) -> tuple[str, ...]:
+        """The types of numbers of its matrices, such as "Q4_K"."""
+        return tuple(sorted({tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}))
+
     def read(self, name: str) -> np.ndarray:
         """One tensor by its HF name, dequantised to float32, in HF's layout.
 

@@ -65,10 +65,19 @@ def gguf_tokenizer(metadata: Metadata, architecture: str) -> Any:
     try:
         backend, _ = convert_gguf_tokenizer(architecture, read)
         _adjust(backend, architecture, read)
-        if any(i >= len(tokens) for i in backend.get_added_tokens_decoder()):
+        # The converter fills a vocabulary up to the rows of the embedding; the model's own tokenizer does not.
+        padding = {token for i, token in enumerate(tokens) if token == f"[PAD{i}]"}
+        if padding or any(i >= len(tokens) for i in backend.get_added_tokens_decoder()):
             # The defaults of its class, <|endoftext|> or <s>.
             content = json.loads(backend.to_str())
-            content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < len(tokens)]
+            content["added_tokens"] = [
+                token
+                for token in content["added_tokens"]
+                if token["id"] < len(tokens) and token["content"] not in padding
+            ]
+            vocabulary = content["model"]["vocab"]
+            if isinstance(vocabulary, dict):
+                content["model"]["vocab"] = {token: i for token, i in vocabulary.items() if token not in padding}
             backend = Tokenizer.from_str(json.dumps(content))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
