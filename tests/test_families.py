@@ -17,7 +17,7 @@ from wpjax.checkpoints.convert import tensor_shapes
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.rewrite import rewrite_folder
 from wpjax.checkpoints.text_tower import text_config
-from wpjax.errors import ConfigError
+from wpjax.errors import CheckpointError, ConfigError
 from wpjax.models import layers
 from wpjax.models.config import ModelConfig, Rope
 from wpjax.models.decoder import abstract_params, forward
@@ -359,6 +359,12 @@ def test_published_sizes_have_the_published_number_of_parameters():
         ("Mixtral-8x7B-v0.1", {"num_experts_per_tok": 9}, "9 experts cannot act on a token where there are 8"),
         ("Mixtral-8x7B-v0.1", {"num_local_experts": 0}, "num_local_experts=0 is not a size"),
         ("OLMoE-1B-7B-0924", {"clip_qkv": -1.0}, "clip_qkv=-1.0 is not a positive number"),
+        ("Qwen3-0.6B", {"model_type": "mine", "auto_map": {"AutoModel": "x.X"}},
+         "'mine' is not supported; it is code inside the checkpoint .auto_map., and such code is never run; the near"),
+        ("Qwen3-0.6B", {"model_type": "vit", "image_size": 224, "patch_size": 16},
+         "it has images or sound, which no family here has; the nearest"),
+        ("Qwen3-0.6B", {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {"depth": 2}},
+         "images or sound, which no family here has; a text tower is read of gemma3, mistral3, qwen2_vl, qwen2_5_vl o"),
         ("Qwen3-0.6B", {"model_type": "olmo7"}, "'olmo7' is not supported; the nearest family is qwen3; supported"),
         ("pythia-70m", {"model_type": "bloom", "alibi": True}, "ALiBi positions, which .* nearest family is gpt_neox"),
         ("Qwen2.5-0.5B", {"layer_types": ["linear_attention"] * 24}, "layer_types has linear_attention"),
@@ -467,6 +473,18 @@ def test_names_and_configurations_of_both_ways_of_saving_are_read(tmp_path):
     ours = load_checkpoint(tmp_path)
     assert ours.cfg == expected.cfg
     np.testing.assert_array_equal(ours.params["blocks"]["attn"]["W_Q"], expected.params["blocks"]["attn"]["W_Q"])
+
+
+def test_a_model_of_images_without_a_text_tower_is_refused(tmp_path):
+    config = transformers.AutoConfig.for_model("qwen2_vl", **MODELS["qwen2_vl"])
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    images = {name: value for name, value in tensors.items() if "visual" in name}
+    save_file(images, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"no text tower, only visual \({len(images)} tensors\); a model of im"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="no text_config, so there is no text tower to read"):
+        text_config({"model_type": "gemma3", "vision_config": VISION}, "config.json")
 
 
 def test_a_text_tower_of_another_family_is_refused():
