@@ -195,6 +195,11 @@ def _granite(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"logits_scaling": source.metadata.number("granite.logit_scale")}
 
 
+def _cohere(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Whether each head has norms of its own, as in Command R+."""
+    return {"use_qk_norm": "blk.0.attn_q_norm.weight" in source.tensors}
+
+
 def _cohere2(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Which layers have the window."""
     window = source.metadata.size("cohere2.attention.sliding_window")
@@ -320,7 +325,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmoe": Architecture("olmoe", _SIZES | _RMS, more=_olmoe, others=_EXPERTS),
         "qwen3moe": Architecture("qwen3_moe", _SIZES | _RMS, more=_qwen3_moe, others=_WINDOW | _EXPERTS),
         "starcoder2": Architecture("starcoder2", _SIZES | _LAYER_NORM),
-        "command-r": Architecture("cohere", _SIZES | _LAYER_NORM | _LOGITS),
+        "command-r": Architecture("cohere", _SIZES | _LAYER_NORM | _LOGITS, more=_cohere),
         "cohere2": Architecture("cohere2", _SIZES | _LAYER_NORM | _LOGITS, more=_cohere2, others=_PATTERN),
         "gptneox": Architecture(
             "gpt_neox",
