@@ -232,7 +232,7 @@ def _tensors(hf: HfModel) -> dict[str, np.ndarray]:
     """The tensors as the converter writes them."""
     config = hf.config
     names = _NAMES.get(config.model_type, _LLAMA)
-    out = {}
+    out: dict[str, np.ndarray] = {}
     state = {name: tensor.numpy() for name, tensor in hf.model.state_dict().items()}
     if config.tie_word_embeddings:
         state = {name: value for name, value in state.items() if name != "lm_head.weight"}

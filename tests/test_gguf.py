@@ -153,7 +153,7 @@ def test_logits_equal_hf_torch(made, name):
     np.testing.assert_allclose(mine, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3", "gpt-neox"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3", "gpt-neox", "mixtral", "olmo3", "ministral3", "granite"])
 def test_a_saved_file_is_a_folder_that_transformers_reads(made, tmp_path, name):
     hf, path = made(name)
     ours = load_checkpoint(path)
