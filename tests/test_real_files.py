@@ -37,7 +37,7 @@ from wpjax.behaviours.checkers import no_comma
 from wpjax.checkpoints.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from wpjax.checkpoints.hf_config import unread_attributes
 from wpjax.cli import inspect
-from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, PairError
+from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, PairError, WpjaxError
 from wpjax.estimators.sweep import sweep
 from wpjax.metrics.anchor import Anchor
 from wpjax.models.decoder import forward
@@ -696,6 +696,26 @@ def test_one_arithmetic_in_other_words_is_a_pair(copy, tmp_path):
     np.testing.assert_allclose(torch_logits(tmp_path / "again"), torch_logits(expert), atol=1e-4)
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (saved["model_type"], saved["bos_token_id"]) == ("llama", 0)
+
+
+def test_a_window_of_one_model_alone_bounds_the_context(tmp_path):
+    """Up to so many tokens transformers computes the same with it, and saved again, it is the same model."""
+    base = write_model(tmp_path / "base")
+    expert = write_model(tmp_path / "expert", 1, "mistral", sliding_window=12, max_position_embeddings=32)
+    for first, second in ((base, expert), (expert, base)):
+        pair = load_pair(first, second)
+        said = f"{expert} alone has a sliding window, of 12 tokens: to no more tokens, it makes no difference"
+        assert pair.notes[0] == said
+        assert (pair.cfg.window, pair.cfg.n_ctx) == (None, 12)
+        for model, folder in ((pair.base_checkpoint, first), (pair.expert_checkpoint, second)):
+            np.testing.assert_allclose(our_logits(pair.cfg, model.params), torch_logits(folder), atol=1e-4)
+            save_checkpoint(tmp_path / "again", model, overwrite=True)
+            np.testing.assert_allclose(torch_logits(tmp_path / "again"), torch_logits(folder), atol=1e-4)
+        with pytest.raises(WpjaxError, match="13 tokens exceed the context of 12"):
+            our_logits(pair.cfg, pair.base, np.zeros((1, 13), int))
+    other = write_model(tmp_path / "other", 1, "mistral", sliding_window=8)
+    with pytest.raises(PairError, match="window: 12 != 8"):  # two windows are two models
+        load_pair(expert, other)
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,7 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     if tokenizer not in (None, *typing.get_args(TokenizerOf)):
         raise PairError(f"tokenizer={tokenizer!r}: there are base and expert")
     names = f"{base.source} and {expert.source}"
+    base, expert, no_window = _within_the_window(base, expert)
     expert, reworded = _in_words_of(base, expert)
     shared: dict[str, Any] = {
         "n_ctx": min(base.cfg.n_ctx, expert.cfg.n_ctx),
@@ -391,7 +392,7 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     differences = cfg.differences(other)
     if differences:  # others than those
         raise PairError(f"{names} are not one architecture: {'; '.join(differences)}")
-    notes = [*base.notes, *expert.notes, *reworded, *_named_differences(base, expert)]
+    notes = [*base.notes, *expert.notes, *no_window, *reworded, *_named_differences(base, expert)]
     chosen, about = _common_tokenizer(base, expert, names, tokenizer)
     base, expert = (_fitted(model, cfg) for model in (base, expert))
     ours, theirs = flatten(base.params), flatten(expert.params)
@@ -403,6 +404,26 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     if tokenizer is not None:
         base, expert = (dataclasses.replace(model, tokenizer=chosen) for model in (base, expert))
     return Pair(cfg, base.params, expert.params, chosen, base, expert, (*notes, *about))
+
+
+def _within_the_window(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
+    """Base and expert, where one alone has a sliding window as models without it, for prompts up to its size.
+
+    There a window changes nothing. llama.cpp's converter leaves out that of Mistral and StarCoder2, for example. A
+    model whose layers with a window rotate in another way stays as it is.
+    """
+    models = [base, expert]
+    having = [i for i, model in enumerate(models) if model.cfg.window is not None and model.cfg.local_rope is None]
+    if len(having) != 1 or models[1 - having[0]].cfg.window is not None:
+        return base, expert, []
+    model = models[having[0]]
+    window = model.cfg.window
+    assert window is not None
+    cfg = dataclasses.replace(model.cfg, window=None, sliding=(), n_ctx=min(window, model.cfg.n_ctx))
+    raw = with_changes(model.hf_config, model.cfg, cfg)
+    models[having[0]] = dataclasses.replace(model, cfg=cfg, hf_config=raw)
+    note = f"{model.source} alone has a sliding window, of {window} tokens: to no more tokens, it makes no difference"
+    return models[0], models[1], [note]
 
 
 def _in_words_of(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, list[str]]:
