@@ -18,10 +18,19 @@ from typing import Any
 import numpy as np
 
 from wpjax.checkpoints.adapter import Adapter
-from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_out, params_from_hf, tensor_shapes
+from wpjax.checkpoints.convert import (
+    OTHER_HEADS,
+    TensorSource,
+    flatten,
+    hf_tensors,
+    left_out,
+    params_from_hf,
+    tensor_shapes,
+)
 from wpjax.checkpoints.folder import (
     ADAPTER,
     MARKER,
+    SafetensorsFolder,
     check_file,
     check_folder,
     how_to_merge,
@@ -250,7 +259,14 @@ def _load_folder(
     tokenizer = load_tokenizer(folder)  # before the weights are read, which takes longer
     params = params_from_hf(cfg, tensors, weights, place, None if base is None else base.params)
     omitted = (*towers, *left_out(tensors))
-    return Checkpoint(cfg, params, tokenizer, raw, generation, source, omitted, stored=files.types())
+    return Checkpoint(cfg, params, tokenizer, raw, generation, source, omitted, stored=_types(files, cfg))
+
+
+def _types(files: SafetensorsFolder, cfg: ModelConfig) -> tuple[str, ...]:
+    """The dtypes of a model's matrices as its files name them, such as "BF16"."""
+    skipped = FAMILIES[cfg.family].skipped
+    names = [name for name in files.names() if not name.endswith(skipped) and not name.startswith(OTHER_HEADS)]
+    return tuple(sorted({files.dtype(name) for name in names if len(files.shape(name)) > 1}))
 
 
 def check_adapter(source: str | Path) -> bool:

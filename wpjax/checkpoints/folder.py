@@ -146,10 +146,6 @@ class SafetensorsFolder:
         """The dtype of a tensor as its file names it, such as "BF16", without reading it."""
         return self._tensors[name].dtype
 
-    def types(self) -> tuple[str, ...]:
-        """The dtypes of its matrices as the files name them, such as "BF16"."""
-        return tuple(sorted({tensor.dtype for tensor in self._tensors.values() if len(tensor.shape) > 1}))
-
     def read(self, name: str) -> np.ndarray:
         """One tensor, as a view of its file that cannot be written to.
 
