@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.tiny import HfModel
+from tests.tiny import ROUTED, HfModel
 
 TOKENS = (*(chr(33 + i) for i in range(60)), '!"')
 
@@ -22,6 +22,17 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
+    "ministral3": "mistral3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "starcoder2": "starcoder2",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
     "gpt_neox": "gptneox",
     "gpt2": "gpt2",
 }
@@ -42,6 +53,14 @@ _LLAMA = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+}
+_OLMO = {
+    **_LLAMA,
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 _GEMMA = {
     **_LLAMA,
@@ -72,7 +91,8 @@ _GPT2 = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-_NAMES = {"gemma2": _GEMMA, "gemma3_text": _GEMMA, "gpt_neox": _GPT_NEOX, "gpt2": _GPT2}
+_SIDE_BY_SIDE = ("llama", "mistral3", "smollm3", "granite")
+_NAMES = {"olmo2": _OLMO, "olmo3": _OLMO, "gemma2": _GEMMA, "gemma3_text": _GEMMA, "gpt_neox": _GPT_NEOX, "gpt2": _GPT2}
 
 
 def write_gguf(
@@ -120,7 +140,7 @@ def write_gguf(
             add[type(value)](name, value)
     for name, value in list(_tensors(hf).items())[slice(*tensors or (None,))]:
         array = np.ascontiguousarray(value, np.float32)
-        if kind is not None and array.ndim == 2:
+        if kind is not None and array.ndim > 1:
             writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array)
@@ -144,19 +164,19 @@ def _metadata(config: Any) -> dict[str, Any]:
         "feed_forward_length": config.n_inner if gpt2 else config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
     }
-    if arch in ("gpt2", "gptneox"):
-        of_all["attention.layer_norm_epsilon"] = config.layer_norm_epsilon if gpt2 else config.layer_norm_eps
-    else:
+    if arch not in ("gpt2", "gptneox"):
         of_all["attention.head_count_kv"] = config.num_key_value_heads
-        of_all["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    epsilons = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    epsilon = next(name for name in epsilons if hasattr(config, name))
+    of_all[f"attention.layer_norm_{'rms_' if 'rms' in epsilon else ''}epsilon"] = getattr(config, epsilon)
     more: dict[str, Any] = {}
     ropes = {} if gpt2 else config.rope_parameters
     rope = ropes.get("full_attention", ropes)
     if arch not in ("gpt2", "gptneox", "gemma2"):
         more["rope.freq_base"] = float(rope["rope_theta"])
-    if arch == "llama":
-        more |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
-    if arch in ("qwen3", "gemma2", "gemma3"):
+    if arch in ("llama", "granite", "smollm3", "mistral3"):
+        more |= {"rope.dimension_count": _width(config), "vocab_size": config.vocab_size}
+    if arch in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
         more |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     if arch in ("phi3", "gptneox"):
         width = config.hidden_size // config.num_attention_heads
@@ -166,6 +186,26 @@ def _metadata(config: Any) -> dict[str, Any]:
             "attention.sliding_window": config.sliding_window or 0,
             "rope.scaling.original_context_length": config.original_max_position_embeddings,
         }
+    if arch == "granite":
+        names = {"attention.scale": "attention", "embedding_scale": "embedding", "residual_scale": "residual"}
+        more |= {key: getattr(config, f"{name}_multiplier") for key, name in names.items()}
+        more["logit_scale"] = config.logits_scaling
+    if arch == "mistral3":
+        more["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
+        more["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
+    if arch in ("command-r", "cohere2"):
+        more |= {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
+    if config.model_type in ("olmo3", "cohere2"):
+        more["attention.sliding_window"] = config.sliding_window
+    if config.model_type == "olmo3":
+        more["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+        more["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if arch == "cohere2":
+        more |= {"rope.dimension_count": _width(config), "vocab_size": config.vocab_size}
+    if config.model_type in ROUTED:
+        more |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
+    if arch == "qwen3moe":
+        more["expert_feed_forward_length"] = config.moe_intermediate_size
     if arch == "gptneox":
         more["use_parallel_residual"] = config.use_parallel_residual
     if arch in ("gemma2", "gemma3"):
@@ -183,11 +223,16 @@ def _metadata(config: Any) -> dict[str, Any]:
     return {f"{arch}.{name}": value for name, value in (of_all | more).items()}
 
 
+def _width(config: Any) -> int:
+    """The width of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _tensors(hf: HfModel) -> dict[str, np.ndarray]:
     """The tensors as the converter writes them."""
     config = hf.config
     names = _NAMES.get(config.model_type, _LLAMA)
-    out = {}
+    out: dict[str, np.ndarray] = {}
     state = {name: tensor.numpy() for name, tensor in hf.model.state_dict().items()}
     if config.tie_word_embeddings:
         state = {name: value for name, value in state.items() if name != "lm_head.weight"}
@@ -198,8 +243,13 @@ def _tensors(hf: HfModel) -> dict[str, np.ndarray]:
         if stem.startswith(("layers.", "h.")):
             _, number, stem = stem.split(".", 2)
             layer = f"blk.{number}."
+        if stem == "mlp.experts":  # of a layer, all stacked: gates before inputs in one tensor
+            halves = zip(("gate", "up"), np.split(value, 2, axis=1), strict=False)
+            parts = dict(halves) if suffix == "gate_up_proj" else {"down": value}
+            out |= {f"{layer}ffn_{part}_exps.weight": tensor for part, tensor in parts.items()}
+            continue
         ours = names[stem]
-        if ARCHITECTURES[config.model_type] == "llama" and ours in ("attn_q", "attn_k"):
+        if ARCHITECTURES[config.model_type] in _SIDE_BY_SIDE and ours in ("attn_q", "attn_k"):
             # Rotated pairs stand side by side, not half a head apart.
             n = config.num_attention_heads if ours == "attn_q" else config.num_key_value_heads
             value = value.reshape(n, 2, len(value) // n // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
@@ -212,7 +262,8 @@ def _tensors(hf: HfModel) -> dict[str, np.ndarray]:
             n = config.num_attention_heads
             value = value.reshape(n, 3, len(value) // n // 3, *value.shape[1:]).swapaxes(0, 1).reshape(value.shape)
         out[f"{layer}{ours}.{suffix}"] = value
-    rope = {} if config.model_type == "gpt2" else config.rope_parameters
+    ropes = {} if config.model_type == "gpt2" else config.rope_parameters
+    rope = ropes.get("full_attention", ropes)
     if rope.get("rope_type") == "longrope":
         for kind in ("long", "short"):
             out[f"rope_factors_{kind}.weight"] = np.array(rope[f"{kind}_factor"])

@@ -245,6 +245,9 @@ def test_the_text_tower_of_an_adapter_for_images_and_text(bases, plain, copy):
     expert = over(base, copy)
     assert_same(expert, over(base, plain))
     assert expert.left_out == ("visual (2 tensors)",)
+    rename(copy, lambda name: name.replace(".model.language_model.layers.", ".model.visual.layers."))
+    with pytest.raises(CheckpointError, match=r"changes nothing that says the next token, only visual \(\d+ tensors\)"):
+        over(base, copy)
 
 
 Q1 = "base_model.model.model.layers.1.self_attn.q_proj.lora_"

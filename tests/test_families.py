@@ -17,11 +17,11 @@ from wpjax.checkpoints.convert import tensor_shapes
 from wpjax.checkpoints.hf_config import parse_config
 from wpjax.checkpoints.rewrite import rewrite_folder
 from wpjax.checkpoints.text_tower import text_config
-from wpjax.errors import ConfigError
+from wpjax.errors import CheckpointError, ConfigError
 from wpjax.models import layers
 from wpjax.models.config import ModelConfig, Rope
 from wpjax.models.decoder import abstract_params, forward
-from wpjax.models.families import activation
+from wpjax.models.families import FAMILIES, activation
 
 TOKENS = np.random.default_rng(3).integers(3, 50, (2, 9))
 
@@ -247,7 +247,15 @@ def sizes(d_model, n_layers, heads, d_mlp, vocab, **more):
 
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-COUNTED = {  # sizes of published models, and the number of parameters that was published with them
+
+
+def text_of_gemma3(n, d_model):
+    """Of the n published parameters of a Gemma 3 with a vision tower (SigLIP, and a projector), those of its text."""
+    return n - 416_866_032 - 1152 * (d_model + 1)
+
+
+# Sizes from the config.json of published models, and the number of parameters that Hugging Face shows for their files.
+COUNTED = {
     "Llama-2-7b": ("llama", sizes(4096, 32, 32, 11008, 32000), 6_738_415_616),
     "Llama-3.1-70B": ("llama", sizes(8192, 80, (64, 8), 28672, 128256), 70_553_706_496),
     "Mistral-Small-24B": ("mistral", sizes(5120, 40, (32, 8), 32768, 131072, head_dim=128), 23_572_403_200),
@@ -271,7 +279,45 @@ COUNTED = {  # sizes of published models, and the number of parameters that was 
         sizes(4096, 94, (64, 4), 12288, 151936, head_dim=128, num_experts=128, moe_intermediate_size=1536),
         235_093_634_560,
     ),
+    "Llama-2-13b": ("llama", sizes(5120, 40, 40, 13824, 32000), 13_015_864_320),
+    "Llama-2-70b": ("llama", sizes(8192, 80, (64, 8), 28672, 32000), 68_976_648_192),
+    "CodeLlama-34b": ("llama", sizes(8192, 48, (64, 8), 22016, 32000), 33_743_970_304),
+    "Llama-3.1-8B": ("llama", sizes(4096, 32, (32, 8), 14336, 128256), 8_030_261_248),
+    "Mistral-Nemo-12B": ("mistral", sizes(5120, 40, (32, 8), 14336, 131072, head_dim=128), 12_247_782_400),
+    "Qwen2.5-7B": ("qwen2", sizes(3584, 28, (28, 4), 18944, 152064), 7_615_616_512),
+    "Qwen2.5-14B": ("qwen2", sizes(5120, 48, (40, 8), 13824, 152064), 14_770_033_664),
+    "Qwen2.5-32B": ("qwen2", sizes(5120, 64, (40, 8), 27648, 152064), 32_763_876_352),
+    "Qwen3-8B": ("qwen3", sizes(4096, 36, (32, 8), 12288, 151936, head_dim=128, **UNTIED), 8_190_735_360),
+    "Qwen3-14B": ("qwen3", sizes(5120, 40, (40, 8), 17408, 151936, head_dim=128, **UNTIED), 14_768_307_200),
+    "gemma-2-9b": ("gemma2", sizes(3584, 42, (16, 8), 14336, 256000, head_dim=256), 9_241_705_984),
+    "gemma-3-1b": ("gemma3_text", sizes(1152, 26, (4, 1), 6912, 262144, head_dim=256), 999_885_952),
+    "gemma-3-4b": (
+        "gemma3_text",
+        sizes(2560, 34, (8, 4), 10240, 262208, head_dim=256),
+        text_of_gemma3(4_300_079_472, 2560),
+    ),
+    "gemma-3-12b": (
+        "gemma3_text",
+        sizes(3840, 48, (16, 8), 15360, 262208, head_dim=256),
+        text_of_gemma3(12_187_325_040, 3840),
+    ),
+    "gemma-3-27b": (
+        "gemma3_text",
+        sizes(5376, 62, (32, 16), 21504, 262208, head_dim=128),
+        text_of_gemma3(27_432_406_640, 5376),
+    ),
+    "Phi-3-medium": ("phi3", sizes(5120, 40, (40, 10), 17920, 32064, pad_token_id=0), 13_960_238_080),
+    "phi-4": ("phi3", sizes(5120, 40, (40, 10), 17920, 100352, pad_token_id=0), 14_659_507_200),
+    "Olmo-3-32B": ("olmo3", sizes(5120, 64, (40, 8), 27648, 100278), 32_233_522_176),
+    "starcoder2-7b": ("starcoder2", sizes(4608, 32, (36, 4), 18432, 49152), 7_173_923_840),
+    "pythia-6.9b": ("gpt_neox", sizes(4096, 32, 32, 16384, 50432), 6_857_302_016),
+    "command-a": ("cohere2", sizes(12288, 64, (96, 8), 36864, 256000), 111_057_580_032),
     "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+}
+COUNTED_ROUGHLY = {  # billions of the language model, by the model card
+    "Ministral-3-3B": ("ministral3", sizes(3072, 26, (32, 8), 9216, 131072, head_dim=128, **TIED), 3.4),
+    "Ministral-3-8B": ("ministral3", sizes(4096, 34, (32, 8), 14336, 131072, head_dim=128, **UNTIED), 8.4),
+    "Ministral-3-14B": ("ministral3", sizes(5120, 40, (32, 8), 16384, 131072, head_dim=128, **UNTIED), 13.5),
 }
 PUBLISHED_COUNTS = {
     "Mistral-7B-v0.1": 7_241_732_096, "Qwen2.5-0.5B": 494_032_768, "Qwen3-0.6B": 596_049_920,
@@ -287,10 +333,17 @@ def test_published_sizes_have_the_published_number_of_parameters():
     """By shapes alone: nothing is allocated, so 72 billion parameters take no longer than 70 million."""
     raws = {name: (PUBLISHED[name], n) for name, n in PUBLISHED_COUNTS.items()}
     raws |= {name: ({"model_type": family, **raw}, n) for name, (family, raw, n) in COUNTED.items()}
+    seen = {raw["model_type"] for raw, _ in raws.values()}
     for name, (raw, n) in raws.items():
         cfg = parse_config(raw, "config.json", ignore=NOT_READ)
         assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(cfg))) == n, name
         assert sum(map(math.prod, tensor_shapes(cfg).values())) == n, name
+    for name, (family, raw, billions) in COUNTED_ROUGHLY.items():
+        cfg = parse_config({"model_type": family, **raw}, "config.json")
+        n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(cfg)))
+        assert math.floor(n / 1e8) == 10 * billions, name
+        seen.add(family)
+    assert seen == set(FAMILIES) - {"stablelm"}  # which the tests add
 
 
 @pytest.mark.parametrize(
@@ -306,6 +359,12 @@ def test_published_sizes_have_the_published_number_of_parameters():
         ("Mixtral-8x7B-v0.1", {"num_experts_per_tok": 9}, "9 experts cannot act on a token where there are 8"),
         ("Mixtral-8x7B-v0.1", {"num_local_experts": 0}, "num_local_experts=0 is not a size"),
         ("OLMoE-1B-7B-0924", {"clip_qkv": -1.0}, "clip_qkv=-1.0 is not a positive number"),
+        ("Qwen3-0.6B", {"model_type": "mine", "auto_map": {"AutoModel": "x.X"}},
+         "'mine' is not supported; it is code inside the checkpoint .auto_map., and such code is never run; the near"),
+        ("Qwen3-0.6B", {"model_type": "vit", "image_size": 224, "patch_size": 16},
+         "it has images or sound, which no family here has; the nearest"),
+        ("Qwen3-0.6B", {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {"depth": 2}},
+         "images or sound, which no family here has; a text tower is read of gemma3, mistral3, qwen2_vl, qwen2_5_vl o"),
         ("Qwen3-0.6B", {"model_type": "olmo7"}, "'olmo7' is not supported; the nearest family is qwen3; supported"),
         ("pythia-70m", {"model_type": "bloom", "alibi": True}, "ALiBi positions, which .* nearest family is gpt_neox"),
         ("Qwen2.5-0.5B", {"layer_types": ["linear_attention"] * 24}, "layer_types has linear_attention"),
@@ -414,6 +473,18 @@ def test_names_and_configurations_of_both_ways_of_saving_are_read(tmp_path):
     ours = load_checkpoint(tmp_path)
     assert ours.cfg == expected.cfg
     np.testing.assert_array_equal(ours.params["blocks"]["attn"]["W_Q"], expected.params["blocks"]["attn"]["W_Q"])
+
+
+def test_a_model_of_images_without_a_text_tower_is_refused(tmp_path):
+    config = transformers.AutoConfig.for_model("qwen2_vl", **MODELS["qwen2_vl"])
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    images = {name: value for name, value in tensors.items() if "visual" in name}
+    save_file(images, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"no text tower, only visual \({len(images)} tensors\); a model of im"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="no text_config, so there is no text tower to read"):
+        text_config({"model_type": "gemma3", "vision_config": VISION}, "config.json")
 
 
 def test_a_text_tower_of_another_family_is_refused():

@@ -1,5 +1,6 @@
 """GGUF files of every family: the same model as the HF folder they were made from, in HF torch."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tests.ggufs import write_gguf
 from tests.tiny import (
     GEMMA,
     GEMMA3_ROPE,
     GPT2,
+    LAYER_NORM,
     LLAMA,
     NEOX,
     NO_HEAD_DIM,
@@ -21,11 +24,13 @@ from tests.tiny import (
     HfModel,
     random_of,
 )
-from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from wpjax.behaviours import behaviour
+from wpjax.checkpoints.checkpoint import load_checkpoint, local_path, save_checkpoint
 from wpjax.checkpoints.convert import flatten
 from wpjax.checkpoints.hf_config import unread_attributes
 from wpjax.errors import CheckpointError, WpjaxError
 from wpjax.models.decoder import forward
+from wpjax.pairs import load_model, load_pair
 
 TOKENS = np.random.default_rng(2).integers(0, 61, (2, 9))
 # These files do not say by what Gemma's scores are divided: it is the width of a head.
@@ -40,6 +45,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MINISTRAL3_ROPE = {**YARN, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}
 # The converter writes no base of the wavelengths for GPT-NeoX.
 NEOX = {**NEOX, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}}
 # name -> (model_type, attributes, further entries of the metadata)
@@ -67,11 +73,40 @@ CASES = {
         {**NO_HEAD_DIM, "pad_token_id": 0, "original_max_position_embeddings": 64},
         {},
     ),
+    "ministral3": ("ministral3", {**LLAMA, "rope_parameters": MINISTRAL3_ROPE}, {}),
+    "smollm3": ("smollm3", {**NO_HEAD_DIM, "num_hidden_layers": 5, "pad_token_id": 0}, {}),
+    "granite": (
+        "granite",
+        {
+            **NO_HEAD_DIM,
+            "embedding_multiplier": 1.5,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.75,
+            "logits_scaling": 4.0,
+        },
+        {},
+    ),
+    "olmo2": ("olmo2", NO_HEAD_DIM, {}),
+    "olmo3": SPECS["olmo3"] + ({"olmo2.rope.scaling.yarn_attn_factor": 1 + 0.1 * np.log(4.0)},),
+    "starcoder2": ("starcoder2", LAYER_NORM, {}),
+    "cohere": ("cohere", {**LAYER_NORM, "logit_scale": 0.5, "tie_word_embeddings": True}, {}),
+    "cohere2": (
+        "cohere2",
+        {**LAYER_NORM, "sliding_window": 5, "logit_scale": 0.75, "tie_word_embeddings": True, "num_hidden_layers": 5},
+        {},
+    ),
+    "mixtral": ("mixtral", {**SPECS["mixtral"][1], "sliding_window": None}, {}),
+    "qwen3-moe": ("qwen3_moe", {**SPECS["qwen3-moe"][1], "attention_bias": False}, {}),
+    "olmoe": ("olmoe", {**SPECS["olmoe"][1], "clip_qkv": None}, {}),
     "gpt-neox": ("gpt_neox", NEOX, {}),
     "gpt2": ("gpt2", GPT2, {}),
     "gpt2-untied": ("gpt2", {**GPT2, "tie_word_embeddings": False}, {}),
 }
-LOGITS = ("llama-3.2", "qwen2", "gemma3-pattern", "phi3", "gpt-neox", "gpt2")  # one for each layout and rotation
+REFUSED = {"cohere-qk": ("cohere", {**LAYER_NORM, "use_qk_norm": True, "tie_word_embeddings": True})}
+LOGITS = (  # one for each layout and rotation
+    "llama-3.2 qwen2 gemma3-pattern phi3 gpt-neox gpt2 ministral3 smollm3 granite olmo3 starcoder2 cohere cohere2 "
+    "mixtral qwen3-moe olmoe"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +153,7 @@ def test_logits_equal_hf_torch(made, name):
     np.testing.assert_allclose(mine, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3", "gpt-neox"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3", "gpt-neox", "mixtral", "olmo3", "ministral3", "granite"])
 def test_a_saved_file_is_a_folder_that_transformers_reads(made, tmp_path, name):
     hf, path = made(name)
     ours = load_checkpoint(path)
@@ -170,10 +205,21 @@ def test_every_layer_of_a_gemma_without_a_window_sees_all(made, tmp_path):
         ("gpt2", {"gpt2.rope.freq_base": 5e5}, [], "unknown gpt2.rope.freq_base=500000.0"),
         ("llama-3.2", {"llama.rope.freq_base": 1e5}, [], "scales positions in another way than Llama 3.1"),
         ("llama", {"llama.embedding_length": 0}, [], "embedding_length=0 is not a size"),
+        (
+            "granite",
+            {"granite.rope.scaling.finetuned": False},
+            [],
+            "no rotary positions, is not implemented for granite",
+        ),
+        ("ministral3", {}, ["mistral3.rope.scaling.type"], "rotary scaling 'linear' is not implemented for mistral3"),
+        ("cohere-qk", {}, [], "use_qk_norm=True is not implemented"),
+        ("olmo3", {"olmo2.attention.sliding_window_pattern": [True]}, [], "of 1 layers, there are 3"),
+        ("qwen3-moe", {"qwen3moe.expert_shared_count": 1}, [], "unknown qwen3moe.expert_shared_count=1"),
+        ("mixtral", {"llama.expert_count": 4}, [], r"unknown tensors model.layers.0.block_sparse_moe.experts\.4"),
     ],
 )
 def test_refusals_name_the_entry(made, tmp_path, name, fields, without, says):
-    hf, _ = made(name)
+    hf = HfModel(name, random_of(*REFUSED[name]), tmp_path) if name in REFUSED else made(name)[0]
     with pytest.raises(CheckpointError, match=says) as caught:
         load_checkpoint(write_gguf(tmp_path / "m.gguf", hf, without=without, **fields))
     assert "\n" not in str(caught.value)
@@ -203,6 +249,23 @@ def test_matrices_of_other_types(tmp_path, kind):
     for leaf, value in flatten(whole.params).items():
         np.testing.assert_allclose(flatten(coarse.params)[leaf], value, rtol=0, atol=step, err_msg=leaf)
         assert ("norm" in leaf) == np.array_equal(flatten(coarse.params)[leaf], value)
+
+
+def test_experts_are_dequantised_one_by_one(tmp_path):
+    """As the package gguf dequantises all experts of a layer at once."""
+    import gguf
+
+    attributes = {**SPECS["mixtral"][1], "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    attributes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": None}
+    hf = HfModel("mixtral", random_of("mixtral", attributes), tmp_path)
+    path = write_gguf(tmp_path / "m.gguf", hf, kind=gguf.GGMLQuantizationType.Q4_0)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    ours = flatten(load_checkpoint(path).params)
+    for name, leaf in (("gate", "W_gate"), ("up", "W_in"), ("down", "W_out")):
+        tensor = stored[f"blk.0.ffn_{name}_exps.weight"]
+        whole = gguf.dequantize(tensor.data, tensor.tensor_type)  # [E, out, in]
+        theirs = np.concatenate(whole).T if name != "down" else np.concatenate(whole, axis=1).T
+        np.testing.assert_array_equal(ours[f"blocks/mlp/{leaf}"][0], theirs)
 
 
 def test_types_that_cannot_be_dequantised_are_named(made, tmp_path):
@@ -248,6 +311,55 @@ def test_damaged_files_say_so_in_one_line(made, tmp_path):
                 damaged[rng.randrange(header)] = rng.choice([0, 1, 127, 255])
         bad.write_bytes(damaged)
         assert refusal(bad).isprintable()
+
+
+# --- a quantised file and its original
+
+
+def test_a_quantised_file_and_its_original_are_a_pair(tmp_path):
+    """Both ways round; the coarse weights are those that the package gguf makes of each tensor of HF's.
+
+    The file has its own tokenizer, of a vocabulary that is filled up to a multiple, as the converter fills it.
+    """
+    import gguf
+
+    folder = local_path("tiny:expert")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = load_model("tiny:expert").tokenizer
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    n, rows = len(tokens), len(tokens) + 32
+    whole.resize_token_embeddings(rows)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        HfModel("expert", whole, folder),
+        kind=kind,
+        **{
+            "tokenizer.ggml.tokens": [*tokens, *(f"[PAD{i}]" for i in range(n, rows))],
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+            "tokenizer.ggml.token_type": [3] * 3 + [1] * (n - 3) + [5] * (rows - n),
+            "tokenizer.ggml.eos_token_id": 0,
+            "tokenizer.chat_template": tokenizer.chat_template,
+        },
+    )
+    pair = load_pair(path, "tiny:expert")
+    assert pair.notes == (
+        "weights stored as Q4_0 and as BF16: what rounding changed counts as a change",
+        f"vocabularies of {rows} and {n} rows: the {n} common are used",
+    )
+    batch = behaviour("tiny:english_capital").encode(pair.tokenizer, n_prompts=4)
+    pair.check_prompts(batch)
+    state = {name: p for name, p in whole.named_parameters() if p.ndim == 2}
+    with torch.no_grad():
+        for p in state.values():
+            p.copy_(torch.tensor(gguf.dequantize(gguf.quantize(p.numpy(), kind), kind)))
+        logits = whole(torch.tensor(batch.with_instruction.ids)).logits.numpy()
+    mine = np.asarray(forward(pair.cfg, pair.base, jnp.asarray(batch.with_instruction.ids)).logits)
+    np.testing.assert_allclose(mine, logits[..., :n], rtol=0, atol=2e-5 * np.abs(logits).max())
+    other = load_pair("tiny:expert", path)
+    assert other.notes[0] == "weights stored as BF16 and as Q4_0: what rounding changed counts as a change"
+    assert {norm.unit for norm in other.diff_norms() if norm.n_changed} == {"head", "kv_group", "neuron", "embed"}
 
 
 # --- tokenizers
@@ -306,6 +418,21 @@ def test_accents_of_qwen_are_composed(made, tmp_path):
     theirs = Qwen2Tokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split()) for m in merges])
     for text in ("aé e\u0301", "a12", "<|endoftext|>a"):
         assert model.tokenizer(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_cohere_sets_digits_apart_and_composes_accents(made, tmp_path):
+    """As transformers' own class for it does, for the same vocabulary and merges."""
+    from transformers import CohereTokenizer
+
+    tokens = ["<UNK>", "a", "Ġ", "Ã", "©", "Ã©", "e", "Ì", "ģ", "1", "2", "12", "Ġa"]
+    merges = ["Ã ©", "1 2", "Ġ a"]
+    model = vocabulary(made("cohere")[0], tmp_path, tokens, model="gpt2", pre="command-r", merges=merges)
+    ids = {token: i for i, token in enumerate(tokens)}
+    theirs = CohereTokenizer(vocab=ids, merges=[tuple(m.split()) for m in merges], add_bos_token=False)
+    for text in ("aé e\u0301", "a12 21", "1 a"):
+        ours = model.tokenizer(text)["input_ids"]
+        assert ours == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids["12"] not in ours
 
 
 @pytest.mark.parametrize(("split", "ids"), [("llama-bpe", [1, 5]), ("qwen2", [2, 3, 4])])

@@ -37,7 +37,7 @@ from wpjax.behaviours.checkers import no_comma
 from wpjax.checkpoints.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from wpjax.checkpoints.hf_config import unread_attributes
 from wpjax.cli import inspect
-from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, PairError
+from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, PairError, WpjaxError
 from wpjax.estimators.sweep import sweep
 from wpjax.metrics.anchor import Anchor
 from wpjax.models.decoder import forward
@@ -79,7 +79,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, **config) -> None:
 
 def write_model(folder: Path, seed: int = 0, family: str = "llama", **changes) -> Path:
     """A random model as transformers saves it, with a byte-level tokenizer; the seed makes another one."""
-    config = transformers.AutoConfig.for_model(family, **(LLAMA if family == "llama" else GPT2) | changes)
+    config = transformers.AutoConfig.for_model(family, **(GPT2 if family == "gpt2" else LLAMA) | changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_attributes_that_transformers_does_not_read(copy, family, changes, unrea
     ("changes", "says"),
     [
         ({"auto_map": {"AutoModel": "x.X"}}, "auto_map: names code inside .*, pass --ignore-config auto_map"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq; dequantise them first: load"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq, which transformers cannot undo; name"),
         ({"is_causal": False}, "is_causal=False is not implemented"),
         ({"per_layer_config": {"0": {"num_key_value_heads": 1}}}, "per_layer_config=.* is not implemented"),
         ({"model_type": None, "architectures": ["MambaForCausalLM"]}, "model_type None is not supported"),
@@ -320,6 +320,60 @@ def test_a_checkpoint_in_8_bits(copy):
     save_torch({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"tensor {name} .*dequantise"):
         load_checkpoint(folder)
+
+
+def test_every_quantisation_of_transformers_says_how_to_undo_it(copy):
+    """What transformers can undo, by its own classes: by an argument of its configuration, or a method afterwards."""
+    import inspect as python
+
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()  # what is said, is said before weights are read
+    for method, kind in AUTO_QUANTIZATION_CONFIG_MAPPING.items():
+        bits = {f"load_in_{n}bit": True for n in (4, 8) if method.endswith(f"_{n}bit")}
+        name = method.removesuffix("_4bit").removesuffix("_8bit")
+        edit_json(folder / "config.json", quantization_config={"quant_method": name, **bits})
+        with pytest.raises(
+            CheckpointError, match=f"config.json: quantization_config: .* quantised by {name}"
+        ) as caught:
+            load_checkpoint(folder)
+        says = str(caught.value)
+        assert says.isprintable()
+        assert ("(4 bits)" in says, "(8 bits)" in says) == tuple(f"load_in_{n}bit" in bits for n in (4, 8))
+        by_argument = "dequantize" in python.signature(kind).parameters and method != "gguf"
+        assert (f"quantization_config={kind.__name__}(dequantize=True)).save" in says) == by_argument
+        afterwards = name in ("bitsandbytes", "higgs")  # whose quantisers know how
+        assert ("from_pretrained(FOLDER).dequantize().save_pretrained(NEW" in says) == afterwards
+        assert ("cannot undo; name the model that it was made from" in says) == (not by_argument and not afterwards)
+
+
+def test_a_model_in_fp8_is_read_once_it_is_dequantised_as_the_error_says(copy, tmp_path):
+    from safetensors.torch import save_file as save_torch
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    folder, expected = copy("llama"), {}
+    tensors = {name: torch.tensor(value) for name, value in load_file(folder / "model.safetensors").items()}
+    for name, value in list(tensors.items()):
+        expected[name] = value
+        if "proj" in name:  # one scale for each block of 8 x 8
+            blocks = value.reshape(value.shape[0] // 8, 8, value.shape[1] // 8, 8)
+            scale = blocks.abs().amax((1, 3)) / 448
+            coarse = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            expected[name] = (coarse.float() * scale[:, None, :, None]).reshape(value.shape)
+            tensors |= {name: coarse.reshape(value.shape), f"{name}_scale_inv": scale}
+    save_torch(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor .*weight_scale_inv: the weights are quantised by fp8; deq"):
+        load_checkpoint(folder)  # its config.json does not say it
+    about = {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
+    edit_json(folder / "config.json", quantization_config=about)
+    with pytest.raises(CheckpointError, match=r"quantised by fp8; .*_config=FineGrainedFP8Config\(dequantize=True\)\)"):
+        load_checkpoint(folder)
+    as_told = FineGrainedFP8Config(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=as_told).save_pretrained(tmp_path / "new")
+    assert load_checkpoint(tmp_path / "new").cfg.n_layers == 2
+    for name, value in load_file(tmp_path / "new" / "model.safetensors").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
 def test_hub_ids_without_an_organisation(models_of, tmp_path, monkeypatch):
@@ -591,6 +645,96 @@ def test_other_merges_are_seen(copy, tmp_path):
     pair = load_pair(base, expert)
     with pytest.raises(PairError, match="split 8 of 8 prompts differently"):
         pair.check_prompts(questions(tmp_path, pair))
+
+
+ANSWER, PLAIN = "{{ '<' + messages[0]['content'] + '>' }}", "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("templates", "choice", "prompt", "says"),
+    [
+        ((PLAIN, ANSWER), None, "<Q>", "by that of EXPERT"),
+        ((PLAIN, ANSWER), "base", "Q", "by that of BASE"),
+        ((None, ANSWER), None, "<Q>", "by that of EXPERT"),
+        ((ANSWER, None), None, "<Q>", "by that of BASE"),
+        ((None, ANSWER), "base", "Q", "without one, as BASE has none"),
+    ],
+)
+def test_prompts_of_both_models_are_rendered_by_one_template(models_of, templates, choice, prompt, says):
+    models = [load_checkpoint(models_of[name]) for name in ("llama", "llama-2")]
+    for model, name, template in zip(models, ("BASE", "EXPERT"), templates, strict=True):
+        model.tokenizer.chat_template = template
+        models = [dataclasses.replace(m, source=name) if m is model else m for m in models]
+    pair = make_pair(*models, tokenizer=choice)
+    assert pair.notes == (f"the chat templates differ: prompts of both models are rendered {says}",)
+    assert render(pair.tokenizer, "Q") == prompt
+
+
+def test_an_expert_stored_in_other_numbers(copy, tmp_path):
+    """transformers in float32, given the rounded weights, is the expert."""
+    base, expert = copy("llama"), tmp_path / "expert"
+    model = transformers.AutoModelForCausalLM.from_pretrained(copy("llama-2", "whole"), dtype=torch.bfloat16)
+    model.save_pretrained(expert)
+    pair = load_pair(base, expert)
+    assert pair.notes == ("weights stored as F32 and as BF16: what rounding changed counts as a change",)
+    np.testing.assert_allclose(our_logits(pair.cfg, pair.expert), torch_logits(expert), atol=1e-4)
+    save_checkpoint(tmp_path / "rounded", load_checkpoint(base, dtype="bfloat16"))
+    assert [norm.unit for norm in load_pair(base, tmp_path / "rounded").diff_norms() if norm.n_changed]
+
+
+def test_one_arithmetic_in_other_words_is_a_pair(copy, tmp_path):
+    """A Mistral without a window is a Llama; the scale of YaRN may be left to its formula."""
+    yarn = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    base = write_model(tmp_path / "base", rope_parameters=yarn, bos_token_id=1)
+    told = {**yarn, "attention_factor": 1 + 0.1 * np.log(4.0), "beta_fast": 32.0}
+    expert = write_model(tmp_path / "expert", 1, "mistral", rope_parameters=told, sliding_window=None)
+    pair = load_pair(base, expert)
+    assert pair.notes == ("a llama and a mistral, whose arithmetic is the same",)
+    assert pair.cfg == pair.expert_checkpoint.cfg == load_checkpoint(base).cfg
+    np.testing.assert_allclose(our_logits(pair.cfg, pair.expert), torch_logits(expert), atol=1e-4)
+    save_checkpoint(tmp_path / "again", pair.expert_checkpoint)
+    np.testing.assert_allclose(torch_logits(tmp_path / "again"), torch_logits(expert), atol=1e-4)
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (saved["model_type"], saved["bos_token_id"]) == ("llama", 0)
+
+
+def test_a_window_of_one_model_alone_bounds_the_context(tmp_path):
+    """Up to so many tokens transformers computes the same with it, and saved again, it is the same model."""
+    base = write_model(tmp_path / "base")
+    expert = write_model(tmp_path / "expert", 1, "mistral", sliding_window=12, max_position_embeddings=32)
+    for first, second in ((base, expert), (expert, base)):
+        pair = load_pair(first, second)
+        said = f"{expert} alone has a sliding window, of 12 tokens: to no more tokens, it makes no difference"
+        assert pair.notes[0] == said
+        assert (pair.cfg.window, pair.cfg.n_ctx) == (None, 12)
+        for model, folder in ((pair.base_checkpoint, first), (pair.expert_checkpoint, second)):
+            np.testing.assert_allclose(our_logits(pair.cfg, model.params), torch_logits(folder), atol=1e-4)
+            save_checkpoint(tmp_path / "again", model, overwrite=True)
+            np.testing.assert_allclose(torch_logits(tmp_path / "again"), torch_logits(folder), atol=1e-4)
+        with pytest.raises(WpjaxError, match="13 tokens exceed the context of 12"):
+            our_logits(pair.cfg, pair.base, np.zeros((1, 13), int))
+    other = write_model(tmp_path / "other", 1, "mistral", sliding_window=8)
+    with pytest.raises(PairError, match="window: 12 != 8"):  # two windows are two models
+        load_pair(expert, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rms_norm_eps": 1e-6}, "norm_eps: 1e-05 != 1e-06"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            r"rope: Rope\(theta=10000.0.*theta=500000.0",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "scaling='linear'"),
+        ({"intermediate_size": 32}, "d_mlp: 24 != 32"),
+    ],
+)
+def test_other_arithmetic_is_refused_by_what_differs(copy, tmp_path, changes, says):
+    base = copy("llama")
+    expert = write_model(tmp_path / "expert", 1, **changes)
+    with pytest.raises(PairError, match=rf"are not one architecture: [^;]*{says}[^;]*$"):
+        load_pair(base, expert)
 
 
 def test_inspect_names_what_was_not_read_and_what_differs(copy, tmp_path, capsys):

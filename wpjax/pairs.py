@@ -34,6 +34,7 @@ from wpjax.components import KINDS, LEAVES, Component
 from wpjax.errors import BehaviourError, CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.models.rotary import frequencies
 from wpjax.models.sharding import choose_placement, described, leaf_places, place
 from wpjax.runtime.files import recover
 from wpjax.runtime.placement import Placement, check_devices, placement_for, read_mesh
@@ -364,7 +365,9 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
 
     Some differences are allowed; `Pair.notes` names them. Of two context lengths the smaller is used. Of two
     vocabularies the common rows are used, as when a fine-tune added tokens at the end. If one model alone is tied, the
-    head of the other is compared with its embedding. Tokens that were added to a tokenizer may differ.
+    head of the other is compared with its embedding. Tokens that were added to a tokenizer may differ. The prompts of
+    both models are rendered by one chat template. Weights may be stored in other types of numbers: a quantised file and
+    its original are a pair. One arithmetic may be said in other words, as by a Mistral without a window and a Llama.
 
     Args:
         base: the base.
@@ -378,6 +381,8 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     if tokenizer not in (None, *typing.get_args(TokenizerOf)):
         raise PairError(f"tokenizer={tokenizer!r}: there are base and expert")
     names = f"{base.source} and {expert.source}"
+    base, expert, no_window = _within_the_window(base, expert)
+    expert, reworded = _in_words_of(base, expert)
     shared: dict[str, Any] = {
         "n_ctx": min(base.cfg.n_ctx, expert.cfg.n_ctx),
         "d_vocab": min(base.cfg.d_vocab, expert.cfg.d_vocab),
@@ -387,7 +392,7 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     differences = cfg.differences(other)
     if differences:  # others than those
         raise PairError(f"{names} are not one architecture: {'; '.join(differences)}")
-    notes = [*base.notes, *expert.notes, *_named_differences(base, expert)]
+    notes = [*base.notes, *expert.notes, *no_window, *reworded, *_named_differences(base, expert)]
     chosen, about = _common_tokenizer(base, expert, names, tokenizer)
     base, expert = (_fitted(model, cfg) for model in (base, expert))
     ours, theirs = flatten(base.params), flatten(expert.params)
@@ -401,11 +406,58 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
     return Pair(cfg, base.params, expert.params, chosen, base, expert, (*notes, *about))
 
 
+def _within_the_window(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
+    """Base and expert, where one alone has a sliding window as models without it, for prompts up to its size.
+
+    There a window changes nothing. llama.cpp's converter leaves out that of Mistral and StarCoder2, for example. A
+    model whose layers with a window rotate in another way stays as it is.
+    """
+    models = [base, expert]
+    having = [i for i, model in enumerate(models) if model.cfg.window is not None and model.cfg.local_rope is None]
+    if len(having) != 1 or models[1 - having[0]].cfg.window is not None:
+        return base, expert, []
+    model = models[having[0]]
+    window = model.cfg.window
+    assert window is not None
+    cfg = dataclasses.replace(model.cfg, window=None, sliding=(), n_ctx=min(window, model.cfg.n_ctx))
+    raw = with_changes(model.hf_config, model.cfg, cfg)
+    models[having[0]] = dataclasses.replace(model, cfg=cfg, hf_config=raw)
+    note = f"{model.source} alone has a sliding window, of {window} tokens: to no more tokens, it makes no difference"
+    return models[0], models[1], [note]
+
+
+def _in_words_of(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """The expert, with the configuration in the base's words where it says the same in others; and what is to be said.
+
+    It may name another `model_type` that has the same arithmetic here, or write the same rotary frequencies otherwise.
+    """
+    cfg = expert.cfg
+    for field in ("rope", "local_rope"):
+        ours, theirs = getattr(base.cfg, field), getattr(cfg, field)
+        if ours and theirs and ours != theirs and ours.scaling == theirs.scaling and ours.fraction == theirs.fraction:
+            (f, scale), (g, other) = (frequencies(rope, cfg.d_head) for rope in (ours, theirs))
+            if f.shape == g.shape and np.allclose(f, g, rtol=1e-6, atol=0) and np.isclose(scale, other, rtol=1e-6):
+                cfg = dataclasses.replace(cfg, **{field: ours})
+    as_base = dataclasses.replace(cfg, n_ctx=base.cfg.n_ctx, d_vocab=base.cfg.d_vocab, tied=base.cfg.tied)
+    notes = []
+    if [difference.split(":")[0] for difference in base.cfg.differences(as_base)] == ["family"]:
+        notes = [f"a {base.cfg.family} and a {cfg.family}, whose arithmetic is the same"]
+        cfg = dataclasses.replace(cfg, family=base.cfg.family)
+    if cfg == expert.cfg or cfg.family != base.cfg.family:
+        return expert, []
+    special = {name: expert.hf_config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    raw = {**with_changes(base.hf_config, base.cfg, cfg), **special}
+    return dataclasses.replace(expert, cfg=cfg, hf_config=raw), notes
+
+
 def _named_differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
     """What differs in two architectures and may, in words."""
     a, b, notes = base.cfg, expert.cfg, []
     if a.rope is not None and a.rope.is_long:
         notes.append("rotary positions by the long factors, as for prompts that exceed the original context")
+    if base.stored != expert.stored and base.stored and expert.stored:
+        first, second = (", ".join(model.stored) for model in (base, expert))
+        notes.append(f"weights stored as {first} and as {second}: what rounding changed counts as a change")
     if a.n_ctx != b.n_ctx:
         notes.append(f"contexts of {a.n_ctx} and {b.n_ctx} tokens: the smaller is used")
     if a.d_vocab != b.d_vocab:
@@ -478,6 +530,10 @@ def _common_tokenizer(
     notes += differing_tokens(first, second, names)
     use_second = choice == "expert" if choice else bool(getattr(second, "chat_template", None))
     chosen, of = (second, expert.source) if use_second else (first, base.source)
+    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (first, second)]
+    if templates[0] != templates[1]:
+        how = f"by that of {of}" if getattr(chosen, "chat_template", None) else f"without one, as {of} has none"
+        notes.append(f"the chat templates differ: prompts of both models are rendered {how}")
     questions = [pair.without for pair in behaviour(BUILT_IN[0]).select("sweep")]
     questions = list(dict.fromkeys(questions))
     n_apart = len(_split_apart(first, second, questions, bool(getattr(chosen, "chat_template", None))))

@@ -239,6 +239,8 @@ class Adapter:
         shapes = tensor_shapes(untied)
         embedding, head = (tensor_name(untied, leaf) for leaf in ("embed/W_E", "unembed/W_U"))
         changes, of_experts, left_out = self._changes(cfg, shapes, head, base)
+        if left_out and not changes and not of_experts:
+            raise CheckpointError(f"{self.where}: changes nothing that says the next token, only {', '.join(left_out)}")
         self._check_complete(shapes, changes, base)
         experts = expert_edits(cfg, of_experts, self._read, self._expert_scale, merged, self.where)
         self._check_experts(cfg, experts)

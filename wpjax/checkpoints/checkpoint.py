@@ -18,10 +18,19 @@ from typing import Any
 import numpy as np
 
 from wpjax.checkpoints.adapter import Adapter
-from wpjax.checkpoints.convert import TensorSource, flatten, hf_tensors, left_out, params_from_hf, tensor_shapes
+from wpjax.checkpoints.convert import (
+    OTHER_HEADS,
+    TensorSource,
+    flatten,
+    hf_tensors,
+    left_out,
+    params_from_hf,
+    tensor_shapes,
+)
 from wpjax.checkpoints.folder import (
     ADAPTER,
     MARKER,
+    SafetensorsFolder,
     check_file,
     check_folder,
     how_to_merge,
@@ -61,6 +70,8 @@ class Checkpoint:
         left_out: what was not loaded: heads for other tasks than the next token, by name; the parts of a model of
             images and text beside its text tower.
         notes: what else is to be said of it, in words: of an adapter, what it changes.
+        stored: types of numbers of the matrices in its files, such as "BF16" or "Q4_K"; of an adapter, those of its
+            base.
 
     >>> import wpjax as wp
     >>> model = wp.load_model("tiny:base")
@@ -78,6 +89,7 @@ class Checkpoint:
     source: str
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.source!r}, {self.cfg.family} of {self.cfg.n_layers} layers)"
@@ -158,7 +170,7 @@ def load_checkpoint(
     cfg = dataclasses.replace(parse_config(raw, source, ignore_config), activation_splits=splits)
     tokenizer = file.tokenizer()  # before the weights, which take longer
     params = params_from_hf(cfg, file, weights, place, None if base is None else base.params)
-    return Checkpoint(cfg, params, tokenizer, raw, None, source)
+    return Checkpoint(cfg, params, tokenizer, raw, None, source, stored=file.types())
 
 
 def model_and_adapter(source: str) -> tuple[str, str] | None:
@@ -238,14 +250,23 @@ def _load_folder(
     generation = read_json(path) if path.exists() else None
     for file, content in ((config, raw), (path, generation or {})):
         _check_stop_tokens(file, content.get("eos_token_id"))
-    tensors: TensorSource = SplitExperts(folder, cfg)
+    files = SplitExperts(folder, cfg)
+    tensors: TensorSource = files
     towers: tuple[str, ...] = ()
     if text is not None:
         tensors = tower = TextTower(tensors)
         towers = tower.left_out
     tokenizer = load_tokenizer(folder)  # before the weights are read, which takes longer
     params = params_from_hf(cfg, tensors, weights, place, None if base is None else base.params)
-    return Checkpoint(cfg, params, tokenizer, raw, generation, source, (*towers, *left_out(tensors)))
+    omitted = (*towers, *left_out(tensors))
+    return Checkpoint(cfg, params, tokenizer, raw, generation, source, omitted, stored=_types(files, cfg))
+
+
+def _types(files: SafetensorsFolder, cfg: ModelConfig) -> tuple[str, ...]:
+    """The dtypes of a model's matrices as its files name them, such as "BF16"."""
+    skipped = FAMILIES[cfg.family].skipped
+    names = [name for name in files.names() if not name.endswith(skipped) and not name.startswith(OTHER_HEADS)]
+    return tuple(sorted({files.dtype(name) for name in names if len(files.shape(name)) > 1}))
 
 
 def check_adapter(source: str | Path) -> bool:
@@ -285,7 +306,7 @@ def _load_adapter(folder: Path, source: str, base: Checkpoint | None, place: Pla
     adapter, tokenizer = Adapter(folder, source), load_tokenizer(folder)
     cfg, params, omitted, notes = adapter.apply(base.cfg, base.params, base.source, place)
     raw = with_changes(base.hf_config, base.cfg, cfg)
-    return Checkpoint(cfg, params, tokenizer, raw, base.generation_config, source, omitted, notes)
+    return Checkpoint(cfg, params, tokenizer, raw, base.generation_config, source, omitted, notes, base.stored)
 
 
 def _check_stop_tokens(path: Path, ids: Any) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wpjax.checkpoints.placing import Layer, Place, finite_floats, host_rows, put_leaf
+from wpjax.checkpoints.quantised import quantised_tensors
 from wpjax.errors import CheckpointError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params, abstract_params
@@ -237,6 +238,9 @@ def match_names(cfg: ModelConfig, source: TensorSource) -> dict[str, str]:
     missing = [n for n in names.values() if n not in set(present)]
     unknown = sorted(set(present) - set(names.values()))
     if missing or unknown:
+        quantised = quantised_tensors(unknown)
+        if quantised:
+            raise CheckpointError(f"{source.where}: {quantised}")
         raise CheckpointError(
             f"{source.where}: "
             + "; ".join(

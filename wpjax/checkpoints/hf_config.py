@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from wpjax.checkpoints.quantised import how_to_dequantise
 from wpjax.errors import ConfigError
 from wpjax.models.config import ORIGINAL_CONTEXT, ModelConfig, Rope, RopeScaling
 from wpjax.models.families import COMMON_IGNORED, FAMILIES, Family, activation
+from wpjax.models.families.vision_language import TEXT_TOWERS
 from wpjax.models.rotary import frequencies
 
 _ROPE_OPTIONS: dict[RopeScaling, frozenset[str]] = {
@@ -232,11 +234,7 @@ def _refuse_acted_on(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...]
         if value == harmless or value is None or name in ignore:
             continue
         if name in ("quantization_config", "compression_config"):
-            how = value.get("quant_method") if isinstance(value, Mapping) else None
-            what = (
-                f"the weights are quantised{f' by {how}' if isinstance(how, str) else ''}; dequantise them first: load "
-                "the model with transformers, call model.dequantize(), and save it with model.save_pretrained(FOLDER)"
-            )
+            what = how_to_dequantise(value)
         elif name == "auto_map":
             what = "names code inside the checkpoint, and such code is never run; if the model is a plain one of its "
             what += f"model_type, pass --ignore-config {name}"
@@ -255,7 +253,7 @@ _FEATURES = {
     **dict.fromkeys(("alibi", "alibi_bias_max"), "ALiBi positions"),
     **dict.fromkeys(("is_encoder_decoder", "encoder_layers", "num_encoder_layers"), "an encoder"),
     **dict.fromkeys(("linear_num_key_heads", "linear_conv_kernel_dim"), "linear attention"),
-    **dict.fromkeys(("vision_config", "audio_config"), "images or sound"),
+    **dict.fromkeys(("vision_config", "audio_config", "image_size", "patch_size"), "images or sound"),
 }
 """HF attributes that tell of something which no family here has, in words."""
 
@@ -273,10 +271,14 @@ def _unsupported(raw: Mapping[str, Any]) -> str:
 
     nearest = max(FAMILIES.values(), key=shared)
     features = dict.fromkeys(what for name, what in _FEATURES.items() if raw.get(name))
-    lacking = sorted(attributes - nearest.attributes)
+    lacking = sorted(attributes - nearest.attributes - set(_ACTED_ON))
     says = f"model_type {raw.get('model_type')!r} is not supported; "
+    if raw.get("auto_map"):
+        says += "it is code inside the checkpoint (auto_map), and such code is never run; "
     if features:
         says += f"it has {' and '.join(features)}, which no family here has; "
+    if isinstance(raw.get("text_config"), Mapping):
+        says += f"a text tower is read of {', '.join(TEXT_TOWERS)} only; "
     says += f"the nearest family is {nearest.model_type}"
     if lacking:
         more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""

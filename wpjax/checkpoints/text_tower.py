@@ -9,7 +9,7 @@ import numpy as np
 
 from wpjax.checkpoints.convert import TensorSource
 from wpjax.checkpoints.hf_config import transformers_config
-from wpjax.errors import ConfigError
+from wpjax.errors import CheckpointError, ConfigError
 from wpjax.models.families.vision_language import LEFT_OUT, TEXT_TOWERS, TOWER
 
 
@@ -21,7 +21,8 @@ def text_config(raw: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         where: the file, for messages.
 
     Raises:
-        ConfigError: transformers does not accept the configuration, or the tower is of a family that is not supported.
+        ConfigError: transformers does not accept the configuration, or it says nothing of a text tower, or the tower is
+            of a family that is not supported.
 
     >>> raw = {"model_type": "mistral3", "text_config": {"model_type": "mistral", "hidden_size": 32}}
     >>> text = text_config(raw, "config.json")
@@ -31,6 +32,8 @@ def text_config(raw: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     towers = TEXT_TOWERS.get(str(raw.get("model_type")))
     if towers is None:
         return None
+    if not isinstance(raw.get("text_config"), Mapping) and "hidden_size" not in raw:  # older files have no text_config
+        raise ConfigError(f"{where}: no text_config, so there is no text tower to read; download config.json again")
     whole = transformers_config(str(raw["model_type"]), raw, where)
     tower = whole.get_text_config()
     if tower.model_type not in towers:
@@ -53,6 +56,9 @@ class TextTower:
 
     Args:
         whole: the tensors of the whole model.
+
+    Raises:
+        CheckpointError: there are none of a text tower.
     """
 
     def __init__(self, whole: TensorSource):
@@ -67,6 +73,11 @@ class TextTower:
             else:
                 self._names[name.replace(TOWER, "", 1)] = name
         self.left_out = tuple(f"{part} ({n} tensors)" for part, n in left_out.items())
+        if not self._names:
+            raise CheckpointError(
+                f"{self.where}: no text tower, only {', '.join(self.left_out)}; a model of images alone says no next "
+                "token, so name a model of text, or of images and text"
+            )
 
     def names(self) -> list[str]:
         """The names of all tensors of the tower."""

@@ -53,6 +53,8 @@ class Architecture:
             n queries, keys and values, t the two dimensions of a rotated pair.
         more: gives further HF attributes, or others; it has the source and the attributes so far.
         others: entries that `more` reads.
+        instead: gives the `model_type` of another family, which llama.cpp writes under the same name, if the file is of
+            it; None if it is not.
     """
 
     family: str
@@ -61,6 +63,7 @@ class Architecture:
     layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     more: Callable[[Source, Mapping[str, Any]], Mapping[str, Any]] = lambda source, config: {}
     others: frozenset[str] = frozenset()
+    instead: Callable[[Source], str | None] = lambda source: None
 
 
 _SIZES = {
@@ -71,6 +74,7 @@ _SIZES = {
     "attention.head_count": "n_heads",
 }
 _RMS = {"attention.layer_norm_rms_epsilon": "norm_eps"}
+_LOGITS = {"logit_scale": "logit_scale"}
 _LAYER_NORM = {"attention.layer_norm_epsilon": "norm_eps"}
 _WIDTHS = ("attention.key_length", "attention.value_length")
 _ROTARY = frozenset(
@@ -80,7 +84,7 @@ _ROTARY = frozenset(
     "rope.scaling.yarn_beta_slow".split()
 )
 # Entry -> its only value that changes nothing, besides 0, false and nothing.
-_HARMLESS = {"attention.causal": True, "tensor_data_layout": "Meta AI original pth"}
+_HARMLESS = {"attention.causal": True, "tensor_data_layout": "Meta AI original pth", "expert_gating_func": 1}
 # Tensors that say how positions are rotated. HF says it with numbers in config.json.
 LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS = (
     f"{name}.weight" for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
@@ -96,10 +100,127 @@ def _no_window(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _mistral(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A Llama with a sliding window is a Mistral; llama.cpp has no architecture of its own for it."""
-    window = source.metadata.number("llama.attention.sliding_window", 0)
-    return {"model_type": "mistral", "sliding_window": window} if 0 < window < config["max_position_embeddings"] else {}
+def _window(source: Source) -> int | None:
+    """The sliding window; None if there is none, or it is as long as the context."""
+    prefix = source.architecture
+    window = source.metadata.number(f"{prefix}.attention.sliding_window", 0)
+    return window if 0 < window < source.metadata.size(f"{prefix}.context_length") else None
+
+
+def _slides(source: Source, config: Mapping[str, Any], every: int) -> list[bool]:
+    """Which layers have the sliding window.
+
+    Args:
+        source: the file.
+        config: the attributes so far.
+        every: of a file that does not say it, one layer in so many has none.
+    """
+    metadata, n_layers = source.metadata, config["num_hidden_layers"]
+    name = f"{source.architecture}.attention.sliding_window_pattern"
+    pattern = metadata.get(name)
+    if not isinstance(pattern, list):
+        every = metadata.size(name, every)
+        return [(layer + 1) % every > 0 for layer in range(n_layers)]
+    if len(pattern) != n_layers:
+        raise ConfigError(f"{metadata.where}: {name} speaks of {len(pattern)} layers, there are {n_layers}")
+    return [bool(layer) for layer in pattern]
+
+
+def _layer_types(slides: list[bool]) -> list[str]:
+    return ["sliding_attention" if slide else "full_attention" for slide in slides]
+
+
+def _like_llama(source: Source) -> str | None:
+    """A Llama with routed experts is a Mixtral, one with a window a Mistral: llama.cpp has one name for the three."""
+    if source.metadata.number("llama.expert_count", 0):
+        return "mixtral"
+    return "mistral" if _window(source) else None
+
+
+def _llama(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The window of a Mistral or a Mixtral, and the experts of the latter."""
+    n_experts = {"num_local_experts": source.metadata.number("llama.expert_count", 0)}
+    return {"sliding_window": _window(source)} | (_active(source) | n_experts if all(n_experts.values()) else {})
+
+
+def _active(source: Source) -> dict[str, Any]:
+    """How many routed experts act on a token."""
+    return {"num_experts_per_tok": source.metadata.size(f"{source.architecture}.expert_used_count")}
+
+
+def _qwen3_moe(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The routed experts: llama.cpp divides their weights by the sum, as all published models do."""
+    active, width = _active(source), config["intermediate_size"]
+    return {
+        **_no_window(source, config),
+        **active,
+        "num_experts": source.metadata.size("qwen3moe.expert_count"),
+        "moe_intermediate_size": source.metadata.size(
+            "qwen3moe.expert_feed_forward_length", width // active["num_experts_per_tok"]
+        ),
+        "norm_topk_prob": True,
+    }
+
+
+def _olmoe(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The routed experts: llama.cpp leaves their weights as they are, and clips nothing."""
+    n_experts = source.metadata.size("olmoe.expert_count")
+    return {**_active(source), "num_experts": n_experts, "norm_topk_prob": False, "clip_qkv": None}
+
+
+def _olmo(source: Source) -> str | None:
+    """An OLMo 2 with a window is an OLMo 3."""
+    return "olmo3" if _window(source) else None
+
+
+def _olmo3(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Which layers of an OLMo 3 have the window; these do not scale rotary positions."""
+    if not _window(source):
+        return {}
+    rope = config["rope_parameters"]
+    plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    theta = source.metadata.number("olmo2.rope.freq_base_swa", plain["rope_theta"])
+    return {
+        "sliding_window": _window(source),
+        "layer_types": _layer_types(_slides(source, config, every=4)),
+        "rope_parameters": {"full_attention": rope, "sliding_attention": {**plain, "rope_theta": float(theta)}},
+    }
+
+
+def _granite(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By what logits are divided."""
+    name = "granite.rope.scaling.finetuned"  # a switch for rotary positions, in this architecture
+    if source.metadata.get(name) is False:
+        raise ConfigError(f"{source.metadata.where}: {name}=False, no rotary positions, is not implemented for granite")
+    return {"logits_scaling": source.metadata.number("granite.logit_scale")}
+
+
+def _cohere(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Whether each head has norms of its own, as in Command R+."""
+    return {"use_qk_norm": "blk.0.attn_q_norm.weight" in source.tensors}
+
+
+def _cohere2(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Which layers have the window."""
+    window = source.metadata.size("cohere2.attention.sliding_window")
+    return {"sliding_window": window, "layer_types": _layer_types(_slides(source, config, every=4))}
+
+
+def _smollm3(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """llama.cpp has rotary positions in three of four layers; its files do not say which."""
+    return {"no_rope_layer_interval": 4, "use_sliding_window": False}
+
+
+def _ministral3(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How queries grow. Of the two numbers that scale cosine and sine, llama.cpp takes one to be 1."""
+    metadata, rope = source.metadata, dict(config["rope_parameters"])
+    if rope["rope_type"] != "yarn":
+        raise ConfigError(f"{metadata.where}: rotary scaling {rope['rope_type']!r} is not implemented for mistral3")
+    scale = metadata.number("mistral3.rope.scaling.yarn_log_multiplier", 0)
+    if scale:
+        rope |= {"mscale": 1.0, "mscale_all_dim": scale}
+    rope["llama_4_scaling_beta"] = metadata.number("mistral3.attention.temperature_scale")
+    return {"rope_parameters": rope, "sliding_window": None, **_no_window(source, config)}
 
 
 def _query_scalar(config: Mapping[str, Any], n_layers_of_27b: int) -> int:
@@ -117,23 +238,15 @@ def _gemma2(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _gemma3(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The scale of scores, which layers have a window, and how these rotate positions."""
-    metadata, n_layers = source.metadata, config["num_hidden_layers"]
+    metadata = source.metadata
     metadata.needed("gemma3.rope.freq_base")
     name = "gemma3.attention.sliding_window"
     window = metadata.size(name) if metadata.get(name) else None
-    name += "_pattern"
-    pattern = metadata.get(name)
-    if isinstance(pattern, list):
-        if len(pattern) != n_layers:
-            raise ConfigError(f"{metadata.where}: {name} speaks of {len(pattern)} layers, there are {n_layers}")
-        slides = [bool(layer) for layer in pattern]
-    else:
-        every = metadata.size(name, 6)
-        slides = [(layer + 1) % every > 0 for layer in range(n_layers)]
+    slides = _slides(source, config, every=6)
     return {
         "query_pre_attn_scalar": _query_scalar(config, n_layers_of_27b=62),
         "sliding_window": window,
-        "layer_types": ["sliding_attention" if window and slide else "full_attention" for slide in slides],
+        "layer_types": _layer_types([bool(window) and slide for slide in slides]),
         "rope_parameters": {
             "full_attention": config["rope_parameters"],
             "sliding_attention": {
@@ -160,21 +273,25 @@ def _gpt_neox(source: Source, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 _SOFT_CAPS = {"attn_logit_softcapping": "attn_softcap", "final_logit_softcapping": "logit_softcap"}
 _WINDOW = frozenset({"attention.sliding_window"})
+_PATTERN = _WINDOW | {"attention.sliding_window_pattern", "rope.freq_base_swa"}
+_EXPERTS = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"})
+# The two dimensions of a rotated pair stand side by side in queries and keys. In HF's layout, and in the other
+# architectures, they are half a head apart.
+_SIDE_BY_SIDE = {
+    f"attn_{part}.{kind}": f"({n} e t) ... -> ({n} t e) ..."
+    for part, n in (("q", "h"), ("k", "k"))
+    for kind in ("weight", "bias")
+}
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        # The two dimensions of a rotated pair stand side by side in queries and keys. In HF's layout, and in all the
-        # other architectures, they are half a head apart.
         "llama": Architecture(
             "llama",
             _SIZES | _RMS,
-            layouts={
-                f"attn_{part}.{kind}": f"({n} e t) ... -> ({n} t e) ..."
-                for part, n in (("q", "h"), ("k", "k"))
-                for kind in ("weight", "bias")
-            },
-            more=_mistral,
-            others=_WINDOW,
+            layouts=_SIDE_BY_SIDE,
+            more=_llama,
+            others=_WINDOW | _EXPERTS,
+            instead=_like_llama,
         ),
         "qwen2": Architecture("qwen2", _SIZES | _RMS, more=_no_window, others=_WINDOW),
         "qwen3": Architecture("qwen3", _SIZES | _RMS, more=_no_window, others=_WINDOW),
@@ -184,9 +301,32 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             _SIZES | _RMS,
             {"final_logit_softcapping": "logit_softcap"},
             more=_gemma3,
-            others=_WINDOW | {"attention.sliding_window_pattern", "rope.freq_base_swa"},
+            others=_PATTERN,
         ),
         "phi3": Architecture("phi3", _SIZES | _RMS, more=_phi3, others=_WINDOW),
+        "mistral3": Architecture(
+            "ministral3",
+            _SIZES | _RMS,
+            layouts=_SIDE_BY_SIDE,
+            more=_ministral3,
+            others=_WINDOW | {"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"},
+        ),
+        "smollm3": Architecture("smollm3", _SIZES | _RMS, layouts=_SIDE_BY_SIDE, more=_smollm3),
+        "granite": Architecture(
+            "granite",
+            _SIZES
+            | _RMS
+            | {"attention.scale": "attn_scale", "embedding_scale": "embed_scale", "residual_scale": "resid_scale"},
+            layouts=_SIDE_BY_SIDE,
+            more=_granite,
+            others=frozenset({"logit_scale"}),
+        ),
+        "olmo2": Architecture("olmo2", _SIZES | _RMS, more=_olmo3, others=_PATTERN, instead=_olmo),
+        "olmoe": Architecture("olmoe", _SIZES | _RMS, more=_olmoe, others=_EXPERTS),
+        "qwen3moe": Architecture("qwen3_moe", _SIZES | _RMS, more=_qwen3_moe, others=_WINDOW | _EXPERTS),
+        "starcoder2": Architecture("starcoder2", _SIZES | _LAYER_NORM),
+        "command-r": Architecture("cohere", _SIZES | _LAYER_NORM | _LOGITS, more=_cohere),
+        "cohere2": Architecture("cohere2", _SIZES | _LAYER_NORM | _LOGITS, more=_cohere2, others=_PATTERN),
         "gptneox": Architecture(
             "gpt_neox",
             _SIZES | _LAYER_NORM,
@@ -206,6 +346,16 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 """Every architecture that is read, by its name in `general.architecture`."""
 
 
+def family_of(source: Source) -> Family:
+    """The family that a file is read as.
+
+    Args:
+        source: the file, or its metadata and names.
+    """
+    entry = ARCHITECTURES[source.architecture]
+    return FAMILIES[entry.instead(source) or entry.family]
+
+
 def hf_config(source: Source) -> dict[str, Any]:
     """The content of the config.json that HF would write for a model.
 
@@ -217,9 +367,9 @@ def hf_config(source: Source) -> dict[str, Any]:
         ConfigError: an entry is unknown, or asks for something that is not implemented.
     """
     entry, metadata, prefix = ARCHITECTURES[source.architecture], source.metadata, f"{source.architecture}."
-    family = FAMILIES[entry.family]
+    family = family_of(source)
     _refuse_unknown(source, family)
-    attributes = {ours: hf for hf, ours in family.fields.items()}
+    attributes = {"d_mlp": "intermediate_size", **{ours: hf for hf, ours in family.fields.items()}}
     config: dict[str, Any] = {"model_type": family.model_type}
     for key, field in entry.keys.items():
         name = prefix + key
@@ -242,7 +392,6 @@ def hf_config(source: Source) -> dict[str, Any]:
     if family.rotary:
         config["rope_parameters"] = _rope(source, family, config[attributes["n_ctx"]], d_head)
     config |= entry.more(source, config)
-    family = FAMILIES[config["model_type"]]
     config = {name: value for name, value in config.items() if name == "model_type" or name in family.attributes}
     return {"architectures": [family.architecture], **config, **_special_tokens(metadata)}
 
@@ -323,8 +472,13 @@ def _share(part: int, whole: int) -> float:
 
 def _yarn(metadata: Metadata, prefix: str, n_ctx: int) -> dict[str, Any]:
     """YaRN's numbers. Both programs multiply cosine and sine by 1 + 0.1 ln factor if the file says nothing of it."""
+    factor = float(metadata.number(f"{prefix}scaling.factor"))
     for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
-        if metadata.number(f"{prefix}scaling.{key}", 1.0) not in (0, 1):
+        value = metadata.number(f"{prefix}scaling.{key}", 1.0)
+        says_it = (
+            key == "yarn_attn_factor" and factor >= 1 and math.isclose(value, 1 + 0.1 * math.log(factor), rel_tol=1e-6)
+        )
+        if value not in (0, 1) and not says_it:
             raise ConfigError(
                 f"{metadata.where}: {prefix}scaling.{key} is not implemented with yarn; use the safetensors model"
             )
@@ -335,7 +489,7 @@ def _yarn(metadata: Metadata, prefix: str, n_ctx: int) -> dict[str, Any]:
     }
     return {
         "rope_type": "yarn",
-        "factor": float(metadata.number(f"{prefix}scaling.factor")),
+        "factor": factor,
         "original_max_position_embeddings": metadata.size(f"{prefix}scaling.original_context_length", n_ctx),
         **betas,
     }

@@ -14,12 +14,13 @@ from wpjax.checkpoints.gguf.architectures import (
     LLAMA3_FACTORS,
     LONG_FACTORS,
     SHORT_FACTORS,
+    family_of,
     hf_config,
 )
 from wpjax.checkpoints.gguf.metadata import Metadata, open_gguf
 from wpjax.checkpoints.gguf.tokenizer import gguf_tokenizer
 from wpjax.errors import CheckpointError
-from wpjax.models.families import FAMILIES
+from wpjax.models.families import Family
 
 _IN_CONFIG = frozenset({LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS})
 
@@ -68,8 +69,16 @@ class GgufFile:
         if not all(name.isprintable() for name in (*self._tensors, *self.metadata.names())):
             raise CheckpointError(f"{path}: a name in its header is no text; download the file again")
         self._refuse_types()
-        templates = _hf_names(self.architecture)
-        self._names = {_hf_name(name, templates): name for name in self._tensors if name not in _IN_CONFIG}
+        templates = _hf_names(self.architecture, family_of(self))
+        self._names: dict[str, tuple[str, int | None]] = {}  # HF's name -> name in the file, and number of the expert
+        for name, tensor in self._tensors.items():
+            if name in _IN_CONFIG:
+                continue
+            theirs = _hf_name(name, templates)
+            n_experts = len(tensor.data) if "{x}" in theirs and tensor.data.size else 0
+            self._names |= {theirs.replace("{x}", str(x)): (name, x) for x in range(n_experts)}
+            if not n_experts:
+                self._names[theirs] = name, None
 
     def _other_parts(self, first: Path) -> list[Path]:
         """The other parts of a file that was split; empty if it is whole.
@@ -116,14 +125,18 @@ class GgufFile:
         """The HF names of all tensors."""
         return list(self._names)
 
+    def types(self) -> tuple[str, ...]:
+        """The types of numbers of its matrices, such as "Q4_K"."""
+        return tuple(sorted({tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}))
+
     def read(self, name: str) -> np.ndarray:
         """One tensor by its HF name, dequantised to float32, in HF's layout.
 
         Raises:
             CheckpointError: it cannot be dequantised, or does not fit the configuration.
         """
-        name = self._names[name]
-        value = self._dequantised(name)
+        name, expert = self._names[name]
+        value = self._dequantised(name, expert)
         entry = ARCHITECTURES[self.architecture]
         pattern = next((p for ending, p in entry.layouts.items() if name.endswith(f".{ending}")), None)
         if pattern is not None:
@@ -136,20 +149,23 @@ class GgufFile:
                     f"{self.where}: tensor {name} has shape {value.shape}, which does not fit its numbers of heads; "
                     "the weights do not belong to this metadata"
                 ) from error
-        offset = FAMILIES[entry.family].fixed.get("norm_offset", 0.0)
+        offset = family_of(self).fixed.get("norm_offset", 0.0)
         return value - np.float32(offset) if offset and name.endswith("norm.weight") else value
 
     def vector(self, name: str) -> np.ndarray:
         """A tensor by llama.cpp's name, dequantised to float32."""
         return self._dequantised(name)
 
-    def _dequantised(self, name: str) -> np.ndarray:
+    def _dequantised(self, name: str, expert: int | None = None) -> np.ndarray:
+        """A tensor; of one that holds all routed experts of a layer, one of them, and no other is dequantised."""
         import gguf
 
         tensor = self._tensors[name]
+        data, shape = tensor.data, tuple(int(n) for n in reversed(tensor.shape))
         try:
-            value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
-            return value.reshape(tuple(int(n) for n in reversed(tensor.shape)))
+            if expert is not None:
+                data, shape = data[expert], shape[1:]
+            return np.asarray(gguf.dequantize(data, tensor.tensor_type), np.float32).reshape(shape)
         except (NotImplementedError, ValueError, TypeError, IndexError) as error:
             raise CheckpointError(f"{self.where}: tensor {name} cannot be dequantised ({error})") from error
 
@@ -178,16 +194,19 @@ class GgufFile:
         return gguf_tokenizer(self.metadata, self.architecture)
 
 
-def _hf_names(architecture: str) -> dict[str, str]:
-    """llama.cpp's name of a tensor, of layer 0 if it belongs to a layer -> HF's name, with "{l}" for the layer."""
+def _hf_names(architecture: str, family: Family) -> dict[str, str]:
+    """llama.cpp's name of a tensor, of layer 0 if it belongs to a layer -> HF's name, with "{l}" for the layer.
+
+    One that holds all routed experts of a layer has "{x}" for the number of the expert.
+    """
     import gguf
 
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     theirs = gguf.get_tensor_name_map(number, 1)
     names = {}
-    for rule in FAMILIES[ARCHITECTURES[architecture].family].tensors:
+    for rule in family.tensors:
         stem, _, suffix = rule.hf.rpartition(".")
-        name = theirs.get_name(stem.replace("{l}", "0"))
+        name = theirs.get_name(stem.replace("{l}", "0").replace(".{x}", ""))
         if name is not None:
             names[f"{name}.{suffix}"] = rule.hf
     return names

@@ -15,13 +15,13 @@ from wpjax.errors import CheckpointError, ConfigError
 
 # Ways to split text, by llama.cpp's names (`llama_vocab::impl::load` in its llama-vocab.cpp). The first split as GPT-2
 # does; the second as well, but set digits apart first.
-_AS_GPT2 = frozenset({"default", "gpt-2", "gpt2"})
-_DIGITS_APART = frozenset({"smollm", "starcoder", "refact"})
+_AS_GPT2 = frozenset({"default", "gpt-2", "gpt2", "olmo", "granite-docling"})
+_DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "minerva-7b"})
 # A word that is a token is that token, whatever the merges would make of it; and texts begin with the BOS token.
 _LLAMA3 = frozenset("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano".split())
 _WHOLE_WORDS = _LLAMA3 | {"tekken"}
 # Letters with separate accents are composed, by the tokenizer.json of these models; llama.cpp does not do it.
-_COMPOSED = frozenset({"qwen2"})
+_COMPOSED = frozenset({"qwen2", "olmo", "command-r"})
 _COMPOSED_ARCHITECTURES = frozenset({"gptneox"})
 
 
@@ -65,10 +65,19 @@ def gguf_tokenizer(metadata: Metadata, architecture: str) -> Any:
     try:
         backend, _ = convert_gguf_tokenizer(architecture, read)
         _adjust(backend, architecture, read)
-        if any(i >= len(tokens) for i in backend.get_added_tokens_decoder()):
+        # The converter fills a vocabulary up to the rows of the embedding; the model's own tokenizer does not.
+        padding = {token for i, token in enumerate(tokens) if token == f"[PAD{i}]"}
+        if padding or any(i >= len(tokens) for i in backend.get_added_tokens_decoder()):
             # The defaults of its class, <|endoftext|> or <s>.
             content = json.loads(backend.to_str())
-            content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < len(tokens)]
+            content["added_tokens"] = [
+                token
+                for token in content["added_tokens"]
+                if token["id"] < len(tokens) and token["content"] not in padding
+            ]
+            vocabulary = content["model"]["vocab"]
+            if isinstance(vocabulary, dict):
+                content["model"]["vocab"] = {token: i for token, i in vocabulary.items() if token not in padding}
             backend = Tokenizer.from_str(json.dumps(content))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
