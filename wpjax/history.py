@@ -36,13 +36,12 @@ from wpjax.estimators.sweep import sweep
 from wpjax.forecast import Forecast
 from wpjax.metrics.metric import Metric, expect_finite, expect_positive_gap, scores
 from wpjax.pairs import Pair, load_pair
-from wpjax.report.glyphs import save_figure
-from wpjax.report.history import make_history
+from wpjax.report.history import write_history
 from wpjax.results.files import netcdf_bytes
 from wpjax.results.history import History, Step, joined
 from wpjax.results.origin import asked_for
 from wpjax.results.sweep_result import SweepResult
-from wpjax.runtime.files import atomic_outputs, discard
+from wpjax.runtime.files import discard
 from wpjax.runtime.progress import Progress, Schedule, Tell, silent, untold
 from wpjax.runtime.shards import Shards, parts_folder
 from wpjax.study import Setting, measure, prepare, versions
@@ -151,27 +150,6 @@ def run_history(
         parts.discard()
         discard(parts_folder(config.output, "anchor"), config.output.name)
     return history
-
-
-def write_history(history: History, path: Path, overwrite: bool = False) -> Path:
-    """Write a history, and its figure as PNG beside it; both or none.
-
-    Args:
-        history: the history.
-        path: where the result goes.
-        overwrite: whether files that exist may be replaced.
-
-    Returns:
-        path of the figure.
-
-    Raises:
-        OutputError: a file exists, or cannot be written.
-    """
-    picture, figure = path.with_suffix(".png"), make_history(history)
-    with atomic_outputs((path, picture), overwrite) as (file, drawn):
-        file.write_bytes(netcdf_bytes(history.dataset))
-        save_figure(figure, drawn)
-    return picture
 
 
 def _steps(config: SweepConfig) -> list[Step]:

@@ -48,10 +48,9 @@ def print_history(history: History, n: int, as_json: bool, kinds: tuple[str, ...
     together = [f"{data['coverage'].values[i]:.1%}" for i in shown]
     courses = history.courses(n, kinds)
     rows = [("all that changed", *share, ""), ("all that were swept", *together, "")]
-    rows += [
-        (c.name, *(f"{c.effects[i]:+.1%}" if np.isfinite(c.effects[i]) else "" for i in shown), labels[c.since])
-        for c in courses
-    ]
+    for c in courses:
+        effects = (f"{c.effects[i]:+.1%}" if np.isfinite(c.effects[i]) else "" for i in shown)
+        rows.append((c.name, *effects, labels[c.peak if history.are_stages else c.since]))
     print_table(
         printable(f"{attrs['behaviour']}: {base} -> {last}, {attrs['metric']} metric{layer}; shares of the final gap"),
         ("", *(printable(labels[i]) for i in shown), "largest" if history.are_stages else f"half at {what}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -39,19 +40,29 @@ def run(
     rows: Annotated[int, Setting("Components in the table of the page.", least=1)] = 100,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw the result of a sweep: one HTML page that needs no network, and its figures as PNG files."""
-    from wpjax.errors import OtherResult
+    """Draw the result of a sweep, or a history: one HTML page that needs no network, and its figures as PNG files."""
+    from wpjax.errors import OtherResult, WpjaxError
     from wpjax.report import write_report
+    from wpjax.report.history import write_history_report
     from wpjax.results.curves import Curves
+    from wpjax.results.history import History
     from wpjax.results.interference import Interference
     from wpjax.results.layers import read_layers
     from wpjax.results.sweep_result import SweepResult
     from wpjax.runtime.files import check_output
 
     check_output(out, overwrite, inputs=(result, curves, execution, interference, layers))
+    beside = {"curves": curves, "--execution": execution, "--interference": interference, "--layers": layers}
     try:
         swept = SweepResult.from_netcdf(result)
     except OtherResult as error:
+        with contextlib.suppress(OtherResult):
+            history = History.from_netcdf(result)
+            if named := [name for name, path in beside.items() if path is not None]:
+                raise WpjaxError(f"{result} holds a history: {named[0]} is for the result of one sweep") from error
+            for path in write_history_report(history, out, rows, overwrite):
+                print(path)
+            return
         raise OtherResult(f"{error}; a page is of a sweep: wpjax report SWEEP.nc {result}") from error
     later = None if execution is None else SweepResult.from_netcdf(execution)
     validated = None if curves is None else Curves.from_netcdf(curves)

@@ -25,8 +25,9 @@ def run(
     result: Annotated[
         Path,
         typer.Argument(
-            help="A result of `wpjax sweep`, of one expert or of several, or of `wpjax validate`; a .json of `wpjax interference`, `wpjax circuit`, "
-            "`wpjax edit --facts` or `wpjax layers`; a folder of `wpjax trace`; or a patch file."
+            help="A result of `wpjax sweep`, of one expert or of several, or of `wpjax validate`; a .json of "
+            "`wpjax interference`, `wpjax circuit`, `wpjax edit --facts` or `wpjax layers`; a folder of `wpjax trace`; "
+            "or a patch file."
         ),
     ],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
@@ -39,7 +40,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: a sweep's ranking, verdict and answers; a history; curves; a map; a trace; a circuit; what a patch holds."""
+    """Print a result: of a sweep, with verdict and answers; a history; curves; a map; a trace; a circuit; a patch."""
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 

@@ -183,12 +183,14 @@ def run_history_and_print(config: SweepConfig, show: int, as_json: bool) -> None
     """
     config.check()  # before anything heavy is imported
 
+    from wpjax.checkpoints.line import in_order
     from wpjax.cli.console import progress_bars
     from wpjax.cli.history import print_history
     from wpjax.runtime.progress import in_words
 
+    experts = config.experts if config.stages else [source for _, source in in_order(config.experts)]
     with progress_bars() as progress:
-        experts, what = config.experts, "stages" if config.stages else "checkpoints"
+        what = "stages" if config.stages else "checkpoints"
         shown = dataclasses.replace(config, expert=f"{len(experts)} {what}, {experts[0]} to {experts[-1]}")
         begin(progress, shown, f"result: {config.out}")
         from wpjax.history import run_history

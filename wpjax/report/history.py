@@ -1,9 +1,12 @@
-"""The figure of a history: which weights acquired the behaviour when."""
+"""A history drawn: which weights acquired the behaviour when, as a figure and as a page."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
+from pathlib import Path
 
+import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,10 +14,73 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from wpjax.report.figures import COLOURS, GREY, STYLE
+from wpjax.report.glyphs import save_figure
+from wpjax.results.files import netcdf_bytes
 from wpjax.results.history import Course, History
+from wpjax.runtime.files import atomic_outputs
 
 N_SHOWN = 30
 """Components in the map, at most."""
+
+
+def write_history(history: History, path: Path, overwrite: bool = False) -> Path:
+    """Write a history, and its figure as PNG beside it; both or none.
+
+    Args:
+        history: the history.
+        path: where the result goes.
+        overwrite: whether files that exist may be replaced.
+
+    Returns:
+        path of the figure.
+
+    Raises:
+        OutputError: a file exists, or cannot be written.
+    """
+    picture, figure = path.with_suffix(".png"), make_history(history)
+    with atomic_outputs((path, picture), overwrite) as (file, drawn):
+        file.write_bytes(netcdf_bytes(history.dataset))
+        save_figure(figure, drawn)
+    return picture
+
+
+def write_history_report(history: History, path: Path, n_rows: int = 100, overwrite: bool = False) -> list[Path]:
+    """Write a page about a history, and its figure as PNG beside it; both or none.
+
+    Args:
+        history: the history.
+        path: path of the page, say "line.html"; the figure is named after it ("line-history.png").
+        n_rows: number of components in the table.
+        overwrite: whether files that exist may be replaced.
+
+    Returns:
+        paths of the files, the page first.
+
+    Raises:
+        OutputError: a file exists, or cannot be written.
+    """
+    figure, image = make_history(history), path.with_name(f"{path.stem}-history.png")
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("wpjax.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("history.html.jinja")
+    summary = history.summary(n_rows)
+    with atomic_outputs((path, image), overwrite) as (text, drawn):
+        save_figure(figure, drawn)
+        page = template.render(
+            attrs=history.dataset.attrs,
+            what="stage" if history.are_stages else "step",
+            points=history.points,
+            picture=base64.b64encode(drawn.read_bytes()).decode(),
+            steps=summary["steps"],
+            courses=summary["top"],
+            by=summary["ranked_by"],
+        )
+        text.write_text(page, encoding="utf-8")
+    return [path, image]
 
 
 def make_history(history: History, n: int = N_SHOWN) -> Figure:
