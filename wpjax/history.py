@@ -31,13 +31,13 @@ from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter
 from wpjax.checkpoints.line import check_different, in_order
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.components import check_kind
-from wpjax.errors import CheckpointError, PairError
+from wpjax.errors import CheckpointError, PairError, WpjaxError
 from wpjax.estimators.sweep import sweep
 from wpjax.forecast import Forecast
 from wpjax.metrics.metric import Metric, expect_finite, expect_positive_gap, scores
 from wpjax.pairs import Pair, load_pair
 from wpjax.report.history import write_history
-from wpjax.results.files import netcdf_bytes
+from wpjax.results.files import CHECKSUM, netcdf_bytes
 from wpjax.results.history import History, Step, joined
 from wpjax.results.origin import asked_for
 from wpjax.results.sweep_result import SweepResult
@@ -88,6 +88,8 @@ def run_history(
     >>> [(course.name, history.labels[course.since]) for course in history.courses()]
     [('L4.mlp', '90'), ('L2.head.0', '100')]
     """
+    if not config.is_history:
+        raise WpjaxError("one expert has no history: name several, or make a study of it: wp.run_study(config)")
     config.check()
     steps = _steps(config)
     _check_headers(config, steps)
@@ -97,12 +99,10 @@ def run_history(
     models = _Models(config)
     progress("reading the checkpoints", 0, len(steps))
     task = behaviour(config.behaviour, config.checker, config.split)
-    fingerprints = []
-    batch: PromptBatch | None = None
+    fingerprints, batch = [], None
     for i, step in enumerate(steps):
-        pair = models.pair(step.base, step.expert)
-        batch = _same_prompts(config, task, pair, batch, step)
-        fingerprints.append(pair.fingerprints)
+        batch = _same_prompts(config, task, models.pair(step.base, step.expert), batch, step)
+        fingerprints.append(models.pair(step.base, step.expert).fingerprints)
         progress("reading the checkpoints", i + 1, len(steps))
     # The ruler: the base and the last expert.
     pair = models.pair(config.base, steps[-1].expert)
@@ -364,4 +364,5 @@ def _of_step(
     # Read back, so that a step is the same whether it was finished now or before an interruption.
     with warnings.catch_warnings(action="ignore"):  # about HDF5 that is not netCDF
         read = xr.load_dataset(io.BytesIO(kept[WHOLE].tobytes()), engine="h5netcdf")
+    del read.attrs[CHECKSUM]  # of one step
     return _Swept(SweepResult(read), np.asarray(kept[GAP], np.float64))

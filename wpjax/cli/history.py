@@ -49,7 +49,7 @@ def print_history(history: History, n: int, as_json: bool, kinds: tuple[str, ...
     courses = history.courses(n, kinds)
     rows = [("all that changed", *share, ""), ("all that were swept", *together, "")]
     for c in courses:
-        effects = (f"{c.effects[i]:+.1%}" if np.isfinite(c.effects[i]) else "" for i in shown)
+        effects = (_signed(float(c.effects[i])) for i in shown)
         rows.append((c.name, *effects, labels[c.peak if history.are_stages else c.since]))
     print_table(
         printable(f"{attrs['behaviour']}: {base} -> {last}, {attrs['metric']} metric{layer}; shares of the final gap"),
@@ -92,6 +92,12 @@ def history_rows(history: History, n: int | None, kinds: tuple[str, ...] | None)
             number = int(data["step"].values[s])
             rows.append({**about, "step": number, "label": label, **{k: "" if v != v else v for k, v in cells.items()}})
     return rows
+
+
+def _signed(share: float) -> str:
+    """A share with its sign; nothing if it was not measured."""
+    text = "" if share != share else f"{share:+.1%}"
+    return "0.0%" if text in ("+0.0%", "-0.0%") else text
 
 
 def _check_kinds(history: History, kinds: Sequence[str] | None) -> None:

@@ -183,11 +183,12 @@ def run_history_and_print(config: SweepConfig, show: int, as_json: bool) -> None
     """
     config.check()  # before anything heavy is imported
 
-    from wpjax.checkpoints.line import in_order
+    from wpjax.checkpoints.line import check_different, in_order
     from wpjax.cli.console import progress_bars
     from wpjax.cli.history import print_history
     from wpjax.runtime.progress import in_words
 
+    check_different(config.base, config.experts)
     experts = config.experts if config.stages else [source for _, source in in_order(config.experts)]
     with progress_bars() as progress:
         what = "stages" if config.stages else "checkpoints"

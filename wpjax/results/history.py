@@ -11,12 +11,12 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from wpjax.columns import ALWAYS, EFFECT, columns, rankings
+from wpjax.columns import ALWAYS, columns, rankings
 from wpjax.errors import WpjaxError
 from wpjax.results.files import has_form, read_dataset, write_dataset
 from wpjax.results.sweep_result import MAX_INDEX, MAX_LAYERS, SweepResult
 from wpjax.results.words import counted, enumerated
-from wpjax.stats import ratio_of_means, resample
+from wpjax.stats import Interval, missed_interval, ratio_of_means, resample
 
 SCHEMA = 1
 """Version of the layout of the file."""
@@ -188,7 +188,7 @@ class History:
         courses = []
         for c in sorted(np.flatnonzero(known), key=lambda c: (-largest[c], c))[:n]:
             peak = int(peaks[c])
-            is_there = filled[:, c] >= HALF * largest[c]
+            is_there = filled[:, c] >= (HALF * largest[c] if largest[c] > 0 else largest[c])
             found = bool(largest[c] > 0 and q[peak, c] < 0.05 and not below[peak, c])
             courses.append(
                 Course(str(data["name"].values[c]), values[:, c], peak, int(is_there.argmax()), found, not is_there[-1])
@@ -199,6 +199,27 @@ class History:
     def since(self) -> int | None:
         """Number of the first checkpoint with half of the final gap; None for stages, each of which adds its own."""
         return None if self.are_stages else int((self.share >= HALF).argmax())
+
+    @property
+    def missed(self) -> Interval | None:
+        """How many components outside the choice of the last checkpoint are, at some step, as strong as half of it is.
+
+        As strong as the median of the chosen at the last step; estimated from the random sample, kind by kind, whose
+        numbers are added up. None if there is no sample.
+        """
+        data = self.dataset
+        if self.are_stages or "sampled" not in data or not data["sampled"].values.any():
+            return None
+        size, kinds = np.abs(data["delta"].values.mean(2)), data["kind"].values.astype(str)
+        sampled, replaced = data["sampled"].values[-1].astype(bool), np.isfinite(size).all(0)
+        total = np.zeros(3)
+        for kind in dict.fromkeys(kinds.tolist()):
+            chosen, drawn = (kinds == kind) & replaced & ~sampled, (kinds == kind) & sampled
+            if chosen.any() and drawn.any():
+                n_hits = int((size[:, drawn].max(0) >= np.median(size[-1, chosen])).sum())
+                n_rest = int(((kinds == kind) & ~chosen).sum())
+                total += np.array(missed_interval(n_hits, int(drawn.sum()), n_rest), float)
+        return Interval(*total.tolist())
 
     @property
     def points(self) -> tuple[tuple[str, str], ...]:
@@ -301,7 +322,11 @@ def joined(
     coordinates |= {"prompt": (("prompt",), last["prompt"].values), "swept_kind": (("swept_kind",), kinds)}
     coordinates |= {"step": (("step",), np.array([step.number for step in steps], np.int64))}
     coordinates |= {"label": (("step",), np.array([step.label for step in steps], object))}
-    coordinates |= {name: (("step",), np.array([str(one.attrs[name]) for one in data], object)) for name in OF_STEPS}
+    prints = ("base_fingerprint", "expert_fingerprint")
+    coordinates |= {name: (("step",), np.array([str(one.attrs[name]) for one in data], object)) for name in prints}
+    # Two steps of equal weights are swept once, so the sweep's own names may be those of the other.
+    for name in ("base", "expert"):
+        coordinates[name] = ("step",), np.array([getattr(step, name) for step in steps], object)
     gone = {*OF_STEPS, *NUMBERS_OF_STEPS, "noise_floor_by_kind", "wall_time_s", "what", "schema"}
     kept = {name: value for name, value in last.attrs.items() if name not in gone}
     said = {"what": WHAT, "schema": SCHEMA, "sweep_schema": last.attrs["schema"], "stages": int(stages)}
@@ -329,94 +354,92 @@ def _shares(history: History) -> list[str]:
 
 def _named(courses: Sequence[Course], n: int = 5) -> str:
     """Components with their largest effects, in words."""
-    names = [f"{c.name} ({c.effects[c.peak]:+.1%})" for c in courses[:n]]
+    names = [f"{course.name} ({course.effects[course.peak]:+.1%})" for course in courses[:n]]
     more = f" and {len(courses) - n} more" if len(courses) > n else ""
     return (", ".join(names) + more) if more else enumerated(names)
 
 
-N_TOP = 50
-"""How many components the words are about: those of largest effect at any step."""
+N_TOP, N_UNSURE, N_BETWEEN = 50, 10, 6
+"""How many components the words are about, those of largest effect at any step; how many of them where none is surely
+found; and how many steps between the first and the last."""
 
 
 def _line_points(history: History) -> tuple[tuple[str, str], ...]:
     """What a line of checkpoints says."""
-    data, labels, shares = history.dataset, history.labels, _shares(history)
+    data, shares = history.dataset, _shares(history)
+    at = [f"step {label}" for label in history.labels]
     since = history.since or 0
     seen = np.flatnonzero(data["share_low"].values > 0)
     first = int(seen[0]) if len(seen) else since
-    when = (
-        f"The first checkpoint that surely has some of the behaviour is {labels[first]}, with {shares[first]} of the "
-    )
+    when = f"The first checkpoint that surely has some of the behaviour is that of {at[first]}: {shares[first]} of the "
     when += "final gap."
-    if since == first:
+    if since <= first:
         when += " That is half of it or more."
     else:
-        when += f" Half of it is there from {labels[since]} on ({shares[since]})."
-    if (most := int(history.share.argmax())) != len(labels) - 1 and history.share[most] > 1.05:
-        when += f" It is largest at {labels[most]} ({shares[most]}), and less in the last checkpoint."
+        when += f" Half of it is there at {at[since]}: {shares[since]}."
+    if history.share[most := int(history.share.argmax())] > 1.05:
+        when += f" It is largest at {at[most]}: {shares[most]}; the last checkpoint has less."
     points = [("When", when)]
-    found = [c for c in history.courses(N_TOP) if c.found]
-    if found:
-        early = min(c.since for c in found)
-        late = max(c.since for c in found)
-        those = [c for c in found if c.since == early]
-        said = f"At {labels[early]}: {_named(those)}."
-        if late == early:
-            said += " All that were found have half of their largest effect there."
-        points.append(("First", said))
-        if late > early:
-            points.append(("Last", f"At {labels[late]}: {_named([c for c in found if c.since == late])}."))
-        if faded := [c for c in found if c.fades]:
-            points.append(
-                ("Fading", f"Less than half of their largest effect is left in the last checkpoint: {_named(faded)}.")
-            )
-    else:
-        points.append(("Which", "No single component has an effect that is surely there (q < .05) at any step."))
+    leading = history.courses(N_TOP)
+    found = [course for course in leading if course.found]
+    if not found:  # as with few queries
+        points.append(("Which", "No component is surely found at any step (q < .05): what follows is by size alone."))
+        found = [course for course in leading[:N_UNSURE] if course.effects[course.peak] > 0]
+    come = {i: [course for course in found if course.since == i] for i in sorted({course.since for course in found})}
+    said = [f"at {at[i]}: {_named(courses)}" for i, courses in come.items()]
+    if said:
+        points.append(("First", f"Half of their largest effect is there {said[0]}."))
+    if between := said[1:-1]:
+        more = f"; and others at {len(between) - N_BETWEEN} more steps" if len(between) > N_BETWEEN else ""
+        points.append(("Then", f"{'; '.join(between[:N_BETWEEN])}{more}."))
+    if len(said) > 1:
+        points.append(("Last", f"{said[-1]}."))
+    if faded := [course for course in found if course.fades]:
+        points.append(("Fading", f"Less than half of it is left in the last checkpoint: {_named(faded)}."))
     return (*points, _about(history))
 
 
 def _stage_points(history: History) -> tuple[tuple[str, str], ...]:
     """What each stage added, and which components carry it."""
-    data, shares = history.dataset, _shares(history)
-    points = []
+    data, shares, points = history.dataset, _shares(history), []
     for i, label in enumerate(history.labels):
-        step = history.at(i)
-        by = step.ranking
-        rows = [r for r in step.top(5, by=by) if r.value > 0 and (by != EFFECT or r.q_value < 0.05)]
         low, high = float(data["share_low"].values[i]), float(data["share_high"].values[i])
-        verb = "adds" if low > 0 else "takes away" if high < 0 else "adds nothing sure of"
-        said = f"It {verb} the behaviour: {shares[i]} of the final gap."
+        said = (
+            f"It adds {shares[i]} of the final gap" if low > 0 else f"It changes the metric by {shares[i]} of the gap"
+        )
+        said += ", away from the behaviour." if high < 0 else "." if low > 0 else ", which may be nothing."
+        step = history.at(i)
+        rows = [row for row in step.top(5, by=step.ranking) if row.value > 0]
+        sure = [row for row in rows if row.q_value < 0.05 and not row.below_noise_floor]
         if rows:
-            names = enumerated([f"{r.name} ({r.value:+.1%})" for r in rows])
-            said += f" Most by {names}; all that were swept bring {float(data['coverage'].values[i]):.0%} together."
-        else:
-            said += " No single component surely carries any of it."
+            most = "Most by" if sure else "Most, by size alone as none is surely found (q < .05), by"
+            said += f" {most} {enumerated([f'{row.name} ({row.value:+.1%})' for row in sure or rows[:3]])};"
+            said += f" all that were swept bring {float(data['coverage'].values[i]):.0%} together."
         points.append((label, said))
     return (*points, _about(history))
 
 
 def _about(history: History) -> tuple[str, str]:
-    """How the components were chosen, and what the numbers are shares of."""
+    """What the numbers are shares of, what the tests say of the ruler, and how components were chosen."""
     data, attrs = history.dataset, history.dataset.attrs
     replaced = np.isfinite(data["p_value"].values)
-    kinds = data["kind"].values.astype(str)
-    of = f"the gap of the last expert, {attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}]"
-    said = f"Effects are shares of {of}, on {attrs['n_prompts']} prompts."
+    gap = f"{attrs['gap_mean']:.3g} [{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}]"
+    said = f"Effects are shares of the gap of the last expert, {gap}, on {attrs['n_prompts']} prompts."
+    if "anchor_acceptance" in attrs:
+        said += f" Its anchor: {attrs['anchor_acceptance']}."
+    elif "behaviour_differs" in attrs:
+        said += f" Whether base and last expert differ in the behaviour: {attrs['behaviour_differs']}."
     if not replaced.any():
         return "Ruler", f"{said} They are estimates: nothing was replaced."
     if replaced.all():
         return "Ruler", f"{said} Every component was replaced at every step."
     if history.are_stages:
         return "Ruler", f"{said} Which components were replaced, a screen of each stage chose."
-    chosen = counted(kinds[replaced.all(0)].tolist())
+    chosen = counted(data["kind"].values.astype(str)[replaced.all(0)].tolist())
     said += f" A screen of the last checkpoint chose which were replaced at every step: {chosen}."
-    if "missed" in data:
-        most = np.nanmax(data["missed"].values.sum(1))
-        said += (
-            f" It may have left out about {most:.0f} that are as strong as half of these at some step."
-            if most >= 1
-            else " By the random sample, it left out none as strong as half of these at any step."
-        )
+    if (missed := history.missed) is not None:
+        said += f" By the random sample, {missed.mean:.0f} [{missed.low:.0f}, {missed.high:.0f}] of the others are, at "
+        said += "some step, as strong as half of these are in the last checkpoint."
     return "Ruler", said
 
 
