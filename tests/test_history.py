@@ -36,20 +36,13 @@ NAMES = (FIRST, SECOND, THIRD, FOURTH)
 N_PROMPTS, N_NEW = 8, 8
 
 
-def saved(folder: Path, names) -> Path:
-    """The embedded base with some components of the expert, as a model's folder."""
-    pair = load_pair("tiny:base", "tiny:expert")
-    params = pair.expert if names is None else materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, names))
-    save_checkpoint(folder, dataclasses.replace(pair.expert_checkpoint, params=params))
-    return folder
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tiny_pair, tmp_path_factory) -> Path:
     """A folder with the checkpoints of a training that changed one component after the other."""
-    folder = tmp_path_factory.mktemp("run")
+    folder, pair = tmp_path_factory.mktemp("run"), tiny_pair
     for step, names in PLANTED.items():
-        saved(folder / f"checkpoint-{step}", names)
+        params = pair.expert if names is None else materialize(pair.base, pair.expert, PatchMask.of(pair.cfg, names))
+        save_checkpoint(folder / f"checkpoint-{step}", dataclasses.replace(pair.expert_checkpoint, params=params))
     return folder
 
 
@@ -64,8 +57,11 @@ def config(run: Path, out: Path, *steps, **changes) -> SweepConfig:
 
 @pytest.fixture(scope="module")
 def history(run, tmp_path_factory) -> History:
-    """Its history; the checkpoints are named in no order."""
-    return run_history(config(run, tmp_path_factory.mktemp("out") / "line.nc", 100, 10, 2, 30))
+    """Its history; the checkpoints are named in no order. Every program of patches serves all four of them."""
+    with compiled() as programs:
+        history = run_history(config(run, tmp_path_factory.mktemp("out") / "line.nc", 100, 10, 2, 30))
+    assert programs.count("replay") <= 2  # one a kind; none if another test has compiled it
+    return history
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +121,9 @@ def test_a_line_of_one_expert_is_its_sweep_at_every_step(run, tmp_path):
         "metric": "anchor",
         "method": "screen+exact",
         "components": None,
-        "kinds": ("head",),
-        "top": 3,
-        "stratum": 2,
+        "kinds": ("attn",),
+        "top": 2,
+        "stratum": 1,
     }
     line = run_history(config(tmp_path, tmp_path / "line.nc", 1, 2, **changes))
     alone = config(run, tmp_path / "one.nc", 100, **changes)
@@ -143,24 +139,20 @@ def test_a_line_of_one_expert_is_its_sweep_at_every_step(run, tmp_path):
 
 
 def test_what_the_last_screen_chose_is_replaced_at_every_step(run, tmp_path):
-    changes = {"method": "screen+exact", "components": None, "kinds": ("head", "mlp"), "top": 2, "stratum": 2}
-    with compiled() as programs:
-        line = run_history(config(run, tmp_path / "line.nc", 2, 30, 100, **changes))
+    changes = {"method": "screen+exact", "components": None, "kinds": ("attn", "mlp"), "top": 2, "stratum": 2}
+    line = run_history(config(run, tmp_path / "line.nc", 2, 30, 100, **changes))
     exact = line.dataset["exact"].values
     assert (exact == exact[-1]).all()
     assert exact[-1].sum() == 8
     assert (line.dataset["sampled"].values == line.dataset["sampled"].values[-1]).all()
     assert np.isfinite(line.dataset["screen"].values).all()  # of each step its own
     assert not np.allclose(line.dataset["screen"].values[0], line.dataset["screen"].values[-1])
-    # Patches, shams and permuted patches of all three steps are runs of one program a kind; tests before this one may
-    # have compiled it.
-    assert programs.count("replay") <= 2
     effects, kinds = np.abs(line.dataset["effect"].values), line.dataset["kind"].values
     sampled, n = line.dataset["sampled"].values[-1], 0.0
-    for kind, n_rest in (("head", 62), ("mlp", 6)):
+    for kind in ("attn", "mlp"):
         chosen = exact[-1] & ~sampled & (kinds == kind)
         hits = effects[:, sampled & (kinds == kind)].max(0) >= effects[-1, chosen].mean()  # the median of two
-        n += hits.mean() * n_rest
+        n += hits.mean() * 6  # of each kind 8, and 2 are chosen
     assert line.missed.mean == pytest.approx(n)
     assert "A screen of the last checkpoint chose which were replaced" in dict(line.points)["Ruler"]
 
@@ -229,6 +221,7 @@ def test_checkpoints_of_an_adapter(tmp_path):
     folders = [adapter(tmp_path / f"checkpoint-{step}", step / 100) for step in (10, 40)]
     experts = str(folders[0]), f"tiny:base+{folders[1]}"
     arguments = {"components": ("L1.head.0", "L3.head.1"), "method": "exact", "metric": "kl", "causal": "skip"}
+    arguments["max_new_tokens"] = 4
     out = tmp_path / "line.nc"
     line = run_history(
         SweepConfig("tiny:base", experts[1], "tiny:title", out, more_experts=experts[:1], n_prompts=4, **arguments)
@@ -236,7 +229,7 @@ def test_checkpoints_of_an_adapter(tmp_path):
     assert line.dataset["expert"].values.tolist() == [*experts]
     pair, last = load_pair("tiny:base", folders[0]), load_pair("tiny:base", folders[1])
     batch = behaviour("tiny:title").encode(pair.tokenizer, n_prompts=4)
-    metric = wp.kl_metric(last, batch)
+    metric = wp.kl_metric(last, batch, 4)
     alone = sweep(
         pair, batch, metric, components=arguments["components"], method="exact", gap=line.dataset["gap"].values
     )
@@ -363,7 +356,7 @@ def test_a_history_is_printed_and_drawn(history, tmp_path, wpjax):
     assert found["top"][0]["name"] == course.name
     assert found["top"][0]["effects"] == course.effects.tolist()
     rows = wpjax("show", "line.nc", "--csv", "--kinds", "mlp")[1].splitlines()
-    assert len(rows) == 1 + 2 * len(PLANTED)
+    assert len(rows) == 1 + 3 * len(PLANTED)
     assert rows[0].startswith("name,layer,index,kind,step,label,")
     code, _, error = wpjax("show", "line.nc", "--by", "effect")
     assert (code, "--by is for the result of one sweep" in error) == (2, True)
