@@ -106,7 +106,7 @@ def test_every_step_is_the_sweep_of_its_pair_by_the_same_metric(history, run, ru
                 np.testing.assert_array_equal(found[name].values, expected[name].values, err_msg=str(name))
         same = {name: found.attrs[name] for name in expected.attrs if name not in ("date", "wall_time_s")}
         assert same == {name: value for name, value in expected.attrs.items() if name in same}
-        if step >= 30:  # before, the checkpoint has too little of the behaviour to be swept alone
+        if step == 30:
             alone = sweep(pair, batch, metric, components=NAMES, method="exact").dataset
             np.testing.assert_array_equal(found["delta"].values, alone["delta"].values)
             np.testing.assert_array_equal(found["q_value"].values, alone["q_value"].values)
@@ -234,6 +234,13 @@ def test_checkpoints_of_an_adapter(tmp_path):
         pair, batch, metric, components=arguments["components"], method="exact", gap=line.dataset["gap"].values
     )
     np.testing.assert_allclose(line.at(0).dataset["delta"], alone.dataset["delta"], atol=1e-6)
+    # As stages, the first of them is, over the base, the base of the second.
+    config = SweepConfig(
+        "tiny:base", experts[0], "tiny:title", tmp_path / "s.nc", more_experts=experts[1:], n_prompts=4
+    )
+    stages = run_history(dataclasses.replace(config, stages=True, **arguments))
+    assert stages.dataset["base"].values.tolist() == ["tiny:base", f"tiny:base+{folders[0]}"]
+    assert stages.share.tolist() == pytest.approx([line.share[0], 1 - line.share[0]], abs=1e-5)
 
 
 def test_the_step_stands_in_the_state_of_the_trainer_or_in_the_name(tmp_path):

@@ -171,6 +171,14 @@ def test_what_a_study_refuses(tmp_path, change, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_several_experts_are_no_study(tmp_path):
+    for changes in ({"more_experts": ("tiny:planted",)}, {"expert": "run/checkpoint-*"}, {"stages": True}):
+        with pytest.raises(WpjaxError, match=r"wp\.run_history"):
+            run_study(config(tmp_path, **changes))
+    with pytest.raises(WpjaxError, match=r"one expert has no history.*wp\.run_study"):
+        wpjax.run_history(config(tmp_path))
+
+
 def test_every_argument_is_an_option_with_its_help(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(sys, "argv", ["wpjax", "sweep", "--help"])
@@ -178,7 +186,8 @@ def test_every_argument_is_an_option_with_its_help(monkeypatch, capsys):
         cli.main()
     shown = " ".join(re.sub("[│]", " ", capsys.readouterr().out).split())
     for arg in arguments_of(wpjax.SweepConfig):
-        assert f"--{arg.name.replace('_', '-')} " in shown.replace("/--no-set-score", " ")
+        name = arg.name if arg.setting.is_positional else f"--{arg.name.replace('_', '-')} "
+        assert name in shown.replace("/--no-set-score", " ")
         assert " ".join(arg.setting.text.split())[:40] in shown
 
 

@@ -637,7 +637,8 @@ def as_read(values: Mapping[str, Any]) -> SweepConfig:
     """
     found: dict[str, Any] = {}
     for arg in arguments_of(SweepConfig):
-        value, kinds = values.get(arg.name), (arg.type, *typing.get_args(arg.type))
+        absent = None if arg.default is dataclasses.MISSING else arg.default  # as of a file of an earlier version
+        value, kinds = values.get(arg.name, absent), (arg.type, *typing.get_args(arg.type))
         is_path, is_tuple = Path in kinds, any(typing.get_origin(kind) is tuple for kind in kinds)
         found[arg.name] = Path(value) if is_path and isinstance(value, str) else value
         if is_tuple and isinstance(value, list | tuple):
