@@ -382,7 +382,7 @@ class SweepConfig:
     overwrite: Overwrite = False
     more_experts: Annotated[
         tuple[str, ...],
-        Setting("Further experts: --expert run/checkpoint-* is expanded by the shell.", is_positional=True),
+        Setting("The experts behind the first: --expert A B C, or --expert run/checkpoint-*.", is_positional=True),
     ] = ()
     stages: Annotated[
         bool,
