@@ -154,6 +154,13 @@ def test_what_the_last_screen_chose_is_replaced_at_every_step(run, tmp_path):
         hits = effects[:, sampled & (kinds == kind)].max(0) >= effects[-1, chosen].mean()  # the median of two
         n += hits.mean() * 6  # of each kind 8, and 2 are chosen
     assert line.missed.mean == pytest.approx(n)
+    # Where a component was not replaced, as at a stage whose screen did not choose it, its estimate is what is known.
+    other = line.dataset.copy(deep=True)
+    c = int(np.flatnonzero(exact[-1])[0])
+    other["effect"].values[0, c] = np.nan
+    course = next(course for course in History(other).courses(99) if course.name == str(other["name"].values[c]))
+    assert np.isnan(course.effects[0])
+    assert course.known.tolist() == [other["screen"].values[0, c], *other["effect"].values[1:, c]]
     assert "A screen of the last checkpoint chose which were replaced" in dict(line.points)["Ruler"]
 
 

@@ -49,13 +49,15 @@ def print_history(history: History, n: int, as_json: bool, kinds: tuple[str, ...
     courses = history.courses(n, kinds)
     rows = [("all that changed", *share, ""), ("all that were swept", *together, "")]
     for c in courses:
-        effects = (_signed(float(c.effects[i])) for i in shown)
+        effects = (_cell(float(c.effects[i]), float(c.known[i])) for i in shown)
         rows.append((c.name, *effects, labels[c.peak if history.are_stages else c.since]))
     print_table(
         printable(f"{attrs['behaviour']}: {base} -> {last}, {attrs['metric']} metric{layer}; shares of the final gap"),
         ("", *(printable(labels[i]) for i in shown), "largest" if history.are_stages else f"half at {what}"),
         [tuple(printable(cell) for cell in row) for row in rows],
     )
+    if any("~" in cell for row in rows for cell in row[1:]):
+        print("~: estimated by the screen, not replaced there")
     if len(shown) < len(labels):
         print(f"({len(labels)} {what}s; --json and --csv print all of them)")
     out.print(Text("\nIn words", style="bold"))
@@ -94,10 +96,13 @@ def history_rows(history: History, n: int | None, kinds: tuple[str, ...] | None)
     return rows
 
 
-def _signed(share: float) -> str:
-    """A share with its sign; nothing if it was not measured."""
-    text = "" if share != share else f"{share:+.1%}"
-    return "0.0%" if text in ("+0.0%", "-0.0%") else text
+def _cell(effect: float, known: float) -> str:
+    """An effect with its sign; behind a tilde, an estimate of one that was not measured; nothing if there is none."""
+    share = effect if effect == effect else known
+    if share != share:
+        return ""
+    text = f"{share:+.1%}"
+    return ("" if effect == effect else "~") + ("0.0%" if text in ("+0.0%", "-0.0%") else text)
 
 
 def _check_kinds(history: History, kinds: Sequence[str] | None) -> None:

@@ -128,8 +128,11 @@ def draw_share(history: History, axes: Axes) -> None:
 
 
 def draw_courses(history: History, axes: Axes, courses: Sequence[Course]) -> None:
-    """Draw the effect of each component at each step as a map, white at zero; what was not measured is grey."""
-    grid = np.array([c.effects for c in courses])
+    """Draw the effect of each component at each step as a map, white at zero.
+
+    What was only estimated has a tilde, and what is not known at all is grey.
+    """
+    grid = np.array([c.known for c in courses])
     scale = max(float(np.nanmax(np.abs(grid))), 1e-9)
     axes.set_facecolor("#e5e7eb")
     image = axes.imshow(
@@ -139,6 +142,9 @@ def draw_courses(history: History, axes: Axes, courses: Sequence[Course]) -> Non
         norm=TwoSlopeNorm(0, -scale, scale),
         interpolation="none",
     )
+    for row, c in enumerate(courses):
+        for column in np.flatnonzero(np.isfinite(c.known) & ~np.isfinite(c.effects)):
+            axes.text(column, row, "~", ha="center", va="center", fontsize=7, color="#333")
     if not history.are_stages:  # a dot where each has half of its largest effect
         rows = np.arange(len(courses))
         axes.plot([c.since for c in courses], rows, ls="none", marker=".", ms=3, color="#222")

@@ -72,6 +72,7 @@ class Course(NamedTuple):
     Attributes:
         name: name of the component.
         effects: [S], share of the final gap that its weights of each step bring back; NaN where it was not measured.
+        known: [S], the same, with an estimate where it was not replaced but screened, as at some stages.
         peak: number (from 0) of the step at which its effect is largest.
         since: number of the first step at which it has half of that.
         found: whether its largest effect is surely there: q < .05, and above the noise floor.
@@ -80,6 +81,7 @@ class Course(NamedTuple):
 
     name: str
     effects: Float[np.ndarray, " S"]
+    known: Float[np.ndarray, " S"]
     peak: int
     since: int
     found: bool
@@ -184,6 +186,7 @@ class History:
         filled = np.where(np.isfinite(values), values, -np.inf)
         peaks = filled.argmax(0)
         largest = filled.max(0)
+        best = self.values()
         q, below = data["q_value"].values, data["below_noise_floor"].values
         courses = []
         for c in sorted(np.flatnonzero(known), key=lambda c: (-largest[c], c))[:n]:
@@ -191,7 +194,15 @@ class History:
             is_there = filled[:, c] >= (HALF * largest[c] if largest[c] > 0 else largest[c])
             found = bool(largest[c] > 0 and q[peak, c] < 0.05 and not below[peak, c])
             courses.append(
-                Course(str(data["name"].values[c]), values[:, c], peak, int(is_there.argmax()), found, not is_there[-1])
+                Course(
+                    str(data["name"].values[c]),
+                    values[:, c],
+                    best[:, c],
+                    peak,
+                    since=int(is_there.argmax()),
+                    found=found,
+                    fades=not is_there[-1],
+                )
             )
         return courses
 
@@ -241,7 +252,8 @@ class History:
             for i, label in enumerate(self.labels)
         ]
         top = [
-            c._asdict() | {"effects": c.effects.tolist(), "peak": self.labels[c.peak], "since": self.labels[c.since]}
+            {**c._asdict(), "effects": c.effects.tolist(), "known": c.known.tolist()}
+            | {"peak": self.labels[c.peak], "since": self.labels[c.since]}
             for c in self.courses(n, kinds)
         ]
         marks = {name: data.attrs[name] for name in ("anchor_acceptance", "behaviour_differs") if name in data.attrs}
