@@ -31,7 +31,7 @@ from wpjax.pairs import load_model, load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.verdict import verdict
-from wpjax.runtime.shards import parts_folder
+from wpjax.runtime.shards import Shards, parts_folder
 
 SAVED = Path(__file__).parent / "data" / "schema4"
 NAMES = ("L1.head.0", "L2.head.0", "L3.head.1")
@@ -169,6 +169,15 @@ def test_what_a_study_refuses(tmp_path, change, says):
     with pytest.raises(WpjaxError, match=re.escape(says)):
         run_study(config(tmp_path, **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_first_look_goes_on_with_its_parts(tmp_path):
+    asked = config(tmp_path, quick=True)
+    with Shards(asked.output, "sweep", {"dtype": asked.dtype, **asked.resolved.sweep_arguments}, resume=False) as parts:
+        parts["part"] = np.zeros(1)
+    dataclasses.replace(asked, resume=True).check()
+    with pytest.raises(OutputError, match="top: 32 there, 128 here"):
+        dataclasses.replace(asked, resume=True, quick=False).check()
 
 
 def test_several_experts_are_no_study(tmp_path):

@@ -483,7 +483,7 @@ class SweepConfig:
             check_farm(self.shards, self.shared_arguments, is_begun=self.part is None)
         elif writes:
             check_parts(self.output, "anchor", self.resume)
-            check_parts(self.output, "sweep", self.resume, {"dtype": self.dtype, **self.sweep_arguments})
+            check_parts(self.output, "sweep", self.resume, {"dtype": self.dtype, **self.resolved.sweep_arguments})
         if self.profile is not None:
             if self.profile.exists():
                 raise OutputError(f"--profile {self.profile} exists; name a new folder")

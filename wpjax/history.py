@@ -87,6 +87,9 @@ def run_history(
     >>> history = wp.run_history(config)
     >>> [(course.name, history.labels[course.since]) for course in history.courses()]
     [('L4.mlp', '90'), ('L2.head.0', '100')]
+    >>> again = wp.open_result(folder / "line.nc")
+    >>> again.dataset["effect"].dims, again.at(0).top(1)[0].name  # a step, as the result of a sweep
+    (('step', 'component'), 'L4.mlp')
     """
     if not config.is_history:
         raise WpjaxError("one expert has no history: name several, or make a study of it: wp.run_study(config)")
