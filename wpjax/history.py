@@ -27,7 +27,7 @@ from jaxtyping import Float
 
 from wpjax.arguments import SweepConfig, as_command
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter
+from wpjax.checkpoints.checkpoint import Checkpoint, check_adapter, local_path, model_and_adapter
 from wpjax.checkpoints.line import check_different, in_order
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.components import check_kind
@@ -162,12 +162,17 @@ def _steps(config: SweepConfig) -> list[Step]:
     if not config.stages:
         return [Step(step, str(step), config.base, source) for step, source in in_order(experts)]
     # A first stage that is an adapter is, over the base, the base of the second.
-    first = f"{config.base}+{experts[0]}" if check_adapter(experts[0]) else experts[0]
+    first = f"{config.base}+{experts[0]}" if _is_adapter(experts[0]) else experts[0]
     bases = (config.base, first, *experts[1:-1])
     return [
         Step(i + 1, label, base, expert)
         for i, (label, base, expert) in enumerate(zip(_short(experts), bases, experts, strict=True))
     ]
+
+
+def _is_adapter(source: str) -> bool:
+    """Whether a name is that of an adapter alone, in a folder or on the hub."""
+    return model_and_adapter(source) is None and check_adapter(local_path(source))
 
 
 def _short(sources: Sequence[str]) -> list[str]:
@@ -191,7 +196,7 @@ def _check_headers(config: SweepConfig, steps: Sequence[Step]) -> None:
     base = open_model(config.base, config.ignore_config)
     first = None
     for i, step in enumerate(steps):
-        if config.stages and i and check_adapter(step.expert):
+        if config.stages and i and _is_adapter(step.expert):
             raise CheckpointError(
                 f"{step.expert}: an adapter, whose base is the stage before it: name both, {step.base}+{step.expert}"
             )

@@ -144,7 +144,7 @@ def draw_courses(history: History, axes: Axes, courses: Sequence[Course]) -> Non
     )
     for row, c in enumerate(courses):
         for column in np.flatnonzero(np.isfinite(c.known) & ~np.isfinite(c.effects)):
-            axes.text(column, row, "~", ha="center", va="center", fontsize=7, color="#333")
+            axes.text(float(column), row, "~", ha="center", va="center", fontsize=7, color="#333")
     if not history.are_stages:  # a dot where each has half of its largest effect
         rows = np.arange(len(courses))
         axes.plot([c.since for c in courses], rows, ls="none", marker=".", ms=3, color="#222")

@@ -216,34 +216,37 @@ class History:
         """How many components outside the choice of the last checkpoint are, at some step, as strong as half of it is.
 
         As strong as the median of the chosen at the last step; estimated from the random sample, kind by kind, whose
-        numbers are added up. None if there is no sample.
+        numbers are added up. None if there is no sample, or no weights were replaced.
         """
         data = self.dataset
         if self.are_stages or "sampled" not in data or not data["sampled"].values.any():
             return None
         size, kinds = np.abs(data["delta"].values.mean(2)), data["kind"].values.astype(str)
         sampled, replaced = data["sampled"].values[-1].astype(bool), np.isfinite(size).all(0)
-        total = np.zeros(3)
+        intervals = []
         for kind in dict.fromkeys(kinds.tolist()):
             chosen, drawn = (kinds == kind) & replaced & ~sampled, (kinds == kind) & sampled
             if chosen.any() and drawn.any():
                 n_hits = int((size[:, drawn].max(0) >= np.median(size[-1, chosen])).sum())
                 n_rest = int(((kinds == kind) & ~chosen).sum())
-                total += np.array(missed_interval(n_hits, int(drawn.sum()), n_rest), float)
-        return Interval(*total.tolist())
+                intervals.append(missed_interval(n_hits, int(drawn.sum()), n_rest))
+        return Interval(*np.sum(intervals, axis=0).tolist()) if intervals else None
 
     @property
     def points(self) -> tuple[tuple[str, str], ...]:
         """What the history says, as headings and sentences."""
         return _stage_points(self) if self.are_stages else _line_points(self)
 
-    @property
-    def as_json(self) -> dict[str, Any]:
-        """The history as values that JSON can hold; NaN where nothing was measured."""
-        return self.summary(self.dataset.sizes["component"])
-
     def summary(self, n: int, kinds: Sequence[str] | None = None) -> dict[str, Any]:
-        """As `as_json`, with the n components of largest effect."""
+        """What commands print as JSON: the steps, and the n components of largest effect.
+
+        Args:
+            n: number of components.
+            kinds: kinds of components; None for all.
+
+        Returns:
+            values that JSON can hold; NaN where nothing was measured.
+        """
         data = self.dataset
         names = ("share", "share_low", "share_high", *NUMBERS_OF_STEPS)
         steps = [
