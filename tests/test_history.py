@@ -362,6 +362,7 @@ def test_a_history_is_printed_and_drawn(history, tmp_path, wpjax):
     assert f"Then at step 10: {SECOND} (+" in text
     assert f"Last at step 100: {FOURTH} (+" in text
     assert f"{SECOND} 0.0% +" in text  # the row of the table
+    assert wpjax("show", "line.nc", "--words")[1] == history.summary + "\n"
     found = json.loads(wpjax("show", "line.nc", "--json", "--top", "2")[1])
     assert [step["step"] for step in found["steps"]] == [*PLANTED]
     assert found["steps"][-1]["share"] == 1
@@ -378,7 +379,7 @@ def test_a_history_is_printed_and_drawn(history, tmp_path, wpjax):
     assert (code, "kind 'neuron' was not swept" in error) == (2, True)
     code, printed, _ = wpjax("report", "line.nc", "--out", "line.html")
     assert code == 0
-    assert printed.split() == ["line.html", "line-history.png"]
+    assert printed == "wrote line.html, line-history.png: open the first in a browser\n"
     page = (tmp_path / "line.html").read_text()
     assert page.count('src="data:image/png;base64,') == 1
     assert FIRST in page

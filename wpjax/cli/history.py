@@ -37,7 +37,7 @@ def print_history(history: History, n: int, as_json: bool, kinds: tuple[str, ...
 
     _check_kinds(history, kinds)
     if as_json:
-        print_json(history.summary(n, kinds))
+        print_json(history.figures(n, kinds))
         return
     data, attrs, labels = history.dataset, history.dataset.attrs, history.labels
     shown = sorted({*np.linspace(0, len(labels) - 1, min(len(labels), MOST_STEPS)).round().astype(int).tolist()})

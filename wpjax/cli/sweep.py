@@ -186,6 +186,7 @@ def run_history_and_print(config: SweepConfig, show: int, as_json: bool) -> None
     from wpjax.checkpoints.line import check_different, in_order
     from wpjax.cli.console import progress_bars
     from wpjax.cli.history import print_history
+    from wpjax.cli.words import print_next, print_written
     from wpjax.runtime.progress import in_words
 
     check_different(config.base, config.experts)
@@ -204,13 +205,14 @@ def run_history_and_print(config: SweepConfig, show: int, as_json: bool) -> None
         history = run_history(config, progress, tell=progress.note, planned=planned)
     print_history(history, show, as_json)
     if not as_json:
-        figure = config.output.with_suffix(".png")
-        print(f"\nwrote {config.output}, {figure}")
+        print_next(("report", config.output, "--out", config.output.with_suffix(".html")))
+        print()
+        print_written(*config.outputs)
 
 
 def print_study(study: Study, path: Path, show: int, as_json: bool) -> None:
     """Print what comes after the ranking: answers and verdict; with JSON, all of it."""
-    from wpjax.cli.words import print_answers, print_verdict
+    from wpjax.cli.words import print_answers, print_verdict, print_written
     from wpjax.results.verdict import verdict
 
     if study.no_set_score:
@@ -222,7 +224,8 @@ def print_study(study: Study, path: Path, show: int, as_json: bool) -> None:
     else:  # the ranking has been printed already
         print_answers(study.result.answers)
         print_verdict(verdict(study.result, path))
-        print(f"\nwrote {path}")
+        print()
+        print_written(path)
 
 
 def print_result(

@@ -67,7 +67,7 @@ def write_history_report(history: History, path: Path, n_rows: int = 100, overwr
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("history.html.jinja")
-    summary = history.summary(n_rows)
+    figures = history.figures(n_rows)
     with atomic_outputs((path, image), overwrite) as (text, drawn):
         save_figure(figure, drawn)
         page = template.render(
@@ -75,9 +75,9 @@ def write_history_report(history: History, path: Path, n_rows: int = 100, overwr
             what="stage" if history.are_stages else "step",
             points=history.points,
             picture=base64.b64encode(drawn.read_bytes()).decode(),
-            steps=summary["steps"],
-            courses=summary["top"],
-            by=summary["ranked_by"],
+            steps=figures["steps"],
+            courses=figures["top"],
+            by=figures["ranked_by"],
         )
         text.write_text(page, encoding="utf-8")
     return [path, image]

@@ -233,11 +233,16 @@ class History:
         return Interval(*np.sum(intervals, axis=0).tolist()) if intervals else None
 
     @property
+    def summary(self) -> str:
+        """What the history says, a sentence or more a line."""
+        return "\n".join(f"{heading}: {sentence}" for heading, sentence in self.points)
+
+    @property
     def points(self) -> tuple[tuple[str, str], ...]:
         """What the history says, as headings and sentences."""
         return _stage_points(self) if self.are_stages else _line_points(self)
 
-    def summary(self, n: int, kinds: Sequence[str] | None = None) -> dict[str, Any]:
+    def figures(self, n: int, kinds: Sequence[str] | None = None) -> dict[str, Any]:
         """What commands print as JSON: the steps, and the n components of largest effect.
 
         Args:
