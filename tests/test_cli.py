@@ -239,7 +239,7 @@ def test_help_of_every_command(wpjax, monkeypatch):
         for option in (text for param in command.params for text in (*param.opts, *param.secondary_opts)):
             assert not option.startswith("--") or re.search(rf"{option}[ ,│]", out), option
     assert re.findall(r"^╭─ (.*?) ─+╮", wpjax("sweep", "-h")[1], re.MULTILINE) == [
-        "Options", "Models and prompts", "What is measured", "What is patched", "Output", "Running",
+        "Arguments", "Options", "Models and prompts", "What is measured", "What is patched", "Output", "Running",
         "Several processes",
     ]  # fmt: skip
 

@@ -37,7 +37,9 @@ def parsed(*words):
     """The arguments of `wpjax sweep` as its command line reads them."""
     found = get_command(make_app()).commands["sweep"].make_context("sweep", list(words)).params
     lists = {name: tuple(found[name].split(",")) for name in ("kinds", "components") if found[name] is not None}
-    values = {**found, **lists, "ignore_config": tuple(found["ignore_config"] or ())}
+    expert, *more = found["expert"]  # the option may be repeated
+    experts = {"expert": expert, "more_experts": (*more, *(found["more_experts"] or ()))}
+    values = {**found, **lists, **experts, "ignore_config": tuple(found["ignore_config"] or ())}
     return as_read({field.name: values[field.name] for field in dataclasses.fields(SweepConfig)})
 
 
@@ -57,6 +59,7 @@ def test_a_file_says_what_options_say(tmp_path):
         ("bass: tiny:base", r"'bass' is no argument of a sweep \(did you mean base\?\)"),
         ("base: a\nbase: b", "line 1: the key 'base' stands twice"),
         ("base: [a, b]", "base has one value"),
+        ("expert: [a, b]\nmore_experts: [c]", "expert is a list already"),
         ("- base", "not a mapping"),
         ("base: 'a", "not readable as YAML"),
         ("base: a\nexpert: b", "no behaviour; add"),

@@ -137,7 +137,7 @@ def test_commands_of_a_farm_give_what_one_command_gives(wpjax, tmp_path):
         (["--part=two"], "--part 'two' is not a part; write i/n"),
         (["--part=1/2", "--out=x.nc"], "--out does not go with --part"),
         ([], "--shards needs --part; to put finished parts together: wpjax collect parts"),
-        (["--expert=tiny:planted", "--part=1/2"], r"models: \['\w+', '\w+'\] there"),
+        (["--base=tiny:planted", "--part=1/2"], r"models: \['\w+', '\w+'\] there"),
     ):
         code, out, err = wpjax("sweep", *STUDY, "--shards=parts", *arguments)
         lines = [line for line in err.splitlines() if not line.startswith("[")]

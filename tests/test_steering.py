@@ -299,7 +299,9 @@ def test_verdicts_name_the_test_that_failed():
     assert outcome(nll=1.5 + MAX_EXCESS_NLL + 0.1).startswith("rejected: steered answers are degenerate")
     assert outcome(nll_removed=1.5 + MAX_EXCESS_NLL + 0.1).startswith("rejected: without it the expert's answers are")
     none = {"gain_high": 0.2, "gain_low": -0.2}
-    assert outcome(**none, drop_high=0.2, drop_low=-0.2).startswith("rejected: steered along it")  # a quarter of .9 is .225
+    assert outcome(**none, drop_high=0.2, drop_low=-0.2).startswith(
+        "rejected: steered along it"
+    )  # a quarter of .9 is .225
     assert outcome(**none).startswith("undecided: steered along it")
     assert outcome(drop_high=0.2, drop_low=-0.2).startswith("undecided: without it")
     # [-.3, .9] is half .6 wide about .3: 16 (.6 / .3)^2 = 64 queries

@@ -31,7 +31,7 @@ from wpjax.pairs import load_model, load_pair
 from wpjax.patching import PatchMask, materialize
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.verdict import verdict
-from wpjax.runtime.shards import parts_folder
+from wpjax.runtime.shards import Shards, parts_folder
 
 SAVED = Path(__file__).parent / "data" / "schema4"
 NAMES = ("L1.head.0", "L2.head.0", "L3.head.1")
@@ -171,6 +171,23 @@ def test_what_a_study_refuses(tmp_path, change, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_first_look_goes_on_with_its_parts(tmp_path):
+    asked = config(tmp_path, quick=True)
+    with Shards(asked.output, "sweep", {"dtype": asked.dtype, **asked.resolved.sweep_arguments}, resume=False) as parts:
+        parts["part"] = np.zeros(1)
+    dataclasses.replace(asked, resume=True).check()
+    with pytest.raises(OutputError, match="top: 32 there, 128 here"):
+        dataclasses.replace(asked, resume=True, quick=False).check()
+
+
+def test_several_experts_are_no_study(tmp_path):
+    for changes in ({"more_experts": ("tiny:planted",)}, {"expert": "run/checkpoint-*"}, {"stages": True}):
+        with pytest.raises(WpjaxError, match=r"wp\.run_history"):
+            run_study(config(tmp_path, **changes))
+    with pytest.raises(WpjaxError, match=r"one expert has no history.*wp\.run_study"):
+        wpjax.run_history(config(tmp_path))
+
+
 def test_every_argument_is_an_option_with_its_help(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(sys, "argv", ["wpjax", "sweep", "--help"])
@@ -178,7 +195,8 @@ def test_every_argument_is_an_option_with_its_help(monkeypatch, capsys):
         cli.main()
     shown = " ".join(re.sub("[│]", " ", capsys.readouterr().out).split())
     for arg in arguments_of(wpjax.SweepConfig):
-        assert f"--{arg.name.replace('_', '-')} " in shown.replace("/--no-set-score", " ")
+        name = arg.name if arg.setting.is_positional else f"--{arg.name.replace('_', '-')} "
+        assert name in shown.replace("/--no-set-score", " ")
         assert " ".join(arg.setting.text.split())[:40] in shown
 
 

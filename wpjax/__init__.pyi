@@ -51,6 +51,7 @@ from .facts.rank_one import edit_fact as edit_fact
 from .facts.scores import score_edits as score_edits
 from .facts.tracing import trace_facts as trace_facts
 from .finetuning import finetune as finetune
+from .history import run_history as run_history
 from .metrics.anchor import Anchor as Anchor
 from .metrics.answers import ExpertAnswers as ExpertAnswers
 from .metrics.answers import decision_metric as decision_metric
@@ -79,6 +80,7 @@ from .patching import patch as patch
 from .report import write_report as write_report
 from .results.comparison import compare as compare
 from .results.curves import Curves as Curves
+from .results.history import History as History
 from .results.interference import Interference as Interference
 from .results.opening import open_result as open_result
 from .results.sweep_result import SweepResult as SweepResult

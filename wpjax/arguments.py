@@ -31,6 +31,8 @@ class Setting:
         option: name of the option, say "--json"; empty: made from the argument's name.
         passed_to_sweep: whether the function `sweep` takes the argument too, under the same name.
         panel: title of the panel of `--help` that shows the option; empty for the first panel.
+        more: name of a tuple beside it that takes further values, if the option is repeated; empty: it is not repeated.
+        is_positional: whether the values of a tuple stand on the command line without an option.
     """
 
     help: str | Callable[[], str]
@@ -41,6 +43,8 @@ class Setting:
     option: str = ""
     passed_to_sweep: bool = False
     panel: str = ""
+    more: str = ""
+    is_positional: bool = False
 
     @property
     def text(self) -> str:
@@ -218,7 +222,15 @@ class SweepConfig:
     """
 
     base: Base
-    expert: Expert
+    expert: Annotated[
+        str,
+        Setting(
+            "The expert model, named in the same ways; or a PEFT adapter of the base. Several of them, --expert A B C, "
+            "--expert 'run/checkpoint-*' or the option repeated, are the checkpoints of one fine-tuning: the result is "
+            "the history of the behaviour, step by step.",
+            more="more_experts",
+        ),
+    ]
     behaviour: BehaviourName
     out: OutOfSweep = None
     checker: Checker = None
@@ -368,6 +380,18 @@ class SweepConfig:
     seed: Seed = 0
     ignore_config: IgnoreConfig = ()
     overwrite: Overwrite = False
+    more_experts: Annotated[
+        tuple[str, ...],
+        Setting("The experts behind the first: --expert A B C, or --expert run/checkpoint-*.", is_positional=True),
+    ] = ()
+    stages: Annotated[
+        bool,
+        Setting(
+            "The experts are stages of training, in this order, such as SFT, DPO, RL: each is swept over the one "
+            "before it, the first over the base.",
+            panel=PATCHED,
+        ),
+    ] = False
 
     @property
     def output(self) -> Path:
@@ -389,6 +413,24 @@ class SweepConfig:
         return dataclasses.replace(self, **lowered)
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """All experts as they were named, patterns replaced by what they match.
+
+        Raises:
+            WpjaxError: a pattern matches nothing.
+        """
+        from wpjax.runtime.patterns import expanded
+
+        return expanded((self.expert, *self.more_experts))
+
+    @property
+    def is_history(self) -> bool:
+        """Whether several experts are named, or a pattern for several."""
+        from wpjax.runtime.patterns import is_pattern
+
+        return bool(self.more_experts) or self.stages or is_pattern(self.expert)
+
+    @property
     def reads_anchor(self) -> bool:
         """Whether the metric is read along an anchor."""
         return check_metric(self.metric).reads_anchor
@@ -406,6 +448,7 @@ class SweepConfig:
         """
         ours = {"out", "part", "shards", "resume", "overwrite", "profile", "memory_mb", "mesh", "quick"}
         files = {"base", "expert", "behaviour", "anchor", "given_anchor"}
+        ours |= {"more_experts", "stages"}  # a farm sweeps one expert
         names = (arg.name for arg in arguments_of(SweepConfig) if arg.name not in ours | files)
         return {name: getattr(self.resolved, name) for name in names}
 
@@ -424,6 +467,9 @@ class SweepConfig:
         from wpjax.runtime.shards import check_parts
 
         check_values(self)
+        inputs: list[str | Path | None] = [self.base, self.expert, self.behaviour, self.anchor, self.given_anchor]
+        if self.is_history:
+            inputs += self._check_history()
         if self.part is not None:
             Part.parse(self.part)
             if self.shards is None:
@@ -431,13 +477,13 @@ class SweepConfig:
             if self.out is not None:
                 raise OutputError(f"--out does not go with --part: `wpjax collect {self.shards} --out r.nc` writes it")
         elif writes:
-            inputs = (self.base, self.expert, self.behaviour, self.anchor, self.given_anchor)
-            check_output(self.output, self.overwrite, inputs=inputs)
+            for path in self.outputs:
+                check_output(path, self.overwrite, inputs=inputs)
         if self.shards is not None:
             check_farm(self.shards, self.shared_arguments, is_begun=self.part is None)
         elif writes:
             check_parts(self.output, "anchor", self.resume)
-            check_parts(self.output, "sweep", self.resume, {"dtype": self.dtype, **self.sweep_arguments})
+            check_parts(self.output, "sweep", self.resume, {"dtype": self.dtype, **self.resolved.sweep_arguments})
         if self.profile is not None:
             if self.profile.exists():
                 raise OutputError(f"--profile {self.profile} exists; name a new folder")
@@ -455,6 +501,40 @@ class SweepConfig:
         if self.given_anchor is not None and self.reads_anchor:
             raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
 
+    def _check_history(self) -> tuple[str, ...]:
+        """Refuse what does not go with several experts; their names."""
+        names = ("part", "shards", "given_anchor", "profile")
+        for option in (name.replace("_", "-") for name in names if getattr(self, name) is not None):
+            raise WpjaxError(f"--{option} is for one expert; drop it, or name one expert")
+        if not check_metric(self.metric).has_fixed_words:
+            raise WpjaxError(
+                f"--metric {self.metric} reads each model along its own words, and a history compares experts along "
+                "the same words; take another metric"
+            )
+        if not check_method(self.method).can_follow:
+            raise WpjaxError(
+                f"--method {self.method} finds other components for each expert, and a history compares the same ones; "
+                "take exact or screen+exact"
+            )
+        experts = self.experts
+        if len(experts) < 2:
+            what = "stages are two or more" if self.stages else f"{self.expert} matches one checkpoint only"
+            raise WpjaxError(f"{what}; name several experts, --expert A B C, or the one expert without a pattern")
+        return experts
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The files to write: the result and, of a history, its figure.
+
+        Raises:
+            OutputError: no place was named.
+        """
+        if not self.is_history:
+            return (self.output,)
+        if self.output.suffix == ".png":
+            raise OutputError(f"--out {self.output}: the figure goes there, beside the result; name a .nc file")
+        return (self.output, self.output.with_suffix(".png"))
+
 
 def as_command(config: SweepConfig) -> str:
     """The command that asks for a sweep, without what only one part of a farm is told.
@@ -467,12 +547,16 @@ def as_command(config: SweepConfig) -> str:
         value, option = getattr(config, arg.name), "--" + arg.name.replace("_", "-")
         if value == arg.default or arg.name in ("out", "part", "shards", "resume", "overwrite", "profile"):
             continue
+        if arg.setting.is_positional:  # it stands with the option whose values it goes on with
+            continue
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-", 1))
         elif isinstance(value, tuple) and not arg.setting.separator:
             words += [word for item in value for word in (option, item)]
         else:
             words += [option, arg.setting.separator.join(value) if isinstance(value, tuple) else str(value)]
+        for item in getattr(config, arg.setting.more, ()):
+            words += [option, item]
     return shlex.join(words)
 
 
@@ -512,6 +596,7 @@ def config_values(path: Path) -> dict[str, Any]:
     from wpjax.runtime.yaml_files import read_yaml
 
     content, known = read_yaml(path), {arg.name: arg for arg in arguments_of(SweepConfig)}
+    split: dict[str, Any] = {}  # a list that stands for one value and more of them
     if not isinstance(content, dict):
         raise WpjaxError(f"{path}: not a mapping; write lines like base: org/model")
     for name, value in content.items():
@@ -521,11 +606,16 @@ def config_values(path: Path) -> dict[str, Any]:
             )
         kinds = (known[name].type, *typing.get_args(known[name].type))
         many = any(typing.get_origin(kind) is tuple for kind in kinds)
+        if (more := known[name].setting.more) and isinstance(value, list) and value:
+            if more in content:
+                raise WpjaxError(f"{path}: {name} is a list already; write all of them there, without {more}")
+            split[name], split[more] = value[0], value[1:]
+            continue
         if isinstance(value, dict) or (isinstance(value, list) and not many):
             raise WpjaxError(f"{path}: {name} has one value; write it behind the colon")
         if many and isinstance(value, str):
             content[name] = [part.strip() for part in value.split(known[name].setting.separator or None)]
-    return content
+    return {**content, **split}
 
 
 def as_written(config: SweepConfig) -> dict[str, Any]:
@@ -547,7 +637,8 @@ def as_read(values: Mapping[str, Any]) -> SweepConfig:
     """
     found: dict[str, Any] = {}
     for arg in arguments_of(SweepConfig):
-        value, kinds = values.get(arg.name), (arg.type, *typing.get_args(arg.type))
+        absent = None if arg.default is dataclasses.MISSING else arg.default  # as of a file of an earlier version
+        value, kinds = values.get(arg.name, absent), (arg.type, *typing.get_args(arg.type))
         is_path, is_tuple = Path in kinds, any(typing.get_origin(kind) is tuple for kind in kinds)
         found[arg.name] = Path(value) if is_path and isinstance(value, str) else value
         if is_tuple and isinstance(value, list | tuple):

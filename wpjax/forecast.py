@@ -8,7 +8,9 @@ The other numbers are rough. So a `Schedule` corrects the estimates by what fini
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -233,6 +235,37 @@ class Forecast:
             batch: its prompts.
             layer: the layer of the anchor that it is given; None if there is none.
         """
+        phases = self._measure(config, batch, layer)
+        return Schedule([*phases, *self.sweep(config, batch, self._read(config, layer))])
+
+    def history(self, config: SweepConfig, batch: PromptBatch, layer: int | None, labels: Sequence[str]) -> Schedule:
+        """The schedule of a history: the metric is made, then every step is swept. Programs are compiled once.
+
+        Args:
+            config: arguments of the history.
+            batch: its prompts.
+            layer: as of `study`.
+            labels: names of the steps, in the order in which they are swept. Work at a step reports progress under its
+                own name behind "LABEL: ".
+        """
+        config = dataclasses.replace(config, set_score=False, answers=0)
+        phases, pace = self._measure(config, batch, layer), self.pace
+        for label in labels:
+            parts = self.sweep(config, batch, self._read(config, layer))
+            reports = tuple(f"{label}: {report}" for part in parts for report in (part.reports or (part.name,)))
+            known = [part.seconds for part in parts]
+            seconds = None if None in known else sum(part.seconds or 0.0 for part in parts)
+            phases.append(Phase(label, max((part.work for part in parts), key=len), seconds, reports))
+            self.pace = pace._replace(compiling=0.0)
+        self.pace = pace
+        return Schedule(phases)
+
+    def _read(self, config: SweepConfig, layer: int | None) -> int | None:
+        """The layer that the metric reads; None if that is yet to be found."""
+        return layer if check_metric(config.metric).reads_anchor else self.cfg.n_layers - 1
+
+    def _measure(self, config: SweepConfig, batch: PromptBatch, layer: int | None) -> list[Phase]:
+        """The phases of making a metric."""
         entry = check_metric(config.metric)
         phases = []
         if not (entry.reads_anchor and entry.has_fixed_words):
@@ -240,8 +273,7 @@ class Forecast:
             phases.append(Phase("behaviour check", f"answers to {len(batch)} prompts", seconds))
         if entry.reads_anchor and layer is None:
             phases += self.anchor(config.n_prompts, config.causal, config.n_steered)
-        reads = layer if entry.reads_anchor else self.cfg.n_layers - 1
-        return Schedule([*phases, *self.sweep(config, batch, reads)])
+        return phases
 
 
 def _swept(cfg: ModelConfig, config: SweepConfig, last: int) -> list[Component]:

@@ -303,7 +303,7 @@ TokenizerOf: TypeAlias = Literal["base", "expert"]
 
 
 def load_pair(
-    base: str | Path,
+    base: str | Path | Checkpoint,
     expert: str | Path,
     dtype: str = "float32",
     ignore_config: tuple[str, ...] = (),
@@ -316,7 +316,7 @@ def load_pair(
     are one array, so it is shared only if no layer of it differs.
 
     Args:
-        base: source of the base, as `load_model` takes it.
+        base: source of the base, as `load_model` takes it; or a model in memory, which stays where it stands.
         expert: source of the expert, likewise; or a PEFT folder with an adapter of the base, or its hub id.
         dtype: "float32", "bfloat16" or "bfloat16x2" (see `load_checkpoint`).
         ignore_config: attributes of config.json that you know not to matter.
@@ -336,10 +336,12 @@ def load_pair(
     ['head', 'kv_group', 'neuron']
     """
     n_models = 1 if check_adapter(expert) else 2
-    placement = _placement(base, dtype, ignore_config, mesh, n_models)
-    where = leaf_places(placement)
-    model = load_model(base, dtype, ignore_config, place=where)
-    pair = make_pair(model, load_model(expert, dtype, ignore_config, model, where), tokenizer)
+    if isinstance(base, Checkpoint):
+        placement, model = Placement.of(base.params), base
+    else:
+        placement = _placement(base, dtype, ignore_config, mesh, n_models)
+        model = load_model(base, dtype, ignore_config, place=leaf_places(placement))
+    pair = make_pair(model, load_model(expert, dtype, ignore_config, model, leaf_places(placement)), tokenizer)
     return pair.on(placement)  # again, as what was cut to what the two have in common may stand elsewhere
 
 

@@ -129,8 +129,9 @@ def run_study(
     >>> out.exists(), [row.name for row in study.result.top()]
     (True, ['L4.mlp', 'L2.head.0'])
     """
+    _check_one(config)
     config.check(member_now().writes)
-    setting = _prepare(config, progress, tell, planned)
+    setting = _scheduled(prepare(config, progress, tell), planned)
     config, progress = setting.config, setting.progress
     with _begun(setting) as (measured, parts):
         result = _swept(setting, measured, parts)
@@ -201,14 +202,21 @@ def run_part(
     """
     if config.part is None:
         raise WpjaxError("part is missing: say which part of the study to do, such as part='1/8'")
+    _check_one(config)
     config.check()
-    setting = _prepare(config, progress, tell, planned)
+    setting = _scheduled(prepare(config, progress, tell), planned)
     with _begun(setting) as (measured, parts):
         try:
             _swept(setting, measured, parts)
         except Unfinished as reached:  # a sweep in parts ends with it
             return str(reached)
     raise AssertionError("the sweep did not stop where it needs all parts")
+
+
+def _check_one(config: SweepConfig) -> None:
+    """Refuse several experts: a study is of one."""
+    if config.is_history:
+        raise WpjaxError("several experts are no study of one pair; make their history: wp.run_history(config)")
 
 
 class Setting(NamedTuple):
@@ -233,17 +241,26 @@ class Setting(NamedTuple):
     progress: Progress
 
 
-def _prepare(
-    config: SweepConfig, progress: Progress, tell: Tell, planned: Callable[[Schedule], None] | None
-) -> Setting:
-    """Load the pair and encode the prompts; all that takes long comes after it."""
+def prepare(config: SweepConfig, progress: Progress, tell: Tell, pair: Pair | None = None) -> Setting:
+    """Load the pair and encode the prompts; all that takes long comes after it.
+
+    Args:
+        config: all arguments.
+        progress: called as work gets done.
+        tell: called with each note.
+        pair: the pair, if it is in memory already.
+
+    Raises:
+        WpjaxError: as of `run_study`.
+    """
     config = config.resolved
     for kind in config.kinds:
         check_kind(kind)
     task = behaviour(config.behaviour, config.checker, config.split)
-    progress("reading the pair", 0, 1)
-    pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer, config.mesh)
-    progress("reading the pair", 1, 1)
+    if pair is None:
+        progress("reading the pair", 0, 1)
+        pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer, config.mesh)
+        progress("reading the pair", 1, 1)
     for name in config.components or ():
         parse_component(pair.cfg, name)
     lacking = [] if config.components else [kind for kind in config.kinds if not count(pair.cfg, kind)]
@@ -257,13 +274,17 @@ def _prepare(
     for note in dict.fromkeys((pair.mesh_note(config.mesh), *pair.notes, _out_of_reach(config, pair, batch, loaded))):
         if note:
             tell(note)
-    schedule = None
-    if planned is not None:
-        layer = None if loaded is None else loaded.layer
-        schedule = Forecast(pair, task, config.max_new_tokens).study(config, batch, layer)
-        planned(schedule)
-        progress = schedule.watching(progress)
-    return Setting(config, pair, task, batch, loaded, schedule, progress)
+    return Setting(config, pair, task, batch, loaded, None, progress)
+
+
+def _scheduled(setting: Setting, planned: Callable[[Schedule], None] | None) -> Setting:
+    """The study with its schedule, if anybody asked for it."""
+    if planned is None:
+        return setting
+    config, layer = setting.config, None if setting.loaded is None else setting.loaded.layer
+    schedule = Forecast(setting.pair, setting.task, config.max_new_tokens).study(config, setting.batch, layer)
+    planned(schedule)
+    return setting._replace(schedule=schedule, progress=schedule.watching(setting.progress))
 
 
 @contextlib.contextmanager
@@ -272,7 +293,7 @@ def _begun(setting: Setting) -> Iterator[tuple[Measured, MutableMapping[str, np.
     config = setting.config
     if config.shards is None:
         with together(lambda: contextlib.nullcontext({})) as shared:
-            measured = _measured(setting, shared)
+            measured = measure(setting, shared)
         identity = _identity(setting, measured)
         # The metric is not compared: machines round differently, and that of process 0 counts.
         agree("sweep", {name: value for name, value in identity.items() if name not in ("metric", "given")})
@@ -284,7 +305,7 @@ def _begun(setting: Setting) -> Iterator[tuple[Measured, MutableMapping[str, np.
     vector = None if anchor is None else digest_of({"vector": np.asarray(anchor.vector).tolist()})
     identity = {
         **config.shared_arguments,
-        "versions": _versions(setting.pair),
+        "versions": versions(setting.pair),
         "models": setting.pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in setting.task.pairs],
         "anchor": None if anchor is None else [anchor.layer, anchor.n_response, vector],
@@ -292,7 +313,7 @@ def _begun(setting: Setting) -> Iterator[tuple[Measured, MutableMapping[str, np.
     asked = {"command": as_command(config), "config": as_written(dataclasses.replace(config, part=None, shards=None))}
     part = None if config.part is None else Part.parse(config.part)
     with Farm(config.shards, part, identity, asked) as farm:
-        yield _measured(setting, farm), farm
+        yield measure(setting, farm), farm
 
 
 def _swept(setting: Setting, measured: Measured, done: MutableMapping[str, np.ndarray]) -> SweepResult:
@@ -371,12 +392,16 @@ def _out_of_reach(config: SweepConfig, pair: Pair, batch: PromptBatch, loaded: A
     return str(Reach.of(len(np.unique(batch.queries)), sum(sizes.values()), n_replaced, config.seed))
 
 
-def _measured(setting: Setting, shared: MutableMapping[str, np.ndarray]) -> Measured:
+def measure(setting: Setting, shared: MutableMapping[str, np.ndarray]) -> Measured:
     """Make the metric that a config names, after the tests that belong to it.
 
     Args:
         setting: the study.
         shared: what the parts of a farm have made already, and must not differ in; an empty dict outside a farm.
+
+    Raises:
+        WpjaxError: the metric, or its anchor, cannot be made here.
+        AnchorRejected: the anchor, or the behaviour, does not pass its tests.
     """
     config, pair, batch, loaded = setting.config, setting.pair, setting.batch, setting.loaded
     differs, entry = "", check_metric(config.metric)
@@ -451,7 +476,7 @@ def _fitted(setting: Setting, shared: MutableMapping[str, np.ndarray]) -> Anchor
         folder = config.shards
         return _unpacked(made(shared, "anchor", lambda: _packed(fitted(shared, folder))))
     identity = {
-        "versions": _versions(pair),
+        "versions": versions(pair),
         "pair": pair.fingerprints,
         "prompts": [(p.with_instruction, p.without) for p in task.pairs],
         "dtype": config.dtype,
@@ -487,7 +512,7 @@ def _identity(setting: Setting, measured: Measured) -> dict[str, object]:
     # A metric's digest covers the words that it reads. On-policy the words are the patched models' own, of this length.
     answer_length = None if check_metric(config.metric).has_fixed_words else config.max_new_tokens
     return {
-        "versions": _versions(pair),
+        "versions": versions(pair),
         "pair": pair.fingerprints,
         "prompts": batch.texts,
         "tokenizer": config.tokenizer,
@@ -498,7 +523,7 @@ def _identity(setting: Setting, measured: Measured) -> dict[str, object]:
     }
 
 
-def _versions(pair: Pair) -> list[str]:
+def versions(pair: Pair) -> list[str]:
     """What rounding depends on beside the numbers themselves."""
     return [wpjax.__version__, jax.__version__, f"{pair.placement} {jax.devices()[0]}"]
 

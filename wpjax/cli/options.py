@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wpjax.arguments import OUTPUT, TOGETHER, Argument, Setting, argument, arguments_of, choices_of
+from wpjax.errors import WpjaxError
 
 if TYPE_CHECKING:
     from wpjax.runtime.processes import Member
@@ -80,10 +81,10 @@ def with_options(run: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(run)
     def command(**options: Any) -> None:
-        dataclass_values: dict[str, Any] = {
-            name: config(**{arg.name: _value(arg, options.pop(arg.name)) for arg in args})
-            for name, (config, args) in configs.items()
-        }
+        dataclass_values: dict[str, Any] = {}
+        for name, (config, args) in configs.items():
+            found = {arg.name: _value(arg, options.pop(arg.name)) for arg in args}
+            dataclass_values[name] = config(**_with_more(args, found))
         values: Mapping[str, Any] = {n: _value(single[n], v) if n in single else v for n, v in options.items()}
         run(**dataclass_values, **values)
 
@@ -93,9 +94,31 @@ def with_options(run: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _with_more(args: tuple[Argument, ...], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of arguments, where a repeated option gives its first value to one argument, the others to another.
+
+    Raises:
+        WpjaxError: the option is repeated, and values stand without it too: their order is not known.
+    """
+    for arg in args:
+        if not arg.setting.more:
+            continue
+        (first, *rest), without = values[arg.name], values[arg.setting.more]
+        if rest and without:
+            raise WpjaxError(
+                f"--{arg.name} is repeated, and {without[0]!r} stands without it: write --{arg.name} once, with all "
+                f"names behind it (--{arg.name} A B C), or before each of them"
+            )
+        values[arg.name], values[arg.setting.more] = first, (*rest, *without)
+    return values
+
+
 def _option(arg: Argument) -> inspect.Parameter:
     """An argument as a parameter that Typer makes an option from."""
     setting, default = arg.setting, arg.default
+    if setting.is_positional:
+        more = Annotated[list[str] | None, typer.Argument(help=setting.text, show_default=False)]
+        return inspect.Parameter(arg.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=more)
     name = setting.option or "--" + arg.name.replace("_", "-")
     if arg.type is bool and default is True:
         name += "/--no-" + name.removeprefix("--")
@@ -108,7 +131,9 @@ def _option(arg: Argument) -> inspect.Parameter:
         kind = str if setting.separator else list[str]
         if setting.separator and default:
             default = setting.separator.join(default)
-    if kind == list[str]:
+    if setting.more:
+        kind = list[str]
+    elif kind == list[str]:
         kind, default = list[str] | None, default or None  # None: the option was not given
     elif type(None) in typing.get_args(arg.type):
         kind = kind | None

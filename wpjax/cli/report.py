@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -41,22 +42,40 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Draw the result of a sweep: one HTML page that needs no network, and its figures as PNG files."""
+    """Draw the result of a sweep, or a history: one HTML page that needs no network, and its figures as PNG files."""
     from wpjax.cli.console import print_json
     from wpjax.cli.words import print_written
-    from wpjax.errors import OtherResult
+    from wpjax.errors import OtherResult, WpjaxError
     from wpjax.report import write_report
+    from wpjax.report.history import write_history_report
     from wpjax.results.curves import Curves
+    from wpjax.results.history import History
     from wpjax.results.interference import Interference
     from wpjax.results.layers import read_layers
     from wpjax.results.sweep_result import SweepResult
     from wpjax.runtime.files import check_output
 
+    def say(written: list[Path]) -> None:
+        if as_json:
+            print_json({"files": [str(path) for path in written]})
+        else:
+            print_written(*written, about="open the first in a browser")
+
     check_output(out, overwrite, inputs=(result, curves, execution, interference, layers))
+    beside = {"curves": curves, "--execution": execution, "--interference": interference, "--layers": layers}
+    history = None
     try:
         swept = SweepResult.from_netcdf(result)
     except OtherResult as error:
-        raise OtherResult(f"{error}; a page is of a sweep: wpjax report SWEEP.nc {result}") from error
+        with contextlib.suppress(OtherResult):
+            history = History.from_netcdf(result)
+        if history is None:
+            raise OtherResult(f"{error}; a page is of a sweep: wpjax report SWEEP.nc {result}") from error
+    if history is not None:
+        if named := [name for name, path in beside.items() if path is not None]:
+            raise WpjaxError(f"{result} holds a history: {named[0]} is for the result of one sweep")
+        say(write_history_report(history, out, rows, overwrite))
+        return
     later = None if execution is None else SweepResult.from_netcdf(execution)
     validated = None if curves is None else Curves.from_netcdf(curves)
     found = None if interference is None else Interference.from_json(interference)
@@ -71,7 +90,4 @@ def run(
         n_rows=rows,
         overwrite=overwrite,
     )
-    if as_json:
-        print_json({"files": [str(path) for path in written]})
-        return
-    print_written(*written, about="open the first in a browser")
+    say(written)

@@ -25,8 +25,9 @@ def run(
     result: Annotated[
         Path,
         typer.Argument(
-            help="A result of `wpjax sweep` or `wpjax validate`; a .json of `wpjax interference`, `wpjax circuit`, "
-            "`wpjax edit --facts` or `wpjax layers`; a folder of `wpjax trace`; or a patch file."
+            help="A result of `wpjax sweep`, of one expert or of several, or of `wpjax validate`; a .json of "
+            "`wpjax interference`, `wpjax circuit`, `wpjax edit --facts` or `wpjax layers`; a folder of `wpjax trace`; "
+            "or a patch file."
         ),
     ],
     by: Annotated[str | None, Setting("The ranking of a sweep to print, say effect, screen or set_score.")] = None,
@@ -42,7 +43,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a result: a sweep's ranking, verdict and answers; curves; a map; a trace; a circuit; what a patch holds."""
+    """Print a result: of a sweep, with verdict and answers; a history; curves; a map; a trace; a circuit; a patch."""
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 
@@ -65,14 +66,26 @@ def run(
         show_json(result, as_json)
         return
 
+    from wpjax.cli.history import history_rows, print_history
     from wpjax.cli.sweep import print_result
     from wpjax.cli.validate import print_curves
     from wpjax.cli.words import print_answers, print_verdict, printable
     from wpjax.results.curves import Curves
+    from wpjax.results.history import History
     from wpjax.results.opening import open_result
     from wpjax.results.verdict import verdict
 
     found = open_result(result)
+    if isinstance(found, History):
+        if by is not None:
+            raise WpjaxError(f"{result} holds a history: --by is for the result of one sweep")
+        if as_csv:
+            _write_csv(history_rows(found, top, kinds))
+        else:
+            print_history(found, top or 20, as_json, kinds)
+        if not as_json and not as_csv and (command := found.dataset.attrs.get("command")):
+            print(f"\nmade by\n  {printable(str(command))}")
+        return
     if isinstance(found, Curves):
         if by is not None or kinds is not None or top is not None:
             raise WpjaxError(f"{result} holds curves: --by, --kinds and --top are for the result of a sweep")
@@ -103,8 +116,8 @@ def print_words(path: Path) -> None:
     """Print what a file says, in sentences."""
     from wpjax.cli.words import print_verdict, printable
     from wpjax.patchfiles.patch import is_safetensors, load_patch
-    from wpjax.results.curves import Curves
     from wpjax.results.opening import open_result
+    from wpjax.results.sweep_result import SweepResult
     from wpjax.results.verdict import verdict
 
     if is_safetensors(path):
@@ -115,7 +128,7 @@ def print_words(path: Path) -> None:
         sentences = shown.in_words(shown.result)
     else:
         swept = open_result(path)
-        if not isinstance(swept, Curves):
+        if isinstance(swept, SweepResult):
             attrs = swept.dataset.attrs
             print(printable(f"{attrs['base']} -> {attrs['expert']}"))
             print_verdict(verdict(swept, path))

@@ -33,10 +33,15 @@ MARKS = ("anchor_acceptance", "behaviour_differs")
 
 def defaults_from(path: Path) -> dict[str, Any]:
     """The arguments that a file names, as the command line takes them."""
-    separators = {arg.name: arg.setting.separator for arg in arguments_of(SweepConfig)}
+    arguments, values = {arg.name: arg for arg in arguments_of(SweepConfig)}, config_values(path)
+    for arg in arguments.values():
+        if arg.setting.more and arg.name in values:  # the option is repeated, so that it has a list
+            values[arg.name] = [values[arg.name], *values.pop(arg.setting.more, ())]
     return {
-        name: separators[name].join(map(str, value)) if isinstance(value, list) and separators[name] else value
-        for name, value in config_values(path).items()
+        name: separator.join(map(str, value))
+        if isinstance(value, list) and (separator := arguments[name].setting.separator)
+        else value
+        for name, value in values.items()
     }
 
 
@@ -65,7 +70,12 @@ def run(
         raise WpjaxError(f"--shards needs --part; to put finished parts together: wpjax collect {config.shards}")
     if config.part is None:
         with processes.joined() as member:
-            run_as(member, config, show, as_json)
+            if not config.is_history:
+                run_as(member, config, show, as_json)
+            elif member.size == 1:
+                run_history_and_print(config, show, as_json)
+            else:
+                raise WpjaxError("several experts are swept by one process; drop --coordinator, or name one expert")
         return
     if processes.are_named:
         raise WpjaxError("--part is for processes that know nothing of each other; drop it, or --coordinator")
@@ -161,6 +171,43 @@ def run_and_print(config: SweepConfig, show: int, as_json: bool) -> None:
             ranked=None if as_json else ranked,
         )
     print_study(study, config.output, show, as_json)
+
+
+def run_history_and_print(config: SweepConfig, show: int, as_json: bool) -> None:
+    """Sweep several experts, and print their history.
+
+    Args:
+        config: the arguments.
+        show: components to print.
+        as_json: whether to print JSON.
+    """
+    config.check()  # before anything heavy is imported
+
+    from wpjax.checkpoints.line import check_different, in_order
+    from wpjax.cli.console import progress_bars
+    from wpjax.cli.history import print_history
+    from wpjax.cli.words import print_next, print_written
+    from wpjax.runtime.progress import in_words
+
+    check_different(config.base, config.experts)
+    experts = config.experts if config.stages else [source for _, source in in_order(config.experts)]
+    with progress_bars() as progress:
+        what = "stages" if config.stages else "checkpoints"
+        shown = dataclasses.replace(config, expert=f"{len(experts)} {what}, {experts[0]} to {experts[-1]}")
+        begin(progress, shown, f"result: {config.out}")
+        from wpjax.history import run_history
+
+        def planned(schedule: Schedule) -> None:
+            progress.planned(schedule)
+            less = "" if config.quick else "; less: --quick"
+            progress.say(f"all of it takes about {in_words(schedule.left)}{less}, or fewer checkpoints")
+
+        history = run_history(config, progress, tell=progress.note, planned=planned)
+    print_history(history, show, as_json)
+    if not as_json:
+        print_next(("report", config.output, "--out", config.output.with_suffix(".html")))
+        print()
+        print_written(*config.outputs)
 
 
 def print_study(study: Study, path: Path, show: int, as_json: bool) -> None:

@@ -58,7 +58,8 @@ class SweepJob:
         prepared: the metric, ready for this pair and these prompts.
         components: the C components to sweep, in the order of the result.
         queries: [B], index of each prompt's query.
-        gap: [B], metric of the expert minus that of the base, for each prompt.
+        gap: [B], metric of the expert minus that of the base, for each prompt; or another gap, if one was given.
+        like: name of each component that is to be replaced -> whether it is of the random sample; None to choose them.
     """
 
     method: Method
@@ -72,6 +73,7 @@ class SweepJob:
     confidence: float
     n_masks: int
     seed: int
+    like: Mapping[str, bool] | None
     budget: int | None
     done: MutableMapping[str, np.ndarray]
     progress: Progress
@@ -117,6 +119,11 @@ class SweepJob:
         Returns:
             positions of the components to replace, in order; and [C], True for those in the random sample.
         """
+        if self.like is not None:
+            at = {c.name: i for i, c in enumerate(self.components)}
+            sampled = np.zeros(len(self.components), bool)
+            sampled[[at[name] for name, is_sampled in self.like.items() if is_sampled]] = True
+            return sorted(at[name] for name in self.like), sampled
         means = [values.mean(1) for values in estimates]
         best = {i for mean in means for i in _highest(self.components, mean, self.top)}
         sampled = np.zeros(len(self.components), bool)

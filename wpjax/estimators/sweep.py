@@ -19,7 +19,7 @@ from wpjax.engines.engine import Engine
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.estimators.dataset import Controls, make_dataset
 from wpjax.estimators.job import MethodOutput, SweepJob
-from wpjax.methods import DEFAULT_METHOD, check_method
+from wpjax.methods import DEFAULT_METHOD, Method, check_method
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.metric import Measure, Metric, agreed_metric, expect_finite, expect_positive_gap, scores
 from wpjax.pairs import Pair
@@ -47,6 +47,8 @@ def sweep(
     n_masks: int = 256,
     seed: int = 0,
     n_resamples: int = 1000,
+    gap: Float[np.ndarray, " B"] | None = None,
+    like: SweepResult | None = None,
     budget: int | None = None,
     done: MutableMapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
@@ -94,6 +96,10 @@ def sweep(
         n_masks: number of random sets at each share of components, with method "masks".
         seed: seed of resampling, sign flips, shams, nulls and random sets.
         n_resamples: number of bootstrap samples behind the intervals.
+        gap: what effects are shares of, prompt by prompt, so that sweeps of several experts can be compared; None for
+            the gap of this pair.
+        like: a sweep of another expert. The components that it replaced are replaced here, its random sample included,
+            whatever a screen says of this expert. None to choose them here.
         budget: bytes for the activations of patches that run at once; None to choose from the device.
         done: finished parts of an earlier attempt (see `runtime.shards.Shards`), or those of a farm
             (`runtime.farm.Farm`). New parts are added as they finish.
@@ -136,24 +142,43 @@ def sweep(
         attributes = {**prepared.attributes, **given.attributes(batch.behaviour)}
         prepared = dataclasses.replace(prepared, metric=held, attributes=attributes)
     swept = _swept_components(pair, prepared.reach_metric or prepared.metric, kinds, components)
+    followed = None if like is None else _followed(like, chosen_method, swept)
     if done is not None and is_shared(done):
         prepared = dataclasses.replace(prepared, metric=agreed_metric(prepared.metric, done))
     read = prepared.score or functools.partial(scores, pair.cfg, metric=prepared.metric)
     base_score, expert_score = (read(params) for params in (pair.base, pair.expert))
     for params, score, name in ((pair.base, base_score, "the base"), (pair.expert, expert_score, "the expert")):
         expect_finite(pair.cfg, params, prepared.metric, score, name)
-    gap = (expert_score - base_score).astype(np.float64)
+    if gap is None:
+        gap = (expert_score - base_score).astype(np.float64)
     # Effects are shares of the gap, so a sweep of a gap that may be zero is refused before any work is done.
     expect_positive_gap(gap, batch.queries, f"the {prepared.metric.name} metric of {batch.behaviour}", seed)
     job = SweepJob(
         chosen_method, pair, prepared, swept, batch.queries, gap,
-        top=top, stratum=stratum, confidence=confidence, n_masks=n_masks, seed=seed, budget=budget,
+        top=top, stratum=stratum, confidence=confidence, n_masks=n_masks, seed=seed, like=followed, budget=budget,
         done={} if done is None else done, progress=progress,
     )  # fmt: skip
     output: MethodOutput = chosen_method.run(job)
     dataset = make_dataset(job, batch, output, _controls(job, output), n_resamples)
     dataset.attrs["wall_time_s"] = round(time.perf_counter() - started, 3)
     return SweepResult(dataset)
+
+
+def _followed(like: SweepResult, method: Method, swept: Sequence[Component]) -> dict[str, bool]:
+    """The names of the components that a sweep replaced, and whether each was of its random sample.
+
+    Raises:
+        WpjaxError: the method finds its components on the way, or the sweep was of other components.
+    """
+    if not method.can_follow:
+        raise WpjaxError(f"method {method.name} finds its components on the way, so it cannot take those of `like`")
+    data = like.swept.dataset
+    names = data["name"].values.astype(str).tolist()
+    if names != [c.name for c in swept]:
+        raise WpjaxError("`like` is a sweep of other components than these; sweep the same kinds or names in both")
+    sampled = data["sampled"].values.tolist() if "sampled" in data else [False] * len(names)
+    replaced = np.isfinite(data["p_value"].values).tolist()
+    return {name: bool(s) for name, s, r in zip(names, sampled, replaced, strict=True) if r}
 
 
 def _measure(metric: Any, pair: Pair, batch: PromptBatch) -> Measure:

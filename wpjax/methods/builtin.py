@@ -86,6 +86,7 @@ register(
         lazily("wpjax.estimators.race", "run"),
         cells=("exact",),
         columns=(Column("race", trust=80, estimates_effect=True),),
+        can_follow=False,
         marks=("race_share", "race_undecided"),
         note=lazily("wpjax.estimators.race", "note"),
     )

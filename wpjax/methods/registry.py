@@ -65,6 +65,7 @@ class Method:
         cells: names of the cells of the 2x2 in which components are replaced (`engines.engine.CELLS`), the main one
             first.
         columns: columns that the method makes, without those of its estimates.
+        can_follow: whether it can replace the components that another sweep chose (`sweep(like=...)`).
         needs_fixed_words: whether every model must be read along the same words. Then the method cannot measure the
             on-policy score.
         marks: names of attributes that the method adds to the result, and that the command line prints beside the
@@ -79,6 +80,7 @@ class Method:
     cells: tuple[str, ...] = ()
     columns: tuple[Column, ...] = ()
     needs_fixed_words: bool = True
+    can_follow: bool = True
     marks: tuple[str, ...] = ()
     note: Callable[[Any], str] | None = None
 
