@@ -74,7 +74,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.shown.append(data)
-        if self.rows and self.lasttag in ("td", "code") and data.strip():
+        if self.rows and self.lasttag in ("th", "td", "code") and data.strip():
             self.rows[-1].append(data.strip())
 
 

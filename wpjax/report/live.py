@@ -1,0 +1,304 @@
+"""What the page's script draws from: the columns of the table, and the numbers of figures that are not of components.
+
+Also what stands in words where there is nothing to draw, and what each figure shows for those who do not see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from wpjax.circuits.hierarchy import flow_by_layer, hierarchy, significant
+from wpjax.columns import EFFECT, Column, columns, effect_estimates, title_of
+from wpjax.errors import WpjaxError
+from wpjax.report.curves import LABELS
+from wpjax.report.figures import in_layers
+from wpjax.results.curves import Curves
+from wpjax.results.sweep_result import SweepResult
+from wpjax.results.words import enumerated
+
+N_SOURCES = 24
+"""Sources that the flow graph can show, at most."""
+
+ABOUT = {
+    EFFECT: "share of the gap that comes back when its weights alone are the expert's",
+    "effect_paper": "mean of each prompt's own ratio, as in the paper",
+    "p_value": "sign-flip test over queries",
+    "q_value": "false discovery rate at which the effect counts as found",
+    "screen": "first-order estimate of the effect, by which components were chosen",
+    "gradient": "first-order estimate of the effect",
+    "screen_error": "the estimate minus the effect",
+    "set_score": "how much it carries together with others, for its number of parameters: the ranking for sets",
+    "learned": "a learned ranking for sets",
+    "delta_norm": "size of the change of its weights, expert minus base (Frobenius norm)",
+    "exact": "whether its weights were replaced, or only estimated",
+}
+"""What the columns of the table are, in a few words; a column that is not here is described by its label."""
+
+
+def table_columns(result: SweepResult) -> list[Column]:
+    """The number columns of the table in the order in which they stand, without the effect's p and q values.
+
+    Estimates of the effect come first; the rankings for sets and the norm of the change last.
+    """
+    data = result.dataset
+    mine = [c for c in columns() if c.name in data and c.dims == ("component",)]
+    shown = sorted((c for c in mine if not c.group and c.shown), key=lambda c: not c.estimates_effect)
+    sets = [c for c in mine if c.trust is not None and not c.shown]
+    return [c for c in (*shown, *sets) if np.isfinite(data[c.name].values.astype(float)).any()]
+
+
+def live_columns(result: SweepResult, by: str) -> dict[str, np.ndarray]:
+    """Every number of every component that the page's table shows, by name of the column.
+
+    Args:
+        result: the sweep.
+        by: the ranking; the column `rank` counts from 1 along it, and is 0 where the ranking has no number.
+    """
+    data = result.dataset
+    values = result.values(by)
+    order = np.argsort(-values, kind="stable")
+    rank = np.zeros(len(values), np.int64)
+    rank[order] = np.where(np.isfinite(values[order]), np.arange(1, len(values) + 1), 0)
+    names = [EFFECT, "ci_low", "ci_high", "p_value", "q_value", "effect_paper", "delta_norm"]
+    names += [part.name for column in table_columns(result) for part in column.with_bounds()]
+    marks = [name for name in ("exact", "below_noise_floor", "swept") if name in data]
+    number = {kind: i for i, kind in enumerate(_kinds(data))}
+    kind = np.array([number[kind] for kind in data["kind"].values.astype(str).tolist()])
+    whole = {name: data[name].values for name in dict.fromkeys(("layer", "index", *names, *marks))}
+    return {"rank": rank, "kind": kind, **whole}
+
+
+def _kinds(data: xr.Dataset) -> list[str]:
+    """The kinds of the components, in the order in which they come."""
+    return list(dict.fromkeys(data["kind"].values.astype(str).tolist()))
+
+
+def live_about(
+    result: SweepResult, by: str, execution: SweepResult | None = None, curves: Curves | None = None
+) -> dict[str, Any]:
+    """What the page's script is told beside the columns, as `payload.packed` takes it.
+
+    Args:
+        result: the sweep.
+        by: the ranking of the table.
+        execution: a sweep with the anchor's state given, or None.
+        curves: a validation of the sweep, or None.
+    """
+    data, swept = result.dataset, result.swept
+    estimates = [name for name in (EFFECT, *effect_estimates()) if name in data]
+    known = any(name in data for name in effect_estimates()) or bool(data["exact"].values.any())
+    return {
+        "n": data.sizes["component"],
+        "names": data["name"].values.astype(str).tolist(),
+        "kinds": _kinds(data),
+        "behaviour": data.attrs["behaviour"],
+        "by": by,
+        "best": estimates if known else [result.ranking],
+        "parts": in_layers(swept),
+        "table": [_entry(name) for name in _entries(result)],
+        "coverage": _coverage(swept.dataset),
+        "anchor": _anchor(swept.dataset),
+        "flow": _flow(swept),
+        "graph": _graph(swept, execution),
+        "curves": None if curves is None else _curves(curves),
+        "plane": "source" in data and bool(np.isfinite(data["source"].values).any()),
+    }
+
+
+def _entries(result: SweepResult) -> list[Column]:
+    """The columns of the table after rank, name, kind and layer."""
+    fixed = {c.name: c for c in columns()}
+    first = [fixed[name] for name in (EFFECT, "p_value", "q_value")]
+    last = [fixed[name] for name in ("delta_norm", "effect_paper", "exact")]
+    return [*first, *table_columns(result), *last]
+
+
+def _entry(column: Column) -> dict[str, Any]:
+    """What the script needs to know of a column of the table."""
+    short = {"p_value": "p", "q_value": "q", "delta_norm": "‖Δ‖"}
+    return {
+        "key": column.name,
+        "title": short.get(column.name, column.name),
+        "about": ABOUT.get(column.name, column.label),
+        "type": "bool" if column.dtype == "b" else "p" if column.name in ("p_value", "q_value") else "number",
+        "bounds": list(column.bounds),
+        # What a reader wants to see first: large effects, small p.
+        "up": column.name in ("p_value", "q_value"),
+        "hidden": column.name in ("effect_paper", "exact", "p_value"),
+    }
+
+
+def _coverage(data: xr.Dataset) -> dict[str, Any]:
+    return {
+        "kinds": data["swept_kind"].values.astype(str).tolist(),
+        "n": data["n_components"].values,
+        "joint": data["coverage_joint"].values,
+        "sum": data["coverage_sum"].values,
+        "all": float(data.attrs["coverage"]),
+    }
+
+
+def _anchor(data: xr.Dataset) -> dict[str, Any] | None:
+    """The anchor's diagnostics in standard deviations, so that layers compare."""
+    if "anchor_gap" not in data:
+        return None
+    lines = {}
+    for name in ("gap", "specific"):
+        scale = 1 / np.maximum(data[f"anchor_{name}_sd"].values, 1e-30)
+        lines[name] = [data[f"anchor_{name}{end}"].values * scale for end in ("", "_low", "_high")]
+    return {**lines, "stability": data["anchor_stability"].values, "layer": int(data.attrs["metric_layer"])}
+
+
+def _flow(result: SweepResult) -> dict[str, Any] | None:
+    """The flow by layer of each kind; None if there is none (`no_flow` says why)."""
+    if "flow" not in result.dataset or not in_layers(result):
+        return None
+    return {kind: np.round(flow_by_layer(result, kind), 7) for kind in in_layers(result)}
+
+
+def no_flow(result: SweepResult) -> str:
+    """Why a result has no flow to draw, in words; empty if it has.
+
+    Args:
+        result: the sweep.
+    """
+    try:
+        hierarchy(result)
+    except WpjaxError as error:
+        return f"There is no flow to follow: {error}."
+    flow = result.dataset["flow"].values
+    if not in_layers(result):
+        return "There is no flow by layer: none of the components that were swept stands in a layer."
+    if not (np.nan_to_num(np.abs(flow)) > 0).any():
+        return "There is no flow to draw: no component that was replaced moves the metric."
+    return ""
+
+
+def _sources(result: SweepResult) -> tuple[list[int], bool]:
+    """Positions of the components that the flow graph starts from, and whether they are surely above zero.
+
+    Where none is, they are the largest positive effects.
+    """
+    sure = significant(result, N_SOURCES)
+    if sure:
+        return sure, True
+    effect = np.where(np.isfinite(result.dataset["flow"].values[:, 0]), result.dataset[EFFECT].values, np.nan)
+    return [int(i) for i in np.argsort(-effect, kind="stable") if effect[i] > 0][:N_SOURCES], False
+
+
+def _graph(result: SweepResult, execution: SweepResult | None) -> dict[str, Any] | None:
+    """The sources of the flow graph with their flow to every head and MLP; None if there is none."""
+    data = result.dataset
+    if no_flow(result):
+        return None
+    chosen, sure = _sources(result)
+    executors = hierarchy(result, execution).executors if execution is not None else ()
+    targets = [str(t) for t in data["target"].values]
+    layer, metric = data.attrs["metric_layer"], str(data.attrs["metric"])
+    return {
+        "targets": targets,
+        "sources": data["name"].values[chosen].astype(str).tolist(),
+        "flow": np.round(data["flow"].values[chosen].astype(np.float64), 7),
+        "sure": sure,
+        "end": f"anchor, layer {layer}" if metric == "anchor" else metric,
+        "executors": [[node.name, node.value] for node in executors],
+    }
+
+
+def _curves(curves: Curves) -> dict[str, Any]:
+    """Shares along the curves of every ranking: [measure][low, mean, high][direction][ranking][point]."""
+    data = curves.dataset
+    return {
+        "measures": [[name, LABELS.get(name, name)] for name in curves.measures],
+        "rankings": [title_of(name) for name in curves.rankings],
+        "n_parameters": data["n_parameters"].values,
+        "n_components": data["n_components"].values,
+        "shares": {name: np.round(curves.share(name)[0], 5) for name in curves.measures},
+    }
+
+
+def alt_text(result: SweepResult, name: str) -> str:
+    """What a figure shows, in a sentence or two, for those who do not see it.
+
+    Args:
+        result: the sweep.
+        name: name of the figure, one of `figures.available`.
+    """
+    return _ALT[name](result.swept)
+
+
+def _extremes(result: SweepResult, kind: str) -> str:
+    """The largest and the smallest effect of a kind, in words."""
+    data, values = result.dataset, result.best()
+    mine = np.flatnonzero((data["kind"].values.astype(str) == kind) & np.isfinite(values))
+    if not mine.size:
+        return "No number is known."
+    high, low = mine[values[mine].argmax()], mine[values[mine].argmin()]
+    names = data["name"].values.astype(str)
+    return f"The largest is {names[high]} ({values[high]:+.4f}), the smallest {names[low]} ({values[low]:+.4f})."
+
+
+def _map_alt(kind: str, plural: str) -> Callable[[SweepResult], str]:
+    return lambda result: f"Map of {plural}, layers by index, coloured by effect. {_extremes(result, kind)}"
+
+
+def _depth_alt(result: SweepResult) -> str:
+    data, values = result.dataset, np.nan_to_num(result.best())
+    mine = np.isin(data["kind"].values.astype(str), in_layers(result))
+    sums: Float[np.ndarray, " L"] = np.bincount(data["layer"].values[mine], values[mine])
+    return f"Bars of summed effects by layer. Layer {sums.argmax()} has the largest sum ({sums.max():+.3f})."
+
+
+def _coverage_alt(result: SweepResult) -> str:
+    data = result.dataset
+    found = zip(data["swept_kind"].values.astype(str), data["coverage_joint"].values, strict=True)
+    shares = enumerated([f"{kind} {share:.0%}" for kind, share in found])
+    return f"Bars of what each kind recovers as one patch: {shares}. All together: {data.attrs['coverage']:.0%}."
+
+
+def _top_alt(result: SweepResult) -> str:
+    rows = result.top(3)
+    leaders = ", ".join(f"{row.name} {row.effect:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]" for row in rows)
+    return f"Bars of the 20 highest single effects with 95 % intervals, led by {leaders}."
+
+
+def _flow_alt(result: SweepResult) -> str:
+    return no_flow(result) or (
+        "Heat map: rows are the layers that effects start from, columns the attention and the MLP of each layer that "
+        "they arrive by way of. The flow graph names the strongest."
+    )
+
+
+def _hierarchy_alt(result: SweepResult) -> str:
+    if reason := no_flow(result):
+        return reason
+    found = hierarchy(result)
+    if not found.sources:
+        return "No component's effect is surely above zero (q < 0.05), so there are no sources."
+    sources, by_way = (", ".join(node.name for node in nodes[:4]) for nodes in (found.sources, found.aggregators))
+    told = f" Their effects arrive by way of {by_way} first." if by_way else ""
+    return f"Graph of {len(found.sources)} sources, the largest {sources}.{told}"
+
+
+def _anchor_alt(result: SweepResult) -> str:
+    layer = result.dataset.attrs["metric_layer"]
+    return f"Lines over layers: how far expert and base stand apart on the anchor of each. Layer {layer} was taken."
+
+
+_ALT: dict[str, Callable[[SweepResult], str]] = {
+    "top": _top_alt,
+    "heads": _map_alt("head", "heads"),
+    "kv_groups": _map_alt("kv_group", "KV groups"),
+    "neurons": lambda r: f"Dots of neurons by layer, their effect upwards. {_extremes(r, 'neuron')}",
+    "depth": _depth_alt,
+    "plane": lambda _: "Dots of components: what their weights do to the right, what they pass on upwards.",
+    "flow": _flow_alt,
+    "hierarchy": _hierarchy_alt,
+    "coverage": _coverage_alt,
+    "anchor": _anchor_alt,
+}
