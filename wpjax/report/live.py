@@ -219,6 +219,9 @@ def _curves(curves: Curves) -> dict[str, Any]:
         "n_parameters": data["n_parameters"].values,
         "n_components": data["n_components"].values,
         "shares": {name: np.round(curves.share(name)[0], 5) for name in curves.measures},
+        # Where each patched model stands by each score, and by the checker: [direction][ranking][point].
+        "position": {name: np.round(curves.position(name), 5) for name in curves.measures},
+        "foretells": [[found.measure, found.rho] for found in curves.calibration()],
     }
 
 

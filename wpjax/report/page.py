@@ -334,7 +334,7 @@ def _figures(result: SweepResult, figures: dict[str, Figure]) -> list[Shown]:
 def _curve_figures(curves: Curves) -> list[Shown]:
     """The figures of a validation."""
     note = "Of each ranking, as more and more of its best components are patched. The dotted line is the expert."
-    how = "Each dot is a patched model: what the score says, and how often the checker passes it."
+    how = "Each dot is a patched model: the share by the score, and upwards the share that passes."
     return [
         Shown("curves", "Restoration and knock-out", note, curves.summary, _svg(make_curves(curves))),
         Shown("calibration", "Does the score foretell the checker?", how, how, _svg(make_calibration(curves))),
@@ -434,6 +434,6 @@ def _svg(figure: Figure) -> Markup:
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # The text is drawn by the browser, which has fonts of its own.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     text = out.getvalue()
     return Markup(text[text.index("<svg") :])

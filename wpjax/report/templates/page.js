@@ -86,8 +86,11 @@
     digits[entry.key] = Math.min(7, Math.max(4, 2 - Math.floor(Math.log10(most || 1))));
   }
   digits.best = digits[about.best[0]] ?? 4;
-  const number = (v, n_digits = 4) => (Number.isNaN(v) || v === null ? "–" : v.toFixed(n_digits));
-  const signed = (v, n_digits = 4) => (Number.isNaN(v) || v === null ? "–" : (v > 0 ? "+" : "") + v.toFixed(n_digits));
+  const number = (v, n_digits = 4) => {
+    if (Number.isNaN(v) || v === null) return "–";
+    return v !== 0 && Math.abs(v) < 5 * 10 ** -n_digits ? v.toExponential(1) : v.toFixed(n_digits);
+  };
+  const signed = (v, n_digits = 4) => (v > 0 ? "+" : "") + number(v, n_digits);
   const short = (v) => (Number.isNaN(v) ? "–" : v === 0 ? "0" : Number(v.toPrecision(2)).toString());
   const percent = (v) => `${v > 0 ? "+" : ""}${(100 * v).toFixed(Math.abs(v) < 0.1 ? 2 : 1)} %`;
   const thousands = (v) => v.toLocaleString("en");
@@ -195,9 +198,11 @@
   };
   const layOut = () => {
     const entries = about.table.filter((entry) => !hiddenColumns.has(entry.key));
-    shown = [...fixed, ...entries.map((entry) => ({
-      ...entry, entry, width: Math.max(entry.bounds.length ? 110 + 17 * digits[entry.key] : 92, 40 + 8.5 * entry.title.length),
-    }))];
+    const numbers = entries.map((entry) => ({
+      ...entry, entry, width: Math.max(entry.bounds.length ? 130 + 19 * digits[entry.key] : 96, 40 + 8.5 * entry.title.length),
+    }));
+    // On a narrow screen the effect comes before kind and layer, which the name says already.
+    shown = innerWidth < 640 ? [...fixed.slice(0, 3), ...numbers, ...fixed.slice(3)] : [...fixed, ...numbers];
     const widths = element("colgroup", {}, ...shown.map((c) => { const col = element("col"); col.style.width = `${c.width}px`; return col; }));
     head.replaceChildren(...shown.map((c) => {
       const cell = element("th", { scope: "col", "data-key": c.key, class: c.text ? "text" : "" });
@@ -251,7 +256,7 @@
       else {
         const into = c.entry.bounds.length ? cell.firstChild : cell;
         into.textContent = textOf(c.entry, i);
-        if (c.entry.bounds.length) cell.lastChild.textContent = endsOf(c.entry, i);
+        if (c.entry.bounds.length) cell.lastChild.textContent = ` ${endsOf(c.entry, i)}`;
         if (c.key === about.best[0]) {
           const v = column[c.key][i];
           cell.classList.add("bar");
@@ -320,7 +325,7 @@
   }
   kindBoxes.hidden = about.kinds.length < 2;
   let wait = 0;
-  q.addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(() => { state.q = q.value; changed(); }, 80); });
+  q.addEventListener("input", () => { clearTimeout(wait); state.q = q.value; wait = setTimeout(changed, 80); });
   layerChoice.addEventListener("change", () => { state.layer = layerChoice.value === "" ? null : Number(layerChoice.value); changed(); });
   onlyPinned.addEventListener("change", () => { state.pinned = onlyPinned.checked; changed(); });
   const clear = () => { const { sort, down } = state; Object.assign(state, fresh(), { sort, down }); changed(); };
@@ -382,7 +387,7 @@
     drawPins();
     showPill();
     writeHash();
-    drawFigures();
+    refreshFigures();
   };
 
   // ---- Figures
@@ -402,7 +407,7 @@
     return element("span", {}, mark, text);
   }));
   const rampOf = (scale) => element("p", { class: "ramp" }, element("span", {}, `−${scale.toPrecision(2)}`), element("i"), element("span", {}, `+${scale.toPrecision(2)}`), "share of the gap");
-  const tip = (options) => Plot.tip(options.data, Plot[options.by ?? "pointer"]({ fill: "var(--surface)", stroke: "var(--line)", maxRadius: 60, ...options, data: undefined, by: undefined }));
+  const tip = (options) => Plot.tip(options.data, Plot[options.by ?? "pointer"]({ fill: "var(--surface)", stroke: "var(--line)", maxRadius: 60, lineHeight: 1.35, textPadding: 10, ariaHidden: "true", ...options, data: undefined, by: undefined }));
   const layerTicks = (n_layers) => { const step = Math.max(1, Math.ceil(n_layers / 12)); return d3.range(0, n_layers, step); };
   const rowsOf = (kind) => { const out = [], k = about.kinds.indexOf(kind); for (let i = 0; i < n; i++) if (column.kind[i] === k && !Number.isNaN(best[i])) out.push(i); return out; };
 
@@ -446,7 +451,7 @@
       x: { type: "band", domain: d3.range(n_index), ticks: layerTicks(n_index), tickSize: 0, label: kind === "kv_group" ? "KV group" : kind },
       y: { type: "band", domain: d3.range(n_layers).reverse(), ticks: layerTicks(n_layers), tickSize: 0, label: "layer" },
       marks: [
-        Plot.cell(rows, { x, y, fill: { value: (i) => diverge(best[i] / scale), scale: null }, fillOpacity: (i) => (inView[i] ? 1 : 0.18), rx: 1.5 }),
+        Plot.cell(rows, { x, y, fill: { value: (i) => diverge(best[i] / scale), scale: null }, fillOpacity: (i) => (inView[i] ? 1 : 0.3), rx: 1.5 }),
         Plot.cell(marked, { x, y, rx: 1.5, inset: -0.5, ...PINNED }),
         tip({ data: rows, x, y, title: told }),
       ],
@@ -484,8 +489,9 @@
     const y = (i) => names[i], x = (i) => best[i];
     const bounded = rows.filter((i) => !Number.isNaN(column.ci_low[i]));
     const margin = 16 + 6.6 * d3.max(rows, (i) => names[i].length);
-    const plot = draw(width, 60 + 17 * rows.length, {
-      marginLeft: Math.min(margin, width / 2), marginRight: 16, x: { label: "share of the gap, alone", grid: true, ticks: Math.max(3, Math.round(width / 110)) }, y: { domain: rows.map(y), label: null, tickSize: 0 },
+    find(".live", figures.get("top")).style.minHeight ||= `${66 + 17 * rows.length}px`; // what stands below stays where it is
+    const plot = draw(width, 66 + 17 * rows.length, {
+      marginTop: 10, marginLeft: Math.min(margin, width / 2), marginRight: 16, x: { label: "share of the gap, alone", grid: true, ticks: Math.max(3, Math.round(width / 110)) }, y: { domain: rows.map(y), label: null, tickSize: 0 },
       marks: [
         Plot.ruleX([0], { stroke: "var(--soft)" }),
         Plot.barX(rows, { y, x, fill: (i) => colour(kindOf(i)), fillOpacity: (i) => (isEstimate(i) ? 0.4 : 0.85), insetTop: 2, insetBottom: 2 }),
@@ -500,16 +506,16 @@
   const axesX = find("#axis-x"), axesY = find("#axis-y");
   if (axesX) {
     const usable = about.table.filter((entry) => entry.type !== "bool" && column[entry.key].some((v) => !Number.isNaN(v)));
-    const wanted = about.plane ? ["source", "relay"] : ["delta_norm", usable.some((e) => e.key === "effect") ? "effect" : about.best[0]];
-    if (!about.plane && usable.some((e) => e.key === "set_score")) wanted[0] = "set_score";
+    const has = (key) => usable.some((entry) => entry.key === key);
+    const wanted = [["set_score", "screen", "delta_norm"].find(has), has("effect") ? "effect" : about.best[0]];
     [axesX, axesY].forEach((select, k) => {
       select.append(...usable.map((entry) => element("option", { value: entry.key }, entry.title)));
       select.value = wanted[k];
       select.addEventListener("change", () => drawFigure("compare"));
     });
   }
-  DRAW.compare = (width) => {
-    const [kx, ky] = [axesX.value, axesY.value], x = (i) => column[kx][i], y = (i) => column[ky][i];
+  const scatter = (width, kx, ky) => {
+    const x = (i) => column[kx][i], y = (i) => column[ky][i];
     const known = [];
     for (let i = 0; i < n; i++) if (Number.isFinite(x(i)) && Number.isFinite(y(i))) known.push(i);
     if (!known.length) return `No component has both ${NUMBERS[kx].title} and ${NUMBERS[ky].title}: choose other columns.`;
@@ -529,6 +535,8 @@
     const kinds = about.kinds.filter((kind) => known.some((i) => kindOf(i) === kind));
     return [keysOf(kinds.map((kind) => [kind, colour(kind)])), clickable(plot, pick), some.length < known.length ? element("p", { class: "ramp" }, `The ${thousands(some.length)} farthest out of ${thousands(known.length)}.`) : ""];
   };
+  DRAW.compare = (width) => scatter(width, axesX.value, axesY.value);
+  if (about.plane) DRAW.plane = (width) => scatter(width, "source", "relay");
 
   DRAW.coverage = (width) => {
     const c = about.coverage, bars = c.kinds.flatMap((kind, k) => [
@@ -578,7 +586,7 @@
     const scale = d3.max(cells, (d) => Math.abs(d.share)), ticks = layerTicks(n_layers);
     const plot = draw(width, 90 + kinds.length * Math.min(170, 26 + 7 * n_layers), {
       marginLeft: 46, marginRight: 70, marginTop: 8, fy: { domain: kinds, label: null, padding: 0.12 },
-      x: { type: "band", domain: d3.range(1 + 2 * n_layers), ticks: [0, ...ticks.slice(1).map((l) => 1 + 2 * l)], tickFormat: (t) => (t === 0 ? "self" : `${(t - 1) / 2}`), tickSize: 0, label: "arrives by way of: itself, then attention and MLP of each layer" },
+      x: { type: "band", domain: d3.range(1 + 2 * n_layers), ticks: [0, ...ticks.slice(1).map((l) => 1 + 2 * l)], tickFormat: (t) => (t === 0 ? "self" : `${(t - 1) / 2}`), tickSize: 0, label: width < 560 ? "arrives by way of" : "arrives by way of: itself, then attention and MLP of each layer" },
       y: { type: "band", domain: d3.range(n_layers).reverse(), ticks: layerTicks(2 * n_layers).filter((l) => l < n_layers), tickSize: 0, label: "layer of the source" },
       marks: [
         Plot.frame({ stroke: "var(--line)" }),
@@ -622,7 +630,7 @@
     const plot = draw(w, Math.max(240, 60 + 24 * d3.max([left.length, middle.length, right.length])), {
       marginLeft: 66 + 6.4 * long, marginRight: right.length ? 150 : 110, marginTop: 34, x: { axis: null, domain: [0, right.length ? 3 : 2] }, y: { axis: null, domain: [1, 0] },
       marks: [
-        Plot.link(drawn, { x1: (l) => l.a.x, y1: (l) => l.a.y, x2: (l) => l.b.x, y2: (l) => l.b.y, curve: "bump-x", stroke: { value: (l) => (l.value < 0 ? "var(--less)" : "var(--more)"), scale: null }, strokeWidth: (l) => Math.max(0.6, (9 * Math.abs(l.value)) / widest), strokeOpacity: 0.42, ariaLabel: "links" }),
+        Plot.link(drawn, { x1: (l) => l.a.x, y1: (l) => l.a.y, x2: (l) => l.b.x, y2: (l) => l.b.y, curve: "bump-x", stroke: { value: (l) => (l.value < 0 ? "var(--less)" : "var(--more)"), scale: null }, strokeWidth: (l) => Math.max(0.6, (9 * Math.abs(l.value)) / widest), strokeOpacity: 0.42 }),
         Plot.dot(nodes, { x: "x", y: "y", r: (d) => (d.role === "end" ? 8 : 4.5), fill: (d) => (d.role === "end" ? "var(--ink)" : colour(d.role === "aggregator" ? (d.name.endsWith("mlp") ? "mlp" : "head") : kindOf(d.i ?? place.get(d.name) ?? 0))), stroke: (d) => (state.pins.has(d.name) || d.name === state.q ? "var(--ink)" : "var(--surface)"), strokeWidth: (d) => (state.pins.has(d.name) || d.name === state.q ? 2.5 : 1) }),
         Plot.text(left, { x: "x", y: "y", text: (d) => `${d.name}  ${percent(d.value)}`, textAnchor: "end", dx: -9 }),
         Plot.text(middle, { x: "x", y: "y", text: (d) => `${d.name}  ${percent(d.value)}`, textAnchor: "middle", dy: -10, stroke: "var(--surface)", strokeWidth: 4, fill: "var(--ink)" }),
@@ -631,7 +639,7 @@
         tip({ data: nodes, x: "x", y: "y", title: say, maxRadius: 30 }),
       ],
     });
-    const paths = all('[aria-label="links"] path, [aria-label="link"] path', plot);
+    const paths = all('[aria-label="link"] path', plot);
     plot.addEventListener("input", () => paths.forEach((path, k) => {
       const at = plot.value;
       path.classList.toggle("fade", Boolean(at) && drawn[k].a.name !== at.name && drawn[k].b.name !== at.name);
@@ -645,9 +653,30 @@
     measure.append(...about.curves.measures.map(([name, title]) => element("option", { value: name }, title)));
     measure.addEventListener("change", () => drawFigure("curves"));
   }
+  const paint = (r) => (r === 0 ? "var(--accent)" : about.curves.rankings[r].startsWith("random") ? "var(--soft)" : `var(--c-${(r - 1) % 4})`);
+  DRAW.calibration = (width) => {
+    const c = about.curves, each = Math.max(190, Math.min(250, (width - 16 * 3) / 4)), side = element("div");
+    side.style.cssText = "display:flex;flex-wrap:wrap;gap:12px 16px";
+    if (c.foretells.every(([, rho]) => rho === null)) return "No score and no checker tells these patched models apart, so nothing can be foretold.";
+    for (const [name, rho] of c.foretells) {
+      const points = [0, 1].flatMap((way) => c.rankings.flatMap((ranking, r) => c.n_components[r].map((count, p) => ({
+        ranking, count, way, r, x: c.position[name][way][r][p], y: c.position.strict[way][r][p], stroke: paint(r),
+      })))).filter((d) => d.x !== null && d.y !== null);
+      const says = rho === null ? (points.length ? "all alike" : "no gap") : `rank correlation ${rho.toFixed(2)}`;
+      const plot = points.length ? draw(each, 210, {
+        marginLeft: 42, marginTop: 14, x: { label: "share by the score", grid: true, ticks: 4, tickFormat: ".0%" }, y: { label: null, grid: true, ticks: 4, tickFormat: ".0%" },
+        marks: [
+          Plot.link([0], { x1: 0, y1: 0, x2: 1, y2: 1, stroke: "var(--soft)", strokeDasharray: "2,3" }),
+          Plot.dot(points, { x: "x", y: "y", r: 3, fill: "stroke", fillOpacity: 0.8 }),
+          tip({ data: points, x: "x", y: "y", title: (d) => `${d.ranking}, ${thousands(d.count)} components ${d.way ? "taken out" : "put in"}\n${name} ${percent(d.x)}, passes ${percent(d.y)}` }),
+        ],
+      }) : "";
+      side.append(element("div", {}, element("p", { class: "keys" }, `${name}: ${says}`), plot));
+    }
+    return [side];
+  };
   DRAW.curves = (width) => {
     const c = about.curves, shares = c.shares[measure.value];
-    const paint = (r) => (r === 0 ? "var(--accent)" : c.rankings[r].startsWith("random") ? "var(--soft)" : `var(--c-${(r - 1) % 4})`);
     const points = [0, 1].map((side) => c.rankings.flatMap((ranking, r) => c.n_parameters[r].map((size, p) => ({
       ranking, r, size, count: c.n_components[r][p], value: shares[0][side][r][p], low: shares[1][side][r][p], high: shares[2][side][r][p], stroke: paint(r),
     })))).map((side) => side.filter((d) => d.value !== null).sort((a, b) => a.size - b.size));
@@ -679,13 +708,24 @@
     into.replaceChildren(...(typeof drawn === "string" ? [element("p", { class: "empty" }, drawn)] : drawn));
     for (const svg of all(":scope svg", into)) {
       svg.setAttribute("role", "img");
-      svg.setAttribute("aria-label", figure.dataset.alt ?? find("h3", figure).textContent);
+      svg.setAttribute("aria-label", figure.dataset.alt);
+      for (const part of svg.children) part.setAttribute("aria-hidden", "true"); // the label of the whole says it
     }
     into.hidden = false;
-    if (still) still.hidden = true;
+    if (still) still.remove();
     for (const part of all("[data-live]", figure)) part.hidden = false;
   };
-  const drawFigures = (width) => { for (const name of figures.keys()) drawFigure(name, width); };
+  const drawFigures = (width) => { stale.clear(); for (const name of figures.keys()) drawFigure(name, width); };
+  // What is out of sight is drawn anew when it comes into sight.
+  const seen = new Set(), stale = new Set();
+  const eye = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      const name = target.dataset.figure;
+      if (!isIntersecting) seen.delete(name);
+      else { seen.add(name); if (stale.delete(name)) drawFigure(name); }
+    }
+  }, { rootMargin: "200px" });
+  const refreshFigures = () => { for (const name of figures.keys()) if (seen.has(name)) drawFigure(name); else stale.add(name); };
 
   // ---- Begin
   for (const part of all("[data-needs-script]")) part.hidden = false;
@@ -695,13 +735,15 @@
   box.append(table);
   readHash();
   changed();
+  drawFigures();
+  for (const figure of figures.values()) eye.observe(figure);
   addEventListener("hashchange", () => { readHash(); changed(); });
   let lastWidth = innerWidth, resizing = 0;
   addEventListener("resize", () => {
     if (innerWidth === lastWidth) return;
     lastWidth = innerWidth;
     clearTimeout(resizing);
-    resizing = setTimeout(() => { drawRows(); drawFigures(); }, 120);
+    resizing = setTimeout(() => { layOut(); drawRows(); drawFigures(); }, 120);
   });
   document.documentElement.dataset.ready = "1"; // tests wait for it
 })();
