@@ -159,10 +159,16 @@ def figure(page, name):
     return page.locator(f'figure[data-figure="{name}"] .live svg').first
 
 
+def settle(page):
+    """Wait until what has come into sight is drawn."""
+    page.evaluate("() => new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(go))))")
+
+
 def point_at(page, name, mark, click=None, modifiers=()):
     """Move the pointer over a mark of a figure, the middle of what a function of the page finds there; click it."""
     drawing = figure(page, name)
     drawing.scroll_into_view_if_needed()
+    settle(page)
     middle = "(b) => [b.x + b.width / 2, b.y + b.height / 2]"
     box = drawing.evaluate(f"(svg) => ({middle})(({mark})(svg).getBoundingClientRect())")
     page.mouse.move(box[0] + 1, box[1] + 1)
@@ -244,7 +250,7 @@ def test_the_csv_has_every_row_and_number(visit, large, tmp_path):
     assert len(Path(download.value.path()).read_text().splitlines()) == 1 + N // N_LAYERS
 
 
-def test_figures_tell_filter_and_pin(visit, pages):
+def test_figures_tell_filter_and_pin(visit):
     page = visit("large")
     point_at(page, "heads", REDDEST)
     tip = figure(page, "heads").locator('[aria-label="tip"]')
@@ -296,6 +302,7 @@ def test_the_flow_graph_answers_and_no_figure_is_blank(visit):
         page = visit(name)
         for drawn in page.locator("figure").all():
             drawn.scroll_into_view_if_needed()
+            settle(page)
             assert drawn.locator(".live svg [aria-label] > *").count() or drawn.locator(".empty").count()
         assert page.locator('figure[data-figure="hierarchy"] .empty').count() == empty
     assert "There is no flow" in page.locator('figure[data-figure="hierarchy"]').inner_text()
