@@ -231,6 +231,9 @@ def draw_flow(result: SweepResult, axes: Axes) -> None:
     """
     kinds, n_layers = in_layers(result), int(result.dataset.attrs["metric_layer"]) + 1
     grid = np.concatenate([flow_by_layer(result, kind) for kind in kinds])
+    if not grid.any():
+        _say(axes, "No component that was replaced moves the metric,\nso there is no flow to draw.")
+        return
     scale = max(float(np.abs(grid).max()), 1e-9)
     image = axes.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0, -scale, scale))
     ticks = range(0, n_layers, max(1, n_layers // 12))
@@ -253,6 +256,9 @@ def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | Non
     The width of a line is its share of the gap, next to that of the largest source.
     """
     graph = hierarchy(result, execution)
+    if not graph.sources and not graph.executors:
+        _say(axes, "No effect is surely above zero (q < 0.05),\nso there are no sources to draw.")
+        return
     columns = [graph.sources, graph.aggregators, graph.executors]
     places: list[dict[str, tuple[float, float]]] = []  # of each column: name -> (x, y)
     for x, nodes in zip((0.0, 1.0, 3.0), columns, strict=True):
@@ -290,6 +296,12 @@ def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | Non
         axes.text(x, 1.04, title, ha="center", fontweight="bold", fontsize=8)
     axes.set(xlim=(-0.5, 3.5 if graph.executors else 2.5), ylim=(-0.02, 1.1))
     axes.axis("off")
+
+
+def _say(axes: Axes, why: str) -> None:
+    """Write why there is nothing to draw, in place of a blank figure."""
+    axes.axis("off")
+    axes.text(0.5, 0.5, why, ha="center", va="center", color=GREY, transform=axes.transAxes)
 
 
 def _has(result: SweepResult, kind: str) -> bool:

@@ -162,7 +162,18 @@ def _flow(result: SweepResult) -> dict[str, Any] | None:
 
 
 def no_flow(result: SweepResult) -> str:
-    """Why a result has no flow to draw, in words; empty if it has.
+    """Why a result has no flow by layer to draw, in words; empty if it has.
+
+    Args:
+        result: the sweep.
+    """
+    if "flow" in result.dataset and not (np.nan_to_num(np.abs(result.dataset["flow"].values)) > 0).any():
+        return "There is no flow to draw: no component that was replaced moves the metric."
+    return "" if "flow" in result.dataset else no_graph(result)
+
+
+def no_graph(result: SweepResult) -> str:
+    """Why a result has no flow graph, in words; empty if it has.
 
     Args:
         result: the sweep.
@@ -171,12 +182,7 @@ def no_flow(result: SweepResult) -> str:
         hierarchy(result)
     except WpjaxError as error:
         return f"There is no flow to follow: {error}."
-    flow = result.dataset["flow"].values
-    if not in_layers(result):
-        return "There is no flow by layer: none of the components that were swept stands in a layer."
-    if not (np.nan_to_num(np.abs(flow)) > 0).any():
-        return "There is no flow to draw: no component that was replaced moves the metric."
-    return ""
+    return no_flow(result)
 
 
 def _sources(result: SweepResult) -> tuple[list[int], bool]:
@@ -194,7 +200,7 @@ def _sources(result: SweepResult) -> tuple[list[int], bool]:
 def _graph(result: SweepResult, execution: SweepResult | None) -> dict[str, Any] | None:
     """The sources of the flow graph with their flow to every head and MLP; None if there is none."""
     data = result.dataset
-    if no_flow(result):
+    if no_graph(result):
         return None
     chosen, sure = _sources(result)
     executors = hierarchy(result, execution).executors if execution is not None else ()
@@ -278,7 +284,7 @@ def _flow_alt(result: SweepResult) -> str:
 
 
 def _hierarchy_alt(result: SweepResult) -> str:
-    if reason := no_flow(result):
+    if reason := no_graph(result):
         return reason
     found = hierarchy(result)
     if not found.sources:

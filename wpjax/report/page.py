@@ -38,7 +38,7 @@ from wpjax.report.figures import COLOURS, STYLE, available, make_figure, make_ov
 from wpjax.report.glyphs import save_figure
 from wpjax.report.interference import make_interference
 from wpjax.report.layers import make_layers
-from wpjax.report.live import alt_text, live_about, live_columns, no_flow
+from wpjax.report.live import alt_text, live_about, live_columns, no_flow, no_graph
 from wpjax.report.payload import packed
 from wpjax.results.curves import DIRECTIONS, Curves
 from wpjax.results.interference import Interference
@@ -320,14 +320,14 @@ def _facts(result: SweepResult, found: Verdict) -> list[dict[str, str]]:
 def _figures(result: SweepResult, figures: dict[str, Figure]) -> list[Shown]:
     """The figures of a sweep in the order of the page; of the flow also why there is none."""
     shown = []
-    reason = no_flow(result.swept)
+    reasons = {"flow": no_flow(result.swept), "hierarchy": no_graph(result.swept)}
     for name in ORDER:
         title, note = TITLES[name]
-        nothing = reason if name in ("flow", "hierarchy") else ""
+        nothing = reasons.get(name, "")
         if name in figures and not nothing:
             shown.append(Shown(name, title, note, alt_text(result, name), _svg(figures[name])))
-        elif name == "hierarchy":  # once is enough
-            shown.append(Shown(name, title, note, reason, None, reason))
+        elif nothing and name == "hierarchy":  # said once, not of both figures
+            shown.append(Shown(name, title, note, nothing, None, nothing))
     return shown
 
 
