@@ -93,7 +93,7 @@
   const signed = (v, n_digits = 4) => (v > 0 ? "+" : "") + number(v, n_digits);
   const short = (v) => (Number.isNaN(v) ? "–" : v === 0 ? "0" : Number(v.toPrecision(2)).toString());
   const percent = (v) => `${v > 0 ? "+" : ""}${(100 * v).toFixed(Math.abs(v) < 0.1 ? 2 : 1)} %`;
-  const thousands = (v) => v.toLocaleString("en");
+  const english = new Intl.NumberFormat("en"), thousands = (v) => english.format(v);
   const textOf = (entry, i) => {
     const v = column[entry.key][i];
     if (entry.type === "bool") return v ? "yes" : "no";
@@ -470,7 +470,7 @@
     const leaders = [...some].sort((a, b) => best[b] - best[a]).slice(0, 1), last = layers.at(-1) ?? 0;
     const anchor = (i) => (column.layer[i] > last / 2 ? "end" : "start");
     const labels = [...new Set([...marked, ...leaders])];
-    const plot = draw(width, 300, {
+    const plot = draw(width, 360, {
       marginLeft: 50, x: { domain: [-0.6, last + 0.6], ticks: layerTicks(last + 1), tickFormat: "d", label: "layer" }, y: { grid: true, nice: true, label: "effect" },
       marks: [
         Plot.ruleY([0], { stroke: "var(--soft)" }),
@@ -698,12 +698,12 @@
     return [keysOf(keys), side];
   };
 
-  const drawFigure = (name, fixedWidth) => {
+  const room = (figure) => Math.max(240, Math.floor(figure.clientWidth - parseFloat(getComputedStyle(figure).paddingLeft) * 2));
+  const drawFigure = (name, width) => {
     const figure = figures.get(name);
     if (!figure || !DRAW[name]) return;
     const into = find(".live", figure), still = find(".static", figure);
-    const width = fixedWidth ?? Math.max(240, Math.floor(figure.clientWidth - parseFloat(getComputedStyle(figure).paddingLeft) * 2));
-    const drawn = DRAW[name](width);
+    const drawn = DRAW[name](width ?? room(figure));
     if (drawn === null) return; // the page says in words why there is nothing
     into.replaceChildren(...(typeof drawn === "string" ? [element("p", { class: "empty" }, drawn)] : drawn));
     for (const svg of all(":scope svg", into)) {
@@ -715,7 +715,11 @@
     if (still) still.remove();
     for (const part of all("[data-live]", figure)) part.hidden = false;
   };
-  const drawFigures = (width) => { stale.clear(); for (const name of figures.keys()) drawFigure(name, width); };
+  const drawFigures = (width) => {
+    stale.clear();
+    const widths = [...figures.values()].map((figure) => width ?? room(figure)); // all before the first is drawn: one layout
+    [...figures.keys()].forEach((name, k) => drawFigure(name, widths[k]));
+  };
   // What is out of sight is drawn anew when it comes into sight.
   const seen = new Set(), stale = new Set();
   const eye = new IntersectionObserver((entries) => {
