@@ -91,6 +91,9 @@ def hostile_result():
     """A result and its validation in which every text that comes from elsewhere would do harm as markup."""
     data = SweepResult.from_netcdf(SAVED).dataset.copy(deep=True).drop_vars(["flow", "target"], errors="ignore")
     data["prompt"] = ("prompt", np.array([HOSTILE] * data.sizes["prompt"], dtype=object))
+    # Nothing was replaced: there are estimates only.
+    data = data.assign({name: data[name] * np.nan for name in ("effect", "ci_low", "ci_high")})
+    data["exact"] = data["exact"] & False
     names = [f"{name}{TAG}" for name in data["name"].values]
     data = data.assign_coords(name=("component", np.array(names, dtype=object)))
     data.attrs |= {"base": HOSTILE, "expert": HOSTILE, "behaviour": HOSTILE}

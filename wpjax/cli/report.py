@@ -36,9 +36,7 @@ def run(
         Path | None,
         Setting("Results by layer from `wpjax layers`: the page shows where it appears to live, and where edits work."),
     ] = None,
-    rows: Annotated[
-        int, Setting("Components in the table where no script runs; with one, the page has all.", least=1)
-    ] = 100,
+    rows: Annotated[int, Setting("Components in the table without JavaScript; with it, all.", least=1)] = 100,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw the result of a sweep: one HTML page that needs no network, and its figures as PNG files."""

@@ -507,7 +507,8 @@
   if (axesX) {
     const usable = about.table.filter((entry) => entry.type !== "bool" && column[entry.key].some((v) => !Number.isNaN(v)));
     const has = (key) => usable.some((entry) => entry.key === key);
-    const wanted = [["set_score", "screen", "delta_norm"].find(has), has("effect") ? "effect" : about.best[0]];
+    const upwards = about.best.find(has) ?? usable[0].key;
+    const wanted = [["set_score", "screen", "delta_norm"].find((key) => key !== upwards && has(key)) ?? upwards, upwards];
     [axesX, axesY].forEach((select, k) => {
       select.append(...usable.map((entry) => element("option", { value: entry.key }, entry.title)));
       select.value = wanted[k];
@@ -703,7 +704,8 @@
     const figure = figures.get(name);
     if (!figure || !DRAW[name]) return;
     const into = find(".live", figure), still = find(".static", figure);
-    const drawn = DRAW[name](width ?? room(figure));
+    let drawn = null;
+    try { drawn = DRAW[name](width ?? room(figure)); } catch (error) { console.error(name, error); } // the static one stays
     if (drawn === null) return; // the page says in words why there is nothing
     into.replaceChildren(...(typeof drawn === "string" ? [element("p", { class: "empty" }, drawn)] : drawn));
     for (const svg of all(":scope svg", into)) {
