@@ -310,7 +310,7 @@ def test_the_flow_graph_answers_and_no_figure_is_blank(visit):
             settle(shown)
             assert drawn.locator(".live svg [aria-label] > *").count() or drawn.locator(".empty").count()
         assert shown.locator('figure[data-figure="hierarchy"] .empty').count() == empty
-    assert "There is no flow" in shown.locator('figure[data-figure="hierarchy"]').inner_text()
+    assert "This result holds no flow" in shown.locator('figure[data-figure="hierarchy"]').inner_text()
 
 
 def test_light_and_dark(visit):

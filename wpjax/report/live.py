@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from wpjax.circuits.hierarchy import flow_by_layer, hierarchy, significant
+from wpjax.circuits.hierarchy import FINEST, flow_by_layer, hierarchy, significant
 from wpjax.columns import EFFECT, Column, columns, effect_estimates, title_of
 from wpjax.errors import WpjaxError
 from wpjax.report.curves import LABELS
@@ -181,7 +181,8 @@ def no_graph(result: SweepResult) -> str:
     try:
         hierarchy(result)
     except WpjaxError as error:
-        return f"There is no flow to follow: {error}."
+        said = str(error)
+        return f"{said[0].upper()}{said[1:]}."
     return no_flow(result)
 
 
@@ -193,7 +194,10 @@ def _sources(result: SweepResult) -> tuple[list[int], bool]:
     sure = significant(result, N_SOURCES)
     if sure:
         return sure, True
-    effect = np.where(np.isfinite(result.dataset["flow"].values[:, 0]), result.dataset[EFFECT].values, np.nan)
+    data = result.dataset
+    fine = np.isin(data["kind"].values.astype(str), FINEST)
+    usable = np.isfinite(data["flow"].values[:, 0]) & (fine if fine.any() else True)
+    effect = np.where(usable, data[EFFECT].values, np.nan)
     return [int(i) for i in np.argsort(-effect, kind="stable") if effect[i] > 0][:N_SOURCES], False
 
 

@@ -92,7 +92,10 @@
   };
   const signed = (v, n_digits = 4) => (v > 0 ? "+" : "") + number(v, n_digits);
   const short = (v) => (Number.isNaN(v) ? "–" : v === 0 ? "0" : Number(v.toPrecision(2)).toString());
-  const percent = (v) => `${v > 0 ? "+" : ""}${(100 * v).toFixed(Math.abs(v) < 0.1 ? 2 : 1)} %`;
+  const percent = (v) => {
+    const a = Math.abs(100 * v);
+    return `${v > 0 ? "+" : ""}${a && a < 0.1 ? Number((100 * v).toPrecision(2)) : (100 * v).toFixed(a < 10 ? 2 : 1)} %`;
+  };
   const english = new Intl.NumberFormat("en"), thousands = (v) => english.format(v);
   const textOf = (entry, i) => {
     const v = column[entry.key][i];
@@ -471,7 +474,7 @@
     const anchor = (i) => (column.layer[i] > last / 2 ? "end" : "start");
     const labels = [...new Set([...marked, ...leaders])];
     const plot = draw(width, 360, {
-      marginLeft: 50, x: { domain: [-0.6, last + 0.6], ticks: layerTicks(last + 1), tickFormat: "d", label: "layer" }, y: { grid: true, nice: true, label: "effect" },
+      marginLeft: 62, x: { domain: [-0.6, last + 0.6], ticks: layerTicks(last + 1), tickFormat: "d", label: "layer" }, y: { grid: true, nice: true, label: "effect" },
       marks: [
         Plot.ruleY([0], { stroke: "var(--soft)" }),
         Plot.dot(some, { x, y, r: 2.2, fill: colour("neuron"), fillOpacity: (i) => (inView[i] ? 0.65 : 0.08) }),
@@ -524,7 +527,7 @@
     const some = dots(known, (i) => Math.abs(x(i)) / span[0] + Math.abs(y(i)) / span[1]);
     const marked = known.filter((i) => state.pins.has(names[i]) || names[i] === state.q);
     const plot = draw(width, 320, {
-      marginLeft: 56, x: { label: NUMBERS[kx].title, grid: true, nice: true, ticks: Math.max(3, Math.round(width / 110)) }, y: { label: NUMBERS[ky].title, grid: true, nice: true },
+      marginLeft: 62, x: { label: NUMBERS[kx].title, grid: true, nice: true, ticks: Math.max(3, Math.round(width / 110)) }, y: { label: NUMBERS[ky].title, grid: true, nice: true },
       marks: [
         Plot.ruleX([0], { stroke: "var(--line)" }), Plot.ruleY([0], { stroke: "var(--line)" }),
         Plot.dot(some, { x, y, r: 2.8, fill: (i) => colour(kindOf(i)), fillOpacity: (i) => (inView[i] ? 0.7 : 0.08) }),
@@ -548,7 +551,7 @@
       marginLeft: 14 + 7 * d3.max(c.kinds, (kind) => kind.length), marginRight: 56, x: { label: "share of the gap", tickFormat: ".0%", grid: true, ticks: Math.max(3, Math.round(width / 110)) }, y: { axis: null, domain: ["as one patch", "sum of single effects"] }, fy: { domain: c.kinds, label: null, padding: 0.25, axis: "left" },
       marks: [
         Plot.barX(bars, { fy: "kind", y: "what", x: "value", fill: "fill", insetBottom: 1 }),
-        Plot.text(bars, { fy: "kind", y: "what", x: (d) => Math.max(0, d.value), text: (d) => `${(100 * d.value).toFixed(1)} %`, textAnchor: "start", dx: 5, fill: "var(--ink)" }),
+        Plot.text(bars, { fy: "kind", y: "what", x: (d) => Math.max(0, d.value), text: (d) => `${(100 * d.value).toFixed(1).replace(/^-0\.0$/, "0.0")} %`, textAnchor: "start", dx: 5, fill: "var(--ink)" }),
         Plot.ruleX([0], { stroke: "var(--soft)" }), Plot.ruleX([1], { stroke: "var(--soft)", strokeDasharray: "2,3" }),
       ],
     });
