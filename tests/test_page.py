@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import wpjax.report
-from tests.helpers import curves_by_hand
+from tests.helpers import curves_by_hand, map_by_hand
 from wpjax.report.figures import available, make_figure
 from wpjax.report.page import render_page
 from wpjax.results.answers import Answers
 from wpjax.results.curves import Curves
+from wpjax.results.layers import LayerCurve
 from wpjax.results.sweep_result import SweepResult
 
 SAVED = Path(__file__).parent / "data" / "schema4" / "title.nc"
@@ -88,7 +89,7 @@ def many_components():
 
 
 def hostile_result():
-    """A result and its validation in which every text that comes from elsewhere would do harm as markup."""
+    """All that a page can show; every text in it that comes from elsewhere would do harm as markup."""
     data = SweepResult.from_netcdf(SAVED).dataset.copy(deep=True).drop_vars(["flow", "target"], errors="ignore")
     data["prompt"] = ("prompt", np.array([HOSTILE] * data.sizes["prompt"], dtype=object))
     # Nothing was replaced: there are estimates only.
@@ -100,7 +101,8 @@ def hostile_result():
     swept = ("behaviour", "base", "expert", "base_fingerprint", "expert_fingerprint")
     answers = Answers((HOSTILE,), [[HOSTILE]] * 3, np.array([[0.0], [1], [1]]), 2, HOSTILE)
     of = curves_by_hand((HOSTILE, "delta_norm"), **{name: data.attrs[name] for name in swept}).dataset
-    return SweepResult(data), Curves(answers.added_to(of))
+    layers = [LayerCurve(source, HOSTILE, np.arange(4), np.arange(4.0)) for source in ("weights", "edits")]
+    return SweepResult(data), Curves(answers.added_to(of)), map_by_hand(HOSTILE, "b"), layers
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +114,10 @@ def large():
 def pages(large, tmp_path_factory):
     """The pages of two results, by name."""
     folder = tmp_path_factory.mktemp("pages")
-    hostile, curves = hostile_result()
-    for name, result, validated in (("large", large, None), ("hostile", hostile, curves)):
+    hostile, *others = hostile_result()
+    for name, result, more in (("large", large, []), ("hostile", hostile, others)):
         figures = {figure: make_figure(result, figure) for figure in available(result)}
-        text = render_page(result, figures, 100, folder / "r.nc", validated)
+        text = render_page(result, figures, 100, folder / "r.nc", *more)
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {path.stem: path for path in folder.iterdir()}
 

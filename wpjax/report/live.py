@@ -5,7 +5,7 @@ Also what stands in words where there is nothing to draw, and what each figure s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from wpjax.errors import WpjaxError
 from wpjax.report.curves import LABELS
 from wpjax.report.figures import in_layers
 from wpjax.results.curves import Curves
+from wpjax.results.interference import Interference
+from wpjax.results.layers import EDITS, SIZES, LayerCurve
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.words import enumerated
 
@@ -79,7 +81,12 @@ def _kinds(data: xr.Dataset) -> list[str]:
 
 
 def live_about(
-    result: SweepResult, by: str, execution: SweepResult | None = None, curves: Curves | None = None
+    result: SweepResult,
+    by: str,
+    execution: SweepResult | None = None,
+    curves: Curves | None = None,
+    interference: Interference | None = None,
+    layers: Sequence[LayerCurve] = (),
 ) -> dict[str, Any]:
     """What the page's script is told beside the columns, as `payload.packed` takes it.
 
@@ -88,6 +95,8 @@ def live_about(
         by: the ranking of the table.
         execution: a sweep with the anchor's state given, or None.
         curves: a validation of the sweep, or None.
+        interference: a map that the behaviour is on, or None.
+        layers: results by layer.
     """
     data, swept = result.dataset, result.swept
     estimates = [name for name in (EFFECT, *effect_estimates()) if name in data]
@@ -106,6 +115,11 @@ def live_about(
         "flow": _flow(swept),
         "graph": _graph(swept, execution),
         "curves": None if curves is None else _curves(curves),
+        "interference": None if interference is None else _interference(interference),
+        "layers": [
+            {**curve._asdict(), "edits": curve.source in (EDITS, SIZES)}
+            for curve in sorted(layers, key=lambda curve: curve.source in (EDITS, SIZES))
+        ],
         "plane": "source" in data and bool(np.isfinite(data["source"].values).any()),
     }
 
@@ -233,6 +247,19 @@ def _curves(curves: Curves) -> dict[str, Any]:
         "position": {name: np.round(curves.position(name), 5) for name in curves.measures},
         "foretells": [[found.measure, found.rho] for found in curves.calibration()],
     }
+
+
+def _interference(found: Interference) -> dict[str, Any]:
+    """The three maps of each level: what sets bring back, how they overlap, how ranks agree."""
+    maps = {
+        name: [
+            ["brings back", [[cell.mean for cell in row] for row in level.brings_back]],
+            ["sets overlap", level.overlap],
+            ["ranks agree", level.agreement],
+        ]
+        for name, level in found.levels.items()
+    }
+    return {"behaviours": found.behaviours, "levels": maps}
 
 
 def alt_text(result: SweepResult, name: str) -> str:

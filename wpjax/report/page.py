@@ -237,7 +237,7 @@ def render_page(
         css=Markup(_file("templates/page.css")),
         theme_script=Markup(THEME_SCRIPT),
         scripts=[Markup(script) for script in scripts],
-        data=packed(live_about(result, by, execution, curves), live_columns(result, by)),
+        data=packed(live_about(result, by, execution, curves, interference, layers or ()), live_columns(result, by)),
         colours=list(COLOURS.items()),
         rankings_colours=[COLOURS[kind] for kind in ("neuron", "kv_group", "norm", "embed")],
         n_components=data.sizes["component"],
@@ -342,12 +342,13 @@ def _curve_figures(curves: Curves) -> list[Shown]:
 
 
 def _interference_figure(found: Interference) -> Shown:
-    return Shown("interference", "Interference", "", found.summary, _svg(make_interference(found)))
+    note = "Rows are sets, columns behaviours. The framed diagonal is the ceiling: one behaviour beside itself."
+    return Shown("interference", "Interference", note, found.summary, _svg(make_interference(found)))
 
 
 def _layers_figure(layers: Sequence[LayerCurve]) -> Shown:
     alt = "Lines over layers of each result; the table below says where each is largest."
-    return Shown("layers", "By layer", "", alt, _svg(make_layers(layers)))
+    return Shown("layers", "By layer", "Several results of one model, over its layers.", alt, _svg(make_layers(layers)))
 
 
 def _curve_rows(curves: Curves) -> list[tuple[str, list[Interval]]]:

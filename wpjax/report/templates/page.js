@@ -702,6 +702,48 @@
     return [keysOf(keys), side];
   };
 
+  DRAW.layers = (width) => {
+    const last = d3.max(about.layers, (c) => d3.max(c.layers)), sources = [...new Set(about.layers.map((c) => c.source))];
+    const tints = ["var(--accent)", "var(--c-0)", "var(--c-1)", "var(--c-2)", "var(--c-3)", "var(--soft)"];
+    return sources.flatMap((source) => {
+      const mine = about.layers.filter((c) => c.source === source);
+      const points = mine.flatMap((c, k) => c.layers.map((layer, j) => ({ label: c.label, layer, value: c.values[j], stroke: tints[k % tints.length] }))).filter((d) => d.value !== null);
+      const plot = draw(width, 170, {
+        marginLeft: 46, x: { domain: [-0.5, last + 0.5], ticks: layerTicks(last + 1), tickFormat: "d", label: "layer" }, y: { label: "share", grid: true, nice: true, ticks: 4 },
+        marks: [
+          Plot.ruleY([0], { stroke: "var(--soft)" }),
+          state.layer === null ? null : Plot.ruleX([state.layer], { stroke: "var(--ink)", strokeDasharray: "2,3" }),
+          Plot.lineY(points, { x: "layer", y: "value", z: "label", stroke: "stroke" }), Plot.dot(points, { x: "layer", y: "value", fill: "stroke", r: 3 }),
+          tip({ data: points, x: "layer", y: "value", title: (d) => `${d.label}, layer ${d.layer}: ${short(d.value)}` }),
+        ],
+      });
+      const title = `${source}: where ${mine[0].edits ? "changing it works" : "it appears to live"}`;
+      return [element("p", { class: "keys" }, element("b", {}, title)), keysOf(mine.map((c, k) => [c.label, tints[k % tints.length]])), clickable(plot, (d) => pickLayer(d.layer))];
+    });
+  };
+  DRAW.interference = (width) => {
+    const { behaviours, levels } = about.interference, n_b = behaviours.length, side = element("div");
+    side.style.cssText = "display:flex;flex-wrap:wrap;gap:8px 20px";
+    const brief = (name) => { const s = name.replace(/^tiny:/, ""); return s.length > 18 ? `${s.slice(0, 17)}…` : s; };
+    const margin = 16 + 6.4 * d3.max(behaviours, (name) => brief(name).length), each = Math.min(width, Math.max(220, margin + 58 * n_b));
+    for (const [level, maps] of Object.entries(levels)) {
+      for (const [title, values] of maps) {
+        const cells = values.flatMap((row, a) => row.map((value, b) => ({ a, b, value }))).filter((d) => d.value !== null);
+        const say = (d) => (title === "brings back" ? `${(100 * d.value).toFixed(0)} %` : d.value.toFixed(2));
+        const plot = draw(each, 60 + 34 * n_b, {
+          marginLeft: margin, marginTop: 8, marginBottom: 52, padding: 0.05, x: { type: "band", domain: d3.range(n_b), tickFormat: (b) => brief(behaviours[b]), tickSize: 0, tickRotate: -20, label: null }, y: { type: "band", domain: d3.range(n_b), tickFormat: (a) => brief(behaviours[a]), tickSize: 0, label: null },
+          marks: [
+            Plot.cell(cells, { x: "b", y: "a", fill: { value: (d) => diverge(0.75 * Math.max(-1, Math.min(1, d.value))), scale: null }, rx: 2, stroke: (d) => (d.a === d.b ? "var(--ink)" : "none") }),
+            Plot.text(cells, { x: "b", y: "a", text: say, fill: "var(--ink)" }),
+            tip({ data: cells, x: "b", y: "a", title: (d) => `set of ${behaviours[d.a]}\n${behaviours[d.b]}: ${say(d)}` }),
+          ],
+        });
+        side.append(element("div", {}, element("p", { class: "keys" }, element("b", {}, `${level}: ${title}`)), plot));
+      }
+    }
+    return [side];
+  };
+
   const room = (figure) => Math.max(240, Math.floor(figure.clientWidth - parseFloat(getComputedStyle(figure).paddingLeft) * 2));
   const drawFigure = (name, width) => {
     const figure = figures.get(name);
