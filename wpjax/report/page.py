@@ -5,7 +5,7 @@ their place, and the whole table.
 
 Libraries were chosen by size and upkeep (minified, November 2026). Observable Plot 0.6 with D3 7: 490 kB, ISC, both
 maintained by their authors; it draws SVG, which takes its colours from the page (light and dark), prints sharp, and has
-the heat maps, intervals and links that are needed here. Plotly's basic bundle and ECharts (common) have over 1,000 and
+the heat maps, intervals and links that are needed here. Plotly's basic bundle and ECharts (common) have 1,190 and
 715 kB and draw with colours of their own; Vega-Lite needs Vega beside it (over 750 kB), and compiles expressions, which
 the page's policy forbids; uPlot (51 kB) draws lines only. For the table, Tabulator (420 kB) would be as much again: an
 HTML table that holds the rows in view takes a few dozen lines, and stays a table for screen readers. The files, their
@@ -17,15 +17,12 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import io
-import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
-import matplotlib as mpl
 import numpy as np
 import xarray as xr
 from markupsafe import Markup
@@ -33,13 +30,11 @@ from matplotlib.figure import Figure
 
 from wpjax.columns import ALWAYS, Column, columns, effect_estimates, title_of
 from wpjax.errors import WpjaxError
-from wpjax.report.curves import make_calibration, make_curves
-from wpjax.report.figures import COLOURS, STYLE, available, make_figure, make_overview
+from wpjax.report.figures import COLOURS, available, make_figure, make_overview
 from wpjax.report.glyphs import save_figure
-from wpjax.report.interference import make_interference
-from wpjax.report.layers import make_layers
-from wpjax.report.live import alt_text, live_about, live_columns, no_flow, no_graph
+from wpjax.report.live import live_about, live_columns
 from wpjax.report.payload import packed
+from wpjax.report.shown import interference_figure, layers_figure, sweep_figures, validation_figures
 from wpjax.results.curves import DIRECTIONS, Curves
 from wpjax.results.interference import Interference
 from wpjax.results.layers import COLUMNS, LayerCurve, layer_rows
@@ -48,60 +43,6 @@ from wpjax.results.verdict import Verdict, verdict
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import atomic_outputs, check_output
 from wpjax.stats import Interval
-
-TITLES = {
-    "top": ("Highest effects", "With 95 % intervals, among the components that the table shows."),
-    "heads": ("Heads", "Red brings the behaviour back, blue takes it away."),
-    "kv_groups": ("KV groups", "Keys and values that several heads share."),
-    "neurons": ("Neurons", "Each dot is a neuron, beside the others of its layer."),
-    "depth": ("Depth", "Single effects of each layer added up: positive above zero, negative below."),
-    "plane": ("Sources and relays", "What a component's weights do, against what it passes on."),
-    "flow": (
-        "Flow by layer",
-        "Which later attention and MLPs the effects arrive by way of. A row adds up to its effects.",
-    ),
-    "hierarchy": (
-        "Flow graph",
-        "Sources, and the heads and MLPs that their effects arrive by way of.",
-    ),
-    "coverage": ("Coverage by kind", "Less than the sum: parts stand in for each other. More: they need each other."),
-    "anchor": (
-        "Anchor",
-        "How far base and expert stand apart at each layer. The dotted line is the layer taken.",
-    ),
-}
-"""Name of a figure -> its title, and how to read it."""
-
-WIDE = ("depth", "flow", "hierarchy", "plane", "curves", "calibration", "interference", "layers")
-"""Figures that take the whole width of the page."""
-
-ORDER = ("depth", "top", "neurons", "heads", "kv_groups", "coverage", "anchor", "hierarchy", "flow", "plane")
-"""The order of the figures on the page."""
-
-
-class Shown(NamedTuple):
-    """A figure of the page.
-
-    Attributes:
-        name: its name.
-        title: its title.
-        note: how to read it.
-        alt: what it shows, for those who do not see it.
-        svg: the figure as it is without a script; None if there is nothing to draw.
-        reason: why there is nothing to draw, in words; empty if there is.
-    """
-
-    name: str
-    title: str
-    note: str
-    alt: str
-    svg: Markup | None
-    reason: str = ""
-
-    @property
-    def wide(self) -> bool:
-        """Whether it takes the whole width of the page."""
-        return self.name in WIDE
 
 
 def write_report(
@@ -212,7 +153,7 @@ def render_page(
 
     Args:
         result: the sweep.
-        figures: figures by name, names of `TITLES`.
+        figures: figures by name, names of `shown.TITLES`.
         n_rows: number of components in the table that stands there without a script.
         source: where the file of the result is, or None.
         curves: a validation of the sweep, or None.
@@ -247,11 +188,11 @@ def render_page(
         commands=[c for c in found.commands if c.split()[1] not in ("report", *["validate"][: curves is not None])],
         answers=result.answers,
         curves=curves,
-        curve_figures=[] if curves is None else _curve_figures(curves),
+        curve_figures=[] if curves is None else validation_figures(curves),
         curve_rows=[] if curves is None else _curve_rows(curves),
         interference=interference,
-        interference_figure=None if interference is None else _interference_figure(interference),
-        layers_figure=_layers_figure(layers) if layers else None,
+        interference_figure=None if interference is None else interference_figure(interference),
+        layers_figure=layers_figure(layers) if layers else None,
         layers_columns=COLUMNS,
         layers_rows=layer_rows(layers or ()),
         by=by,
@@ -259,7 +200,7 @@ def render_page(
         first_order=by in effect_estimates(),
         rows=_table(result, by, n_rows),
         extra=_extra_columns(result),
-        figures=_figures(result, figures),
+        figures=sweep_figures(result, figures),
         kinds=_kind_rows(result),
         steering=_steering_rows(result),
         prompts=[str(p) for p in data["prompt"].values[:6]],
@@ -315,40 +256,6 @@ def _facts(result: SweepResult, found: Verdict) -> list[dict[str, str]]:
         facts.append({"what": "Layers", "value": where, "of": f"of 0–{last}: half of all single effects"})
     facts.append({"what": f"Test of the {status}", "value": found.status, "of": "does it cause what is measured?"})
     return facts
-
-
-def _figures(result: SweepResult, figures: dict[str, Figure]) -> list[Shown]:
-    """The figures of a sweep in the order of the page; of the flow also why there is none."""
-    shown = []
-    reasons = {"flow": no_flow(result.swept), "hierarchy": no_graph(result.swept)}
-    for name in ORDER:
-        title, note = TITLES[name]
-        nothing = reasons.get(name, "")
-        if name in figures and not nothing:
-            shown.append(Shown(name, title, note, alt_text(result, name), _svg(figures[name])))
-        elif nothing and name == "hierarchy":  # said once, not of both figures
-            shown.append(Shown(name, title, note, nothing, None, nothing))
-    return shown
-
-
-def _curve_figures(curves: Curves) -> list[Shown]:
-    """The figures of a validation."""
-    note = "Of each ranking, as more and more of its best components are patched. The dotted line is the expert."
-    how = "Each dot is a patched model: the share by the score, and upwards the share that passes."
-    return [
-        Shown("curves", "Restoration and knock-out", note, curves.summary, _svg(make_curves(curves))),
-        Shown("calibration", "Does the score foretell the checker?", how, how, _svg(make_calibration(curves))),
-    ]
-
-
-def _interference_figure(found: Interference) -> Shown:
-    note = "Rows are sets, columns behaviours. The framed diagonal is the ceiling: one behaviour beside itself."
-    return Shown("interference", "Interference", note, found.summary, _svg(make_interference(found)))
-
-
-def _layers_figure(layers: Sequence[LayerCurve]) -> Shown:
-    alt = "Lines over layers of each result; the table below says where each is largest."
-    return Shown("layers", "By layer", "Several results of one model, over its layers.", alt, _svg(make_layers(layers)))
 
 
 def _curve_rows(curves: Curves) -> list[tuple[str, list[Interval]]]:
@@ -426,15 +333,3 @@ def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
     figures = {n: data[f"anchor_{n}"].values if f"anchor_{n}" in data else np.full(len(data["model_layer"]), np.nan)
                for n in names}  # fmt: skip
     return [{"layer": int(i), **{n: float(figures[n][i]) for n in names}} for i in tried]
-
-
-def _svg(figure: Figure) -> Markup:
-    """A figure as inline SVG; matplotlib escapes the text it draws."""
-    interrupts.check()
-    out = io.StringIO()
-    with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # The text is drawn by the browser, which has fonts of its own.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
-    text = out.getvalue()
-    return Markup(text[text.index("<svg") :])
