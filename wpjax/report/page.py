@@ -67,7 +67,7 @@ def write_report(
         interference: a map that the behaviour is on: the page shows it, too.
         layers: results by layer of the base (`results.layers`): the page shows them, too.
         source: where the file of the result is, so that the page can say what to run next; None to leave it out.
-        n_rows: number of components in the table.
+        n_rows: number of components in the table that stands there without a script.
         overwrite: whether files that exist may be replaced.
 
     Returns:
