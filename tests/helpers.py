@@ -1,6 +1,7 @@
 """Anchors, effects by replay, sweeps by hand, counts of programs, faults and the command line, for several files."""
 
 import contextlib
+import dataclasses
 import os
 import resource
 import signal
@@ -20,7 +21,9 @@ from wpjax.engines.plan import make_plan
 from wpjax.engines.replay import run_packed
 from wpjax.metrics.anchor import Anchor
 from wpjax.results.curves import Curves
+from wpjax.results.interference import Interference, Level
 from wpjax.results.sweep_result import SweepResult
+from wpjax.stats import Interval
 
 
 def run_cli(*arguments) -> str | int | None:
@@ -122,6 +125,16 @@ def curves_by_hand(rankings=("effect", "random 1"), **attrs) -> Curves:
             {"what": "curves", "schema": 1, "seed": 0, "behaviour": "b", "base": "x", "expert": "y", **attrs},
         )
     )
+
+
+def map_by_hand(*names) -> Interference:
+    """An interference map of some behaviours: numbers that tell cells apart."""
+    n = len(names)
+    back = tuple(tuple(Interval(0.1 * (n * a + b), 0.05, 0.95) for b in range(n)) for a in range(n))
+    level = Level((7,) * n, (0.0123,) * n, back, np.eye(n) / 2, np.eye(n) / 4)
+    modules = dataclasses.replace(level, n_parts=(1,) * n)
+    passes = {name: {end: Interval(0.5, 0.4, 0.6) for end in ("base", "expert")} for name in names}
+    return Interference(names, 0.02, {"units": level, "modules": modules}, passes, 32)
 
 
 @contextlib.contextmanager

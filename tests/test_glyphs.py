@@ -9,6 +9,8 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib.image import imread
 
+from tests.helpers import curves_by_hand
+from wpjax.report.curves import write_curves
 from wpjax.report.glyphs import fonts_with, save_figure
 from wpjax.report.tracing import make_fact, write_tracing
 from wpjax.results.tracing import FactTrace, Tracing
@@ -43,6 +45,12 @@ def font_file(path):
     font.setupPost()
     font.save(path)
     return path
+
+
+def test_curves_are_drawn_with_what_no_font_has(fonts, tmp_path):
+    with warnings.catch_warnings(action="error"):
+        pictures = write_curves(curves_by_hand(behaviour=f"in {ODD}"), tmp_path / "c.nc")
+    assert all(picture.stat().st_size for picture in pictures)
 
 
 def trace(token):

@@ -1,6 +1,5 @@
 """The page: every figure of the result on it, nothing of a name or a prompt as markup, nothing from a network."""
 
-import dataclasses
 import html.parser
 import json
 import re
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from tests.helpers import curves_by_hand
+from tests.helpers import curves_by_hand, map_by_hand
 from wpjax.behaviours import behaviour
 from wpjax.errors import OutputError, WpjaxError
 from wpjax.estimators.sweep import sweep
@@ -22,9 +21,8 @@ from wpjax.report.figures import available, make_figure
 from wpjax.report.interference import write_interference
 from wpjax.results.answers import Answers
 from wpjax.results.curves import Curves
-from wpjax.results.interference import Interference, Level
+from wpjax.results.interference import Interference
 from wpjax.results.sweep_result import SweepResult
-from wpjax.stats import Interval
 
 SAVED = Path(__file__).parent / "data" / "schema4" / "title.nc"
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x> $\\frac$ & [bold]"
@@ -74,7 +72,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.shown.append(data)
-        if self.rows and self.lasttag in ("td", "code") and data.strip():
+        if self.rows and self.lasttag in ("th", "td", "code") and data.strip():
             self.rows[-1].append(data.strip())
 
 
@@ -140,22 +138,12 @@ def test_a_validation_stands_on_the_page_with_its_answers(tmp_path):
     assert not any(f"wpjax validate {tmp_path}" in text for text in hostile.shown)
 
 
-def a_map(*names):
-    """A map of some behaviours: numbers that tell cells apart."""
-    n = len(names)
-    back = tuple(tuple(Interval(0.1 * (n * a + b), 0.05, 0.95) for b in range(n)) for a in range(n))
-    level = Level((7,) * n, (0.0123,) * n, back, np.eye(n) / 2, np.eye(n) / 4)
-    modules = dataclasses.replace(level, n_parts=(1,) * n)
-    passes = {name: {end: Interval(0.5, 0.4, 0.6) for end in ("base", "expert")} for name in names}
-    return Interference(names, 0.02, {"units": level, "modules": modules}, passes, 32)
-
-
 def test_an_interference_map_stands_on_the_page(tmp_path):
     saved, pages = SweepResult.from_netcdf(SAVED), []
     for i, other in enumerate((HOSTILE, "quotation")):
-        written = write_interference(a_map("tiny:title", other), tmp_path / f"{i}.json")
+        written = write_interference(map_by_hand("tiny:title", other), tmp_path / f"{i}.json")
         found = Interference.from_json(tmp_path / f"{i}.json")
-        assert found.as_json == a_map("tiny:title", other).as_json
+        assert found.as_json == map_by_hand("tiny:title", other).as_json
         assert written.exists()
         page = write_report(saved, tmp_path / f"{i}.html", interference=found)[0]
         pages.append(Page(page.read_text()))
@@ -173,10 +161,10 @@ def test_an_interference_map_stands_on_the_page(tmp_path):
 def test_maps_of_other_behaviours_and_damaged_ones_are_refused(tmp_path):
     path = tmp_path / "m.json"
     with pytest.raises(WpjaxError, match=r"the map is of a, b, this sweep is of tiny:title: name a map with it"):
-        write_report(SweepResult.from_netcdf(SAVED), tmp_path / "r.html", interference=a_map("a", "b"))
+        write_report(SweepResult.from_netcdf(SAVED), tmp_path / "r.html", interference=map_by_hand("a", "b"))
     with pytest.raises(WpjaxError, match="no such file"):
         Interference.from_json(path)
-    whole = a_map("a", "b").as_json
+    whole = map_by_hand("a", "b").as_json
     cases = [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),

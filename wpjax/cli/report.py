@@ -38,7 +38,7 @@ def run(
         Path | None,
         Setting("Results by layer from `wpjax layers`: the page shows where it appears to live, and where edits work."),
     ] = None,
-    rows: Annotated[int, Setting("Components in the table of the page.", least=1)] = 100,
+    rows: Annotated[int, Setting("Components in the table without JavaScript; with it, all.", least=1)] = 100,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from wpjax.circuits.ioi_study import Head, IOIStudy
 from wpjax.report.figures import COLOURS, GREY, STYLE
+from wpjax.report.glyphs import save_figure
 from wpjax.runtime.files import atomic_outputs
 
 N_NAMED = 8
@@ -149,7 +150,7 @@ def write_ioi(study: IOIStudy, path: Path, overwrite: bool = False) -> Path:
         OutputError: a file exists or cannot be written.
     """
     picture, figure = path.with_suffix(".png"), make_ioi(study)
-    with atomic_outputs((path, picture), overwrite) as (file, drawn), mpl.rc_context(STYLE):
+    with atomic_outputs((path, picture), overwrite) as (file, drawn):
         file.write_text(json.dumps(study.as_json, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        figure.savefig(drawn, format="png", dpi=130)
+        save_figure(figure, drawn, dpi=130)
     return picture

@@ -13,6 +13,7 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 from wpjax.columns import title_of
 from wpjax.methods.metrics import metric_entries
 from wpjax.report.figures import COLOURS, GREY, STYLE
+from wpjax.report.glyphs import save_figure
 from wpjax.results.curves import CHECKS, DIRECTIONS, Curves
 from wpjax.results.files import netcdf_bytes
 from wpjax.runtime.files import atomic_outputs
@@ -125,10 +126,10 @@ def write_curves(curves: Curves, path: Path, overwrite: bool = False) -> list[Pa
     """
     targets = (path, *curve_figures(path))
     figures = (make_curves(curves), make_calibration(curves))
-    with atomic_outputs(targets, overwrite) as (file, *pictures), mpl.rc_context(STYLE):
+    with atomic_outputs(targets, overwrite) as (file, *pictures):
         file.write_bytes(netcdf_bytes(curves.dataset))
         for figure, picture in zip(figures, pictures, strict=True):
-            figure.savefig(picture, format="png", dpi=150)
+            save_figure(figure, picture)
     return list(targets[1:])
 
 

@@ -117,7 +117,7 @@ def _apart(x: np.ndarray, y: np.ndarray, order: np.ndarray, n: int = 5) -> list[
 
 def draw_depth(result: SweepResult, axes: Axes) -> None:
     """Draw sums of single effects by layer and kind: positive effects stacked above zero, negative ones below."""
-    data, (values, _), kinds = result.dataset, _values(result, []), _in_layers(result)
+    data, (values, _), kinds = result.dataset, _values(result, []), in_layers(result)
     n_layers = int(data["layer"].values.max()) + 1
     axes.axhline(0, color=GREY, lw=0.6)
     base = {1: np.zeros(n_layers), -1: np.zeros(n_layers)}  # by sign: where the next bar of each layer begins
@@ -229,8 +229,11 @@ def draw_flow(result: SweepResult, axes: Axes) -> None:
 
     Columns: the supplier itself, then attention and MLP of each layer.
     """
-    kinds, n_layers = _in_layers(result), int(result.dataset.attrs["metric_layer"]) + 1
+    kinds, n_layers = in_layers(result), int(result.dataset.attrs["metric_layer"]) + 1
     grid = np.concatenate([flow_by_layer(result, kind) for kind in kinds])
+    if not grid.any():
+        _say(axes, "No component that was replaced moves the metric,\nso there is no flow to draw.")
+        return
     scale = max(float(np.abs(grid).max()), 1e-9)
     image = axes.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0, -scale, scale))
     ticks = range(0, n_layers, max(1, n_layers // 12))
@@ -253,6 +256,9 @@ def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | Non
     The width of a line is its share of the gap, next to that of the largest source.
     """
     graph = hierarchy(result, execution)
+    if not graph.sources and not graph.executors:
+        _say(axes, "No effect is surely above zero (q < 0.05),\nso there are no sources to draw.")
+        return
     columns = [graph.sources, graph.aggregators, graph.executors]
     places: list[dict[str, tuple[float, float]]] = []  # of each column: name -> (x, y)
     for x, nodes in zip((0.0, 1.0, 3.0), columns, strict=True):
@@ -292,12 +298,18 @@ def draw_hierarchy(result: SweepResult, axes: Axes, execution: SweepResult | Non
     axes.axis("off")
 
 
+def _say(axes: Axes, why: str) -> None:
+    """Write why there is nothing to draw, in place of a blank figure."""
+    axes.axis("off")
+    axes.text(0.5, 0.5, why, ha="center", va="center", color=GREY, transform=axes.transAxes)
+
+
 def _has(result: SweepResult, kind: str) -> bool:
     """Whether a kind was swept."""
     return bool((result.dataset["kind"].values == kind).any())
 
 
-def _in_layers(result: SweepResult) -> list[str]:
+def in_layers(result: SweepResult) -> list[str]:
     """The finest kinds that were swept, among those that stand in layers."""
     return [kind for kind in result.finest_kinds if kind not in ("embed", "unembed", "final_norm")]
 
@@ -321,11 +333,11 @@ def available(
         figures["kv_groups"] = (lambda r, axes: draw_heads(r, axes, "kv_group"), (3.6, 3.8))
     if _has(result, "neuron"):
         figures["neurons"] = (draw_neurons, (6.4, 3.8))
-    if _in_layers(result):
+    if in_layers(result):
         figures["depth"] = (draw_depth, (5.4, 3.2))
     if "source" in result.dataset and np.isfinite(result.dataset["source"].values).any():
         figures["plane"] = (draw_plane, (5.4, 4.2))
-    if "flow" in result.dataset and _in_layers(result):
+    if "flow" in result.dataset and in_layers(result):
         figures["flow"] = (draw_flow, (6.4, 4.8))
     sources = "flow" in result.dataset and int(result.dataset.attrs["given_layer"]) < 0
     if sources or execution is not None:  # asked for without sources: `hierarchy` raises, and says what is wrong

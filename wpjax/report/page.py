@@ -1,15 +1,28 @@
-"""The HTML page of a sweep: one file that needs no network and loads no script."""
+"""The HTML page of a sweep: one file that needs no network.
+
+Without a script it shows matplotlib's figures and the first rows of the table. `templates/page.js` puts live figures in
+their place, and the whole table.
+
+Libraries were chosen by size and upkeep (minified, November 2026). Observable Plot 0.6 with D3 7: 490 kB, ISC, both
+maintained by their authors; it draws SVG, which takes its colours from the page (light and dark), prints sharp, and has
+the heat maps, intervals and links that are needed here. Plotly's basic bundle and ECharts (common) have 1,190 and
+715 kB and draw with colours of their own; Vega-Lite needs Vega beside it (over 750 kB), and compiles expressions, which
+the page's policy forbids; uPlot (51 kB) draws lines only. For the table, Tabulator (420 kB) would be as much again: an
+HTML table that holds the rows in view takes a few dozen lines, and stays a table for screen readers. The files, their
+licences and sums stand in `vendor/`.
+"""
 
 from __future__ import annotations
 
-import io
-import warnings
+import base64
+import functools
+import hashlib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib as mpl
 import numpy as np
 import xarray as xr
 from markupsafe import Markup
@@ -17,32 +30,19 @@ from matplotlib.figure import Figure
 
 from wpjax.columns import ALWAYS, Column, columns, effect_estimates, title_of
 from wpjax.errors import WpjaxError
-from wpjax.report.curves import make_calibration, make_curves
-from wpjax.report.figures import STYLE, available, make_figure, make_overview
+from wpjax.report.figures import COLOURS, available, make_figure, make_overview
 from wpjax.report.glyphs import save_figure
-from wpjax.report.interference import make_interference
-from wpjax.report.layers import make_layers
+from wpjax.report.live import live_about, live_columns
+from wpjax.report.payload import packed
+from wpjax.report.shown import interference_figure, layers_figure, sweep_figures, validation_figures
 from wpjax.results.curves import DIRECTIONS, Curves
 from wpjax.results.interference import Interference
 from wpjax.results.layers import COLUMNS, LayerCurve, layer_rows
 from wpjax.results.sweep_result import SweepResult
-from wpjax.results.verdict import verdict
+from wpjax.results.verdict import Verdict, verdict
 from wpjax.runtime import interrupts
 from wpjax.runtime.files import atomic_outputs, check_output
 from wpjax.stats import Interval
-
-TITLES = {
-    "top": "Highest effects",
-    "heads": "Effect of every head",
-    "kv_groups": "Effect of every KV group",
-    "neurons": "Effect of every neuron, by layer",
-    "depth": "Sums of single effects by layer, positive above zero and negative below",
-    "plane": "Sources and relays: what a component's weights do against what it passes on",
-    "flow": "Flow: which later heads and MLPs the effects arrive by way of",
-    "hierarchy": "Sources, aggregators and executors; share of the gap",
-    "coverage": "Coverage by kind",
-    "anchor": "The anchor, layer by layer",
-}
 
 
 def write_report(
@@ -67,7 +67,7 @@ def write_report(
         interference: a map that the behaviour is on: the page shows it, too.
         layers: results by layer of the base (`results.layers`): the page shows them, too.
         source: where the file of the result is, so that the page can say what to run next; None to leave it out.
-        n_rows: number of components in the table.
+        n_rows: number of components in the table that stands there without a script.
         overwrite: whether files that exist may be replaced.
 
     Returns:
@@ -112,7 +112,8 @@ def write_report(
         figures[name] = make_figure(result, name, execution)
     pictures = {"overview": make_overview(result), **figures}
     with atomic_outputs((page, *(targets[name] for name in pictures)), overwrite) as (text, *images):
-        text.write_text(render_page(result, figures, n_rows, source, curves, interference, layers), encoding="utf-8")
+        page_text = render_page(result, figures, n_rows, source, curves, interference, layers, execution)
+        text.write_text(page_text, encoding="utf-8")
         for figure, image in zip(pictures.values(), images, strict=True):
             interrupts.check()
             save_figure(figure, image)
@@ -144,17 +145,21 @@ def render_page(
     curves: Curves | None = None,
     interference: Interference | None = None,
     layers: Sequence[LayerCurve] | None = None,
+    execution: SweepResult | None = None,
 ) -> str:
     """The text of the page. Names and prompts in it are escaped, so they are never taken for markup.
 
+    Its policy lets no script run but those that the page is made with, and nothing be loaded.
+
     Args:
         result: the sweep.
-        figures: figures by name, names of `TITLES`.
-        n_rows: number of components in the table.
+        figures: figures by name, names of `shown.TITLES`.
+        n_rows: number of components in the table that stands there without a script.
         source: where the file of the result is, or None.
         curves: a validation of the sweep, or None.
         interference: a map that the behaviour is on, or None.
         layers: results by layer, or None.
+        execution: a sweep with the anchor's state given, or None.
     """
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("wpjax.report"),
@@ -166,18 +171,28 @@ def render_page(
     data = result.dataset
     exact = bool(data["exact"].values.any())
     by, found = result.ranking, verdict(result, source)
+    scripts = _scripts()
     return template.render(
         attrs=data.attrs,
+        policy=_policy((THEME_SCRIPT, *scripts)),
+        css=Markup(_file("templates/page.css")),
+        theme_script=Markup(THEME_SCRIPT),
+        scripts=[Markup(script) for script in scripts],
+        data=packed(live_about(result, by, execution, curves, interference, layers or ()), live_columns(result, by)),
+        colours=list(COLOURS.items()),
+        rankings_colours=[COLOURS[kind] for kind in ("neuron", "kv_group", "norm", "embed")],
+        n_components=data.sizes["component"],
         verdict=found,
+        facts=_facts(result, found),
         # This is the page already, and with curves the sweep is validated.
         commands=[c for c in found.commands if c.split()[1] not in ("report", *["validate"][: curves is not None])],
         answers=result.answers,
         curves=curves,
-        curve_figures=[] if curves is None else [_svg(make_curves(curves)), _svg(make_calibration(curves))],
+        curve_figures=[] if curves is None else validation_figures(curves),
         curve_rows=[] if curves is None else _curve_rows(curves),
         interference=interference,
-        interference_figure=None if interference is None else _svg(make_interference(interference)),
-        layers_figure=_svg(make_layers(layers)) if layers else None,
+        interference_figure=None if interference is None else interference_figure(interference),
+        layers_figure=layers_figure(layers) if layers else None,
         layers_columns=COLUMNS,
         layers_rows=layer_rows(layers or ()),
         by=by,
@@ -185,11 +200,62 @@ def render_page(
         first_order=by in effect_estimates(),
         rows=_table(result, by, n_rows),
         extra=_extra_columns(result),
-        figures=[(TITLES[name], _svg(figure)) for name, figure in figures.items()],
+        figures=sweep_figures(result, figures),
         kinds=_kind_rows(result),
         steering=_steering_rows(result),
         prompts=[str(p) for p in data["prompt"].values[:6]],
     )
+
+
+THEME_SCRIPT = (
+    'try { const t = localStorage.getItem("wpjax-theme"); if (t) document.documentElement.dataset.theme = t; } catch {}'
+)
+"""Sets the reader's choice of light or dark before anything is drawn."""
+
+
+@functools.cache
+def _file(name: str) -> str:
+    """The text of a file of this package."""
+    return (files("wpjax.report") / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _scripts() -> tuple[str, ...]:
+    """The page's scripts in order: the libraries, each after its licence, and the page's own."""
+    libraries = [("d3.LICENSE", "d3.min.js"), ("plot.LICENSE", "plot.umd.min.js")]
+    vendored = [f"/*\n{_file(f'vendor/{licence}')}*/\n{_file(f'vendor/{script}')}" for licence, script in libraries]
+    return (*vendored, _file("templates/page.js"))
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """A content security policy: these scripts run and no other; nothing is loaded from anywhere."""
+    sums = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in sums)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _facts(result: SweepResult, found: Verdict) -> list[dict[str, str]]:
+    """The figures at the head of the page."""
+    swept = result.swept.dataset.sizes["component"]
+    status = "anchor" if str(result.dataset.attrs["metric"]) in ("anchor", "on_policy") else "behaviour"
+    facts = [
+        {"what": "Recovered together", "value": f"{found.coverage:.0%}", "of": f"of the gap, by {swept:,} components"},
+        {
+            "what": "Half of it",
+            "value": "–" if found.n_half is None else f"{found.n_half:,}",
+            "of": "single effects do not add up to it" if found.n_half is None else "components, the largest first",
+        },
+    ]
+    if found.layers is not None:
+        low, high = found.layers
+        where = f"{low}" if low == high else f"{low}–{high}"
+        last = int(result.dataset.attrs["n_layers"]) - 1
+        facts.append({"what": "Layers", "value": where, "of": f"of 0–{last}: half of all single effects"})
+    facts.append({"what": f"Test of the {status}", "value": found.status, "of": "does it cause what is measured?"})
+    return facts
 
 
 def _curve_rows(curves: Curves) -> list[tuple[str, list[Interval]]]:
@@ -267,15 +333,3 @@ def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
     figures = {n: data[f"anchor_{n}"].values if f"anchor_{n}" in data else np.full(len(data["model_layer"]), np.nan)
                for n in names}  # fmt: skip
     return [{"layer": int(i), **{n: float(figures[n][i]) for n in names}} for i in tried]
-
-
-def _svg(figure: Figure) -> Markup:
-    """A figure as inline SVG; matplotlib escapes the text it draws."""
-    interrupts.check()
-    out = io.StringIO()
-    with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # The text is drawn by the browser, which has fonts of its own.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return Markup(text[text.index("<svg") :])
