@@ -26,11 +26,12 @@ import numpy as np
 import wpjax
 from wpjax.arguments import SweepConfig, as_command, as_written
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.components import KINDS, check_kind, count, none_of, parse_component
+from wpjax.components import KINDS, check_kind, check_with_directions, count, none_of, parse_component
+from wpjax.directions import by_directions
 from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.estimators.sets import add_set_score, set_metrics
-from wpjax.estimators.sweep import sweep
+from wpjax.estimators.sweep import check_directions, sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.evaluation.reading import answers_to_read
@@ -240,12 +241,16 @@ def _prepare(
     config = config.resolved
     for kind in config.kinds:
         check_kind(kind)
+    if config.by_directions and config.components is None:
+        check_with_directions(config.kinds)  # before anything is read
     task = behaviour(config.behaviour, config.checker, config.split)
     progress("reading the pair", 0, 1)
     pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer, config.mesh)
+    if config.by_directions:
+        pair = by_directions(pair, config.rank)
     progress("reading the pair", 1, 1)
-    for name in config.components or ():
-        parse_component(pair.cfg, name)
+    named = [parse_component(pair.cfg, name).kind for name in config.components or ()]
+    check_directions(pair, named or config.kinds, config.method)
     lacking = [] if config.components else [kind for kind in config.kinds if not count(pair.cfg, kind)]
     if lacking and len(lacking) == len(config.kinds):
         raise none_of(lacking)
@@ -494,6 +499,7 @@ def _identity(setting: Setting, measured: Measured) -> dict[str, object]:
         "metric": [config.metric, measured.metric.digest, answer_length],
         "given": None if measured.given is None else measured.given.metric(pair, batch).digest,
         "dtype": config.dtype,
+        "rank": config.rank,
         **config.sweep_arguments,
     }
 

@@ -108,6 +108,10 @@ def pair_of(origin: Origin, mesh: str | None = None) -> Pair:
         from wpjax.pairs import load_pair
 
         pair = load_pair(origin.base, origin.expert, origin.dtype, origin.ignore_config, origin.tokenizer, mesh)
+        if origin.is_divided:
+            from wpjax.directions import by_directions
+
+            pair = by_directions(pair, origin.rank)
         if note := pair.mesh_note(mesh):
             progress.note(note)
         return pair

@@ -24,6 +24,8 @@ class Origin(NamedTuple):
         dtype: precision of the weights.
         ignore_config: attributes of config.json that were said not to matter.
         tokenizer: whose tokenizer was used, where that was said: "base" or "expert".
+        is_divided: whether the pair was divided into directions.
+        rank: the number of directions of each matrix that was asked for then; None for the default.
 
     >>> where = Origin.of({"base": "tiny:base", "expert": "tiny:expert", "behaviour": "tiny:title"})
     >>> where.behaviour, where.checker, where.split
@@ -39,6 +41,8 @@ class Origin(NamedTuple):
     dtype: str = "float32"
     ignore_config: tuple[str, ...] = ()
     tokenizer: Literal["base", "expert"] | None = None
+    is_divided: bool = False
+    rank: int | None = None
 
     @classmethod
     def of(cls, attributes: Mapping[str, Any]) -> Origin:
@@ -54,6 +58,8 @@ class Origin(NamedTuple):
             _text(attributes, "dtype") or "float32",
             _names(_text(attributes, "ignore_config")),
             next((side for side in _SIDES if attributes.get("tokenizer") == side), None),
+            "directions" in attributes,
+            _rank(_text(attributes, "directions")),
         )
 
     @property
@@ -84,6 +90,15 @@ def asked_for(
 def _text(attributes: Mapping[str, Any], name: str) -> str | None:
     value = attributes.get(name)
     return value if isinstance(value, str) and value else None
+
+
+def _rank(text: str | None) -> int | None:
+    """The rank in what a result says of its directions; None if there is none, or if it is damaged."""
+    try:
+        rank = json.loads(text or "{}").get("rank")
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    return rank if isinstance(rank, int) and rank > 0 else None
 
 
 def _names(text: str | None) -> tuple[str, ...]:
