@@ -311,6 +311,51 @@ def _check_rank(pair: Pair, modules: list[str], factors: Mapping[str, Mapping[in
             raise PairError(f"rank {rank}: the matrices of {module} have at most {most} directions; ask for fewer")
 
 
+class ModuleSpectrum(NamedTuple):
+    """How the change of one module is spread over its directions, in all layers together.
+
+    Attributes:
+        module: "q", "k", "v", "o", "gate", "up" or "down".
+        n_directions: number of its directions.
+        n_params: number of numbers that they hold.
+        first: share of the change's energy that the largest direction of each layer holds.
+        four: the same of the four largest.
+        kept: the same of all that there are.
+    """
+
+    module: str
+    n_directions: int
+    n_params: int
+    first: float
+    four: float
+    kept: float
+
+
+def spectra(pair: Pair) -> list[ModuleSpectrum]:
+    """How the change of each module is spread over its directions.
+
+    Args:
+        pair: a pair that `by_directions` divided.
+
+    >>> import wpjax as wp
+    >>> pair = wp.by_directions(wp.load_pair("tiny:base", "tiny:expert"), rank=4)
+    >>> found = spectra(pair)[0]
+    >>> found.module, found.n_directions, found.first < found.four < 1
+    ('q', 32, True)
+    """
+    if pair.division is None:
+        raise PairError("the pair is not divided into directions; divide it first: wp.by_directions(pair)")
+    rows, every = [], enumerate_components(pair.cfg, ["delta_direction"])
+    for module, numbers in pair.cfg.directions:
+        squares = np.square(np.asarray(flatten(pair.expert)[delta_path(module, "S")], np.float64))
+        own = next(c for c in every if c.name.split(".")[2] == module)
+        share = pair.division.kept[module] / squares.sum()
+        first, four = (float(squares[:, :n].sum() * share) for n in (1, 4))
+        n = sum(numbers)
+        rows.append(ModuleSpectrum(module, n, n * n_parameters(pair.cfg, own), first, four, pair.division.kept[module]))
+    return rows
+
+
 def folded(params: Params) -> Params:
     """The parameters of a divided model, perhaps patched, as those of a plain one: W + U S V in place of each matrix.
 

@@ -85,10 +85,11 @@ class Division(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "fingerprints"}
 
     def __str__(self) -> str:
-        by_module = ", ".join(f"{module} {share:.1%}" for module, share in self.kept.items())
+        by_module = ", ".join(f"{module} {share:.0%}" for module, share in self.kept.items())
+        share = f"{self.kept_together:.1%} of its energy ({by_module})"
         return (
-            f"the change of the matrices is divided into {self.n_directions:,} directions with {self.n_parameters:,} "
-            f"parameters; they hold {self.kept_together:.1%} of its energy ({by_module})"
+            f"the change of the matrices of {', '.join(self.kept)} is divided into {self.n_directions:,} directions with "
+            f"{self.n_parameters:,} parameters; they hold {share if self.kept_together < 0.9999 else 'all of it'}"
         )
 
 

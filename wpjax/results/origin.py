@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from wpjax.errors import ComponentError
 
 _SIDES: tuple[Literal["base", "expert"], ...] = ("base", "expert")
 
@@ -61,6 +64,21 @@ class Origin(NamedTuple):
             "directions" in attributes,
             _rank(_text(attributes, "directions")),
         )
+
+    def expect_whole(self, path: str | Path, what: str) -> None:
+        """Refuse the result of a sweep of directions, for a command that needs parts of matrices.
+
+        Args:
+            path: the file of the result, for messages.
+            what: what the command makes, and of what.
+
+        Raises:
+            ComponentError: it is one.
+        """
+        if self.is_divided:
+            raise ComponentError(
+                f"{path} is a sweep of directions of changes, and {what}; sweep heads, KV groups and neurons for it"
+            )
 
     @property
     def checker_is_code(self) -> bool:
