@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -15,24 +16,27 @@ import transformers
 from tests.helpers import exact, make_anchor
 from tests.oracles import hf_layers
 from tests.tiny import HfModel, HfPair, as_pair, build, build_pair, random_model
-from wpjax.checkpoints.checkpoint import load_checkpoint
+from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.checkpoints.convert import flatten
 from wpjax.components import Component, enumerate_components, n_parameters, parse_component
 from wpjax.directions import by_directions, folded, spectrum_of, spectrum_of_product
 from wpjax.engines.joint import scores_of_sets
 from wpjax.engines.reference import patched_score, reference_changes
-from wpjax.errors import ComponentError, PairError
+from wpjax.errors import CheckpointError, ComponentError, PairError, PatchError
 from wpjax.estimators.screens import output_linearised
 from wpjax.estimators.secant import secant_adjoint
+from wpjax.estimators.sweep import sweep
 from wpjax.metrics.metric import scores
 from wpjax.models.decoder import forward
 from wpjax.models.parameters import MATRICES
-from wpjax.pairs import Pair
+from wpjax.pairs import Pair, load_pair
+from wpjax.patchfiles import save_patch
 from wpjax.patching import PatchMask, components_of, materialize, patch
+from wpjax.results.sweep_result import SweepResult
 
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 10))
 KIND = "delta_direction"
-FAMILIES = ("llama-gqa3", "gpt2-untied", "cohere2")
+FAMILIES = ("llama-gqa3", "gpt2-untied")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -280,10 +284,8 @@ def _index(name: str) -> int:
 def test_planted_pieces_are_found(tmp_path, batch):
     """With noise everywhere they come first; without it nothing else has a direction at all."""
     noisy = by_directions(as_pair(planted(tmp_path / "noisy", 1e-3)), 2)
-    anchor = dataclasses.replace(make_anchor(noisy, 2), expert_fingerprint="")
-    metric = anchor.metric_along(batch)
     every = enumerate_components(noisy.cfg, [KIND])
-    effects = np.abs(exact(noisy, batch, metric, every)).mean(1)
+    effects = np.abs(exact(noisy, batch, make_anchor(noisy, 2), every)).mean(1)
     assert {every[i].name for i in np.argsort(-effects)[: len(PLANTED)]} == set(PLANTED)
     pure = by_directions(as_pair(planted(tmp_path / "pure", 0.0)), 8)
     assert {c.name for c in enumerate_components(pure.cfg, [KIND])} == set(PLANTED)
@@ -368,3 +370,93 @@ def test_spectra_of_factors_are_those_of_their_product():
     np.testing.assert_allclose(lanczos.s, large[:3], rtol=1e-2)
     assert spectrum_of(p @ q, 4).first(4).s.shape == (4,)
     assert spectrum_of(np.outer(p[:, 0], q[0]), 3).first(3).s.shape == (1,)
+
+
+def test_a_lora_holds_the_base_and_its_factors(tmp_path):
+    base = build("llama-gqa3", tmp_path / "base")
+    adapter(base.folder, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    ours = load_checkpoint(str(base.folder))
+    theirs = load_checkpoint(str(tmp_path / "adapter"), base=ours)
+    pair = by_directions(Pair(ours.cfg, ours.params, theirs.params, None, ours, theirs))
+    held = {id(leaf): leaf.nbytes for params in (pair.base, pair.expert) for leaf in jax.tree.leaves(params)}
+    n_zeros = 2 * 3 * 3  # the base's strengths: of two modules, three layers and three directions
+    assert sum(held.values()) == sum(a.nbytes for a in jax.tree.leaves(ours.params)) + 4 * (
+        pair.division.n_parameters + n_zeros
+    )
+
+
+def test_what_cannot_be_divided_is_refused(one_whole, one, batch, tmp_path):
+    with pytest.raises(PairError, match="rank 17: the matrices of k have at most 16 directions; ask for fewer"):
+        by_directions(one_whole, 17)
+    with pytest.raises(PairError, match="divided into directions already"):
+        by_directions(one)
+    with pytest.raises(PairError, match="rank=0: ask for at least one"):
+        by_directions(one_whole, 0)
+    norms = {**one_whole.base, "final_norm": one_whole.expert["final_norm"]}
+    with pytest.raises(PairError, match="there is no change to divide into directions"):
+        by_directions(dataclasses.replace(one_whole, expert=norms))
+    with pytest.raises(ComponentError, match=r"has none; a pair has directions once it is divided: .*by_directions"):
+        parse_component(one_whole.cfg, f"L0.{KIND}.q.0")
+    for name in (f"L0.{KIND}.0", f"L0.{KIND}.q", f"L0.{KIND}.z.0", f"L0.{KIND}.q.01"):
+        with pytest.raises(ComponentError, match="is not a component name"):
+            parse_component(one.cfg, name)
+    anchor = make_anchor(one, 2)
+    for swept, options, says in (
+        (
+            one_whole,
+            {"kinds": [KIND]},
+            r"divide it first: pair = wp.by_directions\(pair\)",
+        ),
+        (one, {"kinds": [KIND, "head"]}, "delta_direction and head own the same matrices"),
+        (one, {"kinds": ["neuron"]}, "delta_direction and neuron own the same matrices"),
+        (one, {"components": ["L0.attn"]}, "delta_direction and attn own the same matrices"),
+        (one, {"kinds": [KIND], "method": "activation"}, "of a direction only the weights are patched"),
+        (one, {"kinds": [KIND], "method": "factorial"}, "of a direction only the weights are patched"),
+    ):
+        with pytest.raises(ComponentError, match=says):
+            sweep(swept, batch, lambda pair, batch: anchor.metric_along(batch), **options)
+    with pytest.raises(PatchError, match="this pair is divided into directions; load it again"):
+        save_patch(tmp_path / "p.safetensors", one, [f"L0.{KIND}.q.0"])
+    with pytest.raises(CheckpointError, match="has no place for them in its files"):
+        save_checkpoint(tmp_path / "model", one.expert_checkpoint)
+
+
+SWEEP = "sweep --base tiny:base --expert tiny:expert --behaviour tiny:title --metric decision --causal skip".split()
+
+
+def test_a_sweep_of_directions_from_the_command_line(wpjax, tmp_path):
+    """Its file says what was divided and how; what makes other files of it refuses it, in one line."""
+    names = ("L6.delta_direction.down.0", "L4.delta_direction.q.1")
+    options = ("--method", "exact", "--n-prompts", 4, "--answers", 0, "--max-new-tokens", 8, "--no-set-score")
+    code, out, err = wpjax(*SWEEP, "--components", ",".join(names), "--rank", 2, *options, "--out", "r.nc")
+    assert code == 0, err
+    assert "112 directions with 35,952 parameters; they hold 23.7% of its energy (q 33%" in err
+    result = SweepResult.from_netcdf(tmp_path / "r.nc")
+    assert set(result.dataset["name"].values) == set(names)
+    said = json.loads(result.dataset.attrs["directions"])
+    assert (said["rank"], said["n_directions"], said["n_parameters"]) == (2, 112, 35952)
+    whole = load_pair("tiny:base", "tiny:expert")
+    assert said["kept"] == pytest.approx(by_directions(whole, 2).division.kept)
+    assert result.dataset.attrs["expert_fingerprint"] == whole.fingerprints[1]
+    assert "wpjax extract" not in out
+    for command in (
+        "extract r.nc --out p.safetensors",
+        "export r.nc --top 1 --out model",
+        "scores r.nc --out s.safetensors",
+    ):
+        code, _, err = wpjax(*command.split())
+        assert code == 2
+        assert "r.nc is a sweep of directions of changes, and" in err
+    for more, says in (
+        (("--kinds", "delta_direction,head"), "delta_direction and head own the same matrices"),
+        (("--kinds", "delta_direction", "--rank", 999), "rank 999: the matrices of q have at most 128 directions"),
+        (("--rank", 3), "--rank goes with --kinds delta_direction"),
+        (("--kinds", "delta_direction", "--method", "activation"), "of a direction only the weights are patched"),
+    ):
+        code, _, err = wpjax(*SWEEP, *more, "--out", "other.nc")
+        assert code == 2
+        assert says in err.replace("\n", " ")
+    code, out, _ = wpjax("inspect", "tiny:base", "tiny:expert", "--directions", "--rank", 2, "--json")
+    assert code == 0
+    assert {row["module"]: row["kept"] for row in json.loads(out)["directions"]} == pytest.approx(said["kept"])
+    assert wpjax("inspect", "tiny:base", "--directions")[0] == 2

@@ -88,8 +88,8 @@ class Division(NamedTuple):
         by_module = ", ".join(f"{module} {share:.0%}" for module, share in self.kept.items())
         share = f"{self.kept_together:.1%} of its energy ({by_module})"
         return (
-            f"the change of the matrices of {', '.join(self.kept)} is divided into {self.n_directions:,} directions with "
-            f"{self.n_parameters:,} parameters; they hold {share if self.kept_together < 0.9999 else 'all of it'}"
+            f"the change of the matrices of {', '.join(self.kept)} is divided into {self.n_directions:,} directions "
+            f"with {self.n_parameters:,} parameters; they hold {share if self.kept_together < 0.9999 else 'all of it'}"
         )
 
 
