@@ -80,8 +80,8 @@ def logits(cfg, params):
     return forward(cfg, params, jnp.asarray(TOKENS)).logits
 
 
-def hf_module(model, component) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix of a direction's module in a torch model and its copy as [out, in], both views of the parameter.
+def hf_module(model, component) -> torch.Tensor:
+    """The matrix of a direction's module in a torch model as [out, in], a view of the parameter.
 
     Written down from HF's own layout: GPT-2 has its matrices transposed, with queries, keys and values side by side.
     """
@@ -105,7 +105,7 @@ def piece(hf_pair, component) -> torch.Tensor:
 
 @torch.no_grad()
 def with_pieces(hf_pair, components):
-    """What a function of the torch base says while pieces are added to its matrices."""
+    """The torch base's logits while pieces are added to its matrices."""
     matrices = [(hf_module(hf_pair.base.model, c), piece(hf_pair, c)) for c in components]
     for matrix, added in matrices:
         matrix += added

@@ -168,7 +168,7 @@ def indices(cfg: ModelConfig, kind: str) -> Sequence[int]:
     """The indices of the components of a kind in one layer (or in the model, for a kind outside the layers).
 
     They are not always 0 to n - 1. A model that has norms only after its modules has only the last of `Kind.parts`.
-    Layers may differ in the number of their directions: these are the indices that any layer has (`exists`).
+    Layers may differ in the number of their directions: these are the indices that some layer has (`exists`).
     """
     entry, shapes = KINDS[kind], unit_shapes(cfg)
     if not set(entry.units) & set(shapes):
@@ -194,11 +194,16 @@ def exists(cfg: ModelConfig, component: Component) -> bool:
 
 
 def count(cfg: ModelConfig, kind: str) -> int:
-    """Number of components of a kind in one layer (or in the model, for a kind outside the layers).
-
-    Where layers differ in it, it is that of all layers together: most layers have fewer.
-    """
+    """Number of components of a kind in one layer (or in the model, for a kind outside the layers)."""
     return len(indices(cfg, kind))
+
+
+def count_in(cfg: ModelConfig, kind: str, layers: Iterable[int]) -> int:
+    """Number of components of a kind in some layers (or in the model, for a kind outside the layers)."""
+    entry = KINDS[kind]
+    if entry.opens == "piece":  # layers may differ in it
+        return sum(numbers[layer] for layer in layers for module, numbers in cfg.directions if module in entry.parts)
+    return count(cfg, kind) * (len(list(layers)) if entry.in_layer else 1)
 
 
 def enumerate_components(

@@ -192,7 +192,7 @@ def by_directions(pair: Pair, rank: int | None = None) -> Pair:
             "so there is no change to divide into directions; `wpjax inspect` says what it changed"
         )
     cfg = dataclasses.replace(pair.cfg, directions=tuple(numbers.items()))
-    models = place(pair.placement, unflatten(base), unflatten(expert))
+    new_base, new_expert = place(pair.placement, unflatten(base), unflatten(expert))
     directions = enumerate_components(cfg, ["delta_direction"])
     division = Division(
         rank,
@@ -202,11 +202,16 @@ def by_directions(pair: Pair, rank: int | None = None) -> Pair:
         {module: kept / whole for module, (kept, whole) in energies.items()},
         sum(kept for kept, _ in energies.values()) / sum(whole for _, whole in energies.values()),
     )
-    ends = [
-        dataclasses.replace(checkpoint, cfg=cfg, params=params)
-        for checkpoint, params in zip((pair.base_checkpoint, pair.expert_checkpoint), models, strict=True)
-    ]
-    return Pair(cfg, *models, pair.tokenizer, *ends, (*pair.notes, str(division)), division)
+    return dataclasses.replace(
+        pair,
+        cfg=cfg,
+        base=new_base,
+        expert=new_expert,
+        base_checkpoint=dataclasses.replace(pair.base_checkpoint, cfg=cfg, params=new_base),
+        expert_checkpoint=dataclasses.replace(pair.expert_checkpoint, cfg=cfg, params=new_expert),
+        notes=(*pair.notes, str(division)),
+        division=division,
+    )
 
 
 class _Layer(NamedTuple):

@@ -26,7 +26,7 @@ import numpy as np
 import wpjax
 from wpjax.arguments import SweepConfig, as_command, as_written
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.components import KINDS, check_kind, check_with_directions, count, none_of, parse_component
+from wpjax.components import check_kind, check_with_directions, count, count_in, none_of, parse_component
 from wpjax.directions import by_directions
 from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import AnchorRejected, WpjaxError
@@ -359,13 +359,13 @@ def _out_of_reach(config: SweepConfig, pair: Pair, batch: PromptBatch, loaded: A
     method, metric = check_method(config.method), check_metric(config.metric)
     if not method.cells:
         return ""
-    layers = pair.cfg.n_layers
+    layers = range(pair.cfg.n_layers)
     if loaded is not None and not metric.reads_anchor:  # its state is given, and what comes after it is swept
-        layers -= loaded.layer + 1
+        layers = layers[loaded.layer + 1 :]
     elif loaded is not None and metric.has_fixed_words:
-        layers = loaded.layer + 1
+        layers = layers[: loaded.layer + 1]
     if config.components is None:
-        sizes = {kind: count(pair.cfg, kind) * (layers if KINDS[kind].in_layer else 1) for kind in config.kinds}
+        sizes = {kind: count_in(pair.cfg, kind, layers) for kind in config.kinds}
     else:
         sizes = collections.Counter(parse_component(pair.cfg, name).kind for name in {*config.components})
     n_screens = len(method.estimates) * (1 if metric.has_fixed_words else 2)

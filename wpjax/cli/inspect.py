@@ -35,7 +35,7 @@ def run(
     from wpjax.checkpoints.checkpoint import fingerprint
     from wpjax.checkpoints.hf_config import unread_attributes
     from wpjax.cli.console import out, print_json, print_table, progress_bars
-    from wpjax.components import KINDS, count, unit_shapes
+    from wpjax.components import KINDS, count_in, unit_shapes
     from wpjax.directions import by_directions, spectra
     from wpjax.pairs import load_model, load_pair
 
@@ -51,7 +51,7 @@ def run(
     models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
     model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
-    counts = {k: count(cfg, k) * (cfg.n_layers if kind.in_layer else 1) for k, kind in KINDS.items()}
+    counts = {kind: count_in(cfg, kind, range(cfg.n_layers)) for kind in KINDS}
     not_read = {
         m.source: [*(f"{name}={value!r}" for name, value in unread_attributes(m.hf_config).items()), *m.left_out]
         for m in models

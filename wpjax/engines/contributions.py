@@ -355,7 +355,7 @@ def _layer_units(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
     Returns:
         unit -> boolean [n, channels] or [n], for the n components of a layer; units that none of them opens are absent.
     """
-    members, units = indices(cfg, kind), {}
+    members, units = indices(cfg, kind), dict[str, np.ndarray]()
     for row, i in enumerate(members):
         for unit, at in unit_positions(cfg, Component(kind, 0, i)).items():
             shape = unit_shapes(cfg)[unit][1:]

@@ -179,6 +179,8 @@ def check_directions(pair: Pair, kinds: Iterable[str], method: str) -> None:
             method asks for what a component puts out with the expert's input.
     """
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    for kind in kinds:
+        check_kind(kind)
     check_with_directions([*kinds, "delta_direction"] if pair.division is not None else kinds)
     if "delta_direction" not in kinds:
         return
