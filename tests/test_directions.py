@@ -18,7 +18,13 @@ from tests.oracles import hf_layers
 from tests.tiny import HfModel, HfPair, as_pair, build, build_pair, random_model
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.checkpoints.convert import flatten
-from wpjax.components import Component, enumerate_components, n_parameters, parse_component
+from wpjax.components import (
+    Component,
+    check_with_directions,
+    enumerate_components,
+    n_parameters,
+    parse_component,
+)
 from wpjax.directions import by_directions, folded, spectrum_of, spectrum_of_product
 from wpjax.engines.joint import scores_of_sets
 from wpjax.engines.reference import patched_score, reference_changes
@@ -415,6 +421,8 @@ def test_what_cannot_be_divided_is_refused(one_whole, one, batch, tmp_path):
     ):
         with pytest.raises(ComponentError, match=says):
             sweep(swept, batch, lambda pair, batch: anchor.metric_along(batch), **options)
+    with pytest.raises(ComponentError, match="delta_direction and head own the same matrices"):
+        check_with_directions(["head"], is_divided=True)
     with pytest.raises(PatchError, match="this pair is divided into directions; load it again"):
         save_patch(tmp_path / "p.safetensors", one, [f"L0.{KIND}.q.0"])
     with pytest.raises(CheckpointError, match="has no place for them in its files"):

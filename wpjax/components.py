@@ -314,17 +314,30 @@ WITH_DIRECTIONS = ("delta_direction", "norm", "router", "embed", "unembed", "fin
 """Kinds that can be swept together with directions: they own no matrix that is divided."""
 
 
-def check_with_directions(kinds: Iterable[str]) -> None:
-    """Refuse directions beside kinds that own the same matrices.
+def gated_kinds(is_divided: bool) -> tuple[str, ...]:
+    """The kinds whose gates are learned unless others are named: the finest that own matrices.
+
+    Args:
+        is_divided: whether the pair is divided into directions.
+    """
+    return ("delta_direction",) if is_divided else ("head", "kv_group", "neuron")
+
+
+def check_with_directions(kinds: Iterable[str], is_divided: bool = False) -> None:
+    """Refuse kinds beside directions, or in a divided pair, that own the same matrices.
 
     Where a change is divided, a head or a neuron owns only what the directions leave over.
+
+    Args:
+        kinds: names of kinds.
+        is_divided: whether the pair is divided, even if directions are not among the kinds.
 
     Raises:
         ComponentError: names such a kind.
     """
     kinds = tuple(kinds)
     others = [kind for kind in kinds if kind not in WITH_DIRECTIONS]
-    if "delta_direction" in kinds and others:
+    if (is_divided or "delta_direction" in kinds) and others:
         raise ComponentError(
             f"delta_direction and {others[0]} own the same matrices: sweep them one after the other; beside directions "
             f"there may be {', '.join(WITH_DIRECTIONS[1:])}"

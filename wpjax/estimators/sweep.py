@@ -181,7 +181,7 @@ def check_directions(pair: Pair, kinds: Iterable[str], method: str) -> None:
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     for kind in kinds:
         check_kind(kind)
-    check_with_directions([*kinds, "delta_direction"] if pair.division is not None else kinds)
+    check_with_directions(kinds, pair.division is not None)
     if "delta_direction" not in kinds:
         return
     if pair.division is None:
