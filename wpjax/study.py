@@ -246,9 +246,11 @@ def _prepare(
     task = behaviour(config.behaviour, config.checker, config.split)
     progress("reading the pair", 0, 1)
     pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer, config.mesh)
-    if config.by_directions:
-        pair = by_directions(pair, config.rank)
     progress("reading the pair", 1, 1)
+    if config.by_directions:
+        progress("dividing the change", 0, 1)
+        pair = by_directions(pair, config.rank)
+        progress("dividing the change", 1, 1)
     named = [parse_component(pair.cfg, name).kind for name in config.components or ()]
     check_directions(pair, named or config.kinds, config.method)
     lacking = [] if config.components else [kind for kind in config.kinds if not count(pair.cfg, kind)]

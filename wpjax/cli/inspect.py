@@ -47,7 +47,12 @@ def run(
         progress("reading the models", 0, 1)
         pair = load_pair(base, expert, ignore_config=ignore_config, tokenizer=tokenizer) if expert else None
         model = pair.base_checkpoint if pair else load_model(base, ignore_config=ignore_config)
-    spectrum = spectra(by_directions(pair, rank)) if pair and directions else []
+        progress("reading the models", 1, 1)
+        spectrum = []
+        if pair and directions:
+            progress("dividing the change", 0, 1)
+            spectrum = spectra(by_directions(pair, rank))
+            progress("dividing the change", 1, 1)
     models = [pair.base_checkpoint, pair.expert_checkpoint] if pair else [model]
     model = models[0]  # of a pair, what the two have in common
     cfg = model.cfg
