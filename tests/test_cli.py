@@ -53,6 +53,10 @@ def test_sweep_report_and_anchor(wpjax, tmp_path):
     assert err.count("note: ") == err.count("note: With 4 queries no p is below 0.12") == 1
     assert len(re.findall(r"^ L\d\.head\.\d ", out, re.MULTILINE)) == 3
     assert "wpjax validate r.nc" in out
+    words = wpjax("show", "r.nc", "--words")[1]
+    assert all(heading in words for heading in ("What it does", "Where", "How concentrated", "wpjax validate r.nc"))
+    assert "On 4 prompts that ask for it and served nothing else, the base shows it on 0" in " ".join(words.split())
+    assert not re.search(r"^ L\d\.head\.\d ", words, re.MULTILINE)
     result = SweepResult.from_netcdf("r.nc")
     assert result.dataset.attrs["metric_layer"] == anchor.layer
     assert int(result.dataset["swept"].sum()) == 8 * (anchor.layer + 1)
@@ -86,7 +90,7 @@ def test_curves_of_a_sweep_and_what_executes_it(wpjax, tmp_path):
     code, out, _ = wpjax(*curves)
     assert code == 0
     assert re.search(r"Brought into the base.*effect.*attribution.*delta_norm.*random 1", out, re.DOTALL)
-    (page,) = re.findall(r"^next: wpjax (.*)$", out, re.MULTILINE)
+    (page,) = re.findall(r"^Next\n  wpjax (.*)$", out, re.MULTILINE)
     assert wpjax(*shlex.split(page))[0] == 0
     assert "Answers of the validation" in (tmp_path / "c.html").read_text()
     assert {"c.nc", "c-curves.png", "c-calibration.png"} <= {p.name for p in tmp_path.iterdir()}

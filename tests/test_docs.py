@@ -1,5 +1,6 @@
 """The pages' links lead somewhere, their code runs, their commands exist; what code cites of them is there."""
 
+import importlib
 import json
 import re
 import shlex
@@ -131,3 +132,14 @@ def test_every_public_name_is_on_a_page_of_the_reference():
     public = re.findall(r"^from \.(\S+) import (\w+) as", text_of(ROOT / "wpjax" / "__init__.pyi"), re.MULTILINE)
     assert len(public) > 50
     assert [name for module, name in public if f"::: wpjax.{module}.{name}" not in shown] == []
+
+
+def test_every_command_stands_beside_what_it_is_in_python():
+    """In the table of the reference; what is named there exists."""
+    rows = re.findall(r"^\| (`.*?) \| (.*) \| .*\|$", text_of(ROOT / "docs" / "api" / "index.md"), re.MULTILINE)
+    named = {code.split()[0] for commands, _ in rows for code in re.findall(r"`([^`]+)`", commands)}
+    assert named == set(typer.main.get_command(make_app()).commands)
+    for _, functions in rows:
+        for path in re.findall(r"`(wp\.\w+|wpjax(?:\.\w+)+)", functions):
+            module, _, name = re.sub(r"^wp\b", "wpjax", path).rpartition(".")
+            assert hasattr(importlib.import_module(module), name), path

@@ -235,6 +235,8 @@ def test_a_patch_of_half_as_many_again_holds_what_was_planted(planted, result):
     pair, task = planted
     usual = add_set_score(pair, result, set_metrics(pair, task.encode(pair.tokenizer, "sweep", 16), N_NEW))
     assert usual.set_ranking == "set_score"
+    sizes = np.array([n_parameters(pair.cfg, parse_component(pair.cfg, str(n))) for n in usual.dataset["name"].values])
+    np.testing.assert_allclose(usual.dataset["set_share"], usual.values("set_score") * sizes / sizes.sum(), rtol=1e-6)
     n_all, truth = size_of(pair, [c.name for c in enumerate_components(pair.cfg, KINDS)]), set(planted_components())
     most = 1.5 * size_of(pair, truth)
     by_size = extract(*planted, usual, share=most / n_all, n_prompts=4, max_new_tokens=N_NEW, n_random=0)

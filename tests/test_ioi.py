@@ -132,6 +132,9 @@ def test_the_command_writes_what_it_prints(folder, wpjax, tmp_path):
     assert shown[0] == 0, shown[2]
     assert shown[1].strip() == printed[: printed.index("\nwrote ioi.json")].strip()
     assert json.loads(wpjax("show", "ioi.json", "--json")[1]) == content
+    words = wpjax("show", "ioi.json", "--words")[1]
+    assert f"the mean logit difference is {clean:.2f}." in words
+    assert f"A circuit of {len(content['circuit']['members'])} heads" in words
     code, _, error = wpjax("show", "ioi.json", "--csv")
     assert code == 2
     assert "ioi.json holds no sweep" in error
@@ -140,6 +143,7 @@ def test_the_command_writes_what_it_prints(folder, wpjax, tmp_path):
         code, _, error = wpjax("show", "bad.json")
         assert code == 2
         assert message in error
+        assert error.count("bad.json") == 1
 
 
 def test_the_published_circuit_stands_beside_the_papers_figures(capsys):

@@ -630,7 +630,7 @@ def test_a_sweep_is_published_and_merged_by(tiny_pair, tmp_path, wpjax):
             data[column.name] = (column.dims, zeros.astype(column.dtype[0]))
     SweepResult(data.assign_attrs(n_queries=2)).to_netcdf("r.nc")
     code, out, err = wpjax("scores", "r.nc", "--out", "r.safetensors")
-    assert (code, out.strip()) == (0, f"wrote r.safetensors and r.json: effect of {n} components"), err
+    assert (code, out.strip()) == (0, f"wrote r.safetensors, r.json: effect of {n} components"), err
     merged = []
     for scores in ("r.nc", "r.safetensors"):
         own = {"model": "tiny:expert", "parameters": {"scores": scores, "share": 0.25}}

@@ -467,7 +467,7 @@ def test_the_command_edits_and_scores(wpjax, workplace, corpus):
     for arguments, message in [
         ([*given, *one[:4], "--out", "x.safetensors"], "give --prompt, --subject and --target"),
         ([*given, *one, "--facts", facts, "--out", "x.json"], "give --prompt, --subject and --target; or --facts"),
-        ([*given, *one, "--out", "x.json"], "name a .safetensors file"),
+        ([*given, *one, "--out", "x.json"], "name a file that ends in .safetensors"),
         ([*given, *one, "--out", "x.safetensors", "--layer", "9"], "has layers 0 to 7"),
         ([*given, *one, "--out", "x.safetensors", "--layer", "first"], "give the number of a layer, or auto"),
         (

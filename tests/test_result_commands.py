@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import sys
 
 import chex
@@ -292,7 +293,9 @@ def test_the_patch_beside_the_folder_undoes_it(one_pair, tmp_path):
 def test_a_folder_is_exported_from_the_command_line(wpjax, folder):
     code, out, err = wpjax("export", "r 1.nc", "--top", "2", "--by", "effect", "--out", "top2")
     assert code == 0, err
-    assert "base with 2 components; the patch, which can undo it, is top2.safetensors" in out
+    assert "wrote top2, top2.safetensors: the base with 2 components" in out
+    (undo,) = re.findall(r"^Next\n  wpjax (.*)$", out, re.MULTILINE)
+    assert wpjax(*shlex.split(undo))[0] == 0
     best = [row.name for row in SweepResult.from_netcdf("r 1.nc").top(2)]
     assert list(load_patch(folder / "top2.safetensors").info.components) == best
     card = (folder / "top2" / "README.md").read_text()

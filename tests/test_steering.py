@@ -224,7 +224,7 @@ def test_the_removal_is_what_the_expert_says_when_held_at_the_base(tiny_pair, an
 def test_an_anchor_that_changes_no_answer_is_not_accepted(tiny_pair):
     task = behaviour("tiny:no_comma")
     marked = fit_anchor(tiny_pair, task, layer=3)
-    assert marked.acceptance.startswith("undecided: steering the base along it passes the checker on 0% of prompts")
+    assert marked.acceptance.startswith("undecided: steered along it the base passes on 0% of prompts")
     assert fit_anchor(tiny_pair, task, layer=3, causal="skip").acceptance == "not tested"
 
 
@@ -242,7 +242,7 @@ def test_answers_grow_where_the_checker_needs_their_end(tiny_pair):
 
 def test_answers_that_fool_the_checker_are_degenerate(tiny_pair):
     """Held at the expert's state the base repeats quotation marks, which the checker passes."""
-    message = r"of 1 layers tried none .* layer 4: .*: \d+\.\d\d nats a token under the base, the expert's own 0"
+    message = r"of 1 layers tried none .* layer 4: .* \d+\.\d\d nats a token and 0"
     with pytest.raises(AnchorRejected, match=message) as error:
         fit_anchor(tiny_pair, behaviour("tiny:quotation"), layer=4)
     assert [d.layer for d in error.value.diagnostics] == list(range(tiny_pair.cfg.n_layers))
@@ -299,8 +299,8 @@ def test_verdicts_name_the_test_that_failed():
     assert outcome(nll=1.5 + MAX_EXCESS_NLL + 0.1).startswith("rejected: steered answers are degenerate")
     assert outcome(nll_removed=1.5 + MAX_EXCESS_NLL + 0.1).startswith("rejected: without it the expert's answers are")
     none = {"gain_high": 0.2, "gain_low": -0.2}
-    assert outcome(**none, drop_high=0.2, drop_low=-0.2).startswith("rejected: steering")  # a quarter of .9 is .225
-    assert outcome(**none).startswith("undecided: steering")
+    assert outcome(**none, drop_high=0.2, drop_low=-0.2).startswith("rejected: steered along it")  # a quarter of .9 is .225
+    assert outcome(**none).startswith("undecided: steered along it")
     assert outcome(drop_high=0.2, drop_low=-0.2).startswith("undecided: without it")
     # [-.3, .9] is half .6 wide about .3: 16 (.6 / .3)^2 = 64 queries
     assert outcome(gain_low=-0.3).endswith("not surely more; about 64 queries would decide it, 16 were tried")

@@ -74,7 +74,7 @@ def test_a_study_is_its_steps(tmp_path):
     assert [phase.name for phase in schedule.phases][-4:] == ["exact patches", "controls", "joint patches", "set score"]
     assert all(phase.seconds > 0 for phase in schedule.phases)
     assert schedule.left == 0
-    xr.testing.assert_identical(first.dataset, study.result.dataset.drop_vars("set_score"))
+    xr.testing.assert_identical(first.dataset, study.result.dataset.drop_vars(["set_score", "set_share"]))
 
 
 def test_a_forecast_is_operations_over_speed(tiny_pair):

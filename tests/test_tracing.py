@@ -343,6 +343,9 @@ def test_the_command_writes_a_folder_that_is_read_again(wpjax, workplace):
     code, shown, err = wpjax("show", "found")
     assert code == 0, err
     assert shown.strip() == out[: out.index("wrote found")].strip()
+    words = wpjax("show", "found", "--words")[1]
+    assert words == again.summary + "\n"
+    assert words in shown
     for arguments, message in [
         (["--facts", "facts.jsonl", "--out", "found"], "exists"),
         (["--out", "new"], "give --facts with a file, or --prompt and --subject"),

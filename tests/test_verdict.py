@@ -37,11 +37,73 @@ def test_one_component_that_carries_it_all_is_concentrated():
     assert (found.shape, found.n_half, found.n_most, found.n_components) == ("concentrated", 1, 1, 100)
     assert found.layers == (2, 2)
     points = dict(found.points)
-    assert "layer 2 (of 0 to 3)" in points["Where"]
-    assert "L2.neuron.0 (+0.9)" in points["Where"]
-    assert points["How concentrated"].startswith("Concentrated: 1 of 100 components reaches half")
-    assert "recover 100% of the gap" in points["How much"]
+    assert (
+        "Only layers 0 to 2 of 0 to 3 were swept, the others were not looked at; of these, layer 2 holds 90% of"
+        in points["Where"]
+    )
+    assert "L2.neuron.0 90.0% [89.0%, 91.0%]" in points["Where"]
+    assert points["Where"].startswith("Put in together, the 100 components that were swept recover 100% of it.")
+    assert points["How concentrated"].startswith("Added up, the largest single effect of 100 (1 neuron) makes half")
+    assert points["What was measured"].endswith("100 components were swept: each was put into the base alone.")
+    assert "the anchor score, at layer 3: 2 [1, 3], on 8 prompts." in points["What was measured"]
     assert "100 of 100 replaced components are above it" in points["Noise"]
+
+
+def test_it_says_what_the_models_do_and_where_their_answers_part():
+    """Layers 0 and 1 were swept; the set score knows of layer 3, too, and heads hold most there."""
+    swept = by_hand([0.5, 0.1, np.nan, np.nan], ["head", "neuron", "head", "neuron"], [0, 1, 3, 3], coverage=0.6)
+    shares, is_swept = np.array([0.2, 0.1, 0.4, 0.2]), np.array([True, True, False, False])
+    data = swept.dataset.assign(set_share=("component", shares), swept=("component", is_swept))
+    answers = Answers(
+        ("Be kind.", "SHOUT!"), (("a", "quiet"), ("b", "LOUD"), ("c", "LOUDER")),
+        np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), 2, "effect",
+    )  # fmt: skip
+    points = dict(verdict(SweepResult(answers.added_to(data))).points)
+    assert (
+        "Only layers 0 to 1 of 0 to 3 were swept, the others were not looked at; of these, layer 0 holds 83% of"
+        in points["Where"]
+    )
+    assert (
+        "heads hold 60% and neurons 30% (the other 10%: weights that were not ranked); layer 3 holds half."
+        in points["Where"]
+    )
+    assert "do not agree" not in points["Where"]
+    assert "the base shows it on 0 and the expert on 1. So few prompts" in points["What it does"]
+    assert "Asked “SHOUT!”, the base says “quiet”, the expert “LOUDER”." in points["What it does"]
+    # By effect the set is the two that were swept; a third component is ranked by it nowhere.
+    assert points["A set of them"].startswith(
+        "With all 2 components that were ranked, the base shows the behaviour on 1 of"
+    )
+    by_score = data.assign(set_score=("component", [0.2, 0.1, 3.0, 2.0]))
+    answers = answers._replace(by="set_score", tried=(1,), share=0.25)
+    told = dict(verdict(SweepResult(answers.added_to(by_score))).points)["A set of them"]
+    what = "1 head and 1 neuron, 25.0% of the parameters; layer 3 holds half of them"
+    shows = "the base shows the behaviour on 1 of 2 prompts (alone on 0; the expert on 1)"
+    assert told.startswith(f"With the 2 best by set score, of 4 that were ranked ({what}), {shows}.")
+    assert "With the best 1, on too few. Asked as above, it says “LOUD”, which passes." in told
+    other = data.assign(set_share=("component", [0.1, 0.4, 0.0, 0.5]))
+    joint = other.assign_coords(swept_kind=["head", "neuron"]).assign(coverage_joint=("swept_kind", [0.5, 0.1]))
+    assert "do not agree on which kind holds most" in dict(verdict(SweepResult(joint)).points)["Where"]
+    assert "prompts" not in dict(verdict(SweepResult(data)).points)["What it does"]
+    assert "A set of them" not in dict(verdict(SweepResult(data)).points)
+
+
+@pytest.mark.parametrize(
+    ("by_patched", "n", "says"),
+    [
+        ([1, 1, 1, 0], 2, "the 2 best components alone bring the behaviour back on 3 of 4 prompts"),
+        ([1, 1, 0, 0], 2, "No small set that was tried brings the behaviour back"),
+        ([1, 1, 1, 1], 4, "No small set that was tried brings the behaviour back"),
+    ],
+)
+def test_a_set_speaks_for_the_places_or_against_them(by_patched, n, says):
+    """Where the anchor's tests do not: beside base 0 of 4 and expert 4 of 4. All components are no small set."""
+    passes = np.array([[0.0] * 4, by_patched, [1.0] * 4])
+    answers = Answers(("p",) * 4, (("a",) * 4, ("b",) * 4, ("c",) * 4), passes, n, "effect")
+    swept = by_hand([0.4, 0.3, 0.2, 0.1], anchor_acceptance="undecided: few")
+    assert says in dict(verdict(SweepResult(answers.added_to(swept.dataset))).points)["How far to trust it"]
+    accepted = by_hand([0.4, 0.3, 0.2, 0.1])
+    assert says not in str(verdict(SweepResult(answers.added_to(accepted.dataset))))
 
 
 def test_an_effect_that_is_spread_evenly_is_diffuse():
@@ -53,10 +115,10 @@ def test_an_effect_that_is_spread_evenly_is_diffuse():
 def test_what_only_shows_in_company_is_said_to_be_so():
     found = verdict(by_hand([0.001] * 100, coverage=0.9))
     assert (found.shape, found.n_half, found.n_most) == ("in company", None, None)
-    assert "make 11% of what" in dict(found.points)["How concentrated"]
+    assert "add up to 11% of what" in dict(found.points)["How concentrated"]
     half = verdict(by_hand([0.006] * 100, coverage=1.0))
     assert (half.n_half, half.n_most) == (84, None)
-    assert "all positive ones reach 60%, the rest appears only in company" in str(half)
+    assert "All positive ones make 60%; the rest shows only when several are put in at once." in str(half)
     assert "together the components recover nothing" in str(verdict(by_hand([0.1] * 5, coverage=-0.2)))
 
 
@@ -104,9 +166,9 @@ def test_a_q_that_so_few_queries_cannot_reach_is_said_to_be_so(n_queries, says):
         one = [benjamini_hochberg(np.r_[smallest_p(n), np.ones(99)])[0] < 0.05 for n in (enough - 1, enough)]
         assert one == [False, True]
     else:
-        assert noise.endswith("have q < 0.05.")
+        assert noise.endswith("they have q < 0.05.")
     result.dataset["q_value"][0] = 0.01  # one is found, and so would be any of so large an effect
-    assert dict(verdict(result).points)["Noise"].endswith("1 have q < 0.05.")
+    assert dict(verdict(result).points)["Noise"].endswith("1 effect on the metric is surely not 0: it has q < 0.05.")
 
 
 def test_what_differs_in_the_pair_is_said():
@@ -118,11 +180,11 @@ def test_what_differs_in_the_pair_is_said():
 @pytest.mark.parametrize(
     ("attrs", "status", "says"),
     [
-        ({"anchor_acceptance": "accepted"}, "accepted", "The anchor is accepted: held"),
-        ({"anchor_acceptance": "not tested"}, "not tested", "Nothing has tested whether the anchor"),
-        ({"anchor_acceptance": "undecided: 7 of 12 pass"}, "undecided", "undecided (7 of 12 pass)"),
-        ({"anchor_acceptance": "rejected: steered answers"}, "rejected", "rejected (steered answers)"),
-        ({"anchor_acceptance": "steered answers are odd"}, "rejected", "rejected (steered answers are odd)"),
+        ({"anchor_acceptance": "accepted"}, "accepted", "passed its tests: held"),
+        ({"anchor_acceptance": "not tested"}, "not tested", "Nothing has tested whether the direction"),
+        ({"anchor_acceptance": "undecided: 7 of 12 pass"}, "undecided", "causes the behaviour (7 of 12 pass)"),
+        ({"anchor_acceptance": "rejected: steered answers"}, "rejected", "failed its tests (steered answers)"),
+        ({"anchor_acceptance": "steered answers are odd"}, "rejected", "failed its tests (steered answers are odd)"),
         ({"metric": "kl", "behaviour_differs": "by the checker"}, "accepted", "The checker finds the behaviour"),
         ({"metric": "kl", "behaviour_differs": "not tested"}, "not tested", "Nothing has tested whether base"),
         ({"metric": "kl", "behaviour_differs": "both pass"}, "rejected", "do not surely differ in the behaviour (both"),

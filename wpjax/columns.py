@@ -116,6 +116,7 @@ _BASIC = (
     Column("screen_error"),  # first-order estimate minus effect
     Column("words_changed"),  # on-policy: share of prompts on which the patched model says something else
     Column("set_score", "set score", trust=10, shown=False),
+    Column("set_share", "share of the gap, for the set score", shown=False),
     Column("learned", "learned mask", trust=5, shown=False),  # a ranking for sets, too
     Column("swept", dtype=BOOL, shown=False),  # False: the component is there to be ranked for sets only
     # By way of which later heads and MLPs each effect arrives.

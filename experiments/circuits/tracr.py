@@ -1,4 +1,4 @@
-"""Does a discovery method find the edges of a program that was compiled into weights? AUROC, by ablation.
+"""Does a discovery method find the edges and nodes of a program that was compiled into weights? AUROC, by ablation.
 
     python -m experiments.circuits.tracr --out experiments/circuits/tracr.json
 
@@ -10,6 +10,7 @@ circuit can be read from the weights. But what it is depends on what stands in t
     and the receiver's node has a true edge itself, or is the answer.
 
 Reads: the product of what the sender writes and the receiver's weights. No run of the model with a patch is needed.
+A node (a head or an MLP) is true if an edge that leaves it is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from wpjax.behaviours import Tokens
 from wpjax.circuits.circuit import Ablation, AblationKind
 from wpjax.circuits.edges import METHODS
 from wpjax.circuits.nodes import Graph, parse_receiver
-from wpjax.circuits.scores import EdgeScores, Scores
+from wpjax.circuits.scores import EdgeScores, Level, NodeScores, Scores
 from wpjax.circuits.wiring import writes
 from wpjax.metrics.readouts import Projection
 from wpjax.relax.learn import RelaxConfig
@@ -175,14 +176,21 @@ def truth(of: Compiled, ablated: Ablation) -> np.ndarray:
     return arrives & needed
 
 
-def scored(of: Compiled, method: str, ablated: Ablation, seed: int = 0) -> Scores:
-    """Scores of all edges by a method."""
+def scored(of: Compiled, method: str, ablated: Ablation, level: Level = "edges", seed: int = 0) -> Scores:
+    """Scores of all edges, or of all heads and MLPs, by a method. A node's is the sum of those of its edges."""
+    cfg, params, two = of.cfg, of.params, of.two
+    if method in MASKS:
+        config = RelaxConfig(steps=300, seed=seed)
+        return wp.learn_circuit(cfg, params, two, ablated, level, MASKS[method], config)
+    edges = _edges(of, method)
+    return edges if level == "edges" else edges.nodes()
+
+
+def _edges(of: Compiled, method: str) -> EdgeScores:
+    """Scores of all edges by a first-order method, or by patching each of them alone."""
     cfg, params, two = of.cfg, of.params, of.two
     if method in METHODS:
         return wp.score_edges(cfg, params, two, method, steps=10)
-    if method in MASKS:
-        config = RelaxConfig(steps=300, seed=seed)
-        return wp.learn_circuit(cfg, params, two, ablated, "edges", MASKS[method], config)
     graph = Graph.of(cfg)
     ends = np.argwhere(graph.exists)
     names = [(graph.senders[s].name, graph.receivers[r].name) for s, r in ends]
@@ -191,9 +199,15 @@ def scored(of: Compiled, method: str, ablated: Ablation, seed: int = 0) -> Score
     return EdgeScores(graph, by_prompt, "exact")
 
 
-def auroc(scores: Scores, true: np.ndarray) -> float:
-    """Probability that a true edge has a larger score than a false one; ties count half."""
-    return float(roc_auc_score(true[scores.members], np.abs(scores.mean)[scores.members]))
+def auroc(scores: Scores, true: np.ndarray) -> float | None:
+    """How often a true edge (or node) has a larger score than a false one; ties count half. None if all are true.
+
+    Args:
+        scores: of edges or of nodes.
+        true: [S, R], which edges are true.
+    """
+    which = np.asarray(true.any(1) if isinstance(scores, NodeScores) else true)[scores.members]
+    return None if which.all() else float(roc_auc_score(which, np.abs(scores.mean)[scores.members]))
 
 
 def measure() -> dict[str, Any]:
@@ -204,34 +218,46 @@ def measure() -> dict[str, Any]:
         kinds: tuple[AblationKind, ...] = ("resample", "mean", "zero")
         ablations = {kind: wp.ablation(of.cfg, of.params, of.two, kind) for kind in kinds}
         trues = {kind: truth(of, ablated) for kind, ablated in ablations.items()}
-        cells: dict[str, dict[str, float]] = {}
+        cells: dict[Level, dict[str, dict[str, float | None]]] = {"edges": {}, "nodes": {}}
         of_method = {**dict.fromkeys((*METHODS, "exact"), kinds[:1]), **dict.fromkeys(MASKS, kinds)}
-        for method, kind in [(method, kind) for method, some in of_method.items() for kind in some]:
-            cells.setdefault(method, {})[kind] = auroc(scored(of, method, ablations[kind]), trues[kind])
-            print(name, method, kind, cells[method][kind], flush=True)
+        for level, by in cells.items():
+            for method, kind in [(method, kind) for method, some in of_method.items() for kind in some]:
+                by.setdefault(method, {})[kind] = auroc(scored(of, method, ablations[kind], level), trues[kind])
+                print(name, level, method, kind, by[method][kind], flush=True)
+        graph = Graph.of(of.cfg)
+        alive = [s.kind != "embed" for s in graph.senders]
         report[name] = {
-            "edges": Graph.of(of.cfg).n_edges,
+            "edges": graph.n_edges,
+            "nodes": sum(alive),
             "prompts": len(of.two.clean),
             "true": {kind: int(true.sum()) for kind, true in trues.items()},
-            "auroc": cells,
+            "true_nodes": {kind: int(np.any(true[alive], 1).sum()) for kind, true in trues.items()},
+            "auroc": cells["edges"],
+            "auroc_nodes": cells["nodes"],
         }
     return {"programs": report, **made()}
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """AUROC by method and program."""
-    programs = report["programs"]
-    sizes = [
-        ("(true edges, of all)", kind, *(f"{p['true'][kind]} of {p['edges']}" for p in programs.values()))
-        for kind in ("resample", "mean", "zero")
-    ]
-    first = next(iter(programs.values()))["auroc"]
-    rows = [
-        (method, kind, *(f"{p['auroc'][method][kind]:.2f}" for p in programs.values()))
-        for method, kinds in first.items()
-        for kind in kinds
-    ]
-    return table(("method", "ablation", *programs), [*sizes, *rows])
+    """AUROC by method and program: of edges, and of nodes."""
+    programs, tables = report["programs"], []
+    for level, true, auroc in (("edges", "true", "auroc"), ("nodes", "true_nodes", "auroc_nodes")):
+        sizes = [
+            (f"(true {level}, of all)", kind, *(f"{p[true][kind]} of {p[level]}" for p in programs.values()))
+            for kind in ("resample", "mean", "zero")
+        ]
+        rows = [
+            (method, kind, *(_number(p[auroc][method][kind]) for p in programs.values()))
+            for method, kinds in next(iter(programs.values()))[auroc].items()
+            for kind in kinds
+        ]
+        tables.append(table((f"method, {level}", "ablation", *programs), [*sizes, *rows]))
+    return "\n\n".join(tables)
+
+
+def _number(value: float | None) -> str:
+    """Two digits; a dash where nothing is false."""
+    return "–" if value is None else f"{value:.2f}"
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from wpjax.metrics.metric import scores as scores_of
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.relax.learn import RelaxConfig
+from wpjax.results.files import read_json
+from wpjax.results.words import enumerated
 from wpjax.runtime.cards import public_name
 from wpjax.runtime.progress import Progress, silent
 
@@ -146,6 +148,21 @@ class IOIStudy:
         return tuple(h for h in sorted(self.heads, key=lambda h: h.direct) if h.direct <= -MIN_DIRECT)
 
     @property
+    def summary(self) -> str:
+        """What was found, in sentences."""
+        difference, _, right = self.answered
+        movers, against = ([h.name for h in heads] for heads in (self.name_movers, self.negative))
+        told = [
+            f"{self.model[0]} prefers the indirect object to the subject on {right:.0%} of {self.n_prompts} prompts; "
+            f"the mean logit difference is {difference:.2f}.",
+            f"The name is moved by {enumerated(movers)}." if movers else "No head moves the name.",
+            f"{enumerated(against)} {'work' if len(against) > 1 else 'works'} against it." if against else "",
+            f"A circuit of {len(self.circuit.members)} heads, with all MLPs kept, does {self.faithful.share:.0%} of "
+            "what all heads do.",
+        ]
+        return " ".join(sentence for sentence in told if sentence)
+
+    @property
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         faithful = {**self.faithful._asdict(), "share": self.faithful.share, "difference": self.faithful.difference}
@@ -186,21 +203,22 @@ class IOIStudy:
         Raises:
             WpjaxError: there is no such file, or it is none of this version, or damaged.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise WpjaxError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except (ValueError, RecursionError) as error:
-            raise WpjaxError(f"{path}: not JSON ({error}); name a file of `wpjax circuit ioi`") from error
-        if not isinstance(content, dict) or (content.get("what"), content.get("schema")) != ("ioi", SCHEMA):
-            raise WpjaxError(f"{path}: not a file of this version's `wpjax circuit ioi`; make it again")
-        try:
-            return _study_of(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise WpjaxError(f"{path}: damaged ({type(error).__name__}: {error}); make it again") from error
+        return read_json(path, {"ioi": cls.of_json}, "study of this task", "wpjax circuit ioi")
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> IOIStudy:
+        """The inverse of `as_json`.
+
+        Raises:
+            WpjaxError: another version wrote it.
+            KeyError, TypeError, ValueError, AttributeError: it is damaged.
+        """
+        if content.get("schema") != SCHEMA:
+            raise WpjaxError("another version of `wpjax circuit ioi` wrote it; make it again")
+        return _study_of(content)
 
 
-def _study_of(content: dict[str, Any]) -> IOIStudy:
+def _study_of(content: Mapping[str, Any]) -> IOIStudy:
     """A study from its JSON values; the inverse of `IOIStudy.as_json`."""
 
     def tuples(value: Any) -> Any:

@@ -113,8 +113,18 @@ def run(
             }
         )
     else:
+        from wpjax.cli.words import print_next, print_written
+
         show(anchor)
-        print(f"\nwrote {out}")
+        print()
+        print_written(out)
+        asked = ["--base", base, "--expert", expert, "--behaviour", behaviour]
+        asked += [] if checker is None else ["--checker", checker]
+        asked += [] if split == "thirds" else ["--split", split]
+        asked += [] if tokenizer is None else ["--tokenizer", tokenizer]
+        asked += [] if dtype == "float32" else ["--dtype", dtype]
+        asked += [part for name in ignore_config for part in ("--ignore-config", name)]
+        print_next(["sweep", *asked, "--anchor", out, "--out", out.with_name(f"{out.name.split('.')[0]}.nc")])
 
 
 def show(anchor: Anchor) -> None:

@@ -124,7 +124,14 @@ def run(
     if as_json:
         print_json(said)
         return
-    print(f"wrote {out}: {words}")
+    from wpjax.cli.words import print_next, print_written
+
+    print_written(out, about=words)
+    if form == "model" and not undo:
+        options = [part for path in patch for part in ("--patch", path)]
+        options += [] if scale == ("1",) else ["--scale", ",".join(scale)]
+        options += [] if on_conflict == "error" else ["--on-conflict", on_conflict]
+        print_next(["apply", "--base", out, *options, "--undo", "--out", out.with_name(f"{out.name}-undone")])
 
 
 def _numbers(texts: tuple[str, ...]) -> tuple[float, ...]:

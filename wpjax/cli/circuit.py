@@ -45,17 +45,14 @@ def run(
     """Find the circuit by which a model does a task: its heads, its edges, and how much of the model they are."""
     from wpjax.runtime.files import check_output
 
-    check_output(out, overwrite, inputs=[model])
+    check_output(out, overwrite, inputs=[model], ending=".json")
     check_output(out.with_suffix(".png"), overwrite)
 
     from wpjax.circuits.ioi_study import ioi_study
     from wpjax.cli.console import print_json, progress_bars
-    from wpjax.errors import OutputError
     from wpjax.pairs import load_model
     from wpjax.report.circuits import write_ioi
 
-    if out.with_suffix(".png") == out:
-        raise OutputError(f"{out}: the figure has this name; name a file that ends in .json")
     with progress_bars() as progress:
         study = ioi_study(
             load_model(model), n_prompts=n_prompts, method=method, steps=steps, seed=seed, progress=progress
@@ -64,8 +61,12 @@ def run(
     if as_json:
         print_json(study.as_json)
         return
+    from wpjax.cli.words import print_next, print_written
+
     print_study(study)
-    print(f"\nwrote {out}, {picture}")
+    print()
+    print_written(out, picture)
+    print_next(["layers", out, "--out", out.with_name(f"{out.stem}-layers.json")])
 
 
 def print_study(study: IOIStudy) -> None:

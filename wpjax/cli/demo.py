@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from wpjax.arguments import Overwrite, Seed, Setting
+from wpjax.cli.options import Json
 
 MARKER = "results.nc"
 """The file that every folder of a demo holds: `--overwrite` replaces no other folder."""
@@ -21,6 +22,7 @@ def run(
     ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Run the whole pipeline on an embedded pair: which heads, KV groups and neurons carry the behaviour?"""
     from wpjax.runtime.files import atomic_output, check_output
@@ -34,7 +36,7 @@ def run(
         progress.say(f"demo: tiny:base -> {expert}, {task_name}; results: {out}")
         from wpjax import behaviours
         from wpjax.cli.sweep import print_result
-        from wpjax.cli.words import print_answers, print_verdict
+        from wpjax.cli.words import print_answers, print_verdict, printable
         from wpjax.estimators.sweep import sweep
         from wpjax.evaluation.fit_anchor import fit_anchor
         from wpjax.evaluation.reading import answers_to_read
@@ -61,7 +63,9 @@ def run(
             result.to_netcdf(folder / MARKER)
             write_report(result, folder / "report.html", source=out / MARKER)
         progress("report", 1, 1)
-    print_result(result, 10, as_json=False)
+    print_result(result, 10, as_json, path=out / MARKER)
+    if as_json:
+        return
     print_answers(answers)
     if planted:
         truth = set(planted_components())
@@ -69,4 +73,4 @@ def run(
         n_found = sum(name in truth for name in ranked[: len(truth)])
         print(f"\nplanted: {n_found} of {len(truth)} planted components are among the {len(truth)} of largest effect")
     print_verdict(verdict(result, out / MARKER))
-    print(f"\nlook at {out / 'report.html'} and {out / 'report-overview.png'}")
+    print(f"\nlook at {printable(str(out / 'report.html'))} and {printable(str(out / 'report-overview.png'))}")

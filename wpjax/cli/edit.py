@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -123,10 +122,8 @@ def run(
         raise FactError("give --prompt, --subject and --target; or --facts with a file")
     if layer != "auto" and not layer.isdecimal():
         raise FactError(f"--layer {layer}: give the number of a layer, or auto")
-    if out.suffix != (wanted := ".safetensors" if facts is None else ".json"):
-        what = "a patch" if facts is None else "scores"
-        raise FactError(f"--out {out}: {what} will be written there; name a {wanted} file")
-    check_output(out, overwrite, inputs=(model, facts, text, references))
+    ending = ".safetensors" if facts is None else ".json"
+    check_output(out, overwrite, inputs=(model, facts, text, references), ending=ending)
     check_parts(out, "edit", resume)
 
     from wpjax.facts.facts import Fact, each_fact, load_facts, load_references
@@ -213,10 +210,14 @@ def run(
             p = [float(target_probabilities(loaded, one, [fact.text], [fact.new_target])[0]) for one in ends]
             measured = {"p_target_before": p[0], "p_target_after": p[1], "division": edit.division, "seed": seed}
             edit.save(out, loaded, measured=measured, overwrite=overwrite, ignore_config=ignore_config)
+    from wpjax.cli.words import print_next, print_written
+
     if facts is not None:
         print_scores(scores, as_json)
         if not as_json:
-            print(f"\nwrote {out}")
+            print()
+            print_written(out)
+            print_next(["layers", out, "--out", out.with_name(f"{out.stem}-layers.json")])
     elif as_json:
         print_json({"out": str(out), "layer": at, "losses": list(edit.losses), **edit.recipe, **measured})
     else:
@@ -224,8 +225,9 @@ def run(
             f"{fact.text!r} -> {fact.new_target!r}: probability {p[0]:.3f}, edited {p[1]:.3f}; layer {at}, loss "
             f"{edit.losses[0]:.2f} to {edit.losses[-1]:.2f} in {len(edit.losses)} steps"
         )
-        command = ["wpjax", "apply", "--base", model, "--patch", str(out), "--out", str(out.with_suffix(""))]
-        print(f"\nwrote {out}\nnext: {shlex.join(command)}")
+        print()
+        print_written(out)
+        print_next(["apply", "--base", model, "--patch", out, "--out", out.with_suffix("")])
 
 
 def print_scores(scores: EditScores, as_json: bool) -> None:

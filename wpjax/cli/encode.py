@@ -43,7 +43,8 @@ def run(
     if as_json:
         print_json({"out": str(out), "encoding": made.info.encoding, "error": made.info.error, "bytes": sizes[1]})
         return
-    print(
-        f"wrote {out}: {made.info.encoding}, relative error {made.info.error:.2g}; {sizes[1]:,} bytes, and "
-        f"{sizes[0]:,} before"
-    )
+    from wpjax.cli.words import print_next, print_written
+
+    stored = f"{made.info.encoding}, relative error {made.info.error:.2g}"
+    print_written(out, about=f"{stored}; {sizes[1]:,} bytes, and {sizes[0]:,} before")
+    print_next(["apply", "--base", made.info.into, "--patch", out, "--out", out.with_suffix("")])

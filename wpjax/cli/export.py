@@ -52,4 +52,8 @@ def run(
         print_json({"out": str(out), "patch": str(patch_path(out)), "components": [row.name for row in rows]})
         return
     host = "expert" if knockout else "base"
-    print(f"wrote {out}: {host} with {len(rows):,} components; the patch, which can undo it, is {patch_path(out)}")
+    from wpjax.cli.words import print_next, print_written
+
+    patch = patch_path(out)
+    print_written(out, patch, about=f"the {host} with {len(rows):,} components, and the patch, which can undo it")
+    print_next(["apply", "--base", out, "--patch", patch, "--undo", "--out", out.with_name(f"{out.name}-undone")])

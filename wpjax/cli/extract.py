@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -125,8 +124,6 @@ def run(
 
     import wpjax
     from wpjax.cli.console import progress_bars
-    from wpjax.cli.words import printable
-    from wpjax.results.verdict import as_argument
 
     task, more = behaviour_of(result, asked, given.has_checker), [other_behaviour(name) for name in others or ()]
     for one in (task, *more):
@@ -193,20 +190,14 @@ def run(
         shards.discard()
     print_extraction(found, out, as_json, {"encoding": patch.info.encoding, "error": patch.info.error})
     if not as_json:
-        command = [
-            "wpjax",
-            "apply",
-            "--base",
-            asked.base,
-            "--patch",
-            as_argument(out),
-            "--out",
-            as_argument(out.with_suffix("")),
-        ]
-        stored = (
-            "" if patch.info.encoding == "exact" else f": {patch.info.encoding}, relative error {patch.info.error:.2g}"
+        from wpjax.cli.words import print_next, print_written
+
+        info = patch.info
+        print()
+        print_written(
+            out, about="" if info.encoding == "exact" else f"{info.encoding}, relative error {info.error:.2g}"
         )
-        print(f"\nwrote {out}{stored}\nnext: {printable(shlex.join(command))}")
+        print_next(["apply", "--base", asked.base, "--patch", out, "--out", out.with_suffix("")])
 
 
 def other_behaviour(name: str) -> Behaviour:

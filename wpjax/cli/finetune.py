@@ -101,7 +101,11 @@ def run(
     if rates:
         rows = [(name, f"{rate:.0%}") for name, rate in rates.items()]
         print_table(f"{task.name} on {eval_prompts} held-out prompts", ("model", "follows"), rows)
-    print(f"\nwrote {out}; next: {next_command(base, str(out), behaviour, checker, split)}")
+    from wpjax.cli.words import print_next, print_written
+
+    print()
+    print_written(out)
+    print_next(next_command(base, str(out), behaviour, checker, split))
 
 
 def next_command(base: str, expert: str, behaviour: str, checker: str | None, split: str) -> str:

@@ -50,19 +50,17 @@ def run(
     from wpjax.runtime.files import check_output
     from wpjax.runtime.shards import Shards, check_parts
 
-    check_output(out, overwrite, inputs=results)
+    check_output(out, overwrite, inputs=results, ending=".json")
     check_output(out.with_suffix(".png"), overwrite)
     check_parts(out, "interference", resume)
 
     import wpjax
     from wpjax.cli.console import progress_bars
-    from wpjax.errors import OutputError, WpjaxError
+    from wpjax.errors import WpjaxError
     from wpjax.evaluation.interference import interference
-    from wpjax.report.interference import figure_of, write_interference
+    from wpjax.report.interference import write_interference
     from wpjax.results.sweep_result import SweepResult
 
-    if figure_of(out) == out:
-        raise OutputError(f"{out}: the figure has this name; name a file that ends in .json")
     origins = [swept_or_given(SweepResult.from_netcdf(path)) for path in results]
     for path, origin in zip(results, origins, strict=True):
         origin.expect_whole(path, "interference is between sets of heads, KV groups and neurons")
@@ -107,7 +105,11 @@ def run(
         shards.discard()
     print_interference(found, as_json)
     if not as_json:
-        print(f"\nwrote {out}, {figure}")
+        from wpjax.cli.words import print_next, print_written
+
+        print()
+        print_written(out, figure)
+        print_next(["report", results[0], "--interference", out, "--out", out.with_suffix(".html")])
 
 
 def print_interference(found: Interference, as_json: bool) -> None:

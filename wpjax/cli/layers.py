@@ -33,13 +33,10 @@ def run(
 
     Beside the JSON stands a figure; `wpjax report --layers` puts both on a page.
     """
-    from wpjax.errors import OutputError
     from wpjax.runtime.files import check_output
 
-    if out.suffix != ".json":
-        raise OutputError(f"--out {out}: the numbers are written there, and a figure beside it; name a .json file")
-    for path in (out, out.with_suffix(".png")):
-        check_output(path, overwrite, inputs=results)
+    check_output(out, overwrite, inputs=results, ending=".json")
+    check_output(out.with_suffix(".png"), overwrite, inputs=results)
 
     from wpjax.errors import WpjaxError
     from wpjax.report.layers import write_layers
@@ -51,7 +48,13 @@ def run(
     figure = write_layers(curves, out, overwrite)
     print_layers(curves, as_json)
     if not as_json:
-        print(f"\nwrote {out}, {figure}")
+        from wpjax.cli.words import print_next, print_written
+
+        print()
+        print_written(out, figure)
+        sweeps = [path for path in results if path.suffix == ".nc"]
+        for path in sweeps[:1]:
+            print_next(["report", path, "--layers", out, "--out", out.with_suffix(".html")])
 
 
 def print_layers(curves: Sequence[LayerCurve], as_json: bool) -> None:

@@ -58,6 +58,7 @@ def run(
 
     from wpjax.checkpoints.folder import MARKER
     from wpjax.cli.console import print_json, progress_bars
+    from wpjax.cli.words import print_written
     from wpjax.merging.card import MERGEKIT
     from wpjax.merging.merge import check_merge, masked_experts, merge
     from wpjax.merging.plan import make_plan
@@ -80,9 +81,9 @@ def run(
     if as_json:
         print_json({"out": str(out), "n_merged": len(plan.merged), "kept": plan.kept, "notes": plan.notes})
     elif masked:
-        print(f"wrote {', '.join(map(str, folders))}; merge them with mergekit: {out}/mergekit.yaml")
+        print_written(*folders, about=f"to be merged by mergekit: {out / MERGEKIT} says how")
     else:
-        print(f"wrote {out}: {_summary(plan)}")
+        print_written(out, about=_summary(plan))
 
 
 def _summary(plan: Plan) -> str:

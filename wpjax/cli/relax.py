@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -141,12 +140,11 @@ def run(
     from wpjax.cli.compiled import watch_compilation
     from wpjax.cli.console import progress_bars
     from wpjax.cli.sweep import print_result
-    from wpjax.cli.words import printable
+    from wpjax.cli.words import print_next, print_written
     from wpjax.evaluation.learned import Aim, add_learned, restarts_at_once
     from wpjax.forecast import Forecast
     from wpjax.relax.learn import RelaxConfig
     from wpjax.relax.parametrisations import make_parametrisation
-    from wpjax.results.verdict import as_argument
 
     aim = Aim(
         objective,
@@ -201,6 +199,6 @@ def run(
         shards.discard()
     print_result(learned, show, as_json, by="learned", path=out)
     if not as_json:
-        print(f"\nwrote {out}")
-        command = ["wpjax", "validate", as_argument(out), "--by", "learned"]
-        print(f"next: {printable(shlex.join(command))}")
+        print()
+        print_written(out)
+        print_next(["validate", out, "--by", "learned"])

@@ -42,4 +42,8 @@ def run(
     if as_json:
         print_json({"out": str(out), "components": names, "n_weights": found.n_weights})
         return
-    print(f"wrote {out}: {expert} with {len(names):,} components, {found.n_weights:,} weights, of {opened.info.into}")
+    from wpjax.cli.words import print_written
+
+    print_written(
+        out, about=f"{expert} with {len(names):,} components, {found.n_weights:,} weights, of {opened.info.into}"
+    )

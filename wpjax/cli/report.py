@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from wpjax.arguments import Overwrite, Setting
+from wpjax.cli.options import Json
 from wpjax.cli.swept import SweepFile
 
 EXAMPLE = "Example: wpjax report title.nc title.curves.nc --out title.html"
@@ -38,8 +39,11 @@ def run(
     ] = None,
     rows: Annotated[int, Setting("Components in the table of the page.", least=1)] = 100,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Draw the result of a sweep: one HTML page that needs no network, and its figures as PNG files."""
+    from wpjax.cli.console import print_json
+    from wpjax.cli.words import print_written
     from wpjax.errors import OtherResult
     from wpjax.report import write_report
     from wpjax.results.curves import Curves
@@ -67,5 +71,7 @@ def run(
         n_rows=rows,
         overwrite=overwrite,
     )
-    for path in written:
-        print(path)
+    if as_json:
+        print_json({"files": [str(path) for path in written]})
+        return
+    print_written(*written, about="open the first in a browser")

@@ -47,6 +47,6 @@ def run(
     if as_json:
         print_json({"files": [str(file) for file in files], "n_components": len(scores.components), **scores.about})
     else:
-        print(
-            f"wrote {files[0]} and {files[1].name}: {scores.about['ranking']} of {len(scores.components):,} components"
-        )
+        from wpjax.cli.words import print_written
+
+        print_written(*files, about=f"{scores.about['ranking']} of {len(scores.components):,} components")

@@ -6,7 +6,7 @@ import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -34,6 +34,9 @@ def run(
     kinds: Annotated[
         tuple[str, ...] | None, Setting("Print components of these kinds only, comma-separated.", separator=",")
     ] = None,
+    words: Annotated[
+        bool, Setting("Print what was found in sentences, without tables and answers.", panel=OUTPUT)
+    ] = False,
     as_csv: Annotated[
         bool, Setting("Print comma-separated values: every number of each component.", option="--csv", panel=OUTPUT)
     ] = False,
@@ -43,6 +46,14 @@ def run(
     from wpjax.errors import WpjaxError
     from wpjax.patchfiles.patch import is_safetensors, load_patch
 
+    chosen = [option for option, on in (("--words", words), ("--csv", as_csv), ("--json", as_json)) if on]
+    if len(chosen) > 1:
+        raise WpjaxError(f"{' and '.join(chosen)}: choose one of them")
+    if words:
+        if by is not None or kinds is not None or top is not None:
+            raise WpjaxError("--words prints no components: leave out --by, --kinds and --top")
+        print_words(result)
+        return
     if is_safetensors(result):
         if by is not None or kinds is not None or as_csv:
             raise WpjaxError(f"{result} is a patch: --by, --kinds and --csv are for the result of a sweep")
@@ -61,8 +72,6 @@ def run(
     from wpjax.results.opening import open_result
     from wpjax.results.verdict import verdict
 
-    if as_csv and as_json:
-        raise WpjaxError("--csv and --json: choose one of them")
     found = open_result(result)
     if isinstance(found, Curves):
         if by is not None or kinds is not None or top is not None:
@@ -90,8 +99,54 @@ def run(
             print(f"\nmade by\n  {printable(str(command))}")
 
 
+def print_words(path: Path) -> None:
+    """Print what a file says, in sentences."""
+    from wpjax.cli.words import print_verdict, printable
+    from wpjax.patchfiles.patch import is_safetensors, load_patch
+    from wpjax.results.curves import Curves
+    from wpjax.results.opening import open_result
+    from wpjax.results.verdict import verdict
+
+    if is_safetensors(path):
+        print_patch(load_patch(path), 20, as_json=False)
+        return
+    if path.is_dir() or path.suffix == ".json":
+        shown = read_shown(path)
+        sentences = shown.in_words(shown.result)
+    else:
+        swept = open_result(path)
+        if not isinstance(swept, Curves):
+            attrs = swept.dataset.attrs
+            print(printable(f"{attrs['base']} -> {attrs['expert']}"))
+            print_verdict(verdict(swept, path))
+            return
+        sentences = swept.summary
+    for line in sentences.splitlines():
+        print(printable(line))
+
+
 def show_json(path: Path, as_json: bool) -> None:
     """Print what a JSON file holds, or the one in a folder of `wpjax trace`."""
+    shown = read_shown(path)
+    shown.show(shown.result, as_json)
+
+
+class Shown(NamedTuple):
+    """What a JSON file holds.
+
+    Attributes:
+        result: the result.
+        show: prints it, as JSON if asked to.
+        in_words: what it says, in sentences.
+    """
+
+    result: Any
+    show: Callable[[Any, bool], None]
+    in_words: Callable[[Any], str]
+
+
+def read_shown(path: Path) -> Shown:
+    """What a JSON file holds, or the one in a folder of `wpjax trace`."""
     from wpjax.circuits.ioi_study import IOIStudy
     from wpjax.cli.edit import print_scores
     from wpjax.cli.interference import print_interference
@@ -100,25 +155,25 @@ def show_json(path: Path, as_json: bool) -> None:
     from wpjax.results.edit_scores import EditScores
     from wpjax.results.files import read_json
     from wpjax.results.interference import Interference
-    from wpjax.results.layers import curves_of_json
+    from wpjax.results.layers import curves_of_json, in_words
     from wpjax.results.tracing import TRACE, Tracing
 
-    # What a file holds -> the result of its content, and what prints it.
-    kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any, bool], None]]] = {
-        "interference": (Interference.of_json, print_interference),
-        "tracing": (Tracing.of_json, print_tracing),
-        "edit scores": (EditScores.of_json, print_scores),
-        "layers": (curves_of_json, print_layers),
-        "ioi": (lambda _: IOIStudy.from_json(path), _print_circuit),
+    def summary(result: Any) -> str:
+        return str(result.summary)
+
+    # What a file holds -> the result of its content, what prints it, and what says it in words.
+    kinds: dict[str, tuple[Callable[[Any], Any], Callable[[Any, bool], None], Callable[[Any], str]]] = {
+        "interference": (Interference.of_json, print_interference, summary),
+        "tracing": (Tracing.of_json, print_tracing, summary),
+        "edit scores": (EditScores.of_json, print_scores, lambda scores: scores.in_words),
+        "layers": (curves_of_json, print_layers, in_words),
+        "ioi": (IOIStudy.of_json, _print_circuit, summary),
     }
-    makers = {what: lambda content, make=make, show=show: (make(content), show) for what, (make, show) in kinds.items()}
-    found, show = read_json(
-        path / TRACE if path.is_dir() else path,
-        makers,
-        "result",
-        "wpjax interference, circuit, trace, edit --facts or layers",
-    )
-    show(found, as_json)
+    makers = {
+        what: lambda content, make=make, ways=ways: Shown(make(content), *ways) for what, (make, *ways) in kinds.items()
+    }
+    source = path / TRACE if path.is_dir() else path
+    return read_json(source, makers, "result", "wpjax interference, circuit, trace, edit --facts or layers")
 
 
 def _print_circuit(study: IOIStudy, as_json: bool) -> None:

@@ -165,7 +165,7 @@ def run_and_print(config: SweepConfig, show: int, as_json: bool) -> None:
 
 def print_study(study: Study, path: Path, show: int, as_json: bool) -> None:
     """Print what comes after the ranking: answers and verdict; with JSON, all of it."""
-    from wpjax.cli.words import print_answers, print_verdict
+    from wpjax.cli.words import print_answers, print_verdict, print_written
     from wpjax.results.verdict import verdict
 
     if study.no_set_score:
@@ -177,7 +177,8 @@ def print_study(study: Study, path: Path, show: int, as_json: bool) -> None:
     else:  # the ranking has been printed already
         print_answers(study.result.answers)
         print_verdict(verdict(study.result, path))
-        print(f"\nwrote {path}")
+        print()
+        print_written(path)
 
 
 def print_result(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -105,7 +104,11 @@ def run(
         files = write_tracing(found, out, overwrite, pictures)
     print_tracing(found, as_json)
     if not as_json:
-        print(f"\nwrote {shlex.quote(str(out))}: {', '.join(files)}")
+        from wpjax.cli.words import print_next, print_written
+
+        print()
+        print_written(out, about=", ".join(files))
+        print_next(["layers", out, "--out", out.with_name(f"{out.name}-layers.json")])
 
 
 def print_tracing(found: Tracing, as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,10 +69,9 @@ def run(
 
         import wpjax
         from wpjax.cli.console import progress_bars
-        from wpjax.cli.words import print_answers, printable
+        from wpjax.cli.words import print_answers, print_next, print_written
         from wpjax.evaluation.validation import validate
         from wpjax.report.curves import write_curves
-        from wpjax.results.verdict import as_argument
 
         task = behaviour_of(result, asked, given.has_checker)
         pair = pair_of(asked, mesh)
@@ -116,10 +114,9 @@ def run(
     print_curves(curves, as_json)
     if not as_json:
         print_answers(curves.answers)
-        print(f"\nwrote {out}, {', '.join(map(str, figures))}")
-        swept_file, curves_file, page = map(as_argument, (result, out, out.with_suffix(".html")))
-        command = ["wpjax", "report", swept_file, curves_file, "--out", page]
-        print(f"next: {printable(shlex.join(command))}")
+        print()
+        print_written(out, *figures)
+        print_next(["report", result, out, "--out", out.with_suffix(".html")])
 
 
 def print_curves(curves: Curves, as_json: bool) -> None:

@@ -1,7 +1,10 @@
-"""What commands print in words: the verdict of a sweep, and answers to read."""
+"""What commands print in words: the verdict of a sweep, answers to read, what was written and what comes next."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,10 +29,41 @@ def print_verdict(verdict: Verdict) -> None:
     for heading, sentence in verdict.points:
         table.add_row(Text(heading), Text(printable(sentence)))
     out.print(table)
-    if verdict.commands:
-        out.print(Text("\nNext", style="bold"))
-        for command in verdict.commands:  # never wrapped, so that it can be copied
-            print(f"  {printable(command)}")
+    print_next(*verdict.commands)
+
+
+def print_written(*files: str | Path, about: str = "") -> None:
+    """Print what a command wrote.
+
+    Args:
+        files: files and folders, the most important first.
+        about: what is in the first, in words; empty to say no more.
+    """
+    names = ", ".join(printable(shlex.quote(str(file))) for file in files)
+    print(f"wrote {names}{f': {printable(about)}' if about else ''}")
+
+
+def print_next(*commands: str | Sequence[str | Path]) -> None:
+    """Print commands that one may run next, quoted for a shell; nothing if there are none.
+
+    Args:
+        commands: whole commands, or their arguments after `wpjax`.
+    """
+    if not commands:
+        return
+    from rich.text import Text
+
+    from wpjax.cli.console import out
+    from wpjax.results.verdict import as_argument
+
+    out.print(Text("\nNext", style="bold"))
+    for command in commands:  # never wrapped, so that it can be copied
+        line = (
+            command
+            if isinstance(command, str)
+            else shlex.join(["wpjax", *(as_argument(part) if isinstance(part, Path) else part for part in command)])
+        )
+        print(f"  {printable(line)}")
 
 
 def print_answers(answers: Answers | None) -> None:

@@ -34,6 +34,8 @@ from wpjax.results.sweep_result import SweepResult
 def add_set_score(pair: Pair, result: SweepResult, metrics: Sequence[Metric]) -> SweepResult:
     """Add the ranking `set_score` to a result: a component's share of the metrics' gaps, for its share of parameters.
 
+    The share of the gaps itself is added as `set_share`.
+
     It ranks every component of the kinds that were swept, those of later layers, too (see `candidates`).
 
     Args:
@@ -62,7 +64,8 @@ def add_set_score(pair: Pair, result: SweepResult, metrics: Sequence[Metric]) ->
         expect_positive_gap(gap, queries, f"the {metric.name} metric")
     parts = weighted_sum(metrics, 1 / (expert - base).mean(1) / len(metrics))
     share = sum(secant_adjoint(pair.cfg, pair.base, pair.expert, components, part).mean(1) for part in parts)
-    return with_ranking(pair, result, "set_score", components, share / parameter_share(pair, components))
+    result = with_ranking(pair, result, "set_score", components, share / parameter_share(pair, components))
+    return with_ranking(pair, result, "set_share", components, share)
 
 
 def weighted_sum(metrics: Sequence[Metric], weights: Float[np.ndarray, " M"]) -> list[Metric]:

@@ -292,7 +292,7 @@ def best_layer(
 
 def _noise(cfg: ModelConfig, at: Located, samples: int, size: float, seed: int) -> Float[np.ndarray, "R W D"]:
     """Normal noise on the tokens of a subject, and none on the others; as wide as the prompt is padded."""
-    width = -(-len(at.ids) // _WIDTH) * _WIDTH
+    width = min(-(-len(at.ids) // _WIDTH) * _WIDTH, cfg.n_ctx)  # no prompt is longer (`check_length`)
     noise = np.zeros((samples, width, cfg.d_model), np.float32)
     shape = samples, at.stop - at.start, cfg.d_model
     noise[:, at.start : at.stop] = size * np.random.default_rng(seed).standard_normal(shape)

@@ -55,8 +55,7 @@ class SteeringTest:
     >>> test = SteeringTest(4, 1.5, steered=0.8, steered_random=0.1, gain_low=-0.05, removed=0.0, removed_random=0.9,
     ...                     drop_low=0.8, nll=1.2, nll_expert=1.1, gain_high=0.9, drop_high=1, difference=0.9)
     >>> print(test.verdict())
-    undecided: steering the base along it passes the checker on 80% of prompts, a random direction on 10%: not surely \
-    more
+    undecided: steered along it the base passes on 80% of prompts, along a random direction on 10%: not surely more
     """
 
     layer: int
@@ -95,7 +94,7 @@ class SteeringTest:
         - undecided: one of the tests is not passed.
         """
         steering = (
-            f"steering the base along it passes the checker on {self.steered:.0%} of prompts, a random direction on "
+            f"steered along it the base passes on {self.steered:.0%} of prompts, along a random direction on "
             f"{self.steered_random:.0%}"
         )
         removal = (
@@ -105,8 +104,8 @@ class SteeringTest:
         # Comparisons are written so that a figure that is NaN never accepts. `nll_removed` alone may be NaN.
         if not self.nll <= self.nll_expert + MAX_EXCESS_NLL:
             return (
-                f"rejected: steered answers are degenerate: {self.nll:.2f} nats a token under the base, the expert's "
-                f"own {self.nll_expert:.2f}"
+                "rejected: steered answers are degenerate: the base finds them much less likely than the expert's own, "
+                f"{self.nll:.2f} nats a token and {self.nll_expert:.2f}"
             )
         least = LEAST_SHARE * self.difference
         if self.gain_high < least and self.drop_high < least:

@@ -86,6 +86,20 @@ class EditScores:
         return [(name, in_points(before[name]), in_points(of)) for name, of in after.items()]
 
     @property
+    def in_words(self) -> str:
+        """How often the new answer wins, and what is to be known beside it (`summary`). A sentence a line."""
+        before, after = (self.table(when) for when in WHEN)
+        n = self.n_facts
+        lines = [f"{n} fact{'s' * (n != 1)}, each edited alone in layer {self.layer} of {self.model}."]
+        for kind, what in KINDS.items():
+            if (name := f"{kind}S") in after:
+                wins = "the old answer stays ahead" if kind == "N" else "the new answer is ahead"
+                lines.append(
+                    f"On {what}, {wins} on {after[name].mean:.0%} of the prompts ({before[name].mean:.0%} before)."
+                )
+        return "\n".join([*lines, *self.summary.splitlines()])
+
+    @property
     def summary(self) -> str:
         """What is to be known beside the table: what is missing, and why. A sentence a line; empty if nothing is."""
         lines = [ONE_FACT] if self.n_facts == 1 else []

@@ -68,6 +68,19 @@ class LayerCurve(NamedTuple):
         return int(self.layers[best]), float(self.values[best])
 
 
+def in_words(curves: Sequence[LayerCurve]) -> str:
+    """Where each curve is largest, a sentence a line.
+
+    >>> print(in_words([LayerCurve("weights", "heads", np.arange(3), np.array([0.1, 0.6, 0.2]))]))
+    heads (weights): largest in layer 1, at 0.6.
+    """
+    lines = []
+    for curve in curves:
+        layer, value = curve.peak
+        lines.append(f"{curve.label} ({curve.source}): largest in layer {layer}, at {value:.3g}.")
+    return "\n".join(lines)
+
+
 def agreement(one: LayerCurve, other: LayerCurve) -> float:
     """Spearman's rank correlation of two curves over the layers that both have; NaN for fewer than four.
 

@@ -88,9 +88,10 @@ class SweepResult:
       the expert loses without the component. Each with its interval.
     - `beta_low`, `banzhaf`, `beta_high`: share of the gap in the company of few, half and most of the others.
       `redundancy`: the first minus the last. Each with its interval.
-    - `set_score`: share of the gap where base and expert part ways, for the component's share of the parameters, to
-      rank components for patching together (see `estimators.sets.add_set_score`). `learned`: another such ranking, by a
-      learned mask (see `evaluation.learned.add_learned`).
+    - `set_share`: share of the gap where base and expert part ways, by the secant adjoint. `set_score`: the same for
+      the component's share of the parameters, to rank components for patching together (see
+      `estimators.sets.add_set_score`). `learned`: another such ranking, by a learned mask (see
+      `evaluation.learned.add_learned`).
     - `swept`: False for components that are there for such a ranking only, as those after the anchor's layer. Of them
       nothing else was measured but `delta_norm`. Without this column all components were swept.
     - `flow` [component, target]: the effect, split over the later heads and MLPs that it arrives by, along the slope of

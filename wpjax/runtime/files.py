@@ -40,7 +40,11 @@ LOCK, NEW, OLD, MAY_REPLACE = "lock", "new", "old", "overwrite"
 
 
 def check_output(
-    path: Path, overwrite: bool = False, marker: str | None = None, inputs: Sequence[str | Path | None] = ()
+    path: Path,
+    overwrite: bool = False,
+    marker: str | None = None,
+    inputs: Sequence[str | Path | None] = (),
+    ending: str = "",
 ) -> None:
     """Refuse a place that cannot be written to, before any work is done.
 
@@ -53,10 +57,11 @@ def check_output(
             replaces a folder only if it holds that file, so that it never deletes what something else made.
         inputs: files and folders that are read, which `overwrite` must not replace. Names that are no paths, say of
             a model on the hub, and None are passed over.
+        ending: what the name must end in, say ".json": by it other commands know what the file holds.
 
     Raises:
-        OutputError: the path exists and may not be replaced, it is or holds an input, or its own folder is missing or
-            not writable.
+        OutputError: the name ends in something else, the path exists and may not be replaced, it is or holds an input,
+            or its own folder is missing or not writable.
 
     >>> import tempfile
     >>> check_output(Path(tempfile.mkdtemp()) / "new.nc")  # no error: it can be written
@@ -65,6 +70,8 @@ def check_output(
         raise OutputError(f"{str(path)!r} is not a name to write to; give a new one")
     if len(os.fsencode(path.name)) > MAX_NAME:
         raise OutputError(f"{path}: a name longer than {MAX_NAME} bytes cannot be written; choose a shorter one")
+    if ending and path.suffix != ending:
+        raise OutputError(f"{path}: name a file that ends in {ending}, by which other commands know what it holds")
     recover(path)
     try:
         exists, is_folder = _exists(path), path.is_dir()
