@@ -30,6 +30,8 @@ from .circuits.scores import NodeScores as NodeScores
 from .components import Component as Component
 from .components import enumerate_components as enumerate_components
 from .components import parse_component as parse_component
+from .directions import by_directions as by_directions
+from .directions import folded as folded
 from .engines.on_policy import OnPolicy as OnPolicy
 from .errors import AnchorRejected as AnchorRejected
 from .errors import MetricRejected as MetricRejected

@@ -197,6 +197,17 @@ IgnoreConfig = Annotated[
 ]
 
 
+Rank = Annotated[
+    int | None,
+    Setting(
+        "With delta_direction: directions of each matrix, those of the largest singular values. Without it, all of a "
+        "LoRA, and 16 of any other change.",
+        least=1,
+        panel=PATCHED,
+    ),
+]
+
+
 def _method_names() -> tuple[str, ...]:
     return tuple(method.name for method in methods())
 
@@ -209,6 +220,10 @@ QUICK = {
     "n_prompts": 16, "n_steered": 16, "max_new_tokens": 16, "top": 32, "stratum": 8, "n_masks": 32, "set_score": False,
 }  # fmt: skip
 """What `--quick` lowers arguments of a study to."""
+
+
+DIRECTIONS = "delta_direction"
+"""The kind of components for which a pair is divided (`wpjax.directions`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,12 +283,14 @@ class SweepConfig:
         tuple[str, ...],
         Setting(
             "Kinds of components, comma-separated: head, kv_group, neuron, routed_expert, router, attn, mlp, layer, "
-            "norm, embed, unembed, final_norm. The last two come after every anchor, so they need another metric.",
+            "norm, embed, unembed, final_norm; or delta_direction: the singular directions of what the expert changed "
+            "in each matrix. Unembed and final_norm come after every anchor, so they need another metric.",
             separator=",",
             passed_to_sweep=True,
             panel=PATCHED,
         ),
     ] = ("head", "kv_group", "neuron")
+    rank: Rank = None
     components: Annotated[
         tuple[str, ...] | None,
         Setting(
@@ -431,6 +448,13 @@ class SweepConfig:
         return bool(self.more_experts) or self.stages or is_pattern(self.expert)
 
     @property
+    def by_directions(self) -> bool:
+        """Whether the pair is divided into directions: where such components are swept."""
+        if self.components is None:
+            return DIRECTIONS in self.kinds
+        return any(f".{DIRECTIONS}." in name for name in self.components)
+
+    @property
     def reads_anchor(self) -> bool:
         """Whether the metric is read along an anchor."""
         return check_metric(self.metric).reads_anchor
@@ -498,6 +522,8 @@ class SweepConfig:
             raise WpjaxError("--anchor-behaviour goes with --anchor or --given-anchor; drop it, or name the file")
         if self.response_tokens and (self.anchor is not None or not self.reads_anchor):
             raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
+        if self.rank is not None and not self.by_directions:
+            raise WpjaxError(f"--rank goes with --kinds {DIRECTIONS}; drop it, or sweep that kind")
         if self.given_anchor is not None and self.reads_anchor:
             raise WpjaxError("--given-anchor needs --metric response, decision or kl: the anchor itself is given")
 
@@ -506,6 +532,11 @@ class SweepConfig:
         names = ("part", "shards", "given_anchor", "profile")
         for option in (name.replace("_", "-") for name in names if getattr(self, name) is not None):
             raise WpjaxError(f"--{option} is for one expert; drop it, or name one expert")
+        if self.by_directions:
+            raise WpjaxError(
+                f"{DIRECTIONS} is for one expert: each expert's change has directions of its own; sweep another kind, or "
+                "name one expert"
+            )
         if not check_metric(self.metric).has_fixed_words:
             raise WpjaxError(
                 f"--metric {self.metric} reads each model along its own words, and a history compares experts along "

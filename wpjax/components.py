@@ -10,9 +10,11 @@ neurons are those of arXiv 2604.13694; the other units are ours, so that all par
     qk_norm[l]         the norms of queries and keys, shared by all heads
     mlp_bias[l]        b_out, shared by all neurons
     router[l]          W_router, of models with routed experts
+    q_direction[l, i]  s[i]  u[:, i]  v[i, :] of the change of W_Q, where it is divided (`directions.by_directions`);
+                       likewise k, v, o, gate, up, down
     norm_attn[l]  norm_mlp[l]  norm_attn_out[l]  norm_mlp_out[l]  embed  unembed  final_norm
 
-Units with a second index have *channels*: the heads, KV groups or neurons of a layer.
+Units with a second index have *channels*: the heads, KV groups, neurons or directions of a layer.
 
 A component is a set of units or of their channels. To add a kind of component, add an entry to `KINDS`; if it owns
 leaves that no unit has yet, add these to `models.parameters`. Names, masks, patches and exact sweeps follow from the
@@ -35,7 +37,7 @@ from wpjax.checkpoints.convert import flatten
 from wpjax.errors import ComponentError, nearest
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import abstract_params
-from wpjax.models.parameters import PARAMETERS
+from wpjax.models.parameters import MATRICES, PARAMETERS
 
 
 class Owner(NamedTuple):
@@ -66,12 +68,14 @@ class Kind(NamedTuple):
               expert does.
             - "all": a layer (or the model) has one component, which opens all units, as an MLP does.
             - "part": component i of a layer opens the i-th unit and is named `parts[i]`, as a norm is.
-        parts: names of the parts; empty unless `opens` is "part".
+            - "piece": component i of a layer opens channel i // n of unit i % n, for the n units, and is named by the
+              part and the channel, as a direction is.
+        parts: names of the parts; empty unless `opens` is "part" or "piece".
         in_layer: true if its components belong to a layer, false if they belong to the model.
     """
 
     units: tuple[str, ...]
-    opens: Literal["channel", "block", "all", "part"] = "all"
+    opens: Literal["channel", "block", "all", "part", "piece"] = "all"
     parts: tuple[str, ...] = ()
     in_layer: bool = True
 
@@ -94,6 +98,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "embed": Kind(("embed",), in_layer=False),
         "unembed": Kind(("unembed",), in_layer=False),
         "final_norm": Kind(("final_norm",), in_layer=False),
+        "delta_direction": Kind(tuple(f"{module}_direction" for module in MATRICES), "piece", tuple(MATRICES)),
     }
 )
 """Every kind of component, by name."""
@@ -113,6 +118,8 @@ class Component:
 
     >>> Component("head", 3, 5).name, Component("mlp", 3).name, Component("norm", 3, 0).name
     ('L3.head.5', 'L3.mlp', 'L3.norm.attn')
+    >>> Component("delta_direction", 3, 7).name  # the second direction (7 // 7) of the first of seven modules (7 % 7)
+    'L3.delta_direction.q.1'
     """
 
     kind: str
@@ -125,7 +132,10 @@ class Component:
         kind = KINDS[self.kind]
         if not kind.in_layer:
             return self.kind
-        suffix = "" if kind.opens == "all" else f".{kind.parts[self.index] if kind.parts else self.index}"
+        if kind.opens == "piece":
+            suffix = f".{kind.parts[self.index % len(kind.parts)]}.{self.index // len(kind.parts)}"
+        else:
+            suffix = "" if kind.opens == "all" else f".{kind.parts[self.index] if kind.parts else self.index}"
         return f"L{self.layer}" if self.kind == "layer" else f"L{self.layer}.{self.kind}{suffix}"
 
 
@@ -158,6 +168,7 @@ def indices(cfg: ModelConfig, kind: str) -> Sequence[int]:
     """The indices of the components of a kind in one layer (or in the model, for a kind outside the layers).
 
     They are not always 0 to n - 1. A model that has norms only after its modules has only the last of `Kind.parts`.
+    Layers may differ in the number of their directions: these are the indices that some layer has (`exists`).
     """
     entry, shapes = KINDS[kind], unit_shapes(cfg)
     if not set(entry.units) & set(shapes):
@@ -166,12 +177,33 @@ def indices(cfg: ModelConfig, kind: str) -> Sequence[int]:
         return range(cfg.n_experts)
     if entry.opens == "channel":
         return range(shapes[entry.units[0]][-1])  # not a tuple: whether a neuron is in it is asked thousands of times
+    if entry.opens == "piece":
+        n, channels = len(entry.units), {unit: shapes[unit][-1] for unit in entry.units if unit in shapes}
+        most = n * max(channels.values())
+        return tuple(i for i in range(most) if i // n < channels.get(entry.units[i % n], 0))
     return tuple(i for i, unit in enumerate(entry.units) if unit in shapes) if entry.opens == "part" else (0,)
+
+
+def exists(cfg: ModelConfig, component: Component) -> bool:
+    """Whether a layer has the component of an index that another layer of the model has (`indices`)."""
+    kind = KINDS[component.kind]
+    if kind.opens != "piece":
+        return True
+    part, channel = component.index % len(kind.parts), component.index // len(kind.parts)
+    return channel < cfg.n_directions(kind.parts[part])[component.layer]
 
 
 def count(cfg: ModelConfig, kind: str) -> int:
     """Number of components of a kind in one layer (or in the model, for a kind outside the layers)."""
     return len(indices(cfg, kind))
+
+
+def count_in(cfg: ModelConfig, kind: str, layers: Iterable[int]) -> int:
+    """Number of components of a kind in some layers (or in the model, for a kind outside the layers)."""
+    entry = KINDS[kind]
+    if entry.opens == "piece":  # layers may differ in it
+        return sum(numbers[layer] for layer in layers for module, numbers in cfg.directions if module in entry.parts)
+    return count(cfg, kind) * (len(list(layers)) if entry.in_layer else 1)
 
 
 def enumerate_components(
@@ -197,12 +229,14 @@ def enumerate_components(
         in_layer = KINDS[kind].in_layer
         for layer in (range(cfg.n_layers) if layers is None else layers) if in_layer else [MODEL_LAYER]:
             components += [Component(kind, layer, i) for i in indices(cfg, kind)]
-    return components
+    return [c for c in components if exists(cfg, c)] if cfg.directions else components
 
 
 def units_of(component: Component) -> tuple[str, ...]:
     """The units that a component opens, in whole or one channel of each. Not every model has all of these units."""
     kind = KINDS[component.kind]
+    if kind.opens == "piece":
+        return (kind.units[component.index % len(kind.units)],)
     return kind.units[component.index : component.index + 1] if kind.opens == "part" else kind.units
 
 
@@ -220,7 +254,9 @@ def n_parameters(cfg: ModelConfig, component: Component) -> int:
         if unit in units:
             shape = leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
             n = math.prod(shape)
-            parts = 1 if axis is None else {"channel": shape[axis], "block": cfg.n_experts}.get(kind.opens, 1)
+            parts = {"block": cfg.n_experts}.get(kind.opens, 1)
+            if axis is not None and kind.opens in ("channel", "piece"):
+                parts = shape[axis]
             total += n // parts
     return total
 
@@ -274,6 +310,40 @@ def check_kind(kind: str) -> None:
         raise ComponentError(f"unknown component kind {kind!r}{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
+WITH_DIRECTIONS = ("delta_direction", "norm", "router", "embed", "unembed", "final_norm")
+"""Kinds that can be swept together with directions: they own no matrix that is divided."""
+
+
+def gated_kinds(is_divided: bool) -> tuple[str, ...]:
+    """The kinds whose gates are learned unless others are named: the finest that own matrices.
+
+    Args:
+        is_divided: whether the pair is divided into directions.
+    """
+    return ("delta_direction",) if is_divided else ("head", "kv_group", "neuron")
+
+
+def check_with_directions(kinds: Iterable[str], is_divided: bool = False) -> None:
+    """Refuse kinds beside directions, or in a divided pair, that own the same matrices.
+
+    Where a change is divided, a head or a neuron owns only what the directions leave over.
+
+    Args:
+        kinds: names of kinds.
+        is_divided: whether the pair is divided, even if directions are not among the kinds.
+
+    Raises:
+        ComponentError: names such a kind.
+    """
+    kinds = tuple(kinds)
+    others = [kind for kind in kinds if kind not in WITH_DIRECTIONS]
+    if (is_divided or "delta_direction" in kinds) and others:
+        raise ComponentError(
+            f"delta_direction and {others[0]} own the same matrices: sweep them one after the other; beside directions "
+            f"there may be {', '.join(WITH_DIRECTIONS[1:])}"
+        )
+
+
 def none_of(kinds: Iterable[str]) -> ComponentError:
     """The error that a model has no component of any of some kinds."""
     return ComponentError(
@@ -295,16 +365,25 @@ def parse_component(cfg: ModelConfig, name: str) -> Component:
     if component is None:
         raise ComponentError(
             f"{name!r} is not a component name; names look like L3.head.5, L3.kv_group.1, L3.neuron.1023, "
-            "L3.attn, L3.mlp, L3, L3.norm.attn, embed, unembed, final_norm"
+            "L3.attn, L3.mlp, L3, L3.norm.attn, L3.delta_direction.q.0, embed, unembed, final_norm"
         )
     existing = indices(cfg, component.kind)
     if component.layer >= cfg.n_layers:
         raise ComponentError(f"{name}: the model has layers L0 to L{cfg.n_layers - 1}")
     if not existing:
-        why = {"unembed": "its unembedding is tied to embed, so patch embed"}
+        why = {
+            "unembed": "its unembedding is tied to embed, so patch embed",
+            "delta_direction": "a pair has directions once it is divided: wpjax sweep --kinds delta_direction, or "
+            "wp.by_directions(pair)",
+        }
         raise ComponentError(f"{name}: this model has none; {why.get(component.kind, 'see wpjax inspect')}")
-    if component.index not in existing:
+    if component.index not in existing or not exists(cfg, component):
         parts = KINDS[component.kind].parts
+        if KINDS[component.kind].opens == "piece":
+            part = parts[component.index % len(parts)]
+            n = (cfg.n_directions(part) or (0,) * cfg.n_layers)[component.layer]
+            has = f"{n} direction{'s' * (n != 1)}, from 0 on" if n else "no direction: the expert did not change it"
+            raise ComponentError(f"{name}: {part} of L{component.layer} has {has}")
         has = ", ".join(parts[i] for i in existing) if parts else f"0 to {existing[-1]}"
         raise ComponentError(f"{name}: a layer of this model has {component.kind} {has}")
     return component
@@ -325,6 +404,10 @@ def _parse(name: str) -> Component | None:
         return None
     if kind.opens == "all":
         return Component(rest[0], layer) if len(rest) == 1 else None
+    if kind.opens == "piece":
+        is_name = len(rest) == 3 and rest[1] in kind.parts and _is_index(rest[2])
+        index = int(rest[2]) * len(kind.parts) + kind.parts.index(rest[1]) if is_name else 0
+        return Component(rest[0], layer, index) if is_name else None
     if len(rest) != 2:
         return None
     if kind.opens == "part":
@@ -346,8 +429,8 @@ def unit_positions(cfg: ModelConfig, component: Component) -> dict[str, np.ndarr
         shape = shapes[unit]
         width = math.prod(shape[1:]) if kind.in_layer else math.prod(shape)  # entries of one layer
         start = component.layer * width if kind.in_layer else 0
-        if kind.opens == "channel":
-            opened = np.array([component.index])
+        if kind.opens in ("channel", "piece"):
+            opened = np.array([component.index if kind.opens == "channel" else component.index // len(kind.units)])
         elif kind.opens == "block":
             opened = component.index * (width // cfg.n_experts) + np.arange(width // cfg.n_experts)
         else:

@@ -30,7 +30,7 @@ from wpjax.checkpoints.hf_config import with_changes
 from wpjax.checkpoints.placing import Place
 from wpjax.checkpoints.rewrite import open_model
 from wpjax.checkpoints.tokenizer import load_tokenizer
-from wpjax.components import KINDS, LEAVES, Component
+from wpjax.components import KINDS, LEAVES, Component, indices
 from wpjax.errors import BehaviourError, CheckpointError, PairError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
@@ -61,6 +61,39 @@ class DiffNorm(NamedTuple):
     base: float
 
 
+class Division(NamedTuple):
+    """How a pair was divided into directions (`directions.by_directions`).
+
+    Attributes:
+        rank: number of directions of each matrix that was asked for; None: the default.
+        fingerprints: hashes of base and expert before that.
+        n_directions: number of directions in the model.
+        n_parameters: number of numbers that they hold together.
+        kept: module -> share of the energy of its change, in all layers together, that its directions hold.
+        kept_together: the same of all these modules together.
+    """
+
+    rank: int | None
+    fingerprints: tuple[str, str]
+    n_directions: int
+    n_parameters: int
+    kept: dict[str, float]
+    kept_together: float
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a result says of it, as JSON; the fingerprints stand in the result anyway."""
+        return {name: value for name, value in self._asdict().items() if name != "fingerprints"}
+
+    def __str__(self) -> str:
+        by_module = ", ".join(f"{module} {share:.0%}" for module, share in self.kept.items())
+        share = f"{self.kept_together:.1%} of its energy ({by_module})"
+        return (
+            f"the change of the matrices of {', '.join(self.kept)} is divided into {self.n_directions:,} directions "
+            f"with {self.n_parameters:,} parameters; they hold {share if self.kept_together < 0.9999 else 'all of it'}"
+        )
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Pair:
     """A base and an expert with one configuration and one tokenizer.
@@ -74,6 +107,7 @@ class Pair:
         base_checkpoint: the base as it was loaded, cut to what the two have in common (see `make_pair`).
         expert_checkpoint: the expert, likewise.
         notes: in words, what differs in the two and may.
+        division: how its changes were divided into directions; None if they are not.
 
     >>> import wpjax as wp
     >>> pair = wp.load_pair("tiny:base", "tiny:expert")
@@ -90,6 +124,7 @@ class Pair:
     base_checkpoint: Checkpoint
     expert_checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
+    division: Division | None = None
 
     def __repr__(self) -> str:
         models = f"{self.base_checkpoint.source!r} -> {self.expert_checkpoint.source!r}"
@@ -108,7 +143,9 @@ class Pair:
 
     @functools.cached_property
     def fingerprints(self) -> tuple[str, str]:
-        """Hashes of base and expert (see `checkpoint.fingerprint`)."""
+        """Hashes of base and expert (see `checkpoint.fingerprint`), of a divided pair those before it was divided."""
+        if self.division is not None:
+            return self.division.fingerprints
         return fingerprint(self.cfg, self.base), fingerprint(self.cfg, self.expert)
 
     @property
@@ -133,7 +170,9 @@ class Pair:
         base, expert = place(placement, self.base, self.expert)
         base_checkpoint = dataclasses.replace(self.base_checkpoint, params=base)
         expert_checkpoint = dataclasses.replace(self.expert_checkpoint, params=expert)
-        return Pair(self.cfg, base, expert, self.tokenizer, base_checkpoint, expert_checkpoint, self.notes)
+        return dataclasses.replace(
+            self, base=base, expert=expert, base_checkpoint=base_checkpoint, expert_checkpoint=expert_checkpoint
+        )
 
     def mesh_note(self, mesh: str | None) -> str:
         """The mesh of devices in words, for the plan of a run; empty if there is one device, and no mesh was asked for.
@@ -242,6 +281,13 @@ def _component_sums(cfg: ModelConfig, squares: dict[str, np.ndarray], kind: str)
     if entry.opens == "part":  # a norm that the model lacks gets zeros, so that the others keep their indices
         any_part = next(squares[unit] for unit in entry.units if unit in squares)
         return np.stack([squares.get(unit, np.zeros_like(any_part)) for unit in entry.units], axis=1)
+    if entry.opens == "piece":  # units side by side, channel by channel; what a model lacks gets zeros
+        n_layers, most = cfg.n_layers, 1 + max(indices(cfg, kind)) // len(entry.units)
+        sums = np.zeros((n_layers, most, len(entry.units)))
+        for i, unit in enumerate(entry.units):
+            if unit in squares:
+                sums[:, : squares[unit].shape[1], i] = squares[unit]
+        return sums.reshape(n_layers, -1)
     units = [squares[unit] for unit in entry.units if unit in squares]
     if entry.opens == "channel":
         return units[0]

@@ -33,6 +33,7 @@ from wpjax.errors import ComponentError
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.models.leaves import Blend, CustomLeaf, Leaf, Mask
+from wpjax.models.parameters import MATRICES, PARAMETERS
 from wpjax.models.secant import SecantWeight
 
 PatchedParams: TypeAlias = Params
@@ -157,8 +158,8 @@ class PatchMask:
 
 
 _OPTIONAL_UNITS = frozenset(
-    {"attn_bias", "qk_norm", "mlp_bias", "router", "unembed", "norm_attn", "norm_mlp", "norm_attn_out", "norm_mlp_out"}
-)
+    "attn_bias qk_norm mlp_bias router unembed norm_attn norm_mlp norm_attn_out norm_mlp_out".split()
+) | {f"{module}_direction" for module in MATRICES}
 """Units that not every architecture has."""
 
 
@@ -214,7 +215,9 @@ def components_of(cfg: ModelConfig, mask: PatchMask, kinds: Iterable[str] | None
     return found
 
 
-_LARGEST_FIRST = tuple("layer attn mlp norm head kv_group router routed_expert neuron embed unembed final_norm".split())
+_LARGEST_FIRST = tuple(
+    "layer attn mlp norm head kv_group router routed_expert neuron embed unembed final_norm delta_direction".split()
+)
 """Kinds of components, those that own the most first."""
 
 
@@ -287,7 +290,9 @@ def _masked(
 
     def masked(path: str, leaf: Array) -> Leaf:
         unit, axis = LEAVES[prefix + path]
-        return leaf_type(leaf, theirs[path], checked[unit], axis) if unit in checked else leaf
+        if unit not in checked or PARAMETERS[prefix + path].is_common:
+            return leaf
+        return leaf_type(leaf, theirs[path], checked[unit], axis)
 
     return unflatten({path: masked(path, leaf) for path, leaf in ours.items()})
 

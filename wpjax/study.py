@@ -26,11 +26,12 @@ import numpy as np
 import wpjax
 from wpjax.arguments import SweepConfig, as_command, as_written
 from wpjax.behaviours import Behaviour, PromptBatch, behaviour
-from wpjax.components import KINDS, check_kind, count, none_of, parse_component
+from wpjax.components import check_kind, check_with_directions, count, count_in, none_of, parse_component
+from wpjax.directions import by_directions
 from wpjax.engines.on_policy import OnPolicy
 from wpjax.errors import AnchorRejected, WpjaxError
 from wpjax.estimators.sets import add_set_score, set_metrics
-from wpjax.estimators.sweep import sweep
+from wpjax.estimators.sweep import check_directions, sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
 from wpjax.evaluation.judge import Judge, check_behaviour_differs
 from wpjax.evaluation.reading import answers_to_read
@@ -256,13 +257,19 @@ def prepare(config: SweepConfig, progress: Progress, tell: Tell, pair: Pair | No
     config = config.resolved
     for kind in config.kinds:
         check_kind(kind)
+    if config.by_directions and config.components is None:
+        check_with_directions(config.kinds)  # before anything is read
     task = behaviour(config.behaviour, config.checker, config.split)
     if pair is None:
         progress("reading the pair", 0, 1)
         pair = load_pair(config.base, config.expert, config.dtype, config.ignore_config, config.tokenizer, config.mesh)
         progress("reading the pair", 1, 1)
-    for name in config.components or ():
-        parse_component(pair.cfg, name)
+        if config.by_directions:
+            progress("dividing the change", 0, 1)
+            pair = by_directions(pair, config.rank)
+            progress("dividing the change", 1, 1)
+    named = [parse_component(pair.cfg, name).kind for name in config.components or ()]
+    check_directions(pair, named or config.kinds, config.method)
     lacking = [] if config.components else [kind for kind in config.kinds if not count(pair.cfg, kind)]
     if lacking and len(lacking) == len(config.kinds):
         raise none_of(lacking)
@@ -375,13 +382,13 @@ def _out_of_reach(config: SweepConfig, pair: Pair, batch: PromptBatch, loaded: A
     method, metric = check_method(config.method), check_metric(config.metric)
     if not method.cells:
         return ""
-    layers = pair.cfg.n_layers
+    layers = range(pair.cfg.n_layers)
     if loaded is not None and not metric.reads_anchor:  # its state is given, and what comes after it is swept
-        layers -= loaded.layer + 1
+        layers = layers[loaded.layer + 1 :]
     elif loaded is not None and metric.has_fixed_words:
-        layers = loaded.layer + 1
+        layers = layers[: loaded.layer + 1]
     if config.components is None:
-        sizes = {kind: count(pair.cfg, kind) * (layers if KINDS[kind].in_layer else 1) for kind in config.kinds}
+        sizes = {kind: count_in(pair.cfg, kind, layers) for kind in config.kinds}
     else:
         sizes = collections.Counter(parse_component(pair.cfg, name).kind for name in {*config.components})
     n_screens = len(method.estimates) * (1 if metric.has_fixed_words else 2)
@@ -519,6 +526,7 @@ def _identity(setting: Setting, measured: Measured) -> dict[str, object]:
         "metric": [config.metric, measured.metric.digest, answer_length],
         "given": None if measured.given is None else measured.given.metric(pair, batch).digest,
         "dtype": config.dtype,
+        "rank": config.rank,
         **config.sweep_arguments,
     }
 

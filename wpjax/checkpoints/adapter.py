@@ -29,6 +29,7 @@ from wpjax.checkpoints.convert import (
     OTHER_HEADS,
     edit_tensors,
     flatten,
+    leaf_factors,
     tensor_name,
     tensor_names,
     tensor_shapes,
@@ -262,6 +263,35 @@ class Adapter:
         new = dataclasses.replace(cfg, tied=tied, d_vocab=rows[embedding])
         edits = {name: self._edit(change, name.endswith(family.transposed)) for name, change in changes.items()}
         return Edits(new, edits | experts, left_out, tuple(notes))
+
+    def factors(self, cfg: ModelConfig, base: str) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        """The changes that the adapter makes by two factors alone, s B A, of matrices of attention and MLPs.
+
+        Left out is what is no such product: DoRA, weights that are saved whole, and routed experts.
+
+        Args:
+            cfg: the base's architecture.
+            base: the base's name, as the user wrote it.
+
+        Returns:
+            path of a leaf -> layer -> (p, q) of `convert.leaf_factors`, in float64 and with s in q.
+
+        Raises:
+            CheckpointError: as `apply`.
+        """
+        untied = dataclasses.replace(cfg, tied=False)
+        changes, _, _ = self._changes(cfg, tensor_shapes(untied), tensor_name(untied, "unembed/W_U"), base)
+        found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+        for name, change in changes.items():
+            layer = _layer(change.path)
+            if change.factors is None or layer is None or {"magnitude", "whole", "embedding_A"} & change.parts.keys():
+                continue
+            if name.endswith(".mlp.gate.weight") and cfg.n_experts:  # a router
+                continue
+            a, b = (self._read(factor).astype(np.float64) for factor in change.factors)
+            for path, (p, q) in leaf_factors(untied, name, a, self._scale(change.path) * b).items():
+                found.setdefault(path, {})[layer] = (p, q)
+        return found
 
     def _changes(
         self, cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], head: str, base: str

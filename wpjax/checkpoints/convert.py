@@ -5,6 +5,7 @@ It is strict: every tensor must be known, and none may be missing or have anothe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -285,6 +286,8 @@ def hf_tensors(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarr
     >>> tensors["model.layers.0.self_attn.k_proj.weight"].shape  # [K Dh, D]
     (8, 16)
     """
+    if cfg.directions:
+        raise CheckpointError("a model whose change is divided into directions has no place for them in its files")
     flat = flatten(params)
     for name in _places(cfg):
         yield name, hf_tensor(cfg, flat, name)
@@ -354,6 +357,36 @@ def tensor_name(cfg: ModelConfig, leaf: str, layer: int | None = None) -> str:
 def tensor_names(cfg: ModelConfig, leaf: str, layer: int | None = None) -> tuple[str, ...]:
     """HF names of the tensors that hold a leaf, and no other: one, or one for each routed expert; as `tensor_name`."""
     return next(_names_of(cfg, rule)[layer] for rule in _rules(cfg) if rule.leaves == (leaf,))
+
+
+def leaf_factors(cfg: ModelConfig, name: str, a: np.ndarray, b: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The factors of a change of low rank of a tensor, leaf by leaf: of a fused tensor, several leaves.
+
+    Args:
+        cfg: the configuration.
+        name: HF name of the tensor, a matrix of attention or of an MLP.
+        a: [r, in].
+        b: [out, r]. The change is b a, whichever way the matrix lies in the family's files.
+
+    Returns:
+        path -> (p [in, r], q [r, out]): the change of one layer of the leaf is p q, with its axes of in and of out
+        each as one.
+
+    >>> cfg = ModelConfig("llama", 1, 16, 4, 2, 4, 32, 50, 64)
+    >>> factors = leaf_factors(cfg, "model.layers.0.mlp.down_proj.weight", np.ones((3, 32)), np.ones((16, 3)))
+    >>> {path: (p.shape, q.shape) for path, (p, q) in factors.items()}
+    {'blocks/mlp/W_out': ((32, 3), (3, 16))}
+    """
+    rule, _, _ = _places(cfg)[name]
+    is_transposed, rank = name.endswith(FAMILIES[cfg.family].transposed), len(a)
+    # One side of the matrix is as wide as the stream. With r in place of that width, the factor of the other side is
+    # laid out as the matrix is.
+    writes = rule.leaves[0] in ("blocks/attn/W_O", "blocks/mlp/W_out")
+    side = a if writes else b
+    leaves = _to_leaves(dataclasses.replace(cfg, d_model=rank), rule, side.T if is_transposed else side)
+    if writes:
+        return {path: (leaf.reshape(-1, rank), b.T) for path, leaf in zip(rule.leaves, leaves, strict=True)}
+    return {path: (a.T, leaf.reshape(rank, -1)) for path, leaf in zip(rule.leaves, leaves, strict=True)}
 
 
 def edit_tensors(

@@ -43,6 +43,7 @@ def run(
     from wpjax.results.sweep_result import SweepResult
 
     swept = SweepResult.from_netcdf(result)
+    swept_or_given(swept).expect_whole(result, "a patch file holds slices of matrices")
     rows = choose(swept, top, by=by, kinds=kinds)
     asked = swept_or_given(swept, Given(base, expert, dtype=dtype, ignore_config=ignore_config))
     pair = pair_of(asked)

@@ -119,6 +119,7 @@ def run(
     encoding.check()
     swept = SweepResult.from_netcdf(result)
     asked = swept_or_given(swept, given)
+    asked.expect_whole(result, "a patch file holds slices of matrices")
     n_new = max_new_tokens or asked.max_new_tokens or 32
 
     import wpjax

@@ -63,6 +63,7 @@ def run(
 
     origins = [swept_or_given(SweepResult.from_netcdf(path)) for path in results]
     for path, origin in zip(results, origins, strict=True):
+        origin.expect_whole(path, "interference is between sets of heads, KV groups and neurons")
         if origin.checker_is_code:
             raise WpjaxError(
                 f"{path} names the checker {origin.checker!r}, which is code, and a result file is not trusted to "

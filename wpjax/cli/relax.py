@@ -57,11 +57,14 @@ def run(
     ] = 4,
     max_new_tokens: SweptNewTokens = None,
     kinds: Annotated[
-        tuple[str, ...],
+        tuple[str, ...] | None,
         Setting(
-            "Kinds of components that get a gate, comma-separated; they must not overlap.", separator=",", panel=PATCHED
+            "Kinds of components that get a gate, comma-separated; they must not overlap. Without it, head, kv_group "
+            "and neuron, or of a sweep of directions these.",
+            separator=",",
+            panel=PATCHED,
         ),
-    ] = ("head", "kv_group", "neuron"),
+    ] = None,
     parametrisation: Annotated[
         Literal["nested", "hard-concrete", "straight-through"],
         Setting(
@@ -120,11 +123,12 @@ def run(
     if not lr > 0:
         raise WpjaxError(f"--lr {lr:g}: above 0")
 
-    from wpjax.components import check_kind
+    from wpjax.components import check_kind, gated_kinds
     from wpjax.results.sweep_result import SweepResult
 
     swept = SweepResult.from_netcdf(result)
     asked = swept_or_given(swept, given)
+    kinds = kinds or gated_kinds(asked.is_divided)
     for kind in kinds:
         check_kind(kind)
     if start is not None:

@@ -40,6 +40,7 @@ def run(
 
     swept = SweepResult.from_netcdf(result)
     asked = swept_or_given(swept, Given(base, ignore_config=ignore_config))
+    asked.expect_whole(result, "scores of tensors are of their own numbers")
     cfg = open_model(asked.base, asked.ignore_config).cfg
     scores = scores_of(cfg, swept, by, kinds)
     files = write_scores(out, cfg, scores, overwrite=overwrite)

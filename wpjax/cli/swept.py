@@ -108,6 +108,12 @@ def pair_of(origin: Origin, mesh: str | None = None) -> Pair:
         from wpjax.pairs import load_pair
 
         pair = load_pair(origin.base, origin.expert, origin.dtype, origin.ignore_config, origin.tokenizer, mesh)
+        if origin.is_divided:
+            from wpjax.directions import by_directions
+
+            progress("dividing the change", 0, 1)
+            pair = by_directions(pair, origin.rank)
+            progress("dividing the change", 1, 1)
         if note := pair.mesh_note(mesh):
             progress.note(note)
         return pair

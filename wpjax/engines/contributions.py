@@ -37,7 +37,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from wpjax.checkpoints.convert import flatten, unflatten
-from wpjax.components import LEAVES, Component, indices, open_units, unit_shapes
+from wpjax.components import LEAVES, Component, indices, unit_positions, unit_shapes
 from wpjax.errors import ComponentError
 from wpjax.models.block import Block, LayerPass
 from wpjax.models.config import ModelConfig
@@ -48,6 +48,9 @@ from wpjax.models.sites import Site
 from wpjax.patching import patch_layer
 
 Side: TypeAlias = Literal["host", "donor"]
+
+LAYERS_AT_ONCE = 8
+"""Patches of kinds without a rule whose layer is computed together; the activations of each are in memory."""
 
 
 class Run(NamedTuple):
@@ -352,10 +355,12 @@ def _layer_units(cfg: ModelConfig, kind: str) -> dict[str, np.ndarray]:
     Returns:
         unit -> boolean [n, channels] or [n], for the n components of a layer; units that none of them opens are absent.
     """
-    opened = [open_units(cfg, [Component(kind, 0, i)]) for i in indices(cfg, kind)]
-    layered = [owner.unit for path, owner in LEAVES.items() if path.startswith("blocks/")]
-    used = [unit for unit in unit_shapes(cfg) if unit in layered and any(units[unit][0].any() for units in opened)]
-    return {unit: np.stack([units[unit][0] for units in opened]) for unit in used}
+    members, units = indices(cfg, kind), dict[str, np.ndarray]()
+    for row, i in enumerate(members):
+        for unit, at in unit_positions(cfg, Component(kind, 0, i)).items():
+            shape = unit_shapes(cfg)[unit][1:]
+            units.setdefault(unit, np.zeros((len(members), *shape), bool)).reshape(len(members), -1)[row, at] = True
+    return units
 
 
 def blend_rows(
@@ -377,7 +382,8 @@ def blend_rows(
     def patched(units: dict[str, Array]) -> Float[Array, "B T D"]:
         return block(cfg, patch_layer(host, donor, units), at.block.layer)(at.resid_pre, at.layout).resid_post
 
-    return jax.vmap(patched)(units)
+    # A few at a time, as each runs all of the layer.
+    return jax.lax.map(patched, units, batch_size=min(len(index), LAYERS_AT_ONCE))
 
 
 def _with_channels_of(donor: Params, host: Params) -> Params:

@@ -270,8 +270,9 @@ class Engine:
               shares of the same gap.
         """
         few = sham_plan(plan)
-        # Changes are dealt out among channels; norms and the kinds outside the layers have none.
-        with_channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind != "norm"]
+        # Changes are dealt out among channels; norms and the kinds outside the layers have none. Directions would keep
+        # their vectors, and only change their sizes among them.
+        with_channels = [kind for kind in plan.rows if KINDS[kind].in_layer and kind not in ("norm", "delta_direction")]
         dealt = few.with_chunks(chunk for chunk in few.chunks if chunk.kind in with_channels)
         dealt = self.own("permuted", dealt)
         changes: dict[str, list[Changes]] = {"permuted": [], "direction": []}

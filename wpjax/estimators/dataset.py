@@ -215,6 +215,8 @@ def _attributes(
     }
     named = {"template_date": batch.template_date, "pair_notes": "; ".join(pair.notes)}
     attributes |= {name: value for name, value in named.items() if value}
+    if pair.division is not None:
+        attributes["directions"] = pair.division.record
     return {  # netCDF has no mappings
         name: json.dumps(dict(value)) if isinstance(value, Mapping) else value for name, value in attributes.items()
     }

@@ -11,6 +11,9 @@ o_c is what component c writes, and h its input. What a norm writes is what its 
 - The weight gradient linearises in the component's weights as well.
 - Attribution takes the output that the component has in the expert. It is the screen of activation patching.
 
+What a direction of a matrix's change writes, s (x u) v, is linear in its weights. So there the first two are one, and
+the weight gradient is taken for both.
+
 A screen only chooses. The components that matter are then replaced for real.
 
 In bfloat16 and in bfloat16x2, a gradient is rounded to bfloat16 on its way back through each matrix. In bfloat16x2, on
@@ -32,7 +35,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from jaxtyping import Float
 
-from wpjax.components import Component, indices
+from wpjax.components import Component, indices, units_of
 from wpjax.engines.contributions import Side
 from wpjax.engines.packing import shared_tokens
 from wpjax.estimators.kind_slopes import linearised_by_kind
@@ -40,6 +43,7 @@ from wpjax.estimators.unit_slopes import by_component, unit_slopes
 from wpjax.metrics.metric import Metric, over_prompts
 from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
+from wpjax.patching import PatchMask
 
 Screen = TypeVar("Screen", bound=Callable[..., np.ndarray])
 
@@ -101,6 +105,14 @@ def output_linearised(
     >>> output_linearised(pair.cfg, pair.base, pair.expert, heads, metric).shape  # 64 heads, 4 prompts
     (64, 4)
     """
+    by_weights = [i for i, c in enumerate(components) if c.kind == "delta_direction"]
+    if by_weights and (weights, inputs) == ("donor", "host"):
+        changes = np.empty((len(components), len(metric)))
+        others = [i for i in range(len(components)) if i not in set(by_weights)]
+        for screen, at in ((weight_gradient, by_weights), (output_linearised, others)):
+            if at:
+                changes[at] = screen(cfg, host, donor, [components[i] for i in at], metric)
+        return changes
     kinds = tuple(dict.fromkeys(c.kind for c in components))
     options = {"kinds": kinds, "weights": weights, "inputs": inputs, "n_shared": shared_tokens(metric)}
     by_kind = over_prompts(metric, linearised_by_kind, cfg, host, donor, axis=2, **options)
@@ -132,7 +144,10 @@ def weight_gradient(
     Returns:
         [C, B], change of F in its own units.
     """
-    return by_component(cfg, unit_slopes(cfg, host, donor, metric, 0.0), components)
+    # Units that no component opens stay the host's own arrays, which is cheaper than a mask of zeros.
+    opened, closed = {unit for c in components for unit in units_of(c)}, PatchMask.empty(cfg, np.float32)
+    at = PatchMask({unit: mask for unit, mask in closed.units.items() if unit in opened})
+    return by_component(cfg, unit_slopes(cfg, host, donor, metric, at), components)
 
 
 @zero_beyond_reach

@@ -14,12 +14,20 @@ from jaxtyping import Float
 
 from wpjax.behaviours import PromptBatch
 from wpjax.columns import EFFECT
-from wpjax.components import KINDS, Component, check_kind, enumerate_components, none_of, parse_component
-from wpjax.engines.engine import Engine
+from wpjax.components import (
+    KINDS,
+    Component,
+    check_kind,
+    check_with_directions,
+    enumerate_components,
+    none_of,
+    parse_component,
+)
+from wpjax.engines.engine import CELLS, Engine
 from wpjax.errors import ComponentError, WpjaxError
 from wpjax.estimators.dataset import Controls, make_dataset
 from wpjax.estimators.job import MethodOutput, SweepJob
-from wpjax.methods import DEFAULT_METHOD, Method, check_method
+from wpjax.methods import DEFAULT_METHOD, Method, check_method, find_method
 from wpjax.metrics.anchor import Anchor
 from wpjax.metrics.metric import Measure, Metric, agreed_metric, expect_finite, expect_positive_gap, scores
 from wpjax.pairs import Pair
@@ -129,6 +137,8 @@ def sweep(
     metric = _measure(metric, pair, batch)
     chosen_method = check_method(method, metric.has_fixed_words)
     pair.check_prompts(batch)
+    components = None if components is None else _named(pair, components)
+    check_directions(pair, kinds if components is None else {c.kind for c in components}, method)
     if given is not None and not metric.has_fixed_words:
         raise WpjaxError("the on-policy score reads the anchor, so its state cannot be given; drop one of them")
     prepared = metric.prepare(pair, batch)
@@ -181,6 +191,47 @@ def _followed(like: SweepResult, method: Method, swept: Sequence[Component]) -> 
     return {name: bool(s) for name, s, r in zip(names, sampled, replaced, strict=True) if r}
 
 
+def check_directions(pair: Pair, kinds: Iterable[str], method: str) -> None:
+    """Refuse directions where they cannot be swept, and what would be misread beside them.
+
+    Args:
+        pair: base and expert.
+        kinds: kinds of the components to sweep.
+        method: name of the method.
+
+    Raises:
+        ComponentError: the pair is not divided into directions, or is and other kinds own the same matrices; or the
+            method asks for what a component puts out with the expert's input.
+    """
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    for kind in kinds:
+        check_kind(kind)
+    check_with_directions(kinds, pair.division is not None)
+    if "delta_direction" not in kinds:
+        return
+    if pair.division is None:
+        raise ComponentError("this pair is not divided into directions; divide it first: pair = wp.by_directions(pair)")
+    entry = find_method(method)
+    by_input = [] if entry is None else [cell for cell in entry.cells if CELLS[cell].inputs == "donor"]
+    if by_input:
+        raise ComponentError(
+            f"method {method} patches what a component puts out, and of a direction only the weights are patched; take "
+            "another method, such as exact, screen+exact, secant or masks"
+        )
+
+
+def _named(pair: Pair, components: Iterable[Component | str]) -> list[Component]:
+    """Components of a pair that were named; one name alone will do.
+
+    Raises:
+        ComponentError: there is none, or one does not exist.
+    """
+    listed = [components] if isinstance(components, str) else list(components)
+    if not listed:
+        raise ComponentError("the list of components to sweep is empty; name at least one, e.g. L3.head.5")
+    return [parse_component(pair.cfg, c if isinstance(c, str) else c.name) for c in listed]
+
+
 def _measure(metric: Any, pair: Pair, batch: PromptBatch) -> Measure:
     """The metric as a `Measure`; a function that makes one is called.
 
@@ -218,14 +269,11 @@ def _controls(job: SweepJob, output: MethodOutput) -> Controls:
 
 
 def _swept_components(
-    pair: Pair, metric: Metric, kinds: Sequence[str], components: Iterable[Component | str] | None
+    pair: Pair, metric: Metric, kinds: Sequence[str], components: Sequence[Component] | None
 ) -> list[Component]:
     """The components to sweep, each once and in order; all of them must be able to change the metric."""
     if components is not None:
-        components = [components] if isinstance(components, str) else list(components)
-        if not components:
-            raise ComponentError("the list of components to sweep is empty; name at least one, e.g. L3.head.5")
-        named = [parse_component(pair.cfg, c if isinstance(c, str) else c.name) for c in components]
+        named = list(components)
     else:
         kinds = [kinds] if isinstance(kinds, str) else kinds
         for kind in kinds:

@@ -21,7 +21,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from wpjax.behaviours import Behaviour, PromptBatch, Tokens
-from wpjax.components import Component, best_within, check_kind, enumerate_components, n_parameters
+from wpjax.components import (
+    Component,
+    best_within,
+    check_kind,
+    check_with_directions,
+    enumerate_components,
+    gated_kinds,
+    n_parameters,
+)
 from wpjax.engines.memory import device_budget
 from wpjax.errors import WpjaxError
 from wpjax.estimators.sets import with_ranking
@@ -350,7 +358,7 @@ def add_learned(
     parametrisation: Parametrisation | None = None,
     config: RelaxConfig | None = None,
     *,
-    kinds: Sequence[str] = ("head", "kv_group", "neuron"),
+    kinds: Sequence[str] | None = None,
     start: str | None = None,
     anchor: Anchor | None = None,
     check_every: int = 50,
@@ -367,7 +375,8 @@ def add_learned(
         aim: what the mask is learned for; None for `Aim()`.
         parametrisation: how numbers become gates; None for `Nested()`.
         config: how to learn; None for the defaults.
-        kinds: kinds of components, which must not overlap. Those of all layers get a gate.
+        kinds: kinds of components, which must not overlap. Those of all layers get a gate. None for heads, KV groups
+            and neurons, or the directions of a divided pair.
         start: name of a ranking of the result to begin with; None to begin with all gates alike.
         anchor: of the objective "anchor"; None for the anchor that was swept on.
         check_every: steps between two looks at hard masks.
@@ -396,8 +405,10 @@ def add_learned(
     aim, config = aim or Aim(), config or RelaxConfig()
     check_same_pair(pair, result)
     check_same_behaviour(behaviour, result)
+    kinds = kinds or gated_kinds(pair.division is not None)
     for kind in kinds:
         check_kind(kind)
+    check_with_directions(kinds, pair.division is not None)
     components = enumerate_components(pair.cfg, kinds)
     Gates.of(pair.cfg, components)  # kinds that overlap are refused before any model answers
     first = None if start is None else starting_values(result, start, components)

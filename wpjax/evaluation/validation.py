@@ -111,7 +111,8 @@ def control_orders(
 
         1. the ranking under test;
         2. the result's `ranking`;
-        3. "activation" if the result has patched activations, otherwise "attribution" (see `activation_values`);
+        3. "activation" if the result has patched activations, otherwise "attribution" (see `activation_values`); left
+           out for directions, of which only the weights are patched;
         4. "delta_norm", the size of the change;
         5. "random 1" and so on.
 
@@ -127,7 +128,8 @@ def control_orders(
         "effect": result.best,
         patched: lambda: activation_values(pair, behaviour, result, anchor, max_new_tokens),
     }
-    names = dict.fromkeys((by, result.ranking, patched, "delta_norm"))
+    controls = [patched, "delta_norm"] if pair.division is None else ["delta_norm"]
+    names = dict.fromkeys((by, result.ranking, *controls))
     values = {name: with_fallback[name]() if name in with_fallback else result.values(name) for name in names}
     values |= {f"random {i + 1}": rng.standard_normal(len(components)) for i in range(n_random)}
     # Components without a value come last; of equal ones the first in the result comes first.

@@ -110,6 +110,8 @@ class ModelConfig:
             f // (d_mlp / E). 0: there are none, and all neurons act on every token.
         n_active: how many experts act on a token: those with the largest logits of the router.
         norm_routing: whether the weights of these experts are divided by their sum (`ops.top_k_softmax`).
+        directions: of each module whose change is divided into directions ("q", "k", "v", "o", "gate", "up", "down"),
+            its name and the number of directions in each layer, [L]. Empty but for `directions.by_directions`.
         qkv_clip: queries and keys, after norms and before rotary positions, and values are clipped to this magnitude
             (OLMoE); None for no bound.
         activation_splits: 1 or 2. Where an activation meets a bfloat16 weight, it is written as the sum of so many
@@ -167,6 +169,7 @@ class ModelConfig:
     n_active: int = _later(0)
     norm_routing: bool = _later(False)
     qkv_clip: float | None = _later(None)
+    directions: tuple[tuple[str, tuple[int, ...]], ...] = _later(())
 
     __repr__ = _repr
 
@@ -184,6 +187,10 @@ class ModelConfig:
     def d_expert(self) -> int:
         """Number of neurons of one routed expert."""
         return self.d_mlp // self.n_experts
+
+    def n_directions(self, module: str) -> tuple[int, ...]:
+        """Number of directions of a module's change in each layer, [L]; empty if its change is not divided."""
+        return dict(self.directions).get(module, ())
 
     @property
     def longer_context(self) -> str:

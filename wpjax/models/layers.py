@@ -7,6 +7,8 @@ their own in weights:
     W_Q [D, H, Dh]   W_K, W_V [D, K, Dh]   W_O [H, Dh, D]   W_gate, W_in [D, F]   W_out [F, D]
     W_router [D, E]  W_E [V, D]            W_pos [n_ctx, D]      W_U [D, V]
 
+The change of a matrix may stand beside it, divided into directions (`Delta`).
+
 Parameters are a plain nested dict of arrays or other leaves (`models.leaves`). Those under "blocks" are stacked: they
 have a leading axis of layers. The residual stream is float32, whatever the dtype of the weights.
 
@@ -82,6 +84,53 @@ class Norm(nnx.Module):
         return x + resolve(_leaf(self.bias)) if hasattr(self, "bias") else x
 
 
+class Delta(nnx.Module):
+    """The change of a matrix, divided into r directions: W + sum_i s_i u_i v_i, with u_i [*in] and v_i [*out].
+
+    Base and expert have the same u and v. In the base all s are 0. So a mask of the s alone says which directions are
+    patched, and a direction costs one dot product and one outer product (`directions.by_directions`).
+
+    Args:
+        n: r.
+        n_in: lengths of the axes of the matrix's input.
+        n_out: those of its output.
+    """
+
+    def __init__(self, n: int, n_in: tuple[int, ...], n_out: tuple[int, ...]):
+        self.n_in = len(n_in)
+        self.U, self.S, self.V = (nnx.Param(jnp.zeros(shape)) for shape in ((*n_in, n), (n,), (n, *n_out)))
+
+    def __call__(self, x: Float[Value, "*n"], at: Int[Array, " P"] | None = None) -> Float[Value, "*m"]:
+        """What the change adds to the output of the matrix.
+
+        Args:
+            x: the matrix's input.
+            at: [P], the outputs that are wanted; None for all.
+        """
+        inner = project(x, _leaf(self.U), n_in=self.n_in) * resolve(_leaf(self.S))
+        v = _leaf(self.V)
+        return project(inner, v if at is None else jnp.asarray(v)[..., at])
+
+
+def _add_deltas(module: nnx.Module, cfg: ModelConfig, **shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Give attention or an MLP the `Delta`s that the model has.
+
+    Args:
+        module: gets an attribute `delta_q` and so on.
+        cfg: the model.
+        **shapes: by name of the matrix, the lengths of its input's and its output's axes.
+    """
+    for name, (n_in, n_out) in shapes.items():
+        if n := max(cfg.n_directions(name), default=0):
+            setattr(module, f"delta_{name}", Delta(n, n_in, n_out))
+
+
+def _changed(module: nnx.Module, name: str, x: Value, y: Value, at: Array | None = None) -> Value:
+    """The output y of a matrix on the input x, with what its `Delta` adds, if it has one; `at` as there."""
+    delta = getattr(module, f"delta_{name}", None)
+    return y if delta is None else y + delta(x, at)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with grouped KV heads.
 
@@ -106,6 +155,7 @@ class Attention(nnx.Module):
             self.norm_q, self.norm_k = Norm(cfg, dh), Norm(cfg, dh)
         if cfg.joint_qk_norm:
             self.joint_norm_q, self.joint_norm_k = Norm(cfg, h, dh), Norm(cfg, k, dh)
+        _add_deltas(self, cfg, q=((d,), (h, dh)), k=((d,), (k, dh)), v=((d,), (k, dh)), o=((h, dh), (d,)))
 
     def queries(
         self, x: Float[Value, "B T D"], positions: Int[Array, "#B T"], layer: Int[Array, ""] | int
@@ -121,7 +171,7 @@ class Attention(nnx.Module):
 
     def projected_queries(self, x: Float[Value, "B T D"]) -> Float[Value, "B T H Dh"]:
         """Queries of every head before norms and positions: each head's own weights make its own."""
-        q = project(x, _leaf(self.W_Q), splits=self.cfg.activation_splits)
+        q = _changed(self, "q", x, project(x, _leaf(self.W_Q), splits=self.cfg.activation_splits))
         return q + resolve(_leaf(self.b_Q)) if self.cfg.qkv_bias else q
 
     def queries_of(
@@ -147,7 +197,7 @@ class Attention(nnx.Module):
 
     def projected_keys(self, x: Float[Value, "B T D"]) -> Float[Value, "B T K Dh"]:
         """Keys of every KV head before norms and positions; as `projected_queries`."""
-        k = project(x, _leaf(self.W_K), splits=self.cfg.activation_splits)
+        k = _changed(self, "k", x, project(x, _leaf(self.W_K), splits=self.cfg.activation_splits))
         return k + resolve(_leaf(self.b_K)) if self.cfg.qkv_bias else k
 
     def keys_of(
@@ -163,7 +213,7 @@ class Attention(nnx.Module):
 
     def values(self, x: Float[Value, "B T D"]) -> Float[Value, "B T K Dh"]:
         """Values of every KV head."""
-        v = project(x, _leaf(self.W_V), splits=self.cfg.activation_splits)
+        v = _changed(self, "v", x, project(x, _leaf(self.W_V), splits=self.cfg.activation_splits))
         return self._clipped(v + resolve(_leaf(self.b_V)) if self.cfg.qkv_bias else v)
 
     def _clipped(self, x: Float[Value, "*n"]) -> Float[Value, "*n"]:
@@ -202,7 +252,7 @@ class Attention(nnx.Module):
     @jax.named_scope("attn_proj")
     def out(self, z: Float[Value, "*n H Dh"]) -> Float[Value, "*n D"]:
         """What the heads write together, bias included."""
-        o = project(z, _leaf(self.W_O), n_in=2, splits=self.cfg.activation_splits)
+        o = _changed(self, "o", z, project(z, _leaf(self.W_O), n_in=2, splits=self.cfg.activation_splits))
         return o + resolve(_leaf(self.b_O)) if self.cfg.out_bias else o
 
 
@@ -229,6 +279,8 @@ class MLP(nnx.Module):
                 self.b_gate = nnx.Param(jnp.zeros(f))
             self.b_in = nnx.Param(jnp.zeros(f))
             self.b_out = nnx.Param(jnp.zeros(d))
+        _add_deltas(self, cfg, gate=((d,), (f,)), up=((d,), (f,)), down=((f,), (d,)))
+        self.is_divided = any(hasattr(self, f"delta_{name}") for name in ("gate", "up", "down"))
 
     def routing(self, x: Float[Value, "*n D"]) -> Float[Value, "*n E"] | None:
         """The weight of every routed expert, 0 for those that are not chosen; None in models without experts.
@@ -258,12 +310,12 @@ class MLP(nnx.Module):
         """
         act, by_rules = activation(self.cfg), self.cfg.backward != "gradient"
         activated = relevance.proportional if by_rules else ops.elementwise
-        inner = project(x, of(_leaf(self.W_in)), splits=self.cfg.activation_splits)
+        inner = _changed(self, "up", x, project(x, of(_leaf(self.W_in)), splits=self.cfg.activation_splits), at)
         if self.cfg.mlp_bias:
             inner = inner + resolve(of(_leaf(self.b_in)))
         if not self.cfg.gated:
             return self._routed(activated(act, inner), x, at, routing)
-        gate = project(x, of(_leaf(self.W_gate)), splits=self.cfg.activation_splits)
+        gate = _changed(self, "gate", x, project(x, of(_leaf(self.W_gate)), splits=self.cfg.activation_splits), at)
         if self.cfg.mlp_bias:
             gate = gate + resolve(of(_leaf(self.b_gate)))
         product = activated(act, gate) * inner
@@ -281,7 +333,8 @@ class MLP(nnx.Module):
 
     def out(self, a: Float[Value, "*n F"]) -> Float[Value, "*n D"]:
         """What the neurons write together, bias included."""
-        return self._biased(project(a, _leaf(self.W_out), splits=self.cfg.activation_splits))
+        o = project(a, _leaf(self.W_out), splits=self.cfg.activation_splits)
+        return self._biased(_changed(self, "down", a, o))
 
     def _biased(self, o: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
         """o plus the output bias, if there is one."""
@@ -291,7 +344,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Value, "*n D"]) -> Float[Value, "*n D"]:
         """What the neurons write together, bias included, from what the MLP reads."""
         w, splits = _leaf(self.W_out), self.cfg.activation_splits
-        if isinstance(w, Blend) and w.mask.dtype == jnp.bool_:
+        if isinstance(w, Blend) and w.mask.dtype == jnp.bool_ and not self.is_divided:
             # Under a 0/1 mask all weights of a neuron come from one model. So base and expert neurons are computed
             # apart, and the choice is made once, at W_out; `neurons` would choose at every input weight.
             routing = self.routing(x)

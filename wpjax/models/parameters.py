@@ -3,8 +3,11 @@
 Checkpoints of all families are read into these leaves. Masks and patches follow from the axes. So a new parameter is
 one line here.
 
-Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron, routed_expert. Leaves under "blocks" have
-one more axis in front, that of the layers, which is not listed. The neurons of a routed expert stand side by side.
+The change of a matrix may stand beside it, divided into directions (`layers.Delta`): `delta_q` is beside W_Q.
+
+Axes: vocab, position, d_model, head (query heads), kv_head, d_head, neuron, routed_expert, direction. Leaves under
+"blocks" have one more axis in front, that of the layers, which is not listed. The neurons of a routed expert stand side
+by side.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ class Parameter(NamedTuple):
     Attributes:
         unit: the unit that owns it. A unit is the finest piece that can be patched on its own.
         axes: names of its axes, without that of the layers.
+        is_common: whether base and expert have the same numbers there, so that a mask does not matter.
 
     >>> PARAMETERS["blocks/attn/W_O"].unit, PARAMETERS["blocks/attn/W_O"].channel_axis
     ('head', 0)
@@ -27,6 +31,7 @@ class Parameter(NamedTuple):
 
     unit: str
     axes: tuple[str, ...]
+    is_common: bool = False
 
     @property
     def channel_axis(self) -> int | None:
@@ -35,12 +40,60 @@ class Parameter(NamedTuple):
         return None if axis is None else self.axes.index(axis)
 
 
-CHANNEL_AXES: Mapping[str, str] = MappingProxyType({"head": "head", "kv_group": "kv_head", "neuron": "neuron"})
+MATRICES: Mapping[str, str] = MappingProxyType(
+    {
+        "q": "blocks/attn/W_Q",
+        "k": "blocks/attn/W_K",
+        "v": "blocks/attn/W_V",
+        "o": "blocks/attn/W_O",
+        "gate": "blocks/mlp/W_gate",
+        "up": "blocks/mlp/W_in",
+        "down": "blocks/mlp/W_out",
+    }
+)
+"""Module -> its matrix, for the modules whose change can be divided into directions."""
+
+CHANNEL_AXES: Mapping[str, str] = MappingProxyType(
+    {
+        "head": "head",
+        "kv_group": "kv_head",
+        "neuron": "neuron",
+        **{f"{module}_direction": "direction" for module in MATRICES},
+    }
+)
 """Unit -> name of the axis that counts its channels, for units that have channels."""
+
+
+def delta_path(module: str, part: str = "") -> str:
+    """The path of a module's divided change, or of one of its leaves, "U", "S" or "V".
+
+    >>> delta_path("up", "S")
+    'blocks/mlp/delta_up/S'
+    """
+    return f"{MATRICES[module].rpartition('/')[0]}/delta_{module}" + (f"/{part}" if part else "")
+
+
+def n_inputs(module: str) -> int:
+    """Number of axes of a matrix that its input has: heads and their width of W_O, one of every other."""
+    return 2 if module == "o" else 1
+
+
+def _directions(matrices: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The leaves of divided changes, [*in, r], [r] and [r, *out], from those of the matrices."""
+    leaves: dict[str, Parameter] = {}
+    for module, path in MATRICES.items():
+        unit, axes, n = f"{module}_direction", matrices[path].axes, n_inputs(module)
+        leaves |= {
+            delta_path(module, "U"): Parameter(unit, (*axes[:n], "direction"), is_common=True),
+            delta_path(module, "S"): Parameter(unit, ("direction",)),
+            delta_path(module, "V"): Parameter(unit, ("direction", *axes[n:]), is_common=True),
+        }
+    return leaves
+
 
 _D = ("d_model",)
 
-PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
+_OWN: Mapping[str, Parameter] = MappingProxyType(
     {
         "blocks/attn/W_Q": Parameter("head", ("d_model", "head", "d_head")),
         "blocks/attn/b_Q": Parameter("head", ("head", "d_head")),
@@ -80,4 +133,5 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
         "final_norm/bias": Parameter("final_norm", _D),
     }
 )
+PARAMETERS: Mapping[str, Parameter] = MappingProxyType({**_OWN, **_directions(_OWN)})
 """Path of a leaf in the parameter tree -> its entry."""

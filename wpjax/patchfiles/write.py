@@ -77,6 +77,10 @@ def save_patch(
     ('changes of rank 4 at most', True)
     """
     encoding.check()
+    if pair.division is not None:
+        raise PatchError(
+            "a patch file holds slices of matrices, and this pair is divided into directions; load it again"
+        )
     names = [parse_component(pair.cfg, c if isinstance(c, str) else c.name).name for c in components]
     names = list(dict.fromkeys(names))
     if not names:

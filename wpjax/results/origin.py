@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from wpjax.errors import ComponentError
 
 _SIDES: tuple[Literal["base", "expert"], ...] = ("base", "expert")
 
@@ -24,6 +27,8 @@ class Origin(NamedTuple):
         dtype: precision of the weights.
         ignore_config: attributes of config.json that were said not to matter.
         tokenizer: whose tokenizer was used, where that was said: "base" or "expert".
+        is_divided: whether the pair was divided into directions.
+        rank: the number of directions of each matrix that was asked for then; None for the default.
 
     >>> where = Origin.of({"base": "tiny:base", "expert": "tiny:expert", "behaviour": "tiny:title"})
     >>> where.behaviour, where.checker, where.split
@@ -39,6 +44,8 @@ class Origin(NamedTuple):
     dtype: str = "float32"
     ignore_config: tuple[str, ...] = ()
     tokenizer: Literal["base", "expert"] | None = None
+    is_divided: bool = False
+    rank: int | None = None
 
     @classmethod
     def of(cls, attributes: Mapping[str, Any]) -> Origin:
@@ -54,7 +61,24 @@ class Origin(NamedTuple):
             _text(attributes, "dtype") or "float32",
             _names(_text(attributes, "ignore_config")),
             next((side for side in _SIDES if attributes.get("tokenizer") == side), None),
+            "directions" in attributes,
+            _rank(_text(attributes, "directions")),
         )
+
+    def expect_whole(self, path: str | Path, what: str) -> None:
+        """Refuse the result of a sweep of directions, for a command that needs parts of matrices.
+
+        Args:
+            path: the file of the result, for messages.
+            what: what the command makes, and of what.
+
+        Raises:
+            ComponentError: it is one.
+        """
+        if self.is_divided:
+            raise ComponentError(
+                f"{path} is a sweep of directions of changes, and {what}; sweep heads, KV groups and neurons for it"
+            )
 
     @property
     def checker_is_code(self) -> bool:
@@ -84,6 +108,15 @@ def asked_for(
 def _text(attributes: Mapping[str, Any], name: str) -> str | None:
     value = attributes.get(name)
     return value if isinstance(value, str) and value else None
+
+
+def _rank(text: str | None) -> int | None:
+    """The rank in what a result says of its directions; None if there is none, or if it is damaged."""
+    try:
+        rank = json.loads(text or "{}").get("rank")
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    return rank if isinstance(rank, int) and rank > 0 else None
 
 
 def _names(text: str | None) -> tuple[str, ...]:

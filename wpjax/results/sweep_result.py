@@ -322,7 +322,7 @@ def _finest_kinds(swept: set[str]) -> list[str]:
     own = next((kind for kind in ("neuron", "routed_expert") if kind in swept), None)
     mlp = ["mlp"] if own is None else [own, "router"]
     is_covered = (whole_attention or "attn" in swept) and (own is not None or "mlp" in swept)
-    return ["layer"] if "layer" in swept and not is_covered else [*attention, *mlp, "norm"]
+    return ["layer"] if "layer" in swept and not is_covered else [*attention, *mlp, "norm", "delta_direction"]
 
 
 def _measured(data: xr.Dataset) -> list[str]:

@@ -236,6 +236,8 @@ def _commands(attrs: Any, path: Path, status: Status) -> tuple[str, ...]:
         asked += [] if origin.tokenizer is None else ["--tokenizer", origin.tokenizer]
         asked += [] if origin.dtype == "float32" else ["--dtype", origin.dtype]
         asked += [part for name in origin.ignore_config for part in ("--ignore-config", name)]
+        asked += ["--kinds", "delta_direction"] if origin.is_divided else []
+        asked += [] if origin.rank is None else ["--rank", str(origin.rank)]
         if status == "rejected":
             change, name = ["--metric", "decision"], "decision"
         else:  # without --quick it uses more prompts in any case
@@ -243,7 +245,7 @@ def _commands(attrs: Any, path: Path, status: Status) -> tuple[str, ...]:
         again = ["sweep", *asked, *change, "--out", as_argument(path.with_name(f"{path.stem}-{name}.nc"))]
         commands.insert(0 if status == "rejected" else 1, again)
     commands.append(["report", file, "--out", as_argument(path.with_suffix(".html"))])
-    if status != "rejected":
+    if status != "rejected" and not origin.is_divided:  # a patch file holds no directions
         commands.append(["extract", file, *needs, "--out", as_argument(path.with_suffix(".safetensors"))])
     return tuple(shlex.join(["wpjax", *command]) for command in commands)
 

@@ -18,6 +18,7 @@ KIND_NAMES = {
     "embed": "the embedding",
     "unembed": "the unembedding",
     "final_norm": "the final norm",
+    "delta_direction": "directions",
 }
 """Kind of component -> what several of them are called in sentences."""
 
