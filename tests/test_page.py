@@ -354,7 +354,8 @@ def test_names_and_prompts_stay_text(visit):
 @pytest.mark.parametrize(("name", "how"), [("large", "light"), ("hostile", "dark")])
 def test_axe_finds_no_serious_fault(visit, name, how):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    page = visit(name, "#pins=L5.head.3&layer=5" if name == "large" else "", color_scheme=how)
+    narrow = {"viewport": {"width": 360, "height": 740}} if name == "large" else {}
+    page = visit(name, "#pins=L5.head.3&layer=5" if name == "large" else "", color_scheme=how, **narrow)
     found = axe.run(page).response["violations"]
     faults = [
         (fault["id"], fault["nodes"][0]["html"][:200]) for fault in found if fault["impact"] in ("serious", "critical")

@@ -204,8 +204,9 @@
     const numbers = entries.map((entry) => ({
       ...entry, entry, width: Math.max(entry.bounds.length ? 130 + 19 * digits[entry.key] : 96, 40 + 8.5 * entry.title.length),
     }));
-    // On a narrow screen the effect comes before kind and layer, which the name says already.
-    shown = innerWidth < 640 ? [...fixed.slice(0, 3), ...numbers, ...fixed.slice(3)] : [...fixed, ...numbers];
+    // On a narrow screen name and effect come first.
+    const [star, rank, name, ...others] = fixed;
+    shown = innerWidth < 640 ? [star, name, ...numbers, rank, ...others] : [...fixed, ...numbers];
     const widths = element("colgroup", {}, ...shown.map((c) => { const col = element("col"); col.style.width = `${c.width}px`; return col; }));
     head.replaceChildren(...shown.map((c) => {
       const cell = element("th", { scope: "col", "data-key": c.key, class: c.text ? "text" : "" });
@@ -759,6 +760,11 @@
       for (const part of svg.children) part.setAttribute("aria-hidden", "true"); // the label of the whole says it
     }
     into.hidden = false;
+    if (into.scrollWidth > into.clientWidth) { // the keyboard scrolls it, too
+      into.tabIndex = 0;
+      into.setAttribute("role", "group");
+      into.setAttribute("aria-label", find("h3", figure).textContent);
+    } else into.removeAttribute("tabindex");
     if (still) still.remove();
     for (const part of all("[data-live]", figure)) part.hidden = false;
   };
