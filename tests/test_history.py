@@ -330,7 +330,7 @@ BAD = {
     "part": (["checkpoint-1", "checkpoint-2"], ["--part", "1/2", "--shards", "d"], "--part is for one expert"),
     "given": (["checkpoint-1", "checkpoint-2"], ["--given-anchor", "a"], "--given-anchor is for one expert"),
     "profile": (["checkpoint-1", "checkpoint-2"], ["--profile", "p"], "--profile is for one expert"),
-    "directions": (["checkpoint-1", "checkpoint-2"], ["--kinds", "delta_direction"], "delta_direction is for one expert"),
+    "directions": (["checkpoint-1", "checkpoint-2"], ["--kinds", "delta_direction"], "is for one expert, as each"),
     "race": (["checkpoint-1", "checkpoint-2"], ["--method", "race"], "--method race finds other components"),
     "own words": (["checkpoint-1", "checkpoint-2"], ["--metric", "on_policy"], "reads each model along its own words"),
     "figure": (["checkpoint-1", "checkpoint-2"], ["--out", "r.png"], "the figure goes there"),

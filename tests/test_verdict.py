@@ -231,7 +231,7 @@ def test_the_next_commands_can_be_copied(text, tmp_path):
         assert (again["behaviour"], again["checker"]) == (asked["behaviour_source"], asked["checker"])
         assert (again["tokenizer"], again["dtype"]) == ("expert", "bfloat16")
         assert list(again["ignore_config"]) == ["_num_labels", "foo bar"]
-        assert (again["base"], again["expert"], again["out"].parent) == ("tiny:base", "tiny:expert", tmp_path)
+        assert (again["base"], again["expert"], again["out"].parent) == ("tiny:base", ["tiny:expert"], tmp_path)
     assert verdict(by_hand([0.5])).commands == ()
 
 
