@@ -534,8 +534,8 @@ class SweepConfig:
             raise WpjaxError(f"--{option} is for one expert; drop it, or name one expert")
         if self.by_directions:
             raise WpjaxError(
-                f"{DIRECTIONS} is for one expert, as each expert's change has directions of its own; sweep other kinds, "
-                "or name one expert"
+                f"{DIRECTIONS} is for one expert, as each expert's change has its own; sweep other kinds, or name one "
+                "expert"
             )
         if not check_metric(self.metric).has_fixed_words:
             raise WpjaxError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import xarray as xr
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from wpjax.columns import ALWAYS, Column, columns, effect_estimates, title_of
@@ -161,13 +162,15 @@ def render_page(
         layers: results by layer, or None.
         execution: a sweep with the anchor's state given, or None.
     """
-    template = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("wpjax.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("report.html.jinja")
+    )
+    environment.filters["code"] = _with_code
+    template = environment.get_template("report.html.jinja")
     data = result.dataset
     exact = bool(data["exact"].values.any())
     by, found = result.ranking, verdict(result, source)
@@ -333,3 +336,8 @@ def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
     figures = {n: data[f"anchor_{n}"].values if f"anchor_{n}" in data else np.full(len(data["model_layer"]), np.nan)
                for n in names}  # fmt: skip
     return [{"layer": int(i), **{n: float(figures[n][i]) for n in names}} for i in tried]
+
+
+def _with_code(sentence: str) -> Markup:
+    """A sentence, escaped, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
