@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from wpjax.columns import EFFECT, effect_estimates, title_of
 from wpjax.methods.metrics import MetricEntry, metric_entries
 from wpjax.results.answers import Answers
+from wpjax.results.origin import Origin
 from wpjax.results.reach import LEVEL, Reach
 from wpjax.results.sweep_result import SweepResult
 from wpjax.results.words import KIND_NAMES, counted, enumerated
@@ -260,21 +261,23 @@ def a_set(result: SweepResult, layers: tuple[int, int] | None) -> str:
     shows = f"the base shows the behaviour on {by_patched:.0f} of {len(answers.prompts)} prompts (alone on "
     shows += f"{by_base:.0f}; the expert on {by_expert:.0f})"
     tried = enumerated([f"{m:,}" for m in answers.tried])
+    is_divided = Origin.of(result.dataset.attrs).is_divided
+    of_all = " of all directions" if is_divided else ""
     if n >= n_all:
         told = f"With all {n_all:,} components that were ranked, {shows}."
         told += f" With the best {tried} it does so on too few." if tried else ""
     else:
-        size = "" if np.isnan(answers.share) else f", {answers.share:.1%} of the parameters"
+        size = "" if np.isnan(answers.share) else f", {answers.share:.1%} of the parameters{of_all}"
         place = f"; {_half(layers)} of them" if layers is not None else ""
         told = f"With the {n:,} best by {title_of(answers.by)}, of {n_all:,} that were ranked ({counted(kinds)}{size}"
         told += f"{place}), {shows}."
         told += f" With the best {tried}, on too few." if tried else ""
     i = _shown(answers)
     mark = "passes" if answers.passes[1, i] else "fails"
+    besides = "" if is_divided else "; `wpjax extract` measures what a set does besides"  # it takes no directions
     return (
         f"{told} Asked as above, it says {quoted(answers.texts[1][i])}, which {mark}. `wpjax validate` compares sets "
-        "of all sizes with random ones, and takes them out of the expert; `wpjax extract` measures what a set does "
-        "besides."
+        f"of all sizes with random ones, and takes them out of the expert{besides}."
     )
 
 
