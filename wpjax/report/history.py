@@ -6,7 +6,6 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from wpjax.report.figures import COLOURS, GREY, STYLE
 from wpjax.report.glyphs import save_figure
+from wpjax.report.pages import page_style, page_template
 from wpjax.results.files import netcdf_bytes
 from wpjax.results.history import Course, History
 from wpjax.runtime.files import atomic_outputs
@@ -60,13 +60,7 @@ def write_history_report(history: History, path: Path, n_rows: int = 100, overwr
         OutputError: a file exists, or cannot be written.
     """
     figure, image = make_history(history), path.with_name(f"{path.stem}-history.png")
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("wpjax.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("history.html.jinja")
+    template = page_template("history.html.jinja")
     figures = history.figures(n_rows)
     with atomic_outputs((path, image), overwrite) as (text, drawn):
         save_figure(figure, drawn)
@@ -74,6 +68,7 @@ def write_history_report(history: History, path: Path, n_rows: int = 100, overwr
             attrs=history.dataset.attrs,
             what="stage" if history.are_stages else "step",
             points=history.points,
+            css=page_style(),
             picture=base64.b64encode(drawn.read_bytes()).decode(),
             steps=figures["steps"],
             courses=figures["top"],

@@ -17,16 +17,13 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import xarray as xr
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from wpjax.columns import ALWAYS, Column, columns, effect_estimates, title_of
@@ -34,6 +31,7 @@ from wpjax.errors import WpjaxError
 from wpjax.report.figures import COLOURS, available, make_figure, make_overview
 from wpjax.report.glyphs import save_figure
 from wpjax.report.live import live_about, live_columns
+from wpjax.report.pages import page_file, page_style, page_template
 from wpjax.report.payload import packed
 from wpjax.report.shown import interference_figure, layers_figure, sweep_figures, validation_figures
 from wpjax.results.curves import DIRECTIONS, Curves
@@ -162,15 +160,7 @@ def render_page(
         layers: results by layer, or None.
         execution: a sweep with the anchor's state given, or None.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("wpjax.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["code"] = _with_code
-    template = environment.get_template("report.html.jinja")
+    template = page_template("report.html.jinja")
     data = result.dataset
     exact = bool(data["exact"].values.any())
     by, found = result.ranking, verdict(result, source)
@@ -178,7 +168,7 @@ def render_page(
     return template.render(
         attrs=data.attrs,
         policy=_policy((THEME_SCRIPT, *scripts)),
-        css=Markup(_file("templates/page.css")),
+        css=page_style(),
         theme_script=Markup(THEME_SCRIPT),
         scripts=[Markup(script) for script in scripts],
         data=packed(live_about(result, by, execution, curves, interference, layers or ()), live_columns(result, by)),
@@ -217,17 +207,13 @@ THEME_SCRIPT = (
 
 
 @functools.cache
-def _file(name: str) -> str:
-    """The text of a file of this package."""
-    return (files("wpjax.report") / name).read_text(encoding="utf-8")
-
-
-@functools.cache
 def _scripts() -> tuple[str, ...]:
     """The page's scripts in order: the libraries, each after its licence, and the page's own."""
     libraries = [("d3.LICENSE", "d3.min.js"), ("plot.LICENSE", "plot.umd.min.js")]
-    vendored = [f"/*\n{_file(f'vendor/{licence}')}*/\n{_file(f'vendor/{script}')}" for licence, script in libraries]
-    return (*vendored, _file("templates/page.js"))
+    vendored = [
+        f"/*\n{page_file(f'vendor/{licence}')}*/\n{page_file(f'vendor/{script}')}" for licence, script in libraries
+    ]
+    return (*vendored, page_file("templates/page.js"))
 
 
 def _policy(scripts: Sequence[str]) -> str:
@@ -336,8 +322,3 @@ def _steering_rows(result: SweepResult) -> list[dict[str, float]]:
     figures = {n: data[f"anchor_{n}"].values if f"anchor_{n}" in data else np.full(len(data["model_layer"]), np.nan)
                for n in names}  # fmt: skip
     return [{"layer": int(i), **{n: float(figures[n][i]) for n in names}} for i in tried]
-
-
-def _with_code(sentence: str) -> Markup:
-    """A sentence, escaped, with what stands between backticks as code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
