@@ -56,7 +56,7 @@ def test_its_file_is_read_and_components_are_ranked_by_it(swept, tmp_path):
 def test_the_page_names_it(swept, tmp_path):
     write_report(swept, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert '<th class="sortable" title="signed norm of the change">dummy</th>' in page
+    assert '<th title="signed norm of the change">dummy</th>' in page
     assert "share of gap (signed norm of the change)" in page  # beside the colours of the heads
     assert "ranking below is by dummy, a first-order estimate" in page
     assert f"{swept.top(1, by='dummy')[0].value:.4f}" in page

@@ -342,13 +342,14 @@ def test_few_prompts_serve_every_purpose(wpjax):
     assert "All prompts served to fit, to sweep and to test" in " ".join(wpjax("show", "r 1.nc")[1].split())
 
 
-def test_the_page_begins_with_the_verdict_and_the_answers(wpjax, folder):
+def test_the_page_begins_with_a_picture_the_verdict_and_the_answers(wpjax, folder):
     hostile = SweepResult.from_netcdf("r 1.nc")
     hostile.dataset["answer"][1] = "<script>alert(1)</script>"
     hostile.to_netcdf(folder / "its page.nc")
     assert wpjax("report", "its page.nc", "--out", "r1.html")[0] == 0
     page = (folder / "r1.html").read_text()
-    assert page.index("Where") < page.index("Answers to held-out prompts") < page.index("<svg")
+    assert page.index("<svg") < page.index("What it does") < page.index("Answers to held-out prompts")
+    assert page.index("Answers to held-out prompts") < page.index("Where the behaviour lives")
     assert "All prompts served to fit" in page
     assert "wpjax validate &#39;its page.nc&#39;" in page
     assert "wpjax report" not in page

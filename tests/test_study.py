@@ -253,5 +253,5 @@ def test_what_differs_in_the_pair_is_said_before_the_work_and_with_the_result(tm
     asked = config(tmp_path, expert=str(tmp_path / "expert"), n_prompts=8, method="screen", set_score=False)
     told = []
     study = run_study(asked, tell=told.append)
-    assert told == [note]
+    assert told == ["weights stored as BF16 and as F32: what rounding changed counts as a change", note]
     assert note in dict(verdict(study.result).points)["The pair"]

@@ -342,7 +342,7 @@ def test_later_layers_are_ranked_for_sets_and_counted_nowhere_else(tiny_pair):
     assert [c.name for c, swept in zip(every, scored.dataset["swept"].values, strict=True) if c.layer > 3] == [
         c.name for c, swept in zip(every, scored.dataset["swept"].values, strict=True) if not swept
     ]
-    xr.testing.assert_identical(scored.swept.dataset.drop_vars("set_score"), result.dataset)
+    xr.testing.assert_identical(scored.swept.dataset.drop_vars(["set_score", "set_share"]), result.dataset)
     assert str(verdict(scored)) == str(verdict(result))
     # By the definition, of the first MLP after the anchor.
     change = secant_adjoint(tiny_pair.cfg, tiny_pair.base, tiny_pair.expert, every, metric).mean(1)
