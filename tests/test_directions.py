@@ -16,6 +16,7 @@ import transformers
 from tests.helpers import exact, make_anchor
 from tests.oracles import hf_layers
 from tests.tiny import HfModel, HfPair, as_pair, build, build_pair, random_model
+from wpjax.arguments import SweepConfig
 from wpjax.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from wpjax.checkpoints.convert import flatten
 from wpjax.components import (
@@ -28,7 +29,7 @@ from wpjax.components import (
 from wpjax.directions import by_directions, folded, spectrum_of, spectrum_of_product
 from wpjax.engines.joint import scores_of_sets
 from wpjax.engines.reference import patched_score, reference_changes
-from wpjax.errors import CheckpointError, ComponentError, PairError, PatchError
+from wpjax.errors import CheckpointError, ComponentError, PairError, PatchError, WpjaxError
 from wpjax.estimators.screens import output_linearised
 from wpjax.estimators.secant import secant_adjoint
 from wpjax.estimators.sweep import sweep
@@ -396,6 +397,12 @@ def test_what_cannot_be_divided_is_refused(one_whole, one, batch, tmp_path):
         by_directions(one_whole, 17)
     with pytest.raises(PairError, match="divided into directions already"):
         by_directions(one)
+    with pytest.raises(PairError, match="the weights are bfloat16, whose rounding"):
+        by_directions(load_pair("tiny:base", "tiny:expert", "bfloat16"))
+    with pytest.raises(WpjaxError, match="delta_direction needs --dtype float32"):
+        SweepConfig("tiny:base", "tiny:expert", "tiny:title", kinds=("delta_direction",), dtype="bfloat16x2").check(
+            False
+        )
     with pytest.raises(PairError, match="rank=0: ask for at least one"):
         by_directions(one_whole, 0)
     norms = {**one_whole.base, "final_norm": one_whole.expert["final_norm"]}

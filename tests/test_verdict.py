@@ -42,7 +42,8 @@ def test_one_component_that_carries_it_all_is_concentrated():
         in points["Where"]
     )
     assert "L2.neuron.0 90.0% [89.0%, 91.0%]" in points["Where"]
-    assert points["Where"].startswith("Put in together, the 100 components that were swept recover 100% of it.")
+    assert points["Where"].startswith("Put in together, all 100 of them recover 100% of it.")
+    assert points["How concentrated"].endswith("makes half of what all recover together, and 90%.")
     assert points["How concentrated"].startswith("Added up, the largest single effect of 100 (1 neuron) makes half")
     assert points["What was measured"].endswith("100 components were swept: each was put into the base alone.")
     assert "the anchor score, at layer 3: 2 [1, 3], on 8 prompts." in points["What was measured"]
@@ -72,7 +73,7 @@ def test_it_says_what_the_models_do_and_where_their_answers_part():
     assert "Asked “SHOUT!”, the base says “quiet”, the expert “LOUDER”." in points["What it does"]
     # By effect the set is the two that were swept; a third component is ranked by it nowhere.
     assert points["A set of them"].startswith(
-        "With all 2 components that were ranked, the base shows the behaviour on 1 of"
+        "With all that were ranked (2), the base shows the behaviour on 1 of 2 prompts"
     )
     by_score = data.assign(set_score=("component", [0.2, 0.1, 3.0, 2.0]))
     answers = answers._replace(by="set_score", tried=(1,), share=0.25)
@@ -93,7 +94,7 @@ def test_it_says_what_the_models_do_and_where_their_answers_part():
     [
         ([1, 1, 1, 0], 2, "the 2 best components alone bring the behaviour back on 3 of 4 prompts"),
         ([1, 1, 0, 0], 2, "No small set that was tried brings the behaviour back"),
-        ([1, 1, 1, 1], 4, "No small set that was tried brings the behaviour back"),
+        ([1, 1, 1, 1], 4, ""),
     ],
 )
 def test_a_set_speaks_for_the_places_or_against_them(by_patched, n, says):
@@ -101,9 +102,44 @@ def test_a_set_speaks_for_the_places_or_against_them(by_patched, n, says):
     passes = np.array([[0.0] * 4, by_patched, [1.0] * 4])
     answers = Answers(("p",) * 4, (("a",) * 4, ("b",) * 4, ("c",) * 4), passes, n, "effect")
     swept = by_hand([0.4, 0.3, 0.2, 0.1], anchor_acceptance="undecided: few")
-    assert says in dict(verdict(SweepResult(answers.added_to(swept.dataset))).points)["How far to trust it"]
+    told = dict(verdict(SweepResult(answers.added_to(swept.dataset))).points)["How far to trust it"]
+    assert says in told if says else told.endswith("`wpjax validate` decide.")
     accepted = by_hand([0.4, 0.3, 0.2, 0.1])
-    assert says not in str(verdict(SweepResult(answers.added_to(accepted.dataset))))
+    assert not says or says not in str(verdict(SweepResult(answers.added_to(accepted.dataset))))
+
+
+def test_a_set_as_good_as_the_expert_on_few_prompts_may_be_chance():
+    passes = np.array([[0.0] * 4, [1.0, 0, 0, 0], [1.0, 0, 0, 0]])
+    answers = Answers(("p",) * 4, (("a",) * 4, ("b",) * 4, ("c",) * 4), passes, 2, "effect")
+    swept = by_hand([0.4, 0.3, 0.2, 0.1], anchor_acceptance="undecided: few")
+    told = dict(verdict(SweepResult(answers.added_to(swept.dataset))).points)["How far to trust it"]
+    assert told.endswith("as often as the expert shows it, but on so few prompts that it may be chance.")
+
+
+def test_what_is_no_effect_of_weights_is_not_added_up():
+    """Patched activations are shares of the gap, but no parts of what the weights recover."""
+    swept = by_hand([np.nan] * 3, layers=[0, 1, 2], coverage=0.9)
+    columns = {"activation": [0.6, 0.5, 0.0001], "activation_low": [0.5, 0.4, 0], "activation_high": [0.7, 0.6, 0.0002]}
+    found = verdict(SweepResult(swept.dataset.assign({name: ("component", v) for name, v in columns.items()})))
+    assert (found.shape, found.n_half, found.n_most, found.layers) == ("not known", None, None, None)
+    points = dict(found.points)
+    assert points["How concentrated"] == "Not known: what single weights do was not measured."
+    assert points["What was measured"].endswith("no weights put in alone: what is ranked is the activation patching.")
+    assert "L0.neuron.0 60.0% [50.0%, 70.0%], L1.neuron.1 50.0% [40.0%, 60.0%], L2.neuron.2 0.01%" in points["Where"]
+    assert points["Noise"] == "No component's weights were replaced alone, so there is no noise floor."
+
+
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        (["head", "mlp"], "say --kinds head,mlp,kv_group,norm,embed."),
+        (["layer", "embed"], "in components or layers that were not swept"),
+    ],
+)
+def test_kinds_that_were_not_swept_are_named(kinds, says):
+    layers = [0 if kind != "embed" else -1 for kind in kinds]
+    assert says in dict(verdict(by_hand([0.1, 0.1], kinds=kinds, layers=layers, coverage=0.2)).points)["Where"]
+    assert "elsewhere" not in str(verdict(by_hand([0.1, 0.1], kinds=kinds, layers=layers, coverage=-0.2)))
 
 
 def test_an_effect_that_is_spread_evenly_is_diffuse():

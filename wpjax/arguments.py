@@ -522,6 +522,8 @@ class SweepConfig:
             raise WpjaxError("--anchor-behaviour goes with --anchor or --given-anchor; drop it, or name the file")
         if self.response_tokens and (self.anchor is not None or not self.reads_anchor):
             raise WpjaxError("--response-tokens is for an anchor that is fitted here; drop it, --anchor or --metric")
+        if self.by_directions and self.dtype != "float32":
+            raise WpjaxError(f"--kinds {DIRECTIONS} needs --dtype float32: in {self.dtype} rounding hides the changes")
         if self.rank is not None and not self.by_directions:
             raise WpjaxError(f"--rank goes with --kinds {DIRECTIONS}; drop it, or sweep that kind")
         if self.given_anchor is not None and self.reads_anchor:

@@ -17,9 +17,10 @@ leave over stays in the expert: |W_E - W_B|^2 = sum_i s_i^2 + |rest|^2. The shar
 **How it is built.** A divided pair is a pair of another architecture: beside each matrix stands a `layers.Delta` with
 leaves U [in, r], S [r], V [r, out]. Both models hold the same U and V; S is 0 in the base, and s in the expert. So a
 direction is a channel of the small leaf S. Masks, `vmap`, gradients, the secant adjoint, joint patches and suffix
-replay need no rule of their own for it, and a patch costs one dot product and one outer product.
+replay need no rule of their own for it, and a patch is one dot product and one outer product more.
 
 - The divided base is the base, and the divided expert is the expert, up to rounding; so the gap is the pair's own.
+  In bfloat16 rounding would be as large as the changes themselves: only float32 weights are divided.
 - A head or a neuron of a divided pair owns only the rest of its change, so such kinds are not swept beside directions.
 - Of a LoRA nothing is left over. Its expert then holds the base's own matrices, not the merged ones: a sweep holds the
   base and the factors.
@@ -146,8 +147,8 @@ def by_directions(pair: Pair, rank: int | None = None) -> Pair:
         the divided pair. `Pair.division` says how much of the change the directions hold.
 
     Raises:
-        PairError: no matrix of attention or of an MLP has changed, a rank is asked for that the matrices or the adapter
-            do not have, or the pair is divided already.
+        PairError: the weights are not float32, no matrix of attention or of an MLP has changed, a rank is asked for
+            that the matrices or the adapter do not have, or the pair is divided already.
 
     >>> import wpjax as wp
     >>> pair = wp.by_directions(wp.load_pair("tiny:base", "tiny:expert"), rank=2)
@@ -161,6 +162,12 @@ def by_directions(pair: Pair, rank: int | None = None) -> Pair:
     if rank is not None and rank < 1:
         raise PairError(f"rank={rank}: ask for at least one direction of each matrix")
     ours, theirs, factors = flatten(pair.base), flatten(pair.expert), _factors(pair)
+    dtypes = {leaf.dtype.name for path, leaf in ours.items() if path in MATRICES.values()}
+    if dtypes != {"float32"}:
+        raise PairError(
+            f"the weights are {', '.join(sorted(dtypes))}, whose rounding is as large as a fine-tune's changes: load "
+            "the pair in float32 (--dtype float32) to divide it into directions"
+        )
     modules = [m for m, path in MATRICES.items() if path in ours and not (pair.cfg.n_experts and "/mlp/" in path)]
     _check_rank(pair, modules, factors, rank)
     base, expert = dict(ours), dict(theirs)
@@ -188,8 +195,9 @@ def by_directions(pair: Pair, rank: int | None = None) -> Pair:
             expert[delta_path(module, part)] = leaf
     if not numbers:
         raise PairError(
-            f"{pair.expert_checkpoint.source} has the matrices of {pair.base_checkpoint.source} in attention and MLPs, "
-            "so there is no change to divide into directions; `wpjax inspect` says what it changed"
+            f"{pair.expert_checkpoint.source} has the matrices of {pair.base_checkpoint.source} in attention and MLPs "
+            "(those of routed experts are not divided), so there is no change to divide into directions; `wpjax "
+            "inspect` says what it changed"
         )
     cfg = dataclasses.replace(pair.cfg, directions=tuple(numbers.items()))
     new_base, new_expert = place(pair.placement, unflatten(base), unflatten(expert))

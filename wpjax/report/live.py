@@ -105,7 +105,7 @@ def live_about(
         "kinds": _kinds(data),
         "behaviour": data.attrs["behaviour"],
         "by": by,
-        "best": estimates if known else [result.ranking],
+        "best": [name for name in estimates if np.isfinite(data[name].values).any()] if known else [result.ranking],
         "parts": in_layers(swept),
         "table": [_entry(name) for name in _entries(result)],
         "coverage": _coverage(swept.dataset),

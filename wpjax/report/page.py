@@ -226,16 +226,26 @@ def _policy(scripts: Sequence[str]) -> str:
     )
 
 
+_NO_HALF = {"not known": "single weights were not measured", "in company": "single effects do not add up to it"}
+"""Shape of a verdict -> why no number of components holds half of the effect."""
+
+
 def _facts(result: SweepResult, found: Verdict) -> list[dict[str, str]]:
     """The figures at the head of the page."""
     swept = result.swept.dataset.sizes["component"]
     status = "anchor" if str(result.dataset.attrs["metric"]) in ("anchor", "on_policy") else "behaviour"
     facts = [
-        {"what": "Recovered together", "value": f"{found.coverage:.0%}", "of": f"of the gap, by {swept:,} components"},
+        {
+            "what": "Recovered together",
+            "value": f"{found.coverage:.0%}",
+            "of": f"of the gap, by all {swept:,} that were swept",
+        },
         {
             "what": "Half of it",
             "value": "–" if found.n_half is None else f"{found.n_half:,}",
-            "of": "single effects do not add up to it" if found.n_half is None else "components, the largest first",
+            "of": "components, the largest first"
+            if found.n_half
+            else _NO_HALF.get(found.shape, _NO_HALF["in company"]),
         },
     ]
     if found.layers is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from wpjax.columns import EFFECT, effect_estimates, title_of
+from wpjax.columns import EFFECT, effect_estimates, find_column, title_of
 from wpjax.methods.metrics import MetricEntry, metric_entries
 from wpjax.results.answers import Answers
 from wpjax.results.origin import Origin
@@ -18,6 +18,12 @@ from wpjax.results.words import KIND_NAMES, counted, enumerated
 FEW_PROMPTS = 12
 """With fewer prompts than this, a difference of one or two answers is called chance."""
 
+_USUAL = ("head", "kv_group", "neuron", "norm", "embed")
+"""Kinds that together own all weights, as good as."""
+
+_WITHIN = {"attn": ("head", "kv_group"), "mlp": ("neuron",), "layer": ("head", "kv_group", "neuron", "norm")}
+"""Kind -> the kinds that it holds."""
+
 _LAYERS_SHOWN, _LEAST_SHOWN = 4, 0.1
 """Layers that are named with their share, at most; and the smallest share that is named."""
 
@@ -26,8 +32,7 @@ ANCHOR_SAYS = {
     "it, the base shows the behaviour, and held at the base's state the expert loses it. So the shares below are of "
     "something that causes the behaviour.",
     "undecided": "It is not shown that the direction that was measured, the anchor, causes the behaviour{reason}. The "
-    "shares below are no noise, but they may be shares of something else: a first guess, until more prompts or "
-    "`wpjax validate` decide.",
+    "shares below may be shares of something else: a first guess, until more prompts or `wpjax validate` decide.",
     "rejected": "Warning: the direction that was measured, the anchor, failed its tests{reason}. The places below are "
     "not shown to carry the behaviour. Measure what the model says instead (--metric decision), or validate.",
     "not tested": "Nothing has tested whether the direction that was measured, the anchor, causes the behaviour: it "
@@ -92,12 +97,14 @@ def what_was_measured(result: SweepResult) -> str:
     at = f", at layer {attrs['metric_layer']}" if entry is not None and entry.reads_anchor else ""
     n, n_exact = int(data.sizes["component"]), int(data["exact"].values.sum())
     if n_exact == n:
-        how = f"{n:,} components were swept: each was put into the base alone."
+        how = f"{_were(n)} swept: each was put into the base alone."
     elif n_exact:
-        how = f"{n:,} components were swept: {n_exact:,} were put into the base alone, the others are estimated"
+        how = f"{_were(n)} swept: {n_exact:,} of them put into the base alone, the others estimated"
         how += f" ({shown})." if (shown := _estimate(result)) else "."
+    elif adds_up(result):
+        how = f"{_were(n)} swept: all are estimated ({title_of(result.ranking)}), none was put in alone."
     else:
-        how = f"{n:,} components were swept: all are estimated ({title_of(result.ranking)}), none was put in alone."
+        how = f"{_were(n)} swept, and no weights put in alone: what is ranked is the {title_of(result.ranking)}."
     return (
         f"The gap: how far the expert stands above the base by the metric, the {name}{at}: {attrs['gap_mean']:.3g} "
         f"[{attrs['gap_low']:.3g}, {attrs['gap_high']:.3g}], on {attrs['n_prompts']} prompts. Shares below are of "
@@ -108,6 +115,19 @@ def what_was_measured(result: SweepResult) -> str:
 def _estimate(result: SweepResult) -> str:
     """What figures call the estimate that stands in for effects that were not measured; empty if there is none."""
     return next((title_of(name) for name in effect_estimates() if name in result.dataset), "")
+
+
+def adds_up(result: SweepResult) -> bool:
+    """Whether a result is ranked by the effect of weights, or an estimate of it: such values may be added up.
+
+    A norm is no share of the gap. Effects of activations, or in company, are shares of it, but no parts.
+    """
+    return result.ranking in (EFFECT, *effect_estimates())
+
+
+def _were(n: int) -> str:
+    """How many components, and the verb: "1 component was", "2 components were"."""
+    return "1 component was" if n == 1 else f"{n:,} components were"
 
 
 def where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[int, int] | None) -> str:
@@ -121,19 +141,20 @@ def where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[in
     data, coverage = result.dataset, float(result.dataset.attrs["coverage"])
     kinds = zip(data["swept_kind"].values.astype(str), data["coverage_joint"].values.tolist(), strict=True)
     alone = _by_kind({kind: share for kind, share in kinds}, "recover")
-    told = [
-        f"Put in together, the {data.sizes['component']:,} components that were swept recover {coverage:.0%} of it."
-    ]
+    n = int(data.sizes["component"])
+    together = "The one component that was swept recovers" if n == 1 else f"Put in together, all {n:,} of them recover"
+    told = [f"{together} {coverage:.0%} of it."]
     if data.sizes["swept_kind"] > 1:
         told.append(f"Kind by kind, {alone}; these need not add up.")
-    if coverage < 0.5:
-        told.append("Most of it lies elsewhere: sweep more kinds, say --kinds head,kv_group,neuron,norm,embed.")
-    is_share = result.ranking != "delta_norm"  # a norm is no share of the gap
+    if 0 <= coverage < 0.5:
+        told.append(_elsewhere(result))
+    is_share = adds_up(result)
     if layers is not None and is_share:
         told.append(f"{_swept_layers(result)}{_held(result, values, layers)}.")
     order = [i for i in np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:3].tolist() if values[i] > 0]
     if order:
-        told.append(f"The largest single ones: {', '.join(_single(result, values, i) for i in order)}.")
+        by = "" if is_share else f" by {title_of(result.ranking)}"
+        told.append(f"The largest single ones{by}: {', '.join(_single(result, values, i) for i in order)}.")
         if (
             layers is not None
             and is_share
@@ -141,6 +162,16 @@ def where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[in
         ):
             told.append("These stand outside that range, which holds many small ones.")
     return " ".join(told)
+
+
+def _elsewhere(result: SweepResult) -> str:
+    """What to sweep where most of the gap is not in what was swept."""
+    swept = result.dataset["swept_kind"].values.astype(str).tolist()
+    held = {kind: {kind, *_WITHIN.get(kind, ())} for kind in swept}
+    lacking = [kind for kind in _USUAL if not any(kind in within for within in held.values())]
+    if not lacking:
+        return "Most of it lies elsewhere: in components or layers that were not swept, or in what needs both."
+    return f"Most of it lies elsewhere: sweep more kinds, say --kinds {','.join([*swept, *lacking])}."
 
 
 def _swept_layers(result: SweepResult) -> str:
@@ -178,9 +209,17 @@ def _single(result: SweepResult, values: Float[np.ndarray, " C"], i: int) -> str
     name = str(data["name"].values[i])
     if result.ranking == "delta_norm":
         return f"{name} ({values[i]:.3g})"
-    low, high = (float(data[end].values[i]) for end in ("ci_low", "ci_high"))
-    is_exact = np.isfinite(data[EFFECT].values[i]) and np.isfinite(low)
-    return f"{name} {values[i]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if is_exact else " (estimated)")
+    is_exact = bool(np.isfinite(data[EFFECT].values[i]))
+    column = find_column(EFFECT if is_exact else result.ranking)
+    ends = [float(data[end].values[i]) for end in column.bounds if end in data] if column else []
+    if ends and np.isfinite(ends).all():
+        return f"{name} {_percent(values[i])} [{_percent(ends[0])}, {_percent(ends[1])}]"
+    return f"{name} {_percent(values[i])}" + (" (estimated)" if adds_up(result) and not is_exact else "")
+
+
+def _percent(share: float) -> str:
+    """A share in per cent, with a digit after the point, or two digits where it is small."""
+    return f"{share:.1%}" if abs(share) >= 0.001 else f"{100 * share:.2g}%"
 
 
 def where_they_part(result: SweepResult, layers: tuple[int, int] | None) -> str:
@@ -226,6 +265,8 @@ def how_concentrated(
     coverage, n = float(result.dataset.attrs["coverage"]), int(np.isfinite(values).sum())
     if result.ranking == "delta_norm":
         return "Not known: nothing but the size of the changes was measured."
+    if not adds_up(result):
+        return "Not known: what single weights do was not measured."
     if not coverage > 0:
         return "Not known: together the components recover nothing."
     reached = float(values[values > 0].sum()) / coverage
@@ -241,8 +282,15 @@ def how_concentrated(
     )
     told = f"Added up, the {effects} of {n:,} ({these}) {make} half of what all recover together"
     if n_most is not None:
-        return f"{told}, and {n_most:,} make 90%."
+        return f"{told}, and 90%." if n_most == n_half else f"{told}, and {n_most:,} make 90%."
     return f"{told}. All positive ones make {reached:.0%}; the rest shows only when several are put in at once."
+
+
+def judged_answers(result: SweepResult) -> Answers | None:
+    """The answers of a result, if the checker judged all of them and the result ranks by what chose their set."""
+    answers = result.answers
+    known = answers is not None and np.isfinite(answers.passes).all() and answers.by in result.dataset
+    return answers if known else None
 
 
 def a_set(result: SweepResult, layers: tuple[int, int] | None) -> str:
@@ -252,8 +300,8 @@ def a_set(result: SweepResult, layers: tuple[int, int] | None) -> str:
         result: the whole result.
         layers: the narrowest range of layers with half of the components of the set.
     """
-    answers = result.answers
-    if answers is None or not np.isfinite(answers.passes).all():
+    answers = judged_answers(result)
+    if answers is None:
         return ""
     n, n_all = answers.n_components, int(np.isfinite(result.values(answers.by)).sum())
     kinds = [kind for kind, _ in set_members(result)]
@@ -264,7 +312,7 @@ def a_set(result: SweepResult, layers: tuple[int, int] | None) -> str:
     is_divided = Origin.of(result.dataset.attrs).is_divided
     of_all = " of all directions" if is_divided else ""
     if n >= n_all:
-        told = f"With all {n_all:,} components that were ranked, {shows}."
+        told = f"With all that were ranked ({n_all:,}), {shows}."
         told += f" With the best {tried} it does so on too few." if tried else ""
     else:
         size = "" if np.isnan(answers.share) else f", {answers.share:.1%} of the parameters{of_all}"
@@ -283,23 +331,31 @@ def a_set(result: SweepResult, layers: tuple[int, int] | None) -> str:
 
 def what_the_set_says(result: SweepResult) -> str:
     """Whether a set of components brought the behaviour back, as evidence beside the tests; empty if not known."""
-    answers = result.answers
-    if answers is None or not np.isfinite(answers.passes).all():
+    answers = judged_answers(result)
+    if answers is None:
         return ""
     n, n_all = answers.n_components, int(np.isfinite(result.values(answers.by)).sum())
     by_base, by_patched, by_expert = answers.passes.sum(1)
+    if n >= n_all and not answers.tried:
+        return ""  # no set was tried that is small
     if n < n_all and by_patched >= max(by_expert - 1, by_base + 2):
         return (
             f"What speaks for the places: the {n:,} best components alone bring the behaviour back on {by_patched:.0f} "
             f"of {len(answers.prompts)} prompts."
         )
+    if n < n_all and by_patched >= by_expert > by_base:
+        return (
+            f"The {n:,} best components alone bring the behaviour back as often as the expert shows it, but on so few "
+            "prompts that it may be chance."
+        )
     return "No small set that was tried brings the behaviour back as often as the expert shows it."
 
 
 def set_members(result: SweepResult) -> list[tuple[str, int]]:
-    """Kind and layer of each component of the set whose answers the result holds."""
-    answers, data = result.answers, result.dataset
-    assert answers is not None
+    """Kind and layer of each component of the set whose answers the result holds; empty without answers."""
+    answers, data = judged_answers(result), result.dataset
+    if answers is None:
+        return []
     kinds, layers = data["kind"].values.astype(str), data["layer"].values
     position = {str(name): i for i, name in enumerate(data["name"].values)}
     best = [position[row.name] for row in result.top(answers.n_components, by=answers.by)]
@@ -314,7 +370,8 @@ def noise(result: SweepResult, reach: Reach | None) -> str:
     # Where one is found, so are all of so small a p: then no large effect was missed for want of queries.
     about_q = f" {reach}".rstrip() if reach is not None and not found else ""
     if not exact.any():
-        return "No component was replaced alone, so there is no noise floor: the ranking is an estimate." + about_q
+        what = ": the ranking is an estimate." if adds_up(result) else "."
+        return f"No component's weights were replaced alone, so there is no noise floor{what}{about_q}"
     above = int((exact & ~data["below_noise_floor"].values.astype(bool)).sum())
     sure = f"{found:,} effects on the metric are surely not 0: they have"
     sure = "1 effect on the metric is surely not 0: it has" if found == 1 else sure

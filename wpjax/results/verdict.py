@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from wpjax.columns import EFFECT, effect_estimates
 from wpjax.methods.metrics import reads_anchor
 from wpjax.results.origin import Origin
 from wpjax.results.reach import Reach
@@ -23,6 +22,7 @@ from wpjax.results.telling import (
     CHECKER_SAYS,
     a_set,
     about_pair,
+    adds_up,
     how_concentrated,
     layers_of_half,
     noise,
@@ -35,7 +35,7 @@ from wpjax.results.telling import (
 )
 
 Status = Literal["accepted", "undecided", "rejected", "not tested"]
-Shape = Literal["concentrated", "in between", "diffuse", "in company"]
+Shape = Literal["concentrated", "in between", "diffuse", "in company", "not known"]
 
 FEW, MANY = 0.02, 0.1
 """Half of the joint effect in at most this share of the components is concentrated; in more than that, diffuse."""
@@ -48,7 +48,7 @@ class Verdict:
     Attributes:
         status: what the tests say of what was measured: of the anchor, or (for other metrics) of the behaviour.
         shape: how the effect is spread over components; "in company" if single effects do not add up to half of what
-            the components recover together.
+            the components recover together; "not known" if effects of weights were not measured.
         layers: the narrowest range of layers, both ends included, in which half of all positive single effects stand;
             None if there are none.
         n_half: how many components, the largest effects first, add up to half of the coverage; None if none do.
@@ -97,13 +97,13 @@ def verdict(result: SweepResult, path: str | Path | None = None) -> Verdict:
     """
     whole, result = result, result.swept
     data, attrs = result.dataset, result.dataset.attrs
-    values = result.best() if result.ranking in (EFFECT, *effect_estimates()) else result.values(result.ranking)
+    values = result.best() if adds_up(result) else result.values(result.ranking)
     finest = result.finest
     coverage = float(attrs["coverage"])
-    is_share = result.ranking != "delta_norm"  # a norm is no share of the gap: it cannot be added up to one
+    is_share = adds_up(result)
     n_half, n_most = (n_reaching(values[finest], share * coverage) if is_share else None for share in (0.5, 0.9))
-    shape = _shape(n_half, int(finest.sum()))
-    layers = layers_of_half(data["layer"].values[finest], values[finest])
+    shape = _shape(n_half, int(finest.sum())) if is_share else "not known"
+    layers = layers_of_half(data["layer"].values[finest], values[finest]) if is_share else None
     status, about = _status(result)
     if status != "accepted":
         about = f"{about} {what_the_set_says(whole)}".rstrip()
@@ -137,9 +137,7 @@ def _layers_parted(result: SweepResult) -> tuple[int, int] | None:
 
 def _layers_of_set(result: SweepResult) -> tuple[int, int] | None:
     """The layers that hold half of the components of the set whose answers the result holds."""
-    if result.answers is None:
-        return None
-    layers = np.array([layer for _, layer in set_members(result)])
+    layers = np.array([layer for _, layer in set_members(result)], int)
     return layers_of_half(layers, np.ones(len(layers)))
 
 

@@ -545,9 +545,9 @@
 
   DRAW.coverage = (width) => {
     const c = about.coverage, bars = c.kinds.flatMap((kind, k) => [
-      { kind, what: "as one patch", value: c.joint[k] ?? 0, fill: colour(kind) },
-      { kind, what: "sum of single effects", value: c.sum[k] ?? 0, fill: "color-mix(in oklab, var(--soft) 45%, var(--surface))" },
-    ]);
+      { kind, what: "as one patch", value: c.joint[k], fill: colour(kind) },
+      { kind, what: "sum of single effects", value: c.sum[k], fill: "color-mix(in oklab, var(--soft) 45%, var(--surface))" },
+    ]).filter((bar) => bar.value !== null && !Number.isNaN(bar.value));
     const plot = draw(width, 50 + 52 * c.kinds.length, {
       marginLeft: 14 + 7 * d3.max(c.kinds, (kind) => kind.length), marginRight: 56, x: { label: "share of the gap", tickFormat: ".0%", grid: true, ticks: Math.max(3, Math.round(width / 110)) }, y: { axis: null, domain: ["as one patch", "sum of single effects"] }, fy: { domain: c.kinds, label: null, padding: 0.25, axis: "left" },
       marks: [
