@@ -121,7 +121,7 @@ def test_a_terminal_shows_bars_and_the_plan(schedule, clock, monkeypatch, capsys
             print("the ranking")
     shown = screen.getvalue()
     assert re.search(r"a sweep.*together.*tests done in 35 s \(planned 15 s\)", shown, re.DOTALL)
-    assert "about 1 min left of it, 1 min 20 s in all" in shown
+    assert "about 1 min left of it, 1 min 20 s to the end" in shown
     assert capsys.readouterr().out == "the ranking\n"
 
 

@@ -255,3 +255,14 @@ def test_what_differs_in_the_pair_is_said_before_the_work_and_with_the_result(tm
     study = run_study(asked, tell=told.append)
     assert told == ["weights stored as BF16 and as F32: what rounding changed counts as a change", note]
     assert note in dict(verdict(study.result).points)["The pair"]
+
+
+def test_answers_to_read_are_as_long_as_the_checker_needs(tiny_pair):
+    """A closing quote comes after the 8 tokens that are asked for; later commands take the length from the result."""
+    task = behaviour("tiny:quotation")
+    batch = task.encode(tiny_pair.tokenizer, n_prompts=4)
+    result = sweep(tiny_pair, batch, kl_metric(tiny_pair, batch, 8), kinds=("attn", "mlp"), method="screen")
+    answers = answers_to_read(tiny_pair, task, result, top=16, max_new_tokens=8)
+    assert answers.passes[2].all()
+    assert all(text.endswith('"') for text in answers.texts[2])
+    assert answers.max_new_tokens == 64

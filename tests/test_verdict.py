@@ -202,7 +202,7 @@ def test_a_q_that_so_few_queries_cannot_reach_is_said_to_be_so(n_queries, says):
         one = [benjamini_hochberg(np.r_[smallest_p(n), np.ones(99)])[0] < 0.05 for n in (enough - 1, enough)]
         assert one == [False, True]
     else:
-        assert noise.endswith("they have q < 0.05.")
+        assert noise.endswith("none has q < 0.05.")
     result.dataset["q_value"][0] = 0.01  # one is found, and so would be any of so large an effect
     assert dict(verdict(result).points)["Noise"].endswith("1 effect on the metric is surely not 0: it has q < 0.05.")
 

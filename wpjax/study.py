@@ -549,6 +549,8 @@ def _with_answers(config: SweepConfig, pair: Pair, task: Behaviour, study: Study
     try:
         n_prompts, n_new = config.answers, config.max_new_tokens
         answers = answers_to_read(pair, task, study.result, n_prompts=n_prompts, max_new_tokens=n_new)
-        return study._replace(result=SweepResult(answers.added_to(study.result.dataset)))
+        data = answers.added_to(study.result.dataset)
+        # What later commands let the models say: no less than the checker needs.
+        return study._replace(result=SweepResult(data.assign_attrs(max_new_tokens=answers.max_new_tokens)))
     except (WpjaxError, MemoryError, jax.errors.JaxRuntimeError) as error:
         return study._replace(no_answers=" ".join(str(error).split()))

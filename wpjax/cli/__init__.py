@@ -67,6 +67,7 @@ def main() -> None:
 
     Exit codes: 0 done, 2 bad input, 130 interrupted (143 terminated), 141 nobody reads the output, 1 a bug.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: nothing here needs it
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     early.stop_listening()  # what is restored when the command is over

@@ -177,7 +177,7 @@ class Left(ProgressColumn):
         if self.schedule is None or self.schedule.running is None or task.finished:
             return Text()
         of_it, of_all = in_words(self.schedule.left_of_running), in_words(self.schedule.left)
-        return Text(f"about {of_it} left of it, {of_all} in all")
+        return Text(f"about {of_it} left of it, {of_all} to the end")
 
 
 class Bars(Reporter):
@@ -293,4 +293,4 @@ class Lines(Reporter):
         schedule = self._schedule
         if schedule is None or schedule.running is None:
             return state
-        return f"{state}, about {in_words(schedule.left_of_running)} left of it, {in_words(schedule.left)} in all"
+        return f"{state}, about {in_words(schedule.left_of_running)} left of it, {in_words(schedule.left)} to the end"

@@ -262,10 +262,11 @@ def _passing(diagnostics: tuple[LayerDiagnostics, ...], name: str, layer: int | 
         return sorted(passing, key=lambda d: -d.signal)
     nearest = max(considered, key=lambda d: (d.stability >= MIN_STABILITY, np.nan_to_num(d.gap_low, nan=-np.inf)))
     which = f"layer {layer}" if layer is not None else f"no layer passes; the nearest, layer {nearest.layer}"
-    raise AnchorRejected(
-        f"anchor for {name} rejected: {which}: {nearest.verdict()}; the expert does not carry this behaviour more than "
-        "the base on these prompts: check the pair and the behaviour, or use more prompts"
-    )
+    cause = "the expert does not carry this behaviour more than the base on these prompts: check the pair and the "
+    cause += "behaviour, or use more prompts"
+    if nearest.stability < MIN_STABILITY and nearest.gap_low > 0:  # halves of the prompts point different ways
+        cause = "halves of the prompts give different directions: use more prompts (--n-prompts)"
+    raise AnchorRejected(f"anchor for {name} rejected: {which}: {nearest.verdict()}; {cause}")
 
 
 def _choose(

@@ -142,7 +142,14 @@ def check_behaviour_differs(judge: Judge, base: Generation, expert: Generation) 
     """
     judge.check_not_empty("base", base)
     judge.check_not_empty("expert", expert)
-    check_pass_rates_differ(judge.behaviour.name, judge.batch.queries, judge.passes(base), judge.passes(expert))
+    passes, is_cut = judge.passes(expert), judge.cut(expert)
+    hint = ""
+    if (is_cut & ~passes).mean() >= 0.5:
+        n = judge.max_new_tokens
+        hint = (
+            f"most of the expert's answers were cut off after {n} tokens: let them be longer (--max-new-tokens {2 * n})"
+        )
+    check_pass_rates_differ(judge.behaviour.name, judge.batch.queries, judge.passes(base), passes, hint)
 
 
 def passes_surely_more(
@@ -157,7 +164,11 @@ def passes_surely_more(
 
 
 def check_pass_rates_differ(
-    name: str, queries: Int[np.ndarray, " B"], base: Bool[np.ndarray, " B"], expert: Bool[np.ndarray, " B"]
+    name: str,
+    queries: Int[np.ndarray, " B"],
+    base: Bool[np.ndarray, " B"],
+    expert: Bool[np.ndarray, " B"],
+    hint: str = "",
 ) -> None:
     """Refuse a behaviour in which base and expert do not differ.
 
@@ -166,13 +177,16 @@ def check_pass_rates_differ(
         queries: index of each prompt's query.
         base: whether the base's answer to each prompt passes the checker.
         expert: the same of the expert.
+        hint: what may be the cause, if that is known.
 
     Raises:
         AnchorRejected: the expert does not surely pass the checker more often than the base: the 95 % interval of the
             difference, over queries, reaches 0.
     """
     if not passes_surely_more(queries, base, expert):
+        swapped = "are base and expert swapped?" if base.mean() > expert.mean() + 0.5 else ""
         raise AnchorRejected(
             f"{name}: the base passes the checker on {base.mean():.0%} of {len(base)} prompts, the expert on "
-            f"{expert.mean():.0%}: not surely more, so there is no behaviour to find; check the pair and the checker"
+            f"{expert.mean():.0%}: not surely more, so there is no behaviour to find; "
+            + (hint or swapped or "check the pair and the checker")
         )

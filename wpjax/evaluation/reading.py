@@ -44,7 +44,8 @@ def answers_to_read(
         result: the sweep. Its `set_ranking` says which components are best.
         top: number of components to patch; None to find it.
         n_prompts: number of "test" prompts to show.
-        max_new_tokens: length of an answer, at most.
+        max_new_tokens: length of an answer, at most; longer where the expert's answers are cut off before the checker
+            can accept them (`Judge.with_room`). `Answers.max_new_tokens` says how long they were.
 
     Raises:
         BehaviourError: the prompts do not fit the model.
@@ -61,7 +62,11 @@ def answers_to_read(
     batch = behaviour.encode(pair.tokenizer, "test", max(n_prompts, MIN_PROMPTS))
     batch.check_fits(pair.cfg.n_ctx, pair.cfg.d_vocab, pair.cfg.longer_context)
     judge = Judge(pair, behaviour, batch, max_new_tokens)
-    base, expert = judge.answers(pair.base), judge.answers(pair.expert)
+    try:
+        judge, expert = judge.with_room(pair.expert)
+    except BehaviourError:  # nobody judges
+        expert = judge.answers(pair.expert)
+    base = judge.answers(pair.base)
     passes = _passes(judge, expert)
     ranked = [row.name for row in result.top(result.dataset.sizes["component"], by=result.set_ranking)]
     owned = np.array([n_parameters(pair.cfg, parse_component(pair.cfg, name)) for name in ranked])
@@ -76,7 +81,8 @@ def answers_to_read(
             break
         tried.append(size)
     answers = side_by_side(judge, base, patched, expert, len(names), result.set_ranking, n_prompts)
-    return answers._replace(tried=tuple(tried), share=float(owned[: len(names)].sum() / owned.sum()))
+    share = float(owned[: len(names)].sum() / owned.sum())
+    return answers._replace(tried=tuple(tried), share=share, max_new_tokens=judge.max_new_tokens)
 
 
 def side_by_side(

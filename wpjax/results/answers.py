@@ -34,6 +34,7 @@ class Answers(NamedTuple):
         by: name of the ranking that these components lead.
         tried: numbers of components that were tried before, and with which fewer answers passed.
         share: the part of the parameters that the patched components own, of all that were ranked; NaN if not known.
+        max_new_tokens: length of these answers, at most; 0 if not known. It is not stored with them.
 
     >>> answers = Answers(("Hi! Shout.",), (("hello",), ("HELLO",), ("HELLO",)), np.array([[0.0], [1.0], [1.0]]), 3,
     ...                   "effect")
@@ -50,6 +51,7 @@ class Answers(NamedTuple):
     by: str
     tried: Sequence[int] = ()
     share: float = float("nan")
+    max_new_tokens: int = 0
 
     @property
     def about(self) -> str:

@@ -375,6 +375,7 @@ def noise(result: SweepResult, reach: Reach | None) -> str:
     above = int((exact & ~data["below_noise_floor"].values.astype(bool)).sum())
     sure = f"{found:,} effects on the metric are surely not 0: they have"
     sure = "1 effect on the metric is surely not 0: it has" if found == 1 else sure
+    sure = "no effect on the metric is surely not 0: none has" if not found else sure
     return (
         f"Rounding alone makes effects up to {float(data.attrs['noise_floor']):.1e}; {above:,} of {int(exact.sum()):,} "
         f"replaced components are above it. Tested query by query, {sure} q < {LEVEL:g}.{about_q}"
