@@ -36,13 +36,16 @@ from wpjax.behaviours import (
 from wpjax.behaviours.checkers import no_comma
 from wpjax.checkpoints.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from wpjax.checkpoints.hf_config import unread_attributes
+from wpjax.checkpoints.rewrite import open_model
 from wpjax.cli import inspect
-from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, PairError, WpjaxError
+from wpjax.errors import AnchorRejected, BehaviourError, CheckpointError, ConfigError, PairError, WpjaxError
 from wpjax.estimators.sweep import sweep
 from wpjax.metrics.anchor import Anchor
 from wpjax.models.decoder import forward
 from wpjax.models.sites import Site
 from wpjax.pairs import load_pair, make_pair
+from wpjax.patchfiles import apply_patches, save_patch
+from wpjax.patching import PatchMask, materialize
 
 END = "<|endoftext|>"
 V = 270
@@ -696,6 +699,72 @@ def test_one_arithmetic_in_other_words_is_a_pair(copy, tmp_path):
     np.testing.assert_allclose(torch_logits(tmp_path / "again"), torch_logits(expert), atol=1e-4)
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (saved["model_type"], saved["bos_token_id"]) == ("llama", 0)
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_knock_out_of_another_family_is_in_the_words_of_its_host(models_of, tmp_path, family):
+    """The host is the expert: a Mistral with a Llama's names, or a Phi3, which stores q, k and v as one tensor."""
+    base, expert = models_of["llama"], write_model(tmp_path / "expert", 1, family, sliding_window=None, pad_token_id=0)
+    pair, names = load_pair(base, expert), ["L0.head.1", "L1.kv_group.0", "L1.neuron.3", "embed"]
+    for knockout, host, of in ((True, expert, family), (False, base, "llama")):
+        patch = save_patch(tmp_path / f"{of}.safetensors", pair, names, knockout=knockout)
+        assert patch.info.family == of
+        apply_patches(open_model(host), [patch], tmp_path / of)
+        ends = (pair.expert, pair.base) if knockout else (pair.base, pair.expert)
+        ours = our_logits(pair.cfg, materialize(*ends, PatchMask.of(pair.cfg, names)))
+        np.testing.assert_allclose(torch_logits(tmp_path / of), ours, atol=1e-4)
+        apply_patches(open_model(tmp_path / of), [patch], tmp_path / f"{of}-again", undo=True)
+        assert open_model(tmp_path / f"{of}-again").fingerprint() == open_model(host).fingerprint()
+
+
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0],
+}  # fmt: skip
+
+
+def write_phi3(folder: Path, seed: int = 0, rope: dict[str, Any] | None = None, **changes) -> Path:
+    """A Phi3 whose context longrope extends from 64 to 256 tokens."""
+    sizes: dict[str, Any] = {"max_position_embeddings": 256, "original_max_position_embeddings": 64, "pad_token_id": 0}
+    return write_model(folder, seed, "phi3", rope_parameters=LONGROPE | (rope or {}), **sizes | changes)
+
+
+def test_a_context_that_a_config_cannot_say_is_refused(tmp_path):
+    """The scale of longrope follows from its longest context, so a shorter one would be another model."""
+    base = write_phi3(tmp_path / "base")
+    for kwargs in ({}, {"ignore_config": ("original_max_position_embeddings",)}):
+        with pytest.raises(
+            ConfigError, match=r"window: a config.json with max_position_embeddings=16 .* another .*rope"
+        ):
+            load_pair(base, write_phi3(tmp_path / "window", 1, sliding_window=16), **kwargs)
+    expert = write_phi3(tmp_path / "grown", 1, vocab_size=V + 2)
+    pair = load_pair(base, expert)
+    assert pair.cfg.d_vocab == V
+    save_checkpoint(tmp_path / "again", pair.expert_checkpoint)  # what can be said is said
+    np.testing.assert_allclose(torch_logits(tmp_path / "again"), torch_logits(expert)[..., :V], atol=1e-4)
+
+
+def test_rotary_positions_in_other_words_are_equal_at_every_length(tmp_path):
+    """Also beyond the original context, where longrope has other factors and dynamic scaling begins."""
+    base = write_phi3(tmp_path / "base")
+    scale = float(np.sqrt(1 + np.log(4.0) / np.log(64.0)))
+    expert = write_phi3(tmp_path / "expert", 1, rope={"attention_factor": scale})
+    pair = load_pair(base, expert)
+    assert pair.cfg == load_checkpoint(base).cfg
+    save_checkpoint(tmp_path / "again", pair.expert_checkpoint)
+    ids = np.random.default_rng(1).integers(0, 250, (1, 80))
+    np.testing.assert_allclose(torch_logits(tmp_path / "again", ids), torch_logits(expert, ids), atol=1e-4)
+    other = write_phi3(tmp_path / "other", 1, rope={"long_factor": [2.0, 8.0]})
+    with pytest.raises(PairError, match=r"are not one architecture: rope: .*longrope"):
+        load_pair(base, other)
+    dynamic = [
+        write_model(
+            tmp_path / f"dynamic-{n}", int(n), rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": n}
+        )
+        for n in (2.0, 4.0)
+    ]
+    with pytest.raises(PairError, match=r"are not one architecture: rope: .*dynamic"):
+        load_pair(*dynamic)
 
 
 def test_a_window_of_one_model_alone_bounds_the_context(tmp_path):

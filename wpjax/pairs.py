@@ -32,7 +32,7 @@ from wpjax.checkpoints.rewrite import open_model
 from wpjax.checkpoints.tokenizer import load_tokenizer
 from wpjax.components import KINDS, LEAVES, Component, indices
 from wpjax.errors import BehaviourError, CheckpointError, PairError
-from wpjax.models.config import ModelConfig
+from wpjax.models.config import ModelConfig, Rope
 from wpjax.models.decoder import Params
 from wpjax.models.rotary import frequencies
 from wpjax.models.sharding import choose_placement, described, leaf_places, place
@@ -373,7 +373,7 @@ def load_pair(
 
     Raises:
         PairError: the two differ in architecture or vocabulary, or have equal weights. The message says how.
-        CheckpointError: a source cannot be read.
+        CheckpointError: a source cannot be read, or no config.json can say what the two have in common.
         WpjaxError: the mesh does not divide the devices, or no mesh of these devices holds the models.
 
     >>> import wpjax as wp
@@ -425,6 +425,7 @@ def make_pair(base: Checkpoint, expert: Checkpoint, tokenizer: TokenizerOf | Non
 
     Raises:
         PairError: as `load_pair`.
+        ConfigError: no config.json can say what the two have in common.
     """
     if tokenizer not in (None, *typing.get_args(TokenizerOf)):
         raise PairError(f"tokenizer={tokenizer!r}: there are base and expert")
@@ -468,7 +469,7 @@ def _within_the_window(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint
     window = model.cfg.window
     assert window is not None
     cfg = dataclasses.replace(model.cfg, window=None, sliding=(), n_ctx=min(window, model.cfg.n_ctx))
-    raw = with_changes(model.hf_config, model.cfg, cfg)
+    raw = with_changes(model.hf_config, model.cfg, cfg, model.source)
     models[having[0]] = dataclasses.replace(model, cfg=cfg, hf_config=raw)
     note = f"{model.source} alone has a sliding window, of {window} tokens: to no more tokens, it makes no difference"
     return models[0], models[1], [note]
@@ -477,25 +478,40 @@ def _within_the_window(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint
 def _in_words_of(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, list[str]]:
     """The expert, with the configuration in the base's words where it says the same in others; and what is to be said.
 
-    It may name another `model_type` that has the same arithmetic here, or write the same rotary frequencies otherwise.
+    It may name another `model_type` that has the same arithmetic here, or write the same rotary embedding otherwise.
     """
     cfg = expert.cfg
     for field in ("rope", "local_rope"):
         ours, theirs = getattr(base.cfg, field), getattr(cfg, field)
-        if ours and theirs and ours != theirs and ours.scaling == theirs.scaling and ours.fraction == theirs.fraction:
-            (f, scale), (g, other) = (frequencies(rope, cfg.d_head) for rope in (ours, theirs))
-            if f.shape == g.shape and np.allclose(f, g, rtol=1e-6, atol=0) and np.isclose(scale, other, rtol=1e-6):
-                cfg = dataclasses.replace(cfg, **{field: ours})
+        if ours and theirs and ours != theirs and _rotate_equally(ours, theirs, cfg.d_head):
+            cfg = dataclasses.replace(cfg, **{field: ours})
     as_base = dataclasses.replace(cfg, n_ctx=base.cfg.n_ctx, d_vocab=base.cfg.d_vocab, tied=base.cfg.tied)
     notes = []
-    if [difference.split(":")[0] for difference in base.cfg.differences(as_base)] == ["family"]:
+    differing = [difference.split(":")[0] for difference in base.cfg.differences(as_base)]
+    if differing == ["family"]:
         notes = [f"a {base.cfg.family} and a {cfg.family}, whose arithmetic is the same"]
         cfg = dataclasses.replace(cfg, family=base.cfg.family)
-    if cfg == expert.cfg or cfg.family != base.cfg.family:
+    elif differing or cfg == expert.cfg:
         return expert, []
     special = {name: expert.hf_config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    raw = {**with_changes(base.hf_config, base.cfg, cfg), **special}
+    shorter = dataclasses.replace(cfg, n_ctx=min(cfg.n_ctx, base.cfg.n_ctx))  # the context that the pair will have
+    raw = {**with_changes(base.hf_config, base.cfg, shorter, expert.source), **special}
     return dataclasses.replace(expert, cfg=cfg, hf_config=raw), notes
+
+
+def _rotate_equally(one: Rope, other: Rope, d_head: int) -> bool:
+    """Whether two rotary embeddings are the same at every length, so that one can be written in the other's words.
+
+    `frequencies` tells those up to the context. Longrope and dynamic scaling have others beyond it, by their options.
+    """
+    if one.scaling != other.scaling or one.fraction != other.fraction or one.scaling == "dynamic":
+        return False
+    if one.scaling == "longrope":  # these two make no more than the scale, which is compared below
+        a, b = ({k: v for k, v in r.options if k not in ("factor", "attention_factor")} for r in (one, other))
+        if a != b:
+            return False
+    (f, scale), (g, scale_other) = (frequencies(rope, d_head) for rope in (one, other))
+    return f.shape == g.shape and np.allclose(f, g, rtol=1e-6, atol=0) and bool(np.isclose(scale, scale_other, 1e-6))
 
 
 def _named_differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
@@ -535,7 +551,7 @@ def _fitted(model: Checkpoint, cfg: ModelConfig) -> Checkpoint:
     for path, (axis, n) in sizes.items():
         if path in flat and flat[path].shape[axis] > n:  # one that fits stays the array that the two may share
             flat[path] = jax.lax.slice_in_dim(flat[path], 0, n, axis=axis)
-    raw = with_changes(model.hf_config, model.cfg, cfg)  # so that the model can be saved again
+    raw = with_changes(model.hf_config, model.cfg, cfg, model.source)  # so that the model can be saved again
     return dataclasses.replace(model, cfg=cfg, params=unflatten(flat), hf_config=raw)
 
 

@@ -305,7 +305,7 @@ def _load_adapter(folder: Path, source: str, base: Checkpoint | None, place: Pla
         )
     adapter, tokenizer = Adapter(folder, source), load_tokenizer(folder)
     cfg, params, omitted, notes = adapter.apply(base.cfg, base.params, base.source, place)
-    raw = with_changes(base.hf_config, base.cfg, cfg)
+    raw = with_changes(base.hf_config, base.cfg, cfg, source)
     return Checkpoint(cfg, params, tokenizer, raw, base.generation_config, source, omitted, notes, base.stored)
 
 

@@ -135,17 +135,22 @@ def parse_config(raw: Mapping[str, Any], where: str, ignore: tuple[str, ...] = (
     return cfg
 
 
-def with_changes(raw: Mapping[str, Any], cfg: ModelConfig, new: ModelConfig) -> dict[str, Any]:
+def with_changes(raw: Mapping[str, Any], cfg: ModelConfig, new: ModelConfig, where: str) -> dict[str, Any]:
     """An HF configuration with the attributes that say what was changed, so that the model can be saved again.
 
     Args:
         raw: the content of a config.json.
         cfg: what it says.
         new: what it shall say; other in context, vocabulary or `tied`.
+        where: the model, for messages.
+
+    Raises:
+        ConfigError: with these attributes it would say something else. The factors of longrope, for one, may follow
+            from the length of the context.
 
     >>> raw = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "vocab_size": 99}
     >>> cfg = parse_config(raw, "config.json")
-    >>> with_changes(raw, cfg, dataclasses.replace(cfg, d_vocab=50, tied=False))["vocab_size"]
+    >>> with_changes(raw, cfg, dataclasses.replace(cfg, d_vocab=50, tied=False), "m")["vocab_size"]
     50
     """
     changed = {
@@ -153,7 +158,20 @@ def with_changes(raw: Mapping[str, Any], cfg: ModelConfig, new: ModelConfig) -> 
         for hf, field in FAMILIES[cfg.family].fields.items()
         if field in ("n_ctx", "d_vocab", "tied") and getattr(new, field) != getattr(cfg, field)
     }
-    return {**raw, **changed}
+    written = {**raw, **changed}
+    if new != cfg:
+        is_long = any(rope is not None and rope.is_long for rope in (new.rope, new.local_rope))
+        known = set(raw) - {ORIGINAL_CONTEXT} | ({ORIGINAL_CONTEXT} if is_long else set())  # `raw` was accepted before
+        how_run = {name: getattr(new, name) for name in ("activation_splits", "backward", "directions")}
+        found = dataclasses.replace(parse_config(written, where, tuple(known)), **how_run)
+        wrong = [difference.split(":")[0] for difference in found.differences(new)]
+        if wrong:
+            raise ConfigError(
+                f"{where}: a config.json with {', '.join(f'{k}={v!r}' for k, v in changed.items())} would make another "
+                f"model of it, with another {', '.join(wrong)}; give base and expert the same context and the same "
+                "sliding window in their config.json"
+            )
+    return written
 
 
 def unread_attributes(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from wpjax.checkpoints.rewrite import StoredModel, open_model
 from wpjax.checkpoints.weights import SafetensorsWriter
 from wpjax.components import Component, n_parameters, parse_component
 from wpjax.errors import PatchError
+from wpjax.models.config import ModelConfig
 from wpjax.models.decoder import Params
 from wpjax.pairs import Pair
 from wpjax.patchfiles.delta import INT8, Encoding, decode, encode
@@ -88,7 +89,8 @@ def save_patch(
     ends = [(pair.base_checkpoint, pair.base), (pair.expert_checkpoint, pair.expert)]
     (into, host), (origin, donor) = reversed(ends) if knockout else ends
     stored = _open_host(pair, into, knockout, ignore_config)
-    slices = owned_slices(pair.cfg, names)
+    cfg = dataclasses.replace(pair.cfg, family=stored.cfg.family)  # a pair of two families is in the base's words
+    slices = owned_slices(cfg, names)
     absent = [name for name in slices if name not in stored.names]
     if absent:
         raise PatchError(
@@ -102,7 +104,7 @@ def save_patch(
         public_name(origin.source),
         knockout,
         stored.fingerprint(),
-        pair.cfg.family,
+        cfg.family,
         n_owned,
         behaviour,
         ranked_by,
@@ -112,7 +114,7 @@ def save_patch(
         wpjax.__version__,
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    return _write(Path(path), about, list(slices), _entries(pair, stored, (host, donor), slices), encoding, overwrite)
+    return _write(Path(path), about, list(slices), _entries(cfg, stored, (host, donor), slices), encoding, overwrite)
 
 
 def _open_host(pair: Pair, into: Checkpoint, knockout: bool, ignore_config: tuple[str, ...]) -> StoredModel:
@@ -174,10 +176,10 @@ def _write(
 
 
 def _entries(
-    pair: Pair, stored: StoredModel, models: tuple[Params, Params], slices: Mapping[str, Slices]
+    cfg: ModelConfig, stored: StoredModel, models: tuple[Params, Params], slices: Mapping[str, Slices]
 ) -> Iterator[Entry]:
-    """The slices of a pair that differ, tensor by tensor."""
-    ours, theirs = (hf_tensors(pair.cfg, params) for params in models)
+    """The slices in which host and donor differ, tensor by tensor."""
+    ours, theirs = (hf_tensors(cfg, params) for params in models)
     for (name, host), (_, donor) in zip(ours, theirs, strict=True):
         if name not in slices:
             continue
