@@ -21,10 +21,11 @@ from wpjax.errors import OutputError, WpjaxError
 from wpjax.estimators.sets import add_set_score
 from wpjax.estimators.sweep import sweep
 from wpjax.evaluation.fit_anchor import fit_anchor
+from wpjax.evaluation.reading import answers_to_read
 from wpjax.finetuning import answer
 from wpjax.forecast import EFFICIENCY, Forecast, Pace
 from wpjax.metrics.anchor import Anchor
-from wpjax.metrics.answers import instructed_metric, partings_metric
+from wpjax.metrics.answers import instructed_metric, kl_metric, partings_metric
 from wpjax.metrics.metric import Metric
 from wpjax.metrics.readouts import Projection
 from wpjax.pairs import load_model, load_pair
