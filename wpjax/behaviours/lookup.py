@@ -10,7 +10,7 @@ from wpjax.behaviours.checkers import CHECKERS
 from wpjax.behaviours.jsonl import from_file
 from wpjax.behaviours.prompts import Behaviour, Division, PromptPair
 from wpjax.behaviours.rewrites import REWRITES
-from wpjax.errors import BehaviourError
+from wpjax.errors import BehaviourError, nearest
 
 
 def behaviour(name: str | Path, checker: str | None = None, split: Division = "thirds") -> Behaviour:
@@ -47,7 +47,10 @@ def behaviour(name: str | Path, checker: str | None = None, split: Division = "t
     base = name.removeprefix("tiny:")
     instructions = json.loads(_data("behaviours/instructions.json"))
     if base not in instructions:
-        raise BehaviourError(f"unknown behaviour {name!r}; built in: {', '.join(BUILT_IN)}; or a path ending in .jsonl")
+        raise BehaviourError(
+            f"unknown behaviour {name!r}{nearest(base, BUILT_IN)}; built in: {', '.join(BUILT_IN)}; or a path ending in "
+            ".jsonl"
+        )
     queries = _data("assets/tiny/queries.txt" if base != name else "behaviours/queries.txt").splitlines()
     pairs = tuple(
         PromptPair(p["text"].replace("{query}", query), query, i, p.get("args", {}))

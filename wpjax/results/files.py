@@ -118,7 +118,8 @@ def read_dataset(path: str | Path, what: str, schema: int, command: str) -> xr.D
     except Exception as error:  # HDF5's readers raise what they like on a damaged file
         if isinstance(error, WpjaxError):
             raise
-        raise WpjaxError(f"{path}: not a readable result file ({error}); make one with `{command}`") from error
+        damage = "it is damaged, or of another kind" if "signature" in str(error) else str(error)  # HDF5's words
+        raise WpjaxError(f"{path}: not a readable result file ({damage}); make one with `{command}`") from error
     kind: Any = dataset.attrs.get("what")
     if isinstance(kind, str) and kind != what:
         raise OtherResult(f"{path}: holds {kind}, not {what}; make that with `{command}`")

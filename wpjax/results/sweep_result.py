@@ -161,7 +161,7 @@ class SweepResult:
         data = self.dataset
         measured = _measured(data)
         if by not in measured:
-            raise WpjaxError(f"this result has no ranking {by!r}, only {', '.join(measured)}; pass by={measured[0]!r}")
+            raise WpjaxError(f"this result has no ranking {by!r}, only {', '.join(measured)}: name one of these")
         return np.asarray(data[by].values.astype(float))
 
     def best(self) -> Float[np.ndarray, " C"]:
