@@ -225,7 +225,7 @@ def test_a_screen_alone_says_that_nothing_was_replaced(tmp_path):
     said = "No component's weights were replaced alone: the ranking below is by gradient, a first-order estimate."
     assert said in (tmp_path / "r.html").read_text()
     assert screened.top(1, by="gradient")[0].name.startswith("L")
-    with pytest.raises(WpjaxError, match="pass by='gradient'"):
+    with pytest.raises(WpjaxError, match="only gradient, delta_norm: name one"):
         screened.top(1)
 
 

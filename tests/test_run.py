@@ -59,7 +59,7 @@ def test_what_a_sweep_refuses(setting):
     pair, batch, anchor = setting
     with pytest.raises(ComponentError, match="is empty"):
         sweep(*setting, components=[])
-    with pytest.raises(WpjaxError, match="only screen, delta_norm; pass by='screen'"):
+    with pytest.raises(WpjaxError, match="only screen, delta_norm: name one"):
         sweep(*setting, kinds="head", method="screen").top(1)
     broken = jax.tree.map(lambda a: a, pair.expert)
     broken["blocks"]["attn"]["W_O"] = broken["blocks"]["attn"]["W_O"].at[0, 3].set(np.nan)

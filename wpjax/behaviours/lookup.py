@@ -48,8 +48,8 @@ def behaviour(name: str | Path, checker: str | None = None, split: Division = "t
     instructions = json.loads(_data("behaviours/instructions.json"))
     if base not in instructions:
         raise BehaviourError(
-            f"unknown behaviour {name!r}{nearest(base, BUILT_IN)}; built in: {', '.join(BUILT_IN)}; or a path ending in "
-            ".jsonl"
+            f"unknown behaviour {name!r}{nearest(base, BUILT_IN)}; built in: {', '.join(BUILT_IN)}; or a path ending "
+            "in .jsonl"
         )
     queries = _data("assets/tiny/queries.txt" if base != name else "behaviours/queries.txt").splitlines()
     pairs = tuple(
