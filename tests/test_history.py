@@ -264,10 +264,37 @@ def test_the_step_stands_in_the_state_of_the_trainer_or_in_the_name(tmp_path):
     assert [step_of(name) for name in ("org/m@step512", "step-7-merged", "m/iter_0003.gguf", "base+run/ckpt_9")] == [
         512, 7, 3, 9,
     ]  # fmt: skip
+    named = in_order(["run/epoch-3", "run/epoch-1", "./run/epoch-20"])  # equal but for it
+    assert [step for step, _ in named] == [1, 3, 20]
+    both = ("epoch-1-step-500", "checkpoint-2-step-7", "step-7-checkpoint-2", "org/m@stage1-step30-tokens5B", "run/12")
+    assert [step_of(name) for name in both] == [500, 7, 7, 30, 12]
     for state in ("{}", "[", '{"global_step": "x"}', '{"global_step": -1}', '{"global_step": true}'):
         (tmp_path / "b" / "trainer_state.json").write_text(state)
         with pytest.raises(CheckpointError, match=r"trainer_state\.json"):
             step_of(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("org/sft-v1", "org/dpo-v2", "org/llama-2"),
+        ("checkpoint-1e4", "checkpoint-1e5"),
+        ("lr-1e-4", "lr-1e-5"),
+        ("m-1.4", "m-1.5"),
+        ("checkpoint-1", "writer-2"),
+    ],
+)
+def test_a_version_is_no_step(names):
+    with pytest.raises(CheckpointError, match="its name says no step; .* or pass --stages"):
+        in_order(names)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/checkpoint-1", "checkpoint-1" * 500])
+def test_a_name_that_no_file_can_have_is_one_line(name):
+    with pytest.raises(CheckpointError, match="cannot be the name of a checkpoint") as caught:
+        in_order(["checkpoint-2", name])
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)
 
 
 def test_an_option_takes_several_experts(tmp_path, wpjax, monkeypatch):
