@@ -264,10 +264,37 @@ def test_the_step_stands_in_the_state_of_the_trainer_or_in_the_name(tmp_path):
     assert [step_of(name) for name in ("org/m@step512", "step-7-merged", "m/iter_0003.gguf", "base+run/ckpt_9")] == [
         512, 7, 3, 9,
     ]  # fmt: skip
+    named = in_order(["run/epoch-3", "run/epoch-1", "./run/epoch-20"])  # equal but for it
+    assert [step for step, _ in named] == [1, 3, 20]
+    both = ("epoch-1-step-500", "checkpoint-2-step-7", "step-7-checkpoint-2", "org/m@stage1-step30-tokens5B", "run/12")
+    assert [step_of(name) for name in both] == [500, 7, 7, 30, 12]
     for state in ("{}", "[", '{"global_step": "x"}', '{"global_step": -1}', '{"global_step": true}'):
         (tmp_path / "b" / "trainer_state.json").write_text(state)
         with pytest.raises(CheckpointError, match=r"trainer_state\.json"):
             step_of(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("org/sft-v1", "org/dpo-v2", "org/llama-2"),
+        ("checkpoint-1e4", "checkpoint-1e5"),
+        ("lr-1e-4", "lr-1e-5"),
+        ("m-1.4", "m-1.5"),
+        ("checkpoint-1", "writer-2"),
+    ],
+)
+def test_a_version_is_no_step(names):
+    with pytest.raises(CheckpointError, match=r"its name says no step; .* or pass --stages"):
+        in_order(names)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/checkpoint-1", "checkpoint-1" * 500])
+def test_a_name_that_no_file_can_have_is_one_line(name):
+    with pytest.raises(CheckpointError, match="cannot be the name of a checkpoint") as caught:
+        in_order(["checkpoint-2", name])
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)
 
 
 def test_an_option_takes_several_experts(tmp_path, wpjax, monkeypatch):
@@ -300,13 +327,21 @@ def test_an_option_takes_several_experts(tmp_path, wpjax, monkeypatch):
 def odd(run, tmp_path_factory) -> Path:
     """Folders that are wrong in a line of checkpoints."""
     folder = tmp_path_factory.mktemp("odd")
-    for name in ("checkpoint-1", "checkpoint-2", "other-9", "same-3"):
+    for name in ("checkpoint-1", "checkpoint-2", "other-step-9", "same-3"):
         shutil.copytree(run / "checkpoint-100", folder / name)
-    content = json.loads((folder / "other-9" / "config.json").read_text())
-    (folder / "other-9" / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 0.5}))
+    content = json.loads((folder / "other-step-9" / "config.json").read_text())
+    (folder / "other-step-9" / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 0.5}))
     shutil.copytree(run / "checkpoint-2", folder / "final")
-    (folder / "empty-4").mkdir()
-    save_checkpoint(folder / "base-5", load_model("tiny:base"))
+    model = load_model("tiny:base")
+    few = model.cfg.d_vocab - 8
+    embed = {name: leaf[:few] for name, leaf in model.params["embed"].items()}
+    small = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, d_vocab=few))
+    small = dataclasses.replace(
+        small, params=model.params | {"embed": embed}, hf_config={**model.hf_config, "vocab_size": few}
+    )
+    save_checkpoint(folder / "small", small)
+    (folder / "empty-step-4").mkdir()
+    save_checkpoint(folder / "base-step-5", load_model("tiny:base"))
     (folder / "link-6").symlink_to(folder / "checkpoint-1")
     adapter(folder / "adapter-7", 1.0)
     (folder / "trainer-8").mkdir()
@@ -320,10 +355,11 @@ BAD = {
     "twice by a link": (["checkpoint-1", "link-6"], [], "which are one folder"),
     "no step": (["checkpoint-1", "final"], [], "final: no checkpoint of a line"),
     "one step": (["checkpoint-1", "run/checkpoint-1"], [], "both of step 1"),
-    "no checkpoint": (["checkpoint-1", "empty-4"], [], "empty-4: no config.json"),
-    "architecture": (["checkpoint-1", "other-9"], [], "not of one training: norm_eps"),
+    "no checkpoint": (["checkpoint-1", "empty-step-4"], [], "empty-step-4: no config.json"),
+    "architecture": (["checkpoint-1", "other-step-9"], [], "not of one training: norm_eps"),
     "base": (["checkpoint-1", "tiny:base"], ["--stages"], "tiny:base is the base"),
-    "weights of the base": (["checkpoint-1", "base-5"], [], "have equal weights"),
+    "weights of the base": (["checkpoint-1", "base-step-5"], [], "or leave base-step-5 out"),
+    "vocabulary": (["checkpoint-1", "checkpoint-2"], ["--stages", "--base", "small"], "rows in small and"),
     "stage over itself": (["checkpoint-1", "checkpoint-2"], ["--stages"], "have equal weights"),
     "adapter as a stage": (["checkpoint-1", "adapter-7"], ["--stages"], "name both, checkpoint-1+adapter-7"),
     "one stage": (["checkpoint-1"], ["--stages"], "stages are two or more"),
@@ -357,7 +393,7 @@ def test_a_history_is_printed_and_drawn(history, tmp_path, wpjax):
     code, printed, _ = wpjax("show", "line.nc")
     assert code == 0
     text = " ".join(printed.split())
-    assert "surely has some of the behaviour is that of step 2: " in text
+    assert "From step 2 on, every checkpoint surely has some of the behaviour, each by its own interval: " in text
     assert f"Half of it is there at step 30: {history.share[2]:.0%} [" in text
     assert f"First Half of their largest effect is there at step 2: {FIRST} (+" in text
     assert f"Then at step 10: {SECOND} (+" in text
@@ -386,6 +422,47 @@ def test_a_history_is_printed_and_drawn(history, tmp_path, wpjax):
     assert FIRST in page
     code, _, error = wpjax("validate", "line.nc")
     assert (code, "holds history, not sweep" in error) == (2, True)
+
+
+def test_when_is_said_by_all_later_steps(history):
+    """Chance may lift one early step above 0; and what is sure may be less than half, or come after it."""
+
+    def when(share, low) -> str:
+        return dict(History(history.dataset.assign(share=("step", share), share_low=("step", low))).points)["When"]
+
+    assert when([0.1, 0.2, 0.6, 1.0], [0.05, -0.1, 0.4, 1.0]).startswith("From step 30 on, every checkpoint surely")
+    assert when([0.1, 0.2, 0.6, 1.0], [0.05, -0.1, 0.4, 1.0]).endswith("That is half of it or more.")
+    early = when([0.6, 0.2, 0.3, 1.0], [-0.1, -0.1, 0.1, 1.0])
+    assert early.startswith("From step 30 on")
+    assert " Half of it is there at step 2 already: 60% [-10%, " in early
+    assert "half of it or more" not in early
+
+
+def test_a_method_without_tests_says_so(history):
+    """As with random masks: no q-value is finite, and sets were replaced, not nothing."""
+    data = history.dataset
+    nothing = {name: data[name] * np.nan for name in ("effect", "p_value", "q_value")}
+    for stages in (0, 1):
+        found = History(data.assign(banzhaf=data["effect"], **nothing).assign_attrs(stages=stages))
+        assert "his method makes no tests" in found.summary
+        assert "q < .05" not in found.summary
+        assert "nothing was replaced" not in found.summary
+        assert "ranked by banzhaf: none was replaced alone" in found.summary
+    estimates = History(data.assign(screen=data["effect"], **nothing))
+    assert "They are estimates: nothing was replaced." in estimates.summary
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_refused(run, tmp_path):
+    for step in (2, 100):
+        shutil.copytree(run / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+
+    def rewrite(what, done, total):
+        if what == "reading the checkpoints" and done == total:
+            shutil.copytree(run / "checkpoint-30", tmp_path / "checkpoint-2", dirs_exist_ok=True)
+
+    with pytest.raises(CheckpointError, match="checkpoint-2: changed while it was swept"):
+        run_history(config(tmp_path, tmp_path / "line.nc", 2, 100), rewrite)
+    assert not (tmp_path / "line.nc").exists()
 
 
 def test_names_on_the_page_are_escaped(history, tmp_path):

@@ -104,8 +104,13 @@ def run_history(
     task = behaviour(config.behaviour, config.checker, config.split)
     fingerprints, batch = [], None
     for i, step in enumerate(steps):
-        batch = _same_prompts(config, task, models.pair(step.base, step.expert), batch, step)
-        fingerprints.append(models.pair(step.base, step.expert).fingerprints)
+        try:
+            pair = models.pair(step.base, step.expert)
+        except PairError as error:  # as a checkpoint-0, which is the base
+            raise PairError(f"{error}; or leave {step.expert} out") from error
+        batch = _same_prompts(config, task, pair, batch, step)
+        fingerprints.append(pair.fingerprints)
+        del pair  # before the next is read
         progress("reading the checkpoints", i + 1, len(steps))
     # The ruler: the base and the last expert.
     pair = models.pair(config.base, steps[-1].expert)
@@ -135,9 +140,8 @@ def run_history(
     with Shards(config.output, "sweep", identity, config.resume) as parts:
         found: dict[int, _Swept] = {}
         for i in order:
-            kept = _Own(parts, "-".join(fingerprints[i]))
             like = None if config.stages or i == order[0] else found[order[0]].result
-            found[i] = _of_step(config, ruler, models, steps[i], kept, like, progress)
+            found[i] = _of_step(config, ruler, models, steps[i], fingerprints[i], parts, like, progress)
         gaps = np.stack([found[i].gap for i in range(len(steps))])
         attributes = ruler.attributes | asked_for(
             config.behaviour, config.checker, config.max_new_tokens, config.ignore_config, config.tokenizer
@@ -191,7 +195,7 @@ def _check_headers(config: SweepConfig, steps: Sequence[Step]) -> None:
 
     Raises:
         CheckpointError: one is no checkpoint, or an adapter of the wrong place.
-        PairError: two differ.
+        PairError: two differ; or the base of stages has another vocabulary.
     """
     base = open_model(config.base, config.ignore_config)
     first = None
@@ -202,6 +206,11 @@ def _check_headers(config: SweepConfig, steps: Sequence[Step]) -> None:
             )
         found = open_model(step.expert, config.ignore_config, base)
         first = found if first is None else first
+        if config.stages and found.cfg.d_vocab != base.cfg.d_vocab:  # each pair would be cut to its own
+            raise PairError(
+                f"vocabularies of {base.cfg.d_vocab} rows in {base.source} and {found.cfg.d_vocab} in {found.source}: "
+                "one metric cannot read all stages; name others, or sweep each stage by itself, without --stages"
+            )
         if differences := first.cfg.differences(found.cfg):
             raise PairError(
                 f"{first.source} and {found.source} are not of one training: {'; '.join(differences)}; leave one out"
@@ -350,18 +359,28 @@ def _of_step(
     ruler: Ruler,
     models: _Models,
     step: Step,
-    kept: MutableMapping[str, np.ndarray],
+    fingerprints: tuple[str, str],
+    parts: MutableMapping[str, np.ndarray],
     like: SweepResult | None,
     progress: Progress,
 ) -> _Swept:
-    """Sweep one step, unless it is finished already."""
-    label = _long(step, config.stages)
+    """Sweep one step, unless it is finished already.
+
+    Raises:
+        CheckpointError: its models are no longer those of these fingerprints, by which its parts are kept.
+    """
+    label, kept = _long(step, config.stages), _Own(parts, "-".join(fingerprints))
 
     def own(what: str, done: int, total: int) -> None:
         progress(f"{label}: {what}", done, total)
 
     if WHOLE not in kept or GAP not in kept:
         pair = models.pair(step.base, step.expert)
+        for source, now, before in zip((step.base, step.expert), pair.fingerprints, fingerprints, strict=True):
+            if now != before:
+                raise CheckpointError(
+                    f"{source}: changed while it was swept; run again with --resume once nothing writes to it"
+                )
         kept[GAP] = (_score(pair, ruler.metric, "expert") - _score(pair, ruler.metric, "base")).astype(np.float64)
         budget = None if config.memory_mb is None else int(config.memory_mb * 2**20)
         arguments = {"budget": budget, "done": kept, "progress": own, **config.sweep_arguments}

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from wpjax.columns import ALWAYS, columns, rankings
+from wpjax.columns import ALWAYS, columns, find_column, rankings, title_of
 from wpjax.errors import WpjaxError
 from wpjax.results.files import has_form, read_dataset, write_dataset
 from wpjax.results.sweep_result import MAX_INDEX, MAX_LAYERS, SweepResult
@@ -389,21 +389,23 @@ def _line_points(history: History) -> tuple[tuple[str, str], ...]:
     data, shares = history.dataset, _shares(history)
     at = [f"step {label}" for label in history.labels]
     since = history.since or 0
-    seen = np.flatnonzero(data["share_low"].values > 0)
-    first = int(seen[0]) if len(seen) else since
-    when = f"The first checkpoint that surely has some of the behaviour is that of {at[first]}: {shares[first]} of the "
-    when += "final gap."
-    if since <= first:
+    unsure = np.flatnonzero(~(data["share_low"].values > 0))
+    first = min(int(unsure[-1]) + 1, len(history) - 1) if len(unsure) else 0
+    when = f"From {at[first]} on, every checkpoint surely has some of the behaviour, each by its own interval: "
+    when += f"{shares[first]} of the final gap at {at[first]}."
+    if since == first and history.share[first] >= HALF:
         when += " That is half of it or more."
     else:
-        when += f" Half of it is there at {at[since]}: {shares[since]}."
+        when += f" Half of it is there at {at[since]}{' already' if since < first else ''}: {shares[since]}."
     if history.share[most := int(history.share.argmax())] > 1.05:
         when += f" It is largest at {at[most]}: {shares[most]}; the last checkpoint has less."
     points = [("When", when)]
     leading = history.courses(N_TOP)
     found = [course for course in leading if course.found]
     if not found:  # as with few queries
-        points.append(("Which", "No component is surely found at any step (q < .05): what follows is by size alone."))
+        tested = np.isfinite(data["q_value"].values).any()
+        none = "No component is surely found at any step (q < .05)" if tested else "This method makes no tests"
+        points.append(("Which", f"{none}: what follows is by size alone."))
         found = [course for course in leading[:N_UNSURE] if course.effects[course.peak] > 0]
     come = {i: [course for course in found if course.since == i] for i in sorted({course.since for course in found})}
     said = [f"at {at[i]}: {_named(courses)}" for i, courses in come.items()]
@@ -432,7 +434,9 @@ def _stage_points(history: History) -> tuple[tuple[str, str], ...]:
         rows = [row for row in step.top(5, by=step.ranking) if row.value > 0]
         sure = [row for row in rows if row.q_value < 0.05 and not row.below_noise_floor]
         if rows:
-            most = "Most by" if sure else "Most, by size alone as none is surely found (q < .05), by"
+            tested = np.isfinite(step.dataset["q_value"].values).any()
+            why = "none is surely found (q < .05)" if tested else "this method makes no tests"
+            most = "Most by" if sure else f"Most, by size alone as {why}, by"
             said += f" {most} {enumerated([f'{row.name} ({row.value:+.1%})' for row in sure or rows[:3]])};"
             said += f" all that were swept bring {float(data['coverage'].values[i]):.0%} together."
         points.append((label, said))
@@ -450,7 +454,10 @@ def _about(history: History) -> tuple[str, str]:
     elif "behaviour_differs" in attrs:
         said += f" Whether base and last expert differ in the behaviour: {attrs['behaviour_differs']}."
     if not replaced.any():
-        return "Ruler", f"{said} They are estimates: nothing was replaced."
+        column = find_column(history.ranking)
+        if column is not None and column.estimates_effect:
+            return "Ruler", f"{said} They are estimates: nothing was replaced."
+        return "Ruler", f"{said} Components are ranked by {title_of(history.ranking)}: none was replaced alone."
     if replaced.all():
         return "Ruler", f"{said} Every component was replaced at every step."
     if history.are_stages:
