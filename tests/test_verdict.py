@@ -133,6 +133,7 @@ def test_what_is_no_effect_of_weights_is_not_added_up():
     ("kinds", "says"),
     [
         (["head", "mlp"], "say --kinds head,mlp,kv_group,norm,embed."),
+        (["delta_direction", "norm"], "say --kinds delta_direction,norm,embed."),
         (["layer", "embed"], "in components or layers that were not swept"),
     ],
 )

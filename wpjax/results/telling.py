@@ -21,8 +21,13 @@ FEW_PROMPTS = 12
 _USUAL = ("head", "kv_group", "neuron", "norm", "embed")
 """Kinds that together own all weights, as good as."""
 
-_WITHIN = {"attn": ("head", "kv_group"), "mlp": ("neuron",), "layer": ("head", "kv_group", "neuron", "norm")}
-"""Kind -> the kinds that it holds."""
+_WITHIN = {
+    "attn": ("head", "kv_group"),
+    "mlp": ("neuron",),
+    "layer": ("head", "kv_group", "neuron", "norm"),
+    "delta_direction": ("head", "kv_group", "neuron"),
+}
+"""Kind -> the kinds that it holds, or (directions) that are not swept beside it."""
 
 _LAYERS_SHOWN, _LEAST_SHOWN = 4, 0.1
 """Layers that are named with their share, at most; and the smallest share that is named."""
@@ -140,7 +145,7 @@ def where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[in
     """
     data, coverage = result.dataset, float(result.dataset.attrs["coverage"])
     kinds = zip(data["swept_kind"].values.astype(str), data["coverage_joint"].values.tolist(), strict=True)
-    alone = _by_kind({kind: share for kind, share in kinds}, "recover")
+    alone = _by_kind(dict(kinds), "recover")
     n = int(data.sizes["component"])
     together = "The one component that was swept recovers" if n == 1 else f"Put in together, all {n:,} of them recover"
     told = [f"{together} {coverage:.0%} of it."]
@@ -167,8 +172,8 @@ def where(result: SweepResult, values: Float[np.ndarray, " C"], layers: tuple[in
 def _elsewhere(result: SweepResult) -> str:
     """What to sweep where most of the gap is not in what was swept."""
     swept = result.dataset["swept_kind"].values.astype(str).tolist()
-    held = {kind: {kind, *_WITHIN.get(kind, ())} for kind in swept}
-    lacking = [kind for kind in _USUAL if not any(kind in within for within in held.values())]
+    held = {*swept, *(kind for whole in swept for kind in _WITHIN.get(whole, ()))}
+    lacking = [kind for kind in _USUAL if kind not in held]
     if not lacking:
         return "Most of it lies elsewhere: in components or layers that were not swept, or in what needs both."
     return f"Most of it lies elsewhere: sweep more kinds, say --kinds {','.join([*swept, *lacking])}."
