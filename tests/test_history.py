@@ -349,7 +349,7 @@ def odd(run, tmp_path_factory) -> Path:
 
 
 BAD = {
-    "nothing": (["nothing-*"], [], "nothing-*: matches nothing"),
+    "nothing": (["nothing-*"], [], "nothing-*: matches nothing here"),
     "one": (["same-*"], [], "same-* matches one checkpoint only"),
     "twice": (["checkpoint-1", "checkpoint-1"], [], "checkpoint-1 stands twice"),
     "twice by a link": (["checkpoint-1", "link-6"], [], "which are one folder"),

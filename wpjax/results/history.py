@@ -466,7 +466,7 @@ def _about(history: History) -> tuple[str, str]:
     said += f" A screen of the last checkpoint chose which were replaced at every step: {chosen}."
     if (missed := history.missed) is not None:
         said += f" By the random sample, {missed.mean:.0f} [{missed.low:.0f}, {missed.high:.0f}] of the others are, at "
-        said += "some step, as strong as half of these are in the last checkpoint."
+        said += "some step, as strong as the median of these is in the last checkpoint."
     return "Ruler", said
 
 

@@ -32,7 +32,7 @@ def expanded(names: Sequence[str]) -> tuple[str, ...]:
             continue
         paths = sorted(glob.glob(str(Path(name).expanduser())))  # noqa: PTH207 - the pattern may begin at any folder
         if not paths:
-            raise WpjaxError(f"{name}: matches nothing; name the checkpoints, say run/checkpoint-*")
+            raise WpjaxError(f"{name}: matches nothing here; look at the path, from the working directory")
         found += paths
     return tuple(found)
 
