@@ -108,7 +108,8 @@ def draw_graph(axes: Axes, edges: Sequence[tuple[str, str, float]]) -> None:
             "", at[_node(r)], at[_node(s)],
             arrowprops={
                 "arrowstyle": "-|>", "lw": 0.4 + 3 * abs(score) / largest, "alpha": 0.65, "mutation_scale": 7,
-                "color": "#b04a5a" if score > 0 else "#2b6cb0", "shrinkA": 8, "shrinkB": 8,
+                # A negative score: the answer needs the edge. Red, as in the maps of heads.
+                "color": "#2b6cb0" if score > 0 else "#b04a5a", "shrinkA": 8, "shrinkB": 8,
                 "connectionstyle": "arc3,rad=0.08",
             },
         )  # fmt: skip
@@ -120,7 +121,7 @@ def draw_graph(axes: Axes, edges: Sequence[tuple[str, str, float]]) -> None:
         )
     axes.set(xlim=(-0.1, 1.1), ylim=(-0.7, len(rows) - 0.3))
     axes.axis("off")
-    axes.set_title(f"The {len(edges)} strongest edges: blue carries the answer, red works against it")
+    axes.set_title(f"The {len(edges)} strongest edges: red carries the answer, blue works against it")
 
 
 def _node(name: str) -> str:
